@@ -1,0 +1,24 @@
+"""Capsule routing as a stream: compiled kernels that never materialise the votes.
+
+    v = capsops.dynamic_routing(u, weight, iterations=3)      # u [B, N, K], weight [N, K, J, D] -> v [B, J, D]
+
+`capsops.nn` has the layers, `capsops.info()` says what was built and what runs here.
+"""
+
+__version__ = "0.1.0"
+
+from . import nn
+from .backends import BackendError, info, use_backend
+from .functional import affine_votes, attention_routing, coupling_coefficients, dynamic_routing, squash
+
+__all__ = [
+    "BackendError",
+    "affine_votes",
+    "attention_routing",
+    "coupling_coefficients",
+    "dynamic_routing",
+    "info",
+    "nn",
+    "squash",
+    "use_backend",
+]

@@ -1,0 +1,152 @@
+"""The backends, and the choice between them.
+
+Each backend is a module with the same function names. `reference` is plain PyTorch and differentiated by it; the compiled
+ones fill the outputs of the operators in `_ops.py`. A compiled backend says by `why_not` why it cannot take a tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import cpu, reference
+
+# In the order of preference. The reference takes whatever the others refuse.
+COMPILED: dict[str, ModuleType] = {"cpu": cpu}
+NAMES = (*COMPILED, "reference")
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot run here."""
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in NAMES:
+        raise BackendError(f"{where} is {name!r}; allowed are {', '.join(NAMES)}")
+    return name
+
+
+_forced: str | None = (
+    _checked(os.environ["CAPSOPS_BACKEND"], "CAPSOPS_BACKEND") if os.environ.get("CAPSOPS_BACKEND") else None
+)
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Use one backend ("cpu" or "reference") inside a `with` block, whatever the tensors are.
+
+    Holds for the whole process, not for one thread. The environment variable CAPSOPS_BACKEND does the same for a
+    whole run.
+
+    Raises:
+        BackendError: there is no such backend; or, at the first operator, it cannot take the tensors.
+    """
+    global _forced
+    before, _forced = _forced, _checked(name, "use_backend: name")
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+def select(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that takes tensors like these.
+
+    Raises:
+        BackendError: a backend is forced and cannot take them.
+    """
+    if _forced == "reference":
+        return "reference"
+    if device.type == "meta" and _forced is None:
+        return "meta"  # shapes only, by the operators' own rules
+    reasons = []
+    for name, module in COMPILED.items():
+        if _forced not in (None, name):
+            continue
+        reason = module.why_not(device.type, dtype)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    if _forced:
+        raise BackendError(f"the forced backend cannot run here: {'; '.join(reasons)}")
+    _warn_slow("; ".join(reasons))
+    return "reference"
+
+
+def compiled(op: str, tensor: Tensor) -> ModuleType:
+    """The compiled backend for an operator on tensors like this one.
+
+    Raises:
+        BackendError: there is none.
+    """
+    for module in COMPILED.values():
+        if module.why_not(tensor.device.type, tensor.dtype) is None:
+            return module
+    raise BackendError(f"{op}: no compiled backend takes a {tensor.dtype} tensor on {tensor.device}\n{info()}")
+
+
+_warned: set[str] = set()
+
+
+def _warn_slow(reasons: str) -> None:
+    if reasons not in _warned:
+        _warned.add(reasons)
+        warnings.warn(
+            f"capsops runs on its slow reference backend, which materialises the votes ({reasons}). "
+            "`python -m capsops.info` says what was built.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+
+@dataclass(frozen=True)
+class Info:
+    """What was built, what runs here, and why not the rest. Prints as a table."""
+
+    version: str
+    torch: str
+    python: str
+    machine: str
+    threads: int
+    compiler: str | None  # of the extension; None if it was not built
+    forced: str | None
+    backends: dict[str, str]  # name -> "yes", or why not
+
+    def __str__(self) -> str:
+        rows = [
+            ("capsops", f"{self.version}, Python {self.python}, torch {self.torch}"),
+            ("machine", f"{self.machine}, {self.threads} threads"),
+            ("extension", f"built by {self.compiler}" if self.compiler else "not built"),
+            ("backend forced", self.forced or "none (the first that can, in the order below)"),
+            *((f"backend {name}", state) for name, state in self.backends.items()),
+        ]
+        width = max(len(key) for key, _ in rows)
+        return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
+
+    __repr__ = __str__
+
+
+def info() -> Info:
+    """What was built, what runs here, and why not the rest."""
+    from .. import __version__
+
+    states = {name: module.why_not(name, torch.float32) or "yes" for name, module in COMPILED.items()}
+    states["reference"] = "yes (plain PyTorch; slow, materialises the votes)"
+    return Info(
+        version=__version__,
+        torch=torch.__version__,
+        python=platform.python_version(),
+        machine=platform.machine(),
+        threads=torch.get_num_threads(),
+        compiler=cpu.compiler(),
+        forced=_forced,
+        backends=states,
+    )

@@ -1,0 +1,57 @@
+// Storage types and the type their sums are kept in.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+namespace capsops {
+
+struct bfloat16 {
+    uint16_t bits;
+
+    bfloat16() = default;
+    explicit bfloat16(float x) {
+        const uint32_t word = std::bit_cast<uint32_t>(x);
+        const bool nan = (word & 0x7fffffffu) > 0x7f800000u;
+        // Round to nearest, ties to even; a NaN keeps its sign and stays quiet.
+        bits = nan ? static_cast<uint16_t>((word >> 16) | 0x40u)
+                   : static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+    }
+    explicit operator float() const { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+};
+
+struct float16 {
+    uint16_t bits;
+
+    float16() = default;
+    explicit float16(float x) {
+        const uint32_t word = std::bit_cast<uint32_t>(x);
+        const uint32_t magnitude = word & 0x7fffffffu;
+        uint32_t half;
+        if (magnitude > 0x7f800000u) {
+            half = 0x7e00u;  // NaN
+        } else if (magnitude >= 0x477ff000u) {
+            half = 0x7c00u;  // rounds past the largest finite value
+        } else if (magnitude >= 0x38800000u) {
+            half = (magnitude - 0x38000000u + 0x0fffu + ((magnitude >> 13) & 1u)) >> 13;
+        } else {
+            // Subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits.
+            half = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
+        }
+        bits = static_cast<uint16_t>(((word >> 16) & 0x8000u) | half);
+    }
+    explicit operator float() const {
+        const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
+        const uint32_t magnitude = bits & 0x7fffu;
+        if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+        if (magnitude >= 0x0400u) return std::bit_cast<float>(sign | ((magnitude << 13) + 0x38000000u));
+        const float subnormal = static_cast<float>(magnitude) * 0x1p-24f;
+        return sign ? -subnormal : subnormal;
+    }
+};
+
+template <class Storage> struct accumulation { using type = float; };
+template <> struct accumulation<double> { using type = double; };
+template <class Storage> using accumulation_t = typename accumulation<Storage>::type;
+
+}  // namespace capsops

@@ -1,0 +1,76 @@
+"""The choice of a backend, and what `info` says of it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import capsops
+from capsops import backends
+
+U, WEIGHT = torch.randn(2, 5, 3), torch.randn(5, 3, 2, 4)
+
+
+def _python(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, **environment}
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=env, check=False)
+
+
+def test_the_extension_is_built_and_chosen() -> None:
+    assert backends.select(torch.device("cpu"), torch.float32) == "cpu"
+    assert capsops.info().backends["cpu"] == "yes"
+
+
+def test_use_backend_holds_inside_and_is_undone() -> None:
+    with capsops.use_backend("reference"):
+        assert capsops.info().forced == "reference"
+        with capsops.use_backend("cpu"):
+            assert backends.select(torch.device("cpu"), torch.float32) == "cpu"
+        assert backends.select(torch.device("cpu"), torch.float32) == "reference"
+    with pytest.raises(ZeroDivisionError), capsops.use_backend("reference"):
+        raise ZeroDivisionError
+    assert capsops.info().forced is None
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(capsops.BackendError, match="'gpu'; allowed are cpu, reference"), capsops.use_backend("gpu"):
+        pass
+    run = _python("-c", "import capsops", CAPSOPS_BACKEND="gpu")
+    assert run.returncode != 0
+    assert "CAPSOPS_BACKEND is 'gpu'; allowed are cpu, reference" in run.stderr
+
+
+def test_environment_variable() -> None:
+    run = _python("-c", "import capsops; print(capsops.info().forced)", CAPSOPS_BACKEND="reference")
+    assert run.stdout.strip() == "reference"
+
+
+def test_a_missing_extension_is_said_once_and_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends.cpu, "_C", None)
+    monkeypatch.setattr(backends.cpu, "_import_error", "no such file", raising=False)
+    monkeypatch.setattr(backends, "_warned", set())
+    with pytest.warns(RuntimeWarning, match=r"slow reference backend.*no such file"):
+        slow = capsops.dynamic_routing(U, WEIGHT)
+    assert "no such file" in str(capsops.info())
+    with capsops.use_backend("cpu"), pytest.raises(capsops.BackendError, match="no such file"):
+        capsops.dynamic_routing(U, WEIGHT)
+    monkeypatch.undo()
+    torch.testing.assert_close(slow, capsops.dynamic_routing(U, WEIGHT))
+
+
+def test_forced_backend_that_cannot() -> None:
+    with capsops.use_backend("cpu"), pytest.raises(capsops.BackendError, match="does not run on meta"):
+        capsops.dynamic_routing(U.to("meta"), WEIGHT.to("meta"))
+
+
+def test_info_program() -> None:
+    run = _python("-m", "capsops.info")
+    assert run.returncode == 0
+    assert run.stderr == ""
+    for word in (capsops.__version__, torch.__version__, "backend cpu", "backend reference"):
+        assert word in run.stdout
+    assert repr(capsops.info()) == str(capsops.info())

@@ -1,0 +1,136 @@
+"""Every operator refuses what it cannot take, and names the culprit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import capsops
+
+from .routings import OPERATORS, ROUTINGS, Routing
+
+by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name)
+by_backend = pytest.mark.parametrize("backend", capsops.backends.NAMES)
+
+
+def _arguments(routing: Routing) -> dict[str, torch.Tensor]:
+    return {n: x.float() for n, x in routing.arguments((2, 7, 4, 3, 5)).items()}
+
+
+@by_operator
+@by_backend
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"u": torch.zeros(2, 7)}, r"u has shape \[2, 7\]; expected 3 dimensions"),
+        ({"u": torch.zeros(2, 7, 9)}, r"weight has shape \[7, 4, 3, 5\].*expected \[7, 9, J, D\]"),
+        ({"weight": torch.zeros(8, 4, 3, 5)}, r"weight has shape \[8, 4, 3, 5\].*expected \[7, 4, J, D\]"),
+        ({"weight": torch.zeros(4, 5)}, r"weight has shape \[4, 5\]"),
+        ({"weight": torch.zeros(3, 3, 5)}, r"weight has shape \[3, 3, 5\].*expected \[4, J, D\]"),
+        ({"weight": torch.zeros(7, 4, 0, 5)}, "J is 0"),
+        ({"weight": torch.zeros(7, 4, 3, 0)}, "D is 0"),
+        ({"u": torch.zeros(2, 7, 0), "weight": torch.zeros(7, 0, 3, 5)}, "K is 0"),
+        ({"u": torch.zeros(2, 7, 4, dtype=torch.int64)}, "u has dtype torch.int64; allowed are float32"),
+        ({"u": torch.zeros(2, 7, 4, dtype=torch.complex64)}, "u has dtype torch.complex64"),
+        ({"weight": torch.zeros(7, 4, 3, 5, dtype=torch.float64)}, "weight has dtype torch.float64, but u has"),
+        ({"weight": torch.zeros(7, 4, 3, 5, device="meta")}, "weight is on meta, but u is on cpu"),
+        ({"u": torch.zeros(2, 7, 4).to_sparse()}, "u has layout torch.sparse_coo"),
+    ],
+    ids=lambda x: "" if isinstance(x, str) else "-".join(f"{n}{tuple(t.shape)}{t.dtype}{t.device}" for n, t in x.items()),
+)
+def test_votes(routing: Routing, backend: str, change: dict[str, torch.Tensor], message: str) -> None:
+    with capsops.use_backend(backend), pytest.raises(ValueError, match=message):
+        routing.call(**{**_arguments(routing), **change})
+
+
+@by_operator
+def test_not_a_tensor(routing: Routing) -> None:
+    with pytest.raises(TypeError, match="weight is a list; it must be a torch.Tensor"):
+        routing.call(**{**_arguments(routing), "weight": [1.0]})
+
+
+@pytest.mark.parametrize("routing", ROUTINGS, ids=lambda r: r.name)
+@pytest.mark.parametrize(
+    ("mask", "message"),
+    [
+        (torch.ones(2, 7), "mask has dtype torch.float32; it must be bool"),
+        (torch.ones(7, dtype=torch.bool), r"mask has shape \[7\]; expected \[B, N\] = \[2, 7\]"),
+        (torch.ones(2, 8, dtype=torch.bool), r"mask has shape \[2, 8\]"),
+        (torch.ones(2, 7, dtype=torch.bool, device="meta"), "mask is on meta"),
+    ],
+    ids=["float", "flat", "long", "meta"],
+)
+def test_mask(routing: Routing, mask: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        routing.call(**_arguments(routing), mask=mask)
+
+
+@by_backend
+def test_attention(backend: str) -> None:
+    u, weight = torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5)
+    with capsops.use_backend(backend):
+        with pytest.raises(ValueError, match=r"attention_routing: attn_weight has shape \[3, 4\]; expected \[J, J\] = \[3, 3\]"):
+            capsops.attention_routing(u, weight, torch.zeros(3, 4))
+        with pytest.raises(ValueError, match=r"attn_bias has shape \[3, 5\]; expected \[J\]"):
+            capsops.attention_routing(u, weight, torch.zeros(3, 3), torch.zeros(3, 5))
+        with pytest.raises(ValueError, match="attn_weight has dtype torch.float64"):
+            capsops.attention_routing(u, weight, torch.zeros(3, 3).double())
+
+
+@by_backend
+@pytest.mark.parametrize("iterations", [0, -1, 1.5, "3", True, None])
+def test_iterations(backend: str, iterations: object) -> None:
+    with capsops.use_backend(backend), pytest.raises(ValueError, match=f"iterations is {iterations!r}; it must be an integer"):
+        capsops.dynamic_routing(torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5), iterations)  # type: ignore[arg-type]
+
+
+@by_backend
+def test_bias(backend: str) -> None:
+    with capsops.use_backend(backend), pytest.raises(ValueError, match=r"bias has shape \[5\]; expected \[J, D\] = \[3, 5\]"):
+        capsops.dynamic_routing(torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5), bias=torch.zeros(5))
+
+
+@by_backend
+def test_squash(backend: str) -> None:
+    with capsops.use_backend(backend):
+        with pytest.raises(ValueError, match="kind is 'hinton'; allowed are 'sabour', 'efficient'"):
+            capsops.squash(torch.zeros(3), kind="hinton")
+        with pytest.raises(ValueError, match="dim is 2; s has 2 dimensions"):
+            capsops.squash(torch.zeros(3, 4), dim=2)
+        with pytest.raises(ValueError, match="s has no dimension"):
+            capsops.squash(torch.tensor(1.0))
+        with pytest.raises(ValueError, match=r"s has dtype torch.int64"):
+            capsops.squash(torch.zeros(3, dtype=torch.long))
+
+
+def test_coupling_coefficients() -> None:
+    u, weight = torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5)
+    with pytest.raises(ValueError, match="routing is 'em'; allowed are 'attention', 'dynamic' and 'uniform'"):
+        capsops.coupling_coefficients("em", u, weight)
+    with pytest.raises(ValueError, match="attn_weight is None"):
+        capsops.coupling_coefficients("attention", u, weight)
+
+
+def test_backward_operators_check_too() -> None:
+    u, weight, a = torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5), torch.zeros(3, 3)
+    good, wrong = torch.zeros(2, 3, 5), torch.zeros(2, 3, 6)
+    wanted = [True] * 4
+    with pytest.raises(ValueError, match=r"attention_routing_backward: g_v has shape \[2, 3, 6\]"):
+        torch.ops.capsops.attention_routing_backward(wrong, good, u, weight, a, None, None, wanted)
+    with pytest.raises(ValueError, match=r"dynamic_routing_backward: s has shape \[2, 2, 3, 5\]"):
+        s = torch.zeros(2, 2, 3, 5)
+        torch.ops.capsops.dynamic_routing_backward(good, s, u, weight, None, None, 3, False, False, wanted[:3])
+
+
+@given(shape=st.lists(st.integers(0, 4), min_size=0, max_size=5), which=st.sampled_from(["u", "weight"]))
+def test_any_other_shape_is_refused_or_right(shape: list[int], which: str) -> None:
+    arguments = {"u": torch.randn(2, 3, 4), "weight": torch.randn(3, 4, 2, 3), which: torch.randn(shape)}
+    try:
+        got = capsops.dynamic_routing(**arguments)
+    except ValueError as error:
+        assert which in str(error) or " is 0" in str(error)
+    else:
+        with capsops.use_backend("reference"):
+            torch.testing.assert_close(got, capsops.dynamic_routing(**arguments))

@@ -1,0 +1,153 @@
+"""The operators as torch sees them: opcheck, torch.compile, autocast, double backward, poisoned memory."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import capsops
+from capsops import nn
+
+from .routings import OPERATORS, Routing
+
+by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name)
+OPS = torch.ops.capsops
+
+
+def _examples() -> dict[str, tuple]:
+    """Arguments for every operator there is, forward and backward."""
+    B, N, K, J, D = 2, 7, 3, 4, 5
+    u, weight, shared = torch.randn(B, N, K), torch.randn(N, K, J, D), torch.randn(K, J, D)
+    a, bias, full = torch.randn(J, J), torch.randn(J), torch.randn(J, D)
+    mask = torch.rand(B, N) < 0.7
+    v, s = torch.randn(B, J, D), torch.randn(3, B, J, D)
+    return {
+        "squash": (u, "sabour"),
+        "squash_backward": (torch.randn(B, N, K), u, "efficient"),
+        "affine_votes": (u, shared),
+        "affine_votes_backward": (torch.randn(B, N, J, D), u, weight, [True, False]),
+        "attention_routing": (u, weight, a, bias, mask),
+        "attention_routing_backward": (v, s[0], u, weight, a, None, None, [True, True, False, False]),
+        "dynamic_routing": (u, weight, full, mask, 3, True),
+        "dynamic_routing_backward": (v, s, u, shared, full, mask, 3, False, False, [True, True, True]),
+    }
+
+
+def test_examples_cover_every_operator() -> None:
+    declared = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("capsops::")}
+    assert declared == set(_examples())
+
+
+@pytest.mark.parametrize("name", list(_examples()))
+def test_opcheck(name: str) -> None:
+    torch.library.opcheck(getattr(OPS, name).default, _examples()[name])
+
+
+def test_new_tensors_are_poisoned() -> None:
+    """What the other tests rely on to see an output that nobody wrote."""
+    assert torch.ones(3).new_empty(64).isnan().all()
+    assert torch.empty(64, dtype=torch.bfloat16).isnan().all()
+
+
+@by_operator
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compile_fullgraph(routing: Routing, dynamic: bool) -> None:
+    arguments = {n: x.float() for n, x in routing.arguments((3, 11, 4, 2, 5)).items()}
+    torch._dynamo.reset()
+
+    def step(**leaves: Tensor) -> tuple[Tensor, ...]:
+        leaves = {n: x.clone().requires_grad_() for n, x in leaves.items()}
+        out = call(**leaves)
+        out.square().sum().backward()
+        return out.detach(), *(x.grad for x in leaves.values())
+
+    call = routing.call
+    expected = step(**arguments)
+    call = torch.compile(routing.call, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for got, y in zip(step(**arguments), expected, strict=True):
+        torch.testing.assert_close(got, y)
+
+
+def test_compile_a_network_with_inductor() -> None:
+    """A whole training step through the default compiler, with other sizes on the second call."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(
+        nn.PrimaryCapsules(1, 4, 4, kernel_size=3), nn.CapsuleLayer(4 * 36, 4, 3, 5, "attention")
+    )
+    compiled = torch.compile(net, fullgraph=True)
+    for batch in (2, 5):
+        x = torch.randn(batch, 1, 14, 14)
+        gradients = []
+        for module in (net, compiled):
+            net.zero_grad()
+            module(x).norm(dim=-1).sum().backward()
+            gradients.append([p.grad.clone() for p in net.parameters()])
+        for got, expected in zip(*gradients, strict=True):
+            torch.testing.assert_close(got, expected)
+
+
+@by_operator
+@pytest.mark.parametrize("mixed", [False, True], ids=["half", "mixed"])
+def test_autocast_runs_in_float32(routing: Routing, mixed: bool) -> None:
+    arguments = {n: x.float().requires_grad_() for n, x in routing.arguments((2, 9, 4, 3, 5)).items()}
+    lower = {n: x.detach().bfloat16() if n == "u" or not mixed else x for n, x in arguments.items()}
+    lower = {n: x.requires_grad_() for n, x in lower.items()}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = routing.call(**lower)
+    assert out.dtype == torch.float32
+    expected = routing.call(**{n: x.float() for n, x in lower.items()})
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    out.sum().backward()
+    for x in lower.values():
+        assert x.grad is not None
+        assert x.grad.dtype == x.dtype
+
+
+def test_autocast_layers() -> None:
+    net = torch.nn.Sequential(nn.PrimaryCapsules(1, 4, 4, kernel_size=3), nn.CapsuleLayer(4 * 36, 4, 3, 5, "dynamic"))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = net(torch.randn(2, 1, 14, 14))
+    assert out.dtype == torch.float32
+    out.sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in net.parameters())
+
+
+def test_mixed_dtypes_without_autocast_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"weight has dtype torch.float32, but u has torch.bfloat16"):
+        capsops.dynamic_routing(torch.randn(2, 3, 4).bfloat16(), torch.randn(3, 4, 2, 5))
+
+
+@by_operator
+def test_double_backward_is_refused_by_the_kernels(routing: Routing) -> None:
+    arguments = {n: x.requires_grad_() for n, x in routing.arguments((2, 5, 3, 2, 4)).items()}
+    (g,) = torch.autograd.grad(routing.call(**arguments).square().sum(), arguments["u"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        g.sum().backward()
+
+
+@pytest.mark.parametrize("routing", [r for r in OPERATORS if not r.detached], ids=lambda r: r.name)
+def test_double_backward_of_the_reference(routing: Routing) -> None:
+    arguments = {n: x.requires_grad_() for n, x in routing.arguments((1, 3, 2, 2, 3)).items()}
+    with capsops.use_backend("reference"):
+        assert torch.autograd.gradgradcheck(
+            lambda *x: routing.call(**dict(zip(arguments, x, strict=True))), tuple(arguments.values())
+        )
+
+
+def test_no_graph_without_grad() -> None:
+    u, weight = torch.randn(2, 5, 3), torch.randn(5, 3, 2, 4, requires_grad=True)
+    with torch.no_grad():
+        assert not capsops.dynamic_routing(u, weight).requires_grad
+    with torch.inference_mode():
+        assert not capsops.dynamic_routing(u, weight).requires_grad
+
+
+def test_meta_tensors_give_shapes() -> None:
+    out = capsops.attention_routing(
+        torch.empty(8, 460_800, 8, device="meta"),
+        torch.empty(460_800, 8, 2, 16, device="meta"),
+        torch.empty(2, 2, device="meta"),
+    )
+    assert out.shape == (8, 2, 16)
+    assert out.device.type == "meta"

@@ -1,0 +1,257 @@
+"""Every routing on the compiled backend against the reference in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import capsops
+
+from .routings import OPERATORS, ROUTINGS, SHAPES, Routing, relative_error, run
+
+by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name)
+by_routing = pytest.mark.parametrize("routing", ROUTINGS, ids=lambda r: r.name)
+by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+by_sharing = pytest.mark.parametrize("shared", [False, True], ids=["matrices", "shared"])
+
+
+@by_operator
+@by_shape
+@by_sharing
+def test_agrees_with_the_reference(routing: Routing, shape: tuple[int, ...], shared: bool) -> None:
+    arguments = routing.arguments(shape, shared=shared)
+    exact = run(routing, arguments, torch.float64, "reference")
+    for got, expected in zip(run(routing, arguments, torch.float64, "cpu"), exact, strict=True):
+        assert relative_error(got, expected) < 1e-12
+    for got, expected in zip(run(routing, arguments, torch.float32, "cpu"), exact, strict=True):
+        # Where the exact gradient is zero (one output capsule has nothing to be coupled away from), so is ours.
+        if expected.abs().max() > 1e-12:
+            assert relative_error(got, expected) < 1e-5
+        else:
+            assert got.abs().max() < 1e-5
+
+
+@by_operator
+@by_shape
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_low_precision_is_at_most_twice_as_wrong(routing: Routing, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    # The inputs are rounded first, so that both are measured against the same exact answer.
+    arguments = {n: x.to(dtype).double() for n, x in routing.arguments(shape).items()}
+    exact = run(routing, arguments, torch.float64, "reference")
+    naive = run(routing, arguments, dtype, "reference")
+    ours = run(routing, arguments, dtype, "cpu")
+    for got, reference, expected in zip(ours, naive, exact, strict=True):
+        # Half a unit in the last place is what rounding the exact result would cost.
+        rounding = torch.finfo(dtype).eps / 2 * expected.abs().max()
+        error = (reference - expected).abs().max()
+        assert (got - expected).abs().max() <= 2 * error + rounding
+
+
+@pytest.mark.parametrize("routing", [r for r in OPERATORS if not r.detached], ids=lambda r: r.name)
+@by_sharing
+def test_gradcheck(routing: Routing, shared: bool) -> None:
+    arguments = {n: x.requires_grad_() for n, x in routing.arguments((2, 5, 3, 4, 3), shared=shared).items()}
+
+    def call(*values: torch.Tensor) -> torch.Tensor:
+        return routing.call(**dict(zip(arguments, values, strict=True)))
+
+    with capsops.use_backend("cpu"):
+        assert torch.autograd.gradcheck(call, tuple(arguments.values()), fast_mode=False)
+
+
+def test_detached_gradient_takes_the_couplings_as_constants() -> None:
+    torch.manual_seed(3)
+    u = torch.randn(2, 19, 4, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(19, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    c = capsops.coupling_coefficients("dynamic", u, weight, iterations=3)
+    votes = torch.einsum("bnk,nkjd->bnjd", u, weight)
+    expected = capsops.squash(torch.einsum("bnj,bnjd->bjd", c, votes))
+    got = capsops.dynamic_routing(u, weight, 3, detach=True)
+    torch.testing.assert_close(got, expected)
+    g = torch.randn_like(got)
+    for x, y in zip(torch.autograd.grad(got, (u, weight), g), torch.autograd.grad(expected, (u, weight), g), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_detached_and_full_gradients_differ() -> None:
+    torch.manual_seed(4)
+    u, weight = torch.randn(2, 19, 4, requires_grad=True), torch.randn(19, 4, 3, 5)
+    (full,) = torch.autograd.grad(capsops.dynamic_routing(u, weight).sum(), u)
+    (detached,) = torch.autograd.grad(capsops.dynamic_routing(u, weight, detach=True).sum(), u)
+    assert not torch.allclose(full, detached, rtol=0.05)
+
+
+@by_routing
+@by_sharing
+def test_mask(routing: Routing, shared: bool) -> None:
+    shape = (4, 67, 5, 3, 6)
+    arguments = routing.arguments(shape, shared=shared)
+    mask = torch.rand(4, 67, generator=torch.Generator().manual_seed(5)) < 0.6
+    mask[2] = False
+    arguments["u"][~mask] = float("nan")  # what is not there may hold anything
+    got = run(routing, arguments, torch.float64, "cpu", mask=mask)
+    expected = run(routing, {**arguments, "u": arguments["u"].nan_to_num()}, torch.float64, "reference", mask=mask)
+    for x, y in zip(got, expected, strict=True):
+        assert relative_error(x, y) < 1e-12
+    if "bias" not in routing.name or routing.name.startswith("attention"):
+        assert (got[0][2] == 0).all(), "an item without capsules gives 0"
+    assert (got[1][~mask] == 0).all(), "no gradient where there is no capsule"
+    assert (got[1][mask] != 0).any()
+
+
+@by_routing
+def test_mask_is_the_same_as_leaving_the_capsules_out(routing: Routing) -> None:
+    arguments = routing.arguments((1, 40, 4, 3, 5))
+    mask = torch.arange(40) % 3 != 0
+    shorter = {**arguments, "u": arguments["u"][:, mask], "weight": arguments["weight"][mask]}
+    torch.testing.assert_close(routing.call(**arguments, mask=mask[None]), routing.call(**shorter))
+
+
+@by_operator
+@pytest.mark.parametrize("shape", [(0, 5, 3, 2, 4), (2, 0, 3, 2, 4)], ids=["no-batch", "no-capsules"])
+@by_sharing
+def test_empty(routing: Routing, shape: tuple[int, ...], shared: bool) -> None:
+    arguments = routing.arguments(shape, shared=shared)
+    expected = run(routing, arguments, torch.float64, "reference")
+    for got, y in zip(run(routing, arguments, torch.float64, "cpu"), expected, strict=True):
+        torch.testing.assert_close(got, y)
+
+
+@by_operator
+def test_strided_and_expanded_inputs(routing: Routing) -> None:
+    arguments = routing.arguments((3, 21, 4, 3, 5))
+    expected = run(routing, arguments, torch.float32, "cpu")
+    odd = {n: x.to(torch.float32).transpose(0, -1).contiguous().transpose(0, -1) for n, x in arguments.items()}
+    assert not odd["u"].is_contiguous()
+    torch.testing.assert_close(routing.call(**odd).double(), expected[0], rtol=0, atol=0)
+
+    one = arguments["u"][:1].to(torch.float32)
+    rest = {n: x.to(torch.float32) for n, x in arguments.items() if n != "u"}
+    expanded = routing.call(u=one.expand(3, -1, -1), **rest)
+    torch.testing.assert_close(expanded, routing.call(u=one.repeat(3, 1, 1), **rest), rtol=0, atol=0)
+
+
+@by_operator
+def test_gradient_that_arrives_expanded(routing: Routing) -> None:
+    u, *rest = routing.arguments((2, 9, 4, 3, 5)).values()
+    names = list(routing.arguments((2, 9, 4, 3, 5)))[1:]
+    u.requires_grad_()
+    out = routing.call(u=u, **dict(zip(names, rest, strict=True)))
+    (summed,) = torch.autograd.grad(out.sum(), u, retain_graph=True)  # a gradient of stride 0
+    (dense,) = torch.autograd.grad(out, u, torch.ones(out.shape, dtype=out.dtype))
+    torch.testing.assert_close(summed, dense, rtol=0, atol=0)
+    assert summed.abs().max() > 0
+
+
+@by_operator
+def test_only_what_is_asked_for_is_computed(routing: Routing) -> None:
+    arguments = routing.arguments((2, 13, 4, 3, 5))
+    everything = dict(zip(arguments, run(routing, arguments, torch.float64, "cpu")[1:], strict=True))
+    g = torch.Generator().manual_seed(1)
+    for name in arguments:
+        leaves = {n: x.clone().requires_grad_(n == name) for n, x in arguments.items()}
+        out = routing.call(**leaves)
+        out.backward(torch.randn(out.shape, generator=g.manual_seed(1), dtype=torch.float64))
+        for n, x in leaves.items():
+            assert (x.grad is None) == (n != name)
+        torch.testing.assert_close(leaves[name].grad, everything[name], rtol=0, atol=0)
+
+
+@by_operator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_bitwise_the_same_for_any_number_of_threads(routing: Routing, dtype: torch.dtype) -> None:
+    arguments = routing.arguments((3, 1031, 8, 2, 16))
+    threads = torch.get_num_threads()
+    try:
+        results = []
+        for n in (1, 2, 3, 7, 2):
+            torch.set_num_threads(n)
+            results.append(run(routing, arguments, dtype, "cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        for x, y in zip(results[0], other, strict=True):
+            assert torch.equal(x, y)
+
+
+def test_long_sums_do_not_drift() -> None:
+    # 200,000 votes that all point the same way: a single running sum in float32 would lose four digits.
+    N = 200_000
+    u = torch.full((1, N, 1), 1.0) + torch.rand(1, N, 1) * 1e-3
+    weight = torch.full((1, 2, 4), 1e-5)
+    out = capsops.dynamic_routing(u, weight, 1)
+    with capsops.use_backend("reference"):
+        exact = capsops.dynamic_routing(u.double(), weight.double(), 1)
+    assert relative_error(out.double(), exact) < 1e-6
+
+
+@given(
+    B=st.integers(1, 5), N=st.integers(1, 80), K=st.integers(1, 12), J=st.integers(1, 9), D=st.integers(1, 21),
+    which=st.integers(0, len(OPERATORS) - 1), shared=st.booleans(),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_any_shape(B: int, N: int, K: int, J: int, D: int, which: int, shared: bool) -> None:
+    routing = OPERATORS[which]
+    arguments = routing.arguments((B, N, K, J, D), shared=shared)
+    expected = run(routing, arguments, torch.float64, "reference")
+    for got, y in zip(run(routing, arguments, torch.float64, "cpu"), expected, strict=True):
+        assert (got - y).abs().max() <= 1e-12 * max(1.0, float(y.abs().max()))
+
+
+@by_routing
+def test_coupling_coefficients_explain_the_output(routing: Routing) -> None:
+    arguments = routing.arguments((2, 23, 4, 3, 5))
+    kind = "attention" if routing.name.startswith("attention") else "dynamic"
+    options = {}
+    if kind == "dynamic":
+        options = {"iterations": int(routing.name[7]), "leaky": "leaky" in routing.name}
+    mask = torch.rand(2, 23, generator=torch.Generator().manual_seed(1)) < 0.7
+    c = capsops.coupling_coefficients(kind, **arguments, **options, mask=mask)
+    votes = capsops.affine_votes(arguments["u"], arguments["weight"])
+    s = (c * votes if c.dim() == 4 else c[..., None] * votes).sum(dim=1)
+    if "bias" in arguments:
+        s = s + arguments["bias"]
+    torch.testing.assert_close(capsops.squash(s), routing.call(**arguments, mask=mask))
+    total = c.sum(dim=2)
+    assert (c[~mask] == 0).all()
+    assert (total[mask] < 1).all() if "leaky" in routing.name else torch.allclose(total[mask], torch.ones(()).double())
+
+
+def test_coupling_coefficients_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    from capsops import functional
+
+    u, weight = torch.randn(2, 50, 4), torch.randn(50, 4, 3, 5)
+    whole = capsops.coupling_coefficients("dynamic", u, weight)
+    monkeypatch.setattr(functional, "_CHUNK", 7 * 2 * 15)
+    torch.testing.assert_close(capsops.coupling_coefficients("dynamic", u, weight), whole)
+
+
+def test_uniform_couplings() -> None:
+    c = capsops.coupling_coefficients("uniform", torch.randn(2, 5, 4), torch.randn(5, 4, 3, 6))
+    assert torch.equal(c, torch.full((2, 5, 3), 1 / 3))
+
+
+def test_the_votes_are_never_held() -> None:
+    """Peak memory of a process, far below the votes' 640 MB, let alone the three copies of the naive form."""
+    script = """
+import resource, torch, capsops
+u = torch.rand(8, 20000, 8, requires_grad=True)
+weight = torch.rand(20000, 8, 10, 100).mul_(0.01).requires_grad_()
+for x in (u, weight):
+    x.grad = torch.zeros_like(x)
+held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+g = torch.autograd.grad(capsops.dynamic_routing(u, weight, 3, detach=False).sum(), (u, weight))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+gradients = sum(x.numel() * 4 for x in g) / 1024
+print(int(peak - held - gradients))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": "."}
+    )
+    assert int(run.stdout) < 150 * 1024

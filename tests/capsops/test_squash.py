@@ -1,0 +1,142 @@
+"""squash: values, gradients, and the ends of the number range."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import capsops
+
+by_kind = pytest.mark.parametrize("kind", ["sabour", "efficient"])
+by_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def exact(s: torch.Tensor, kind: str) -> torch.Tensor:
+    """The textbook formula in float64, for lengths that it can take."""
+    s = s.double()
+    n = s.norm(dim=-1, keepdim=True)
+    return s * (n / (1 + n**2) if kind == "sabour" else (1 - torch.exp(-n)) / n)
+
+
+@by_kind
+@by_backend
+@pytest.mark.parametrize("dim", [1, 2, 8, 17])
+def test_values(kind: str, backend: str, dim: int) -> None:
+    s = torch.randn(3, 5, dim, dtype=torch.float64) * torch.logspace(-2, 1.5, 5, dtype=torch.float64)[:, None]
+    with capsops.use_backend(backend):
+        torch.testing.assert_close(capsops.squash(s, kind=kind), exact(s, kind), rtol=1e-12, atol=0)
+        single = capsops.squash(s.float(), kind=kind)
+        torch.testing.assert_close(single.double(), exact(s.float(), kind), rtol=1e-5, atol=0)
+
+
+def test_by_hand() -> None:
+    torch.testing.assert_close(capsops.squash(torch.tensor([3.0, 4.0])), torch.tensor([3.0, 4.0]) * 5 / 26)
+    f = (1 - math.exp(-5)) / 5
+    torch.testing.assert_close(capsops.squash(torch.tensor([3.0, 4.0]), kind="efficient"), torch.tensor([3.0, 4.0]) * f)
+
+
+@by_kind
+@by_backend
+@pytest.mark.parametrize("scale", [1e-6, 5e-4, 0.3, 3.0, 40.0])
+def test_gradcheck(kind: str, backend: str, scale: float) -> None:
+    s = torch.randn(4, 6, dtype=torch.float64) * scale
+    eps = 1e-7 * min(1.0, scale) if scale < 1e-3 else 1e-6
+    with capsops.use_backend(backend):
+        assert torch.autograd.gradcheck(
+            lambda x: capsops.squash(x, kind=kind), (s.requires_grad_(),), eps=eps, atol=1e-6, rtol=1e-4
+        )
+
+
+@by_kind
+@by_backend
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [0.0, 1e-20, 1e-4, 1.0, 400.0, 6e4])
+def test_finite_everywhere(kind: str, backend: str, dtype: torch.dtype, length: float) -> None:
+    s = torch.zeros(2, 16, dtype=dtype)
+    s[0, 3] = length
+    s[1] = length / 4
+    s.requires_grad_()
+    with capsops.use_backend(backend):
+        v = capsops.squash(s, kind=kind)
+        (g,) = torch.autograd.grad(v, s, torch.ones_like(v))
+    assert torch.isfinite(v).all()
+    assert torch.isfinite(g).all()
+    lengths = v.detach().double().norm(dim=-1)
+    n = s.detach().double().norm(dim=-1)
+    expected = n**2 / (1 + n**2) if kind == "sabour" else -torch.expm1(-n)
+    torch.testing.assert_close(lengths, expected, rtol=4 * torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
+
+
+@by_backend
+@pytest.mark.parametrize("length", [1e-38, 1e-30, 1e25, 1e38])
+def test_squares_neither_overflow_nor_vanish(backend: str, length: float) -> None:
+    s = torch.tensor([[0.6 * length, 0.8 * length]], requires_grad=True)
+    with capsops.use_backend(backend):
+        v = capsops.squash(s)
+        (g,) = torch.autograd.grad(v.sum(), s)
+    assert torch.isfinite(v).all()
+    assert torch.isfinite(g).all()
+    if length > 1:
+        torch.testing.assert_close(v, torch.tensor([[0.6, 0.8]]))
+
+
+@by_kind
+def test_gradient_at_zero_is_the_limit(kind: str) -> None:
+    s = torch.zeros(3, 4, requires_grad=True)
+    g_v = torch.randn(3, 4)
+    (g,) = torch.autograd.grad(capsops.squash(s, kind=kind), s, g_v)
+    torch.testing.assert_close(g, torch.zeros(3, 4) if kind == "sabour" else g_v)
+
+
+@by_backend
+def test_nan_is_not_hidden(backend: str) -> None:
+    s = torch.ones(3, 5)
+    s[1, 0], s[2, 4] = float("nan"), float("nan")
+    with capsops.use_backend(backend):
+        v = capsops.squash(s)
+    assert torch.isfinite(v[0]).all()
+    assert v[1].isnan().all()
+    assert v[2].isnan().all()
+
+
+@by_kind
+@pytest.mark.parametrize("dim", [0, 1, -1, -3])
+def test_any_dimension(kind: str, dim: int) -> None:
+    s = torch.randn(4, 5, 6, dtype=torch.float64)
+    expected = exact(s.movedim(dim, -1), kind).movedim(-1, dim)
+    torch.testing.assert_close(capsops.squash(s, dim=dim, kind=kind), expected)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (3, 0, 2)])
+def test_empty(shape: tuple[int, ...]) -> None:
+    assert capsops.squash(torch.zeros(shape)).shape == shape
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_rounds_once(dtype: torch.dtype) -> None:
+    s = torch.randn(1000, 8).to(dtype)
+    error = (capsops.squash(s).double() - exact(s, "sabour")).abs()
+    assert (error <= torch.finfo(dtype).eps * exact(s, "sabour").abs() * 0.51 + 1e-7).all()
+
+
+def test_every_half_survives_the_round_trip() -> None:
+    """The conversions of the kernels, over all 65,536 numbers of both half types: votes of 1·x are x."""
+    for dtype in (torch.float16, torch.bfloat16):
+        x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+        x = x[torch.isfinite(x)]
+        votes = capsops.affine_votes(torch.ones(1, len(x), 1, dtype=dtype), x.reshape(-1, 1, 1, 1))
+        assert torch.equal(votes.flatten(), x)
+
+
+def test_float32_rounds_to_the_nearest_half() -> None:
+    """Products that lie between two halves, against the rounding of torch."""
+    g = torch.Generator().manual_seed(0)
+    for dtype in (torch.float16, torch.bfloat16):
+        for exponent in (-7, -4, 0, 3):
+            a = (torch.randn(20_000, generator=g) * 10.0**exponent).to(dtype)
+            b = torch.randn(20_000, generator=g).to(dtype)
+            votes = capsops.affine_votes(a.reshape(1, -1, 1), b.reshape(-1, 1, 1, 1))
+            assert torch.equal(votes.flatten(), (a.float() * b.float()).to(dtype))
