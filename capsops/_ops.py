@@ -1,8 +1,9 @@
 """Every operator, declared once: schema, shape checks, outputs and gradient.
 
-An operator `capsops::name` is a row here: its schema; a function of the same arguments that checks them and allocates the
-outputs (on real tensors it allocates what a backend then fills, on fake ones it is the shape rule that torch.compile
-uses); and, for those a user calls, a `torch.autograd.Function` outside, whose backward is an operator too.
+An operator `capsops::name` is a row here: its schema; a function of the same arguments that checks them and allocates
+the outputs (on real tensors it allocates what a backend then fills, on fake ones it is the shape rule that
+torch.compile uses); and, for those a user calls, a `torch.autograd.Function` outside, whose backward is an operator
+too.
 
 Symbols: B batch, N input capsules, K their dimension, J output capsules, D their dimension.
 """
@@ -117,7 +118,8 @@ def check_attention(
     op: str, u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None, mask: Tensor | None
 ) -> tuple[int, int, int, int, int]:
     """Check the arguments of attention routing and return B, N, K, J, D."""
-    sizes = B, N, K, J, D = check_votes(op, u, weight, mask)
+    sizes = check_votes(op, u, weight, mask)
+    J = sizes[3]
     _check_floating(op, u=u, weight=weight, attn_weight=attn_weight, attn_bias=attn_bias)
     _check_shape(op, "attn_weight", attn_weight, "J, J", J, J)
     if attn_bias is not None:
@@ -129,7 +131,8 @@ def check_dynamic(
     op: str, u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, iterations: int
 ) -> tuple[int, int, int, int, int]:
     """Check the arguments of dynamic routing and return B, N, K, J, D."""
-    sizes = B, N, K, J, D = check_votes(op, u, weight, mask)
+    sizes = check_votes(op, u, weight, mask)
+    J, D = sizes[3:]
     _check_floating(op, u=u, weight=weight, bias=bias)
     if bias is not None:
         _check_shape(op, "bias", bias, "J, D", J, D)

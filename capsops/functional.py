@@ -7,7 +7,7 @@ dtypes: float32, bfloat16 and float16 with sums kept in float32; float64 through
 must have the same dtype and device.
 
 Autocast: every function here runs in float32 (inputs of lower precision are cast up, as autocast does for norms and
-softmax). The transformation matrices are by far the largest operand, so casting them down would cost more than it saves.
+softmax). The transformation matrices are by far the largest operand: casting them down would cost more than it saves.
 
 Second derivatives: the compiled backends raise an error on double backward; `use_backend("reference")` has them.
 """
@@ -56,10 +56,8 @@ def squash(s: Tensor, dim: int = -1, kind: str = "sabour") -> Tensor:
         raise ValueError(f"squash: dim is {dim}; s has {s.dim()} dimensions, so allowed are {-s.dim()} … {s.dim() - 1}")
     last = dim in (-1, s.dim() - 1)
     x = s if last else s.movedim(dim, -1)
-    if backends.select(s.device, s.dtype) == "reference":
-        v = reference.squash(x, kind)
-    else:
-        v = _ops.Squash.apply(x, kind)
+    plain = backends.select(s.device, s.dtype) == "reference"
+    v: Tensor = reference.squash(x, kind) if plain else _ops.Squash.apply(x, kind)
     return v if last else v.movedim(-1, dim)
 
 

@@ -69,8 +69,8 @@ class PrimaryCapsules(nn.Module):
             pixels = features.shape[2] * features.shape[3]
             if pixels % self.dim:
                 raise ValueError(
-                    f"PrimaryCapsules: layout 'legacy' cuts the {pixels} pixels of a channel into capsules of {self.dim}; "
-                    f"{pixels} must be a multiple of {self.dim}"
+                    f"PrimaryCapsules: layout 'legacy' cuts the {pixels} pixels of a channel into capsules of "
+                    f"{self.dim}; {pixels} must be a multiple of {self.dim}"
                 )
             u = features.reshape(B, -1, self.dim)
         return functional.squash(u, kind=self.squash)

@@ -15,7 +15,9 @@ namespace {
 // A tensor's data_ptr(); 0 for one that is not there.
 using Address = uintptr_t;
 
-template <class T = void> T* at(Address address) { return reinterpret_cast<T*>(address); }
+template <class T = void> T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
 
 }  // namespace
 
@@ -63,8 +65,7 @@ PYBIND11_MODULE(_C, m) {
             return cpu::squash_backward(at(g_v), at(s), at(g_s), rows, dim, kind, dtype, threads);
         },
         release());
-    m.def(
-        "affine_votes", [](const Capsules& c, Address votes) { return cpu::affine_votes(c, at(votes)); }, release());
+    m.def("affine_votes", [](const Capsules& c, Address votes) { return cpu::affine_votes(c, at(votes)); }, release());
     m.def(
         "affine_votes_backward",
         [](const Capsules& c, Address g_votes, Address g_u, Address g_weight) {

@@ -74,8 +74,7 @@ CAPSOPS_HOST_DEVICE inline void squash_vector(const A* s, A* v, int64_t dim, Fac
 
 // g_s may be g_v.
 template <class A, class Factors>
-CAPSOPS_HOST_DEVICE inline void squash_vector_backward(const A* g_v, const A* s, A* g_s, int64_t dim,
-                                                       Factors factors) {
+CAPSOPS_HOST_DEVICE inline void squash_vector_backward(const A* g_v, const A* s, A* g_s, int64_t dim, Factors factors) {
     const A n = length(s, dim);
     const SquashFactors<A> f = factors(n);
     const A divisor = n == A(0) ? A(1) : n;

@@ -50,8 +50,12 @@ struct float16 {
     }
 };
 
-template <class Storage> struct accumulation { using type = float; };
-template <> struct accumulation<double> { using type = double; };
+template <class Storage> struct accumulation {
+    using type = float;
+};
+template <> struct accumulation<double> {
+    using type = double;
+};
 template <class Storage> using accumulation_t = typename accumulation<Storage>::type;
 
 }  // namespace capsops

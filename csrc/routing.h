@@ -20,9 +20,9 @@ enum class SquashKind : int { sabour, efficient };
 
 // What the votes û_bi = u_bi W_i are made of.
 struct Capsules {
-    const void* u;          // [B, N, K] storage
-    const void* weight;     // [N, K, J, D] storage; [K, J, D] if weight_stride is 0
-    const uint8_t* mask;    // [B, N], 0 = not there; null: all are there
+    const void* u;        // [B, N, K] storage
+    const void* weight;   // [N, K, J, D] storage; [K, J, D] if weight_stride is 0
+    const uint8_t* mask;  // [B, N], 0 = not there; null: all are there
     int64_t B, N, K, J, D;
     int64_t weight_stride;  // elements from one input capsule's matrix to the next: K·J·D, or 0 if shared
     Dtype dtype;            // storage of u and weight

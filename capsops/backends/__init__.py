@@ -1,7 +1,8 @@
 """The backends, and the choice between them.
 
-Each backend is a module with the same function names. `reference` is plain PyTorch and differentiated by it; the compiled
-ones fill the outputs of the operators in `_ops.py`. A compiled backend says by `why_not` why it cannot take a tensor.
+Each backend is a module with the same function names. `reference` is plain PyTorch and differentiated by it; the
+compiled ones fill the outputs of the operators in `_ops.py`. A compiled backend says by `why_not` why it cannot take a
+tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import cpu, reference
+from . import cpu
 
 # In the order of preference. The reference takes whatever the others refuse.
 COMPILED: dict[str, ModuleType] = {"cpu": cpu}

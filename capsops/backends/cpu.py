@@ -1,6 +1,7 @@
 """The compiled CPU backend: tensors to pointers, and a call into `capsops._C`.
 
-Every function fills the outputs that come first among its arguments; the operators in `_ops.py` have checked everything else.
+Every function fills the outputs that come first among its arguments; the operators in `_ops.py` have checked everything
+else.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ try:
     # After torch, so that both share one OpenMP runtime.
     from .. import _C
 except ImportError as error:
-    _C = None
+    _C = None  # type: ignore[assignment]
     _import_error = str(error)
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}

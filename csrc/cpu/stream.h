@@ -51,8 +51,7 @@ class Blocks {
 };
 
 // out[x] = Σ_block partial[block][x], in the order of the blocks, in double.
-template <class A, class Out>
-void add_blocks(const A* partial, int64_t blocks, int64_t size, Out* out, int threads) {
+template <class A, class Out> void add_blocks(const A* partial, int64_t blocks, int64_t size, Out* out, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (size >= 4096)
     for (int64_t x = 0; x < size; ++x) {
         double sum = 0;
@@ -82,7 +81,9 @@ template <class T, class A> void make_votes(const T* u, const A* weight, int64_t
     }
 }
 
-inline bool is_there(const Capsules& c, int64_t b, int64_t i) { return !c.mask || c.mask[b * c.N + i]; }
+inline bool is_there(const Capsules& c, int64_t b, int64_t i) {
+    return !c.mask || c.mask[b * c.N + i];
+}
 
 template <class T, class Policy, class A = accumulation_t<T>>
 void reduce(const Capsules& c, const Policy& policy, A* out /* [B, J, D] */) {
@@ -176,8 +177,7 @@ void emit(const Capsules& c, const Policy& policy, const CapsuleGradients& gradi
         }
     }
     if (params) add_blocks(partial.get(), blocks.count(), params, g_params, c.threads);
-    if (shared)
-        add_blocks(shared_partial.get(), blocks.count(), KJD, static_cast<T*>(gradients.weight), c.threads);
+    if (shared) add_blocks(shared_partial.get(), blocks.count(), KJD, static_cast<T*>(gradients.weight), c.threads);
 }
 
 // Calls function.operator()<storage type>() for a run-time dtype and turns a lack of memory into a status.
@@ -201,8 +201,7 @@ template <class A> void squash_outputs(const A* s, A* v, int64_t rows, int64_t D
 }
 
 template <class A> void squash_outputs_backward(const A* g_v, const A* s, A* g_s, int64_t rows, int64_t D) {
-    for (int64_t r = 0; r < rows; ++r)
-        squash_vector_backward(g_v + r * D, s + r * D, g_s + r * D, D, squash_sabour<A>);
+    for (int64_t r = 0; r < rows; ++r) squash_vector_backward(g_v + r * D, s + r * D, g_s + r * D, D, squash_sabour<A>);
 }
 
 }  // namespace capsops::cpu

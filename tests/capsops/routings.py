@@ -54,9 +54,7 @@ def _dynamic(iterations: int, *, detach: bool, leaky: bool, bias: bool) -> Routi
     return Routing(name, call, lambda J, D: {"bias": (J, D)} if bias else {}, detach)
 
 
-ATTENTION = Routing(
-    "attention", capsops.attention_routing, lambda J, D: {"attn_weight": (J, J), "attn_bias": (J,)}
-)
+ATTENTION = Routing("attention", capsops.attention_routing, lambda J, D: {"attn_weight": (J, J), "attn_bias": (J,)})
 ROUTINGS = [
     ATTENTION,
     Routing("attention-no-bias", capsops.attention_routing, lambda J, D: {"attn_weight": (J, J)}),

@@ -38,7 +38,9 @@ def _arguments(routing: Routing) -> dict[str, torch.Tensor]:
         ({"weight": torch.zeros(7, 4, 3, 5, device="meta")}, "weight is on meta, but u is on cpu"),
         ({"u": torch.zeros(2, 7, 4).to_sparse()}, "u has layout torch.sparse_coo"),
     ],
-    ids=lambda x: "" if isinstance(x, str) else "-".join(f"{n}{tuple(t.shape)}{t.dtype}{t.device}" for n, t in x.items()),
+    ids=lambda x: (
+        "" if isinstance(x, str) else "-".join(f"{n}{tuple(t.shape)}{t.dtype}{t.device}" for n, t in x.items())
+    ),
 )
 def test_votes(routing: Routing, backend: str, change: dict[str, torch.Tensor], message: str) -> None:
     with capsops.use_backend(backend), pytest.raises(ValueError, match=message):
@@ -47,7 +49,7 @@ def test_votes(routing: Routing, backend: str, change: dict[str, torch.Tensor], 
 
 @by_operator
 def test_not_a_tensor(routing: Routing) -> None:
-    with pytest.raises(TypeError, match="weight is a list; it must be a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"weight is a list; it must be a torch.Tensor"):
         routing.call(**{**_arguments(routing), "weight": [1.0]})
 
 
@@ -71,24 +73,32 @@ def test_mask(routing: Routing, mask: torch.Tensor, message: str) -> None:
 def test_attention(backend: str) -> None:
     u, weight = torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5)
     with capsops.use_backend(backend):
-        with pytest.raises(ValueError, match=r"attention_routing: attn_weight has shape \[3, 4\]; expected \[J, J\] = \[3, 3\]"):
+        with pytest.raises(
+            ValueError, match=r"attention_routing: attn_weight has shape \[3, 4\]; expected \[J, J\] = \[3, 3\]"
+        ):
             capsops.attention_routing(u, weight, torch.zeros(3, 4))
         with pytest.raises(ValueError, match=r"attn_bias has shape \[3, 5\]; expected \[J\]"):
             capsops.attention_routing(u, weight, torch.zeros(3, 3), torch.zeros(3, 5))
-        with pytest.raises(ValueError, match="attn_weight has dtype torch.float64"):
+        with pytest.raises(ValueError, match=r"attn_weight has dtype torch.float64"):
             capsops.attention_routing(u, weight, torch.zeros(3, 3).double())
 
 
 @by_backend
 @pytest.mark.parametrize("iterations", [0, -1, 1.5, "3", True, None])
 def test_iterations(backend: str, iterations: object) -> None:
-    with capsops.use_backend(backend), pytest.raises(ValueError, match=f"iterations is {iterations!r}; it must be an integer"):
+    with (
+        capsops.use_backend(backend),
+        pytest.raises(ValueError, match=f"iterations is {iterations!r}; it must be an integer"),
+    ):
         capsops.dynamic_routing(torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5), iterations)  # type: ignore[arg-type]
 
 
 @by_backend
 def test_bias(backend: str) -> None:
-    with capsops.use_backend(backend), pytest.raises(ValueError, match=r"bias has shape \[5\]; expected \[J, D\] = \[3, 5\]"):
+    with (
+        capsops.use_backend(backend),
+        pytest.raises(ValueError, match=r"bias has shape \[5\]; expected \[J, D\] = \[3, 5\]"),
+    ):
         capsops.dynamic_routing(torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5), bias=torch.zeros(5))
 
 

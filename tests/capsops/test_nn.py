@@ -55,7 +55,15 @@ def test_state_dict_round_trip(routing: str, tmp_path: Path) -> None:
 
 def test_repr_says_what_it_is() -> None:
     text = repr(nn.CapsuleLayer(9, 4, 3, 5, "dynamic", iterations=2, bias=False, leaky=True))
-    for part in ("in_capsules=9", "in_dim=4", "out_capsules=3", "routing='dynamic'", "iterations=2", "leaky=True", "bias=False"):
+    for part in (
+        "in_capsules=9",
+        "in_dim=4",
+        "out_capsules=3",
+        "routing='dynamic'",
+        "iterations=2",
+        "leaky=True",
+        "bias=False",
+    ):
         assert part in text
     assert "layout='legacy'" in repr(nn.PrimaryCapsules(1, 2, 4, layout="legacy"))
 
@@ -98,7 +106,7 @@ def test_primary_capsules_legacy_needs_a_multiple() -> None:
         (lambda: nn.PrimaryCapsules(1, -2, 4), "types is -2"),
     ],
 )
-def test_bad_arguments(build, message: str) -> None:  # noqa: ANN001
+def test_bad_arguments(build, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
 

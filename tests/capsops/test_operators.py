@@ -35,7 +35,9 @@ def _examples() -> dict[str, tuple]:
 
 
 def test_examples_cover_every_operator() -> None:
-    declared = {n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("capsops::")}
+    declared = {
+        n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("capsops::")
+    }
     assert declared == set(_examples())
 
 
@@ -72,9 +74,7 @@ def test_compile_fullgraph(routing: Routing, dynamic: bool) -> None:
 def test_compile_a_network_with_inductor() -> None:
     """A whole training step through the default compiler, with other sizes on the second call."""
     torch.manual_seed(0)
-    net = torch.nn.Sequential(
-        nn.PrimaryCapsules(1, 4, 4, kernel_size=3), nn.CapsuleLayer(4 * 36, 4, 3, 5, "attention")
-    )
+    net = torch.nn.Sequential(nn.PrimaryCapsules(1, 4, 4, kernel_size=3), nn.CapsuleLayer(4 * 36, 4, 3, 5, "attention"))
     compiled = torch.compile(net, fullgraph=True)
     for batch in (2, 5):
         x = torch.randn(batch, 1, 14, 14)

@@ -75,7 +75,9 @@ def test_detached_gradient_takes_the_couplings_as_constants() -> None:
     got = capsops.dynamic_routing(u, weight, 3, detach=True)
     torch.testing.assert_close(got, expected)
     g = torch.randn_like(got)
-    for x, y in zip(torch.autograd.grad(got, (u, weight), g), torch.autograd.grad(expected, (u, weight), g), strict=True):
+    for x, y in zip(
+        torch.autograd.grad(got, (u, weight), g), torch.autograd.grad(expected, (u, weight), g), strict=True
+    ):
         torch.testing.assert_close(x, y)
 
 
@@ -252,6 +254,10 @@ gradients = sum(x.numel() * 4 for x in g) / 1024
 print(int(peak - held - gradients))
 """
     run = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": "."}
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": "."},
     )
     assert int(run.stdout) < 150 * 1024

@@ -1,0 +1,540 @@
+"""Every setting of a training run, declared once: the command line, the YAML file and the run's record all
+read `TrainConfig`.
+
+Precedence: defaults < the preset's own values < the YAML file < the command line. With `--resume`, the run's
+own configuration takes the place of the defaults. Imports nothing heavy, so that `--help` answers at once.
+"""
+# ruff: noqa: RUF009  (`_option` is a field, not a shared default)
+
+import argparse
+import difflib
+import math
+import os
+import re
+import reprlib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from cardiocaps import __version__
+from cardiocaps.errors import ConfigError
+
+MAY_DIFFER_ON_RESUME = ("epochs", "device", "threads", "workers", "progress", "cache_dir")
+"""Settings that may change when a run goes on: they decide how long and where it runs, not what it
+computes."""
+
+_LARGEST_FILE = 1 << 20
+
+# Line ends of every kind among them, which YAML would not give back; and bytes that are no text.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Sizes of the network (lengths in pixels of the input or of the map before), and the training that goes
+    with them."""
+
+    size: int
+    conv_channels: int
+    conv_kernel: int
+    conv_stride: int
+    primary_types: int
+    primary_dim: int
+    primary_kernel: int
+    primary_stride: int
+    out_dim: int
+    decoder: tuple[int, int]
+    frames_per_clip: int
+    batch_size: int
+    learning_rate: float
+    epochs: int
+    patience: int
+
+
+PRESETS: Mapping[str, Preset] = {
+    "tiny": Preset(
+        size=64,
+        conv_channels=32,
+        conv_kernel=9,
+        conv_stride=2,
+        primary_types=8,
+        primary_dim=8,
+        primary_kernel=5,
+        primary_stride=2,
+        out_dim=16,
+        decoder=(128, 256),
+        frames_per_clip=8,
+        batch_size=32,
+        learning_rate=1e-3,
+        epochs=20,
+        patience=5,
+    ),
+    "small": Preset(
+        size=128,
+        conv_channels=64,
+        conv_kernel=9,
+        conv_stride=1,
+        primary_types=16,
+        primary_dim=8,
+        primary_kernel=9,
+        primary_stride=2,
+        out_dim=16,
+        decoder=(512, 1024),
+        frames_per_clip=16,
+        batch_size=16,
+        learning_rate=3e-4,
+        epochs=40,
+        patience=6,
+    ),
+    "paper": Preset(  # CardioCaps, section III-A
+        size=256,
+        conv_channels=256,
+        conv_kernel=9,
+        conv_stride=1,
+        primary_types=32,
+        primary_dim=8,
+        primary_kernel=9,
+        primary_stride=2,
+        out_dim=16,
+        decoder=(512, 1024),
+        frames_per_clip=50,
+        batch_size=8,
+        learning_rate=1e-4,
+        epochs=100,
+        patience=5,
+    ),
+}
+
+
+def _option(default: Any, group: str, text: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A field of TrainConfig, with its section in the help, its help, and its bounds (inclusive)."""
+    return field(default=default, metadata={"group": group, "help": text, "low": low, "high": high})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run. Every way of making one checks every value; ConfigError names the
+    setting, its value and what is allowed. A setting that is None is decided by the preset (see `resolved`)
+    or has the meaning its help gives."""
+
+    data: Path | None = _option(
+        None, "data", "EchoNet-LVH folder (MeasurementsList.csv, Batch1 to Batch4); none: the phantom"
+    )
+    phantom_videos: int = _option(
+        300, "data", "videos of the synthetic phantom, where no --data is given", low=10, high=100_000
+    )
+    phantom_seed: int = _option(10, "data", "seed of the phantom", low=0, high=2**32 - 1)
+    phantom_dir: Path = _option(Path("phantom"), "data", "folder the phantom is written to and reused from")
+    cache_dir: Path | None = _option(None, "data", "folder for decoded frames; none: no cache")
+    protocol: Literal["video", "paper"] = _option(
+        "video",
+        "data",
+        "video: one label per video, split by video; paper: row by row, split by frame, which leaks",
+    )
+    split: Literal["auto", "column", "stratified"] = _option(
+        "auto",
+        "data",
+        "the data set's own column, or groups stratified by label; auto: the column where there is one",
+    )
+    frames_per_clip: int | None = _option(
+        None, "data", "frames taken from a video; none: the preset's", low=1, high=10_000
+    )
+    frame_choice: Literal["spread", "first"] = _option(
+        "spread", "data", "frames spread evenly over the video, or its first ones (the paper's)"
+    )
+    limit: int | None = _option(None, "data", "use the first so many videos only; none: all", low=1, high=10**9)
+    max_bad_share: float = _option(0.05, "data", "share of unusable videos above which the run stops", low=0, high=1)
+
+    preset: Literal["tiny", "small", "paper"] = _option("tiny", "model", "size of the network and its training")
+    routing: Literal["attention", "dynamic", "uniform"] = _option("attention", "model", "routing algorithm")
+    iterations: int = _option(3, "model", "iterations of dynamic routing", low=1, high=10)
+    primary_layout: Literal["channels", "legacy"] = _option(
+        "channels", "model", "a capsule is the neurons of one location, or as in the published code"
+    )
+    decoder_mask: Literal["label", "predicted"] = _option(
+        "label", "model", "class capsule that the decoder sees in training"
+    )
+
+    class_weight: Literal["balanced", "proportion", "none"] = _option(
+        "balanced", "loss", "weight of a class: n / (2 n_c), n_c / n (the letter of eq. 2), or one"
+    )
+    reconstruction_weight: float = _option(
+        0.0005, "loss", "weight of the reconstruction's squared error, summed over an image", low=0, high=1000
+    )
+    regression_weight: float = _option(
+        0.05, "loss", "weight of the regression loss (lambda_reg of eq. 2)", low=0, high=1000
+    )
+    regression_target: Literal["width", "ef"] = _option(
+        "width", "loss", "what is regressed: LV width in cm, or ejection fraction in percent"
+    )
+
+    batch_size: int | None = _option(None, "training", "frames in a batch; none: the preset's", low=1, high=65_536)
+    learning_rate: float | None = _option(
+        None, "training", "learning rate of Adam; none: the preset's", low=1e-9, high=1
+    )
+    epochs: int | None = _option(None, "training", "most epochs; none: the preset's", low=1, high=100_000)
+    patience: int | None = _option(
+        None,
+        "training",
+        "epochs without a better validation loss before stopping; none: the preset's",
+        low=1,
+        high=100_000,
+    )
+    seed: int = _option(10, "training", "seed of weights, order and augmentation", low=0, high=2**32 - 1)
+
+    device: Literal["auto", "cpu", "cuda"] = _option("auto", "machine", "auto: a GPU where there is one")
+    precision: Literal["32", "bf16"] = _option("32", "machine", "float32, or bfloat16 autocast")
+    threads: int | None = _option(None, "machine", "threads of the CPU; none: torch decides", low=1, high=1024)
+    workers: int = _option(0, "machine", "processes that load data; 0: the main one", low=0, high=256)
+
+    out: Path | None = _option(None, "run", "folder of the run; none: runs/PRESET-ROUTING-seedSEED")
+    overwrite: bool = _option(False, "run", "replace the folder of an earlier run")
+    resume: Path | None = _option(None, "run", "go on with the run in this folder, with its own settings")
+    progress: bool = _option(True, "run", "progress bar")
+    bootstrap: int = _option(1000, "run", "resamples for the intervals; 0: none", low=0, high=100_000)
+
+    def __post_init__(self) -> None:
+        for name, option in options().items():
+            object.__setattr__(self, name, option.check(getattr(self, name), where=name))
+        if self.protocol == "paper" and self.split != "auto":
+            raise ConfigError(f"split: {self.split!r} has no meaning with protocol 'paper' (split by frame); give auto")
+        if self.resume is not None:
+            if self.overwrite:
+                raise ConfigError("overwrite: a run that is resumed cannot be overwritten; give one of the two")
+            if self.out is not None and not _same_path(self.out, self.resume):
+                raise ConfigError(
+                    f"out: a resumed run stays in its folder {_shown(self.resume)}; drop {_shown(self.out)}"
+                )
+
+    @property
+    def network(self) -> Preset:
+        """The preset's network sizes (its training values are only defaults: read those from this
+        configuration)."""
+        return PRESETS[self.preset]
+
+    def resolved(self) -> "TrainConfig":
+        """The same with the preset's values and the run's folder in place of None."""
+        preset = PRESETS[self.preset]
+        return replace(
+            self,
+            frames_per_clip=_first(self.frames_per_clip, preset.frames_per_clip),
+            batch_size=_first(self.batch_size, preset.batch_size),
+            learning_rate=_first(self.learning_rate, preset.learning_rate),
+            epochs=_first(self.epochs, preset.epochs),
+            patience=_first(self.patience, preset.patience),
+            out=self.out or self.resume or Path("runs", f"{self.preset}-{self.routing}-seed{self.seed}"),
+        )
+
+    def as_dict(self) -> dict[str, bool | int | float | str | None]:
+        """Plain values, paths as text: what a checkpoint can hold and `TrainConfig(**values)` takes back."""
+        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    def to_yaml(self) -> str:
+        """The configuration as a YAML file that `read_yaml` takes back."""
+        import yaml
+
+        text: str = yaml.dump(self.as_dict(), Dumper=_yaml_types()[1], sort_keys=False, allow_unicode=True, width=1000)
+        return text
+
+
+@dataclass(frozen=True)
+class Option:
+    """One setting, read off its field in TrainConfig."""
+
+    name: str
+    kind: type  # bool, int, float, str or Path
+    optional: bool
+    choices: tuple[str, ...]
+    default: Any
+    group: str
+    help: str
+    low: float | None
+    high: float | None
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def allowed(self) -> str:
+        if self.choices:
+            what = f"one of {', '.join(self.choices)}"
+        elif self.kind is bool:
+            what = "true or false"
+        elif self.kind is Path:
+            what = "a path without control characters"
+        else:
+            number = "an integer" if self.kind is int else "a number"
+            what = f"{number} from {self.low:.10g} to {self.high:.10g}"
+        return what + (" or null" if self.optional else "")
+
+    def check(self, value: Any, where: str) -> Any:
+        """`value` in the setting's own type. Raises ConfigError, beginning with `where`."""
+        checked = self._converted(value)
+        if checked is None and not (value is None and self.optional):
+            raise ConfigError(f"{where}: {_shown(value)} is not allowed; give {self.allowed}")
+        return checked
+
+    def from_text(self, text: str) -> Any:
+        """The value that `text` on the command line stands for. Raises argparse's error, which names the
+        option."""
+        value: Any = text
+        if self.kind is int and re.fullmatch(r"[-+]?[0-9]{1,20}", text):
+            value = int(text)
+        try:
+            return self.check(value, where="")
+        except ConfigError as error:
+            message = str(error).removeprefix(": ").removesuffix(" or null")
+            raise argparse.ArgumentTypeError(message) from None
+
+    def _converted(self, value: Any) -> Any:
+        """`value` in the setting's own type, None where that is impossible."""
+        if self.choices:  # precision: 32 in YAML is a number
+            text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+            return text if isinstance(text, str) and text in self.choices else None
+        if self.kind is bool:
+            return value if isinstance(value, bool) else None
+        if self.kind is Path:
+            # Path("") is the working folder, which nobody means.
+            usable = isinstance(value, str | Path) and str(value).strip() and not _CONTROL.search(str(value))
+            return Path(value) if usable else None
+        if isinstance(value, bool):
+            return None
+        if self.kind is int:
+            number: int | float | None = value if isinstance(value, int) else None
+        else:
+            number = _as_float(value)
+        inside = number is not None and _first(self.low, -math.inf) <= number <= _first(self.high, math.inf)
+        return number if inside else None
+
+
+@cache
+def options() -> dict[str, Option]:
+    """Every setting by name, in order."""
+    hints = get_type_hints(TrainConfig)
+    table = {}
+    for item in fields(TrainConfig):
+        hint = hints[item.name]
+        optional = get_origin(hint) in (Union, types.UnionType)
+        if optional:
+            (hint,) = (part for part in get_args(hint) if part is not types.NoneType)
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        table[item.name] = Option(
+            name=item.name,
+            kind=str if choices else hint,
+            optional=optional,
+            choices=choices,
+            default=item.default,
+            **item.metadata,
+        )
+    return table
+
+
+class CommandLine(argparse.ArgumentParser):
+    """A parser that takes no abbreviation, and answers a mistake in one line: `error: …`, exit status 2."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **settings})
+
+    def parse_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            option = next((text for text in unknown if text.startswith("-")), None)
+            if option is None:
+                self.error(f"unexpected argument {_shown(unknown[0])}; every setting is given as --option")
+            flag = option.partition("=")[0]
+            self.error(f"unknown option {flag}{_did_you_mean(flag, self._option_string_actions)}")
+        return parsed
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def command_line(prog: str = "cardiocaps.train", description: str | None = None) -> CommandLine:
+    """The training program's parser. Only what is typed lands in its namespace, besides `config`, the YAML
+    file."""
+    parser = CommandLine(
+        prog=prog,
+        usage="%(prog)s [--config FILE] [options]",
+        description=description,
+        epilog="Research use only. Not a medical device.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--version", action="version", version=f"cardiocaps {__version__}")
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", default=None, help="YAML file with any of the settings below"
+    )
+    groups: dict[str, Any] = {}
+    for option in options().values():
+        if option.group not in groups:
+            groups[option.group] = parser.add_argument_group(option.group)
+        group = groups[option.group]
+        if option.kind is bool:
+            default = "yes" if option.default else "no"
+            group.add_argument(
+                option.flag, action=argparse.BooleanOptionalAction, help=f"{option.help} (default: {default})"
+            )
+            continue
+        text = option.help if option.default is None else f"{option.help} (default: {option.default})"
+        metavar = {int: "N", float: "X", Path: "PATH", str: f"{{{','.join(option.choices)}}}"}[option.kind]
+        group.add_argument(option.flag, type=option.from_text, metavar=metavar, help=text.replace("%", "%%"))
+    return parser
+
+
+def from_command_line(argv: Sequence[str] | None = None, prog: str = "cardiocaps.train") -> TrainConfig:
+    """The resolved configuration that a command line asks for; `argv` None: the process's own.
+
+    Exits with status 2 on a mistake in the command line; raises ConfigError for one in the YAML file, between
+    settings, or for a run that cannot be resumed so.
+    """
+    typed = vars(command_line(prog).parse_args(argv))
+    file = typed.pop("config", None)
+    settings = {**(read_yaml(file) if file is not None else {}), **typed}
+    folder: Path | None = settings.get("resume")
+    if folder is None:
+        return TrainConfig(**settings).resolved()
+    if not (folder / "config.yaml").is_file():
+        raise ConfigError(f"resume: {_shown(folder)} is not the folder of a run: it has no config.yaml")
+    # The folder may have been moved, or made with --overwrite: neither is a setting of the run.
+    own = {"out": folder, "resume": None, "overwrite": False}
+    old = TrainConfig(**{**read_yaml(folder / "config.yaml"), **own})
+    new = replace(old, **settings).resolved()
+    check_resumable(old, new)
+    return new
+
+
+def check_resumable(old: TrainConfig, new: TrainConfig) -> None:
+    """Raise ConfigError where `new` would go on with the run of `old` under other settings; the message lists
+    them all.
+
+    What may differ: MAY_DIFFER_ON_RESUME, and where the run lies (`out`, `resume`, `overwrite`).
+    """
+    ignored = {*MAY_DIFFER_ON_RESUME, "out", "resume", "overwrite"}
+    before, after = old.resolved().as_dict(), new.resolved().as_dict()
+    different = [
+        f"{name} is {_shown(after[name])}, was {_shown(before[name])}"
+        for name in before
+        if name not in ignored and before[name] != after[name]
+    ]
+    if different:
+        raise ConfigError(
+            f"resume: the run has other settings ({'; '.join(different)}); start a new run for these. "
+            f"Only {', '.join(MAY_DIFFER_ON_RESUME)} may differ"
+        )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, checked one by one, in their own types.
+
+    Scalars are read as in YAML 1.2: 1e-4 is a number, 010 is not eight, yes and no are text. Raises
+    ConfigError for a file that cannot be read or parsed, unknown or repeated keys, and values that are not
+    allowed.
+    """
+    import yaml
+
+    try:
+        # Anything but a file of moderate size (a pipe, a checkpoint) would block or fill the memory.
+        if not path.is_file():
+            raise ConfigError(f"config: {path} is not a file")
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ConfigError(f"config: {path} is larger than a configuration can be ({_LARGEST_FILE} bytes)")
+        content = yaml.load(path.read_bytes(), Loader=_yaml_types()[0])  # a SafeLoader
+    except OSError as error:
+        raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
+    except RecursionError as error:
+        raise ConfigError(f"config: {path} is nested too deeply") from error
+    # An explicit tag that does not suit its scalar (`!!bool perhaps`) fails in PyYAML with any of the others.
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(f"config: {path} is not valid YAML: {_one_line(error)}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"config: {path} must hold lines of the form `setting: value`, is {_shown(content)}")
+    known = options()
+    for key in content:
+        if key not in known:
+            raise ConfigError(f"{path}: unknown setting {_shown(key)}{_did_you_mean(str(key), known)}")
+    return {key: known[key].check(value, where=f"{path}: {key}") for key, value in content.items()}
+
+
+@cache
+def _yaml_types() -> tuple[Any, Any]:
+    """A safe loader that refuses repeated keys, and a dumper, both with the scalars of YAML 1.2's core
+    schema."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            mapping = {}
+            for key_node, value_node in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if not isinstance(key, str):
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{_shown(key)} is not the name of a setting", key_node.start_mark
+                    )
+                if key in mapping:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"{_shown(key)} is given twice", key_node.start_mark
+                    )
+                mapping[key] = self.construct_object(value_node, deep=deep)
+            return mapping
+
+    class Dumper(yaml.SafeDumper):
+        yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+
+    digits = "-+0123456789"
+    for kind, pattern, first in (
+        ("null", r"~|null|", ["~", "n", ""]),
+        ("bool", r"true|false", list("tf")),
+        ("int", r"[-+]?(0|[1-9][0-9]*)", list(digits)),
+        (
+            "float",
+            r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
+            list(digits + "."),
+        ),
+    ):
+        for side in (Loader, Dumper):
+            side.add_implicit_resolver(f"tag:yaml.org,2002:{kind}", re.compile(f"^(?:{pattern})$"), first)
+    return Loader, Dumper
+
+
+def _as_float(value: Any) -> float | None:
+    if isinstance(value, str) and not re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", value):
+        return None
+    if not isinstance(value, str | int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _did_you_mean(word: str, known: Mapping[str, Any]) -> str:
+    completed = [name for name in known if len(word) > 3 and name.startswith(word)]
+    close = completed or difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _first(value: Any, otherwise: Any) -> Any:
+    return otherwise if value is None else value
+
+
+def _same_path(one: Path, other: Path) -> bool:
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def _shown(value: Any) -> str:
+    return repr(str(value)) if isinstance(value, Path) else reprlib.repr(value)
+
+
+def _one_line(error: Exception) -> str:
+    return re.sub(r"\s+", " ", str(error)).strip()

@@ -1,0 +1,287 @@
+"""Frames for Lightning: items from the cache, views made on the device.
+
+What item i shows in epoch e depends on (seed, e, i) alone: the same for any number of workers and after a
+resume.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import LightningDataModule
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from cardiocaps.data import cache, splits
+from cardiocaps.data.echonet import Clip, Study, read_folder
+from cardiocaps.data.views import base_side, draw_jitter, three_views
+from cardiocaps.errors import ConfigError
+
+TARGETS = ("width", "ef")
+
+
+class FrameDataset(Dataset[dict[str, Any]]):
+    """The frames of one split, by (epoch, index)."""
+
+    def __init__(
+        self,
+        cached: cache.Cached,
+        clips: tuple[Clip, ...],
+        items: NDArray[np.int64],
+        *,
+        target: str,
+        seed: int,
+        train: bool,
+        augment_full: bool,
+    ) -> None:
+        self.cached, self.clips, self.items = cached, clips, items
+        self.target, self.seed, self.train, self.augment_full = target, seed, train, augment_full
+        self.labels = np.array([clips[clip].label for clip in items[:, 0]], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def pixels(self, index: int) -> Tensor:
+        """uint8 [3, S, S]"""
+        clip, frame = self.items[index]
+        return torch.from_numpy(np.array(self.cached.frames(self.clips[clip])[frame]))
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        number, frame = (int(value) for value in self.items[index])
+        clip = self.clips[number]
+        rng = np.random.default_rng([self.seed, epoch, index])
+        jitter, tone = draw_jitter(rng, self.train, self.augment_full)
+        return {
+            "base": self.pixels(index),
+            "jitter": torch.from_numpy(jitter),
+            "tone": torch.from_numpy(tone),
+            "label": clip.label,
+            "target": torch.tensor(clip.width if self.target == "width" else clip.ef, dtype=torch.float32),
+            "clip": number,
+            "frame": int(self.cached.numbers[clip.path][frame]),
+        }
+
+
+class FrameSampler(DistributedSampler[tuple[int, int]]):
+    """Yields (epoch, index): shuffled anew each epoch in training, in order and never padded in evaluation.
+
+    A DistributedSampler so that Lightning leaves it alone and calls `set_epoch`; one process is the usual
+    case.
+    """
+
+    def __init__(self, dataset: FrameDataset) -> None:
+        ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+        replicas = torch.distributed.get_world_size() if ready else 1
+        rank = torch.distributed.get_rank() if ready else 0
+        super().__init__(dataset, replicas, rank, shuffle=dataset.train, seed=dataset.seed)
+        self.train = dataset.train
+        self.skip = 0  # items of the coming pass that were handed out before a checkpoint
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        n = len(self.dataset)  # type: ignore[arg-type]
+        order = np.arange(n)
+        if self.train:
+            # n as the third word: no item of this epoch draws from the same generator
+            order = np.random.default_rng([self.seed, self.epoch, n]).permutation(n)
+            order = np.resize(order, self.total_size)  # every process the same number of steps
+        skip, self.skip = self.skip, 0
+        return iter([(self.epoch, int(i)) for i in order[self.rank :: self.num_replicas][skip:]])
+
+    def __len__(self) -> int:
+        n = self.total_size if self.train else len(self.dataset)  # type: ignore[arg-type]
+        return len(range(self.rank, n, self.num_replicas))
+
+
+class FrameLoader(DataLoader[dict[str, Any]]):
+    """A loader whose place in an epoch is part of a checkpoint, in the way that Lightning asks for."""
+
+    done = 0  # batches handed out in this epoch
+    resume_at = 0  # batches that the coming pass leaves out
+
+    def state_dict(self) -> dict[str, int]:
+        return {"batches": self.done}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.resume_at = state["batches"] % len(self)  # a whole epoch: the next one starts from its beginning
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
+        # A generator, so that nothing is fetched before Lightning has told the sampler the epoch.
+        self.done, self.resume_at = self.resume_at, 0
+        self.sampler.skip = self.done * (self.batch_size or 1)  # type: ignore[attr-defined]
+        for batch in super().__iter__():
+            self.done += 1
+            yield batch
+
+
+class EchoDataModule(LightningDataModule):
+    """Train, validation and test loaders over a study.
+
+    A batch, after `on_after_batch_transfer`, is a dict: image float32 [B, 9, size, size] in [0, 1]; label
+    int64 [B]; target float32 [B] (cm or percent, NaN where not measured); clip int64 [B], an index into
+    ``clips(split)``; frame int64 [B], the frame's number in its video.
+
+    Args:
+        study: a `Study`, or a folder for `read_folder`.
+        size: side of the network's input in pixels.
+        batch_size: frames.
+        frames_per_clip: at most so many frames of each clip.
+        frame_choice: ``spread`` or ``first``; default ``first`` in the paper protocol, else ``spread``.
+        target: ``width`` (cm) or ``ef`` (percent).
+        seed: of order, augmentation and the paper protocol's split.
+        cache_dir: see `cache.default_folder`.
+        num_workers: loader processes.
+        max_bad_share: largest share of unusable rows or videos.
+        augment_full: see `views.draw_jitter`.
+        progress: show a bar while decoding.
+
+    Raises:
+        ConfigError, DataError, OutputError: from the constructor, or from `setup` as `read_folder` and
+            `cache.build`.
+    """
+
+    def __init__(
+        self,
+        study: Study | Path | str,
+        *,
+        size: int = 256,
+        batch_size: int = 8,
+        frames_per_clip: int = 50,
+        frame_choice: str | None = None,
+        target: str = "width",
+        seed: int = 10,
+        cache_dir: Path | str | None = None,
+        num_workers: int = 0,
+        max_bad_share: float = 0.05,
+        augment_full: bool = True,
+        progress: bool = False,
+    ) -> None:
+        super().__init__()
+        if target not in TARGETS:
+            raise ConfigError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+        if num_workers < 0:
+            raise ConfigError(f"num_workers must be at least 0, got {num_workers}")
+        if seed < 0:
+            raise ConfigError(f"seed must be at least 0, got {seed}")
+        if not isinstance(study, Study):
+            study = read_folder(study, seed=seed, max_bad_share=max_bad_share)
+        choice = frame_choice or ("first" if study.protocol == "paper" else "spread")
+        cache.choose_frames(1, frames_per_clip, choice)
+        self.study = study
+        self.size, self.batch_size, self.target, self.seed = size, batch_size, target, seed
+        self.num_workers, self.augment_full = num_workers, augment_full
+        self._cache_options: dict[str, Any] = {
+            "size": base_side(size),
+            "frames_per_clip": frames_per_clip,
+            "frame_choice": choice,
+            "folder": cache_dir,
+            "max_bad_share": max_bad_share,
+            "progress": progress,
+        }
+        self._datasets: dict[str, FrameDataset] = {}
+
+    def prepare_data(self) -> None:
+        """Decode, in one process of several, what the cache lacks."""
+        self.setup()
+
+    def setup(self, stage: str | None = None) -> None:
+        """Find the cached frames and split them; `study` is then without the videos that did not decode."""
+        if self._datasets:
+            return
+        cached = cache.build(self.study, **self._cache_options)
+        self.study = cached.study
+        counts = [len(cached.numbers[clip.path]) for clip in self.study.clips]
+        items = splits.frame_items([clip.split for clip in self.study.clips], counts, self.seed)
+        datasets = {
+            split: FrameDataset(
+                cached,
+                self.study.clips_in(split),
+                items[split],
+                target=self.target,
+                seed=self.seed,
+                train=split == "train",
+                augment_full=self.augment_full,
+            )
+            for split in splits.SPLITS
+        }
+        splits.check_classes({split: dataset.labels for split, dataset in datasets.items()}, "frames")
+        self._datasets = datasets
+
+    def train_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
+        return self._loader("test")
+
+    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        """Make the views where the batch is, so that only uint8 frames travel to the device."""
+        rest = dict(batch)
+        base, jitter, tone = rest.pop("base"), rest.pop("jitter"), rest.pop("tone")
+        return {"image": three_views(base, self.size, jitter, tone), **rest}
+
+    def clips(self, split: str) -> tuple[Clip, ...]:
+        """The clips that a batch's ``clip`` counts."""
+        return self._dataset(split).clips
+
+    def train_class_counts(self) -> Tensor:
+        """int64 [2]: training frames of normal and of abnormal clips."""
+        return torch.bincount(torch.from_numpy(self._dataset("train").labels), minlength=2)
+
+    def train_target_mean(self) -> float:
+        """Mean of the regression target over the training clips that have one; 0 if none has."""
+        targets = [getattr(clip, self.target) for clip in self.clips("train")]
+        measured = [x for x in targets if not math.isnan(x)]
+        return fmean(measured) if measured else 0.0
+
+    def pixels(self, split: str, side: int) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
+        """Whole frames as grey values for the machine-learning baselines, unaugmented.
+
+        Returns:
+            float32 [n, side·side] in [0, 1], labels int64 [n], clip indices int64 [n].
+        """
+        if side < 1:
+            raise ConfigError(f"side must be at least 1, got {side}")
+        dataset = self._dataset(split)
+        grey = np.empty((len(dataset), side * side), np.float32)
+        luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R BT.601
+        for i in range(len(dataset)):
+            image = (dataset.pixels(i) * luma).sum(0) / 255
+            scaled = interpolate(image[None, None], (side, side), mode="bilinear", antialias=True)
+            grey[i] = scaled.flatten().numpy()
+        return grey, dataset.labels.copy(), dataset.items[:, 0].copy()
+
+    def _dataset(self, split: str) -> FrameDataset:
+        if split not in splits.SPLITS:
+            raise ConfigError(f"split must be one of {', '.join(splits.SPLITS)}, got {split!r}")
+        self.setup()
+        return self._datasets[split]
+
+    def _loader(self, split: str) -> DataLoader[dict[str, Any]]:
+        dataset = self._dataset(split)
+        # Batch statistics of a single item are undefined, so a last training batch of one is dropped.
+        sampler = FrameSampler(dataset)
+        single = len(sampler) > 1 and len(sampler) % self.batch_size == 1
+        return FrameLoader(
+            dataset,
+            batch_size=self.batch_size,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            drop_last=split == "train" and single,
+            pin_memory=torch.cuda.is_available(),
+        )

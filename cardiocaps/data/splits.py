@@ -1,0 +1,123 @@
+"""Which video, or which frame, is trained on, validated on and tested on.
+
+EchoNet-LVH publishes no patient identifier: a split by video is the finest that can be guaranteed.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cardiocaps.data.measurements import Problem, Row
+from cardiocaps.errors import DataError
+
+SPLITS = ("train", "val", "test")
+MIXED = "mixed"  # the paper protocol: a clip's frames are spread over all three splits
+SHARES = (0.6, 0.2, 0.2)
+
+# The published code: these rows of the table (300 of them), the first 50 frames of each, train / validation
+# / test.
+PAPER_ROWS = range(11464, 11764)
+PAPER_SHARES = (0.6, 0.32, 0.08)
+
+_COLUMN_VALUES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+
+
+def from_column(cells: Mapping[str, Iterable[str]]) -> tuple[dict[str, str], list[Problem]]:
+    """The data set's own split of each video.
+
+    Args:
+        cells: video name -> the (lower-case) split cells of its rows; blank ones are ignored.
+
+    Returns:
+        video -> split, and a problem for each video without a known one.
+
+    Raises:
+        DataError: a video's rows name two splits, which would put its frames into both.
+    """
+    chosen: dict[str, str] = {}
+    problems: list[Problem] = []
+    for name, texts in cells.items():
+        given = {_COLUMN_VALUES.get(text, "") for text in texts if text}
+        if len(given - {""}) > 1:
+            raise DataError(f"video {name} stands in the splits {' and '.join(sorted(given - {''}))} at once")
+        if not given or "" in given:
+            problems.append(
+                Problem(name, f"split {'blank' if not given else 'unknown'} (allowed: {', '.join(SPLITS)})")
+            )
+        else:
+            chosen[name] = given.pop()
+    return chosen, problems
+
+
+def stratified(labels: Mapping[str, int], seed: int, shares: Sequence[float] = SHARES) -> dict[str, str]:
+    """Videos dealt out at random, each class in the same shares; the same for any order of the videos."""
+    chosen: dict[str, str] = {}
+    for label in sorted(set(labels.values())):
+        names = sorted(name for name, other in labels.items() if other == label)
+        order = np.random.default_rng([seed, label]).permutation(len(names))
+        for split, part in zip(SPLITS, _cut(order, shares), strict=True):
+            chosen |= {names[i]: split for i in part}
+    return chosen
+
+
+def paper_rows(rows: Sequence[Row], total: int) -> list[Row]:
+    """The rows that the published code used; all, with a warning, where the table is shorter."""
+    warnings.warn(
+        "the paper protocol leaks: frames of one video land in training and in test;"
+        " its scores are too good, use it only to compare with the published figures",
+        stacklevel=3,
+    )
+    if total < PAPER_ROWS.stop:
+        warnings.warn(
+            f"the paper protocol uses rows {PAPER_ROWS.start} to {PAPER_ROWS.stop - 1} of the table;"
+            f" this one has {total} rows: all are used",
+            stacklevel=3,
+        )
+        return list(rows)
+    return [row for row in rows if row.position in PAPER_ROWS]
+
+
+def frame_items(clip_splits: Sequence[str], counts: Sequence[int], seed: int) -> dict[str, NDArray[np.int64]]:
+    """Every split's frames as rows (clip, frame).
+
+    Args:
+        clip_splits: split of each clip; `MIXED` clips' frames are pooled and dealt out 60/32/8 at random.
+        counts: number of frames of each clip.
+        seed: of the dealing.
+
+    Returns:
+        split -> int64 [n, 2]; the clip is counted within its split (`MIXED` clips belong to each).
+    """
+    items: dict[str, NDArray[np.int64]] = {}
+    for split in (*SPLITS, MIXED):
+        own = [count for clip, count in zip(clip_splits, counts, strict=True) if clip == split]
+        pairs = [(clip, frame) for clip, count in enumerate(own) for frame in range(count)]
+        items[split] = np.array(pairs, np.int64).reshape(-1, 2)
+    pool = items.pop(MIXED)
+    if len(pool):
+        order = np.random.default_rng(seed).permutation(len(pool))
+        for split, part in zip(SPLITS, _cut(order, PAPER_SHARES), strict=True):
+            items[split] = pool[np.sort(part)]
+    return items
+
+
+def check_classes(labels: Mapping[str, Sequence[int] | NDArray[np.int64]], what: str = "clips") -> None:
+    """Raise DataError unless each split holds both classes: without that no score means anything."""
+    counts = {split: [int(np.sum(np.asarray(labels[split]) == c)) for c in (0, 1)] for split in SPLITS}
+    if any(min(count) == 0 for count in counts.values()):
+        table = "; ".join(f"{split}: {normal} normal, {high} abnormal" for split, (normal, high) in counts.items())
+        raise DataError(f"each split needs {what} of both classes, this data has {table}")
+
+
+def _cut(order: NDArray[np.int64], shares: Sequence[float]) -> list[NDArray[np.int64]]:
+    """Three parts in these shares; where there are three or more items none of the parts is empty."""
+    n = len(order)
+    sizes = [int(share * n) for share in shares]
+    sizes = [max(size, 1) for size in sizes] if n >= len(shares) else sizes
+    sizes[0] = n - sum(sizes[1:])
+    first, second = sizes[0], sizes[0] + sizes[1]
+    return [order[:first], order[first:second], order[second:]]

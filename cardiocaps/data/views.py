@@ -1,0 +1,111 @@
+"""The network's nine channels: three RGB views of one frame, the full frame and two zoomed ones.
+
+The paper resizes a frame to 728 pixels, turns it by up to ±10°, crops 512 at random, and takes the 256 in
+its middle: the same as a window of 256 of 728 pixels, turned, whose centre lies up to ±108 pixels from the
+frame's. The published code draws these once, for test data too; here training draws anew each epoch and
+evaluation is fixed.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import affine_grid, grid_sample, interpolate
+
+from cardiocaps.errors import ConfigError
+
+MAX_ANGLE = 10.0  # degrees
+MAX_SHIFT = 108 / 728  # of the base side
+_BASE_OVER_INPUT = 728 / 256
+
+# Ours, not the paper's: what a probe's position and the machine's settings vary, kept small.
+_FULL_SHIFT = 0.04
+_FULL_LOG_SCALE = 0.1
+_LOG_GAIN = 0.15
+
+
+def base_side(size: int) -> int:
+    """Side of the cached frames, in pixels, for a network input of ``size``: 256 -> 728, 64 -> 182."""
+    if size < 8:
+        raise ConfigError(f"size must be at least 8 pixels, got {size}")
+    return round(size * _BASE_OVER_INPUT)
+
+
+def draw_jitter(
+    rng: np.random.Generator, train: bool, augment_full: bool = True
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """How one frame is seen.
+
+    In evaluation nothing is drawn: the zoomed views look half-way up and half-way down the range of training,
+    where the septum and the posterior wall lie in a parasternal long-axis view, so each is a typical
+    training view and together they show more than one alone.
+
+    Args:
+        rng: of this item in this epoch.
+        train: draw, or the fixed views.
+        augment_full: in training, also turn, shift and scale the full view a little, and change gain and
+            gamma.
+
+    Returns:
+        jitter float32 [3, 4]: (degrees, dx, dy, log scale) of the full and the two zoomed views, see
+        `three_views`; tone float32 [2]: (gain, gamma), 1 and 1 for none.
+    """
+    jitter, tone = np.zeros((3, 4), np.float32), np.ones(2, np.float32)
+    if not train:
+        jitter[1:, 2] = -MAX_SHIFT / 2, MAX_SHIFT / 2
+        return jitter, tone
+    jitter[1:, :3] = rng.uniform(-1, 1, (2, 3)) * (MAX_ANGLE, MAX_SHIFT, MAX_SHIFT)
+    if augment_full:
+        jitter[0] = rng.uniform(-1, 1, 4) * (MAX_ANGLE, _FULL_SHIFT, _FULL_SHIFT, _FULL_LOG_SCALE)
+        tone = np.exp(rng.uniform(-_LOG_GAIN, _LOG_GAIN, 2)).astype(np.float32)
+    return jitter, tone
+
+
+def three_views(base: Tensor, size: int, jitter: Tensor, tone: Tensor | None = None) -> Tensor:
+    """Nine-channel input from frames, on the frames' device.
+
+    Args:
+        base: uint8 [B, 3, S, S], S = `base_side` (size).
+        size: side of the result.
+        jitter: float32 [B, 3, 4], rows (degrees, dx, dy, log scale): a view's window is turned clockwise by
+            the angle (the picture counter-clockwise), its centre lies dx to the right of and dy below the
+            frame's in parts of the frame's side, and it is exp(-log scale) times as wide. Outside the frame
+            is black.
+        tone: float32 [B, 2], rows (gain, gamma): x becomes gain · x^gamma, which leaves black black.
+
+    Returns:
+        float32 [B, 9, size, size] in [0, 1]: the full frame (antialiased), then the two zoomed views
+        (`size` of S pixels wide, pixel for pixel but for the turn).
+    """
+    side = base.shape[-1]
+    if base.dtype != torch.uint8 or base.ndim != 4 or base.shape[1] != 3 or base.shape[2] != side:
+        raise ValueError(f"base must be uint8 [B, 3, S, S], got {base.dtype} {list(base.shape)}")
+    if jitter.shape != (len(base), 3, 4):
+        raise ValueError(f"jitter must be [{len(base)}, 3, 4], got {list(jitter.shape)}")
+    pixels = base.float() / 255
+    small = interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    full = _sample(small, jitter[:, :1], 1.0, size)
+    zoomed = _sample(pixels, jitter[:, 1:], size / side, size)
+    views = torch.cat([full, zoomed], dim=1)
+    if tone is not None:
+        gain, gamma = tone.view(-1, 2, 1, 1, 1).unbind(1)
+        views = gain * views.clamp_min(0) ** gamma
+    return views.clamp(0, 1)
+
+
+def _sample(image: Tensor, jitter: Tensor, window: float, size: int) -> Tensor:
+    """Windows, `window` of the side wide, of images [B, 3, H, H]: jitter [B, V, 4] -> [B, 3 V, size, size].
+
+    The V sampling grids of an image lie one below another, so that the image isn't copied for each.
+    """
+    batch, views, _ = jitter.shape
+    angle, dx, dy, log_scale = jitter.unbind(-1)
+    turn, width = torch.deg2rad(angle), window * torch.exp(-log_scale)
+    cos, sin = width * torch.cos(turn), width * torch.sin(turn)
+    theta = torch.stack([cos, -sin, 2 * dx, sin, cos, 2 * dy], -1).view(batch * views, 2, 3)
+    grid = affine_grid(theta, [batch * views, 3, size, size], align_corners=False)
+    grid = grid.view(batch, views * size, size, 2)
+    sampled = grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
+    return sampled.view(batch, 3, views, size, size).transpose(1, 2).reshape(batch, 3 * views, size, size)

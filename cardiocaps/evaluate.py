@@ -1,0 +1,218 @@
+"""`python -m cardiocaps.evaluate RUN`: evaluate a run's best network on the test split once more.
+
+The same code evaluates at the end of training, so the numbers are the same.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cardiocaps.config import CommandLine, TrainConfig, read_yaml
+from cardiocaps.errors import CardioCapsError, CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from cardiocaps.data.datamodule import EchoDataModule
+    from cardiocaps.learning import Classifier
+    from cardiocaps.metrics import RegressionReport, Report
+    from cardiocaps.run_folder import RunFolder
+
+DISCLAIMER = "Research use only. Not a medical device."
+
+# Side of the downsized frames that the logistic regression sees, in pixels.
+PIXEL_SIDE = 32
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model says of the test split: a row for each frame, and reports by frame and by video."""
+
+    rows: list[dict[str, Any]]
+    frame: Report
+    video: Report
+    regression: RegressionReport | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        reports = {"video": self.video.as_dict(), "frame": self.frame.as_dict()}
+        return reports if self.regression is None else {**reports, "regression": self.regression.as_dict()}
+
+
+def _scores(data: EchoDataModule, probability: Any, label: Any, clip: Any, bootstrap: int, **columns: Any) -> Scores:
+    """Reports of frame probabilities; the bootstrap draws videos."""
+    from cardiocaps.metrics import by_video, evaluate
+
+    names = [c.name for c in data.clips("test")]
+    video = [names[i] for i in clip]
+    table = {"video": video, **columns, "label": label, "probability": probability}
+    rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
+    # The paper protocol has several clips of one video, with labels that may differ: its unit is the clip.
+    return Scores(
+        rows=rows,
+        frame=evaluate(probability, label, video, bootstrap=bootstrap),
+        video=evaluate(*by_video(probability, label, clip), bootstrap=bootstrap),
+    )
+
+
+def score_network(trainer: Trainer, network: Classifier, data: EchoDataModule, bootstrap: int) -> Scores:
+    """The network on every test frame, in evaluation mode and in one process."""
+    import torch
+
+    from cardiocaps.metrics import regression_report
+
+    batches = trainer.predict(network, datamodule=data, return_predictions=True)
+    assert batches is not None
+    out: dict[str, Any] = {name: torch.cat([b[name].cpu() for b in batches]).numpy() for name in batches[0]}
+    columns = {"frame": out["frame"], "target": out["target"], "regression": out["regression"]}
+    scores = _scores(data, out["probability"].astype("float64"), out["label"], out["clip"], bootstrap, **columns)
+    return replace(scores, regression=regression_report(out["regression"], out["target"]))
+
+
+def score_pixels(data: EchoDataModule, bootstrap: int) -> Scores:
+    """Logistic regression on downsized grey frames: what the label owes to mere brightness and position."""
+    from cardiocaps.models.pixel_logistic import fit_and_score
+
+    train, train_label, _ = data.pixels("train", PIXEL_SIDE)
+    test, label, clip = data.pixels("test", PIXEL_SIDE)
+    return _scores(data, fit_and_score(train, train_label, test), label, clip, bootstrap)
+
+
+def print_table(network: Scores, pixels: Scores, config: TrainConfig) -> None:
+    """The test results side by side, for people."""
+    from rich.console import Console
+    from rich.table import Table
+
+    by_frame = config.protocol == "paper"
+    unit = "frame" if by_frame else "video"
+    ours, baseline = (getattr(scores, unit) for scores in (network, pixels))
+    count = f"{ours.n} {unit}s, {ours.positives} abnormal"
+    name = {"attention": "CardioCaps", "dynamic": "DR-CapsNet", "uniform": "uniform routing"}[config.routing]
+    table = Table(
+        title=f"Test split by {unit}: {count}", title_justify="left", caption=DISCLAIMER, caption_justify="left"
+    )
+    table.add_column("with 95 % interval" if config.bootstrap else "")
+    table.add_column(name)
+    table.add_column(f"logistic regression, {PIXEL_SIDE}×{PIXEL_SIDE} pixels")
+    labels = {
+        "auroc": "AUROC",
+        "average_precision": "average precision",
+        "sensitivity": "sensitivity",
+        "specificity": "specificity",
+        "f1": "F1 (abnormal)",
+        "f1_weighted": "F1 (weighted)",
+        "accuracy": "accuracy",
+        "brier": "Brier score",
+    }
+    for key, text in labels.items():
+        table.add_row(text, str(ours.metrics[key]), str(baseline.metrics[key]))
+    table.add_section()
+    paper = {"accuracy": "accuracy", "f1": "F1", "roc_auc": "ROC AUC (hard labels)", "pr_auc": "PR AUC (precision)"}
+    for key, text in paper.items():
+        table.add_row(f"as published: {text}", f"{ours.paper[key]:.3f}", f"{baseline.paper[key]:.3f}")
+    if network.regression is not None and network.regression.n:
+        table.add_section()
+        unit_of_target = {"width": "cm", "ef": "percent"}[config.regression_target]
+        error = f"mean absolute error of {config.regression_target}"
+        table.add_row(error, f"{network.regression.mae:.2f} {unit_of_target}", "")
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    for note in (*ours.notes, *(f"{metric}: {why}" for metric, why in ours.undefined.items())):
+        print(f"note: {note}")
+
+
+def write_results(run: RunFolder, network: Scores, pixels: Scores, config: TrainConfig) -> None:
+    """metrics.json, predictions.csv and the plots of a run. Raises OutputError."""
+    from cardiocaps import plots
+    from cardiocaps.files import write_csv, write_json
+
+    report = network.frame if config.protocol == "paper" else network.video
+    rows = network.rows
+    if config.protocol == "paper":
+        probability, label = [r["probability"] for r in rows], [r["label"] for r in rows]
+    else:
+        probability, label = _videos(rows)
+    write_csv(run.predictions_csv, rows)
+    plots.confusion_matrix(report.confusion, run.confusion_matrix)
+    plots.roc_curve(probability, label, run.roc_curve, report=report)
+    plots.precision_recall_curve(probability, label, run.precision_recall_curve, report=report)
+    # Last, for its presence says that the run is complete.
+    results = {"cardiocaps": network.as_dict(), "pixel_logistic_regression": pixels.as_dict(), "use": DISCLAIMER}
+    write_json(run.metrics_json, results)
+
+
+def _videos(rows: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
+    from cardiocaps.metrics import by_video
+
+    return by_video(*([row[name] for row in rows] for name in ("probability", "label", "video")))
+
+
+def load_network(path: Path, config: TrainConfig) -> Classifier:
+    """The network of a checkpoint.
+
+    Raises:
+        CheckpointError: it is missing, damaged or of another configuration.
+    """
+    import torch
+
+    from cardiocaps.learning import Classifier, check_configuration, read_checkpoint
+
+    checkpoint = read_checkpoint(path)
+    check_configuration(checkpoint, config)
+    network = Classifier(config, torch.ones(2), 0.0)
+    try:
+        network.load_state_dict(checkpoint["state_dict"])
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the network: {str(error).splitlines()[-1].strip()}") from error
+    return network
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = CommandLine(
+        prog="python -m cardiocaps.evaluate",
+        description="Evaluate a run's best network on its test split once more and print the table.",
+        epilog=DISCLAIMER,
+    )
+    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    parser.add_argument("--data", metavar="PATH", type=Path, help="data folder, where it has moved")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the run's own")
+    parser.add_argument("--threads", metavar="N", type=int, help="threads of the CPU (default: the run's own)")
+    parser.add_argument(
+        "--out", metavar="PATH", type=Path, help="also write metrics, predictions and plots to this new folder"
+    )
+    options = parser.parse_args(argv)
+    try:
+        from cardiocaps.run_folder import RunFolder
+
+        run = RunFolder.open(options.run)
+        if not run.config.is_file():
+            raise ConfigError(f"{options.run} has no config.yaml")
+        config = TrainConfig(**read_yaml(run.config)).resolved()
+        changed = {name: getattr(options, name) for name in ("data", "device", "threads") if getattr(options, name)}
+        config = replace(config, **changed)
+        target = RunFolder.create(options.out) if options.out else None
+
+        from cardiocaps.train import make_data, make_trainer, quiet
+
+        quiet()
+        network = load_network(run.best, config)
+        data = make_data(config)
+        network_scores = score_network(make_trainer(config), network, data, config.bootstrap)
+        pixel_scores = score_pixels(data, config.bootstrap)
+        print_table(network_scores, pixel_scores, config)
+        if target:
+            write_results(target, network_scores, pixel_scores, config)
+            print(f"written to {target.path}")
+    except CardioCapsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

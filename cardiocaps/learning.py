@@ -1,0 +1,304 @@
+"""How a network learns, for Lightning: the module, and the callbacks that keep its history and its checkpoints.
+
+A checkpoint holds everything that the rest of the run depends on, in the middle of an epoch too, so that a run that was
+cut off ends like one that was not.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
+
+from cardiocaps.config import TrainConfig
+from cardiocaps.errors import CardioCapsError, CheckpointError
+from cardiocaps.files import replacing, write_csv
+from cardiocaps.losses import CardioCapsLoss, class_weights
+from cardiocaps.models.cardiocaps import RECONSTRUCTED_CHANNELS, CardioCaps, Prediction
+from cardiocaps.run_folder import RunFolder
+
+LOSS_PARTS = ("loss", "margin", "reconstruction", "regression")
+
+# Settings that the meaning of a network's parameters depends on; the others only say how it is trained.
+_SHAPING = ("routing", "iterations", "primary_layout", "regression_target")
+_TRAINING_DEFAULTS = ("frames_per_clip", "batch_size", "learning_rate", "epochs", "patience")
+
+# Longest stretch of work, in seconds, that a killed run can lose.
+_SAVE_EVERY = 600.0
+
+
+class Classifier(LightningModule):
+    """CardioCaps with its loss and optimiser.
+
+    Args:
+        config: of the run, resolved.
+        class_counts: int64 [2], training frames of each class.
+        target_mean: of the regression target in training, where the regression head starts.
+    """
+
+    def __init__(self, config: TrainConfig, class_counts: Tensor, target_mean: float) -> None:
+        super().__init__()
+        self.config = config
+        self.model = CardioCaps(
+            config.network,
+            routing=config.routing,
+            iterations=config.iterations,
+            primary_layout=config.primary_layout,
+            regression_start=target_mean,
+        )
+        self.loss = CardioCapsLoss(
+            class_weights(class_counts, config.class_weight),
+            reconstruction_weight=config.reconstruction_weight,
+            regression_weight=config.regression_weight,
+        )
+
+    def _losses(self, batch: Mapping[str, Tensor], label: Tensor | None) -> tuple[Prediction, dict[str, Tensor]]:
+        out: Prediction = self.model(batch["image"], label)
+        image = batch["image"][:, :RECONSTRUCTED_CHANNELS]
+        return out, self.loss(out.lengths, batch["label"], out.reconstruction, image, out.regression, batch["target"])
+
+    def training_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
+        return self._losses(batch, batch["label"] if self.config.decoder_mask == "label" else None)[1]
+
+    def validation_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
+        out, losses = self._losses(batch, None)
+        return {**losses, "probability": out.probability}
+
+    def predict_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
+        """The batch without its image, with probability [B] and regression [B]."""
+        out: Prediction = self.model(batch["image"])
+        rest = {name: x for name, x in batch.items() if name != "image"}
+        return {**rest, "probability": out.probability.float(), "regression": out.regression.float()}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        assert self.config.learning_rate is not None
+        return torch.optim.Adam(self.parameters(), lr=self.config.learning_rate)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["cardiocaps"] = _shape(self.config)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_configuration(checkpoint, self.config)
+
+
+def _shape(config: TrainConfig) -> dict[str, Any]:
+    """The network's sizes too, for a preset may change from version to version."""
+    sizes = {f"preset.{name}": x for name, x in asdict(config.network).items() if name not in _TRAINING_DEFAULTS}
+    return {**{name: getattr(config, name) for name in _SHAPING}, **sizes}
+
+
+def check_configuration(checkpoint: Mapping[str, Any], config: TrainConfig) -> None:
+    """Raise CheckpointError where a checkpoint belongs to a network of another configuration."""
+    has = checkpoint.get("cardiocaps")
+    if not isinstance(has, dict) or "state_dict" not in checkpoint:
+        raise CheckpointError("the checkpoint was not written by cardiocaps.train")
+    different = [f"{n} is {has.get(n)!r}, the run's is {x!r}" for n, x in _shape(config).items() if has.get(n) != x]
+    if different:
+        raise CheckpointError(f"the checkpoint is of another configuration: {'; '.join(different)}")
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU, without executing anything that it might hold.
+
+    Raises:
+        CheckpointError: it is not there, or damaged, or holds what a checkpoint has no business to hold.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    # Whatever a truncated or foreign file makes torch raise: zip, pickle, end of file, key errors.
+    except Exception as error:
+        reason = str(error).strip().splitlines()
+        raise CheckpointError(
+            f"{path} is damaged or no checkpoint: {reason[0] if reason else type(error).__name__}"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
+class CheckpointFiles(TorchCheckpointIO):
+    """Checkpoints appear whole or not at all, and are read without executing code."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with replacing(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return read_checkpoint(Path(path))
+
+
+class History(Callback):
+    """One row of numbers an epoch: averages of every part of the loss, and the videos' AUROC in validation.
+
+    The averages are kept here and not by Lightning's `log`, because here they survive in a checkpoint in mid-epoch.
+    `rows` is written to metrics.csv after every epoch.
+    """
+
+    def __init__(self, run: RunFolder) -> None:
+        self.run = run
+        self.rows: list[dict[str, float]] = []
+        self._sums: Tensor | None = None  # float64 [parts + 1], the last is the number of frames
+        self._seconds = 0.0
+        self._since = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = None if self._sums is None else self._sums.tolist()
+        return {"rows": [dict(row) for row in self.rows], "sums": sums, "seconds": self._elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = [dict(row) for row in state_dict["rows"]]
+        sums = state_dict["sums"]
+        self._sums = None if sums is None else torch.tensor(sums, dtype=torch.float64)
+        self._seconds = state_dict["seconds"]
+
+    def _elapsed(self) -> float:
+        return self._seconds + time.monotonic() - self._since
+
+    def _add(self, sums: Tensor | None, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        n = len(batch["label"])
+        parts = torch.stack([outputs[name].detach().double() for name in LOSS_PARTS]) * n
+        added = torch.cat([parts, parts.new_full((1,), n)])
+        return added if sums is None else sums.to(added.device) + added
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._sums = self._add(self._sums, outputs, batch)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation: Tensor | None = None
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._validation = self._add(self._validation, outputs, batch)
+        self._seen.append((outputs["probability"].float().cpu(), batch["label"].cpu(), batch["clip"].cpu()))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        from cardiocaps.metrics import by_video, evaluate
+
+        probability, label, clip = (torch.cat(x).numpy() for x in zip(*self._seen, strict=True))
+        report = evaluate(*by_video(probability, label, clip), bootstrap=0)
+        row: dict[str, float] = {"epoch": trainer.current_epoch + 1}
+        for stage, sums in (("train", self._sums), ("val", self._validation)):
+            assert sums is not None
+            *parts, n = sums.tolist()
+            row |= {f"{stage}_{name}": part / n for name, part in zip(LOSS_PARTS, parts, strict=True)}
+        row["val_auroc"] = report.metrics["auroc"].value
+        row["seconds"] = round(self._elapsed(), 2)
+        self._sums, self._seconds, self._since = None, 0.0, time.monotonic()
+        self.rows.append(row)
+        # For early stopping, which reads what Lightning calls callback metrics.
+        trainer.callback_metrics["val_loss"] = torch.tensor(row["val_loss"], dtype=torch.float64)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        write_csv(self.run.metrics_csv, self.rows)
+        row, best = self.rows[-1], min(self.rows, key=lambda r: r["val_loss"])
+        print(
+            f"epoch {row['epoch']:3d}/{trainer.max_epochs}  loss {row['train_loss']:.4f}"
+            f"  validation {row['val_loss']:.4f}  AUROC {row['val_auroc']:.3f}"
+            f"  {row['seconds']:.1f} s{'  best' if row is best else ''}",
+            flush=True,
+        )
+
+
+class Interrupted(CardioCapsError):
+    """The run was told to stop by a signal; it has saved what it had."""
+
+    def __init__(self, signum: int, where: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; {where}")
+        self.exit_code = 128 + signum
+
+
+class Interruption:
+    """SIGTERM and SIGINT raise `Interrupted`: at once, or, while a network is trained, after the batch and its save."""
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.deferred = False
+
+    @contextmanager
+    def watched(self) -> Iterator[Interruption]:
+        """Handle the signals inside the block, and as before after it."""
+        before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield self
+        finally:
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
+
+    def _receive(self, signum: int, _: FrameType | None) -> None:
+        again, self.signum = self.signum is not None, signum
+        if not self.deferred or again:
+            raise Interrupted(signum, "nothing is half-written")
+
+
+class Checkpoints(Checkpoint):
+    """`last.ckpt` after every epoch, every ten minutes and on a signal; `best.ckpt` by the least validation loss."""
+
+    def __init__(self, run: RunFolder, history: History, interruption: Interruption) -> None:
+        self.run, self.history, self.interruption = run, history, interruption
+        self._saved = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.interruption.deferred = True
+        self._saved = time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.interruption.deferred = False
+
+    def _save_last(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.run.last)
+        self._saved = time.monotonic()
+        if self.interruption.signum is not None:
+            raise Interrupted(self.interruption.signum, f"saved; go on with --resume {self.run.path}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # After the last batch the epoch's end is near, and saves more.
+        due = self.interruption.signum is not None or time.monotonic() - self._saved > _SAVE_EVERY
+        if due and not trainer.is_last_batch:
+            self._save_last(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        rows = self.history.rows
+        if rows[-1] is min(rows, key=lambda row: row["val_loss"]):
+            trainer.save_checkpoint(self.run.best)
+        self._save_last(trainer)
+
+
+class Patience(EarlyStopping):
+    """Stops when the validation loss has not become smaller for `patience` epochs."""
+
+    def __init__(self, patience: int) -> None:
+        super().__init__("val_loss", min_delta=0.0, patience=patience, check_on_train_epoch_end=True)
+
+    @classmethod
+    def is_over(cls, checkpoint: Mapping[str, Any], patience: int) -> bool:
+        """Whether the run of this checkpoint has already stopped for lack of progress."""
+        states = checkpoint.get("callbacks", {}).values()
+        return any(state.get("wait_count", 0) >= patience for state in states if isinstance(state, dict))

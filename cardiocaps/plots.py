@@ -1,0 +1,255 @@
+"""Figures of a run, as PNG files.
+
+Drawn on a canvas of their own (no pyplot, no global state, no display). Colours are those of Okabe and Ito,
+which colour-blind readers can tell apart; lines also differ in style.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cardiocaps.files import write_bytes
+from cardiocaps.metrics import THRESHOLD, Report, evaluate, threshold_counts
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+FOOTER = "Research use only. Not a medical device."
+CLASSES = ("normal", "abnormal")
+
+_BLUE, _VERMILION, _GREEN, _INK, _GREY = "#0072B2", "#D55E00", "#009E73", "#222222", "#767676"
+_STYLES = {"train": (_BLUE, "-", "training"), "val": (_VERMILION, "--", "validation")}
+_NOT_CURVES = {"epoch", "step", "seconds"}
+_LABELS = {
+    "loss": "Loss",
+    "margin": "Margin loss",
+    "reconstruction": "Reconstruction loss",
+    "regression": "Regression error (unit of the target, squared)",
+    "auroc": "AUROC",
+    "average_precision": "Average precision",
+    "f1": "F1",
+    "lr": "Learning rate",
+    "mae": "Mean absolute error (unit of the target)",
+}
+
+
+def learning_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw every quantity of a run's epochs: one panel each, training and validation together, the best epoch
+    marked.
+
+    `history`: one mapping per epoch with `epoch` and numbers named train_X, val_X or X; a missing value, None
+    or NaN leaves a gap. The best epoch is the one with the least val_loss. Raises OutputError.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    series: dict[str, dict[str, str]] = {}
+    for key in dict.fromkeys(key for row in history for key in row):
+        part, _, name = key.replace("/", "_", 1).partition("_")
+        part, name = (part, name) if part in _STYLES else ("", key)
+        if name not in _NOT_CURVES:
+            series.setdefault(name, {})[part] = key
+    drawn = {
+        name: keys
+        for name, keys in series.items()
+        if any(np.isfinite(_column(history, k)).any() for k in keys.values())
+    }
+    if not drawn:
+        _save(_message("Learning curves", "No epoch has been finished."), path)
+        return
+    columns = min(3, len(drawn))
+    rows = math.ceil(len(drawn) / columns)
+    figure = _figure(4.6 * columns, 3.3 * rows + 0.7, "Learning curves")
+    epoch = [float(row.get("epoch", i)) for i, row in enumerate(history)]
+    loss = _column(history, series.get("loss", {}).get("val", ""))
+    best = epoch[int(np.nanargmin(loss))] if np.isfinite(loss).any() else None
+    for place, (name, keys) in enumerate(drawn.items(), start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        for part, key in keys.items():
+            colour, style, label = _STYLES.get(part, (_GREEN, "-", ""))
+            axes.plot(epoch, _column(history, key), style, color=colour, label=label, marker="o", markersize=3)
+        if best is not None:
+            axes.axvline(best, color=_GREY, linewidth=1, linestyle=":", label="least validation loss")
+        _dress(axes, "Epoch", _LABELS.get(name, name.replace("_", " ").capitalize()))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        if name in ("lr", "learning_rate"):
+            axes.set_yscale("log")
+        if set(keys) & set(_STYLES):
+            axes.legend(frameon=False, fontsize=8)
+    _save(figure, path)
+
+
+def confusion_matrix(
+    counts: ArrayLike, path: Path, *, classes: Sequence[str] = CLASSES, title: str = "Confusion matrix"
+) -> None:
+    """Draw `counts` [J, J] (rows the true class, columns the predicted one) with each row's percentages.
+
+    Raises ValueError for a matrix that does not fit `classes`, OutputError.
+    """
+    matrix = np.asarray(counts)
+    if matrix.shape != (len(classes), len(classes)) or (matrix < 0).any():
+        raise ValueError(f"counts: must be [{len(classes)}, {len(classes)}] and not negative, is {matrix.tolist()}")
+    total = matrix.sum(axis=1, keepdims=True)
+    share = np.divide(matrix, total, out=np.zeros(matrix.shape), where=total > 0)
+    figure = _figure(5.0, 4.6, title)
+    axes = figure.add_subplot()
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(matrix):
+        percent = f"{share[row, column]:.1%}" if total[row, 0] else "no sample"
+        axes.text(
+            column,
+            row,
+            f"{count:,}\n{percent}",
+            ha="center",
+            va="center",
+            fontsize=13,
+            color="white" if share[row, column] > 0.55 else _INK,
+        )
+    axes.set_xticks(range(len(classes)), classes)
+    axes.set_yticks(range(len(classes)), classes, rotation=90, va="center")
+    axes.set_xlabel("Predicted class")
+    axes.set_ylabel("True class")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, fraction=0.045, format=lambda x, _: f"{x:.0%}")
+    bar.set_label("Share of the true class")
+    bar.outline.set_visible(False)
+    _save(figure, path)
+
+
+def roc_curve(
+    probability: ArrayLike,
+    label: ArrayLike,
+    path: Path,
+    *,
+    report: Report | None = None,
+    title: str = "Receiver operating characteristic",
+) -> None:
+    """Draw the ROC curve of `probability` [n] against `label` [n], the AUROC and the operating point.
+
+    `report` of the same samples adds the interval. With one class the figure says that the curve is
+    undefined. Raises ValueError as `metrics.evaluate`, OutputError.
+    """
+    report = report or evaluate(probability, label, bootstrap=0)
+    if "auroc" in report.undefined:
+        _save(_message(title, f"Undefined: {report.undefined['auroc']}."), path)
+        return
+    _, tp, fp = threshold_counts(probability, label)
+    figure = _figure(5.0, 5.2, title)
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], ":", color=_GREY, linewidth=1, label="chance: 0.500")
+    axes.plot(fp / fp[-1], tp / tp[-1], color=_BLUE, linewidth=2, label=f"AUROC {report.metrics['auroc']}")
+    sensitivity, specificity = report.metrics["sensitivity"].value, report.metrics["specificity"].value
+    axes.plot(
+        [1 - specificity],
+        [sensitivity],
+        "o",
+        color=_VERMILION,
+        markersize=8,
+        clip_on=False,
+        zorder=3,
+        label=f"probability > {THRESHOLD}: sensitivity {sensitivity:.3f},\nspecificity {specificity:.3f}",
+    )
+    _dress(axes, "1 − specificity (false positive rate)", "Sensitivity (true positive rate)")
+    _unit_square(axes)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    _save(figure, path)
+
+
+def precision_recall_curve(
+    probability: ArrayLike,
+    label: ArrayLike,
+    path: Path,
+    *,
+    report: Report | None = None,
+    title: str = "Precision and recall",
+) -> None:
+    """Draw precision against recall, the average precision, the operating point and the prevalence. As
+    `roc_curve`."""
+    report = report or evaluate(probability, label, bootstrap=0)
+    if "average_precision" in report.undefined:
+        _save(_message(title, f"Undefined: {report.undefined['average_precision']}."), path)
+        return
+    _, tp, fp = threshold_counts(probability, label)
+    recall, precision = tp[1:] / tp[-1], tp[1:] / (tp[1:] + fp[1:])
+    prevalence = report.positives / report.n
+    figure = _figure(5.0, 5.2, title)
+    axes = figure.add_subplot()
+    axes.axhline(prevalence, color=_GREY, linestyle=":", linewidth=1, label=f"prevalence: {prevalence:.3f}")
+    # Average precision is the area under these steps, not under straight lines between the points.
+    axes.step(
+        np.concatenate(([0], recall)),
+        np.concatenate((precision[:1], precision)),
+        where="pre",
+        color=_BLUE,
+        linewidth=2,
+        label=f"average precision {report.metrics['average_precision']}",
+    )
+    (_, false_positives), (_, true_positives) = report.confusion
+    flagged = true_positives + false_positives
+    if flagged:
+        at = true_positives / report.positives, true_positives / flagged
+        axes.plot(
+            *([x] for x in at),
+            "o",
+            color=_VERMILION,
+            markersize=8,
+            clip_on=False,
+            zorder=3,
+            label=f"probability > {THRESHOLD}: recall {at[0]:.3f},\nprecision {at[1]:.3f}",
+        )
+    _dress(axes, "Recall (sensitivity)", "Precision (positive predictive value)")
+    _unit_square(axes)
+    axes.legend(frameon=False, fontsize=9, loc="best")
+    _save(figure, path)
+
+
+def _figure(width: float, height: float, title: str) -> "Figure":
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=13, color=_INK)
+    figure.supxlabel(FOOTER, fontsize=7, color=_GREY)
+    return figure
+
+
+def _message(title: str, text: str) -> "Figure":
+    import textwrap
+
+    figure = _figure(5.0, 3.0, title)
+    axes = figure.add_subplot()
+    axes.axis("off")
+    axes.text(0.5, 0.5, textwrap.fill(text, 48), ha="center", va="center", fontsize=11, color=_INK)
+    return figure
+
+
+def _dress(axes: "Axes", x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color="#E3E3E3", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _unit_square(axes: "Axes") -> None:
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.005)
+    axes.set_aspect("equal")
+
+
+def _column(history: Sequence[Mapping[str, Any]], key: str) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    values = (row.get(key) for row in history)
+    return np.array([math.nan if value in (None, "") else float(value) for value in values])
+
+
+def _save(figure: "Figure", path: Path) -> None:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    write_bytes(path, content.getvalue())

@@ -1,0 +1,200 @@
+"""`python -m cardiocaps.train`: train CardioCaps on echocardiogram videos, evaluate it and write a run folder.
+
+Without an argument it makes or reuses the phantom data set and trains preset tiny. `--help` lists every setting.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cardiocaps.config import TrainConfig, from_command_line
+from cardiocaps.errors import CardioCapsError, CheckpointError, ConfigError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from cardiocaps.data.datamodule import EchoDataModule
+    from cardiocaps.learning import Interruption
+    from cardiocaps.run_folder import RunFolder
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0; 2 to 5 for the errors of cardiocaps.errors; 128 + the signal that stopped the run."""
+    try:
+        config = from_command_line(argv, prog="python -m cardiocaps.train")
+        quiet()
+        from cardiocaps.learning import Interruption
+
+        with Interruption().watched() as interruption:
+            run(config, interruption)
+    except CardioCapsError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+def run(config: TrainConfig, interruption: Interruption) -> None:
+    """Train, or go on training, evaluate, and write the run folder.
+
+    Raises:
+        CardioCapsError: see cardiocaps.errors; what was reached is saved.
+    """
+    import torch
+
+    from cardiocaps.evaluate import load_network, print_table, score_network, score_pixels, write_results
+    from cardiocaps.files import write_text
+    from cardiocaps.run_folder import RunFolder
+
+    assert config.out is not None
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: 'cuda' is asked for, but torch sees no GPU; give auto or cpu")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    # The folder first: what cannot be written should fail before an hour of work.
+    folder = RunFolder.open(config.out) if config.resume else RunFolder.create(config.out, config.overwrite)
+    if not config.resume:
+        write_text(folder.config, config.to_yaml())
+        folder.write_environment()
+    data = make_data(config)
+    print(data.study.summary())
+
+    train(config, folder, data, interruption)
+    network = load_network(folder.best, config)
+    scores = score_network(make_trainer(config), network, data, config.bootstrap)
+    pixels = score_pixels(data, config.bootstrap)
+    write_results(folder, scores, pixels, config)
+    print_table(scores, pixels, config)
+    print(f"run folder: {folder.path}")
+
+
+def make_data(config: TrainConfig) -> EchoDataModule:
+    """The data of a run, decoded: its folder, or the phantom, which is made if it is not there.
+
+    Raises:
+        DataError, OutputError: as `read_folder`, `cache.build` and `write_phantom`.
+    """
+    from cardiocaps.data.datamodule import EchoDataModule
+    from cardiocaps.data.echonet import read_folder
+
+    root = config.data
+    if root is None:
+        from cardiocaps.data.phantom import phantom_is_complete, write_phantom
+
+        root = config.phantom_dir
+        if not phantom_is_complete(root, config.phantom_videos, config.phantom_seed):
+            print(f"making {config.phantom_videos} phantom videos in {root}", flush=True)
+            write_phantom(root, config.phantom_videos, config.phantom_seed, progress=config.progress)
+    study = read_folder(
+        root,
+        protocol=config.protocol,
+        split=config.split,
+        seed=config.seed,
+        max_bad_share=config.max_bad_share,
+        limit=config.limit,
+    )
+    data = EchoDataModule(
+        study,
+        size=config.network.size,
+        batch_size=config.batch_size,  # type: ignore[arg-type]
+        frames_per_clip=config.frames_per_clip,  # type: ignore[arg-type]
+        frame_choice=config.frame_choice,
+        target=config.regression_target,
+        seed=config.seed,
+        cache_dir=config.cache_dir,
+        num_workers=config.workers,
+        max_bad_share=config.max_bad_share,
+        progress=config.progress,
+    )
+    data.setup()
+    return data
+
+
+def make_trainer(config: TrainConfig, **options: Any) -> Trainer:
+    """Lightning's trainer on the run's device and in its precision; `options` are Trainer's own."""
+    from lightning.pytorch import Trainer
+
+    return Trainer(
+        accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[config.device],
+        devices=1,
+        precision={"32": "32-true", "bf16": "bf16-mixed"}[config.precision],  # type: ignore[arg-type]
+        logger=False,
+        enable_model_summary=False,
+        enable_progress_bar=config.progress and sys.stderr.isatty(),
+        enable_checkpointing=False if not options else None,
+        num_sanity_val_steps=0,
+        deterministic="warn",
+        **options,
+    )
+
+
+def train(config: TrainConfig, folder: RunFolder, data: EchoDataModule, interruption: Interruption) -> None:
+    """Train from the beginning or from last.ckpt, to best.ckpt, metrics.csv and the learning curves."""
+    import torch
+    from lightning.pytorch import seed_everything
+
+    from cardiocaps import plots
+    from cardiocaps.learning import CheckpointFiles, Checkpoints, Classifier, History, Patience, read_checkpoint
+
+    seed_everything(config.seed, workers=True, verbose=False)
+    # It would cost time and change no result.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    network = Classifier(config, data.train_class_counts(), data.train_target_mean())
+    start: Path | None = None
+    history = History(folder)
+    assert config.patience is not None
+    if config.resume and folder.last.exists():
+        checkpoint = read_checkpoint(folder.last)
+        network.on_load_checkpoint(checkpoint)
+        start = folder.last
+        over = checkpoint["epoch"] + 1 >= (config.epochs or 0) and not checkpoint_in_epoch(checkpoint)
+        if over or Patience.is_over(checkpoint, config.patience):
+            if not folder.best.exists():
+                raise CheckpointError(f"{folder.best} does not exist, though the run has ended")
+            print("this run's training has ended; evaluating it")
+            return
+    elif config.resume:
+        print("this run has no checkpoint yet; it starts from the beginning")
+    checkpoints = Checkpoints(folder, history, interruption)
+    trainer = make_trainer(
+        config,
+        max_epochs=config.epochs,
+        callbacks=[history, Patience(config.patience), checkpoints, *_progress(config)],
+        plugins=[CheckpointFiles()],
+    )
+    trainer.fit(network, datamodule=data, ckpt_path=start, weights_only=True)
+    plots.learning_curves(history.rows, folder.learning_curves)
+
+
+def checkpoint_in_epoch(checkpoint: dict[str, Any]) -> bool:
+    """Whether a checkpoint was saved in the middle of an epoch."""
+    batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    return not batches["is_last_batch"]
+
+
+def _progress(config: TrainConfig) -> list[Any]:
+    """A progress bar where somebody looks."""
+    if not config.progress or not sys.stderr.isatty():
+        return []
+    from lightning.pytorch.callbacks import RichProgressBar
+
+    return [RichProgressBar(leave=False)]
+
+
+def quiet() -> None:
+    """Silence what Lightning and torch say about themselves; errors and our own words stay."""
+    import logging
+    import warnings
+
+    import lightning.pytorch  # noqa: F401  (sets its own levels when it is imported)
+
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for module in (r"lightning\..*", r"torch\.jit\..*", r"torchmetrics\..*"):
+        warnings.filterwarnings("ignore", module=module)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Small real videos and EchoNet-LVH folders, written fresh for each test."""
+
+import csv
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+
+COLUMNS = [
+    "",
+    "HashedFileName",
+    "Calc",
+    "CalcValue",
+    "Frame",
+    "X1",
+    "X2",
+    "Y1",
+    "Y2",
+    "Frames",
+    "FPS",
+    "Width",
+]
+COLUMNS += ["Height", "split"]
+Frames = NDArray[np.uint8]
+
+
+def picture(frames: int = 12, height: int = 48, width: int = 64, seed: int = 0) -> Frames:
+    """uint8 [T, H, W, 3]: smooth waves that move from frame to frame, different for each seed."""
+    rng = np.random.default_rng(seed)
+    t, y, x = np.meshgrid(np.arange(frames), np.arange(height), np.arange(width), indexing="ij")
+    phase, speed = rng.uniform(0, 6, 3), rng.uniform(0.2, 0.6)
+    waves = [np.sin(x / (6 + c) + y / (9 - c) + speed * t + phase[c]) for c in range(3)]
+    return (127 + 100 * np.stack(waves, -1)).astype(np.uint8)
+
+
+def encode(path: Path, frames: Frames, codec: str = "mjpeg", fps: int = 50, **options: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", options=options) as container:
+        stream = container.add_stream(codec, rate=fps)
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        if codec == "mjpeg":
+            stream.codec_context.qmin = stream.codec_context.qmax = 2
+        else:
+            stream.bit_rate = 8_000_000
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return path
+
+
+def claim_frames(path: Path, count: int) -> Path:
+    """Patch both frame counts of an AVI header: dwTotalFrames in avih and dwLength in strh."""
+    data = bytearray(path.read_bytes())
+    for tag, offset in ((b"avih", 16), (b"strh", 32)):
+        place = data.index(tag) + 8 + offset
+        data[place : place + 4] = struct.pack("<I", count)
+    path.write_bytes(data)
+    return path
+
+
+def cut(path: Path, share: float = 0.5) -> Path:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(share * len(data))])
+    return path
+
+
+def measurement(name: str, calc: str = "LVIDd", cm: float | str = 4.5, **other: Any) -> dict[str, Any]:
+    row = {"HashedFileName": name, "Calc": calc, "CalcValue": cm, "Frame": 3, "Frames": 12, "FPS": 50}
+    row |= {"X1": 10, "X2": 10, "Y1": 5, "Y2": 40, "Width": 64, "Height": 48, "split": "train"}
+    return row | other
+
+
+def write_table(root: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str] = COLUMNS) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    path = root / "MeasurementsList.csv"
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(columns)
+        for number, row in enumerate(rows):
+            writer.writerow([number if column == "" else row.get(column, "") for column in columns])
+    return path
+
+
+def split_of(number: int) -> str:
+    return ("train", "train", "train", "train", "val", "val", "test", "test")[number % 8]
+
+
+def write_folder(root: Path, videos: int = 8, **other: Any) -> Path:
+    """An EchoNet-LVH folder: each split has both classes; odd videos are abnormal (a thick septum)."""
+    rows = []
+    for i in range(videos):
+        name = f"0X{i:016X}"
+        encode(root / f"Batch{1 + i % 4}" / f"{name}.avi", picture(seed=i))
+        rows += [
+            measurement(name, "IVSd", 1.4 if i % 2 else 0.8, split=split_of(i), **other),
+            measurement(name, "LVIDd", round(4.5 + 0.05 * i, 2), split=split_of(i), **other),
+        ]
+    write_table(root, rows)
+    return root

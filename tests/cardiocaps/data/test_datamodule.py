@@ -1,0 +1,270 @@
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from cardiocaps.data import read_folder
+from cardiocaps.data.datamodule import EchoDataModule, FrameSampler
+from cardiocaps.errors import ConfigError, DataError
+
+from .sample_videos import measurement, split_of, write_folder, write_table
+
+Batch = dict[str, Tensor]
+
+
+def module(folder: Path, cache: Path, **options: Any) -> EchoDataModule:
+    defaults: dict[str, Any] = {"size": 16, "batch_size": 4, "frames_per_clip": 3, "cache_dir": cache}
+    data = EchoDataModule(folder, **(defaults | options))
+    data.setup()
+    return data
+
+
+def epoch_of(data: EchoDataModule, split: str, epoch: int = 0) -> list[Batch]:
+    loader = getattr(data, f"{split}_dataloader")()
+    loader.sampler.set_epoch(epoch)
+    return [data.on_after_batch_transfer(batch, 0) for batch in loader]
+
+
+def joined(batches: list[Batch]) -> Batch:
+    return {key: torch.cat([batch[key] for batch in batches]) for key in batches[0]}
+
+
+def assert_same(a: list[Batch], b: list[Batch]) -> None:
+    assert len(a) == len(b)
+    for one, other in zip(a, b, strict=True):
+        for key in one:
+            torch.testing.assert_close(one[key], other[key], rtol=0, atol=0, equal_nan=True)
+
+
+def test_a_batch_is_what_the_model_expects(shared_folder: Path, shared_cache: Path) -> None:
+    data = module(shared_folder, shared_cache)
+    batch = epoch_of(data, "train")[0]
+    assert set(batch) == {"image", "label", "target", "clip", "frame"}
+    assert batch["image"].shape == (4, 9, 16, 16) and batch["image"].dtype == torch.float32
+    assert batch["image"].min() >= 0 and batch["image"].max() <= 1
+    assert batch["target"].dtype == torch.float32
+    for key in ("label", "clip", "frame"):
+        assert batch[key].shape == (4,) and batch[key].dtype == torch.int64
+    clips = data.clips("train")
+    for clip, label, target in zip(batch["clip"], batch["label"], batch["target"], strict=True):
+        assert clips[clip].label == label
+        assert target == torch.tensor(clips[clip].width)
+
+
+def test_an_epoch_has_every_frame_once(shared_folder: Path, shared_cache: Path) -> None:
+    data = module(shared_folder, shared_cache)
+    for split, clips in (("train", 4), ("val", 2), ("test", 2)):
+        batch = joined(epoch_of(data, split))
+        pairs = sorted(zip(batch["clip"].tolist(), batch["frame"].tolist(), strict=True))
+        assert pairs == [(clip, frame) for clip in range(clips) for frame in (2, 6, 10)]
+    assert data.train_class_counts().tolist() == [6, 6]
+
+
+def test_evaluation_is_in_order_and_always_the_same(shared_folder: Path, shared_cache: Path) -> None:
+    data = module(shared_folder, shared_cache)
+    batches = epoch_of(data, "test")
+    assert joined(batches)["clip"].tolist() == [0, 0, 0, 1, 1, 1] and [len(b["clip"]) for b in batches] == [
+        4,
+        2,
+    ]
+    assert_same(batches, epoch_of(data, "test", epoch=7))
+    assert_same(batches, epoch_of(module(shared_folder, shared_cache, seed=99), "test"))
+
+
+def test_training_differs_by_epoch_and_by_seed(shared_folder: Path, shared_cache: Path) -> None:
+    data = module(shared_folder, shared_cache)
+    first, second = joined(epoch_of(data, "train", 0)), joined(epoch_of(data, "train", 1))
+    assert first["clip"].tolist() != second["clip"].tolist()
+    assert not torch.equal(first["image"], second["image"])
+    other = joined(epoch_of(module(shared_folder, shared_cache, seed=11), "train", 0))
+    assert not torch.equal(first["image"], other["image"])
+
+
+def test_training_is_the_same_for_any_number_of_workers(shared_folder: Path, shared_cache: Path) -> None:
+    one = epoch_of(module(shared_folder, shared_cache), "train", 3)
+    assert_same(one, epoch_of(module(shared_folder, shared_cache, num_workers=2), "train", 3))
+
+
+def test_augmentation_of_the_full_view_can_be_left_out(shared_folder: Path, shared_cache: Path) -> None:
+    plain = module(shared_folder, shared_cache, augment_full=False)
+    first, second = (joined(epoch_of(plain, "train", epoch)) for epoch in (0, 1))
+    order = [torch.argsort(batch["clip"] * 100 + batch["frame"]) for batch in (first, second)]
+    a, b = (batch["image"][place] for batch, place in zip((first, second), order, strict=True))
+    torch.testing.assert_close(a[:, :3], b[:, :3], rtol=0, atol=1e-6)
+    assert not torch.allclose(a[:, 3:], b[:, 3:], atol=1e-2)
+
+
+class Recorder(LightningModule):
+    """Learns nothing; notes what it is shown."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.shown: dict[int, list[float]] = {}
+        self.validated: list[int] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.shown.setdefault(self.current_epoch, []).append(float(batch["image"].double().sum()))
+        return self.weight.sum() * batch["image"].mean()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validated.append(len(batch["label"]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(data: EchoDataModule, folder: Path, epochs: int, resume: Path | None = None) -> Recorder:
+    recorder = Recorder()
+    trainer = Trainer(
+        max_epochs=epochs,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(recorder, datamodule=data, ckpt_path=str(resume) if resume else None)
+    trainer.save_checkpoint(folder / f"{epochs}.ckpt")
+    return recorder
+
+
+def test_lightning_sets_the_epoch_also_after_a_resume(shared_folder: Path, shared_cache: Path, tmp_path: Path) -> None:
+    through = fit(module(shared_folder, shared_cache), tmp_path, 3)
+    assert through.shown.keys() == {0, 1, 2} and len({tuple(sums) for sums in through.shown.values()}) == 3
+    assert through.validated == [4, 2] * 3
+    fit(module(shared_folder, shared_cache), tmp_path, 1)
+    resumed = fit(module(shared_folder, shared_cache), tmp_path, 3, tmp_path / "1.ckpt")
+    assert resumed.shown == {epoch: through.shown[epoch] for epoch in (1, 2)}
+
+
+@pytest.mark.parametrize("batch_size, sizes", [(4, [4, 4, 4]), (5, [5, 5, 2]), (11, [11]), (1, [1] * 12), (99, [12])])
+def test_only_a_last_batch_of_one_is_dropped(
+    shared_folder: Path, shared_cache: Path, batch_size: int, sizes: list[int]
+) -> None:
+    data = module(shared_folder, shared_cache, batch_size=batch_size)
+    assert [len(batch["label"]) for batch in epoch_of(data, "train")] == sizes
+
+
+def test_evaluation_keeps_a_last_batch_of_one(shared_folder: Path, shared_cache: Path) -> None:
+    assert [len(b["label"]) for b in epoch_of(module(shared_folder, shared_cache, batch_size=5), "val")] == [
+        5,
+        1,
+    ]
+
+
+@pytest.mark.parametrize("processes", [2, 5])
+def test_several_processes_share_the_frames(
+    shared_folder: Path, shared_cache: Path, processes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = module(shared_folder, shared_cache)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda *a: processes)
+    taken: dict[str, list[list[tuple[int, int]]]] = {"train": [], "test": []}
+    for rank in range(processes):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda *a, rank=rank: rank)
+        for split, lists in taken.items():
+            sampler = FrameSampler(data._datasets[split])
+            sampler.set_epoch(4)
+            lists.append(list(sampler))
+            assert len(sampler) == len(lists[-1])
+    assert len({len(items) for items in taken["train"]}) == 1  # or the processes would wait for each other for ever
+    assert {item for items in taken["train"] for item in items} == {(4, i) for i in range(12)}
+    assert sorted(item for items in taken["test"] for item in items) == [(4, i) for i in range(6)]
+
+
+def test_targets(tmp_path: Path, shared_cache: Path) -> None:
+    root, rows = write_folder(tmp_path), []
+    for i in range(8):
+        name, split = f"0X{i:016X}", split_of(i)
+        rows.append(measurement(name, "IVSd", 1.4 if i % 2 else 0.8, split=split))
+        if i not in (4, 5):
+            rows.append(measurement(name, "LVIDd", 5.0, split=split))
+        if i < 2:
+            rows.append(measurement(name, "LVIDs", 3.0, split=split))
+    write_table(root, rows)
+    width = joined(epoch_of(module(root, shared_cache), "train"))["target"]
+    assert (width == 5).all()
+    assert joined(epoch_of(module(root, shared_cache), "val"))["target"].isnan().all()
+    batch = joined(epoch_of(module(root, shared_cache, target="ef"), "train"))
+    assert torch.equal(batch["target"].isnan(), batch["clip"] >= 2)
+    assert batch["target"][batch["clip"] < 2].tolist() == pytest.approx([70.4] * 6, abs=1e-3)
+
+
+def test_pixels_for_the_baselines(shared_folder: Path, shared_cache: Path) -> None:
+    data = module(shared_folder, shared_cache, batch_size=99)
+    grey, labels, clips = data.pixels("test", 16)
+    assert grey.shape == (6, 256) and grey.dtype == np.float32 and grey.min() >= 0 and grey.max() <= 1
+    (batch,) = epoch_of(data, "test")
+    assert labels.tolist() == batch["label"].tolist() and clips.tolist() == batch["clip"].tolist()
+    luma = (batch["image"][:, :3] * torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)).sum(1)
+    np.testing.assert_allclose(grey, luma.flatten(1).numpy(), atol=1e-5)
+    half = interpolate(luma[:, None], (8, 8), mode="bilinear", antialias=True).flatten(1)
+    assert float(np.abs(data.pixels("test", 8)[0] - half.numpy()).mean()) < 0.02
+    with pytest.raises(ConfigError, match="side must be at least 1, got 0"):
+        data.pixels("test", 0)
+    with pytest.raises(ConfigError, match="split must be one of train, val, test, got 'all'"):
+        data.pixels("all", 8)
+
+
+@pytest.mark.filterwarnings("ignore:the paper protocol")
+def test_the_paper_protocol_spreads_frames_of_one_clip(shared_folder: Path, shared_cache: Path) -> None:
+    study = read_folder(shared_folder, protocol="paper")
+    data = EchoDataModule(study, size=16, batch_size=7, frames_per_clip=5, cache_dir=shared_cache)
+    data.setup()
+    batches = {split: joined(epoch_of(data, split)) for split in ("train", "val", "test")}
+    assert [len(batch["clip"]) for batch in batches.values()] == [49, 25, 6]
+    pairs = [
+        (clip, frame)
+        for batch in batches.values()
+        for clip, frame in zip(batch["clip"].tolist(), batch["frame"].tolist(), strict=True)
+    ]
+    assert sorted(pairs) == [(clip, frame) for clip in range(16) for frame in range(5)]  # the first frames
+    assert data.clips("val") == data.study.clips and data.clips("val")[3].width == 4.55
+
+
+def test_a_study_that_changed_is_reported(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", 16)
+    data = EchoDataModule(root, size=16, frames_per_clip=3, cache_dir=tmp_path / "cache", max_bad_share=0.1)
+    (root / "Batch1" / "0X0000000000000000.avi").write_bytes(b"nothing")
+    data.setup()
+    assert [problem.where for problem in data.study.problems] == ["0X0000000000000000"]
+    assert len(data.clips("train")) == 7
+    strict = EchoDataModule(root, size=16, frames_per_clip=3, cache_dir=tmp_path / "cache")
+    with pytest.raises(DataError, match="1 of 16 videos"):
+        strict.setup()
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"target": "mass"}, "target must be one of width, ef, got 'mass'"),
+        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
+        ({"seed": -1}, "seed must be at least 0, got -1"),
+        ({"size": 2}, "size must be at least 8 pixels, got 2"),
+        ({"frames_per_clip": 0}, "frames_per_clip must be at least 1, got 0"),
+        ({"frame_choice": "last"}, "frame_choice must be one of spread, first, got 'last'"),
+    ],
+)
+def test_options_are_checked_before_anything_is_read(shared_folder: Path, options: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        EchoDataModule(shared_folder, **options)
+
+
+def test_the_package_starts_without_heavy_imports() -> None:
+    heavy = ("torch", "lightning", "av", "decord", "pandas", "rich")
+    code = f"import sys, cardiocaps.data; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

@@ -1,0 +1,202 @@
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cardiocaps.data import Study, read_folder
+from cardiocaps.data.labels import THRESHOLDS
+from cardiocaps.data.video import Header
+from cardiocaps.errors import ConfigError, DataError
+
+from .sample_videos import encode, measurement, picture, split_of, write_folder, write_table
+
+
+def found(study: Study, name: str) -> list[str]:
+    return [problem.reason for problem in study.problems if problem.where == name]
+
+
+def test_a_good_folder(shared_folder: Path) -> None:
+    study = read_folder(shared_folder)
+    assert len(study.clips) == 8 and study.problems == () and study.unlisted == 0
+    assert study.split_rule == "column" and study.protocol == "video"
+    clip = study.clips[5]
+    assert clip.name == "0X0000000000000005" and clip.split == "val" and clip.label == 1
+    assert clip.path == (shared_folder / "Batch2" / f"{clip.name}.avi").resolve()
+    assert clip.measurements == {"IVSd": 1.4, "LVIDd": 4.75} and clip.width == 4.75 and math.isnan(clip.ef)
+    assert [len(study.clips_in(split)) for split in ("train", "val", "test")] == [4, 2, 2]
+    assert study.claims[clip.name] == Header(12, 64, 48, 50.0)
+    with pytest.raises(ConfigError, match="split must be one of train, val, test, got 'all'"):
+        study.clips_in("all")
+
+
+def test_the_summary_says_what_counts(shared_folder: Path) -> None:
+    text = read_folder(str(shared_folder)).summary()
+    assert "8 clips, protocol video, split by video, the table's own column" in text
+    assert "train      4 clips, 2 abnormal" in text
+    assert "names no patients" in text
+
+
+@pytest.mark.parametrize("suffix, codec, folder", [("mp4", "mpeg4", "Batch3"), ("avi", "mjpeg", "."), ("AVI", "", "")])
+def test_where_videos_may_be(tmp_path: Path, suffix: str, codec: str, folder: str) -> None:
+    root = write_folder(tmp_path)
+    old = root / "Batch1" / "0X0000000000000000.avi"
+    old.unlink()
+    path = root / folder / f"0X0000000000000000.{suffix}"
+    if codec:
+        encode(path, picture(), codec)
+    else:
+        shutil.copy(root / "Batch2" / "0X0000000000000001.avi", path)
+    assert read_folder(root, max_bad_share=0).clips[0].path == path.resolve()
+
+
+def test_nothing_there_is_named(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").touch()
+    write_table(tmp_path / "table", [measurement("0XA")])
+    encode(tmp_path / "video" / "a.avi", picture(2))
+    for name, reason in (
+        ("none", "no such folder"),
+        ("file", "not a folder"),
+        ("empty", "the folder is empty"),
+        ("video", "no MeasurementsList.csv"),
+        ("table", "no .avi or .mp4 file"),
+    ):
+        with pytest.raises(DataError, match=rf"{name}: {reason}"):
+            read_folder(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "arguments, reason",
+    [
+        ({"protocol": "row"}, "protocol must be one of video, paper, got 'row'"),
+        ({"split": "random"}, "split must be one of auto, column, stratified, got 'random'"),
+        ({"protocol": "paper", "split": "column"}, "split must be auto in the paper protocol"),
+        ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"max_bad_share": -1}, "max_bad_share must be from 0 to 1, got -1"),
+        ({"thresholds": {}}, "thresholds must name"),
+    ],
+)
+def test_arguments_are_checked(shared_folder: Path, arguments: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        read_folder(shared_folder, **arguments)
+
+
+def test_unusable_videos_are_left_out_with_a_reason(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "root", 16)
+    names = [f"0X{i:016X}" for i in range(16)]
+    paths = [root / f"Batch{1 + i % 4}" / f"{name}.avi" for i, name in enumerate(names)]
+    outside = encode(tmp_path / "outside.avi", picture())
+    paths[0].unlink()
+    paths[1].write_bytes(b"")
+    paths[2].unlink()
+    os.mkfifo(paths[2])
+    paths[3].unlink()
+    paths[3].symlink_to(outside)
+    shutil.copy(paths[4], root / "Batch2")
+    paths[5].unlink()
+    paths[5].mkdir()
+    encode(root / "extra.avi", picture(2))
+    with pytest.raises(DataError, match=r"6 of 16 videos of .* cannot be used.*0X0+: no video file; 0X0+1: empty"):
+        read_folder(root)
+    study = read_folder(root, max_bad_share=0.5)
+    assert [clip.name for clip in study.clips] == names[6:]
+    assert [found(study, name) for name in names[:6]] == [
+        ["no video file"],
+        ["empty file"],
+        ["not a regular file"],
+        ["a link that leaves the data folder"],
+        ["several files: 2 of this name"],
+        ["not a regular file"],
+    ]
+    assert study.unlisted == 1
+    assert "2 × not a regular file (first: 0X0000000000000002)" in study.summary()
+    assert "1 videos in the folder are not in the table" in study.summary()
+
+
+def test_a_video_whose_rows_are_all_bad_is_bad(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, 16)
+    table = root / "MeasurementsList.csv"
+    table.write_text(table.read_text().replace(",0X000000000000000F,IVSd,1.4", ",0X000000000000000F,IVSd,-1"))
+    study = read_folder(root, max_bad_share=0.1)
+    assert study.clips[15].measurements == {"LVIDd": 5.25}  # what is left counts
+    table.write_text(table.read_text().replace(",0X000000000000000F,LVIDd,5.25", ",0X000000000000000F,LVIDd,"))
+    study = read_folder(root, max_bad_share=0.1)
+    assert found(study, "0X000000000000000F") == ["no usable row in the table"]
+    assert len(read_folder(root, max_bad_share=1 / 16).clips) == 15
+    with pytest.raises(DataError, match="2 of 32 rows"):
+        read_folder(root)
+
+
+def test_labels_come_from_all_rows_of_a_video(tmp_path: Path) -> None:
+    root = write_folder(tmp_path)
+    names = [f"0X{i:016X}" for i in range(8)]
+    rows = [measurement(name, "LVPWd", 1.2 if i % 2 else 0.9, split=split_of(i)) for i, name in enumerate(names)]
+    rows += [
+        measurement(names[0], "LVIDd", 5.0, split="train"),
+        measurement(names[0], "LVIDd", 5.2, Frame=7, split="train"),
+        measurement(names[0], "LVIDs", 3.0, Frame=5, split="train"),
+    ]
+    write_table(root, rows)
+    clip = read_folder(root).clips[0]
+    assert clip.label == 0 and clip.width == pytest.approx(5.1)
+    d, s = (7 * x**3 / (2.4 + x) for x in (5.1, 3.0))
+    assert clip.ef == pytest.approx(100 * (d - s) / d)
+    assert math.isnan(read_folder(root).clips[1].width)
+    low = {**THRESHOLDS, "LVIDs": 2.0}
+    assert read_folder(root, thresholds=low).clips[0].label == 1
+
+
+def test_without_a_split_column_classes_are_dealt_out(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, 10)
+    rows = [measurement(f"0X{i:016X}", "IVSd", 1.4 if i % 2 else 0.8, split="") for i in range(10)]
+    write_table(root, rows)
+    study = read_folder(root)
+    assert study.split_rule == "stratified"
+    for split, count in (("train", 3), ("val", 1), ("test", 1)):
+        labels = [clip.label for clip in study.clips_in(split)]
+        assert labels.count(0) == labels.count(1) == count
+    assert "drawn at random" in study.summary()
+    assert any(read_folder(root, seed=seed).clips != study.clips for seed in (1, 2, 3))
+    with pytest.raises(DataError, match=r"10 of 10 videos.*split blank"):
+        read_folder(root, split="column")
+
+
+def test_a_split_can_be_drawn_in_spite_of_the_column(shared_folder: Path) -> None:
+    study = read_folder(shared_folder, split="stratified")
+    assert study.split_rule == "stratified" and len(study.clips_in("train")) == 4
+
+
+def test_conflicting_splits_and_single_classes_stop_the_run(tmp_path: Path) -> None:
+    root = write_folder(tmp_path)
+    rows = [measurement(f"0X{i:016X}", "IVSd", 1.4, split=split_of(i)) for i in range(8)]
+    write_table(root, rows)
+    with pytest.raises(DataError, match="val: 0 normal, 2 abnormal; test: 0 normal, 2 abnormal"):
+        read_folder(root)
+    write_table(root, [*rows, measurement("0X0000000000000000", split="test")])
+    with pytest.raises(DataError, match="video 0X0000000000000000 stands in the splits test and train at once"):
+        read_folder(root)
+
+
+def test_a_limit_keeps_splits_and_classes(tmp_path: Path, shared_folder: Path) -> None:
+    study = read_folder(shared_folder, limit=6)
+    assert len(study.clips) == 6
+    assert [len(study.clips_in(split)) for split in ("train", "val", "test")] == [2, 2, 2]
+    assert read_folder(shared_folder, limit=100).clips == read_folder(shared_folder).clips
+
+
+def test_the_paper_protocol_has_a_clip_per_row(shared_folder: Path) -> None:
+    with pytest.warns(UserWarning) as caught:
+        study = read_folder(shared_folder, protocol="paper")
+    messages = [str(warning.message) for warning in caught]
+    assert len(messages) == 2 and "leaks" in messages[0] and "this one has 16 rows" in messages[1]
+    assert {Path(warning.filename).name for warning in caught} == {"test_echonet.py"}
+    assert len(study.clips) == 16 and {clip.split for clip in study.clips} == {"mixed"}
+    septum, ventricle = study.clips[2:4]
+    assert septum.path == ventricle.path
+    assert (septum.label, ventricle.label) == (1, 0)  # contradictory labels of one video, as published
+    assert (septum.width, ventricle.width) == (1.4, 4.55)
+    assert study.clips_in("train") == study.clips_in("test") == study.clips
+    assert "it leaks" in study.summary()

@@ -1,0 +1,106 @@
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cardiocaps.data import splits
+from cardiocaps.data.measurements import Problem, Row
+from cardiocaps.data.video import Header
+from cardiocaps.errors import DataError
+
+
+def rows(count: int) -> list[Row]:
+    claim = Header(60, 0, 0, 0.0)
+    return [Row(i, i + 2, f"V{i}", "LVIDd", 4.0, 0, "", claim, ()) for i in range(count)]
+
+
+def test_the_column_in_any_spelling() -> None:
+    cells = {"a": ["train"], "b": ["val", ""], "c": ["valid", "validation"], "d": ["test", "test"]}
+    assert splits.from_column(cells) == ({"a": "train", "b": "val", "c": "val", "d": "test"}, [])
+
+
+def test_videos_without_a_known_split_are_reported() -> None:
+    chosen, problems = splits.from_column({"a": ["", ""], "b": ["holdout"], "c": ["train", "holdout"]})
+    assert chosen == {}
+    blank, unknown = "split blank (allowed: train, val, test)", "split unknown (allowed: train, val, test)"
+    assert problems == [Problem("a", blank), Problem("b", unknown), Problem("c", unknown)]
+
+
+def test_a_video_in_two_splits_is_a_leak() -> None:
+    with pytest.raises(DataError, match="video a stands in the splits test and train at once"):
+        splits.from_column({"a": ["train", "test"]})
+
+
+def test_stratified_shares_hold_in_each_class() -> None:
+    labels = {f"V{i}": int(i < 30) for i in range(130)}
+    chosen = splits.stratified(labels, seed=10)
+    assert chosen.keys() == labels.keys()
+    for label, total in ((0, 100), (1, 30)):
+        sizes = [sum(chosen[n] == s for n in labels if labels[n] == label) for s in splits.SPLITS]
+        assert sizes == [0.6 * total, 0.2 * total, 0.2 * total]
+
+
+def test_stratified_depends_on_the_seed_and_not_on_the_order() -> None:
+    labels = {f"V{i}": i % 2 for i in range(40)}
+    backwards = dict(reversed(labels.items()))
+    assert splits.stratified(labels, 1) == splits.stratified(backwards, 1)
+    assert splits.stratified(labels, 1) != splits.stratified(labels, 2)
+
+
+@given(st.integers(3, 60), st.integers(0, 99))
+def test_three_videos_of_a_class_reach_every_split(count: int, seed: int) -> None:
+    assert set(splits.stratified({str(i): 0 for i in range(count)}, seed).values()) == set(splits.SPLITS)
+
+
+def test_the_paper_takes_its_rows_and_warns() -> None:
+    with pytest.warns(UserWarning, match="leaks") as caught:
+        chosen = splits.paper_rows(rows(11800), 11800)
+    assert [chosen[0].position, chosen[-1].position, len(chosen), len(caught)] == [11464, 11763, 300, 1]
+
+
+def test_the_paper_takes_all_rows_of_a_short_table() -> None:
+    with (
+        pytest.warns(UserWarning, match=r"rows 11464 to 11763 .* this one has 11763 rows: all are used"),
+        pytest.warns(UserWarning, match="leaks"),
+    ):
+        assert len(splits.paper_rows(rows(11763), 11763)) == 11763
+
+
+def test_positions_count_left_out_rows_too() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        chosen = splits.paper_rows(rows(11800)[5:11500], 11800)
+    assert [chosen[0].position, chosen[-1].position] == [11464, 11499]
+
+
+def test_frames_follow_their_clip() -> None:
+    items = splits.frame_items(["val", "train", "val", "test"], [1, 2, 2, 1], seed=0)
+    assert {split: pairs.tolist() for split, pairs in items.items()} == {
+        "train": [[0, 0], [0, 1]],
+        "val": [[0, 0], [1, 0], [1, 1]],
+        "test": [[0, 0]],
+    }
+
+
+def test_the_paper_deals_out_frames() -> None:
+    items = splits.frame_items([splits.MIXED] * 10, [50] * 10, seed=3)
+    assert [len(items[split]) for split in splits.SPLITS] == [300, 160, 40]
+    everything = np.concatenate([items[split] for split in splits.SPLITS])
+    assert len({(int(clip), int(frame)) for clip, frame in everything}) == 500
+    assert set(items["train"][:, 0]) & set(items["test"][:, 0])  # the leak that the warning speaks of
+    again = splits.frame_items([splits.MIXED] * 10, [50] * 10, seed=3)
+    other = splits.frame_items([splits.MIXED] * 10, [50] * 10, seed=4)
+    np.testing.assert_array_equal(items["test"], again["test"])
+    assert not np.array_equal(items["test"], other["test"])
+
+
+@pytest.mark.parametrize("bad", [{"val": []}, {"test": [1, 1]}, {"train": [0]}])
+def test_a_split_without_both_classes_is_refused(bad: dict[str, list[int]]) -> None:
+    labels = {split: [0, 1, 1] for split in splits.SPLITS}
+    splits.check_classes(labels)
+    with pytest.raises(DataError, match="each split needs clips of both classes") as caught:
+        splits.check_classes(labels | bad)
+    ((split, values),) = bad.items()
+    assert f"{split}: {values.count(0)} normal, {values.count(1)} abnormal" in str(caught.value)

@@ -1,0 +1,341 @@
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cardiocaps.config import (
+    MAY_DIFFER_ON_RESUME,
+    PRESETS,
+    Option,
+    TrainConfig,
+    check_resumable,
+    command_line,
+    from_command_line,
+    options,
+    read_yaml,
+)
+from cardiocaps.errors import ConfigError
+
+
+def _file(folder: Path, text: str) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_defaults_are_the_published_choices() -> None:
+    config = TrainConfig()
+    assert (config.seed, config.iterations, config.reconstruction_weight, config.regression_weight) == (
+        10,
+        3,
+        0.0005,
+        0.05,
+    )
+    paper = PRESETS["paper"]
+    assert (paper.size, paper.conv_channels, paper.primary_types, paper.primary_dim, paper.out_dim) == (
+        256,
+        256,
+        32,
+        8,
+        16,
+    )
+    assert (paper.batch_size, paper.learning_rate, paper.epochs, paper.patience) == (8, 1e-4, 100, 5)
+
+
+def test_every_preset_has_a_choice_and_a_network_that_fits() -> None:
+    assert set(options()["preset"].choices) == set(PRESETS)
+    for preset in PRESETS.values():
+        conv = (preset.size - preset.conv_kernel) // preset.conv_stride + 1
+        primary = (conv - preset.primary_kernel) // preset.primary_stride + 1
+        assert primary >= 1
+        TrainConfig(batch_size=preset.batch_size, learning_rate=preset.learning_rate)
+    paper = PRESETS["paper"]
+    conv = paper.size - paper.conv_kernel + 1
+    assert paper.primary_types * ((conv - paper.primary_kernel) // paper.primary_stride + 1) ** 2 == 460_800
+
+
+def test_precedence(tmp_path: Path) -> None:
+    config = from_command_line(["--preset", "small"])
+    assert (config.epochs, config.batch_size, config.seed) == (40, 16, 10)
+    file = str(_file(tmp_path, "preset: small\nepochs: 7\nseed: 3\nlearning_rate: 1e-4\n"))
+    config = from_command_line(["--config", file])
+    assert (config.epochs, config.batch_size, config.seed, config.learning_rate) == (7, 16, 3, 1e-4)
+    config = from_command_line(["--config", file, "--epochs", "9", "--preset", "paper"])
+    assert (config.epochs, config.batch_size, config.seed) == (9, 8, 3)
+
+
+def test_the_folder_is_named_after_the_run() -> None:
+    assert from_command_line([]).out == Path("runs/tiny-attention-seed10")
+    assert from_command_line(["--routing", "dynamic", "--seed", "4"]).out == Path("runs/tiny-dynamic-seed4")
+    assert from_command_line(["--out", "here"]).out == Path("here")
+
+
+def _another(option: Option, value: Any) -> Any:
+    """A value that is allowed and differs from `value`."""
+    if option.choices:
+        return next(choice for choice in option.choices if choice != value)
+    if option.kind is bool:
+        return not value
+    if option.kind is Path:
+        return Path("some where")
+    return option.low if value == option.high else option.high
+
+
+def test_every_setting_can_be_given_on_the_command_line() -> None:
+    for name in sorted(set(options()) - {"resume"}):
+        option = options()[name]
+        value = _another(option, option.default)
+        argv = [option.flag, str(value)]
+        if option.kind is bool:
+            argv = [option.flag if value else option.flag.replace("--", "--no-")]
+        assert getattr(from_command_line(argv), name) == value, name
+
+
+def test_help_shows_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        from_command_line(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.isascii()  # printable wherever it is asked for
+    for option in options().values():
+        assert option.flag in text
+    assert "Research use only" in text
+
+
+def test_help_needs_no_heavy_import() -> None:
+    program = (
+        "import sys, time; start = time.perf_counter()\n"
+        "from cardiocaps.config import command_line; command_line().format_help()\n"
+        "print(time.perf_counter() - start)\n"
+        "print(sorted(sys.modules.keys() & {'torch', 'numpy', 'yaml', 'lightning', 'matplotlib', 'pandas'}))"
+    )
+    seconds = []
+    for _ in range(3):
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        spent, modules = done.stdout.splitlines()
+        assert modules == "[]"
+        seconds.append(float(spent))
+    assert min(seconds) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--learning-rat", "1"], "unknown option --learning-rat; did you mean --learning-rate?"),
+        (["--learning_rate=1"], "unknown option --learning_rate; did you mean --learning-rate?"),
+        (["--learn", "1"], "unknown option --learn; did you mean --learning-rate?"),
+        (["--no-progres"], "unknown option --no-progres; did you mean --no-progress?"),
+        (["--xyzzy"], "unknown option --xyzzy (see"),
+        (["extra"], "unexpected argument 'extra'"),
+        (["--seed"], "--seed: expected one argument"),
+        (["--seed", "-1"], "--seed: -1 is not allowed; give an integer from 0 to 4294967295"),
+        (["--seed", "1.0"], "--seed: '1.0' is not allowed; give an integer"),
+        (["--seed", "1_0"], "--seed: '1_0'"),
+        (["--seed", "9" * 5000], "--seed: '99"),
+        (["--iterations", "11"], "--iterations: 11 is not allowed; give an integer from 1 to 10"),
+        (["--learning-rate", "nan"], "--learning-rate: 'nan' is not allowed; give a number from 1e-09 to 1"),
+        (["--learning-rate", "1e999"], "--learning-rate: '1e999'"),
+        (["--learning-rate", "0"], "--learning-rate: '0'"),
+        (["--max-bad-share", "inf"], "--max-bad-share: 'inf' is not allowed; give a number from 0 to 1"),
+        (["--routing", "atention"], "--routing: 'atention' is not allowed; give one of attention, dynamic"),
+        (["--out", ""], "--out: '' is not allowed; give a path"),
+        (["--threads", "0"], "--threads: 0 is not allowed; give an integer from 1 to 1024 (see"),
+        (["--progress=no"], "ignored explicit argument 'no'"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_line_and_status_2(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        from_command_line(argv)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: 1", "unknown setting 'learning_rat'; did you mean learning_rate?"),
+        ("seed: 1\nseed: 2", "'seed' is given twice"),
+        ("seed: '1'", "seed: '1' is not allowed; give an integer"),
+        ("seed: true", "seed: True is not allowed"),
+        ("seed: 010", "seed: '010' is not allowed"),
+        ("seed: 1:30", "seed: '1:30' is not allowed"),
+        ("seed: 1.0", "seed: 1.0 is not allowed"),
+        ("seed: null", "seed: None is not allowed; give an integer from 0 to 4294967295"),
+        ("seed: [1]", r"seed: [1] is not allowed"),
+        ("epochs: 0", "epochs: 0 is not allowed; give an integer from 1 to 100000 or null"),
+        ("progress: yes", "progress: 'yes' is not allowed; give true or false"),
+        ("progress: 1", "progress: 1 is not allowed"),
+        ("routing: 3", "routing: 3 is not allowed; give one of attention, dynamic, uniform"),
+        ("split: false", "split: False is not allowed"),
+        ("learning_rate: .nan", "learning_rate: nan is not allowed"),
+        ("learning_rate: .inf", "learning_rate: inf is not allowed"),
+        ("learning_rate: fast", "learning_rate: 'fast' is not allowed; give a number"),
+        ("out: 2024", "out: 2024 is not allowed; give a path"),
+        ("out: ''", "out: '' is not allowed"),
+        ('out: "a\\Nb"', "out: 'a\\x85b' is not allowed; give a path without control characters"),
+        ('out: "a\\0b"', "out: 'a\\x00b' is not allowed"),
+        ("1: 2", "1 is not the name of a setting"),
+        ("[seed, 1]", "must hold lines of the form"),
+        ("seed", "must hold lines of the form"),
+        ("seed: [", "is not valid YAML"),
+        ("a: 1\n---\nb: 2", "is not valid YAML"),
+        ("seed: !!python/object/apply:os.getpid []", "is not valid YAML"),
+        ("seed: !!bool perhaps", "is not valid YAML"),
+        ("seed: !!timestamp never", "is not valid YAML"),
+        ("seed: \x07", "is not valid YAML"),
+        ("seed: " + "9" * 5000, "is not valid YAML"),
+        ("seed: " + "[" * 1500, "is nested too deeply"),
+        ("protocol: paper\nsplit: column", "split: 'column' has no meaning with protocol 'paper'"),
+    ],
+)
+def test_a_mistake_in_the_file_is_named(text: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        from_command_line(["--config", str(_file(tmp_path, text))])
+    assert message in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400 + len(str(tmp_path))
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing\.yaml is not a file"):
+        read_yaml(tmp_path / "missing.yaml")
+    with pytest.raises(ConfigError, match="is not a file"):
+        read_yaml(tmp_path)
+    (tmp_path / "checkpoint").write_bytes(b"#" * (1 << 21))
+    with pytest.raises(ConfigError, match="larger than a configuration"):
+        read_yaml(tmp_path / "checkpoint")
+    (tmp_path / "latin").write_bytes(b"out: \xff\xfe")
+    with pytest.raises(ConfigError, match="is not valid YAML"):
+        read_yaml(tmp_path / "latin")
+
+
+def test_numbers_in_the_file(tmp_path: Path) -> None:
+    text = "learning_rate: 1e-4\nregression_weight: '5e-2'\nmax_bad_share: 0\nprecision: 32\nepochs:\n"
+    read = read_yaml(_file(tmp_path, text))
+    assert read == {
+        "learning_rate": 1e-4,
+        "regression_weight": 0.05,
+        "max_bad_share": 0.0,
+        "precision": "32",
+        "epochs": None,
+    }
+    assert read_yaml(_file(tmp_path, "# nothing\n")) == {}
+
+
+_names = st.text(st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"]), min_size=1, max_size=20)
+
+
+@given(out=_names.filter(str.strip), rate=st.floats(1e-9, 1), share=st.floats(0, 1), overwrite=st.booleans())
+@settings(max_examples=100, deadline=None)
+def test_yaml_round_trip(out: str, rate: float, share: float, overwrite: bool, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+    config = TrainConfig(out=Path(out), learning_rate=rate, max_bad_share=share, overwrite=overwrite)
+    for whole in (config, config.resolved()):
+        path = _file(tmp_path_factory.getbasetemp(), whole.to_yaml())
+        assert TrainConfig(**read_yaml(path)) == whole
+        assert TrainConfig(**whole.as_dict()) == whole  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ["1e5", "010", "yes", "null", "~", "2024-01-01", "1:30", "a: b", "#x", ".5"])
+def test_names_that_look_like_something_else_survive(name: str, tmp_path: Path) -> None:
+    config = TrainConfig(out=Path(name))
+    assert read_yaml(_file(tmp_path, config.to_yaml()))["out"] == Path(name)
+
+
+@given(text=st.text(st.sampled_from("seed: [{&*!|>'\"#-?%@\n\t0aé.,]}"), max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_any_file_is_read_or_refused_by_name(text: str, tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+    try:
+        read = read_yaml(_file(tmp_path_factory.getbasetemp(), text))
+    except ConfigError:
+        return
+    assert set(read) <= set(options())
+
+
+def test_every_way_of_making_one_checks() -> None:
+    assert TrainConfig(data="here").data == Path("here")  # type: ignore[arg-type]
+    for wrong in (
+        {"seed": -1},
+        {"seed": "3"},
+        {"routing": "em"},
+        {"progress": 1},
+        {"learning_rate": float("nan")},
+    ):
+        (name,) = wrong
+        with pytest.raises(ConfigError, match=rf"^{name}: "):
+            TrainConfig(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^seed: "):
+        replace(TrainConfig(), seed=2**32)
+
+
+def _run(folder: Path, *argv: str) -> TrainConfig:
+    config = from_command_line(["--out", str(folder), *argv])
+    folder.mkdir()
+    (folder / "config.yaml").write_text(config.to_yaml())
+    return config
+
+
+def test_a_resumed_run_keeps_its_own_settings(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    old = _run(folder, "--preset", "small", "--seed", "3", "--routing", "dynamic", "--overwrite")
+    new = from_command_line(["--resume", str(folder), "--epochs", "60", "--workers", "2", "--no-progress"])
+    assert (new.epochs, new.workers, new.progress, new.resume, new.out) == (60, 2, False, folder, folder)
+    assert not new.overwrite
+    assert replace(new, epochs=old.epochs, workers=0, progress=True, resume=None, overwrite=True) == old
+    again = from_command_line(["--resume", str(folder), "--preset", "small", "--out", f"{folder}/."])
+    assert again.epochs == 40
+
+
+def test_a_run_that_was_resumed_can_be_resumed_again(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    _run(folder)
+    once = from_command_line(["--resume", str(folder), "--epochs", "30"])
+    (folder / "config.yaml").write_text(once.to_yaml())
+    moved = folder.rename(tmp_path / "moved")
+    assert from_command_line(["--resume", str(moved)]).epochs == 30
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--seed", "4"], r"seed is 4, was 10"),
+        (
+            ["--preset", "paper", "--routing", "uniform"],
+            r"preset is 'paper', was 'tiny'; routing is 'uniform'",
+        ),
+        (["--overwrite"], "overwrite: "),
+        (["--out", "elsewhere"], "out: a resumed run stays in its folder"),
+    ],
+)
+def test_a_run_cannot_go_on_with_other_settings(argv: list[str], message: str, tmp_path: Path) -> None:
+    _run(tmp_path / "run")
+    with pytest.raises(ConfigError, match=message):
+        from_command_line(["--resume", str(tmp_path / "run"), *argv])
+
+
+def test_what_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"resume: .* is not the folder of a run"):
+        from_command_line(["--resume", str(tmp_path)])
+
+
+def test_check_resumable_compares_every_setting_but_those_that_may_differ() -> None:
+    config = TrainConfig().resolved()
+    check_resumable(TrainConfig(), config)
+    check_resumable(config, replace(config, epochs=99, device="cpu", threads=2, workers=1, progress=False))
+    free = {*MAY_DIFFER_ON_RESUME, "out", "overwrite", "resume"}
+    for name in sorted(set(options()) - free):
+        other = replace(config, **{name: _another(options()[name], getattr(config, name))})
+        with pytest.raises(ConfigError, match=rf"\({name} is "):
+            check_resumable(config, other)
+
+
+def test_the_parser_itself_takes_no_abbreviation() -> None:
+    assert command_line().allow_abbrev is False
+    assert vars(command_line().parse_args(["--seed", "3"])) == {"config": None, "seed": 3}

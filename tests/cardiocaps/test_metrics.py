@@ -1,0 +1,311 @@
+import json
+import math
+import time
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+from sklearn import metrics as sklearn_metrics
+
+from cardiocaps import metrics
+from cardiocaps.metrics import (
+    METRICS,
+    by_video,
+    confusion,
+    evaluate,
+    regression_report,
+    threshold_counts,
+)
+
+NAN = math.nan
+
+
+def _sklearn(p: NDArray[np.float64], y: NDArray[np.int64]) -> dict[str, float]:
+    hard = (p > 0.5).astype(int)
+    return {
+        "auroc": sklearn_metrics.roc_auc_score(y, p),
+        "average_precision": sklearn_metrics.average_precision_score(y, p),
+        "sensitivity": sklearn_metrics.recall_score(y, hard),
+        "specificity": sklearn_metrics.recall_score(y, hard, pos_label=0),
+        "f1": sklearn_metrics.f1_score(y, hard, zero_division=0),
+        "f1_weighted": sklearn_metrics.f1_score(y, hard, average="weighted", zero_division=0),
+        "accuracy": sklearn_metrics.accuracy_score(y, hard),
+        "brier": sklearn_metrics.brier_score_loss(y, p),
+    }
+
+
+# Few distinct values, so that ties and 0.5 itself are common.
+_samples = st.lists(
+    st.tuples(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.5000001, 0.75, 1.0]), st.integers(0, 1)),
+    min_size=2,
+    max_size=40,
+)
+
+
+def _split(pairs: list[tuple[float, int]]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    p, y = np.array([a for a, _ in pairs]), np.array([b for _, b in pairs])
+    assume(0 < y.sum() < y.size)
+    return p, y
+
+
+@given(_samples)
+@settings(max_examples=50, deadline=None)
+def test_every_metric_is_scikit_learns(pairs: list[tuple[float, int]]) -> None:
+    p, y = _split(pairs)
+    report = evaluate(p, y, bootstrap=0)
+    assert set(report.metrics) == set(METRICS)
+    for name, expected in _sklearn(p, y).items():
+        assert report.metrics[name].value == pytest.approx(expected, abs=1e-12), name
+    assert not report.undefined
+
+
+@given(_samples, st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_weighted_resample_is_the_repeated_sample(pairs: list[tuple[float, int]], data: st.DataObject) -> None:
+    p, y = _split(pairs)
+    group = np.array(data.draw(st.lists(st.integers(0, 5), min_size=p.size, max_size=p.size)))
+    group = np.unique(group, return_inverse=True)[1]
+    count = int(group.max()) + 1
+    weight = np.array(data.draw(st.lists(st.integers(0, 3), min_size=count, max_size=count)))
+    repeats = weight[group]
+    repeated_p, repeated_y = np.repeat(p, repeats), np.repeat(y, repeats)
+    assume(0 < repeated_y.sum() < repeated_y.size)
+    drawn = metrics._Sample.of(p, y, group).scores(weight[None].astype(float))
+    for name, expected in _sklearn(repeated_p, repeated_y).items():
+        assert drawn[name][0] == pytest.approx(expected, abs=1e-12), name
+
+
+@given(_samples, st.randoms())
+@settings(max_examples=40, deadline=None)
+def test_the_order_of_the_samples_does_not_matter(pairs: list[tuple[float, int]], random) -> None:  # type: ignore[no-untyped-def]
+    p, y = _split(pairs)
+    clip = np.arange(p.size) // 3
+    order = list(range(p.size))
+    random.shuffle(order)
+    one, other = (
+        evaluate(p[index], y[index], clip[index], bootstrap=20, seed=1).as_dict()
+        for index in (np.arange(p.size), np.array(order))
+    )
+    for name in METRICS:
+        assert list(one["metrics"][name].values()) == pytest.approx(list(other["metrics"][name].values()))
+    assert one["paper"] == pytest.approx(other["paper"])
+
+
+@given(_samples)
+@settings(max_examples=40, deadline=None)
+def test_ranks_decide_the_areas(pairs: list[tuple[float, int]]) -> None:
+    p, y = _split(pairs)
+    for name in ("auroc", "average_precision"):
+        value, monotone = (evaluate(q, y, bootstrap=0).metrics[name].value for q in (p, p**3))
+        assert value == pytest.approx(monotone, abs=1e-12)
+    flipped = evaluate(1 - p, y, bootstrap=0).metrics["auroc"].value
+    assert flipped == pytest.approx(1 - evaluate(p, y, bootstrap=0).metrics["auroc"].value, abs=1e-12)
+
+
+def test_the_papers_metrics_by_hand() -> None:
+    p = np.array([0.9, 0.8, 0.2, 0.7, 0.1, 0.3, 0.4, 0.5])
+    y = np.array([1, 1, 1, 0, 0, 0, 0, 0])
+    # tp 2, fn 1, fp 1, tn 4 (0.5 is not above the threshold)
+    report = evaluate(p, y, bootstrap=0)
+    assert report.confusion == ((4, 1), (1, 2))
+    assert report.paper["accuracy"] == 6 / 8
+    assert report.paper["f1"] == pytest.approx(5 / 8 * (8 / 10) + 3 / 8 * (4 / 6))
+    assert report.paper["roc_auc"] == pytest.approx((2 / 3 + 4 / 5) / 2)
+    assert report.paper["pr_auc"] == pytest.approx(2 / 3)
+
+
+def test_the_papers_metrics_of_a_model_that_predicts_one_class() -> None:
+    # Table VI's row of EM-CapsNets (0.8478, 0.7780, 0.5, 0.0) is what always predicting "normal" gives.
+    y = np.array([1] * 1522 + [0] * 8478)
+    report = evaluate(np.full(y.size, 0.2), y, bootstrap=0)
+    assert report.paper == pytest.approx({"accuracy": 0.8478, "f1": 0.7780, "roc_auc": 0.5, "pr_auc": 0.0}, abs=5e-5)
+
+
+@pytest.mark.parametrize("label", [0, 1])
+def test_one_class_is_undefined_with_a_reason_and_not_zero(label: int) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = evaluate([0.2, 0.7, 0.9], [label] * 3, ["a", "a", "b"], bootstrap=50)
+    undefined = {"auroc", "average_precision", "specificity" if label else "sensitivity", "paper.roc_auc"}
+    assert undefined == set(report.undefined)
+    assert f"every label is {label}" in report.undefined["auroc"]
+    for name in undefined & set(METRICS):
+        estimate = report.metrics[name]
+        assert math.isnan(estimate.value) and math.isnan(estimate.low) and math.isnan(estimate.high)
+        assert str(estimate) == "undefined"
+    assert math.isfinite(report.metrics["accuracy"].value) and math.isfinite(report.metrics["brier"].low)
+    written = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    assert written["metrics"]["auroc"] == {"value": None, "low": None, "high": None}
+    assert written["paper"]["roc_auc"] is None
+
+
+def test_f1_without_a_positive_anywhere_is_undefined() -> None:
+    assert "f1" in evaluate([0.2, 0.1], [0, 0], bootstrap=0).undefined
+
+
+def _videos(seed: int = 0) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.int64]]:
+    rng = np.random.default_rng(seed)
+    clip = np.repeat(np.arange(40), 8)
+    y = (clip < 10).astype(np.int64)
+    logit = rng.normal(size=40)[clip] + 0.2 * rng.normal(size=clip.size) + 1.5 * y - 1
+    return 1 / (1 + np.exp(-logit)), y, clip
+
+
+def test_intervals_are_reproducible_and_hold_the_value() -> None:
+    p, y, clip = _videos()
+    report = evaluate(p, y, clip, bootstrap=300, seed=4)
+    assert report == evaluate(p, y, clip, bootstrap=300, seed=4)
+    assert report != evaluate(p, y, clip, bootstrap=300, seed=5)
+    assert (report.n, report.positives, report.groups, report.notes) == (320, 80, 40, ())
+    for estimate in report.metrics.values():
+        assert estimate.low < estimate.value < estimate.high
+
+
+def test_the_interval_spans_the_middle_95_percent_of_the_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, y, clip = _videos()
+    drawn = {name: np.linspace(0, 1, 1001) ** 2 for name in METRICS}
+    monkeypatch.setattr(metrics, "_drawn", lambda *_: drawn)
+    auroc = evaluate(p, y, clip, bootstrap=1001).metrics["auroc"]
+    assert (auroc.low, auroc.high) == pytest.approx((0.025**2, 0.975**2))
+
+
+def test_whole_videos_are_drawn() -> None:
+    p, y, clip = _videos()
+    by_clip, by_frame = (evaluate(p, y, g, bootstrap=400).metrics["auroc"] for g in (clip, None))
+    assert by_clip.value == by_frame.value
+    assert by_clip.high - by_clip.low > 1.5 * (by_frame.high - by_frame.low)
+
+
+def test_the_interval_is_that_of_a_plain_bootstrap() -> None:
+    p, y, clip = _videos()
+    rng = np.random.default_rng(1)
+    frames = {c: np.flatnonzero(clip == c) for c in range(40)}
+    values = []
+    for _ in range(400):
+        drawn = np.concatenate((rng.choice(np.arange(10), 10), rng.choice(np.arange(10, 40), 30)))
+        index = np.concatenate([frames[c] for c in drawn])
+        values.append(sklearn_metrics.roc_auc_score(y[index], p[index]))
+    low, high = np.percentile(values, (2.5, 97.5))
+    auroc = evaluate(p, y, clip, bootstrap=2000).metrics["auroc"]
+    assert (auroc.low, auroc.high) == pytest.approx((low, high), abs=0.03)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 3), st.integers(0, 2**31))
+@settings(max_examples=30, deadline=None)
+def test_no_resample_loses_a_class(normal: int, abnormal: int, mixed: int, seed: int) -> None:
+    clip = np.concatenate((np.arange(normal + abnormal + mixed), normal + abnormal + np.arange(mixed)))
+    y = np.array([0] * normal + [1] * abnormal + [0] * mixed + [1] * mixed)
+    strata = metrics._strata(y, clip, clip.max() + 1)
+    weight = metrics._resamples(strata, 50, np.random.default_rng(seed))
+    assert (weight[:, :normal].sum(axis=1) == normal).all()
+    assert (weight[:, normal : normal + abnormal].sum(axis=1) == abnormal).all()
+    assert (weight[:, normal + abnormal :].sum(axis=1) == mixed).all()
+
+
+def test_chunks_do_not_change_what_a_resample_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    p, y, clip = _videos()
+    monkeypatch.setattr(metrics, "_CHUNK", 7 * p.size)
+    report = evaluate(p, y, clip, bootstrap=300)
+    monkeypatch.undo()
+    whole = evaluate(p, y, clip, bootstrap=300)
+    assert report.metrics["auroc"].low == pytest.approx(whole.metrics["auroc"].low, abs=0.03)
+
+
+def test_a_handful_of_videos_is_noted() -> None:
+    report = evaluate([0.1] * 9 + [0.9] * 2, [0] * 9 + [1] * 2, np.arange(11), bootstrap=10)
+    assert report.notes == ("only 2 of 11 groups are abnormal: the intervals are too narrow",)
+
+
+def test_a_thousand_resamples_of_five_thousand_frames_take_less_than_two_seconds() -> None:
+    rng = np.random.default_rng(0)
+    clip = rng.integers(300, size=5000)
+    p, y = rng.random(5000), (clip < 60).astype(int)
+    evaluate(p, y, clip, bootstrap=10)
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        evaluate(p, y, clip, bootstrap=1000)
+        seconds.append(time.perf_counter() - start)
+    assert min(seconds) < 2
+
+
+def test_as_dict_is_json() -> None:
+    p, y, clip = _videos()
+    report = evaluate(p, y, clip, bootstrap=10).as_dict()
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert report["bootstrap"] == {"resamples": 10, "seed": 0, "level": 0.95}
+    without = evaluate(p, y, clip, bootstrap=0).as_dict()["metrics"]["auroc"]
+    assert without["low"] is None and without["high"] is None and without["value"] > 0.5
+
+
+def test_by_video_is_the_mean_over_its_frames() -> None:
+    p, y = by_video([0.2, 0.9, 0.4, 0.7], [0, 1, 0, 1], ["b", "a", "b", "a"])
+    assert p.tolist() == pytest.approx([0.8, 0.3]) and y.tolist() == [1, 0]
+    with pytest.raises(ValueError, match="differs within clip 7"):
+        by_video([0.1, 0.2, 0.3], [0, 0, 1], [3, 7, 7])
+
+
+def test_by_video_of_frames_that_are_certain_stays_a_probability() -> None:
+    p, y = by_video(np.ones(49), np.ones(49), np.zeros(49, dtype=int))
+    assert evaluate(p, y, bootstrap=0).metrics["accuracy"].value == 1
+
+
+def test_confusion_has_the_truth_in_rows() -> None:
+    assert confusion([0.9, 0.9, 0.1, 0.5], [0, 1, 1, 0]).tolist() == [[1, 1], [1, 1]]
+    assert confusion([0.9, 0.9, 0.9], [0, 0, 1]).tolist() == [[0, 2], [0, 1]]
+
+
+def test_threshold_counts_are_the_points_of_the_curve() -> None:
+    threshold, tp, fp = threshold_counts([0.2, 0.8, 0.8, 0.5], [0, 1, 0, 1])
+    assert threshold.tolist() == [math.inf, 0.8, 0.5, 0.2]
+    assert tp.tolist() == [0, 1, 2, 2] and fp.tolist() == [0, 1, 1, 2]
+
+
+def test_regression_report() -> None:
+    report = regression_report([4.0, 5.0, 9.0, 6.0], [4.0, 6.0, NAN, 4.0])
+    truth, predicted = [4.0, 6.0, 4.0], [4.0, 5.0, 6.0]
+    assert report.n == 3
+    assert report.mae == pytest.approx(1.0)
+    assert report.rmse == pytest.approx(math.sqrt(5 / 3))
+    assert report.r2 == pytest.approx(sklearn_metrics.r2_score(truth, predicted))
+    assert not report.undefined
+
+
+def test_regression_report_without_what_it_needs() -> None:
+    nothing = regression_report([1.0], [NAN])
+    assert nothing.n == 0 and set(nothing.undefined) == {"mae", "rmse", "r2"}
+    assert nothing.as_dict()["rmse"] is None
+    constant = regression_report([1.0, 2.0], [0.1, 0.1])
+    assert constant.mae == pytest.approx(1.4) and math.isnan(constant.r2) and "r2" in constant.undefined
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: evaluate([], []), "probability: must have at least one"),
+        (lambda: evaluate([0.1, NAN], [0, 1]), r"probability: must lie in \[0, 1\], one is nan \(at 1\)"),
+        (lambda: evaluate([math.inf], [0]), "probability: .*inf"),
+        (lambda: evaluate([1.5], [0]), r"probability: .*1\.5"),
+        (lambda: evaluate([-0.1], [0]), r"probability: .*-0\.1"),
+        (lambda: evaluate([[0.1]], [0]), r"probability: must be one-dimensional.*\[1, 1\]"),
+        (lambda: evaluate(["high"], [0]), "probability: must be .*numeric"),
+        (lambda: evaluate([0.1, 0.2], [0]), "label: must have the length of probability, 2; has length 1"),
+        (lambda: evaluate([0.1], [2]), "label: must be 0 or 1, one is 2"),
+        (lambda: evaluate([0.1], [NAN]), "label: must be 0 or 1, one is nan"),
+        (lambda: evaluate([0.1], ["normal"]), "label: must be .*numeric"),
+        (lambda: evaluate([0.1, 0.2], [0, 1], [1]), "groups: .*length 2"),
+        (lambda: evaluate([0.1, 0.2], [0, 1], [1.0, NAN]), "groups: must be integers or text"),
+        (lambda: evaluate([0.1, 0.2], [0, 1], bootstrap=-1), "bootstrap: .*-1"),
+        (lambda: by_video([0.1], [0], [[1]]), "clip: "),
+        (lambda: confusion([2.0], [0]), "probability: "),
+        (lambda: regression_report([1.0], [1.0, 2.0]), "target: must have the length of prediction, 1"),
+        (lambda: regression_report([NAN], [1.0]), "prediction: must be finite, one is nan"),
+        (lambda: regression_report([1.0], [math.inf]), "target: must be finite"),
+    ],
+)
+def test_bad_input_is_named(call, message: str) -> None:  # type: ignore[no-untyped-def]
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,166 @@
+import io
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cardiocaps import plots
+from cardiocaps.errors import OutputError
+from cardiocaps.metrics import confusion, evaluate
+
+HISTORY = [
+    {
+        "epoch": i,
+        "train_loss": 1 / (i + 1),
+        "val_loss": 1 / (i + 1) + 0.02 * i,
+        "val_auroc": None if i == 0 else 0.5 + 0.03 * i,
+        "lr": 1e-3 * 0.9**i,
+        "seconds": 3.0,
+    }
+    for i in range(10)
+]
+
+
+def _scores() -> tuple[Any, Any]:
+    rng = np.random.default_rng(0)
+    y = (np.arange(400) % 5 == 0).astype(int)
+    return 1 / (1 + np.exp(1 - 1.5 * y - rng.normal(size=400))), y
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are drawn, caught on their way to the disk."""
+    caught: list[Any] = []
+    save = plots._save
+
+    def catch(figure: Any, path: Path) -> None:
+        caught.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(plots, "_save", catch)
+    return caught
+
+
+def _texts(figure: Any) -> str:
+    from matplotlib.text import Text
+
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+P, Y = _scores()
+DRAWINGS: dict[str, Callable[[Path], None]] = {
+    "learning curves": lambda path: plots.learning_curves(HISTORY, path),
+    "no epoch": lambda path: plots.learning_curves([], path),
+    "one epoch": lambda path: plots.learning_curves(HISTORY[:1], path),
+    "confusion": lambda path: plots.confusion_matrix(confusion(P, Y), path),
+    "confusion of one class": lambda path: plots.confusion_matrix([[5, 0], [0, 0]], path),
+    "roc": lambda path: plots.roc_curve(P, Y, path),
+    "roc of one class": lambda path: plots.roc_curve(P, 0 * Y, path),
+    "precision": lambda path: plots.precision_recall_curve(P, Y, path),
+    "precision of one class": lambda path: plots.precision_recall_curve(P, 0 * Y + 1, path),
+    "precision without a detection": lambda path: plots.precision_recall_curve(P / 2, Y, path),
+}
+
+
+@pytest.mark.parametrize("name", DRAWINGS)
+def test_each_figure_is_a_png_with_the_footer_and_something_on_it(
+    name: str, figures: list[Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "figure.png"
+    DRAWINGS[name](path)
+    image = Image.open(io.BytesIO(path.read_bytes()))
+    assert image.format == "PNG" and min(image.size) > 400
+    pixels = np.asarray(image.convert("L"))
+    assert 0.001 < (pixels < 128).mean() < 0.5
+    assert plots.FOOTER in _texts(figures[0])
+    assert [item.name for item in tmp_path.iterdir()] == ["figure.png"]
+
+
+def test_every_axis_of_data_has_a_name(figures: list[Any], tmp_path: Path) -> None:
+    for name in ("learning curves", "confusion", "roc", "precision"):
+        DRAWINGS[name](tmp_path / "figure.png")
+    for figure in figures:
+        for axes in figure.axes:
+            assert axes.get_ylabel() and (axes.get_xlabel() or axes.get_label() == "<colorbar>")
+
+
+def test_learning_curves_pair_training_and_validation(figures: list[Any], tmp_path: Path) -> None:
+    plots.learning_curves(HISTORY, tmp_path / "a.png")
+    loss, auroc, rate = figures[0].axes
+    assert [axes.get_ylabel() for axes in (loss, auroc, rate)] == ["Loss", "AUROC", "Learning rate"]
+    training, validation, best = loss.lines
+    assert training.get_ydata().tolist() == [row["train_loss"] for row in HISTORY]
+    assert validation.get_ydata().tolist() == [row["val_loss"] for row in HISTORY]
+    assert best.get_xdata()[0] == int(np.argmin(validation.get_ydata()))
+    assert math.isnan(auroc.lines[0].get_ydata()[0])
+    assert rate.get_yscale() == "log"
+
+
+def test_roc_curve_is_scikit_learns_with_the_operating_point(figures: list[Any], tmp_path: Path) -> None:
+    from sklearn.metrics import roc_curve
+
+    report = evaluate(P, Y, bootstrap=50)
+    plots.roc_curve(P, Y, tmp_path / "a.png", report=report)
+    _, curve, point = figures[0].axes[0].lines
+    fpr, tpr, _ = roc_curve(Y, P, drop_intermediate=False)
+    assert curve.get_xdata() == pytest.approx(fpr) and curve.get_ydata() == pytest.approx(tpr)
+    auroc = report.metrics["auroc"]
+    assert f"AUROC {auroc.value:.3f} ({auroc.low:.3f} to {auroc.high:.3f})" in _texts(figures[0])
+    assert point.get_ydata()[0] == ((P > 0.5) & (Y == 1)).sum() / Y.sum()
+    assert point.get_xdata()[0] == pytest.approx(((P > 0.5) & (Y == 0)).sum() / (Y == 0).sum())
+
+
+def test_precision_recall_curve_has_the_area_it_names(figures: list[Any], tmp_path: Path) -> None:
+    report = evaluate(P, Y, bootstrap=0)
+    plots.precision_recall_curve(P, Y, tmp_path / "a.png", report=report)
+    prevalence, curve, point = figures[0].axes[0].lines
+    assert prevalence.get_ydata()[0] == 0.2
+    area = (np.diff(curve.get_xdata()) * curve.get_ydata()[1:]).sum()
+    assert area == pytest.approx(report.metrics["average_precision"].value)
+    assert curve.get_drawstyle() == "steps-pre"
+    assert point.get_ydata()[0] == pytest.approx(report.paper["pr_auc"])
+
+
+@pytest.mark.parametrize("draw", [plots.roc_curve, plots.precision_recall_curve])
+def test_one_class_is_called_undefined(draw: Callable[..., None], figures: list[Any], tmp_path: Path) -> None:
+    draw(P, 0 * Y, tmp_path / "a.png")
+    assert "Undefined: every label is 0" in _texts(figures[0])
+
+
+def test_confusion_matrix_shows_counts_and_shares(figures: list[Any], tmp_path: Path) -> None:
+    plots.confusion_matrix([[1500, 500], [0, 0]], tmp_path / "a.png")
+    text = _texts(figures[0])
+    assert "1,500\n75.0%" in text and "500\n25.0%" in text and "0\nno sample" in text
+    with pytest.raises(ValueError, match=r"counts: must be \[2, 2\]"):
+        plots.confusion_matrix([[1]], tmp_path / "b.png")
+
+
+def test_a_figure_is_the_same_bytes_each_time(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        plots.roc_curve(P, Y, tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"cannot write .*a\.png"):
+        plots.learning_curves(HISTORY, tmp_path / "missing" / "a.png")
+
+
+def test_matplotlib_is_imported_late_and_pyplot_never(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from cardiocaps import plots\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "import matplotlib\n"
+        "def state(): return str(list(dict.items(matplotlib.rcParams)))  # asking by key would load pyplot\n"
+        "before = state()\n"
+        "plots.learning_curves([{'epoch': 0, 'val_loss': 1.0}], Path(sys.argv[1]))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules and before == state()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "a.png")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

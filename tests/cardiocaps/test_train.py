@@ -1,0 +1,342 @@
+"""The training and evaluation programs, as a user runs them, on a small phantom."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from cardiocaps import evaluate, train
+from cardiocaps.data.phantom import write_phantom
+
+ROOT = Path(__file__).parents[2]
+FAST = [
+    "--frames-per-clip",
+    "4",
+    "--epochs",
+    "3",
+    "--batch-size",
+    "8",
+    "--bootstrap",
+    "50",
+    "--threads",
+    "1",
+    "--no-progress",
+]
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phantom")
+    write_phantom(folder, 40, 3, processes=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def arguments(phantom: Path, cache: Path) -> list[str]:
+    return ["--data", str(phantom), "--cache-dir", str(cache), *FAST]
+
+
+@pytest.fixture(scope="module")
+def finished(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that was not disturbed."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    assert train.main([*arguments, "--out", str(run)]) == 0
+    return run
+
+
+def _history(run: Path) -> list[dict[str, str]]:
+    """metrics.csv without its times."""
+    rows = list(csv.DictReader((run / "metrics.csv").open()))
+    return [{name: x for name, x in row.items() if name != "seconds"} for row in rows]
+
+
+def _same(run: Path, other: Path) -> None:
+    assert _history(run) == _history(other)
+    assert (run / "metrics.json").read_text() == (other / "metrics.json").read_text()
+    assert (run / "predictions.csv").read_text() == (other / "predictions.csv").read_text()
+    one, two = (torch.load(r / "best.ckpt", weights_only=True)["state_dict"] for r in (run, other))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def _start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "cardiocaps.train", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def _wait_for(condition, process: subprocess.Popen[str]) -> None:
+    for _ in range(1200):
+        if condition():
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    raise AssertionError("nothing happened within a minute")
+
+
+def test_run_folder_is_complete(finished: Path) -> None:
+    names = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
+    assert names == {
+        "best.ckpt",
+        "config.yaml",
+        "environment.json",
+        "last.ckpt",
+        "metrics.csv",
+        "metrics.json",
+        "predictions.csv",
+        "run.json",
+        "plots/confusion_matrix.png",
+        "plots/learning_curves.png",
+        "plots/precision_recall_curve.png",
+        "plots/roc_curve.png",
+    }
+    history = _history(finished)
+    assert [row["epoch"] for row in history] == ["1", "2", "3"]
+    assert float(history[-1]["train_loss"]) < float(history[0]["train_loss"])
+    results = json.loads((finished / "metrics.json").read_text())
+    assert 0 <= results["cardiocaps"]["video"]["metrics"]["auroc"]["value"] <= 1
+    assert results["pixel_logistic_regression"]["video"]["n"] == results["cardiocaps"]["video"]["n"]
+    assert "not a medical device" in results["use"].lower()
+    predictions = list(csv.DictReader((finished / "predictions.csv").open()))
+    assert len(predictions) == results["cardiocaps"]["frame"]["n"]
+    assert len({row["video"] for row in predictions}) == results["cardiocaps"]["video"]["n"]
+
+
+def test_checkpoints_hold_no_paths(finished: Path, phantom: Path) -> None:
+    for name in ("best.ckpt", "last.ckpt"):
+        content = (finished / name).read_bytes()
+        assert str(phantom).encode() not in content
+        assert str(finished).encode() not in content
+
+
+def test_same_seed_same_numbers(finished: Path, arguments: list[str], tmp_path: Path) -> None:
+    assert train.main([*arguments, "--out", str(tmp_path / "again")]) == 0
+    _same(finished, tmp_path / "again")
+
+
+def test_other_seed_other_numbers(finished: Path, arguments: list[str], tmp_path: Path) -> None:
+    assert train.main([*arguments, "--out", str(tmp_path / "other"), "--seed", "11", "--epochs", "1"]) == 0
+    assert _history(tmp_path / "other")[0] != _history(finished)[0]
+
+
+def test_killed_run_resumes_as_if_nothing_had_happened(finished: Path, arguments: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "killed"
+    process = _start(*arguments, "--out", str(run))
+    _wait_for((run / "last.ckpt").exists, process)
+    time.sleep(0.3)  # into the second epoch
+    process.kill()
+    process.communicate()
+    assert not (run / "metrics.json").exists()
+    assert train.main(["--resume", str(run), "--no-progress"]) == 0
+    _same(finished, run)
+
+
+def test_terminated_run_saves_in_mid_epoch_and_resumes(finished: Path, arguments: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "terminated"
+    process = _start(*arguments, "--out", str(run))
+    _wait_for((run / "last.ckpt").exists, process)
+    first = (run / "last.ckpt").stat().st_mtime_ns
+    time.sleep(0.3)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"error: stopped by SIGTERM; saved; go on with --resume {run}" in errors
+    assert (run / "last.ckpt").stat().st_mtime_ns > first
+    assert train.main(["--resume", str(run), "--no-progress"]) == 0
+    _same(finished, run)
+
+
+def test_terminated_before_training(tmp_path: Path) -> None:
+    run = tmp_path / "early"
+    process = _start("--phantom-dir", str(tmp_path / "phantom"), "--phantom-videos", "2000", "--out", str(run))
+    _wait_for((tmp_path / "phantom").exists, process)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in errors
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_workers_change_nothing(finished: Path, arguments: list[str], tmp_path: Path) -> None:
+    assert train.main([*arguments, "--out", str(tmp_path / "workers"), "--workers", "2"]) == 0
+    assert _history(tmp_path / "workers") == _history(finished)
+
+
+def test_finished_run_resumed_with_more_epochs(finished: Path, arguments: list[str], tmp_path: Path) -> None:
+    longer, run = tmp_path / "longer", tmp_path / "run"
+    assert train.main([*arguments, "--epochs", "4", "--out", str(longer)]) == 0
+    shutil.copytree(finished, run)  # a run folder may move
+    assert train.main(["--resume", str(run), "--epochs", "4"]) == 0
+    _same(longer, run)
+
+
+def test_finished_run_resumed_is_evaluated_again(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "metrics.json").unlink()
+    assert train.main(["--resume", str(run)]) == 0
+    assert "training has ended" in capsys.readouterr().out
+    _same(finished, run)
+
+
+def test_evaluate_repeats_the_evaluation(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
+    assert evaluate.main([str(finished), "--out", str(tmp_path / "evaluation")]) == 0
+    assert "AUROC" in capsys.readouterr().out
+    for name in ("metrics.json", "predictions.csv"):
+        assert (tmp_path / "evaluation" / name).read_text() == (finished / name).read_text()
+    assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
+
+
+def test_yaml_holds_the_whole_run(finished: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "yaml")
+    assert train.main(["--config", str(finished / "config.yaml"), "--out", out]) == 0
+    _same(finished, Path(out))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--routing", "dynamic", "--iterations", "2"],
+        ["--routing", "uniform", "--class-weight", "proportion"],
+        ["--primary-layout", "legacy", "--decoder-mask", "predicted", "--regression-target", "ef"],
+        ["--precision", "bf16", "--reconstruction-weight", "0", "--regression-weight", "0", "--class-weight", "none"],
+    ],
+    ids=lambda x: x[1],
+)
+def test_options(options: list[str], arguments: list[str], tmp_path: Path) -> None:
+    assert train.main([*arguments, "--epochs", "1", *options, "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "metrics.json").exists()
+
+
+def test_paper_protocol_warns_and_runs(arguments: list[str], tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="leak"):
+        assert train.main([*arguments, "--epochs", "1", "--protocol", "paper", "--out", str(tmp_path / "run")]) == 0
+
+
+def test_existing_run_is_not_overwritten(
+    finished: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (finished / "metrics.json").stat().st_mtime_ns
+    assert train.main([*arguments, "--out", str(finished)]) == 4
+    assert "--overwrite" in capsys.readouterr().err
+    assert (finished / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_resume_with_other_settings_is_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main(["--resume", str(finished), "--routing", "dynamic"]) == 2
+    assert "routing is 'dynamic', was 'attention'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "configuration"])
+def test_bad_checkpoint(finished: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in ("best.ckpt", "last.ckpt"):
+        path = run / name
+        if damage == "truncated":
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        elif damage == "empty":
+            path.write_bytes(b"")
+        elif damage == "foreign":
+            torch.save({"state_dict": {}}, path)
+        else:
+            checkpoint = torch.load(path, weights_only=True)
+            checkpoint["cardiocaps"]["routing"] = "dynamic"
+            torch.save(checkpoint, path)
+    expected = {
+        "truncated": "best.ckpt is damaged or no checkpoint",
+        "empty": "best.ckpt is damaged or no checkpoint",
+        "foreign": "was not written by cardiocaps.train",
+        "configuration": "of another configuration: routing is 'dynamic', the run's is 'attention'",
+    }[damage]
+    assert evaluate.main([str(run)]) == 5
+    assert expected in capsys.readouterr().err
+    assert train.main(["--resume", str(run)]) == 5
+    assert expected.removeprefix("best.ckpt") in capsys.readouterr().err
+
+
+def test_checkpoint_that_would_execute_code_is_refused(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Malicious:
+        def __reduce__(self) -> tuple[object, tuple[str, ...]]:
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    torch.save({"state_dict": Malicious()}, run / "best.ckpt")
+    assert evaluate.main([str(run)]) == 5
+    assert not (tmp_path / "executed").exists()
+
+
+def test_full_disk(arguments: list[str], tmp_path: Path) -> None:
+    """A file-size limit stands in for a full disk: what was whole stays whole, and the program says why it stopped."""
+    run = tmp_path / "run"
+    script = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000, 3_000_000));"
+        "from cardiocaps.train import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, *arguments, "--out", str(run)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 4, done.stderr
+    assert "error: cannot write" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(run.glob("*.ckpt"))
+    assert not list(run.glob(".*tmp"))
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--rooting", "dynamic"], 2, "unknown option --rooting; did you mean --routing?"),
+        (["--rout", "dynamic"], 2, "unknown option --rout; did you mean --routing?"),
+        (["--epochs", "0"], 2, "epochs"),
+        (["--data", "/nonexistent/folder"], 3, "/nonexistent/folder"),
+        (["--out", "/proc/run"], 4, "/proc/run"),
+        (["--resume", "/nonexistent/run"], 2, "/nonexistent/run"),
+    ],
+)
+def test_bad_command_line(
+    options: list[str], status: int, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = [] if "--out" in options or "--resume" in options else ["--out", str(tmp_path / "run")]
+    try:
+        code = train.main([*options, *out])
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == status
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train.main([*arguments, "--device", "cuda", "--out", str(tmp_path / "run")]) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err
+
+
+def test_help_answers_at_once() -> None:
+    for module in ("train", "evaluate", "data.phantom"):
+        start = time.monotonic()
+        command = [sys.executable, "-m", f"cardiocaps.{module}", "--help"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert "usage" in done.stdout
+        assert time.monotonic() - start < 3, module
