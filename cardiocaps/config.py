@@ -128,7 +128,9 @@ class TrainConfig:
     )
     phantom_seed: int = _option(10, "data", "seed of the phantom", low=0, high=2**32 - 1)
     phantom_dir: Path = _option(Path("phantom"), "data", "folder the phantom is written to and reused from")
-    cache_dir: Path | None = _option(None, "data", "folder for decoded frames; none: no cache")
+    cache_dir: Path | None = _option(
+        None, "data", "folder for decoded frames; none: $CARDIOCAPS_CACHE or ~/.cache/cardiocaps"
+    )
     protocol: Literal["video", "paper"] = _option(
         "video",
         "data",
@@ -142,8 +144,10 @@ class TrainConfig:
     frames_per_clip: int | None = _option(
         None, "data", "frames taken from a video; none: the preset's", low=1, high=10_000
     )
-    frame_choice: Literal["spread", "first"] = _option(
-        "spread", "data", "frames spread evenly over the video, or its first ones (the paper's)"
+    frame_choice: Literal["spread", "first"] | None = _option(
+        None,
+        "data",
+        "frames spread evenly over the video, or its first; none: first in the paper protocol, else spread",
     )
     limit: int | None = _option(None, "data", "use the first so many videos only; none: all", low=1, high=10**9)
     max_bad_share: float = _option(0.05, "data", "share of unusable videos above which the run stops", low=0, high=1)

@@ -82,72 +82,99 @@ def score_pixels(data: EchoDataModule, bootstrap: int) -> Scores:
     return _scores(data, fit_and_score(train, train_label, test), label, clip, bootstrap)
 
 
+METRIC_NAMES = {
+    "auroc": "AUROC",
+    "average_precision": "average precision",
+    "sensitivity": "sensitivity",
+    "specificity": "specificity",
+    "f1": "F1 (abnormal)",
+    "f1_weighted": "F1 (weighted)",
+    "accuracy": "accuracy",
+    "brier": "Brier score",
+}
+PAPER_NAMES = {
+    "accuracy": "accuracy",
+    "f1": "F1",
+    "roc_auc": "ROC AUC (hard labels)",
+    "pr_auc": "PR AUC (precision)",
+}
+MODEL_NAMES = {"attention": "CardioCaps", "dynamic": "DR-CapsNet", "uniform": "uniform routing"}
+PIXELS_NAME = f"logistic regression, {PIXEL_SIDE}×{PIXEL_SIDE} pixels"
+
+
+def _reports(network: Scores, pixels: Scores, config: TrainConfig) -> tuple[str, Report, Report]:
+    """The unit of a protocol and the two reports by it: videos, but frames in the paper's, which splits frames."""
+    unit = "frame" if config.protocol == "paper" else "video"
+    return unit, getattr(network, unit), getattr(pixels, unit)
+
+
 def print_table(network: Scores, pixels: Scores, config: TrainConfig) -> None:
     """The test results side by side, for people."""
+    unit, ours, baseline = _reports(network, pixels, config)
+    title = f"Test split by {unit}: {ours.n} {unit}s, {ours.positives} abnormal"
+    rows = [(text, str(ours.metrics[key]), str(baseline.metrics[key])) for key, text in METRIC_NAMES.items()]
+    published = [
+        (f"as published: {text}", f"{ours.paper[key]:.3f}", f"{baseline.paper[key]:.3f}")
+        for key, text in PAPER_NAMES.items()
+    ]
+    regression = []
+    if network.regression is not None and network.regression.n:
+        unit_of_target = {"width": "cm", "ef": "percent"}[config.regression_target]
+        error = f"{network.regression.mae:.2f} {unit_of_target}"
+        regression = [(f"mean absolute error of {config.regression_target}", error, "")]
+    first = "with 95 % interval" if config.bootstrap else ""
+    _print(title, (first, MODEL_NAMES[config.routing], PIXELS_NAME), rows, published, regression)
+    for note in (*ours.notes, *(f"{metric}: {why}" for metric, why in ours.undefined.items())):
+        print(f"note: {note}")
+
+
+def print_means(runs: Sequence[tuple[Scores, Scores, TrainConfig]]) -> None:
+    """Mean and standard deviation over several runs, of both models."""
+    from statistics import fmean, stdev
+
+    reports = [_reports(*run)[1:] for run in runs]
+
+    def over_runs(key: str, which: int) -> str:
+        values = [report[which].metrics[key].value for report in reports]
+        return f"{fmean(values):.3f} ± {stdev(values):.3f}"
+
+    rows = [(text, over_runs(key, 0), over_runs(key, 1)) for key, text in METRIC_NAMES.items()]
+    name = " and ".join(sorted({MODEL_NAMES[config.routing] for _, _, config in runs}))
+    _print(f"Mean over {len(runs)} runs ± standard deviation", ("", name, PIXELS_NAME), rows)
+
+
+def _print(title: str, head: Sequence[str], *sections: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    by_frame = config.protocol == "paper"
-    unit = "frame" if by_frame else "video"
-    ours, baseline = (getattr(scores, unit) for scores in (network, pixels))
-    count = f"{ours.n} {unit}s, {ours.positives} abnormal"
-    name = {"attention": "CardioCaps", "dynamic": "DR-CapsNet", "uniform": "uniform routing"}[config.routing]
-    table = Table(
-        title=f"Test split by {unit}: {count}", title_justify="left", caption=DISCLAIMER, caption_justify="left"
-    )
-    table.add_column("with 95 % interval" if config.bootstrap else "")
-    table.add_column(name)
-    table.add_column(f"logistic regression, {PIXEL_SIDE}×{PIXEL_SIDE} pixels")
-    labels = {
-        "auroc": "AUROC",
-        "average_precision": "average precision",
-        "sensitivity": "sensitivity",
-        "specificity": "specificity",
-        "f1": "F1 (abnormal)",
-        "f1_weighted": "F1 (weighted)",
-        "accuracy": "accuracy",
-        "brier": "Brier score",
-    }
-    for key, text in labels.items():
-        table.add_row(text, str(ours.metrics[key]), str(baseline.metrics[key]))
-    table.add_section()
-    paper = {"accuracy": "accuracy", "f1": "F1", "roc_auc": "ROC AUC (hard labels)", "pr_auc": "PR AUC (precision)"}
-    for key, text in paper.items():
-        table.add_row(f"as published: {text}", f"{ours.paper[key]:.3f}", f"{baseline.paper[key]:.3f}")
-    if network.regression is not None and network.regression.n:
+    table = Table(title=title, caption=DISCLAIMER)
+    table.title_justify = table.caption_justify = "left"
+    for column in head:
+        table.add_column(column)
+    for section in sections:
+        for row in section:
+            table.add_row(*row)
         table.add_section()
-        unit_of_target = {"width": "cm", "ef": "percent"}[config.regression_target]
-        error = f"mean absolute error of {config.regression_target}"
-        table.add_row(error, f"{network.regression.mae:.2f} {unit_of_target}", "")
     Console(width=None if sys.stdout.isatty() else 100).print(table)
-    for note in (*ours.notes, *(f"{metric}: {why}" for metric, why in ours.undefined.items())):
-        print(f"note: {note}")
 
 
 def write_results(run: RunFolder, network: Scores, pixels: Scores, config: TrainConfig) -> None:
     """metrics.json, predictions.csv and the plots of a run. Raises OutputError."""
     from cardiocaps import plots
     from cardiocaps.files import write_csv, write_json
+    from cardiocaps.metrics import by_video
 
-    report = network.frame if config.protocol == "paper" else network.video
+    unit, report, _ = _reports(network, pixels, config)
     rows = network.rows
-    if config.protocol == "paper":
-        probability, label = [r["probability"] for r in rows], [r["label"] for r in rows]
-    else:
-        probability, label = _videos(rows)
+    probability, label, video = ([row[name] for row in rows] for name in ("probability", "label", "video"))
+    scores, truth = by_video(probability, label, video) if unit == "video" else (probability, label)
     write_csv(run.predictions_csv, rows)
     plots.confusion_matrix(report.confusion, run.confusion_matrix)
-    plots.roc_curve(probability, label, run.roc_curve, report=report)
-    plots.precision_recall_curve(probability, label, run.precision_recall_curve, report=report)
+    plots.roc_curve(scores, truth, run.roc_curve, report=report)
+    plots.precision_recall_curve(scores, truth, run.precision_recall_curve, report=report)
     # Last, for its presence says that the run is complete.
     results = {"cardiocaps": network.as_dict(), "pixel_logistic_regression": pixels.as_dict(), "use": DISCLAIMER}
     write_json(run.metrics_json, results)
-
-
-def _videos(rows: Sequence[Mapping[str, Any]]) -> tuple[Any, Any]:
-    from cardiocaps.metrics import by_video
-
-    return by_video(*([row[name] for row in rows] for name in ("probability", "label", "video")))
 
 
 def load_network(path: Path, config: TrainConfig) -> Classifier:
@@ -171,47 +198,60 @@ def load_network(path: Path, config: TrainConfig) -> Classifier:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status, as `cardiocaps.train.main`."""
     parser = CommandLine(
         prog="python -m cardiocaps.evaluate",
-        description="Evaluate a run's best network on its test split once more and print the table.",
+        description="Evaluate a run's best network on its test split once more and print the table; "
+        "of several runs, their mean too.",
         epilog=DISCLAIMER,
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="folder of a run")
+    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folder of a run")
     parser.add_argument("--data", metavar="PATH", type=Path, help="data folder, where it has moved")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the run's own")
     parser.add_argument("--threads", metavar="N", type=int, help="threads of the CPU (default: the run's own)")
-    parser.add_argument(
-        "--out", metavar="PATH", type=Path, help="also write metrics, predictions and plots to this new folder"
-    )
+    parser.add_argument("--out", metavar="PATH", type=Path, help="also write the results to this new folder")
     options = parser.parse_args(argv)
+    if options.out and len(options.runs) > 1:
+        parser.error("argument --out: holds the results of one run; give one RUN")
+    changed = {name: getattr(options, name) for name in ("data", "device", "threads") if getattr(options, name)}
     try:
-        from cardiocaps.run_folder import RunFolder
-
-        run = RunFolder.open(options.run)
-        if not run.config.is_file():
-            raise ConfigError(f"{options.run} has no config.yaml")
-        config = TrainConfig(**read_yaml(run.config)).resolved()
-        changed = {name: getattr(options, name) for name in ("data", "device", "threads") if getattr(options, name)}
-        config = replace(config, **changed)
-        target = RunFolder.create(options.out) if options.out else None
-
-        from cardiocaps.train import make_data, make_trainer, quiet
+        from cardiocaps.learning import Interruption
+        from cardiocaps.train import quiet
 
         quiet()
-        network = load_network(run.best, config)
-        data = make_data(config)
-        network_scores = score_network(make_trainer(config), network, data, config.bootstrap)
-        pixel_scores = score_pixels(data, config.bootstrap)
-        print_table(network_scores, pixel_scores, config)
-        if target:
-            write_results(target, network_scores, pixel_scores, config)
-            print(f"written to {target.path}")
+        with Interruption().watched():
+            results = [evaluate_run(run, changed, options.out) for run in options.runs]
+            if len(results) > 1:
+                print_means(results)
     except CardioCapsError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        return 130
     return 0
+
+
+def evaluate_run(path: Path, changed: Mapping[str, Any], out: Path | None = None) -> tuple[Scores, Scores, TrainConfig]:
+    """Evaluate the run in folder `path` with some settings `changed`; print the table, and write to `out` if given.
+
+    Raises:
+        CardioCapsError: the folder is no run's, its checkpoint or data cannot be used, or `out` cannot be written.
+    """
+    from cardiocaps.run_folder import RunFolder
+    from cardiocaps.train import make_data, make_trainer
+
+    run = RunFolder.open(path)
+    if not run.config.is_file():
+        raise ConfigError(f"{path} has no config.yaml")
+    config = replace(TrainConfig(**read_yaml(run.config)).resolved(), **changed)
+    target = RunFolder.create(out) if out else None
+    network = load_network(run.best, config)
+    data = make_data(config)
+    scores = score_network(make_trainer(config), network, data, config.bootstrap)
+    pixels = score_pixels(data, config.bootstrap)
+    print_table(scores, pixels, config)
+    if target:
+        write_results(target, scores, pixels, config)
+        print(f"written to {target.path}")
+    return scores, pixels, config
 
 
 if __name__ == "__main__":

@@ -236,6 +236,8 @@ class Interrupted(CardioCapsError):
 class Interruption:
     """SIGTERM and SIGINT raise `Interrupted`: at once, or, while a network is trained, after the batch and its save."""
 
+    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
     def __init__(self) -> None:
         self.signum: int | None = None
         self.deferred = False
@@ -243,12 +245,19 @@ class Interruption:
     @contextmanager
     def watched(self) -> Iterator[Interruption]:
         """Handle the signals inside the block, and as before after it."""
-        before = {s: signal.signal(s, self._receive) for s in (signal.SIGTERM, signal.SIGINT)}
+        before = {signum: signal.getsignal(signum) for signum in self._SIGNALS}
+        self.defer(False)
         try:
             yield self
         finally:
             for signum, handler in before.items():
                 signal.signal(signum, handler)
+
+    def defer(self, deferred: bool) -> None:
+        """Whether a signal waits for a save. Takes the signals back from Lightning, for which SIGTERM is a success."""
+        self.deferred = deferred
+        for signum in self._SIGNALS:
+            signal.signal(signum, self._receive)
 
     def _receive(self, signum: int, _: FrameType | None) -> None:
         again, self.signum = self.signum is not None, signum
@@ -264,11 +273,11 @@ class Checkpoints(Checkpoint):
         self._saved = time.monotonic()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.interruption.deferred = True
+        self.interruption.defer(True)
         self._saved = time.monotonic()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.interruption.deferred = False
+        self.interruption.defer(False)
 
     def _save_last(self, trainer: Trainer) -> None:
         trainer.save_checkpoint(self.run.last)

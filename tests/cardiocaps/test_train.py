@@ -144,6 +144,39 @@ def test_killed_run_resumes_as_if_nothing_had_happened(finished: Path, arguments
     _same(finished, run)
 
 
+@pytest.mark.parametrize("step", [2, 12, 14, 36], ids=["first", "last of an epoch", "second epoch", "last"])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_stopped_at_any_step_resumes_as_if_nothing_had_happened(
+    step: int,
+    signum: signal.Signals,
+    finished: Path,
+    arguments: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from cardiocaps.learning import Classifier
+
+    steps, training_step = 0, Classifier.training_step
+
+    def stopping(self: Classifier, *batch: object) -> object:
+        nonlocal steps
+        steps += 1
+        if steps == step:
+            signal.raise_signal(signum)
+        return training_step(self, *batch)
+
+    run = tmp_path / "stopped"
+    monkeypatch.setattr(Classifier, "training_step", stopping)
+    assert train.main([*arguments, "--out", str(run)]) == 128 + signum
+    assert f"error: stopped by {signum.name}; saved; go on with --resume {run}" in capsys.readouterr().err
+    assert steps == step, "it stops after the batch"
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == step
+    monkeypatch.undo()
+    assert train.main(["--resume", str(run)]) == 0
+    _same(finished, run)
+
+
 def test_terminated_run_saves_in_mid_epoch_and_resumes(finished: Path, arguments: list[str], tmp_path: Path) -> None:
     run = tmp_path / "terminated"
     process = _start(*arguments, "--out", str(run))
@@ -192,6 +225,18 @@ def test_finished_run_resumed_is_evaluated_again(
     assert train.main(["--resume", str(run)]) == 0
     assert "training has ended" in capsys.readouterr().out
     _same(finished, run)
+
+
+def test_evaluate_several_runs_gives_their_mean(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    value = json.loads((finished / "metrics.json").read_text())["cardiocaps"]["video"]["metrics"]["auroc"]["value"]
+    assert evaluate.main([str(finished), str(finished)]) == 0
+    out = capsys.readouterr().out
+    assert "Mean over 2 runs" in out
+    assert f"{value:.3f} ± 0.000" in out
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([str(finished), str(finished), "--out", str(tmp_path / "out")])
 
 
 def test_evaluate_repeats_the_evaluation(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
