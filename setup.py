@@ -1,7 +1,7 @@
 """Builds capsops._C with CMake and Ninja. Everything else about the package is in pyproject.toml.
 
-Environment: CAPSOPS_CUDA=1 makes a missing nvcc an error, 0 leaves CUDA out; CAPSOPS_CUDA_ARCHS names the compute
-capabilities (default 80;90;100); CUDACXX or CUDA_HOME says where nvcc is.
+Environment: CAPSOPS_CUDA=1 makes it an error if CUDA cannot be compiled, 0 leaves it out; CAPSOPS_CUDA_ARCHS names the
+compute capabilities (default 80;90;100); CUDACXX or CUDA_HOME says where nvcc is.
 """
 
 import os
@@ -20,7 +20,7 @@ def find_nvcc() -> str | None:
     """CUDACXX, then PATH, then CUDA_HOME."""
     named = os.environ.get("CUDACXX")
     if named:
-        return shutil.which(named)
+        return shutil.which(named) or sys.exit(f"CUDACXX is {named!r}, which is no program that can be run")
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
 
@@ -31,9 +31,9 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         import pybind11
 
-        switch = os.environ.get("CAPSOPS_CUDA", "auto")
+        switch = os.environ.get("CAPSOPS_CUDA") or "auto"
         if switch not in ("auto", "0", "1"):
-            sys.exit(f"CAPSOPS_CUDA is {switch!r}; allowed: 1 (require nvcc), 0 (leave CUDA out), or unset")
+            sys.exit(f"CAPSOPS_CUDA is {switch!r}; allowed: 1 (require CUDA), 0 (leave it out), auto")
         nvcc = None if switch == "0" else find_nvcc()
         if switch == "1" and nvcc is None:
             sys.exit("CAPSOPS_CUDA=1, but no nvcc was found by CUDACXX, PATH or CUDA_HOME")

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from . import backends
+from .dtypes import FLOATING, accumulation_dtype
 
-FLOATING = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SQUASH_KINDS = ("sabour", "efficient")
 
 _LIBRARY = torch.library.Library("capsops", "DEF")
@@ -50,27 +50,24 @@ def _operator(schema: str) -> Callable[[Outputs], Outputs]:
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype sums are kept in: float64 for float64, float32 for all others."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def _fail(op: str, what: str) -> None:
     raise ValueError(f"{op}: {what}")
 
 
 def _shape(x: Tensor) -> str:
-    return str([int(n) if isinstance(n, int) else str(n) for n in x.shape])
+    return f"[{', '.join([str(n) for n in x.shape])}]"
 
 
-def _check_floating(op: str, **tensors: Tensor | None) -> None:
+def check_tensor(op: str, name: str, x: object) -> None:
+    """Raise TypeError unless x is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: {name} is a {type(x).__name__}; it must be a torch.Tensor")
+
+
+def check_floating(op: str, **tensors: Tensor) -> None:
     """All of one floating dtype, on one device, and strided."""
     first: tuple[str, Tensor] | None = None
     for name, x in tensors.items():
-        if x is None:
-            continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: {name} is a {type(x).__name__}; it must be a torch.Tensor")
         if x.layout != torch.strided:
             _fail(op, f"{name} has layout {x.layout}; it must be a dense (strided) tensor")
         if x.dtype not in FLOATING:
@@ -86,12 +83,13 @@ def _check_floating(op: str, **tensors: Tensor | None) -> None:
 
 def _check_shape(op: str, name: str, x: Tensor, axes: str, *sizes: int) -> None:
     if x.dim() != len(sizes) or any(n != m for n, m in zip(x.shape, sizes, strict=True)):
-        _fail(op, f"{name} has shape {_shape(x)}; expected [{axes}] = {[*sizes]}")
+        wanted = ", ".join([str(n) for n in sizes])
+        _fail(op, f"{name} has shape {_shape(x)}; expected [{axes}] = [{wanted}]")
 
 
 def check_votes(op: str, u: Tensor, weight: Tensor, mask: Tensor | None = None) -> tuple[int, int, int, int, int]:
     """Check the operands of the votes û = u W and return B, N, K, J, D."""
-    _check_floating(op, u=u, weight=weight)
+    check_floating(op, u=u, weight=weight)
     if u.dim() != 3:
         _fail(op, f"u has shape {_shape(u)}; expected 3 dimensions, [B, N, K]")
     if weight.dim() not in (3, 4):
@@ -106,6 +104,8 @@ def check_votes(op: str, u: Tensor, weight: Tensor, mask: Tensor | None = None) 
         if n == 0:
             _fail(op, f"{name} is 0 (u {_shape(u)}, weight {_shape(weight)}); capsules need at least one dimension")
     if mask is not None:
+        if mask.layout != torch.strided:
+            _fail(op, f"mask has layout {mask.layout}; it must be a dense (strided) tensor")
         if mask.dtype != torch.bool:
             _fail(op, f"mask has dtype {mask.dtype}; it must be bool (True = the capsule is there)")
         if mask.device != u.device:
@@ -120,9 +120,10 @@ def check_attention(
     """Check the arguments of attention routing and return B, N, K, J, D."""
     sizes = check_votes(op, u, weight, mask)
     J = sizes[3]
-    _check_floating(op, u=u, weight=weight, attn_weight=attn_weight, attn_bias=attn_bias)
+    check_floating(op, u=u, attn_weight=attn_weight)
     _check_shape(op, "attn_weight", attn_weight, "J, J", J, J)
     if attn_bias is not None:
+        check_floating(op, u=u, attn_bias=attn_bias)
         _check_shape(op, "attn_bias", attn_bias, "J", J)
     return sizes
 
@@ -133,17 +134,38 @@ def check_dynamic(
     """Check the arguments of dynamic routing and return B, N, K, J, D."""
     sizes = check_votes(op, u, weight, mask)
     J, D = sizes[3:]
-    _check_floating(op, u=u, weight=weight, bias=bias)
     if bias is not None:
+        check_floating(op, u=u, bias=bias)
         _check_shape(op, "bias", bias, "J, D", J, D)
-    if isinstance(iterations, bool) or not isinstance(iterations, (int, torch.SymInt)) or iterations < 1:
-        _fail(op, f"iterations is {iterations!r}; it must be an integer of at least 1")
+    check_iterations(op, iterations)
     return sizes
+
+
+def check_iterations(op: str, iterations: object) -> None:
+    """Raise ValueError unless this is a number of iterations that a kernel can be told."""
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or not 1 <= iterations < 2**31:
+        _fail(op, f"iterations is {iterations!r}; it must be an integer of at least 1 (and below 2³¹)")
+
+
+def check_flags(op: str, **flags: object) -> None:
+    """Raise ValueError for an option that is not a bool."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            _fail(op, f"{name} is {flag!r}; it must be True or False")
+
+
+def _check_saved(op: str, u: Tensor, g_v: Tensor, s: Tensor, axes: str, *sizes: int) -> None:
+    """The gradient that arrives [B, J, D], and the sums that forward saved, [*sizes] in the accumulation dtype."""
+    check_floating(op, u=u, g_v=g_v)
+    _check_shape(op, "g_v", g_v, "B, J, D", *sizes[-3:])
+    _check_shape(op, "s", s, axes, *sizes)
+    if s.dtype != accumulation_dtype(u.dtype) or s.device != u.device:
+        _fail(op, f"s is {s.dtype} on {s.device}; expected {accumulation_dtype(u.dtype)} on {u.device}")
 
 
 def check_squash(op: str, s: Tensor, kind: str, **same_shape: Tensor) -> None:
     """Check the arguments of squash; tensors in same_shape must have the shape of s."""
-    _check_floating(op, s=s, **same_shape)
+    check_floating(op, s=s, **same_shape)
     if s.dim() == 0:
         _fail(op, "s has no dimension; expected at least one, along which the length is taken")
     if kind not in SQUASH_KINDS:
@@ -208,7 +230,7 @@ def _affine_votes(u: Tensor, weight: Tensor) -> Tensor:
 @_operator("affine_votes_backward(Tensor g_votes, Tensor u, Tensor weight, bool[2] wanted) -> (Tensor, Tensor)")
 def _affine_votes_backward(g_votes: Tensor, u: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
     B, N, _, J, D = check_votes("affine_votes_backward", u, weight)
-    _check_floating("affine_votes_backward", u=u, g_votes=g_votes)
+    check_floating("affine_votes_backward", u=u, g_votes=g_votes)
     _check_shape("affine_votes_backward", "g_votes", g_votes, "B, N, J, D", B, N, J, D)
     return _gradients(wanted, u, weight)
 
@@ -259,8 +281,7 @@ def _attention_routing_backward(
 ) -> tuple[Tensor, ...]:
     op = "attention_routing_backward"
     B, _, _, J, D = check_attention(op, u, weight, attn_weight, attn_bias, mask)
-    _check_shape(op, "g_v", g_v, "B, J, D", B, J, D)
-    _check_shape(op, "s", s, "B, J, D", B, J, D)
+    _check_saved(op, u, g_v, s, "B, J, D", B, J, D)
     return _gradients(wanted, u, weight, attn_weight, attn_bias)
 
 
@@ -315,8 +336,7 @@ def _dynamic_routing_backward(
 ) -> tuple[Tensor, ...]:
     op = "dynamic_routing_backward"
     B, _, _, J, D = check_dynamic(op, u, weight, bias, mask, iterations)
-    _check_shape(op, "g_v", g_v, "B, J, D", B, J, D)
-    _check_shape(op, "s", s, "iterations, B, J, D", iterations, B, J, D)
+    _check_saved(op, u, g_v, s, "iterations, B, J, D", iterations, B, J, D)
     return _gradients(wanted, u, weight, bias)
 
 

@@ -14,6 +14,7 @@ Second derivatives: the compiled backends raise an error on double backward; `us
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,18 +22,34 @@ from torch import Tensor
 
 from . import _ops, backends
 from .backends import reference
+from .dtypes import LOW_PRECISION, accumulation_dtype
 
 # Votes that `coupling_coefficients` holds at a time.
 _CHUNK = 1 << 22
 
 
-def _settle(*tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors by the autocast rule."""
-    first = next((x for x in tensors if isinstance(x, Tensor)), None)
-    if first is None or first.is_meta or not torch.is_autocast_enabled(first.device.type):
-        return tensors
-    halves = (torch.float16, torch.bfloat16)
-    return tuple(x.float() if isinstance(x, Tensor) and x.dtype in halves else x for x in tensors)
+def _settle(op: str, optional: dict[str, Tensor | None] | None = None, **tensors: Tensor) -> tuple[Any, ...]:
+    """The tensors, then the optional ones, by the autocast rule. Raises TypeError for what is no tensor."""
+    for name, x in (*tensors.items(), *(optional or {}).items()):
+        if x is not None or name in tensors:
+            _ops.check_tensor(op, name, x)
+    first = next(iter(tensors))
+    _ops.check_floating(op, **{first: tensors[first]})  # before a backend is asked whether it takes its dtype
+    values = (*tensors.values(), *(optional or {}).values())
+    device = values[0].device.type  # type: ignore[union-attr]
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return values
+    return tuple(x.float() if isinstance(x, Tensor) and x.dtype in LOW_PRECISION else x for x in values)
+
+
+def _plain(x: Tensor) -> bool:
+    """Whether the reference takes tensors like this one."""
+    return backends.select(x.device, x.dtype) == "reference"
+
+
+def _float32(x: Tensor) -> torch.autocast:
+    """No autocast inside; what should be in float32 already is."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def squash(s: Tensor, dim: int = -1, kind: str = "sabour") -> Tensor:
@@ -50,14 +67,18 @@ def squash(s: Tensor, dim: int = -1, kind: str = "sabour") -> Tensor:
     Raises:
         ValueError: a wrong dtype, dim or kind.
     """
-    (s,) = _settle(s)
+    (s,) = _settle("squash", s=s)
     _ops.check_squash("squash", s, kind)
-    if not -s.dim() <= dim < s.dim():
-        raise ValueError(f"squash: dim is {dim}; s has {s.dim()} dimensions, so allowed are {-s.dim()} … {s.dim() - 1}")
+    if isinstance(dim, bool) or not isinstance(dim, int) or not -s.dim() <= dim < s.dim():
+        allowed = f"{-s.dim()} … {s.dim() - 1}"
+        raise ValueError(f"squash: dim is {dim!r}; s has {s.dim()} dimensions, so allowed are {allowed}")
     last = dim in (-1, s.dim() - 1)
     x = s if last else s.movedim(dim, -1)
-    plain = backends.select(s.device, s.dtype) == "reference"
-    v: Tensor = reference.squash(x, kind) if plain else _ops.Squash.apply(x, kind)
+    if _plain(s):
+        with _float32(s):
+            v = reference.squash(x, kind)
+    else:
+        v = _ops.Squash.apply(x, kind)
     return v if last else v.movedim(-1, dim)
 
 
@@ -74,10 +95,11 @@ def affine_votes(u: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: wrong shapes, dtypes or devices.
     """
-    u, weight = _settle(u, weight)
-    _ops.check_votes("affine_votes", u, weight)
-    if backends.select(u.device, u.dtype) == "reference":
-        return reference.affine_votes(u, weight)
+    u, weight = _settle("affine_votes", u=u, weight=weight)
+    if _plain(u):
+        _ops.check_votes("affine_votes", u, weight)
+        with _float32(u):
+            return reference.affine_votes(u, weight)
     return _ops.AffineVotes.apply(u, weight)
 
 
@@ -101,10 +123,13 @@ def attention_routing(
     Raises:
         ValueError: wrong shapes, dtypes or devices. MemoryError: no room for the work space (a few MB).
     """
-    u, weight, attn_weight, attn_bias = _settle(u, weight, attn_weight, attn_bias)
-    _ops.check_attention("attention_routing", u, weight, attn_weight, attn_bias, mask)
-    if backends.select(u.device, u.dtype) == "reference":
-        return reference.attention_routing(u, weight, attn_weight, attn_bias, mask)
+    op = "attention_routing"
+    optional = {"attn_bias": attn_bias, "mask": mask}
+    u, weight, attn_weight, attn_bias, mask = _settle(op, optional, u=u, weight=weight, attn_weight=attn_weight)
+    if _plain(u):
+        _ops.check_attention(op, u, weight, attn_weight, attn_bias, mask)
+        with _float32(u):
+            return reference.attention_routing(u, weight, attn_weight, attn_bias, mask)
     return _ops.AttentionRouting.apply(u, weight, attn_weight, attn_bias, mask)
 
 
@@ -136,10 +161,14 @@ def dynamic_routing(
     Raises:
         ValueError: wrong shapes, dtypes, devices or iterations. MemoryError: no room for the work space.
     """
-    u, weight, bias = _settle(u, weight, bias)
-    _ops.check_dynamic("dynamic_routing", u, weight, bias, mask, iterations)
-    if backends.select(u.device, u.dtype) == "reference":
-        return reference.dynamic_routing(u, weight, bias, mask, iterations, leaky, detach)
+    op = "dynamic_routing"
+    u, weight, bias, mask = _settle(op, {"bias": bias, "mask": mask}, u=u, weight=weight)
+    _ops.check_iterations(op, iterations)
+    _ops.check_flags(op, leaky=leaky, detach=detach)
+    if _plain(u):
+        _ops.check_dynamic(op, u, weight, bias, mask, iterations)
+        with _float32(u):
+            return reference.dynamic_routing(u, weight, bias, mask, iterations, leaky, detach)
     return _ops.DynamicRouting.apply(u, weight, bias, mask, iterations, leaky, detach)
 
 
@@ -171,8 +200,8 @@ def coupling_coefficients(
         ValueError: an unknown routing, or what the routing function itself refuses.
     """
     op = "coupling_coefficients"
-    u, weight, attn_weight, attn_bias, bias = _settle(u, weight, attn_weight, attn_bias, bias)
-    V = None
+    optional = {"attn_weight": attn_weight, "attn_bias": attn_bias, "bias": bias, "mask": mask}
+    u, weight, attn_weight, attn_bias, bias, mask = _settle(op, optional, u=u, weight=weight)
     if routing == "attention":
         if attn_weight is None:
             raise ValueError(f"{op}: attn_weight is None; attention routing needs it, [J, J]")
@@ -182,20 +211,38 @@ def coupling_coefficients(
         iterations = 1 if routing == "uniform" else iterations
         B, N, _, J, D = _ops.check_dynamic(op, u, weight, bias, mask, iterations)
         c = u.new_empty(B, N, J)
-        V = u.new_zeros(B, J, D)
-        for t in range(1, iterations):
-            V += dynamic_routing(u, weight, t, bias=bias, leaky=leaky, mask=mask)
     else:
         raise ValueError(f"{op}: routing is {routing!r}; allowed are 'attention', 'dynamic' and 'uniform'")
 
-    step = max(1, _CHUNK // max(B * J * D, 1))
-    for i in range(0, N, step):
-        part = slice(i, i + step)
-        votes = reference.affine_votes(u[:, part], weight[part] if weight.dim() == 4 else weight)
-        if V is None:
-            c[:, part] = reference.attention_couplings(votes, attn_weight, attn_bias)  # type: ignore[arg-type]
-        else:
-            c[:, part] = reference.dynamic_couplings(torch.einsum("bnjd,bjd->bnj", votes, V), leaky)
+    wide = accumulation_dtype(u.dtype)
+    attn_weight, attn_bias, bias = (x if x is None else x.to(wide) for x in (attn_weight, attn_bias, bias))
+
+    def chunks() -> Iterator[tuple[slice, Tensor]]:
+        """The votes of some input capsules at a time, 0 where no capsule is."""
+        step = max(1, _CHUNK // max(B * J * D, 1))
+        for i in range(0, N, step):
+            part = slice(i, i + step)
+            matrices = weight[part] if weight.dim() == 4 else weight
+            yield (
+                part,
+                reference.affine_votes(u[:, part].to(wide), matrices.to(wide), None if mask is None else mask[:, part]),
+            )
+
+    def couplings(votes: Tensor) -> Tensor:
+        if routing == "attention":
+            return reference.attention_couplings(votes, attn_weight, attn_bias)  # type: ignore[arg-type]
+        return reference.dynamic_couplings(torch.einsum("bnjd,bjd->bnj", votes, V), leaky)
+
+    with _float32(u):
+        # The logits are û · V, with V the sum of the output capsules of the iterations before.
+        V = torch.zeros(B, J, D, dtype=wide, device=u.device)
+        for _ in range(iterations - 1 if routing == "dynamic" else 0):
+            s = torch.zeros_like(V) if bias is None else bias.expand(B, J, D).clone()
+            for _part, votes in chunks():
+                s += torch.einsum("bnj,bnjd->bjd", couplings(votes), votes)
+            V = V + reference.squash(s)
+        for part, votes in chunks():
+            c[:, part] = couplings(votes)
     if mask is not None:
         c[~mask] = 0
     return c

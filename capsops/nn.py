@@ -52,28 +52,32 @@ class PrimaryCapsules(nn.Module):
         *,
         layout: str = "channels",
         squash: str = "sabour",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _at_least_one("PrimaryCapsules", in_channels=in_channels, types=types, dim=dim)
         _one_of("PrimaryCapsules", "layout", layout, LAYOUTS)
         _one_of("PrimaryCapsules", "squash", squash, SQUASH_KINDS)
         self.types, self.dim, self.layout, self.squash = types, dim, layout, squash
-        self.conv = nn.Conv2d(in_channels, types * dim, kernel_size, stride, padding)
+        self.conv = nn.Conv2d(in_channels, types * dim, kernel_size, stride, padding, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.dim() != 4:
+            raise ValueError(f"PrimaryCapsules: x has shape {list(x.shape)}; expected [B, in_channels, H, W]")
         features = self.conv(x)
-        B = features.shape[0]
+        B, _, height, width = features.shape
+        pixels = height * width
         if self.layout == "channels":
-            u = features.reshape(B, self.types, self.dim, -1).transpose(2, 3).reshape(B, -1, self.dim)
+            u = features.reshape(B, self.types, self.dim, pixels).transpose(2, 3)
         else:
-            pixels = features.shape[2] * features.shape[3]
             if pixels % self.dim:
                 raise ValueError(
                     f"PrimaryCapsules: layout 'legacy' cuts the {pixels} pixels of a channel into capsules of "
                     f"{self.dim}; {pixels} must be a multiple of {self.dim}"
                 )
-            u = features.reshape(B, -1, self.dim)
-        return functional.squash(u, kind=self.squash)
+            u = features
+        return functional.squash(u.reshape(B, self.types * pixels, self.dim), kind=self.squash)
 
     def extra_repr(self) -> str:
         return f"types={self.types}, dim={self.dim}, layout={self.layout!r}, squash={self.squash!r}"
@@ -87,7 +91,7 @@ class CapsuleLayer(nn.Module):
         routing: "attention" (CardioCaps, eq. 4), "dynamic" (Sabour et al. 2017) or "uniform" (all couplings equal).
         iterations: of dynamic routing.
         bias: attention: the bias of the 1×1 convolution; otherwise a bias [J, D] inside the squash.
-        leaky, detach: of dynamic routing; see `capsops.dynamic_routing`.
+        leaky, detach: of dynamic routing only; see `capsops.dynamic_routing`.
         shared: one matrix [K, J, D] for all input capsules; N may then vary from call to call.
 
     Parameters: weight [N, K, J, D] (or [K, J, D]); attn_weight [J, J] and attn_bias [J]; or bias [J, D].
@@ -115,6 +119,9 @@ class CapsuleLayer(nn.Module):
         sizes = {"in_capsules": in_capsules, "in_dim": in_dim, "out_capsules": out_capsules, "out_dim": out_dim}
         _at_least_one("CapsuleLayer", **sizes, iterations=iterations)
         _one_of("CapsuleLayer", "routing", routing, ROUTINGS)
+        for name, flag in (("leaky", leaky), ("detach", detach)):
+            if flag and routing != "dynamic":
+                raise ValueError(f"CapsuleLayer: {name} belongs to routing 'dynamic'; routing is {routing!r}")
         self.in_capsules, self.in_dim, self.out_capsules, self.out_dim = in_capsules, in_dim, out_capsules, out_dim
         self.routing, self.iterations = routing, 1 if routing == "uniform" else iterations
         self.leaky, self.detach, self.shared = leaky, detach, shared
@@ -193,9 +200,11 @@ def convert_weight(weight: Tensor, layout: str = "JNDK") -> Tensor:
     """
     if sorted(layout) != sorted("JNDK"):
         raise ValueError(f"convert_weight: layout is {layout!r}; it must be a permutation of 'JNDK'")
-    squeezed = weight
-    while squeezed.dim() > 4 and 1 in (squeezed.shape[0], squeezed.shape[-1]):
-        squeezed = squeezed[0] if squeezed.shape[0] == 1 else squeezed[..., 0]
-    if squeezed.dim() != 4:
-        raise ValueError(f"convert_weight: weight has shape {list(weight.shape)}; expected {layout} = 4 dimensions")
+    shape, extra = list(weight.shape), weight.dim() - 4
+    # Every way to leave out ones at both ends so that four dimensions are left.
+    ways = [first for first in range(extra + 1) if all(n == 1 for n in (*shape[:first], *shape[first + 4 :]))]
+    if len(ways) != 1:
+        reason = "it could be read in several ways" if ways else "expected four dimensions"
+        raise ValueError(f"convert_weight: weight has shape {shape}; {reason}, {layout}")
+    squeezed = weight.reshape(shape[ways[0] : ways[0] + 4])
     return squeezed.permute(*(layout.index(axis) for axis in "NKJD")).contiguous()

@@ -72,7 +72,6 @@ CAPSOPS_HOST_DEVICE inline void squash_vector(const A* s, A* v, int64_t dim, Fac
     for (int64_t d = 0; d < dim; ++d) v[d] = scale * s[d];
 }
 
-// g_s may be g_v.
 template <class A, class Factors>
 CAPSOPS_HOST_DEVICE inline void squash_vector_backward(const A* g_v, const A* s, A* g_s, int64_t dim, Factors factors) {
     const A n = length(s, dim);

@@ -35,27 +35,33 @@ def _checked(name: str, where: str) -> str:
     return name
 
 
-_forced: str | None = (
-    _checked(os.environ["CAPSOPS_BACKEND"], "CAPSOPS_BACKEND") if os.environ.get("CAPSOPS_BACKEND") else None
-)
+# The last one counts.
+_forced: list[str] = []
+if os.environ.get("CAPSOPS_BACKEND"):
+    _forced.append(_checked(os.environ["CAPSOPS_BACKEND"], "CAPSOPS_BACKEND"))
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Use one backend ("cpu" or "reference") inside a `with` block, whatever the tensors are.
 
-    Holds for the whole process, not for one thread. The environment variable CAPSOPS_BACKEND does the same for a
-    whole run.
+    Holds for the whole process, not for one thread: of overlapping blocks the last begun counts. The environment
+    variable CAPSOPS_BACKEND does the same for a whole run.
 
     Raises:
         BackendError: there is no such backend; or, at the first operator, it cannot take the tensors.
     """
-    global _forced
-    before, _forced = _forced, _checked(name, "use_backend: name")
+    _forced.append(_checked(name, "use_backend: name"))
     try:
         yield
     finally:
-        _forced = before
+        # The last of this name, for another thread's block may have begun meanwhile.
+        del _forced[len(_forced) - 1 - _forced[::-1].index(name)]
+
+
+def forced() -> str | None:
+    """The backend that is forced, if one is."""
+    return _forced[-1] if _forced else None
 
 
 def select(device: torch.device, dtype: torch.dtype) -> str:
@@ -64,19 +70,20 @@ def select(device: torch.device, dtype: torch.dtype) -> str:
     Raises:
         BackendError: a backend is forced and cannot take them.
     """
-    if _forced == "reference":
+    only = forced()
+    if only == "reference":
         return "reference"
-    if device.type == "meta" and _forced is None:
+    if device.type == "meta" and only is None:
         return "meta"  # shapes only, by the operators' own rules
     reasons = []
     for name, module in COMPILED.items():
-        if _forced not in (None, name):
+        if only not in (None, name):
             continue
         reason = module.why_not(device.type, dtype)
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
-    if _forced:
+    if only:
         raise BackendError(f"the forced backend cannot run here: {'; '.join(reasons)}")
     _warn_slow("; ".join(reasons))
     return "reference"
@@ -98,7 +105,8 @@ _warned: set[str] = set()
 
 
 def _warn_slow(reasons: str) -> None:
-    if reasons not in _warned:
+    # A graph that is being compiled has no place for a warning; whoever compiles has run the code before.
+    if reasons not in _warned and not torch.compiler.is_compiling():
         _warned.add(reasons)
         warnings.warn(
             f"capsops runs on its slow reference backend, which materialises the votes ({reasons}). "
@@ -117,7 +125,7 @@ class Info:
     python: str
     machine: str
     threads: int
-    compiler: str | None  # of the extension; None if it was not built
+    extension: str  # what built it, or that it was not built
     forced: str | None
     backends: dict[str, str]  # name -> "yes", or why not
 
@@ -125,7 +133,7 @@ class Info:
         rows = [
             ("capsops", f"{self.version}, Python {self.python}, torch {self.torch}"),
             ("machine", f"{self.machine}, {self.threads} threads"),
-            ("extension", f"built by {self.compiler}" if self.compiler else "not built"),
+            ("extension", self.extension),
             ("backend forced", self.forced or "none (the first that can, in the order below)"),
             *((f"backend {name}", state) for name, state in self.backends.items()),
         ]
@@ -139,7 +147,7 @@ def info() -> Info:
     """What was built, what runs here, and why not the rest."""
     from .. import __version__
 
-    states = {name: module.why_not(name, torch.float32) or "yes" for name, module in COMPILED.items()}
+    states = {name: module.why_not(module.DEVICE_TYPE, torch.float32) or "yes" for name, module in COMPILED.items()}
     states["reference"] = "yes (plain PyTorch; slow, materialises the votes)"
     return Info(
         version=__version__,
@@ -147,7 +155,7 @@ def info() -> Info:
         python=platform.python_version(),
         machine=platform.machine(),
         threads=torch.get_num_threads(),
-        compiler=cpu.compiler(),
-        forced=_forced,
+        extension=cpu.built() or "not built",
+        forced=forced(),
         backends=states,
     )

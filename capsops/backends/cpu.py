@@ -12,12 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dtypes import accumulation_dtype
+
 try:
     # After torch, so that both share one OpenMP runtime.
     from .. import _C
 except ImportError as error:
     _C = None  # type: ignore[assignment]
     _import_error = str(error)
+
+DEVICE_TYPE = "cpu"
 
 _DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
@@ -26,16 +30,19 @@ def why_not(device_type: str, dtype: torch.dtype) -> str | None:
     """Why this backend cannot take tensors like these, or None if it can."""
     if _C is None:
         return f"the extension capsops._C does not load ({_import_error}); `pip install -e .` builds it"
-    if device_type != "cpu":
+    if device_type != DEVICE_TYPE:
         return f"it does not run on {device_type}"
     if dtype not in _DTYPES:
         return f"it does not take {dtype}"
     return None
 
 
-def compiler() -> str | None:
-    """The compiler that built the extension, or None if it was not built."""
-    return None if _C is None else str(_C.compiler)
+def built() -> str | None:
+    """What built the extension and for which GPUs, or None if it was not built."""
+    if _C is None:
+        return None
+    gpus = f"CUDA kernels for {_C.cuda_architectures}" if _C.cuda_architectures else "without CUDA kernels"
+    return f"built by {_C.compiler}, {gpus}"
 
 
 def _check(status: Any, op: str, *tensors: Tensor) -> None:
@@ -84,12 +91,13 @@ def _pointer(x: Tensor | None) -> int:
 
 def _accumulation(x: Tensor | None) -> Tensor | None:
     """A small operand, in the dtype that sums are kept in."""
-    return None if x is None else x.to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
+    return None if x is None else x.to(accumulation_dtype(x.dtype)).contiguous()
 
 
 def _scratch(out: Tensor) -> Tensor:
     """Where a kernel writes a small output: out itself, or memory of the accumulation dtype to be copied from."""
-    return out if out.dtype in (torch.float32, torch.float64) else torch.empty_like(out, dtype=torch.float32)
+    dtype = accumulation_dtype(out.dtype)
+    return out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
 
 
 def squash(v: Tensor, s: Tensor, kind: str) -> None:
@@ -162,13 +170,14 @@ def attention_routing_backward(
 ) -> None:
     capsules = _Capsules(u, weight, mask)
     attn_weight_, attn_bias_, g_v_ = _accumulation(attn_weight), _accumulation(attn_bias), _accumulation(g_v)
+    s = s.contiguous()
     outputs = (g_u, g_weight, g_attn_weight, g_attn_bias)
     targets = (g_u, g_weight, _scratch(g_attn_weight), _scratch(g_attn_bias))
     status = _C.attention_routing_backward(
         capsules.struct,
         _pointer(attn_weight_),
         _pointer(attn_bias_),
-        s.contiguous().data_ptr(),
+        s.data_ptr(),
         _pointer(g_v_),
         *(_pointer(target) * want for target, want in zip(targets, wanted, strict=True)),
     )

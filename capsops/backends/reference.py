@@ -35,8 +35,12 @@ def squash(s: Tensor, kind: str = "sabour") -> Tensor:
     return (x * torch.where(small, series, -torch.expm1(-safe) / safe)).to(s.dtype)
 
 
-def affine_votes(u: Tensor, weight: Tensor) -> Tensor:
-    """û_ij = u_i W_ij."""
+def affine_votes(u: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+    """û_ij = u_i W_ij; 0 where no capsule is, so that whatever stands there (a NaN, say) has no effect."""
+    if mask is not None:
+        u = torch.where(mask[:, :, None], u, 0)
+        if weight.dim() == 4:
+            weight = torch.where(mask.any(dim=0)[:, None, None, None], weight, 0)
     return torch.einsum("bnk,nkjd->bnjd" if weight.dim() == 4 else "bnk,kjd->bnjd", u, weight)
 
 
@@ -61,16 +65,11 @@ def _masked(c: Tensor, mask: Tensor | None) -> Tensor:
     return c if mask is None else c * mask.reshape(*mask.shape, *[1] * (c.dim() - 2)).to(c.dtype)
 
 
-def _present(votes: Tensor, mask: Tensor | None) -> Tensor:
-    """Votes of 0 where no capsule is, so that whatever stands there (a NaN, say) has no effect."""
-    return votes if mask is None else torch.where(mask[:, :, None, None], votes, torch.zeros_like(votes))
-
-
 def attention_routing(
     u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
     """v = squash(Σ_i c_i · û_i), elementwise in D (CardioCaps, eq. 4)."""
-    votes = _present(affine_votes(u, weight), mask)
+    votes = affine_votes(u, weight, mask)
     c = _masked(attention_couplings(votes, attn_weight, attn_bias), mask)
     return squash((c * votes).sum(dim=1))
 
@@ -85,7 +84,7 @@ def dynamic_routing(
     detach: bool = False,
 ) -> Tensor:
     """Routing by agreement (Sabour et al. 2017, procedure 1); bias [J, D] is added inside the squash."""
-    votes = _present(affine_votes(u, weight), mask)
+    votes = affine_votes(u, weight, mask)
     agreeing = votes.detach() if detach else votes
     logits = torch.zeros_like(votes[..., 0])
     for iteration in range(iterations):

@@ -89,7 +89,7 @@ class CardioCaps(nn.Module):
                 routing,
                 iterations=iterations,
                 bias=routing == "attention",
-                detach=True,
+                detach=routing == "dynamic",
             )
             pixels = RECONSTRUCTED_CHANNELS * sizes.size**2
             first, second = sizes.decoder

@@ -67,6 +67,22 @@ def test_forced_backend_that_cannot() -> None:
         capsops.dynamic_routing(U.to("meta"), WEIGHT.to("meta"))
 
 
+def test_overlapping_blocks_leave_nothing_forced() -> None:
+    """As two threads would begin and end them."""
+    first, second = capsops.use_backend("reference"), capsops.use_backend("cpu")
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert capsops.info().forced == "cpu"
+    second.__exit__(None, None, None)
+    assert capsops.info().forced is None
+
+
+def test_info_is_a_function_and_a_module() -> None:
+    run = _python("-c", "import capsops, capsops.info; print(capsops.info())")
+    assert "backend cpu" in run.stdout, run.stderr
+
+
 def test_info_program() -> None:
     run = _python("-m", "capsops.info")
     assert run.returncode == 0

@@ -48,9 +48,16 @@ def test_votes(routing: Routing, backend: str, change: dict[str, torch.Tensor], 
 
 
 @by_operator
-def test_not_a_tensor(routing: Routing) -> None:
-    with pytest.raises(TypeError, match=r"weight is a list; it must be a torch.Tensor"):
-        routing.call(**{**_arguments(routing), "weight": [1.0]})
+@by_backend
+@pytest.mark.parametrize("name", ["u", "weight"])
+@pytest.mark.parametrize("value", [[1.0], None, 3], ids=repr)
+def test_not_a_tensor(routing: Routing, backend: str, name: str, value: object) -> None:
+    kind = type(value).__name__
+    with (
+        capsops.use_backend(backend),
+        pytest.raises(TypeError, match=rf"{name} is a {kind}; it must be a torch.Tensor"),
+    ):
+        routing.call(**{**_arguments(routing), name: value})
 
 
 @pytest.mark.parametrize("routing", ROUTINGS, ids=lambda r: r.name)
@@ -83,8 +90,27 @@ def test_attention(backend: str) -> None:
             capsops.attention_routing(u, weight, torch.zeros(3, 3).double())
 
 
+def test_more_than_a_tensor_is_asked_for() -> None:
+    u, weight = torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5)
+    with pytest.raises(TypeError, match="mask is a list"):
+        capsops.dynamic_routing(u, weight, mask=[True])
+    with pytest.raises(ValueError, match=r"mask has layout torch.sparse_coo"):
+        capsops.dynamic_routing(u, weight, mask=torch.ones(2, 7, dtype=torch.bool).to_sparse())
+    with pytest.raises(TypeError, match="attn_weight is a NoneType"):
+        capsops.attention_routing(u, weight, None)
+    with pytest.raises(TypeError, match="s is a NoneType"):
+        capsops.squash(None)
+
+
 @by_backend
-@pytest.mark.parametrize("iterations", [0, -1, 1.5, "3", True, None])
+@pytest.mark.parametrize("flag", ["leaky", "detach"])
+def test_flags(backend: str, flag: str) -> None:
+    with capsops.use_backend(backend), pytest.raises(ValueError, match=f"{flag} is 'no'; it must be True or False"):
+        capsops.dynamic_routing(torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5), **{flag: "no"})
+
+
+@by_backend
+@pytest.mark.parametrize("iterations", [0, -1, 1.5, "3", True, None, 2**31])
 def test_iterations(backend: str, iterations: object) -> None:
     with (
         capsops.use_backend(backend),
@@ -109,6 +135,8 @@ def test_squash(backend: str) -> None:
             capsops.squash(torch.zeros(3), kind="hinton")
         with pytest.raises(ValueError, match="dim is 2; s has 2 dimensions"):
             capsops.squash(torch.zeros(3, 4), dim=2)
+        with pytest.raises(ValueError, match=r"dim is 1\.0; s has 2 dimensions"):
+            capsops.squash(torch.zeros(3, 4), dim=1.0)
         with pytest.raises(ValueError, match="s has no dimension"):
             capsops.squash(torch.tensor(1.0))
         with pytest.raises(ValueError, match=r"s has dtype torch.int64"):

@@ -89,6 +89,12 @@ def test_primary_capsules_legacy() -> None:
     torch.testing.assert_close(u[:, 9], capsops.squash(features[:, 1, 0, 4:8]))
 
 
+@pytest.mark.parametrize("layout", nn.LAYOUTS)
+def test_primary_capsules_of_no_image(layout: str) -> None:
+    primary = nn.PrimaryCapsules(3, types=2, dim=4, kernel_size=3, stride=2, layout=layout)
+    assert primary(torch.zeros(0, 3, 9, 17)).shape == (0, 64, 4)
+
+
 def test_primary_capsules_legacy_needs_a_multiple() -> None:
     with pytest.raises(ValueError, match="15 pixels of a channel into capsules of 4"):
         nn.PrimaryCapsules(1, 2, 4, kernel_size=3, stride=1, layout="legacy")(torch.randn(1, 1, 5, 7))
@@ -101,6 +107,12 @@ def test_primary_capsules_legacy_needs_a_multiple() -> None:
         (lambda: nn.CapsuleLayer(0, 4, 3, 5), "in_capsules is 0"),
         (lambda: nn.CapsuleLayer(9, 4, 3, 5.0), "out_dim is 5.0"),
         (lambda: nn.CapsuleLayer(9, 4, 3, 5, iterations=0), "iterations is 0"),
+        (lambda: nn.CapsuleLayer(9, 4, 3, 5, "uniform", leaky=True), "leaky belongs to routing 'dynamic'"),
+        (
+            lambda: nn.CapsuleLayer(9, 4, 3, 5, detach=True),
+            "detach belongs to routing 'dynamic'",
+        ),
+        (lambda: nn.PrimaryCapsules(1, 2, 4)(torch.zeros(1, 20, 20)), r"x has shape \[1, 20, 20\]; expected \[B,"),
         (lambda: nn.PrimaryCapsules(1, 2, 4, layout="rows"), "layout is 'rows'; allowed are 'channels', 'legacy'"),
         (lambda: nn.PrimaryCapsules(1, 2, 4, squash="relu"), "squash is 'relu'"),
         (lambda: nn.PrimaryCapsules(1, -2, 4), "types is -2"),
@@ -126,6 +138,9 @@ def test_convert_weight() -> None:
 
 def test_convert_weight_of_one_capsule() -> None:
     assert nn.convert_weight(torch.randn(1, 1, 5, 4)).shape == (1, 4, 1, 5)
+    assert nn.convert_weight(torch.randn(1, 1, 7, 5, 4)).shape == (7, 4, 1, 5)
+    with pytest.raises(ValueError, match=r"shape \[1, 7, 5, 4, 1\]; it could be read in several ways"):
+        nn.convert_weight(torch.randn(1, 7, 5, 4, 1))
 
 
 def test_convert_weight_refuses() -> None:

@@ -89,14 +89,16 @@ def test_compile_a_network_with_inductor() -> None:
 
 @by_operator
 @pytest.mark.parametrize("mixed", [False, True], ids=["half", "mixed"])
-def test_autocast_runs_in_float32(routing: Routing, mixed: bool) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_autocast_runs_in_float32(routing: Routing, mixed: bool, backend: str) -> None:
     arguments = {n: x.float().requires_grad_() for n, x in routing.arguments((2, 9, 4, 3, 5)).items()}
     lower = {n: x.detach().bfloat16() if n == "u" or not mixed else x for n, x in arguments.items()}
     lower = {n: x.requires_grad_() for n, x in lower.items()}
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = routing.call(**lower)
-    assert out.dtype == torch.float32
-    expected = routing.call(**{n: x.float() for n, x in lower.items()})
+    with capsops.use_backend(backend):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = routing.call(**lower)
+        assert out.dtype == torch.float32
+        expected = routing.call(**{n: x.float() for n, x in lower.items()})
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
     out.sum().backward()
     for x in lower.values():
@@ -133,6 +135,37 @@ def test_double_backward_of_the_reference(routing: Routing) -> None:
         assert torch.autograd.gradgradcheck(
             lambda *x: routing.call(**dict(zip(arguments, x, strict=True))), tuple(arguments.values())
         )
+
+
+def test_backward_takes_saved_tensors_as_they_come_back() -> None:
+    """Hooks may bring a saved tensor back with other strides, or with a dtype that must not be taken for another."""
+    u, weight = torch.randn(3, 7, 4, requires_grad=True), torch.randn(7, 4, 2, 5, requires_grad=True)
+    attn_weight = torch.randn(2, 2, requires_grad=True)
+    leaves = (u, weight, attn_weight)
+    calls = [
+        lambda: capsops.attention_routing(u, weight, attn_weight),
+        lambda: capsops.dynamic_routing(u, weight) + attn_weight.sum(),
+    ]
+
+    def restrided(x: Tensor) -> Tensor:
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+
+    for call in calls:
+        expected = torch.autograd.grad(call().square().sum(), leaves)
+        with torch.autograd.graph.saved_tensors_hooks(restrided, lambda x: x):
+            out = call()
+        torch.testing.assert_close(torch.autograd.grad(out.square().sum(), leaves), expected)
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: x.half() if x.dim() > 2 else x, lambda x: x):
+            out = call()
+        with pytest.raises(ValueError, match="backward: "):
+            torch.autograd.grad(out.sum(), leaves)
+
+
+def test_compile_says_what_is_wrong() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(capsops.dynamic_routing, fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match=r"weight has shape \[8, 4, 3, 5\]"):
+        compiled(torch.zeros(2, 7, 4), torch.zeros(8, 4, 3, 5))
 
 
 def test_no_graph_without_grad() -> None:

@@ -98,7 +98,9 @@ def test_mask(routing: Routing, shared: bool) -> None:
     mask[2] = False
     arguments["u"][~mask] = float("nan")  # what is not there may hold anything
     got = run(routing, arguments, torch.float64, "cpu", mask=mask)
-    expected = run(routing, {**arguments, "u": arguments["u"].nan_to_num()}, torch.float64, "reference", mask=mask)
+    expected = run(routing, arguments, torch.float64, "reference", mask=mask)
+    without = run(routing, {**arguments, "u": arguments["u"].nan_to_num()}, torch.float64, "reference", mask=mask)
+    torch.testing.assert_close(expected, without, rtol=0, atol=0)
     for x, y in zip(got, expected, strict=True):
         assert relative_error(x, y) < 1e-12
     if "bias" not in routing.name or routing.name.startswith("attention"):
@@ -232,6 +234,26 @@ def test_coupling_coefficients_in_chunks(monkeypatch: pytest.MonkeyPatch) -> Non
     whole = capsops.coupling_coefficients("dynamic", u, weight)
     monkeypatch.setattr(functional, "_CHUNK", 7 * 2 * 15)
     torch.testing.assert_close(capsops.coupling_coefficients("dynamic", u, weight), whole)
+
+
+@pytest.mark.parametrize("kind", ["attention", "dynamic"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+def test_coupling_coefficients_in_low_precision(kind: str, dtype: torch.dtype, scale: float) -> None:
+    """As exact as their rounding, where the votes themselves would overflow too, and under autocast."""
+    g = torch.Generator().manual_seed(6)
+    u = (torch.randn(2, 30, 4, generator=g) * scale).to(dtype)
+    weight = (torch.randn(30, 4, 3, 5, generator=g) * scale).to(dtype)
+    extra = {"attn_weight": torch.randn(3, 3, generator=g).to(dtype)} if kind == "attention" else {}
+    wide = {n: x.double() for n, x in extra.items()}
+    exact = capsops.coupling_coefficients(kind, u.double(), weight.double(), **wide)
+    got = capsops.coupling_coefficients(kind, u, weight, **extra)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-3 if scale > 1 else 1e-5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        autocast = capsops.coupling_coefficients(kind, u, weight, **extra)
+    assert autocast.dtype == torch.float32
+    torch.testing.assert_close(autocast.double(), exact, rtol=1e-4, atol=1e-3 if scale > 1 else 1e-5)
 
 
 def test_uniform_couplings() -> None:
