@@ -26,7 +26,7 @@ MAY_DIFFER_ON_RESUME = ("epochs", "device", "threads", "workers", "progress", "c
 """Settings that may change when a run goes on: they decide how long and where it runs, not what it
 computes."""
 
-_LARGEST_FILE = 1 << 20
+_LARGEST_FILE = 1 << 16
 
 # Line ends of every kind among them, which YAML would not give back; and bytes that are no text.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -303,8 +303,11 @@ class Option:
             return value if isinstance(value, bool) else None
         if self.kind is Path:
             # Path("") is the working folder, which nobody means.
-            usable = isinstance(value, str | Path) and str(value).strip() and not _CONTROL.search(str(value))
-            return Path(value) if usable else None
+            if not isinstance(value, str | Path) or not str(value).strip() or _CONTROL.search(str(value)):
+                return None
+            # What no file system takes (Linux: NAME_MAX, PATH_MAX) would fail later, and less clearly.
+            lengths = [len(os.fsencode(part)) for part in Path(value).parts]
+            return Path(value) if max(lengths, default=0) <= 255 and sum(lengths) < 4096 else None
         if isinstance(value, bool):
             return None
         if self.kind is int:
@@ -403,14 +406,23 @@ def from_command_line(argv: Sequence[str] | None = None, prog: str = "cardiocaps
     folder: Path | None = settings.get("resume")
     if folder is None:
         return TrainConfig(**settings).resolved()
-    if not (folder / "config.yaml").is_file():
-        raise ConfigError(f"resume: {_shown(folder)} is not the folder of a run: it has no config.yaml")
-    # The folder may have been moved, or made with --overwrite: neither is a setting of the run.
-    own = {"out": folder, "resume": None, "overwrite": False}
-    old = TrainConfig(**{**read_yaml(folder / "config.yaml"), **own})
+    old = read_run(folder)
     new = replace(old, **settings).resolved()
     check_resumable(old, new)
     return new
+
+
+def read_run(folder: Path) -> TrainConfig:
+    """The resolved configuration of the run in `folder`. Raises ConfigError where it is missing or not whole."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise ConfigError(f"{_shown(folder)} is not the folder of a run: it has no config.yaml")
+    settings = read_yaml(file)
+    missing = [name for name in options() if name not in settings]
+    if missing:
+        raise ConfigError(f"{file} is not whole, or of another version: it has no {', '.join(missing)}")
+    # The folder may have been moved, or made with --overwrite: neither is a setting of the run.
+    return TrainConfig(**{**settings, "out": folder, "resume": None, "overwrite": False}).resolved()
 
 
 def check_resumable(old: TrainConfig, new: TrainConfig) -> None:

@@ -5,14 +5,17 @@ The same code evaluates at the end of training, so the numbers are the same.
 
 from __future__ import annotations
 
+import io
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cardiocaps.config import CommandLine, TrainConfig, read_yaml
-from cardiocaps.errors import CardioCapsError, CheckpointError, ConfigError
+from cardiocaps.config import CommandLine, TrainConfig, options, read_run
+from cardiocaps.errors import CheckpointError
+from cardiocaps.program import Interruption, execute, say
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -61,6 +64,7 @@ def _scores(data: EchoDataModule, probability: Any, label: Any, clip: Any, boots
 
 def score_network(trainer: Trainer, network: Classifier, data: EchoDataModule, bootstrap: int) -> Scores:
     """The network on every test frame, in evaluation mode and in one process."""
+    import numpy as np
     import torch
 
     from cardiocaps.metrics import regression_report
@@ -68,6 +72,8 @@ def score_network(trainer: Trainer, network: Classifier, data: EchoDataModule, b
     batches = trainer.predict(network, datamodule=data, return_predictions=True)
     assert batches is not None
     out: dict[str, Any] = {name: torch.cat([b[name].cpu() for b in batches]).numpy() for name in batches[0]}
+    if not all(np.isfinite(out[name]).all() for name in ("probability", "regression")):
+        raise CheckpointError("the network's output is not finite: its training diverged")
     columns = {"frame": out["frame"], "target": out["target"], "regression": out["regression"]}
     scores = _scores(data, out["probability"].astype("float64"), out["label"], out["clip"], bootstrap, **columns)
     return replace(scores, regression=regression_report(out["regression"], out["target"]))
@@ -125,7 +131,7 @@ def print_table(network: Scores, pixels: Scores, config: TrainConfig) -> None:
     first = "with 95 % interval" if config.bootstrap else ""
     _print(title, (first, MODEL_NAMES[config.routing], PIXELS_NAME), rows, published, regression)
     for note in (*ours.notes, *(f"{metric}: {why}" for metric, why in ours.undefined.items())):
-        print(f"note: {note}")
+        say(f"note: {note}")
 
 
 def print_means(runs: Sequence[tuple[Scores, Scores, TrainConfig]]) -> None:
@@ -144,10 +150,12 @@ def print_means(runs: Sequence[tuple[Scores, Scores, TrainConfig]]) -> None:
 
 
 def _print(title: str, head: Sequence[str], *sections: Sequence[Sequence[str]]) -> None:
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, caption=DISCLAIMER)
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    table = Table(title=title, caption=DISCLAIMER, box=box.HEAVY_HEAD if unicode else box.ASCII)
     table.title_justify = table.caption_justify = "left"
     for column in head:
         table.add_column(column)
@@ -155,19 +163,25 @@ def _print(title: str, head: Sequence[str], *sections: Sequence[Sequence[str]]) 
         for row in section:
             table.add_row(*row)
         table.add_section()
-    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    # To a text first, which `say` gets out whatever has become of the terminal.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
+    text = io.StringIO()
+    Console(file=text, width=width).print(table)
+    say(text.getvalue().rstrip())
 
 
 def write_results(run: RunFolder, network: Scores, pixels: Scores, config: TrainConfig) -> None:
     """metrics.json, predictions.csv and the plots of a run. Raises OutputError."""
     from cardiocaps import plots
-    from cardiocaps.files import write_csv, write_json
+    from cardiocaps.files import output_errors, write_csv, write_json
     from cardiocaps.metrics import by_video
 
     unit, report, _ = _reports(network, pixels, config)
     rows = network.rows
     probability, label, video = ([row[name] for row in rows] for name in ("probability", "label", "video"))
     scores, truth = by_video(probability, label, video) if unit == "video" else (probability, label)
+    with output_errors(run.plots):
+        run.plots.mkdir(exist_ok=True)
     write_csv(run.predictions_csv, rows)
     plots.confusion_matrix(report.confusion, run.confusion_matrix)
     plots.roc_curve(scores, truth, run.roc_curve, report=report)
@@ -177,24 +191,46 @@ def write_results(run: RunFolder, network: Scores, pixels: Scores, config: Train
     write_json(run.metrics_json, results)
 
 
-def load_network(path: Path, config: TrainConfig) -> Classifier:
-    """The network of a checkpoint.
+def evaluate_network(
+    config: TrainConfig, run: RunFolder, data: EchoDataModule, results: RunFolder | None
+) -> tuple[Scores, Scores]:
+    """Evaluate a run's best network beside the pixels' logistic regression; print the table, write into `results`.
 
     Raises:
-        CheckpointError: it is missing, damaged or of another configuration.
+        CheckpointError: the checkpoint is missing, damaged or of another configuration. OutputError.
     """
     import torch
 
-    from cardiocaps.learning import Classifier, check_configuration, read_checkpoint
+    from cardiocaps.learning import Classifier, load_weights, read_checkpoint
+    from cardiocaps.train import make_trainer
 
-    checkpoint = read_checkpoint(path)
-    check_configuration(checkpoint, config)
     network = Classifier(config, torch.ones(2), 0.0)
-    try:
-        network.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        raise CheckpointError(f"{path} does not fit the network: {str(error).splitlines()[-1].strip()}") from error
-    return network
+    load_weights(network, read_checkpoint(run.best), run.best)
+    scores = score_network(make_trainer(config), network, data, config.bootstrap)
+    pixels = score_pixels(data, config.bootstrap)
+    if results:
+        write_results(results, scores, pixels, config)
+    print_table(scores, pixels, config)
+    return scores, pixels
+
+
+def evaluate_run(path: Path, changed: Mapping[str, Any], out: Path | None = None) -> tuple[Scores, Scores, TrainConfig]:
+    """Evaluate the run in folder `path` with some settings `changed`; print the table, and write to `out` if given.
+
+    Raises:
+        CardioCapsError: the folder is no run's, its checkpoint or data cannot be used, or `out` cannot be written.
+    """
+    from cardiocaps.run_folder import RunFolder
+    from cardiocaps.train import make_data, set_up
+
+    run = RunFolder.open(path)
+    config = replace(read_run(path), **changed)
+    set_up(config)
+    results = RunFolder.create(out) if out else None
+    scores, pixels = evaluate_network(config, run, make_data(config), results)
+    if results:
+        say(f"written to {results.path}")
+    return scores, pixels, config
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -205,53 +241,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         "of several runs, their mean too.",
         epilog=DISCLAIMER,
     )
-    parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="folder of a run")
-    parser.add_argument("--data", metavar="PATH", type=Path, help="data folder, where it has moved")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the run's own")
-    parser.add_argument("--threads", metavar="N", type=int, help="threads of the CPU (default: the run's own)")
-    parser.add_argument("--out", metavar="PATH", type=Path, help="also write the results to this new folder")
-    options = parser.parse_args(argv)
-    if options.out and len(options.runs) > 1:
+    data, device, threads = (options()[name] for name in ("data", "device", "threads"))
+    path = data.from_text
+    parser.add_argument("runs", metavar="RUN", type=path, nargs="+", help="folder of a run")
+    parser.add_argument("--data", metavar="PATH", type=path, help="data folder, where it has moved")
+    parser.add_argument("--device", type=device.from_text, help=f"{device.allowed} (default: the run's own)")
+    parser.add_argument("--threads", metavar="N", type=threads.from_text, help="of the CPU (default: the run's own)")
+    parser.add_argument("--out", metavar="PATH", type=path, help="also write the results to this new folder")
+    given = parser.parse_args(argv)
+    if given.out and len(given.runs) > 1:
         parser.error("argument --out: holds the results of one run; give one RUN")
-    changed = {name: getattr(options, name) for name in ("data", "device", "threads") if getattr(options, name)}
-    try:
-        from cardiocaps.learning import Interruption
+    changed = {n: getattr(given, n) for n in ("data", "device", "threads") if getattr(given, n) is not None}
+
+    def body(_: Interruption) -> None:
         from cardiocaps.train import quiet
 
         quiet()
-        with Interruption().watched():
-            results = [evaluate_run(run, changed, options.out) for run in options.runs]
-            if len(results) > 1:
-                print_means(results)
-    except CardioCapsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        results = [evaluate_run(run, changed, given.out) for run in given.runs]
+        if len(results) > 1:
+            print_means(results)
 
-
-def evaluate_run(path: Path, changed: Mapping[str, Any], out: Path | None = None) -> tuple[Scores, Scores, TrainConfig]:
-    """Evaluate the run in folder `path` with some settings `changed`; print the table, and write to `out` if given.
-
-    Raises:
-        CardioCapsError: the folder is no run's, its checkpoint or data cannot be used, or `out` cannot be written.
-    """
-    from cardiocaps.run_folder import RunFolder
-    from cardiocaps.train import make_data, make_trainer
-
-    run = RunFolder.open(path)
-    if not run.config.is_file():
-        raise ConfigError(f"{path} has no config.yaml")
-    config = replace(TrainConfig(**read_yaml(run.config)).resolved(), **changed)
-    target = RunFolder.create(out) if out else None
-    network = load_network(run.best, config)
-    data = make_data(config)
-    scores = score_network(make_trainer(config), network, data, config.bootstrap)
-    pixels = score_pixels(data, config.bootstrap)
-    print_table(scores, pixels, config)
-    if target:
-        write_results(target, scores, pixels, config)
-        print(f"written to {target.path}")
-    return scores, pixels, config
+    return execute(body)
 
 
 if __name__ == "__main__":

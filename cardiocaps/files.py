@@ -26,6 +26,8 @@ _REASONS = {
     errno.EROFS: "the file system is read-only",
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EISDIR: "a folder is in the file's place",
+    errno.ENOENT: "a folder on the way does not exist",
+    errno.EEXIST: "something else is in its place",
     errno.ENAMETOOLONG: "the name is too long",
     errno.ELOOP: "the path is a circle of links",
     errno.EIO: "the disk reports an input/output error",
@@ -50,6 +52,28 @@ def output_errors(path: Path) -> Iterator[None]:
         if not any(part in str(error) for part in _TORCH_WRITER):
             raise
         raise OutputError(f"cannot write {path}: the file could not be completed, is the disk full?") from error
+
+
+@contextmanager
+def exclusive(folder: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold an existing folder against other processes that ask for it in this way.
+
+    `wait` for the other to finish; without, raises OutputError. A file system that has no locks is trusted.
+    """
+    import fcntl
+
+    with output_errors(folder):
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            raise OutputError(f"{folder} is being used by another process") from None
+        except OSError:
+            pass
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

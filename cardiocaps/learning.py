@@ -6,13 +6,12 @@ cut off ends like one that was not.
 
 from __future__ import annotations
 
-import signal
+import math
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from cardiocaps.errors import CardioCapsError, CheckpointError
 from cardiocaps.files import replacing, write_csv
 from cardiocaps.losses import CardioCapsLoss, class_weights
 from cardiocaps.models.cardiocaps import RECONSTRUCTED_CHANNELS, CardioCaps, Prediction
+from cardiocaps.program import Interrupted, Interruption, say
 from cardiocaps.run_folder import RunFolder
 
 LOSS_PARTS = ("loss", "margin", "reconstruction", "regression")
@@ -101,7 +101,7 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
 def check_configuration(checkpoint: Mapping[str, Any], config: TrainConfig) -> None:
     """Raise CheckpointError where a checkpoint belongs to a network of another configuration."""
     has = checkpoint.get("cardiocaps")
-    if not isinstance(has, dict) or "state_dict" not in checkpoint:
+    if not isinstance(has, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise CheckpointError("the checkpoint was not written by cardiocaps.train")
     different = [f"{n} is {has.get(n)!r}, the run's is {x!r}" for n, x in _shape(config).items() if has.get(n) != x]
     if different:
@@ -114,19 +114,38 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is not there, or damaged, or holds what a checkpoint has no business to hold.
     """
+    if not path.is_file():
+        raise CheckpointError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"{path} does not exist") from None
-    # Whatever a truncated or foreign file makes torch raise: zip, pickle, end of file, key errors.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except CardioCapsError:
+        raise
+    # A truncated or foreign file can make torch raise almost anything; what it then says helps nobody.
     except Exception as error:
-        reason = str(error).strip().splitlines()
-        raise CheckpointError(
-            f"{path} is damaged or no checkpoint: {reason[0] if reason else type(error).__name__}"
-        ) from error
+        raise CheckpointError(f"{path} is damaged, or no checkpoint of this program") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
     return content
+
+
+def load_weights(network: Classifier, checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Put a checkpoint's weights into the network. Raises CheckpointError where they do not fit."""
+    check_configuration(checkpoint, network.config)
+    try:
+        network.load_state_dict(checkpoint["state_dict"])
+    except (RuntimeError, TypeError, AttributeError) as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path} does not fit the network: {reason}") from error
+
+
+def check_resumable_state(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError where a checkpoint lacks what training needs besides the weights."""
+    needed = ("epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks", "optimizer_states")
+    missing = [name for name in needed if name not in checkpoint]
+    if missing:
+        raise CheckpointError(f"{path} is damaged: it has no {', '.join(missing)}")
 
 
 class CheckpointFiles(TorchCheckpointIO):
@@ -200,13 +219,18 @@ class History(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         from cardiocaps.metrics import by_video, evaluate
 
-        probability, label, clip = (torch.cat(x).numpy() for x in zip(*self._seen, strict=True))
-        report = evaluate(*by_video(probability, label, clip), bootstrap=0)
         row: dict[str, float] = {"epoch": trainer.current_epoch + 1}
         for stage, sums in (("train", self._sums), ("val", self._validation)):
             assert sums is not None
             *parts, n = sums.tolist()
             row |= {f"{stage}_{name}": part / n for name, part in zip(LOSS_PARTS, parts, strict=True)}
+        if not all(math.isfinite(x) for x in row.values()):
+            raise CardioCapsError(
+                f"the loss is not finite in epoch {row['epoch']:.0f}: a smaller --learning-rate may help; "
+                f"{self.run.best.name} holds the best epoch before"
+            )
+        probability, label, clip = (torch.cat(x).numpy() for x in zip(*self._seen, strict=True))
+        report = evaluate(*by_video(probability, label, clip), bootstrap=0)
         row["val_auroc"] = report.metrics["auroc"].value
         row["seconds"] = round(self._elapsed(), 2)
         self._sums, self._seconds, self._since = None, 0.0, time.monotonic()
@@ -217,52 +241,11 @@ class History(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         write_csv(self.run.metrics_csv, self.rows)
         row, best = self.rows[-1], min(self.rows, key=lambda r: r["val_loss"])
-        print(
+        say(
             f"epoch {row['epoch']:3d}/{trainer.max_epochs}  loss {row['train_loss']:.4f}"
             f"  validation {row['val_loss']:.4f}  AUROC {row['val_auroc']:.3f}"
-            f"  {row['seconds']:.1f} s{'  best' if row is best else ''}",
-            flush=True,
+            f"  {row['seconds']:.1f} s{'  best' if row is best else ''}"
         )
-
-
-class Interrupted(CardioCapsError):
-    """The run was told to stop by a signal; it has saved what it had."""
-
-    def __init__(self, signum: int, where: str) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}; {where}")
-        self.exit_code = 128 + signum
-
-
-class Interruption:
-    """SIGTERM and SIGINT raise `Interrupted`: at once, or, while a network is trained, after the batch and its save."""
-
-    _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-        self.deferred = False
-
-    @contextmanager
-    def watched(self) -> Iterator[Interruption]:
-        """Handle the signals inside the block, and as before after it."""
-        before = {signum: signal.getsignal(signum) for signum in self._SIGNALS}
-        self.defer(False)
-        try:
-            yield self
-        finally:
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
-
-    def defer(self, deferred: bool) -> None:
-        """Whether a signal waits for a save. Takes the signals back from Lightning, for which SIGTERM is a success."""
-        self.deferred = deferred
-        for signum in self._SIGNALS:
-            signal.signal(signum, self._receive)
-
-    def _receive(self, signum: int, _: FrameType | None) -> None:
-        again, self.signum = self.signum is not None, signum
-        if not self.deferred or again:
-            raise Interrupted(signum, "nothing is half-written")
 
 
 class Checkpoints(Checkpoint):

@@ -51,7 +51,7 @@ class RunFolder:
             if path.is_dir() and any(path.iterdir()):
                 if not overwrite:
                     raise OutputError(
-                        f"{path} exists and is not empty; choose another --out, or --overwrite to replace it"
+                        f"{path} exists and is not empty; choose another --out (training replaces a run by --overwrite)"
                     )
                 _refuse_deletion(path)
                 shutil.rmtree(path)
@@ -78,6 +78,13 @@ class RunFolder:
             what = "does not exist" if not path.exists() else "has no run.json of this program"
             raise ConfigError(f"{path} is not the folder of a run: it {what}")
         return folder
+
+    def discard(self) -> None:
+        """Remove a folder that `create` has just made, if there is nothing in it but what a run begins with."""
+        begun = {self.marker, self.config, self.environment, self.plots}
+        with output_errors(self.path):
+            if set(self.path.iterdir()) <= begun and not any(self.plots.iterdir()):
+                shutil.rmtree(self.path)
 
     def is_run(self) -> bool:
         """Whether `run.json` marks the folder as a run's."""

@@ -12,28 +12,22 @@ from typing import TYPE_CHECKING, Any
 
 from cardiocaps.config import TrainConfig, from_command_line
 from cardiocaps.errors import CardioCapsError, CheckpointError, ConfigError
+from cardiocaps.program import Interruption, execute, say
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from cardiocaps.data.datamodule import EchoDataModule
-    from cardiocaps.learning import Interruption
     from cardiocaps.run_folder import RunFolder
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0; 2 to 5 for the errors of cardiocaps.errors; 128 + the signal that stopped the run."""
-    try:
-        config = from_command_line(argv, prog="python -m cardiocaps.train")
-        quiet()
-        from cardiocaps.learning import Interruption
+    """Returns the exit status: 0; 1 to 5 for the errors of cardiocaps.errors; 128 + the signal that stopped the run."""
 
-        with Interruption().watched() as interruption:
-            run(config, interruption)
-    except CardioCapsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+    def body(interruption: Interruption) -> None:
+        run(from_command_line(argv, prog="python -m cardiocaps.train"), interruption)
+
+    return execute(body)
 
 
 def run(config: TrainConfig, interruption: Interruption) -> None:
@@ -42,32 +36,39 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
     Raises:
         CardioCapsError: see cardiocaps.errors; what was reached is saved.
     """
-    import torch
-
-    from cardiocaps.evaluate import load_network, print_table, score_network, score_pixels, write_results
-    from cardiocaps.files import write_text
+    quiet()
+    from cardiocaps.evaluate import evaluate_network
+    from cardiocaps.files import exclusive, write_text
     from cardiocaps.run_folder import RunFolder
 
     assert config.out is not None
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: 'cuda' is asked for, but torch sees no GPU; give auto or cpu")
-    if config.threads:
-        torch.set_num_threads(config.threads)
+    set_up(config)
     # The folder first: what cannot be written should fail before an hour of work.
     folder = RunFolder.open(config.out) if config.resume else RunFolder.create(config.out, config.overwrite)
-    if not config.resume:
-        write_text(folder.config, config.to_yaml())
-        folder.write_environment()
-    data = make_data(config)
-    print(data.study.summary())
+    with exclusive(folder.path):
+        if not config.resume:
+            write_text(folder.config, config.to_yaml())
+            folder.write_environment()
+        try:
+            data = make_data(config)
+        except CardioCapsError:
+            if not config.resume:
+                folder.discard()
+            raise
+        say(data.study.summary())
+        train(config, folder, data, interruption)
+        evaluate_network(config, folder, data, results=folder)
+        say(f"run folder: {folder.path}")
 
-    train(config, folder, data, interruption)
-    network = load_network(folder.best, config)
-    scores = score_network(make_trainer(config), network, data, config.bootstrap)
-    pixels = score_pixels(data, config.bootstrap)
-    write_results(folder, scores, pixels, config)
-    print_table(scores, pixels, config)
-    print(f"run folder: {folder.path}")
+
+def set_up(config: TrainConfig) -> None:
+    """Threads and device. Raises ConfigError where a GPU is asked for and there is none."""
+    import torch
+
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: 'cuda' is asked for, but torch sees no GPU; give auto or cpu")
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
 
 
 def make_data(config: TrainConfig) -> EchoDataModule:
@@ -79,14 +80,15 @@ def make_data(config: TrainConfig) -> EchoDataModule:
     from cardiocaps.data.datamodule import EchoDataModule
     from cardiocaps.data.echonet import read_folder
 
+    progress = config.progress and sys.stderr.isatty()
     root = config.data
     if root is None:
         from cardiocaps.data.phantom import phantom_is_complete, write_phantom
 
         root = config.phantom_dir
         if not phantom_is_complete(root, config.phantom_videos, config.phantom_seed):
-            print(f"making {config.phantom_videos} phantom videos in {root}", flush=True)
-            write_phantom(root, config.phantom_videos, config.phantom_seed, progress=config.progress)
+            say(f"making {config.phantom_videos} phantom videos in {root}")
+            write_phantom(root, config.phantom_videos, config.phantom_seed, progress=progress)
     study = read_folder(
         root,
         protocol=config.protocol,
@@ -106,7 +108,7 @@ def make_data(config: TrainConfig) -> EchoDataModule:
         cache_dir=config.cache_dir,
         num_workers=config.workers,
         max_bad_share=config.max_bad_share,
-        progress=config.progress,
+        progress=progress,
     )
     data.setup()
     return data
@@ -136,7 +138,17 @@ def train(config: TrainConfig, folder: RunFolder, data: EchoDataModule, interrup
     from lightning.pytorch import seed_everything
 
     from cardiocaps import plots
-    from cardiocaps.learning import CheckpointFiles, Checkpoints, Classifier, History, Patience, read_checkpoint
+    from cardiocaps.files import output_errors
+    from cardiocaps.learning import (
+        CheckpointFiles,
+        Checkpoints,
+        Classifier,
+        History,
+        Patience,
+        check_resumable_state,
+        load_weights,
+        read_checkpoint,
+    )
 
     seed_everything(config.seed, workers=True, verbose=False)
     # It would cost time and change no result.
@@ -144,19 +156,20 @@ def train(config: TrainConfig, folder: RunFolder, data: EchoDataModule, interrup
     network = Classifier(config, data.train_class_counts(), data.train_target_mean())
     start: Path | None = None
     history = History(folder)
-    assert config.patience is not None
+    assert config.patience is not None and config.epochs is not None
     if config.resume and folder.last.exists():
-        checkpoint = read_checkpoint(folder.last)
-        network.on_load_checkpoint(checkpoint)
         start = folder.last
-        over = checkpoint["epoch"] + 1 >= (config.epochs or 0) and not checkpoint_in_epoch(checkpoint)
-        if over or Patience.is_over(checkpoint, config.patience):
-            if not folder.best.exists():
-                raise CheckpointError(f"{folder.best} does not exist, though the run has ended")
-            print("this run's training has ended; evaluating it")
+        checkpoint = read_checkpoint(start)
+        load_weights(network, checkpoint, start)
+        check_resumable_state(checkpoint, start)
+        epochs = checkpoint["epoch"] + (not _in_epoch(checkpoint))
+        if epochs and not folder.best.exists():
+            raise CheckpointError(f"{folder.best} does not exist, though {epochs} epochs have ended")
+        if epochs >= config.epochs or Patience.is_over(checkpoint, config.patience):
+            say("this run's training has ended; evaluating it")
             return
     elif config.resume:
-        print("this run has no checkpoint yet; it starts from the beginning")
+        say("this run has no checkpoint yet; it starts from the beginning")
     checkpoints = Checkpoints(folder, history, interruption)
     trainer = make_trainer(
         config,
@@ -165,10 +178,12 @@ def train(config: TrainConfig, folder: RunFolder, data: EchoDataModule, interrup
         plugins=[CheckpointFiles()],
     )
     trainer.fit(network, datamodule=data, ckpt_path=start, weights_only=True)
+    with output_errors(folder.plots):
+        folder.plots.mkdir(exist_ok=True)
     plots.learning_curves(history.rows, folder.learning_curves)
 
 
-def checkpoint_in_epoch(checkpoint: dict[str, Any]) -> bool:
+def _in_epoch(checkpoint: dict[str, Any]) -> bool:
     """Whether a checkpoint was saved in the middle of an epoch."""
     batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     return not batches["is_last_batch"]

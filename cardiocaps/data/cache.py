@@ -25,9 +25,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cardiocaps.data.echonet import Clip, Study
-from cardiocaps.data.measurements import Problem, refuse_many
+from cardiocaps.data.measurements import Problem, refuse_many, summarise
 from cardiocaps.data.video import RESIZE_VERSION, Header, VideoError, probe, read_frames
-from cardiocaps.errors import ConfigError
+from cardiocaps.errors import ConfigError, DataError
 from cardiocaps.files import output_errors, write_bytes
 
 FRAME_CHOICES = ("spread", "first")
@@ -162,7 +162,10 @@ def build(
     notes += _repeats(clips, index)
     usable = replace(study, clips=clips, problems=(*study.problems, *bad, *notes))
     if bad:
-        usable.check_splits()
+        try:
+            usable.check_splits()
+        except DataError as error:
+            raise DataError(f"{error}; {len(bad)} of {len(names)} videos were left out:\n{summarise(bad)}") from None
     return Cached(usable, files, numbers)
 
 

@@ -6,6 +6,7 @@ video) is found when the frames are cached.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -171,7 +172,9 @@ def read_folder(
 def _find_videos(root: Path) -> dict[str, list[Path]]:
     """Video name -> its files, in ``root`` and in its ``Batch*`` folders."""
     if not root.is_dir():
-        raise DataError(f"{root}: {'not a folder' if root.exists() else 'no such folder'}")
+        what = "not a folder" if root.exists() else "no such folder"
+        address = " (addresses are not read)" if re.match(r"\w+:/", str(root)) else ""
+        raise DataError(f"{root}: {what}{address}")
     found: dict[str, list[Path]] = {}
     try:
         folders = [root, *sorted(path for path in root.glob("Batch*") if path.is_dir())]

@@ -98,6 +98,8 @@ def read_measurements(path: Path, *, max_bad_share: float = 0.05) -> Table:
     """
     header, records = _read_cells(path)
     columns = _find_columns(header, path.name)
+    if not records:
+        raise DataError(f"{path.name}: a header and no rows")
     rows: list[Row] = []
     problems: list[Problem] = []
     names: dict[str, None] = {}
@@ -159,8 +161,6 @@ def _read_cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
         raise DataError(f"{path}: {error.strerror}") from None
     if not header:
         raise DataError(f"{path.name}: empty, expected the columns {', '.join(_REQUIRED)}")
-    if not records:
-        raise DataError(f"{path.name}: a header and no rows")
     return header, records
 
 

@@ -321,7 +321,7 @@ def test_a_run_cannot_go_on_with_other_settings(argv: list[str], message: str, t
 
 
 def test_what_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"resume: .* is not the folder of a run"):
+    with pytest.raises(ConfigError, match="is not the folder of a run"):
         from_command_line(["--resume", str(tmp_path)])
 
 

@@ -7,8 +7,10 @@ import dataclasses
 import hashlib
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
@@ -308,6 +310,40 @@ def test_an_unwritable_place_is_a_plain_error(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "file").write_text("")
     assert main([str(tmp_path / "file" / "below"), "--videos", "10"]) == OutputError.exit_code
     assert capsys.readouterr().err.startswith("error: ")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are looked up in /proc")
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=lambda s: s.name)
+def test_stopping_the_program_stops_its_processes(tmp_path: Path, signum: signal.Signals) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "cardiocaps.data.phantom", str(out), "--videos", "300", "--processes", "2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    while not list(out.rglob("*.avi")):
+        assert process.poll() is None, process.stderr
+        time.sleep(0.05)
+    listing = f"/proc/{process.pid}/task/{process.pid}/children"
+    children = Path(listing).read_text().split()
+    assert len(children) >= 2
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=30)
+    if signum == signal.SIGKILL:
+        assert process.returncode == -signum
+    else:
+        assert process.returncode == 128 + signum
+        assert errors == f"error: stopped by {signum.name}; nothing is half-written\n"
+        assert not list(out.rglob("*.part"))
+    deadline = time.monotonic() + 10
+    while any(Path("/proc", child, "cmdline").exists() for child in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not [child for child in children if Path("/proc", child, "cmdline").exists()]
+
+
+def test_two_programs_make_one_phantom(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cardiocaps.data.phantom", str(tmp_path / "out"), "--videos", "12", "--seed", "3"]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sorted("complete already" in text for text in said) == [False, True]
 
 
 def test_a_full_disk_leaves_no_torn_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

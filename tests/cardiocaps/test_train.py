@@ -17,6 +17,7 @@ import torch
 
 from cardiocaps import evaluate, train
 from cardiocaps.data.phantom import write_phantom
+from cardiocaps.files import exclusive
 
 ROOT = Path(__file__).parents[2]
 FAST = [
@@ -144,11 +145,18 @@ def test_killed_run_resumes_as_if_nothing_had_happened(finished: Path, arguments
     _same(finished, run)
 
 
-@pytest.mark.parametrize("step", [2, 12, 14, 36], ids=["first", "last of an epoch", "second epoch", "last"])
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    ("signum", "step"),
+    [
+        (signal.SIGTERM, 2),  # in the first epoch
+        (signal.SIGTERM, 12),  # its last batch
+        (signal.SIGHUP, 14),  # in the second epoch
+        (signal.SIGINT, 36),  # the last batch of all
+    ],
+)
 def test_stopped_at_any_step_resumes_as_if_nothing_had_happened(
-    step: int,
     signum: signal.Signals,
+    step: int,
     finished: Path,
     arguments: list[str],
     tmp_path: Path,
@@ -288,7 +296,7 @@ def test_resume_with_other_settings_is_refused(finished: Path, capsys: pytest.Ca
     assert "routing is 'dynamic', was 'attention'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "foreign", "configuration"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "foreign", "configuration", "weights", "loops"])
 def test_bad_checkpoint(finished: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -298,22 +306,129 @@ def test_bad_checkpoint(finished: Path, tmp_path: Path, damage: str, capsys: pyt
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         elif damage == "empty":
             path.write_bytes(b"")
+        elif damage == "text":
+            path.write_text("this is no checkpoint")
         elif damage == "foreign":
             torch.save({"state_dict": {}}, path)
         else:
             checkpoint = torch.load(path, weights_only=True)
-            checkpoint["cardiocaps"]["routing"] = "dynamic"
+            if damage == "configuration":
+                checkpoint["cardiocaps"]["routing"] = "dynamic"
+            elif damage == "weights":
+                checkpoint["state_dict"]["model.conv.0.weight"] = torch.zeros(3)
+            else:
+                del checkpoint["loops"]
             torch.save(checkpoint, path)
     expected = {
-        "truncated": "best.ckpt is damaged or no checkpoint",
-        "empty": "best.ckpt is damaged or no checkpoint",
         "foreign": "was not written by cardiocaps.train",
         "configuration": "of another configuration: routing is 'dynamic', the run's is 'attention'",
-    }[damage]
-    assert evaluate.main([str(run)]) == 5
-    assert expected in capsys.readouterr().err
+        "weights": "does not fit the network: size mismatch for model.conv.0.weight",
+        "loops": "last.ckpt is damaged: it has no loops",
+    }.get(damage, "is damaged, or no checkpoint of this program")
     assert train.main(["--resume", str(run)]) == 5
-    assert expected.removeprefix("best.ckpt") in capsys.readouterr().err
+    assert expected in capsys.readouterr().err
+    if damage != "loops":  # of no concern to an evaluation
+        assert evaluate.main([str(run)]) == 5
+        assert expected in capsys.readouterr().err
+
+
+def test_checkpoint_that_is_no_file_does_not_hang(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "best.ckpt").unlink()
+    os.mkfifo(run / "best.ckpt")
+    assert evaluate.main([str(run)]) == 5
+    assert "best.ckpt is not a file" in capsys.readouterr().err
+
+
+def test_network_that_diverged(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    checkpoint = torch.load(run / "best.ckpt", weights_only=True)
+    checkpoint["state_dict"]["model.conv.0.bias"].fill_(float("nan"))
+    torch.save(checkpoint, run / "best.ckpt")
+    assert evaluate.main([str(run)]) == 5
+    assert "not finite" in capsys.readouterr().err
+
+
+def test_training_that_diverges_says_so(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cardiocaps.learning import Classifier
+
+    monkeypatch.setattr(
+        Classifier,
+        "configure_optimizers",
+        lambda self: torch.optim.SGD(self.parameters(), lr=1e30),
+    )
+    assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 1
+    assert "the loss is not finite in epoch 1" in capsys.readouterr().err
+
+
+def test_missing_best_checkpoint_is_noticed_before_training(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    (run / "best.ckpt").unlink()
+    assert train.main(["--resume", str(run), "--epochs", "9"]) == 5
+    captured = capsys.readouterr()
+    assert "best.ckpt does not exist, though 3 epochs have ended" in captured.err
+    assert "epoch   4" not in captured.out
+
+
+@pytest.mark.parametrize("keep", [0, 5])
+def test_configuration_that_was_cut_off(
+    keep: int, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    lines = (run / "config.yaml").read_text().splitlines(keepends=True)
+    (run / "config.yaml").write_text("".join(lines[:keep]))
+    for program, arguments in ((train.main, ["--resume", str(run)]), (evaluate.main, [str(run)])):
+        assert program(arguments) == 2
+        assert "config.yaml is not whole" in capsys.readouterr().err
+
+
+def test_run_in_use_is_left_alone(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    with exclusive(run):
+        assert train.main(["--resume", str(run), "--epochs", "9"]) == 4
+    assert "being used by another process" in capsys.readouterr().err
+
+
+def test_failed_start_leaves_no_folder_in_the_way(tmp_path: Path, arguments: list[str]) -> None:
+    run = tmp_path / "run"
+    assert train.main(["--data", str(tmp_path / "nothing"), "--out", str(run)]) == 3
+    assert not run.exists()
+    (tmp_path / "nothing").mkdir()
+    assert train.main(["--data", str(tmp_path / "nothing"), "--out", str(run)]) == 3
+    assert train.main([*arguments, "--epochs", "1", "--out", str(run)]) == 0
+
+
+def test_terminal_of_seven_bits(finished: Path) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "cardiocaps.evaluate", str(finished)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert b"AUROC" in done.stdout
+    done.stdout.decode("ascii")
+
+
+@pytest.mark.parametrize("closed", ["| head -n 1", "> /dev/full", ">&-"])
+def test_nobody_reads(closed: str, finished: Path, arguments: list[str], tmp_path: Path) -> None:
+    """The run goes on to its end, be its output lost."""
+    run = tmp_path / "run"
+    command = f"{sys.executable} -m cardiocaps.train {' '.join(arguments)} --out {run} {closed}"
+    done = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    _same(finished, run)
 
 
 def test_checkpoint_that_would_execute_code_is_refused(
@@ -353,6 +468,8 @@ def test_full_disk(arguments: list[str], tmp_path: Path) -> None:
         (["--rooting", "dynamic"], 2, "unknown option --rooting; did you mean --routing?"),
         (["--rout", "dynamic"], 2, "unknown option --rout; did you mean --routing?"),
         (["--epochs", "0"], 2, "epochs"),
+        (["--data", "x" * 300], 2, "--data"),
+        (["--data", "https://example.org/echo"], 3, "addresses are not read"),
         (["--data", "/nonexistent/folder"], 3, "/nonexistent/folder"),
         (["--out", "/proc/run"], 4, "/proc/run"),
         (["--resume", "/nonexistent/run"], 2, "/nonexistent/run"),
@@ -373,9 +490,19 @@ def test_bad_command_line(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_no_gpu(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_gpu(finished: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train.main([*arguments, "--device", "cuda", "--out", str(tmp_path / "run")]) == 2
     assert "torch sees no GPU" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    assert evaluate.main([str(finished), "--device", "cuda"]) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--threads", "0"], ["--device", "gpu"], ["--data", ""], ["--thread", "1"]])
+def test_bad_options_of_evaluate(options: list[str], finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        evaluate.main([str(finished), *options])
+    assert options[0] in capsys.readouterr().err
 
 
 def test_help_answers_at_once() -> None:

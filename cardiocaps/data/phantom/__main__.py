@@ -2,64 +2,61 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
-from cardiocaps.data.phantom.dataset import TABLE, write_phantom
-from cardiocaps.errors import CardioCapsError
+from cardiocaps.config import CommandLine, options
+from cardiocaps.program import Interruption, execute, say
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or the error's own (cardiocaps/errors.py)."""
-    parser = argparse.ArgumentParser(
+    """Returns the exit status: 0, the error's own (cardiocaps.errors), or 128 + the signal that stopped it."""
+    parser = CommandLine(
         prog="python -m cardiocaps.data.phantom",
         description="Write a synthetic echocardiogram study (parasternal long axis) in EchoNet-LVH's layout: "
         "MJPEG videos in Batch1 to Batch4 and MeasurementsList.csv. One video in five is abnormal.",
         epilog="A run that was cut off goes on where it stopped when it is started again in the same way.",
-        allow_abbrev=False,
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder to write; new, empty, or an unfinished phantom")
-    parser.add_argument("--videos", type=int, default=300, help="number of videos, at least 10 (default: %(default)s)")
+    path, videos, seed = (options()[name] for name in ("phantom_dir", "phantom_videos", "phantom_seed"))
+    processes = options()["threads"].from_text
+    parser.add_argument("out", metavar="OUT", type=path.from_text, help="new or empty folder, or unfinished phantom")
     parser.add_argument(
-        "--seed", type=int, default=10, help="the same seed gives the same files (default: %(default)s)"
+        "--videos", metavar="N", type=videos.from_text, default=300, help=f"{videos.allowed} (default: 300)"
     )
-    parser.add_argument("--processes", type=int, help="number of processes (default: one for each CPU)")
+    parser.add_argument(
+        "--seed", metavar="N", type=seed.from_text, default=10, help="the same gives the same files (default: 10)"
+    )
+    parser.add_argument("--processes", metavar="N", type=processes, help="default: one for each CPU")
     parser.add_argument("--overwrite", action="store_true", help="replace a phantom in OUT, and the preview")
-    parser.add_argument("--preview", metavar="FILE.png", type=Path, help="also write a contact sheet with the calipers")
-    options = parser.parse_args(arguments)
-    start = time.monotonic()
-    try:
-        if options.preview:
-            from cardiocaps.data.phantom.preview import check_preview, write_preview
+    parser.add_argument(
+        "--preview", metavar="FILE.png", type=path.from_text, help="also write a contact sheet with the calipers"
+    )
+    given = parser.parse_args(arguments)
 
-            check_preview(options.preview, overwrite=options.overwrite)
+    def body(_: Interruption) -> None:
+        from cardiocaps.data.phantom.dataset import TABLE, write_phantom
+        from cardiocaps.data.phantom.preview import check_preview, write_preview
+
+        start = time.monotonic()
+        if given.preview:
+            check_preview(given.preview, overwrite=given.overwrite)
         made = write_phantom(
-            options.out,
-            options.videos,
-            options.seed,
-            overwrite=options.overwrite,
+            given.out,
+            given.videos,
+            given.seed,
+            overwrite=given.overwrite,
             progress=sys.stderr.isatty(),
-            processes=options.processes,
+            processes=given.processes,
         )
-        if options.preview:
-            write_preview(options.preview, options.videos, options.seed)
-    except CardioCapsError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on where it stopped", file=sys.stderr)
-        return 130
-    seconds = time.monotonic() - start
-    if made:
-        print(f"{options.out}: {made} videos made in {seconds:.0f} s, {options.videos} in all, and {TABLE}")
-    else:
-        print(f"{options.out}: complete already, {options.videos} videos and {TABLE}")
-    if options.preview:
-        print(f"{options.preview}: contact sheet")
-    return 0
+        seconds = time.monotonic() - start
+        done = f"{made} videos made in {seconds:.0f} s, {given.videos} in all" if made else "complete already"
+        say(f"{given.out}: {done}, and {TABLE}")
+        if given.preview:
+            write_preview(given.preview, given.videos, given.seed)
+            say(f"{given.preview}: contact sheet")
+
+    return execute(body)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cardiocaps.errors import ConfigError, OutputError
-from cardiocaps.files import output_errors, replacing, write_bytes
+from cardiocaps.files import exclusive, output_errors, replacing, write_bytes
 
 if TYPE_CHECKING:
     from cardiocaps.data.phantom.patients import Patient
@@ -61,7 +62,7 @@ def write_phantom(
 
     The same `videos` and `seed` give the same bytes, whatever the number of `processes` (default: one for
     each CPU). An unfinished study with the same settings is completed, and a complete one left as it is; with
-    `overwrite`, any phantom is made anew. One call at a time may write a folder. Processes are spawned, so a
+    `overwrite`, any phantom is made anew. A second call waits for the first. Processes are spawned, so a
     script that calls this needs the usual ``if __name__ == "__main__"``.
 
     Raises ConfigError for a bad argument, OutputError where `out` holds anything else or cannot be written.
@@ -72,21 +73,30 @@ def write_phantom(
     if processes is not None:
         _whole("processes", processes, 1)
     settings = _settings(videos, seed)
+    with output_errors(out):
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out} is a file, not a folder")
+        out.mkdir(parents=True, exist_ok=True)
+    # Another process may be making the same phantom: then this one finds it complete.
+    with exclusive(out, wait=True):
+        return _write(out, videos, seed, settings, overwrite, progress, processes or os.cpu_count() or 1)
+
+
+def _write(out: Path, videos: int, seed: int, settings: bytes, overwrite: bool, progress: bool, processes: int) -> int:
     _claim(out, settings, overwrite)
 
     from cardiocaps.data.phantom.patients import plan
 
     patients = plan(videos, seed)
     missing = [patient for patient in patients if not _has_content(out / patient.video)]
-    complete = not missing and phantom_is_complete(out, videos, seed)
-    if complete:
+    if not missing and phantom_is_complete(out, videos, seed):
         return 0
     with output_errors(out):
         (out / MARKER).unlink(missing_ok=True)
         write_bytes(out / UNFINISHED, settings, sync=False)
         for batch in BATCHES:
             (out / batch).mkdir(exist_ok=True)
-        _make_videos(out, missing, progress, processes or os.cpu_count() or 1)
+        _make_videos(out, missing, progress, processes)
         for part in _torn(out):
             part.unlink()
         write_bytes(out / TABLE, _table(patients))
@@ -124,11 +134,8 @@ def _has_content(path: Path) -> bool:
 
 def _claim(out: Path, settings: bytes, overwrite: bool) -> None:
     """Make sure that `out` is ours to write: new, empty, or a phantom that may be continued or replaced."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file, not a folder")
     with output_errors(out):
-        if not out.exists() or not any(out.iterdir()):
-            out.mkdir(parents=True, exist_ok=True)
+        if not any(out.iterdir()):
             return
         marker = next((out / name for name in (MARKER, UNFINISHED) if (out / name).is_file()), None)
         if marker is None:
@@ -180,7 +187,7 @@ def _made(out: Path, patients: list[Patient], processes: int) -> Iterator[None]:
     if processes <= 1:
         yield from map(partial(_make_video, out), patients)
         return
-    with ProcessPoolExecutor(processes, get_context("spawn"), _leave_interrupts_to_the_parent) as pool:
+    with ProcessPoolExecutor(processes, get_context("spawn"), _obey_the_parent) as pool:
         waiting = [pool.submit(_make_video, out, patient) for patient in patients]
         try:
             for done in as_completed(waiting):
@@ -194,8 +201,14 @@ def _made(out: Path, patients: list[Patient], processes: int) -> Iterator[None]:
             pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _leave_interrupts_to_the_parent() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _obey_the_parent() -> None:
+    """Leave interrupts to the parent, and end with it, however it ends."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _make_video(out: Path, patient: Patient) -> None:

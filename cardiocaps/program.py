@@ -1,0 +1,101 @@
+"""What the command-line programs have in common: signals, errors in one line, exit statuses, output for any terminal.
+
+Imports nothing heavy, so that a signal is heard from the start.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TextIO
+
+from cardiocaps.errors import CardioCapsError
+
+
+class Interrupted(CardioCapsError):
+    """The program was told to stop by a signal. Its exit status is 128 + the signal's number."""
+
+    def __init__(self, signum: int, where: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(signum).name}; {where}")
+        self.exit_code = 128 + signum
+
+
+class Interruption:
+    """SIGTERM, SIGINT and SIGHUP raise `Interrupted`: at once, or, while a network is trained, after batch and save."""
+
+    _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+
+    def __init__(self) -> None:
+        self.signum: int | None = None
+        self.deferred = False
+
+    @contextmanager
+    def watched(self) -> Iterator[Interruption]:
+        """Handle the signals inside the block, and as before after it."""
+        before = {signum: signal.getsignal(signum) for signum in self._SIGNALS}
+        # Who started the program with a signal ignored (nohup) wants it ignored.
+        self._watched = [signum for signum, handler in before.items() if handler != signal.SIG_IGN]
+        self.defer(False)
+        try:
+            yield self
+        finally:
+            for signum in self._watched:
+                signal.signal(signum, before[signum])
+
+    def defer(self, deferred: bool) -> None:
+        """Whether a signal waits for a save. Takes the signals back from Lightning, for which SIGTERM is a success."""
+        self.deferred = deferred
+        for signum in self._watched:
+            signal.signal(signum, self._receive)
+
+    def _receive(self, signum: int, _: FrameType | None) -> None:
+        again, self.signum = self.signum is not None, signum
+        if not self.deferred or again:
+            raise Interrupted(signum, "nothing is half-written")
+
+
+def execute(body: Callable[[Interruption], None]) -> int:
+    """Run a program's body; an error that a user can cause becomes one line on standard error. The exit status."""
+    sys.stdout, sys.stderr = _writable(sys.stdout), _writable(sys.stderr)
+    before, warnings.formatwarning = warnings.formatwarning, _note
+    try:
+        with Interruption().watched() as interruption:
+            body(interruption)
+    except CardioCapsError as error:
+        say(f"error: {error}", sys.stderr)
+        return error.exit_code
+    finally:
+        warnings.formatwarning = before
+    return 0
+
+
+def say(text: str, stream: TextIO | None = None) -> None:
+    """Print a line. Where nobody reads any more (a closed pipe, a full disk), the work goes on without words."""
+    stream = stream or sys.stdout
+    try:
+        print(text, file=stream, flush=True)
+    except (OSError, ValueError):
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        except (OSError, ValueError):
+            sys.stdout = _writable(None)
+
+
+def _writable(stream: TextIO | None) -> TextIO:
+    """A stream that takes any character, be it as a question mark; nowhere, where the stream is closed."""
+    if stream is None:
+        return Path(os.devnull).open("w", encoding="utf-8")
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")
+    return stream
+
+
+def _note(message: Warning | str, *_: object, **__: object) -> str:
+    """A warning as a line for a user, who does not look for the line of code that gave it."""
+    return f"note: {message}\n"
