@@ -3,6 +3,7 @@ import os
 import resource
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -39,13 +40,15 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
-@pytest.fixture
+@contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 2000 bytes, as on a disk that is full."""
+    """No file may grow beyond 2000 bytes, as on a disk that is full. Nor the test report, hence no fixture."""
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, old[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def arrays(folder: Path) -> list[Path]:
@@ -215,9 +218,8 @@ def test_a_cache_that_cannot_be_a_folder(shared_folder: Path, tmp_path: Path) ->
             cache.build(read_folder(shared_folder), folder=folder, **OPTIONS)
 
 
-@pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_is_named_and_leaves_nothing_half(shared_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match=r"cannot write .*(no space left|size limit)"):
+    with full_disk(), pytest.raises(OutputError, match=r"cannot write .*(no space left|size limit)"):
         cache.build(read_folder(shared_folder), folder=tmp_path / "cache", **OPTIONS)
     assert [path.name for path in (tmp_path / "cache").iterdir() if path.suffix in (".npy", ".part")] == []
 
