@@ -221,13 +221,13 @@ def evaluate_run(path: Path, changed: Mapping[str, Any], out: Path | None = None
         CardioCapsError: the folder is no run's, its checkpoint or data cannot be used, or `out` cannot be written.
     """
     from cardiocaps.run_folder import RunFolder
-    from cardiocaps.train import make_data, set_up
+    from cardiocaps.train import decode, read_study, set_up
 
     run = RunFolder.open(path)
     config = replace(read_run(path), **changed)
     set_up(config)
     results = RunFolder.create(out) if out else None
-    scores, pixels = evaluate_network(config, run, make_data(config), results)
+    scores, pixels = evaluate_network(config, run, decode(config, read_study(config)), results)
     if results:
         say(f"written to {results.path}")
     return scores, pixels, config

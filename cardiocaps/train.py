@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cardiocaps.config import TrainConfig, from_command_line
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from cardiocaps.data.datamodule import EchoDataModule
+    from cardiocaps.data.echonet import Study
     from cardiocaps.run_folder import RunFolder
 
 
@@ -43,14 +43,16 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
 
     assert config.out is not None
     set_up(config)
-    # The folder first: what cannot be written should fail before an hour of work.
+    # A folder that cannot be read should not cost the run that --overwrite replaces, and one that cannot be written
+    # should fail before an hour of decoding.
+    study = read_study(config) if config.data else None
     folder = RunFolder.open(config.out) if config.resume else RunFolder.create(config.out, config.overwrite)
     with exclusive(folder.path):
         if not config.resume:
             write_text(folder.config, config.to_yaml())
             folder.write_environment()
         try:
-            data = make_data(config)
+            data = decode(config, study or read_study(config))
         except CardioCapsError:
             if not config.resume:
                 folder.discard()
@@ -71,16 +73,14 @@ def set_up(config: TrainConfig) -> None:
         torch.set_num_threads(config.threads)
 
 
-def make_data(config: TrainConfig) -> EchoDataModule:
-    """The data of a run, decoded: its folder, or the phantom, which is made if it is not there.
+def read_study(config: TrainConfig) -> Study:
+    """The study of a run: its folder, or the phantom, which is made if it is not there.
 
     Raises:
-        DataError, OutputError: as `read_folder`, `cache.build` and `write_phantom`.
+        DataError, OutputError: as `read_folder` and `write_phantom`.
     """
-    from cardiocaps.data.datamodule import EchoDataModule
     from cardiocaps.data.echonet import read_folder
 
-    progress = config.progress and sys.stderr.isatty()
     root = config.data
     if root is None:
         from cardiocaps.data.phantom import phantom_is_complete, write_phantom
@@ -88,8 +88,8 @@ def make_data(config: TrainConfig) -> EchoDataModule:
         root = config.phantom_dir
         if not phantom_is_complete(root, config.phantom_videos, config.phantom_seed):
             say(f"making {config.phantom_videos} phantom videos in {root}")
-            write_phantom(root, config.phantom_videos, config.phantom_seed, progress=progress)
-    study = read_folder(
+            write_phantom(root, config.phantom_videos, config.phantom_seed, progress=_watched(config))
+    return read_folder(
         root,
         protocol=config.protocol,
         split=config.split,
@@ -97,6 +97,12 @@ def make_data(config: TrainConfig) -> EchoDataModule:
         max_bad_share=config.max_bad_share,
         limit=config.limit,
     )
+
+
+def decode(config: TrainConfig, study: Study) -> EchoDataModule:
+    """The study's frames, decoded or found in the cache. Raises DataError, OutputError as `cache.build`."""
+    from cardiocaps.data.datamodule import EchoDataModule
+
     data = EchoDataModule(
         study,
         size=config.network.size,
@@ -108,7 +114,7 @@ def make_data(config: TrainConfig) -> EchoDataModule:
         cache_dir=config.cache_dir,
         num_workers=config.workers,
         max_bad_share=config.max_bad_share,
-        progress=progress,
+        progress=_watched(config),
     )
     data.setup()
     return data
@@ -124,8 +130,8 @@ def make_trainer(config: TrainConfig, **options: Any) -> Trainer:
         precision={"32": "32-true", "bf16": "bf16-mixed"}[config.precision],  # type: ignore[arg-type]
         logger=False,
         enable_model_summary=False,
-        enable_progress_bar=config.progress and sys.stderr.isatty(),
-        enable_checkpointing=False if not options else None,
+        enable_progress_bar=_watched(config),
+        enable_checkpointing=bool(options),
         num_sanity_val_steps=0,
         deterministic="warn",
         **options,
@@ -136,6 +142,7 @@ def train(config: TrainConfig, folder: RunFolder, data: EchoDataModule, interrup
     """Train from the beginning or from last.ckpt, to best.ckpt, metrics.csv and the learning curves."""
     import torch
     from lightning.pytorch import seed_everything
+    from lightning.pytorch.callbacks import RichProgressBar
 
     from cardiocaps import plots
     from cardiocaps.files import output_errors
@@ -154,8 +161,7 @@ def train(config: TrainConfig, folder: RunFolder, data: EchoDataModule, interrup
     # It would cost time and change no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     network = Classifier(config, data.train_class_counts(), data.train_target_mean())
-    start: Path | None = None
-    history = History(folder)
+    history, start, ended = History(folder), None, False
     assert config.patience is not None and config.epochs is not None
     if config.resume and folder.last.exists():
         start = folder.last
@@ -165,19 +171,21 @@ def train(config: TrainConfig, folder: RunFolder, data: EchoDataModule, interrup
         epochs = checkpoint["epoch"] + (not _in_epoch(checkpoint))
         if epochs and not folder.best.exists():
             raise CheckpointError(f"{folder.best} does not exist, though {epochs} epochs have ended")
-        if epochs >= config.epochs or Patience.is_over(checkpoint, config.patience):
-            say("this run's training has ended; evaluating it")
-            return
+        ended = epochs >= config.epochs or Patience.is_over(checkpoint, config.patience)
+        history.load_state_dict(checkpoint["callbacks"][history.state_key])
     elif config.resume:
         say("this run has no checkpoint yet; it starts from the beginning")
-    checkpoints = Checkpoints(folder, history, interruption)
-    trainer = make_trainer(
-        config,
-        max_epochs=config.epochs,
-        callbacks=[history, Patience(config.patience), checkpoints, *_progress(config)],
-        plugins=[CheckpointFiles()],
-    )
-    trainer.fit(network, datamodule=data, ckpt_path=start, weights_only=True)
+    if ended:
+        say("this run's training has ended; evaluating it")
+    else:
+        bar = [RichProgressBar()] if _watched(config) else []
+        trainer = make_trainer(
+            config,
+            max_epochs=config.epochs,
+            callbacks=[history, Patience(config.patience), Checkpoints(folder, history, interruption), *bar],
+            plugins=[CheckpointFiles()],
+        )
+        trainer.fit(network, datamodule=data, ckpt_path=start, weights_only=True)
     with output_errors(folder.plots):
         folder.plots.mkdir(exist_ok=True)
     plots.learning_curves(history.rows, folder.learning_curves)
@@ -189,13 +197,9 @@ def _in_epoch(checkpoint: dict[str, Any]) -> bool:
     return not batches["is_last_batch"]
 
 
-def _progress(config: TrainConfig) -> list[Any]:
-    """A progress bar where somebody looks."""
-    if not config.progress or not sys.stderr.isatty():
-        return []
-    from lightning.pytorch.callbacks import RichProgressBar
-
-    return [RichProgressBar(leave=False)]
+def _watched(config: TrainConfig) -> bool:
+    """Whether somebody looks who wants progress bars."""
+    return config.progress and sys.stderr.isatty()
 
 
 def quiet() -> None:

@@ -230,8 +230,10 @@ def test_finished_run_resumed_is_evaluated_again(
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     (run / "metrics.json").unlink()
+    (run / "plots" / "learning_curves.png").unlink()
     assert train.main(["--resume", str(run)]) == 0
     assert "training has ended" in capsys.readouterr().out
+    assert (run / "plots" / "learning_curves.png").exists()
     _same(finished, run)
 
 
@@ -407,6 +409,17 @@ def test_failed_start_leaves_no_folder_in_the_way(tmp_path: Path, arguments: lis
     (tmp_path / "nothing").mkdir()
     assert train.main(["--data", str(tmp_path / "nothing"), "--out", str(run)]) == 3
     assert train.main([*arguments, "--epochs", "1", "--out", str(run)]) == 0
+
+
+def test_overwrite_replaces_a_run_only_if_the_new_one_can_start(
+    finished: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert train.main(["--data", str(tmp_path / "typo"), "--out", str(run), "--overwrite"]) == 3
+    _same(finished, run)
+    assert train.main([*arguments, "--epochs", "1", "--out", str(run), "--overwrite"]) == 0
+    assert len(_history(run)) == 1
 
 
 def test_terminal_of_seven_bits(finished: Path) -> None:
