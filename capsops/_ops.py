@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import backends
 from .dtypes import FLOATING, accumulation_dtype
@@ -187,6 +186,41 @@ def _returned(wanted: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tenso
     return [g if want else None for want, g in zip(wanted, gradients, strict=True)]
 
 
+class _NoSecondDerivative(torch.autograd.Function):
+    """A gradient, as it is, that raises an error when it is differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> None:
+        raise RuntimeError(
+            "capsops: the compiled kernels cannot be differentiated twice; "
+            '`with capsops.use_backend("reference"):` around the forward pass can'
+        )
+
+
+def _once_differentiable(
+    backward: Callable[..., tuple[Tensor | None, ...]],
+) -> Callable[..., tuple[Tensor | None, ...]]:
+    """A backward whose gradients raise an error when they are differentiated.
+
+    torch's own decorator of that name looks at the gradient that arrives alone; but a gradient depends on the saved
+    inputs too, and of a sum of outputs on nothing else.
+    """
+
+    def run(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, g)
+        with torch.no_grad():
+            gradients = backward(ctx, g)
+        depends_on = [x for x in (g, *ctx.saved_tensors) if x is not None and x.requires_grad]
+        return tuple(x if x is None else _NoSecondDerivative.apply(x, *depends_on) for x in gradients)
+
+    return run
+
+
 # ---- squash --------------------------------------------------------------------------------------
 
 
@@ -212,7 +246,7 @@ class Squash(torch.autograd.Function):
         return torch.ops.capsops.squash(s, kind)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, g_v: Tensor) -> tuple[Tensor, None]:
         (s,) = ctx.saved_tensors
         return torch.ops.capsops.squash_backward(g_v, s, ctx.kind), None
@@ -244,7 +278,7 @@ class AffineVotes(torch.autograd.Function):
         return torch.ops.capsops.affine_votes(u, weight)
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, g_votes: Tensor) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[:2])
         u, weight = ctx.saved_tensors
@@ -297,7 +331,7 @@ class AttentionRouting(torch.autograd.Function):
         return v
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, g_v: Tensor) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[:4])
         gradients = torch.ops.capsops.attention_routing_backward(g_v, *ctx.saved_tensors, wanted)
@@ -360,7 +394,7 @@ class DynamicRouting(torch.autograd.Function):
         return v
 
     @staticmethod
-    @once_differentiable
+    @_once_differentiable
     def backward(ctx: Any, g_v: Tensor) -> tuple[Tensor | None, ...]:
         wanted = list(ctx.needs_input_grad[:3])
         gradients = torch.ops.capsops.dynamic_routing_backward(g_v, *ctx.saved_tensors, *ctx.options, wanted)

@@ -149,7 +149,9 @@ class TrainConfig:
         "data",
         "frames spread evenly over the video, or its first; none: first in the paper protocol, else spread",
     )
-    limit: int | None = _option(None, "data", "use the first so many videos only; none: all", low=1, high=10**9)
+    limit: int | None = _option(
+        None, "data", "use so many clips only, of each split and class its share; none: all", low=1, high=10**9
+    )
     max_bad_share: float = _option(0.05, "data", "share of unusable videos above which the run stops", low=0, high=1)
 
     preset: Literal["tiny", "small", "paper"] = _option("tiny", "model", "size of the network and its training")
@@ -196,7 +198,11 @@ class TrainConfig:
 
     out: Path | None = _option(None, "run", "folder of the run; none: runs/PRESET-ROUTING-seedSEED")
     overwrite: bool = _option(False, "run", "replace the folder of an earlier run")
-    resume: Path | None = _option(None, "run", "go on with the run in this folder, with its own settings")
+    resume: Path | None = _option(
+        None,
+        "run",
+        "go on with the run in this folder and its settings; --epochs, --device and the like may differ",
+    )
     progress: bool = _option(True, "run", "progress bar")
     bootstrap: int = _option(1000, "run", "resamples for the intervals; 0: none", low=0, high=100_000)
 

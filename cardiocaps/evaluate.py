@@ -115,9 +115,9 @@ def _reports(network: Scores, pixels: Scores, config: TrainConfig) -> tuple[str,
 
 
 def print_table(network: Scores, pixels: Scores, config: TrainConfig) -> None:
-    """The test results side by side, for people."""
+    """The test results of a run side by side, for people."""
     unit, ours, baseline = _reports(network, pixels, config)
-    title = f"Test split by {unit}: {ours.n} {unit}s, {ours.positives} abnormal"
+    title = f"{config.out}: test split, {ours.n} {unit}s, {ours.positives} abnormal"
     rows = [(text, str(ours.metrics[key]), str(baseline.metrics[key])) for key, text in METRIC_NAMES.items()]
     published = [
         (f"as published: {text}", f"{ours.paper[key]:.3f}", f"{baseline.paper[key]:.3f}")
@@ -145,7 +145,7 @@ def print_means(runs: Sequence[tuple[Scores, Scores, TrainConfig]]) -> None:
         return f"{fmean(values):.3f} ± {stdev(values):.3f}"
 
     rows = [(text, over_runs(key, 0), over_runs(key, 1)) for key, text in METRIC_NAMES.items()]
-    name = " and ".join(sorted({MODEL_NAMES[config.routing] for _, _, config in runs}))
+    name = MODEL_NAMES[runs[0][2].routing]
     _print(f"Mean over {len(runs)} runs ± standard deviation", ("", name, PIXELS_NAME), rows)
 
 
@@ -258,7 +258,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         quiet()
         results = [evaluate_run(run, changed, given.out) for run in given.runs]
-        if len(results) > 1:
+        differing = {repr(replace(config, seed=0, out=None)) for _, _, config in results}
+        if len(differing) > 1:
+            say("note: the runs differ in more than their seed, so there is no mean over them")
+        elif len(results) > 1:
             print_means(results)
 
     return execute(body)

@@ -173,6 +173,11 @@ class History(Callback):
         self._seconds = 0.0
         self._since = 0.0
 
+    @property
+    def is_best(self) -> bool:
+        """Whether the last epoch has the least validation loss of all, and is the first that has it."""
+        return self.rows[-1] is min(self.rows, key=lambda row: row["val_loss"])
+
     def state_dict(self) -> dict[str, Any]:
         sums = None if self._sums is None else self._sums.tolist()
         return {"rows": [dict(row) for row in self.rows], "sums": sums, "seconds": self._elapsed()}
@@ -240,11 +245,11 @@ class History(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         write_csv(self.run.metrics_csv, self.rows)
-        row, best = self.rows[-1], min(self.rows, key=lambda r: r["val_loss"])
+        row = self.rows[-1]
         say(
             f"epoch {row['epoch']:3d}/{trainer.max_epochs}  loss {row['train_loss']:.4f}"
             f"  validation {row['val_loss']:.4f}  AUROC {row['val_auroc']:.3f}"
-            f"  {row['seconds']:.1f} s{'  best' if row is best else ''}"
+            f"  {row['seconds']:.1f} s{'  best' if self.is_best else ''}"
         )
 
 
@@ -277,8 +282,7 @@ class Checkpoints(Checkpoint):
             self._save_last(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        rows = self.history.rows
-        if rows[-1] is min(rows, key=lambda row: row["val_loss"]):
+        if self.history.is_best:
             trainer.save_checkpoint(self.run.best)
         self._save_last(trainer)
 

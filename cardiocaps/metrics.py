@@ -57,8 +57,8 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Report:
-    """What `evaluate` found. `metrics` has a key for each of METRICS; `paper` the published definitions
-    (paper/NOTES.md): `accuracy`, `f1` (weighted), `roc_auc` (of hard labels: balanced accuracy) and `pr_auc`
+    """What `evaluate` found. `metrics` has a key for each of METRICS; `paper` the definitions of the published
+    code of CardioCaps: `accuracy`, `f1` (weighted), `roc_auc` (of hard labels: balanced accuracy) and `pr_auc`
     (precision of the positive class). `undefined` gives the reason for every NaN, `notes` what limits the
     intervals. `confusion`: rows truth, columns prediction.
     """
@@ -166,7 +166,7 @@ def evaluate(
     }
     values = value | {f"paper.{name}": v for name, v in paper.items()}
     notes = [
-        f"only {members.size} of {count} groups {kind}: the intervals are too narrow"
+        f"of {count} videos only {members.size} {kind}: the intervals are too narrow"
         for kind, members in strata.items()
         if bootstrap and members.size < _FEW
     ]

@@ -25,17 +25,14 @@ CLASSES = ("normal", "abnormal")
 
 _BLUE, _VERMILION, _GREEN, _INK, _GREY = "#0072B2", "#D55E00", "#009E73", "#222222", "#767676"
 _STYLES = {"train": (_BLUE, "-", "training"), "val": (_VERMILION, "--", "validation")}
-_NOT_CURVES = {"epoch", "step", "seconds"}
+_NOT_CURVES = {"epoch", "seconds"}
+_LOSSES = {"loss", "margin", "reconstruction", "regression"}
 _LABELS = {
     "loss": "Loss",
     "margin": "Margin loss",
-    "reconstruction": "Reconstruction loss",
-    "regression": "Regression error (unit of the target, squared)",
+    "reconstruction": "Reconstruction loss (weighted)",
+    "regression": "Squared regression error",
     "auroc": "AUROC",
-    "average_precision": "Average precision",
-    "f1": "F1",
-    "lr": "Learning rate",
-    "mae": "Mean absolute error (unit of the target)",
 }
 
 
@@ -77,9 +74,9 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
             axes.axvline(best, color=_GREY, linewidth=1, linestyle=":", label="least validation loss")
         _dress(axes, "Epoch", _LABELS.get(name, name.replace("_", " ").capitalize()))
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-        if name in ("lr", "learning_rate"):
-            axes.set_yscale("log")
-        if set(keys) & set(_STYLES):
+        if name in _LOSSES and all(np.nanmin(_column(history, key)) > 0 for key in keys.values()):
+            axes.set_yscale("log")  # the first epoch dwarfs the others
+        if place == 1:
             axes.legend(frameon=False, fontsize=8)
     _save(figure, path)
 

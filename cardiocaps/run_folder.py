@@ -23,7 +23,6 @@ _PACKAGES = (
     "numpy",
     "torchmetrics",
     "scikit-learn",
-    "pandas",
     "decord",
     "av",
     "matplotlib",

@@ -11,7 +11,7 @@ import os
 import platform
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 
@@ -41,9 +41,8 @@ if os.environ.get("CAPSOPS_BACKEND"):
     _forced.append(_checked(os.environ["CAPSOPS_BACKEND"], "CAPSOPS_BACKEND"))
 
 
-@contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Use one backend ("cpu" or "reference") inside a `with` block, whatever the tensors are.
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """Use one backend ("cpu" or "reference") inside a block, `with use_backend("reference"):`, for all tensors.
 
     Holds for the whole process, not for one thread: of overlapping blocks the last begun counts. The environment
     variable CAPSOPS_BACKEND does the same for a whole run.
@@ -51,7 +50,12 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         BackendError: there is no such backend; or, at the first operator, it cannot take the tensors.
     """
-    _forced.append(_checked(name, "use_backend: name"))
+    return _using(_checked(name, "use_backend: name"))
+
+
+@contextmanager
+def _using(name: str) -> Iterator[None]:
+    _forced.append(name)
     try:
         yield
     finally:

@@ -81,7 +81,7 @@ class Study:
         else:
             lines.append("  (the table names no patients: videos of one patient may stand in different splits)")
         if self.unlisted:
-            lines.append(f"{self.unlisted} videos in the folder are not in the table")
+            lines.append(f"videos in the folder that the table does not name: {self.unlisted}")
         if self.problems:
             lines += [f"{len(self.problems)} problems:", summarise(self.problems)]
         return "\n".join(lines)

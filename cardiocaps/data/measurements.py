@@ -181,10 +181,10 @@ def _find_columns(header: list[str], file: str) -> dict[str, int]:
 def _row(position: int, line: int, name: str, record: Mapping[str, str]) -> Row:
     calc = record["Calc"]
     if calc not in CALCS:
-        raise _RowError(f"unknown Calc (allowed: {', '.join(CALCS)})")
+        raise _RowError(f"unknown Calc: allowed are {', '.join(CALCS)}")
     cm = _number("CalcValue", record["CalcValue"])
     if not 0 < cm <= MAX_CM:
-        raise _RowError(f"CalcValue out of range: {cm:g} cm (allowed: above 0, at most {MAX_CM:g})")
+        raise _RowError(f"CalcValue out of range: {cm:g} cm, allowed above 0 and at most {MAX_CM:g}")
     frames = _whole("Frames", record["Frames"])
     if not 0 < frames <= MAX_FRAMES:
         raise _RowError(f"Frames out of range: {frames} (allowed: 1 to {MAX_FRAMES})")

@@ -46,7 +46,7 @@ def from_column(cells: Mapping[str, Iterable[str]]) -> tuple[dict[str, str], lis
             raise DataError(f"video {name} stands in the splits {' and '.join(sorted(given - {''}))} at once")
         if not given or "" in given:
             problems.append(
-                Problem(name, f"split {'blank' if not given else 'unknown'} (allowed: {', '.join(SPLITS)})")
+                Problem(name, f"split {'blank' if not given else 'unknown'}: allowed are {', '.join(SPLITS)}")
             )
         else:
             chosen[name] = given.pop()

@@ -121,10 +121,20 @@ def test_mixed_dtypes_without_autocast_are_refused() -> None:
 
 
 @by_operator
-def test_double_backward_is_refused_by_the_kernels(routing: Routing) -> None:
+@pytest.mark.parametrize("of", [Tensor.sum, lambda v: v.square().sum()], ids=["linear", "square"])
+def test_double_backward_is_refused_by_the_kernels(routing: Routing, of) -> None:
     arguments = {n: x.requires_grad_() for n, x in routing.arguments((2, 5, 3, 2, 4)).items()}
-    (g,) = torch.autograd.grad(routing.call(**arguments).square().sum(), arguments["u"], create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
+    (g,) = torch.autograd.grad(of(routing.call(**arguments)), arguments["u"], create_graph=True)
+    assert g.requires_grad
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        g.square().sum().backward()
+
+
+@pytest.mark.parametrize("of", [Tensor.sum, lambda v: v.square().sum()], ids=["linear", "square"])
+def test_double_backward_of_squash_is_refused_too(of) -> None:
+    s = torch.randn(3, 4, requires_grad=True)
+    (g,) = torch.autograd.grad(of(capsops.squash(s)), s, create_graph=True)
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         g.sum().backward()
 
 

@@ -216,7 +216,7 @@ def test_chunks_do_not_change_what_a_resample_is(monkeypatch: pytest.MonkeyPatch
 
 def test_a_handful_of_videos_is_noted() -> None:
     report = evaluate([0.1] * 9 + [0.9] * 2, [0] * 9 + [1] * 2, np.arange(11), bootstrap=10)
-    assert report.notes == ("only 2 of 11 groups are abnormal: the intervals are too narrow",)
+    assert report.notes == ("of 11 videos only 2 are abnormal: the intervals are too narrow",)
 
 
 def test_a_thousand_resamples_of_five_thousand_frames_take_less_than_two_seconds() -> None:

@@ -113,7 +113,7 @@ def test_unusable_videos_are_left_out_with_a_reason(tmp_path: Path) -> None:
     ]
     assert study.unlisted == 1
     assert "2 × not a regular file (first: 0X0000000000000002)" in study.summary()
-    assert "1 videos in the folder are not in the table" in study.summary()
+    assert "videos in the folder that the table does not name: 1" in study.summary()
 
 
 def test_a_video_whose_rows_are_all_bad_is_bad(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def test_the_column_in_any_spelling() -> None:
 def test_videos_without_a_known_split_are_reported() -> None:
     chosen, problems = splits.from_column({"a": ["", ""], "b": ["holdout"], "c": ["train", "holdout"]})
     assert chosen == {}
-    blank, unknown = "split blank (allowed: train, val, test)", "split unknown (allowed: train, val, test)"
+    blank, unknown = "split blank: allowed are train, val, test", "split unknown: allowed are train, val, test"
     assert problems == [Problem("a", blank), Problem("b", unknown), Problem("c", unknown)]
 
 
