@@ -318,6 +318,7 @@ def test_stopping_the_program_stops_its_processes(tmp_path: Path, signum: signal
     out = tmp_path / "out"
     command = [sys.executable, "-m", "cardiocaps.data.phantom", str(out), "--videos", "300", "--processes", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    # While most of the work is still being handed out, which a stop must not wait for.
     while not list(out.rglob("*.avi")):
         assert process.poll() is None, process.stderr
         time.sleep(0.05)

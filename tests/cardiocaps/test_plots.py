@@ -93,13 +93,13 @@ def test_every_axis_of_data_has_a_name(figures: list[Any], tmp_path: Path) -> No
 def test_learning_curves_pair_training_and_validation(figures: list[Any], tmp_path: Path) -> None:
     plots.learning_curves(HISTORY, tmp_path / "a.png")
     loss, auroc, rate = figures[0].axes
-    assert [axes.get_ylabel() for axes in (loss, auroc, rate)] == ["Loss", "AUROC", "Learning rate"]
+    assert [axes.get_ylabel() for axes in (loss, auroc, rate)] == ["Loss", "AUROC", "Lr"]
     training, validation, best = loss.lines
     assert training.get_ydata().tolist() == [row["train_loss"] for row in HISTORY]
     assert validation.get_ydata().tolist() == [row["val_loss"] for row in HISTORY]
     assert best.get_xdata()[0] == int(np.argmin(validation.get_ydata()))
     assert math.isnan(auroc.lines[0].get_ydata()[0])
-    assert rate.get_yscale() == "log"
+    assert [axes.get_yscale() for axes in (loss, auroc, rate)] == ["log", "linear", "linear"]
 
 
 def test_roc_curve_is_scikit_learns_with_the_operating_point(figures: list[Any], tmp_path: Path) -> None:

@@ -187,18 +187,18 @@ def _made(out: Path, patients: list[Patient], processes: int) -> Iterator[None]:
     if processes <= 1:
         yield from map(partial(_make_video, out), patients)
         return
-    with ProcessPoolExecutor(processes, get_context("spawn"), _obey_the_parent) as pool:
+    pool = ProcessPoolExecutor(processes, get_context("spawn"), _obey_the_parent)
+    try:
         waiting = [pool.submit(_make_video, out, patient) for patient in patients]
-        try:
-            for done in as_completed(waiting):
-                done.result()
-                yield
-        except BrokenProcessPool as error:
-            raise OutputError(
-                f"{out}: a process that makes videos was killed (out of memory?); run again to go on"
-            ) from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+        for done in as_completed(waiting):
+            done.result()
+            yield
+    except BrokenProcessPool as error:
+        raise OutputError(
+            f"{out}: a process that makes videos was killed (out of memory?); run again to go on"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _obey_the_parent() -> None:
