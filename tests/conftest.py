@@ -1,9 +1,18 @@
 """What every test runs under."""
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+
+@pytest.fixture(autouse=True, scope="session")
+def heard_signals() -> None:
+    """Signals have their usual effect, though the tests run in the background or under nohup, which ignore some."""
+    for signum, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(signum) == signal.SIG_IGN:
+            signal.signal(signum, usual)
 
 
 @pytest.fixture(autouse=True)
