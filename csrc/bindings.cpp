@@ -2,8 +2,10 @@
 // have been checked in Python before a pointer gets here.
 
 #include <cstdint>
+#include <vector>
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "routing.h"
 
@@ -45,59 +47,117 @@ PYBIND11_MODULE(_C, m) {
 
     py::class_<Capsules>(m, "Capsules")
         .def(py::init([](Address u, Address weight, Address mask, int64_t B, int64_t N, int64_t K, int64_t J, int64_t D,
-                         int64_t weight_stride, Dtype dtype, int threads) {
-                 return Capsules{at(u), at(weight), at<uint8_t>(mask), B, N, K, J, D, weight_stride, dtype, threads};
-             }),
-             py::kw_only(), py::arg("u"), py::arg("weight"), py::arg("mask"), py::arg("B"), py::arg("N"), py::arg("K"),
-             py::arg("J"), py::arg("D"), py::arg("weight_stride"), py::arg("dtype"), py::arg("threads"));
+                         int64_t rows, int64_t weight_stride, Dtype dtype, int threads) {
+            return Capsules{at(u), at(weight), at<uint8_t>(mask), B, N, K, J, D, rows, weight_stride, dtype, threads};
+        }));
+    py::class_<PrimaryCapsules>(m, "PrimaryCapsules")
+        .def(py::init([](int64_t B, int64_t outer, int64_t inner, int64_t K, int64_t batch_stride, int64_t outer_stride,
+                         int64_t inner_stride, int64_t component_stride, SquashKind kind, Dtype dtype, int threads) {
+            return PrimaryCapsules{B,            outer,        inner,            K,    batch_stride,
+                                   outer_stride, inner_stride, component_stride, kind, dtype,
+                                   threads};
+        }));
+
+    m.def("instruction_set", &cpu::instruction_set);
+    m.def("instruction_sets", &cpu::instruction_sets);
+    m.def("use_instruction_set", &cpu::use_instruction_set);
 
     using release = py::call_guard<py::gil_scoped_release>;
 
     m.def(
         "squash",
         [](Address s, Address v, int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, int threads) {
-            return cpu::squash(at(s), at(v), rows, dim, kind, dtype, threads);
+            return cpu::kernels().squash(at(s), at(v), rows, dim, kind, dtype, threads);
         },
         release());
     m.def(
         "squash_backward",
         [](Address g_v, Address s, Address g_s, int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, int threads) {
-            return cpu::squash_backward(at(g_v), at(s), at(g_s), rows, dim, kind, dtype, threads);
+            return cpu::kernels().squash_backward(at(g_v), at(s), at(g_s), rows, dim, kind, dtype, threads);
         },
         release());
-    m.def("affine_votes", [](const Capsules& c, Address votes) { return cpu::affine_votes(c, at(votes)); }, release());
+    m.def(
+        "primary_capsules",
+        [](const PrimaryCapsules& p, Address features, Address u) {
+            return cpu::kernels().primary_capsules(p, at(features), at(u));
+        },
+        release());
+    m.def(
+        "primary_capsules_backward",
+        [](const PrimaryCapsules& p, Address g_u, Address features, Address g_features) {
+            return cpu::kernels().primary_capsules_backward(p, at(g_u), at(features), at(g_features));
+        },
+        release());
+    m.def(
+        "affine_votes",
+        [](const Capsules& c, Address votes) { return cpu::kernels().affine_votes(c, at(votes)); }, release());
     m.def(
         "affine_votes_backward",
         [](const Capsules& c, Address g_votes, Address g_u, Address g_weight) {
-            return cpu::affine_votes_backward(c, at(g_votes), {at(g_u), at(g_weight)});
+            return cpu::kernels().affine_votes_backward(c, at(g_votes), {at(g_u), at(g_weight)});
         },
         release());
     m.def(
         "attention_routing",
         [](const Capsules& c, Address attn_weight, Address attn_bias, Address v, Address s) {
-            return cpu::attention_routing(c, at(attn_weight), at(attn_bias), at(v), at(s));
+            return cpu::kernels().attention_routing(c, at(attn_weight), at(attn_bias), at(v), at(s));
         },
         release());
     m.def(
         "attention_routing_backward",
         [](const Capsules& c, Address attn_weight, Address attn_bias, Address s, Address g_v, Address g_u,
            Address g_weight, Address g_attn_weight, Address g_attn_bias) {
-            return cpu::attention_routing_backward(c, at(attn_weight), at(attn_bias), at(s), at(g_v),
-                                                   {at(g_u), at(g_weight)}, at(g_attn_weight), at(g_attn_bias));
+            return cpu::kernels().attention_routing_backward(c, at(attn_weight), at(attn_bias), at(s), at(g_v),
+                                                             {at(g_u), at(g_weight)}, at(g_attn_weight),
+                                                             at(g_attn_bias));
         },
         release());
     m.def(
         "dynamic_routing",
         [](const Capsules& c, Address bias, int iterations, bool leaky, Address v, Address s) {
-            return cpu::dynamic_routing(c, at(bias), iterations, leaky, at(v), at(s));
+            return cpu::kernels().dynamic_routing(c, at(bias), iterations, leaky, at(v), at(s));
         },
         release());
     m.def(
         "dynamic_routing_backward",
         [](const Capsules& c, int iterations, bool leaky, bool detach, Address s, Address g_v, Address g_u,
            Address g_weight, Address g_bias) {
-            return cpu::dynamic_routing_backward(c, iterations, leaky, detach, at(s), at(g_v), {at(g_u), at(g_weight)},
-                                                 at(g_bias));
+            return cpu::kernels().dynamic_routing_backward(c, iterations, leaky, detach, at(s), at(g_v),
+                                                           {at(g_u), at(g_weight)}, at(g_bias));
+        },
+        release());
+    m.def(
+        "self_attention_routing",
+        [](const Capsules& c, Address prior, double scale, Address v, Address total, Address s) {
+            return cpu::kernels().self_attention_routing(c, at(prior), scale, at(v), at(total), at(s));
+        },
+        release());
+    m.def(
+        "self_attention_routing_backward",
+        [](const Capsules& c, Address prior, double scale, Address total, Address s, Address g_v, Address g_u,
+           Address g_weight, Address g_prior) {
+            return cpu::kernels().self_attention_routing_backward(c, at(prior), scale, at(total), at(s), at(g_v),
+                                                                  {at(g_u), at(g_weight)}, at(g_prior));
+        },
+        release());
+    m.def(
+        "em_routing",
+        [](const Capsules& c, Address activation, Address beta_u, Address beta_a, const std::vector<double>& lambdas,
+           Address mean, Address out_activation, Address state) {
+            return cpu::kernels().em_routing(c, at(activation), at(beta_u), at(beta_a), lambdas.data(),
+                                             static_cast<int>(lambdas.size()), at(mean), at(out_activation),
+                                             at(state));
+        },
+        release());
+    m.def(
+        "em_routing_backward",
+        [](const Capsules& c, Address activation, Address beta_u, const std::vector<double>& lambdas,
+           Address state, Address g_mean, Address g_out_activation, Address g_u, Address g_weight, Address g_activation,
+           Address g_beta_u, Address g_beta_a) {
+            return cpu::kernels().em_routing_backward(
+                c, at(activation), at(beta_u), lambdas.data(), static_cast<int>(lambdas.size()), at(state),
+                at(g_mean), at(g_out_activation), {at(g_u), at(g_weight)}, at(g_activation), at(g_beta_u),
+                at(g_beta_a));
         },
         release());
 }

@@ -1,13 +1,7 @@
-// The coupling policies: how the votes of one input capsule become its contribution to the output
-// capsules, and how the gradient of that contribution becomes the gradient of the votes.
+// The mathematics of the couplings: softmax over the output capsules and its gradient, the statistics of EM routing,
+// squash. Compiled for the host and for GPUs; the streaming loops of both call these and nothing else.
 //
-// A policy sees one input capsule of one batch item at a time, so the streaming loops never hold more
-// than one capsule's votes. Two kinds of policy exist:
-//
-//   reducing   accumulate(b, votes, sum, scratch)           adds one capsule's term to sum [J, D]
-//   emitting   emit(b, votes, g_votes, g_params, scratch)   writes g_votes [J, D] and adds to g_params
-//
-// Votes, sums and gradients are [J, D] in the accumulation type A. scratch holds scratch_size() numbers.
+// X is whatever holds one number of one problem, or of several side by side: float, double, or a vector of lanes.
 #pragma once
 
 #include <cmath>
@@ -20,6 +14,128 @@
 #endif
 
 namespace capsops {
+// One copy for every instruction set that includes this, so that none can be linked to another's.
+namespace {
+
+CAPSOPS_HOST_DEVICE inline float exponential(float x) {
+    return std::exp(x);
+}
+CAPSOPS_HOST_DEVICE inline double exponential(double x) {
+    return std::exp(x);
+}
+
+// The larger; b if a is not a number.
+CAPSOPS_HOST_DEVICE inline float larger(float a, float b) {
+    return a > b ? a : b;
+}
+CAPSOPS_HOST_DEVICE inline double larger(double a, double b) {
+    return a > b ? a : b;
+}
+
+// ---- couplings over the output capsules ------------------------------------------------------------
+
+// c_j = softmax over j of z_j, in place. leaky adds one logit that is always 0 and whose share is dropped.
+template <class X> CAPSOPS_HOST_DEVICE inline void softmax(X* z, int64_t J, bool leaky) {
+    if (J == 2 && !leaky) {
+        // One exponential instead of two: c_0 = 1/(1 + e^(z_1 − z_0)), with the exponent kept where e^x is finite.
+        const X e = exponential(-larger(X(-80), z[0] - z[1]));
+        z[0] = X(1) / (X(1) + e);
+        z[1] = e * z[0];
+        return;
+    }
+    X largest = leaky ? larger(z[0], X(0)) : z[0];
+    for (int64_t j = 1; j < J; ++j) largest = larger(z[j], largest);
+    X sum = leaky ? exponential(-largest) : X(0);
+    for (int64_t j = 0; j < J; ++j) {
+        z[j] = exponential(z[j] - largest);
+        sum += z[j];
+    }
+    const X inverse = X(1) / sum;
+    for (int64_t j = 0; j < J; ++j) z[j] *= inverse;
+}
+
+// The gradient of the logits, δ_j = c_j (e_j − Σ_k c_k e_k), in place of e, the gradient of the couplings.
+template <class X> CAPSOPS_HOST_DEVICE inline void softmax_backward(const X* c, X* e, int64_t J) {
+    X mean = c[0] * e[0];
+    for (int64_t j = 1; j < J; ++j) mean += c[j] * e[j];
+    for (int64_t j = 0; j < J; ++j) e[j] = c[j] * (e[j] - mean);
+}
+
+// ---- EM routing (Hinton et al. 2018, procedure 1) ----------------------------------------------------
+
+// What iteration t knows of one output capsule. H components of a vote.
+template <class A> struct Gaussian {
+    A* mean;      // [H]
+    A* variance;  // [H]
+    A mass;       // Σ_i w_i
+    A logit;      // of the activation
+};
+
+// The M-step, from sums over the input capsules of w (1, x, x²) with x = û − shift: shifted, because Σ w û² − μ² loses
+// its digits. Sets everything in g.
+template <class A>
+CAPSOPS_HOST_DEVICE inline void maximise(Gaussian<A>& g, A mass, const A* first, const A* second, const A* shift,
+                                         int64_t H, A epsilon, A beta_u, A beta_a, A inverse_temperature) {
+    const A inverse = A(1) / (mass + epsilon);
+    A logarithms = 0;
+    for (int64_t h = 0; h < H; ++h) {
+        const A mean = (first[h] + shift[h] * mass) * inverse;
+        const A moved = mean - shift[h];
+        const A spread = larger(A(0), second[h] - moved * (A(2) * first[h] - moved * mass));
+        g.mean[h] = mean;
+        g.variance[h] = spread * inverse + epsilon;
+        logarithms += std::log(g.variance[h]);
+    }
+    g.mass = mass;
+    g.logit = inverse_temperature * (beta_a - mass * (static_cast<A>(H) * beta_u + logarithms / 2));
+}
+
+// The M-step backwards: w of one input capsule has the gradient
+//     e = constant + Σ_h (linear_h x + quadratic_h x²)    with x = û − mean.
+// g_variance changes.
+template <class A>
+CAPSOPS_HOST_DEVICE inline void maximise_backward(const Gaussian<A>& g, const A* g_mean, A* g_variance, A g_logit,
+                                                  int64_t H, A epsilon, A beta_u, A inverse_temperature, A* constant,
+                                                  A* linear, A* quadratic, A* g_beta_u, A* g_beta_a) {
+    const A inverse = A(1) / (g.mass + epsilon);
+    const A g_cost = -inverse_temperature * g_logit;
+    A logarithms = 0, g_mass = 0;
+    for (int64_t h = 0; h < H; ++h) {
+        logarithms += std::log(g.variance[h]);
+        g_variance[h] += g_cost * g.mass / (A(2) * g.variance[h]);
+        quadratic[h] = g_variance[h] * inverse;
+        // Σ w (û − μ)² changes with μ because the weights sum to a little less than 1.
+        linear[h] = (g_mean[h] - A(2) * quadratic[h] * epsilon * g.mean[h]) * inverse;
+        g_mass -= quadratic[h] * (g.variance[h] - epsilon);
+    }
+    *constant = g_mass + g_cost * (static_cast<A>(H) * beta_u + logarithms / 2);
+    *g_beta_u += g_cost * static_cast<A>(H) * g.mass;
+    *g_beta_a += inverse_temperature * g_logit;
+}
+
+// The E-step: the logit of a vote is constant + Σ_h quadratic_h x², x = û − mean. Returns the constant.
+template <class A> CAPSOPS_HOST_DEVICE inline A expect(const Gaussian<A>& g, int64_t H, A* quadratic) {
+    // ln of the logistic function, without overflow.
+    A constant = (g.logit < A(0) ? g.logit : A(0)) - std::log1p(std::exp(-std::fabs(g.logit)));
+    for (int64_t h = 0; h < H; ++h) {
+        quadratic[h] = A(-0.5) / g.variance[h];
+        constant -= std::log(g.variance[h]) / 2;
+    }
+    return constant;
+}
+
+// The E-step backwards, from sums over the input capsules of δ (1, x, x²), δ the gradient of the logits. Writes the
+// gradients of the mean and the variance and returns that of the activation's logit.
+template <class A>
+CAPSOPS_HOST_DEVICE inline A expect_backward(const Gaussian<A>& g, A mass, const A* first, const A* second, int64_t H,
+                                             A* g_mean, A* g_variance) {
+    for (int64_t h = 0; h < H; ++h) {
+        const A inverse = A(1) / g.variance[h];
+        g_mean[h] = first[h] * inverse;
+        g_variance[h] = (second[h] * inverse - mass) * inverse / 2;
+    }
+    return mass / (A(1) + std::exp(g.logit));
+}
 
 // ---- squash --------------------------------------------------------------------------------------
 
@@ -82,188 +198,5 @@ CAPSOPS_HOST_DEVICE inline void squash_vector_backward(const A* g_v, const A* s,
     for (int64_t d = 0; d < dim; ++d) g_s[d] = f.scale * g_v[d] + f.radial * along * (s[d] / divisor);
 }
 
-// ---- attention (CardioCaps, eq. 4) ---------------------------------------------------------------
-
-// z_kd = Σ_j A_kj û_jd + a_k;  c = softmax over k, for every d by itself.
-template <class A> struct Attention {
-    const A* weight;  // [J, J]
-    const A* bias;    // [J], or null
-    int64_t J, D;
-
-    // c [J, D] and one row of D numbers.
-    int64_t scratch_size() const { return (J + 1) * D; }
-
-    CAPSOPS_HOST_DEVICE void couplings(const A* votes, A* c, A* row) const {
-        for (int64_t k = 0; k < J; ++k) {
-            A* z = c + k * D;
-            const A a = bias ? bias[k] : A(0);
-            for (int64_t d = 0; d < D; ++d) z[d] = a;
-            for (int64_t j = 0; j < J; ++j) {
-                const A w = weight[k * J + j];
-                for (int64_t d = 0; d < D; ++d) z[d] += w * votes[j * D + d];
-            }
-        }
-        for (int64_t d = 0; d < D; ++d) row[d] = c[d];
-        for (int64_t k = 1; k < J; ++k)
-            for (int64_t d = 0; d < D; ++d) row[d] = c[k * D + d] > row[d] ? c[k * D + d] : row[d];
-        for (int64_t k = 0; k < J; ++k)
-            for (int64_t d = 0; d < D; ++d) c[k * D + d] = std::exp(c[k * D + d] - row[d]);
-        for (int64_t d = 0; d < D; ++d) row[d] = A(0);
-        for (int64_t k = 0; k < J; ++k)
-            for (int64_t d = 0; d < D; ++d) row[d] += c[k * D + d];
-        for (int64_t d = 0; d < D; ++d) row[d] = A(1) / row[d];
-        for (int64_t k = 0; k < J; ++k)
-            for (int64_t d = 0; d < D; ++d) c[k * D + d] *= row[d];
-    }
-
-    CAPSOPS_HOST_DEVICE void accumulate(int64_t, const A* votes, A* s, A* scratch) const {
-        couplings(votes, scratch, scratch + J * D);
-        for (int64_t jd = 0; jd < J * D; ++jd) s[jd] += scratch[jd] * votes[jd];
-    }
-};
-
-// q_j = g_s,j û_j;  dz_j = c_j (q_j − Σ_k c_k q_k);  g_û,j = c_j g_s,j + Σ_k A_kj dz_k;
-// g_A,kj = Σ dz_k û_j;  g_a,k = Σ dz_k.
-template <class A> struct AttentionGradient {
-    Attention<A> attention;
-    const A* g_s;  // [B, J, D]
-
-    int64_t param_count() const { return attention.J * (attention.J + 1); }  // g_A [J, J], g_a [J]
-    int64_t scratch_size() const { return attention.scratch_size(); }
-
-    CAPSOPS_HOST_DEVICE void emit(int64_t b, const A* votes, A* g_votes, A* g_params, A* scratch) const {
-        const int64_t J = attention.J, D = attention.D;
-        const A* g = g_s + b * J * D;
-        A* c = scratch;
-        A* mean = scratch + J * D;
-        attention.couplings(votes, c, mean);
-        for (int64_t d = 0; d < D; ++d) mean[d] = A(0);
-        for (int64_t j = 0; j < J; ++j)
-            for (int64_t d = 0; d < D; ++d) mean[d] += c[j * D + d] * (g[j * D + d] * votes[j * D + d]);
-        for (int64_t j = 0; j < J; ++j) {
-            for (int64_t d = 0; d < D; ++d) {
-                const int64_t jd = j * D + d;
-                g_votes[jd] = c[jd] * g[jd];
-                c[jd] *= g[jd] * votes[jd] - mean[d];  // dz from here on
-            }
-        }
-        const A* dz = c;
-        for (int64_t k = 0; k < J; ++k) {
-            for (int64_t j = 0; j < J; ++j) {
-                const A w = attention.weight[k * J + j];
-                A dot = 0;
-                for (int64_t d = 0; d < D; ++d) {
-                    g_votes[j * D + d] += w * dz[k * D + d];
-                    dot += dz[k * D + d] * votes[j * D + d];
-                }
-                g_params[k * J + j] += dot;
-            }
-            A sum = 0;
-            for (int64_t d = 0; d < D; ++d) sum += dz[k * D + d];
-            g_params[J * J + k] += sum;
-        }
-    }
-};
-
-// ---- dynamic routing (Sabour et al. 2017, procedure 1) ---------------------------------------------
-
-// The logits need no tensor: b_ij = û_ij · V_j, where V is the sum of the output capsules of the iterations so
-// far. leaky adds one logit that is always 0 and whose share is dropped.
-template <class A> struct Dynamic {
-    const A* V;  // [B, J, D]; null: the first iteration, where all couplings are equal
-    int64_t J, D;
-    bool leaky;
-
-    int64_t scratch_size() const { return J; }
-
-    CAPSOPS_HOST_DEVICE void couplings(int64_t b, const A* votes, A* c) const {
-        if (!V) {
-            for (int64_t j = 0; j < J; ++j) c[j] = A(1) / static_cast<A>(leaky ? J + 1 : J);
-            return;
-        }
-        A largest = leaky ? A(0) : -INFINITY;
-        for (int64_t j = 0; j < J; ++j) {
-            A logit = 0;
-            for (int64_t d = 0; d < D; ++d) logit += votes[j * D + d] * V[(b * J + j) * D + d];
-            c[j] = logit;
-            largest = logit > largest ? logit : largest;
-        }
-        A sum = leaky ? std::exp(-largest) : A(0);
-        for (int64_t j = 0; j < J; ++j) sum += c[j] = std::exp(c[j] - largest);
-        const A inverse = A(1) / sum;
-        for (int64_t j = 0; j < J; ++j) c[j] *= inverse;
-    }
-
-    CAPSOPS_HOST_DEVICE void accumulate(int64_t b, const A* votes, A* s, A* scratch) const {
-        couplings(b, votes, scratch);
-        for (int64_t j = 0; j < J; ++j)
-            for (int64_t d = 0; d < D; ++d) s[j * D + d] += scratch[j] * votes[j * D + d];
-    }
-};
-
-// One iteration seen from behind: e_j = û_j · g_s,j;  δ_j = c_j (e_j − Σ_k c_k e_k).
-template <class A> struct DynamicAdjoint {
-    Dynamic<A> dynamic;
-    const A* g_s;  // [B, J, D]
-
-    int64_t scratch_size() const { return 2 * dynamic.J; }
-
-    // c and δ, both [J].
-    CAPSOPS_HOST_DEVICE void couplings(int64_t b, const A* votes, A* c, A* delta) const {
-        const int64_t J = dynamic.J, D = dynamic.D;
-        dynamic.couplings(b, votes, c);
-        A mean = 0;
-        for (int64_t j = 0; j < J; ++j) {
-            A e = 0;
-            for (int64_t d = 0; d < D; ++d) e += votes[j * D + d] * g_s[(b * J + j) * D + d];
-            delta[j] = e;
-            mean += c[j] * e;
-        }
-        for (int64_t j = 0; j < J; ++j) delta[j] = c[j] * (delta[j] - mean);
-    }
-
-    // H_j = Σ_i δ_ij û_ij, the gradient of V_j.
-    CAPSOPS_HOST_DEVICE void accumulate(int64_t b, const A* votes, A* H, A* scratch) const {
-        const int64_t J = dynamic.J, D = dynamic.D;
-        A* delta = scratch + J;
-        couplings(b, votes, scratch, delta);
-        for (int64_t j = 0; j < J; ++j)
-            for (int64_t d = 0; d < D; ++d) H[j * D + d] += delta[j] * votes[j * D + d];
-    }
-};
-
-// g_û = Σ_t (c^t g_s^t + δ^t V^t) over all iterations; with detached logits only c^R g_s^R is left.
-template <class A> struct DynamicGradient {
-    const A* V;    // [iterations, B, J, D]; V[0] = 0
-    const A* g_s;  // [iterations, B, J, D]
-    int64_t B, J, D;
-    int iterations;
-    bool leaky, detach;
-
-    int64_t param_count() const { return 0; }
-    int64_t scratch_size() const { return 2 * J; }
-
-    CAPSOPS_HOST_DEVICE void emit(int64_t b, const A* votes, A* g_votes, A*, A* scratch) const {
-        A* c = scratch;
-        A* delta = scratch + J;
-        for (int64_t jd = 0; jd < J * D; ++jd) g_votes[jd] = A(0);
-        for (int t = detach ? iterations - 1 : 0; t < iterations; ++t) {
-            const int64_t offset = t * B * J * D;
-            const Dynamic<A> dynamic{t == 0 ? nullptr : V + offset, J, D, leaky};
-            const bool through_logits = t > 0 && !detach;
-            if (through_logits) {
-                DynamicAdjoint<A>{dynamic, g_s + offset}.couplings(b, votes, c, delta);
-            } else {
-                dynamic.couplings(b, votes, c);
-            }
-            for (int64_t j = 0; j < J; ++j) {
-                const int64_t item = offset + (b * J + j) * D;
-                for (int64_t d = 0; d < D; ++d) g_votes[j * D + d] += c[j] * g_s[item + d];
-                if (!through_logits) continue;
-                for (int64_t d = 0; d < D; ++d) g_votes[j * D + d] += delta[j] * V[item + d];
-            }
-        }
-    }
-};
-
+}  // namespace
 }  // namespace capsops

@@ -1,10 +1,17 @@
-// Storage types and the type their sums are kept in.
+// Storage types, and their conversion from and to the type that sums are kept in.
 #pragma once
 
 #include <bit>
 #include <cstdint>
+#include <type_traits>
+
+#if defined(__F16C__)
+#include <immintrin.h>
+#endif
 
 namespace capsops {
+// One copy for every instruction set that includes this, so that none can be linked to another's.
+namespace {
 
 struct bfloat16 {
     uint16_t bits;
@@ -50,12 +57,21 @@ struct float16 {
     }
 };
 
-template <class Storage> struct accumulation {
-    using type = float;
-};
-template <> struct accumulation<double> {
-    using type = double;
-};
-template <class Storage> using accumulation_t = typename accumulation<Storage>::type;
+// n numbers from one type to another.
+template <class From, class To> inline void convert(const From* from, int64_t n, To* to) {
+    int64_t x = 0;
+#if defined(__F16C__)
+    if constexpr (std::is_same_v<From, float16>) {
+        for (; x + 8 <= n; x += 8)
+            _mm256_storeu_ps(to + x, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + x))));
+    } else if constexpr (std::is_same_v<To, float16>) {
+        for (; x + 8 <= n; x += 8)
+            _mm_storeu_si128(reinterpret_cast<__m128i*>(to + x),
+                             _mm256_cvtps_ph(_mm256_loadu_ps(from + x), _MM_FROUND_TO_NEAREST_INT));
+    }
+#endif
+    for (; x < n; ++x) to[x] = static_cast<To>(from[x]);
+}
 
+}  // namespace
 }  // namespace capsops

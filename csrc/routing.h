@@ -1,5 +1,5 @@
-// The whole seam between Python and the kernels: plain-data argument structs and launch prototypes.
-// No torch, pybind11 or CUDA header is included here or by any kernel.
+// The whole seam between Python and the kernels: plain-data argument structs, and the table of operators that every
+// set of kernels fills. No torch, pybind11 or CUDA header is included here or by any kernel.
 //
 // Symbols (as in the capsule literature): B batch, N input capsules, K their dimension, J output
 // capsules, D their dimension; u input capsules, W transformation matrices, û_ij = u_i W_ij votes,
@@ -18,12 +18,17 @@ enum class Status : int { ok, out_of_memory, unsupported };
 
 enum class SquashKind : int { sabour, efficient };
 
-// What the votes û_bi = u_bi W_i are made of.
+// Added to sums that divide, and to variances, in EM routing. capsops/dtypes.py has the same number.
+constexpr double em_epsilon = 1e-8;
+
+// What the votes û_bi = u_bi W_i are made of. With P = rows > 1 the capsules are matrices of P rows (Hinton et al.
+// 2018): u_bi is [P, K], W_ij is [K, D], a vote [P, D].
 struct Capsules {
-    const void* u;        // [B, N, K] storage
+    const void* u;        // [B, N, P, K] storage
     const void* weight;   // [N, K, J, D] storage; [K, J, D] if weight_stride is 0
     const uint8_t* mask;  // [B, N], 0 = not there; null: all are there
     int64_t B, N, K, J, D;
+    int64_t rows;           // P
     int64_t weight_stride;  // elements from one input capsule's matrix to the next: K·J·D, or 0 if shared
     Dtype dtype;            // storage of u and weight
     int threads;
@@ -31,55 +36,118 @@ struct Capsules {
 
 // Where the gradients of u and W go; null: not wanted, not computed.
 struct CapsuleGradients {
-    void* u;       // [B, N, K] storage
-    void* weight;  // as Capsules::weight, storage
+    void* u;       // as Capsules::u
+    void* weight;  // as Capsules::weight
+};
+
+// A convolution's output [B, C, H, W], read as capsules [B, outer, inner, K] (outer · inner = N) by strides in elements.
+struct PrimaryCapsules {
+    int64_t B, outer, inner, K;
+    int64_t batch_stride, outer_stride, inner_stride, component_stride;
+    SquashKind kind;
+    Dtype dtype;
+    int threads;
+};
+
+// The operators. Gradients that are null are not wanted.
+struct Kernels {
+    // v = squash(s) along rows of length dim.
+    Status (*squash)(const void* s,  // [rows, dim] storage
+                     void* v,        // [rows, dim] storage
+                     int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, int threads);
+    Status (*squash_backward)(const void* g_v,  // [rows, dim] storage
+                              const void* s,    // [rows, dim] storage
+                              void* g_s,        // [rows, dim] storage
+                              int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, int threads);
+
+    Status (*primary_capsules)(const PrimaryCapsules& p,
+                               const void* features,  // strided, storage
+                               void* u);              // [B, outer, inner, K] storage
+    Status (*primary_capsules_backward)(const PrimaryCapsules& p,
+                                        const void* g_u,       // [B, outer, inner, K] storage
+                                        const void* features,  // strided, storage
+                                        void* g_features);     // with the strides of features, storage
+
+    Status (*affine_votes)(const Capsules& c,
+                           void* votes);  // [B, N, J, D] storage
+    Status (*affine_votes_backward)(const Capsules& c,
+                                    const void* g_votes,  // [B, N, J, D] storage
+                                    const CapsuleGradients& gradients);
+
+    Status (*attention_routing)(const Capsules& c,
+                                const void* attn_weight,  // [J, J] accumulation
+                                const void* attn_bias,    // [J] accumulation, or null
+                                void* v,                  // [B, J, D] accumulation
+                                void* s);                 // [B, J, D] accumulation
+    Status (*attention_routing_backward)(const Capsules& c,
+                                         const void* attn_weight,  // [J, J] accumulation
+                                         const void* attn_bias,    // [J] accumulation, or null
+                                         const void* s,            // [B, J, D] accumulation, from forward
+                                         const void* g_v,          // [B, J, D] accumulation
+                                         const CapsuleGradients& gradients,
+                                         void* g_attn_weight,  // [J, J] accumulation
+                                         void* g_attn_bias);   // [J] accumulation
+
+    Status (*dynamic_routing)(const Capsules& c,
+                              const void* bias,  // [J, D] accumulation, or null
+                              int iterations, bool leaky,
+                              void* v,   // [B, J, D] accumulation
+                              void* s);  // [iterations, B, J, D] accumulation, bias included
+    Status (*dynamic_routing_backward)(const Capsules& c, int iterations, bool leaky, bool detach,
+                                       const void* s,    // [iterations, B, J, D] accumulation, from forward
+                                       const void* g_v,  // [B, J, D] accumulation
+                                       const CapsuleGradients& gradients,
+                                       void* g_bias);  // [J, D] accumulation
+
+    Status (*self_attention_routing)(const Capsules& c,
+                                     const void* prior,  // [N, J] accumulation, or null
+                                     double scale,
+                                     void* v,      // [B, J, D] accumulation
+                                     void* total,  // [B, J, D] accumulation, Σ_i û_ij
+                                     void* s);     // [B, J, D] accumulation
+    Status (*self_attention_routing_backward)(const Capsules& c,
+                                              const void* prior,  // [N, J] accumulation, or null
+                                              double scale,
+                                              const void* total,  // [B, J, D] accumulation, from forward
+                                              const void* s,      // [B, J, D] accumulation, from forward
+                                              const void* g_v,    // [B, J, D] accumulation
+                                              const CapsuleGradients& gradients,
+                                              void* g_prior);  // [N, J] accumulation
+
+    // H = P·D components of a vote; state of one output capsule: mean [H], variance [H], mass, activation logit.
+    Status (*em_routing)(const Capsules& c,
+                         const void* activation,              // [B, N] accumulation
+                         const void* beta_u,                  // [J] accumulation
+                         const void* beta_a,                  // [J] accumulation
+                         const double* inverse_temperatures,  // [iterations]
+                         int iterations,
+                         void* mean,            // [B, J, H] accumulation
+                         void* out_activation,  // [B, J] accumulation
+                         void* state);          // [iterations, B, J, 2H + 2] accumulation
+    Status (*em_routing_backward)(const Capsules& c,
+                                  const void* activation,              // [B, N] accumulation
+                                  const void* beta_u,                  // [J] accumulation
+                                  const double* inverse_temperatures,  // [iterations]
+                                  int iterations,
+                                  const void* state,             // as from forward
+                                  const void* g_mean,            // [B, J, H] accumulation
+                                  const void* g_out_activation,  // [B, J] accumulation
+                                  const CapsuleGradients& gradients,
+                                  void* g_activation,  // [B, N] accumulation
+                                  void* g_beta_u,      // [J] accumulation
+                                  void* g_beta_a);     // [J] accumulation
 };
 
 namespace cpu {
 
-// v = squash(s) along rows of length dim.
-Status squash(const void* s,  // [rows, dim] storage
-              void* v,        // [rows, dim] storage
-              int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, int threads);
+// The kernels of the best instruction set of this machine, or of the one that was asked for.
+const Kernels& kernels();
 
-Status squash_backward(const void* g_v,  // [rows, dim] storage
-                       const void* s,    // [rows, dim] storage
-                       void* g_s,        // [rows, dim] storage
-                       int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, int threads);
-
-Status affine_votes(const Capsules& capsules,
-                    void* votes);  // [B, N, J, D] storage
-
-Status affine_votes_backward(const Capsules& capsules,
-                             const void* g_votes,  // [B, N, J, D] storage
-                             const CapsuleGradients& gradients);
-
-Status attention_routing(const Capsules& capsules,
-                         const void* attn_weight,  // [J, J] accumulation
-                         const void* attn_bias,    // [J] accumulation, or null
-                         void* v,                  // [B, J, D] accumulation
-                         void* s);                 // [B, J, D] accumulation
-
-Status attention_routing_backward(const Capsules& capsules,
-                                  const void* attn_weight,  // [J, J] accumulation
-                                  const void* attn_bias,    // [J] accumulation, or null
-                                  const void* s,            // [B, J, D] accumulation, from forward
-                                  const void* g_v,          // [B, J, D] accumulation
-                                  const CapsuleGradients& gradients,
-                                  void* g_attn_weight,  // [J, J] accumulation, or null
-                                  void* g_attn_bias);   // [J] accumulation, or null
-
-Status dynamic_routing(const Capsules& capsules,
-                       const void* bias,  // [J, D] accumulation, or null
-                       int iterations, bool leaky,
-                       void* v,   // [B, J, D] accumulation
-                       void* s);  // [iterations, B, J, D] accumulation, bias included
-
-Status dynamic_routing_backward(const Capsules& capsules, int iterations, bool leaky, bool detach,
-                                const void* s,    // [iterations, B, J, D] accumulation, from forward
-                                const void* g_v,  // [B, J, D] accumulation
-                                const CapsuleGradients& gradients,
-                                void* g_bias);  // [J, D] accumulation, or null
+const char* instruction_set();
+// The instruction sets that were compiled and run here, best first, separated by spaces.
+const char* instruction_sets();
+// False if it was not compiled or does not run here.
+bool use_instruction_set(const char* name);
 
 }  // namespace cpu
 }  // namespace capsops

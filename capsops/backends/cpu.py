@@ -23,7 +23,16 @@ except ImportError as error:
 
 DEVICE_TYPE = "cpu"
 
-_DTYPES = {torch.float32: "float32", torch.float64: "float64", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+_DTYPES: dict[torch.dtype, Any] = (
+    {}
+    if _C is None
+    else {
+        torch.float32: _C.Dtype.float32,
+        torch.float64: _C.Dtype.float64,
+        torch.bfloat16: _C.Dtype.bfloat16,
+        torch.float16: _C.Dtype.float16,
+    }
+)
 
 
 def why_not(device_type: str, dtype: torch.dtype) -> str | None:
@@ -54,29 +63,18 @@ def _check(status: Any, op: str, *tensors: Tensor) -> None:
     raise RuntimeError(f"capsops.{op}: not supported for shapes {shapes}, dtype {tensors[0].dtype}")
 
 
-def _dtype(x: Tensor) -> Any:
-    return getattr(_C.Dtype, _DTYPES[x.dtype])
-
-
 class _Capsules:
-    """u, W and mask as a struct of pointers; keeps contiguous copies alive as long as the struct."""
+    """u [B, N, K] or [B, N, rows, K], W and mask as a struct of pointers; keeps contiguous copies alive with it."""
 
     def __init__(self, u: Tensor, weight: Tensor, mask: Tensor | None = None) -> None:
         self.tensors = u, weight, mask = u.contiguous(), weight.contiguous(), _contiguous(mask)
-        B, N, K = u.shape
-        J, D = weight.shape[-2:]
+        B, N, *_ = shape = u.shape
+        K, J, D = weight.shape[-3:]
+        rows = shape[2] if len(shape) == 4 else 1
+        stride = K * J * D if weight.dim() == 4 else 0
+        threads = torch.get_num_threads()
         self.struct = _C.Capsules(
-            u=u.data_ptr(),
-            weight=weight.data_ptr(),
-            mask=_pointer(mask),
-            B=B,
-            N=N,
-            K=K,
-            J=J,
-            D=D,
-            weight_stride=K * J * D if weight.dim() == 4 else 0,
-            dtype=_dtype(u),
-            threads=torch.get_num_threads(),
+            u.data_ptr(), weight.data_ptr(), _pointer(mask), B, N, K, J, D, rows, stride, _DTYPES[u.dtype], threads
         )
 
 
@@ -105,7 +103,7 @@ def squash(v: Tensor, s: Tensor, kind: str) -> None:
     dim = s.shape[-1]
     rows = s.numel() // max(dim, 1)
     kind_ = getattr(_C.SquashKind, kind)
-    status = _C.squash(s.data_ptr(), v.data_ptr(), rows, dim, kind_, _dtype(s), torch.get_num_threads())
+    status = _C.squash(s.data_ptr(), v.data_ptr(), rows, dim, kind_, _DTYPES[s.dtype], torch.get_num_threads())
     _check(status, "squash", s)
 
 
@@ -115,7 +113,7 @@ def squash_backward(g_s: Tensor, g_v: Tensor, s: Tensor, kind: str) -> None:
     rows = s.numel() // max(dim, 1)
     kind_ = getattr(_C.SquashKind, kind)
     threads = torch.get_num_threads()
-    status = _C.squash_backward(g_v.data_ptr(), s.data_ptr(), g_s.data_ptr(), rows, dim, kind_, _dtype(s), threads)
+    status = _C.squash_backward(g_v.data_ptr(), s.data_ptr(), g_s.data_ptr(), rows, dim, kind_, _DTYPES[s.dtype], threads)
     _check(status, "squash_backward", s)
 
 
@@ -235,3 +233,160 @@ def dynamic_routing_backward(
     _check(status, "dynamic_routing_backward", u, weight)
     if g_bias_ is not g_bias:
         g_bias.copy_(g_bias_)
+
+
+def self_attention_routing(
+    v: Tensor,
+    total: Tensor,
+    s: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    prior: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+) -> None:
+    capsules = _Capsules(u, weight, mask)
+    prior_, v_ = _accumulation(prior), _scratch(v)
+    status = _C.self_attention_routing(
+        capsules.struct, _pointer(prior_), scale, v_.data_ptr(), total.data_ptr(), s.data_ptr()
+    )
+    _check(status, "self_attention_routing", u, weight)
+    if v_ is not v:
+        v.copy_(v_)
+
+
+def self_attention_routing_backward(
+    g_u: Tensor,
+    g_weight: Tensor,
+    g_prior: Tensor,
+    g_v: Tensor,
+    total: Tensor,
+    s: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    prior: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    wanted: Sequence[bool],
+) -> None:
+    capsules = _Capsules(u, weight, mask)
+    prior_, g_v_, g_prior_ = _accumulation(prior), _accumulation(g_v), _scratch(g_prior)
+    total, s = total.contiguous(), s.contiguous()
+    status = _C.self_attention_routing_backward(
+        capsules.struct,
+        _pointer(prior_),
+        scale,
+        total.data_ptr(),
+        s.data_ptr(),
+        _pointer(g_v_),
+        *(_pointer(target) * want for target, want in zip((g_u, g_weight, g_prior_), wanted, strict=True)),
+    )
+    _check(status, "self_attention_routing_backward", u, weight)
+    if g_prior_ is not g_prior:
+        g_prior.copy_(g_prior_)
+
+
+def em_routing(
+    mean: Tensor,
+    out_activation: Tensor,
+    state: Tensor,
+    pose: Tensor,
+    activation: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    mask: Tensor | None,
+    inverse_temperatures: Sequence[float],
+) -> None:
+    capsules = _Capsules(pose, weight, mask)
+    inputs = (_accumulation(activation), _accumulation(beta_u), _accumulation(beta_a))
+    mean_, out_activation_ = _scratch(mean), _scratch(out_activation)
+    status = _C.em_routing(
+        capsules.struct,
+        *map(_pointer, inputs),
+        list(inverse_temperatures),
+        mean_.data_ptr(),
+        out_activation_.data_ptr(),
+        state.data_ptr(),
+    )
+    _check(status, "em_routing", pose, weight)
+    for out, target in ((mean, mean_), (out_activation, out_activation_)):
+        if target is not out:
+            out.copy_(target)
+
+
+def em_routing_backward(
+    g_pose: Tensor,
+    g_activation: Tensor,
+    g_weight: Tensor,
+    g_beta_u: Tensor,
+    g_beta_a: Tensor,
+    g_mean: Tensor,
+    g_out_activation: Tensor,
+    state: Tensor,
+    pose: Tensor,
+    activation: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    mask: Tensor | None,
+    inverse_temperatures: Sequence[float],
+    wanted: Sequence[bool],
+) -> None:
+    capsules = _Capsules(pose, weight, mask)
+    inputs = (_accumulation(activation), _accumulation(beta_u))
+    arrived = (_accumulation(g_mean), _accumulation(g_out_activation))
+    state = state.contiguous()
+    outputs = (g_pose, g_weight, g_activation, g_beta_u, g_beta_a)
+    targets = (g_pose, g_weight, _scratch(g_activation), _scratch(g_beta_u), _scratch(g_beta_a))
+    wanted = (wanted[0], wanted[2], wanted[1], wanted[3], wanted[4])
+    status = _C.em_routing_backward(
+        capsules.struct,
+        *map(_pointer, inputs),
+        list(inverse_temperatures),
+        state.data_ptr(),
+        *map(_pointer, arrived),
+        *(_pointer(target) * want for target, want in zip(targets, wanted, strict=True)),
+    )
+    _check(status, "em_routing_backward", pose, weight)
+    for out, target in zip(outputs, targets, strict=True):
+        if target is not out:
+            out.copy_(target)
+
+
+def _primary_capsules(features: Tensor, K: int, legacy: bool, kind: str) -> tuple[Any, Tensor]:
+    """How features [B, C, H, W] are read as capsules of K components, and the tensor that is so read."""
+    B, C, height, width = features.shape
+    pixels = height * width
+    if features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous():
+        channel, pixel = 1, C
+    else:
+        features = features.contiguous()
+        channel, pixel = pixels, 1
+    if legacy:
+        outer, inner, strides = C, pixels // K, (channel, K * pixel, pixel)
+    else:
+        outer, inner, strides = C // K, pixels, (K * channel, pixel, channel)
+    kind_ = getattr(_C.SquashKind, kind)
+    struct = _C.PrimaryCapsules(
+        B, outer, inner, K, C * pixels, *strides, kind_, _DTYPES[features.dtype], torch.get_num_threads()
+    )
+    return struct, features
+
+
+def primary_capsules(u: Tensor, features: Tensor, types: int, legacy: bool, kind: str) -> None:
+    struct, features = _primary_capsules(features, u.shape[2], legacy, kind)
+    _check(_C.primary_capsules(struct, features.data_ptr(), u.data_ptr()), "primary_capsules", features)
+
+
+def primary_capsules_backward(
+    g_features: Tensor, g_u: Tensor, features: Tensor, types: int, legacy: bool, kind: str
+) -> None:
+    struct, read = _primary_capsules(features, g_u.shape[2], legacy, kind)
+    # Written with the strides that are read; g_features has them too, unless features had to be copied.
+    target = g_features if g_features.stride() == read.stride() else torch.empty_like(read)
+    g_u = g_u.contiguous()
+    status = _C.primary_capsules_backward(struct, g_u.data_ptr(), read.data_ptr(), target.data_ptr())
+    _check(status, "primary_capsules_backward", features)
+    if target is not g_features:
+        g_features.copy_(target)

@@ -1,26 +1,90 @@
 // The gradient of attention routing: one pass that recomputes every capsule's votes and couplings and writes g_u and
-// g_W where they belong. The formulas are at AttentionGradient in coupling.h.
+// g_W where they belong. For every item and component d:
+//
+//   q_j = g_s,j û_j;   dz_j = c_j (q_j − Σ_k c_k q_k);   g_û,j = c_j g_s,j + Σ_k A_kj dz_k
+//   g_A,kj = Σ dz_k û_j;   g_a,k = Σ dz_k                over items and components
 
-#include "stream.h"
+#include "attention.h"
+#include "operators.h"
 
-namespace capsops::cpu {
+namespace capsops::cpu::CAPSOPS_ISA {
+namespace {
+
+template <class A, int count> struct AttentionGradient {
+    static constexpr bool needs_votes = true;
+    Attention<A> attention;
+    const A* transposed;  // Aᵀ [J, J]
+    const A* g_s;         // [B, J, D], D in whole vectors
+    int64_t D;
+    bool wants_params;
+
+    int64_t J() const { return count ? count : attention.J; }
+    int64_t param_count() const { return wants_params ? J() * (J() + 1) : 0; }  // g_A [J, J], g_a [J]
+    int64_t scratch_size() const { return attention.scratch_size(D) + J() * D * Tile<A>::size; }
+
+    void emit(Tile<A>& t, A* params, A* scratch) const {
+        A* all_dz = scratch + attention.scratch_size(D);  // [item, J, D]
+        attention.template for_each<count>(t, scratch, [&](int r, int64_t d, const Lanes<A>* c) {
+            const A* votes = t.votes + r * t.JD + d;
+            const A* g = g_s + t.b[r] * t.JD + d;
+            A* dz = all_dz + r * t.JD + d;
+            A* g_votes = t.g_votes + r * t.JD + d;
+            Lanes<A> mean = A(0);
+            for (int64_t j = 0; j < J(); ++j) {
+                const Lanes<A> q = load(g + j * D) * load(votes + j * D);
+                store(dz + j * D, q);
+                store(g_votes + j * D, c[j] * load(g + j * D));
+                mean += c[j] * q;
+            }
+            for (int64_t j = 0; j < J(); ++j) store(dz + j * D, c[j] * (load(dz + j * D) - mean));
+        });
+        for (int r = 0; r < t.count; ++r)
+            for (int64_t j = 0; j < J(); ++j) {
+                const A* row = transposed + j * J();
+                A* to = t.g_votes + r * t.JD + j * D;
+                multiply<true>(&row, 1, all_dz + r * t.JD, J(), D, D, &to);
+            }
+        if (!wants_params) return;
+        for (int r = 0; r < t.count; ++r) {
+            const A* dz = all_dz + r * t.JD;
+            for (int64_t k = 0; k < J(); ++k) {
+                const A* row = dz + k * D;
+                dots(&row, 1, t.votes + r * t.JD, D, J(), D, [&](int64_t, int64_t j, int64_t n, const A* x) {
+                    for (int64_t m = 0; m < n; ++m) params[k * J() + j + m] += x[m];
+                });
+                for (int64_t d = 0; d < D; ++d) params[J() * J() + k] += row[d];
+            }
+        }
+    }
+};
+
+}  // namespace
 
 Status attention_routing_backward(const Capsules& c, const void* attn_weight, const void* attn_bias, const void* s,
                                   const void* g_v, const CapsuleGradients& gradients, void* g_attn_weight,
                                   void* g_attn_bias) {
-    return for_dtype(c.dtype, [&]<class T>() {
-        using A = accumulation_t<T>;
-        Buffer<A> g_s(c.B * c.J * c.D);
-        squash_outputs_backward(static_cast<const A*>(g_v), static_cast<const A*>(s), g_s.get(), c.B * c.J, c.D);
-        const AttentionGradient<A> policy{
-            {static_cast<const A*>(attn_weight), static_cast<const A*>(attn_bias), c.J, c.D}, g_s.get()};
-        Buffer<A> g_params(policy.param_count());
-        emit<T>(c, policy, gradients, g_params.get());
-        const A* g_weight = g_params.get();
-        const A* g_bias = g_weight + c.J * c.J;
-        if (g_attn_weight) std::copy(g_weight, g_bias, static_cast<A*>(g_attn_weight));
-        if (g_attn_bias) std::copy(g_bias, g_bias + c.J, static_cast<A*>(g_attn_bias));
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const Operands<A> o(c);
+        const int64_t rows = c.B * o.J, J = o.J;
+        const A* weight = static_cast<const A*>(attn_weight);
+        Buffer<A> g_s(rows * o.H), padded(rows * o.D), transposed(J * J);
+        squash_outputs_backward(static_cast<const A*>(g_v), static_cast<const A*>(s), g_s.get(), rows, o.H,
+                                squash_sabour<A>);
+        pad(g_s.get(), rows, o.H, o.D, padded.get());
+        for (int64_t k = 0; k < J; ++k)
+            for (int64_t j = 0; j < J; ++j) transposed.get()[j * J + k] = weight[k * J + j];
+
+        const Attention<A> attention{weight, static_cast<const A*>(attn_bias), J};
+        Buffer<A> params(J * (J + 1));
+        for_output_capsules(J, [&]<int count>() {
+            const AttentionGradient<A, count> policy{attention, transposed.get(), padded.get(),
+                                                     o.D,       g_attn_weight || g_attn_bias};
+            emit(o, policy, gradients, params.get());
+        });
+        const A* g_bias = params.get() + J * J;
+        if (g_attn_weight) std::memcpy(g_attn_weight, params.get(), sizeof(A) * static_cast<size_t>(J * J));
+        if (g_attn_bias) std::memcpy(g_attn_bias, g_bias, sizeof(A) * static_cast<size_t>(J));
     });
 }
 
-}  // namespace capsops::cpu
+}  // namespace capsops::cpu::CAPSOPS_ISA

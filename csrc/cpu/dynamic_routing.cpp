@@ -1,27 +1,53 @@
-// Routing by agreement (Sabour et al. 2017, procedure 1): one pass over u and W an iteration. Between the passes
-// only V, the sum of the output capsules so far, is kept; the logits are recomputed from it. Saves s of every
-// iteration, [iterations, B, J, D].
+// Routing by agreement (Sabour et al. 2017, procedure 1): one pass over u and W an iteration. Between the passes only
+// V, the sum of the output capsules so far, is kept; the logits are recomputed from it. Saves s of every iteration,
+// [iterations, B, J, D].
 
-#include "stream.h"
+#include "dynamic.h"
+#include "operators.h"
 
-namespace capsops::cpu {
+namespace capsops::cpu::CAPSOPS_ISA {
+namespace {
+
+template <class A> struct DynamicSum {
+    Dynamic<A> dynamic;
+    int64_t J, D;
+
+    int64_t row_size() const { return J * D; }
+    int64_t scratch_size() const { return J * Lanes<A>::count; }
+
+    void accumulate(Tile<A>& t, A* sum, A* scratch) const {
+        Lanes<A>* c = reinterpret_cast<Lanes<A>*>(scratch);
+        dynamic.couplings(t, c);
+        add_coupled(t, c, sum);
+    }
+};
+
+}  // namespace
 
 Status dynamic_routing(const Capsules& c, const void* bias, int iterations, bool leaky, void* v, void* s) {
-    return for_dtype(c.dtype, [&]<class T>() {
-        using A = accumulation_t<T>;
-        const int64_t JD = c.J * c.D, size = c.B * JD;
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const Operands<A> o(c);
+        const int64_t rows = c.B * o.J, size = rows * o.H;
         A* out = static_cast<A*>(v);
-        Buffer<A> V(size);
-        std::fill(V.get(), V.get() + size, A(0));
+        Buffer<A> sum(rows * o.D), V(rows * o.D);
+        fill(V.get(), rows * o.D, A(0));
         for (int t = 0; t < iterations; ++t) {
             A* s_t = static_cast<A*>(s) + t * size;
-            reduce<T>(c, Dynamic<A>{t == 0 ? nullptr : V.get(), c.J, c.D, leaky}, s_t);
+            if (t == 0) {
+                contract(o, sum.get());
+                const A equal = equal_coupling<A>(o.J, leaky);
+                for (int64_t x = 0; x < rows * o.D; ++x) sum.get()[x] *= equal;
+            } else {
+                reduce(o, DynamicSum<A>{{V.get(), leaky}, o.J, o.D}, sum.get());
+            }
+            unpad(sum.get(), rows, o.H, o.D, s_t);
             if (bias)
-                for (int64_t x = 0; x < size; ++x) s_t[x] += static_cast<const A*>(bias)[x % JD];
-            squash_outputs(s_t, out, c.B * c.J, c.D);
-            for (int64_t x = 0; x < size; ++x) V.get()[x] += out[x];
+                for (int64_t x = 0; x < size; ++x) s_t[x] += static_cast<const A*>(bias)[x % (o.J * o.H)];
+            squash_outputs(s_t, out, rows, o.H, squash_sabour<A>);
+            for (int64_t r = 0; r < rows; ++r)
+                for (int64_t d = 0; d < o.H; ++d) V.get()[r * o.D + d] += out[r * o.H + d];
         }
     });
 }
 
-}  // namespace capsops::cpu
+}  // namespace capsops::cpu::CAPSOPS_ISA

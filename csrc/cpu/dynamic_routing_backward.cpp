@@ -1,50 +1,118 @@
 // The gradient of routing by agreement. With detached logits: one emitting pass with the last iteration's couplings.
-// With the full gradient: for t = R … 2 a reducing pass gives H^t, the gradient of V^t; since V^t is the sum of all
-// earlier v, g_v^{t−1} = Σ_{τ≥t} H^τ; then one emitting pass over all iterations.
+// With the full gradient: for t = R … 2 a reducing pass gives H^t = Σ_i δ^t_ij û_ij, the gradient of V^t; since V^t is
+// the sum of all earlier v, g_v^{t−1} = Σ_{τ≥t} H^τ; then one emitting pass over all iterations,
+//
+//   g_û = Σ_t (c^t g_s^t + δ^t V^t).
 
-#include "stream.h"
+#include "dynamic.h"
+#include "operators.h"
 
-namespace capsops::cpu {
+namespace capsops::cpu::CAPSOPS_ISA {
+namespace {
+
+template <class A> struct AdjointSum {
+    DynamicAdjoint<A> adjoint;
+    int64_t J, D;
+
+    int64_t row_size() const { return J * D; }
+    int64_t scratch_size() const { return 2 * J * Lanes<A>::count; }
+
+    void accumulate(Tile<A>& t, A* H, A* scratch) const {
+        Lanes<A>* c = reinterpret_cast<Lanes<A>*>(scratch);
+        adjoint.couplings(t, c, c + J);
+        add_coupled(t, c + J, H);
+    }
+};
+
+template <class A> struct DynamicGradient {
+    static constexpr bool needs_votes = true;
+    const A* V;    // [iterations, B, J, D]
+    const A* g_s;  // [iterations, B, J, D]
+    int64_t size;  // of one iteration
+    int64_t J;
+    int iterations;
+    bool leaky, detach;
+
+    int64_t param_count() const { return 0; }
+    int64_t scratch_size() const { return 2 * J * Lanes<A>::count; }
+
+    void emit(Tile<A>& t, A*, A* scratch) const {
+        Lanes<A>* c = reinterpret_cast<Lanes<A>*>(scratch);
+        Lanes<A>* delta = c + J;
+        const int first = detach ? iterations - 1 : 0;
+        for (int iteration = first; iteration < iterations; ++iteration) {
+            const A* g = g_s + iteration * size;
+            const A* v = V + iteration * size;
+            const bool through_logits = iteration > 0 && !detach;
+            const Dynamic<A> dynamic{v, leaky};
+            if (iteration == 0)
+                for (int64_t j = 0; j < J; ++j) c[j] = equal_coupling<A>(J, leaky);
+            else if (through_logits)
+                DynamicAdjoint<A>{dynamic, g}.couplings(t, c, delta);
+            else
+                dynamic.couplings(t, c);
+            for_each_vector(t, c, [&](int r, int64_t jd, Lanes<A> a) {
+                const Lanes<A> term = a * load(g + t.b[r] * t.JD + jd);
+                A* to = t.g_votes + r * t.JD + jd;
+                store(to, iteration == first ? term : load(to) + term);
+            });
+            if (!through_logits) continue;
+            for_each_vector(t, delta, [&](int r, int64_t jd, Lanes<A> a) {
+                A* to = t.g_votes + r * t.JD + jd;
+                store(to, load(to) + a * load(v + t.b[r] * t.JD + jd));
+            });
+        }
+    }
+};
+
+}  // namespace
 
 Status dynamic_routing_backward(const Capsules& c, int iterations, bool leaky, bool detach, const void* s_,
                                 const void* g_v_, const CapsuleGradients& gradients, void* g_bias_) {
-    return for_dtype(c.dtype, [&]<class T>() {
-        using A = accumulation_t<T>;
-        const int64_t rows = c.B * c.J, JD = c.J * c.D, size = c.B * JD;
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const Operands<A> o(c);
+        const int64_t rows = c.B * o.J, JH = o.J * o.H, compact = rows * o.H, size = rows * o.D;
         const A* s = static_cast<const A*>(s_);
-        const A* g_v = static_cast<const A*>(g_v_);
         const int last = iterations - 1;
 
         // V[t], the sum of v over the iterations before t.
-        Buffer<A> V(iterations * size), v(size);
-        std::fill(V.get(), V.get() + size, A(0));
+        Buffer<A> V(iterations * size), v(compact), v_padded(size);
+        fill(V.get(), size, A(0));
         for (int t = 1; t < iterations; ++t) {
-            squash_outputs(s + (t - 1) * size, v.get(), rows, c.D);
-            for (int64_t x = 0; x < size; ++x) V.get()[t * size + x] = V.get()[(t - 1) * size + x] + v.get()[x];
+            squash_outputs(s + (t - 1) * compact, v.get(), rows, o.H, squash_sabour<A>);
+            pad(v.get(), rows, o.H, o.D, v_padded.get());
+            for (int64_t x = 0; x < size; ++x) V.get()[t * size + x] = V.get()[(t - 1) * size + x] + v_padded.get()[x];
         }
 
-        Buffer<A> g_s(iterations * size);
-        squash_outputs_backward(g_v, s + last * size, g_s.get() + last * size, rows, c.D);
+        Buffer<A> g_s(iterations * compact), g_s_padded(iterations * size);
+        const auto through_squash = [&](const A* g_v, int t) {
+            A* g = g_s.get() + t * compact;
+            squash_outputs_backward(g_v, s + t * compact, g, rows, o.H, squash_sabour<A>);
+            pad(g, rows, o.H, o.D, g_s_padded.get() + t * size);
+        };
+        through_squash(static_cast<const A*>(g_v_), last);
         if (!detach) {
-            Buffer<A> H(size), g_V(size);
-            std::fill(g_V.get(), g_V.get() + size, A(0));
+            Buffer<A> H(size), g_V(compact);
+            fill(g_V.get(), compact, A(0));
             for (int t = last; t > 0; --t) {
-                const Dynamic<A> dynamic{V.get() + t * size, c.J, c.D, leaky};
-                reduce<T>(c, DynamicAdjoint<A>{dynamic, g_s.get() + t * size}, H.get());
-                for (int64_t x = 0; x < size; ++x) g_V.get()[x] += H.get()[x];
-                squash_outputs_backward(g_V.get(), s + (t - 1) * size, g_s.get() + (t - 1) * size, rows, c.D);
+                const Dynamic<A> dynamic{V.get() + t * size, leaky};
+                reduce(o, AdjointSum<A>{{dynamic, g_s_padded.get() + t * size}, o.J, o.D}, H.get());
+                for (int64_t r = 0; r < rows; ++r)
+                    for (int64_t d = 0; d < o.H; ++d) g_V.get()[r * o.H + d] += H.get()[r * o.D + d];
+                through_squash(g_V.get(), t - 1);
             }
         }
 
         if (g_bias_) {
             A* g_bias = static_cast<A*>(g_bias_);
-            std::fill(g_bias, g_bias + JD, A(0));
-            for (int64_t x = (detach ? last : 0) * size; x < iterations * size; ++x) g_bias[x % JD] += g_s.get()[x];
+            fill(g_bias, JH, A(0));
+            for (int64_t x = (detach ? last : 0) * compact; x < iterations * compact; ++x)
+                g_bias[x % JH] += g_s.get()[x];
         }
         if (!gradients.u && !gradients.weight) return;
-        const DynamicGradient<A> policy{V.get(), g_s.get(), c.B, c.J, c.D, iterations, leaky, detach};
-        emit<T>(c, policy, gradients, static_cast<A*>(nullptr));
+        const DynamicGradient<A> policy{V.get(), g_s_padded.get(), size, o.J, iterations, leaky, detach};
+        emit(o, policy, gradients, static_cast<A*>(nullptr));
     });
 }
 
-}  // namespace capsops::cpu
+}  // namespace capsops::cpu::CAPSOPS_ISA

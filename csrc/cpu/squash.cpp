@@ -1,9 +1,10 @@
-// squash along contiguous rows, forward and backward; the formulas are in coupling.h. Each row is read once,
-// computed in the accumulation type and written once; nothing is saved but s.
+// squash along contiguous rows, forward and backward; the formulas are in coupling.h. Each row is read once, computed
+// in the accumulation type and written once; nothing is saved but s.
 
+#include "operators.h"
 #include "stream.h"
 
-namespace capsops::cpu {
+namespace capsops::cpu::CAPSOPS_ISA {
 namespace {
 
 // Rows of one parallel task; enough to hide the cost of handing it out.
@@ -16,16 +17,6 @@ template <class A, class Row> void for_each_row(int64_t rows, int64_t dim, int t
     for (int64_t r = 0; r < rows; ++r) row(r, scratch.get() + 3 * dim * omp_get_thread_num());
 }
 
-template <class T, class A> void load(const void* from, int64_t row, int64_t dim, A* to) {
-    const T* x = static_cast<const T*>(from) + row * dim;
-    for (int64_t d = 0; d < dim; ++d) to[d] = static_cast<A>(x[d]);
-}
-
-template <class T, class A> void store(const A* from, void* to, int64_t row, int64_t dim) {
-    T* x = static_cast<T*>(to) + row * dim;
-    for (int64_t d = 0; d < dim; ++d) x[d] = T(from[d]);
-}
-
 template <class A> SquashFactors<A> factors(A n, SquashKind kind) {
     return kind == SquashKind::sabour ? squash_sabour(n) : squash_efficient(n);
 }
@@ -33,28 +24,26 @@ template <class A> SquashFactors<A> factors(A n, SquashKind kind) {
 }  // namespace
 
 Status squash(const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, int threads) {
-    return for_dtype(dtype, [&]<class T>() {
-        using A = accumulation_t<T>;
+    return for_accumulation(dtype, [&]<class A>() {
         for_each_row<A>(rows, dim, threads, [&](int64_t r, A* x) {
-            load<T>(s, r, dim, x);
+            read(s, dtype, r * dim, dim, x);
             squash_vector(x, x + dim, dim, [&](A n) { return factors(n, kind); });
-            store<T>(x + dim, v, r, dim);
+            write(x + dim, dim, v, dtype, r * dim);
         });
     });
 }
 
 Status squash_backward(const void* g_v, const void* s, void* g_s, int64_t rows, int64_t dim, SquashKind kind,
                        Dtype dtype, int threads) {
-    return for_dtype(dtype, [&]<class T>() {
-        using A = accumulation_t<T>;
+    return for_accumulation(dtype, [&]<class A>() {
         for_each_row<A>(rows, dim, threads, [&](int64_t r, A* x) {
             A *g = x + dim, *out = x + 2 * dim;
-            load<T>(s, r, dim, x);
-            load<T>(g_v, r, dim, g);
+            read(s, dtype, r * dim, dim, x);
+            read(g_v, dtype, r * dim, dim, g);
             squash_vector_backward(g, x, out, dim, [&](A n) { return factors(n, kind); });
-            store<T>(out, g_s, r, dim);
+            write(out, dim, g_s, dtype, r * dim);
         });
     });
 }
 
-}  // namespace capsops::cpu
+}  // namespace capsops::cpu::CAPSOPS_ISA

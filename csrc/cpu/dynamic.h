@@ -1,0 +1,36 @@
+// The couplings of routing by agreement (Sabour et al. 2017, procedure 1) on one tile. The logits need no tensor:
+// b_ij = û_ij · V_j, where V is the sum of the output capsules of the iterations so far.
+#pragma once
+
+#include "stream.h"
+
+namespace capsops::cpu::CAPSOPS_ISA {
+
+template <class A> struct Dynamic {
+    const A* V;  // [B, J, D]
+    bool leaky;
+
+    void couplings(const Tile<A>& t, Lanes<A>* c /* [J] */) const {
+        agreements_with(t, V, c);
+        softmax(c, t.J, leaky);
+    }
+};
+
+// One iteration seen from behind: e_j = û_j · g_s,j;  δ_j = c_j (e_j − Σ_k c_k e_k).
+template <class A> struct DynamicAdjoint {
+    Dynamic<A> dynamic;
+    const A* g_s;  // [B, J, D]
+
+    void couplings(const Tile<A>& t, Lanes<A>* c, Lanes<A>* delta) const {
+        dynamic.couplings(t, c);
+        agreements_with(t, g_s, delta);
+        softmax_backward(c, delta, t.J);
+    }
+};
+
+// The coupling of the first iteration, where all are equal.
+template <class A> inline A equal_coupling(int64_t J, bool leaky) {
+    return A(1) / static_cast<A>(leaky ? J + 1 : J);
+}
+
+}  // namespace capsops::cpu::CAPSOPS_ISA

@@ -1,0 +1,156 @@
+// The gradient of EM routing through all iterations. The M-step of iteration t gives the weight of a vote the gradient
+// e^t, a quadratic form of the vote; the softmax gives its logit δ^t = w (e − Σ_j r e); the logit's own quadratic form
+// leads to the Gaussians of iteration t − 1, for which a pass sums δ, δ x and δ x². So R − 1 reducing passes from the
+// last iteration to the first, and one emitting pass over all of them:
+//
+//   g_û = Σ_t [w^t (linear^t + 2 quadratic^t (û − μ^t)) − δ^t (û − μ^{t−1})/σ²^{t−1}];   g_activation = Σ_t Σ_j r^t e^t
+
+#include "em.h"
+#include "operators.h"
+
+namespace capsops::cpu::CAPSOPS_ISA {
+namespace {
+
+// r, and δ from e.
+template <class A> struct EmAdjoint {
+    Assignment<A> assignment;
+    Quadratic<A> e;
+
+    // Leaves r [J] and e [J]; returns the activations.
+    Lanes<A> operator()(const Tile<A>& t, Lanes<A>* r, Lanes<A>* out) const {
+        const Lanes<A> a = assignment.responsibilities(t, r);
+        e(t, out);
+        return a;
+    }
+};
+
+template <class A> struct EmAdjointSum {
+    EmAdjoint<A> adjoint;
+    Moments<A> moments;
+
+    int64_t row_size() const { return moments.row_size(); }
+    int64_t scratch_size() const { return 2 * moments.J * Lanes<A>::count; }
+
+    void accumulate(Tile<A>& t, A* sums, A* scratch) const {
+        Lanes<A>* r = reinterpret_cast<Lanes<A>*>(scratch);
+        Lanes<A>* delta = r + t.J;
+        const Lanes<A> a = adjoint(t, r, delta);
+        softmax_backward(r, delta, t.J);
+        for (int64_t j = 0; j < t.J; ++j) delta[j] *= a;
+        moments.add(t, delta, adjoint.assignment.logits.shift, sums);
+    }
+};
+
+template <class A> struct EmGradient {
+    static constexpr bool needs_votes = true;
+    const EmAdjoint<A>* adjoints;  // [iterations]
+    int iterations;
+    int64_t J, N;
+    A* g_activation;  // [B, N], or null
+
+    int64_t param_count() const { return 0; }
+    int64_t scratch_size() const { return 2 * J * Lanes<A>::count; }
+
+    void emit(Tile<A>& t, A*, A* scratch) const {
+        Lanes<A>* r = reinterpret_cast<Lanes<A>*>(scratch);
+        Lanes<A>* delta = r + J;
+        for (int iteration = 0; iteration < iterations; ++iteration) {
+            const EmAdjoint<A>& adjoint = adjoints[iteration];
+            const Quadratic<A>& e = adjoint.e;
+            const Lanes<A> a = adjoint(t, r, delta);
+            if (g_activation)
+                for (int m = 0; m < t.count; ++m) {
+                    A sum = 0;
+                    for (int64_t j = 0; j < J; ++j) sum += lane(r, j, m) * lane(delta, j, m);
+                    A* to = g_activation + t.b[m] * N + t.i[m];
+                    *to = iteration == 0 ? sum : *to + sum;
+                }
+            softmax_backward(r, delta, J);
+            for (int64_t j = 0; j < J; ++j) {
+                r[j] *= a;  // w from here on
+                delta[j] *= a;
+            }
+            for_each_vector(t, r, [&](int m, int64_t jd, Lanes<A> w) {
+                const int64_t state = t.b[m] * t.JD + jd;
+                const Lanes<A> x = load(t.votes + m * t.JD + jd) - load(e.shift + state);
+                const Lanes<A> term = w * (load(e.linear + state) + load(e.quadratic + state) * x * A(2));
+                A* to = t.g_votes + m * t.JD + jd;
+                store(to, iteration == 0 ? term : load(to) + term);
+            });
+            if (iteration == 0) continue;
+            const Quadratic<A>& logits = adjoint.assignment.logits;
+            for_each_vector(t, delta, [&](int m, int64_t jd, Lanes<A> d) {
+                const int64_t state = t.b[m] * t.JD + jd;
+                const Lanes<A> x = load(t.votes + m * t.JD + jd) - load(logits.shift + state);
+                A* to = t.g_votes + m * t.JD + jd;
+                store(to, load(to) + d * load(logits.quadratic + state) * x * A(2));
+            });
+        }
+    }
+};
+
+}  // namespace
+
+Status em_routing_backward(const Capsules& c, const void* activation, const void* beta_u_,
+                           const double* inverse_temperatures, int iterations, const void* state, const void* g_mean_,
+                           const void* g_out_activation, const CapsuleGradients& gradients, void* g_activation_,
+                           void* g_beta_u_, void* g_beta_a_) {
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const Operands<A> o(c);
+        const int64_t rows = c.B * o.J, J = o.J, H = o.H, D = o.D;
+        const A* beta_u = static_cast<const A*>(beta_u_);
+        States<A> states(iterations, rows, H, D, static_cast<const A*>(state));
+        for (int t = 0; t < iterations; ++t) states.load_iteration(t);
+
+        Buffer<A> linear(iterations * rows * D), quadratic(iterations * rows * D), constant(iterations * rows);
+        fill(linear.get(), iterations * rows * D, A(0));
+        fill(quadratic.get(), iterations * rows * D, A(0));
+        Buffer<A> g_mean(rows * H), g_variance(rows * H), g_logit(rows), g_beta_u(J), g_beta_a(J);
+        fill(g_variance.get(), rows * H, A(0));
+        fill(g_beta_u.get(), J, A(0));
+        fill(g_beta_a.get(), J, A(0));
+        std::memcpy(g_mean.get(), g_mean_, sizeof(A) * static_cast<size_t>(rows * H));
+        for (int64_t r = 0; r < rows; ++r) {
+            const A z = states.at(iterations - 1, r).logit;
+            const A a = A(1) / (A(1) + std::exp(-z)), rest = A(1) / (A(1) + std::exp(z));
+            g_logit.get()[r] = static_cast<const A*>(g_out_activation)[r] * a * rest;
+        }
+
+        const auto adjoint_of = [&](int t) {
+            const int64_t x = t * rows * D;
+            const Quadratic<A> e{constant.get() + t * rows, states.mean.get() + x, linear.get() + x,
+                                 quadratic.get() + x};
+            return EmAdjoint<A>{{states.logits(t), static_cast<const A*>(activation), c.N}, e};
+        };
+        const Moments<A> moments{J, o.JD};
+        Buffer<A> sums(c.B * moments.row_size());
+        for (int t = iterations - 1; t >= 0; --t) {
+            for (int64_t r = 0; r < rows; ++r) {
+                const int64_t x = (t * rows + r) * D;
+                maximise_backward(states.at(t, r), g_mean.get() + r * H, g_variance.get() + r * H, g_logit.get()[r], H,
+                                  A(em_epsilon), beta_u[r % J], static_cast<A>(inverse_temperatures[t]),
+                                  constant.get() + t * rows + r, linear.get() + x, quadratic.get() + x,
+                                  g_beta_u.get() + r % J, g_beta_a.get() + r % J);
+            }
+            if (t == 0) break;
+            reduce(o, EmAdjointSum<A>{adjoint_of(t), moments}, sums.get());
+            for (int64_t r = 0; r < rows; ++r) {
+                const A* row = sums.get() + r / J * moments.row_size();
+                const A* first = row + r % J * D;
+                g_logit.get()[r] = expect_backward(states.at(t - 1, r), row[2 * o.JD + r % J], first, first + o.JD, H,
+                                                   g_mean.get() + r * H, g_variance.get() + r * H);
+            }
+        }
+        if (g_beta_u_) std::memcpy(g_beta_u_, g_beta_u.get(), sizeof(A) * static_cast<size_t>(J));
+        if (g_beta_a_) std::memcpy(g_beta_a_, g_beta_a.get(), sizeof(A) * static_cast<size_t>(J));
+        if (!gradients.u && !gradients.weight && !g_activation_) return;
+
+        A* g_activation = static_cast<A*>(g_activation_);
+        if (g_activation) fill(g_activation, c.B * c.N, A(0));
+        Buffer<EmAdjoint<A>> adjoints(iterations);
+        for (int t = 0; t < iterations; ++t) new (adjoints.get() + t) EmAdjoint<A>(adjoint_of(t));
+        emit(o, EmGradient<A>{adjoints.get(), iterations, J, c.N, g_activation}, gradients, static_cast<A*>(nullptr));
+    });
+}
+
+}  // namespace capsops::cpu::CAPSOPS_ISA

@@ -1,0 +1,145 @@
+// A vector register as a number: Lanes<A> holds as many A as the instruction set's registers do. Everything is written
+// with the vector extensions of GCC and Clang, so that one source serves every instruction set; CMakeLists.txt compiles
+// it once for each, with CAPSOPS_ISA naming the namespace and CAPSOPS_VECTOR_BYTES the width.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+namespace capsops::cpu::CAPSOPS_ISA {
+
+// The vector types; spelled out for each number, since attributes are lost on types that depend on a template.
+template <class A> struct Register;
+template <> struct Register<float> {
+    typedef float Vector __attribute__((vector_size(CAPSOPS_VECTOR_BYTES)));
+    typedef float Unaligned __attribute__((vector_size(CAPSOPS_VECTOR_BYTES), aligned(4)));
+    typedef int32_t Bits __attribute__((vector_size(CAPSOPS_VECTOR_BYTES)));
+};
+template <> struct Register<double> {
+    typedef double Vector __attribute__((vector_size(CAPSOPS_VECTOR_BYTES)));
+    typedef double Unaligned __attribute__((vector_size(CAPSOPS_VECTOR_BYTES), aligned(8)));
+    typedef int64_t Bits __attribute__((vector_size(CAPSOPS_VECTOR_BYTES)));
+};
+
+template <class A> struct Lanes {
+    static constexpr int count = CAPSOPS_VECTOR_BYTES / sizeof(A);
+    using Vector = typename Register<A>::Vector;
+    using Unaligned = typename Register<A>::Unaligned;
+    using Bits = typename Register<A>::Bits;
+
+    Vector v;
+
+    Lanes() = default;
+    Lanes(A x) : v(x - Vector{}) {}  // minus, because 0 + x would turn −0 into 0
+    Lanes(Vector x) : v(x) {}
+
+    Lanes& operator+=(Lanes x) { return v += x.v, *this; }
+    Lanes& operator*=(Lanes x) { return v *= x.v, *this; }
+    friend Lanes operator-(Lanes a) { return -a.v; }
+    friend Lanes operator+(Lanes a, Lanes b) { return a.v + b.v; }
+    friend Lanes operator-(Lanes a, Lanes b) { return a.v - b.v; }
+    friend Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }
+    friend Lanes operator/(Lanes a, Lanes b) { return a.v / b.v; }
+    // The larger; b where a is not a number.
+    friend Lanes larger(Lanes a, Lanes b) { return a.v > b.v ? a.v : b.v; }
+    friend Lanes smaller(Lanes a, Lanes b) { return a.v < b.v ? a.v : b.v; }
+    // e^x = 2^n e^r with |r| ≤ ln 2 / 2. The exponent is kept where the result is a normal number.
+    friend Lanes exponential(Lanes x) { return exponential_of(x); }
+};
+
+template <class A> inline Lanes<A> load(const A* p) {
+    return static_cast<typename Lanes<A>::Vector>(*reinterpret_cast<const typename Lanes<A>::Unaligned*>(p));
+}
+
+template <class A> inline void store(A* p, Lanes<A> x) {
+    *reinterpret_cast<typename Lanes<A>::Unaligned*>(p) = x.v;
+}
+
+// Past the caches; p is aligned to the vector.
+template <class A> inline void stream(A* p, Lanes<A> x) {
+#if CAPSOPS_VECTOR_BYTES == 64
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(x.v));
+#elif CAPSOPS_VECTOR_BYTES == 32
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(x.v));
+#elif defined(__x86_64__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(p), reinterpret_cast<__m128i>(x.v));
+#else
+    store(p, x);
+#endif
+}
+
+// Orders streamed stores before whatever is stored next.
+inline void end_streaming() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
+inline Lanes<float> exponential_of(Lanes<float> x) {
+    using Bits = Lanes<float>::Bits;
+    x = smaller(Lanes<float>(88.3f), larger(Lanes<float>(-87.3f), x));
+    // Adding 1.5 · 2²³ rounds to an integer and leaves it in the low bits.
+    const Lanes<float> shifted = x * 1.44269504f + 12582912.0f;
+    const Lanes<float> n = shifted - 12582912.0f;
+    const Lanes<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Lanes<float> p = 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const Bits power = (reinterpret_cast<Bits>(shifted.v) << 23) + 0x3f800000;
+    return p * Lanes<float>(reinterpret_cast<Lanes<float>::Vector>(power));
+}
+
+inline Lanes<double> exponential_of(Lanes<double> x) {
+    using Bits = Lanes<double>::Bits;
+    x = smaller(Lanes<double>(709.0), larger(Lanes<double>(-708.0), x));
+    const Lanes<double> shifted = x * 1.4426950408889634 + 6755399441055744.0;
+    const Lanes<double> n = shifted - 6755399441055744.0;
+    const Lanes<double> r = (x - n * 0.693145751953125) - n * 1.42860682030941723212e-6;
+    Lanes<double> p = 1.0 / 6227020800.0;
+    for (double inverse_factorial :
+         {1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0, 1 / 5040.0, 1 / 720.0, 1 / 120.0,
+          1 / 24.0, 1 / 6.0, 0.5, 1.0, 1.0})
+        p = p * r + inverse_factorial;
+    const Bits power = (reinterpret_cast<Bits>(shifted.v) << 52) + 0x3ff0000000000000;
+    return p * Lanes<double>(reinterpret_cast<Lanes<double>::Vector>(power));
+}
+
+template <class A> inline Lanes<A> square_root(Lanes<A> x) {
+    Lanes<A> y;
+    for (int l = 0; l < Lanes<A>::count; ++l) y.v[l] = __builtin_sqrt(x.v[l]);
+    return y;
+}
+
+// Lane l holds a_l + a_m where bit h of l is 0, and b_l + b_m where it is 1, with m = l and bit h flipped.
+template <int h, class A, int... l>
+inline Lanes<A> fold(Lanes<A> a, Lanes<A> b, std::integer_sequence<int, l...>) {
+    constexpr int n = Lanes<A>::count;
+    const typename Lanes<A>::Vector kept = __builtin_shufflevector(a.v, b.v, ((l & h) ? n + l : l)...);
+    const typename Lanes<A>::Vector moved = __builtin_shufflevector(a.v, b.v, ((l & h) ? n + (l ^ h) : (l ^ h))...);
+    return kept + moved;
+}
+
+template <int h, class A> inline Lanes<A> fold_all(Lanes<A>* x) {
+    constexpr auto lanes = std::make_integer_sequence<int, Lanes<A>::count>();
+#pragma GCC unroll 16
+    for (int m = 0; m < h; ++m) x[m] = fold<h>(x[m], x[m + h], lanes);
+    if constexpr (h > 1)
+        return fold_all<h / 2>(x);
+    else
+        return x[0];
+}
+
+// Lane l holds the sum over the lanes of x[l]. x [count] is used up.
+template <class A> inline Lanes<A> sums(Lanes<A>* x) {
+    return fold_all<Lanes<A>::count / 2>(x);
+}
+
+}  // namespace capsops::cpu::CAPSOPS_ISA

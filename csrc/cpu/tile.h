@@ -1,0 +1,230 @@
+// A tile: as many (batch item, input capsule) pairs as a vector has lanes, with their votes in the first-level cache.
+// Votes lie with the components d in the lanes, [item, J, D]; logits and couplings with the items in the lanes,
+// [J, item], so that neither the products with W nor the softmax over J crosses lanes; agreements turn one into the
+// other. D is rounded up to whole vectors throughout, with zeros behind the last component.
+#pragma once
+
+#include "simd.h"
+
+#include "../coupling.h"
+
+namespace capsops::cpu::CAPSOPS_ISA {
+
+// Rows and vectors of a product that are kept in registers at a time: two thirds of the registers there are.
+constexpr int most_rows = CAPSOPS_VECTOR_BYTES == 64 ? 8 : 4, block_vectors = 2;
+template <class A> constexpr int block_rows = Lanes<A>::count < most_rows ? Lanes<A>::count : most_rows;
+
+// A run of items in a tile with the same transformation matrix.
+template <class A> struct Segment {
+    int begin, end;   // items; equal if the capsule is there for no batch item
+    int64_t i;        // the input capsule; of shared matrices the first one
+    const A* weight;  // [K, J, D]
+    bool first, last; // of this matrix in this block of capsules
+};
+
+template <class A> struct Tile {
+    static constexpr int size = Lanes<A>::count;
+    static constexpr int most_segments = 2 * size;
+
+    int64_t K, J, D, JD;
+    int count = 0;
+    int64_t b[size], i[size];
+    const A* u[size];  // [K]
+    A* votes;          // [size, J, D]
+    A* g_votes;        // [size, J, D]
+    int segment_count = 0;
+    Segment<A> segments[most_segments];
+};
+
+// ---- small products ----------------------------------------------------------------------------------
+
+// out_r (+)= u_r W over R rows and V vectors of columns.
+template <int R, int V, bool add, class A>
+inline void multiply_block(const A* const* u, const A* weight, int64_t K, int64_t stride, A* const* out, int64_t x) {
+    constexpr int n = Lanes<A>::count;
+    Lanes<A> sum[R][V];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sum[r][v] = add ? load(out[r] + x + v * n) : Lanes<A>(A(0));
+    for (int64_t k = 0; k < K; ++k) {
+        Lanes<A> w[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) w[v] = load(weight + k * stride + x + v * n);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const Lanes<A> a = u[r][k];
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) sum[r][v] += a * w[v];
+        }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) store(out[r] + x + v * n, sum[r][v]);
+}
+
+template <int V, bool add, class A>
+inline void multiply_rows(const A* const* u, int rows, const A* weight, int64_t K, int64_t stride, A* const* out,
+                          int64_t x) {
+    constexpr int R = block_rows<A>;
+    int r = 0;
+    for (; r + R <= rows; r += R) multiply_block<R, V, add>(u + r, weight, K, stride, out + r, x);
+    if constexpr (R > 4) {
+        if (r + 4 <= rows) {
+            multiply_block<4, V, add>(u + r, weight, K, stride, out + r, x);
+            r += 4;
+        }
+    }
+    for (; r < rows; ++r) multiply_block<1, V, add>(u + r, weight, K, stride, out + r, x);
+}
+
+// out_r [X] (+)= u_r [K] W [K, X], X a multiple of the vector. stride: from one row of W to the next.
+template <bool add, class A>
+inline void multiply(const A* const* u, int rows, const A* weight, int64_t K, int64_t X, int64_t stride,
+                     A* const* out) {
+    constexpr int n = Lanes<A>::count;
+    int64_t x = 0;
+    for (; x + block_vectors * n <= X; x += block_vectors * n)
+        multiply_rows<block_vectors, add>(u, rows, weight, K, stride, out, x);
+    for (; x < X; x += n) multiply_rows<1, add>(u, rows, weight, K, stride, out, x);
+}
+
+// out[r, k] = Σ_x a_r[x] b_k[x]: a row of `a` and one of `b` at a time, several of each in registers. store(r, k, n, p)
+// takes n neighbouring results from p.
+template <class A, class Store>
+inline void dots(const A* const* a, int64_t rows, const A* b, int64_t stride, int64_t columns, int64_t X, Store store_) {
+    constexpr int n = Lanes<A>::count, KB = n < 4 ? n : 4, RB = n / KB;
+    for (int64_t r = 0; r < rows; r += RB) {
+        const A* ar[RB];
+#pragma GCC unroll 4
+        for (int q = 0; q < RB; ++q) ar[q] = a[r + q < rows ? r + q : rows - 1];
+        for (int64_t k = 0; k < columns; k += KB) {
+            const A* bk[KB];
+#pragma GCC unroll 4
+            for (int q = 0; q < KB; ++q) bk[q] = b + (k + q < columns ? k + q : columns - 1) * stride;
+            Lanes<A> sum[n];
+#pragma GCC unroll 16
+            for (int m = 0; m < n; ++m) sum[m] = Lanes<A>(A(0));
+            for (int64_t x = 0; x < X; x += n) {
+                Lanes<A> bv[KB];
+#pragma GCC unroll 4
+                for (int q = 0; q < KB; ++q) bv[q] = load(bk[q] + x);
+#pragma GCC unroll 4
+                for (int p = 0; p < RB; ++p) {
+                    const Lanes<A> av = load(ar[p] + x);
+#pragma GCC unroll 4
+                    for (int q = 0; q < KB; ++q) sum[p * KB + q] += av * bv[q];
+                }
+            }
+            alignas(64) A results[n];
+            store(results, sums(sum));
+            const int64_t valid = columns - k < KB ? columns - k : KB;
+            for (int p = 0; p < RB && r + p < rows; ++p) store_(r + p, k, valid, results + p * KB);
+        }
+    }
+}
+
+// out[k, x] (+)= Σ_r u_r[k] g_r[x] over KB rows and V vectors of the result.
+template <int KB, int V, class A>
+inline void outer_block(const A* const* u, const A* const* g, int rows, int64_t k, int64_t x, A* out, int64_t stride,
+                        bool add, bool past_caches) {
+    constexpr int n = Lanes<A>::count;
+    Lanes<A> sum[KB][V];
+#pragma GCC unroll 8
+    for (int q = 0; q < KB; ++q)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) sum[q][v] = Lanes<A>(A(0));
+    for (int r = 0; r < rows; ++r) {
+        Lanes<A> gv[V];
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) gv[v] = load(g[r] + x + v * n);
+#pragma GCC unroll 8
+        for (int q = 0; q < KB; ++q) {
+            const Lanes<A> a = u[r][k + q];
+#pragma GCC unroll 2
+            for (int v = 0; v < V; ++v) sum[q][v] += a * gv[v];
+        }
+    }
+#pragma GCC unroll 8
+    for (int q = 0; q < KB; ++q)
+#pragma GCC unroll 2
+        for (int v = 0; v < V; ++v) {
+            A* to = out + (k + q) * stride + x + v * n;
+            if (past_caches)
+                stream(to, sum[q][v]);
+            else
+                store(to, add ? load(to) + sum[q][v] : sum[q][v]);
+        }
+}
+
+// out [K, X] (+)= Σ_r u_r [K]ᵀ g_r [X].
+template <class A>
+inline void outer(const A* const* u, const A* const* g, int rows, int64_t K, int64_t X, A* out, bool add,
+                  bool past_caches) {
+    constexpr int n = Lanes<A>::count, KB = block_rows<A>;
+    int64_t x = 0;
+    for (; x + block_vectors * n <= X; x += block_vectors * n) {
+        int64_t k = 0;
+        for (; k + KB <= K; k += KB)
+            outer_block<KB, block_vectors>(u, g, rows, k, x, out, X, add, past_caches);
+        for (; k < K; ++k) outer_block<1, block_vectors>(u, g, rows, k, x, out, X, add, past_caches);
+    }
+    for (; x < X; x += n) {
+        int64_t k = 0;
+        for (; k + KB <= K; k += KB) outer_block<KB, 1>(u, g, rows, k, x, out, X, add, past_caches);
+        for (; k < K; ++k) outer_block<1, 1>(u, g, rows, k, x, out, X, add, past_caches);
+    }
+}
+
+// ---- what the couplings of a tile are made of ----------------------------------------------------------
+
+// out[j], lane r: Σ_d term(r, j·D + d), where term gives one vector; 0 for lanes without an item.
+template <class A, class Term> inline void agreements(const Tile<A>& t, Term term, Lanes<A>* out /* [J] */) {
+    constexpr int n = Tile<A>::size;
+    for (int64_t j = 0; j < t.J; ++j) {
+        Lanes<A> x[n];
+        if (t.count == n && t.D == n) {
+#pragma GCC unroll 16
+            for (int r = 0; r < n; ++r) x[r] = term(r, j * n);
+        } else {
+            for (int r = 0; r < n; ++r) {
+                x[r] = Lanes<A>(A(0));
+                if (r < t.count)
+                    for (int64_t d = 0; d < t.D; d += n) x[r] += term(r, j * t.D + d);
+            }
+        }
+        out[j] = sums(x);
+    }
+}
+
+// û_r · x_b(r), for every output capsule.
+template <class A> inline void agreements_with(const Tile<A>& t, const A* x /* [B, J, D] */, Lanes<A>* out) {
+    agreements(
+        t, [&](int r, int64_t jd) { return load(t.votes + r * t.JD + jd) * load(x + t.b[r] * t.JD + jd); }, out);
+}
+
+// Lane r of x[j].
+template <class A> inline A lane(const Lanes<A>* x, int64_t j, int r) {
+    return reinterpret_cast<const A*>(x + j)[r];
+}
+
+// each(item, j·D + d, coupling) for every vector of the tile: the coupling of its item and output capsule in all lanes.
+template <class A, class Each> inline void for_each_vector(const Tile<A>& t, const Lanes<A>* c, Each each) {
+    constexpr int n = Tile<A>::size;
+    for (int r = 0; r < t.count; ++r)
+        for (int64_t j = 0; j < t.J; ++j) {
+            const Lanes<A> a = lane(c, j, r);
+            for (int64_t d = 0; d < t.D; d += n) each(r, j * t.D + d, a);
+        }
+}
+
+// sum_b(r) += c_rj û_rj.
+template <class A> inline void add_coupled(const Tile<A>& t, const Lanes<A>* c, A* sum /* [B, J, D] */) {
+    for_each_vector(t, c, [&](int r, int64_t jd, Lanes<A> a) {
+        A* to = sum + t.b[r] * t.JD + jd;
+        store(to, load(to) + a * load(t.votes + r * t.JD + jd));
+    });
+}
+
+}  // namespace capsops::cpu::CAPSOPS_ISA
