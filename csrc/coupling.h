@@ -8,20 +8,28 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
-#define CAPSOPS_HOST_DEVICE __host__ __device__
+#define CAPSOPS_HOST_DEVICE __host__ __device__ __forceinline__
 #else
-#define CAPSOPS_HOST_DEVICE
+#define CAPSOPS_HOST_DEVICE __attribute__((always_inline))
 #endif
 
 namespace capsops {
 // One copy for every instruction set that includes this, so that none can be linked to another's.
 namespace {
 
+// e^x, with x kept below where the reciprocal of e^x would not be a normal number.
 CAPSOPS_HOST_DEVICE inline float exponential(float x) {
-    return std::exp(x);
+    return std::exp(x > 80.0f ? 80.0f : x);
 }
 CAPSOPS_HOST_DEVICE inline double exponential(double x) {
-    return std::exp(x);
+    return std::exp(x > 700.0 ? 700.0 : x);
+}
+
+CAPSOPS_HOST_DEVICE inline float reciprocal(float x) {
+    return 1.0f / x;
+}
+CAPSOPS_HOST_DEVICE inline double reciprocal(double x) {
+    return 1.0 / x;
 }
 
 // The larger; b if a is not a number.
@@ -37,9 +45,9 @@ CAPSOPS_HOST_DEVICE inline double larger(double a, double b) {
 // c_j = softmax over j of z_j, in place. leaky adds one logit that is always 0 and whose share is dropped.
 template <class X> CAPSOPS_HOST_DEVICE inline void softmax(X* z, int64_t J, bool leaky) {
     if (J == 2 && !leaky) {
-        // One exponential instead of two: c_0 = 1/(1 + e^(z_1 − z_0)), with the exponent kept where e^x is finite.
-        const X e = exponential(-larger(X(-80), z[0] - z[1]));
-        z[0] = X(1) / (X(1) + e);
+        // One exponential instead of two: c_0 = 1/(1 + e^(z_1 − z_0)).
+        const X e = exponential(z[1] - z[0]);
+        z[0] = reciprocal(X(1) + e);
         z[1] = e * z[0];
         return;
     }
@@ -50,7 +58,7 @@ template <class X> CAPSOPS_HOST_DEVICE inline void softmax(X* z, int64_t J, bool
         z[j] = exponential(z[j] - largest);
         sum += z[j];
     }
-    const X inverse = X(1) / sum;
+    const X inverse = reciprocal(sum);
     for (int64_t j = 0; j < J; ++j) z[j] *= inverse;
 }
 

@@ -6,6 +6,18 @@
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
+// to_k += Σ_j mix_kj x_j for output capsules x, to [J, D] and mix [J, J].
+template <class A> inline void add_mixed(const A* mix, int64_t J, int64_t D, const A* x, A* to) {
+    constexpr int most = 16;
+    const A* rows[most];
+    A* out[most];
+    for (int64_t k = 0; k < J; k += most) {
+        const int count = static_cast<int>(at_most(most, J - k));
+        for (int m = 0; m < count; ++m) rows[m] = mix + (k + m) * J, out[m] = to + (k + m) * D;
+        multiply<true>(rows, count, x, J, D, D, out);
+    }
+}
+
 template <class A> struct Attention {
     const A* weight;  // [J, J]
     const A* bias;    // [J], or null
@@ -39,12 +51,8 @@ template <class A> struct Attention {
             Lanes<A>* c = reinterpret_cast<Lanes<A>*>(memory);
             A* z = memory + J * n;
             for (int r = 0; r < t.count; ++r) {
-                for (int64_t k = 0; k < J; ++k) {
-                    const A* row = weight + k * J;
-                    A* to = z + k * t.D;
-                    fill(to, t.D, bias ? bias[k] : A(0));
-                    multiply<true>(&row, 1, t.votes + r * t.JD, J, t.D, t.D, &to);
-                }
+                for (int64_t k = 0; k < J; ++k) fill(z + k * t.D, t.D, bias ? bias[k] : A(0));
+                add_mixed(weight, J, t.D, t.votes + r * t.JD, z);
                 for (int64_t d = 0; d < t.D; d += n) {
                     for (int64_t k = 0; k < J; ++k) c[k] = load(z + k * t.D + d);
                     softmax(c, J, false);

@@ -18,42 +18,78 @@ template <class A, int count> struct AttentionGradient {
     int64_t D;
     bool wants_params;
 
-    int64_t J() const { return count ? count : attention.J; }
-    int64_t param_count() const { return wants_params ? J() * (J() + 1) : 0; }  // g_A [J, J], g_a [J]
-    int64_t scratch_size() const { return attention.scratch_size(D) + J() * D * Tile<A>::size; }
+    int64_t param_count() const { return wants_params ? attention.J * (attention.J + 1) : 0; }  // g_A [J, J], g_a [J]
+    int64_t scratch_size() const { return attention.scratch_size(D) + attention.J * D * Tile<A>::size; }
 
     void emit(Tile<A>& t, A* params, A* scratch) const {
+        if constexpr (count > 0)
+            emit_in_registers(t, params);
+        else
+            emit_in_memory(t, params, scratch);
+    }
+
+  private:
+    void emit_in_registers(Tile<A>& t, A* params) const {
+        constexpr int n = Lanes<A>::count, J = count ? count : 1;
+        Lanes<A> g_weight[J][J], g_bias[J];
+        for (int k = 0; k < J; ++k) {
+            g_bias[k] = A(0);
+            for (int j = 0; j < J; ++j) g_weight[k][j] = A(0);
+        }
+        attention.template for_each<count>(t, nullptr, [&](int r, int64_t d, const Lanes<A>* c) {
+            const A* g = g_s + t.b[r] * t.JD + d;
+            Lanes<A> votes[J], q[J], dz[J], mean = A(0);
+            for (int j = 0; j < J; ++j) {
+                votes[j] = load(t.votes + r * t.JD + j * D + d);
+                q[j] = load(g + j * D) * votes[j];
+                mean += c[j] * q[j];
+            }
+            for (int j = 0; j < J; ++j) {
+                dz[j] = c[j] * (q[j] - mean);
+                g_bias[j] += dz[j];
+            }
+            for (int j = 0; j < J; ++j) {
+                Lanes<A> g_vote = c[j] * load(g + j * D);
+                for (int k = 0; k < J; ++k) {
+                    g_vote += Lanes<A>(attention.weight[k * J + j]) * dz[k];
+                    g_weight[k][j] += dz[k] * votes[j];
+                }
+                store(t.g_votes + r * t.JD + j * D + d, g_vote);
+            }
+        });
+        if (!wants_params) return;
+        for (int k = 0; k < J; ++k) {
+            for (int l = 0; l < n; ++l) params[J * J + k] += g_bias[k].v[l];
+            for (int j = 0; j < J; ++j)
+                for (int l = 0; l < n; ++l) params[k * J + j] += g_weight[k][j].v[l];
+        }
+    }
+
+    void emit_in_memory(Tile<A>& t, A* params, A* scratch) const {
+        const int64_t J = attention.J;
         A* all_dz = scratch + attention.scratch_size(D);  // [item, J, D]
         attention.template for_each<count>(t, scratch, [&](int r, int64_t d, const Lanes<A>* c) {
             const A* votes = t.votes + r * t.JD + d;
             const A* g = g_s + t.b[r] * t.JD + d;
             A* dz = all_dz + r * t.JD + d;
-            A* g_votes = t.g_votes + r * t.JD + d;
             Lanes<A> mean = A(0);
-            for (int64_t j = 0; j < J(); ++j) {
+            for (int64_t j = 0; j < J; ++j) {
                 const Lanes<A> q = load(g + j * D) * load(votes + j * D);
                 store(dz + j * D, q);
-                store(g_votes + j * D, c[j] * load(g + j * D));
+                store(t.g_votes + r * t.JD + j * D + d, c[j] * load(g + j * D));
                 mean += c[j] * q;
             }
-            for (int64_t j = 0; j < J(); ++j) store(dz + j * D, c[j] * (load(dz + j * D) - mean));
+            for (int64_t j = 0; j < J; ++j) store(dz + j * D, c[j] * (load(dz + j * D) - mean));
         });
-        for (int r = 0; r < t.count; ++r)
-            for (int64_t j = 0; j < J(); ++j) {
-                const A* row = transposed + j * J();
-                A* to = t.g_votes + r * t.JD + j * D;
-                multiply<true>(&row, 1, all_dz + r * t.JD, J(), D, D, &to);
-            }
-        if (!wants_params) return;
         for (int r = 0; r < t.count; ++r) {
             const A* dz = all_dz + r * t.JD;
-            for (int64_t k = 0; k < J(); ++k) {
-                const A* row = dz + k * D;
-                dots(&row, 1, t.votes + r * t.JD, D, J(), D, [&](int64_t, int64_t j, int64_t n, const A* x) {
-                    for (int64_t m = 0; m < n; ++m) params[k * J() + j + m] += x[m];
-                });
-                for (int64_t d = 0; d < D; ++d) params[J() * J() + k] += row[d];
-            }
+            add_mixed(transposed, J, D, dz, t.g_votes + r * t.JD);
+            if (!wants_params) continue;
+            dots(dz, D, J, t.votes + r * t.JD, D, J, D, [&](int64_t k, int64_t j, int64_t found, const A* x) {
+                for (int64_t m = 0; m < found; ++m) params[k * J + j + m] += x[m];
+            });
+            for (int64_t k = 0; k < J; ++k)
+                for (int64_t d = 0; d < D; ++d) params[J * J + k] += dz[k * D + d];
         }
     }
 };

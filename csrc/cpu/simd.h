@@ -10,6 +10,9 @@
 #include <immintrin.h>
 #endif
 
+// A call would spill every register that it crosses.
+#define CAPSOPS_INLINE inline __attribute__((always_inline))
+
 namespace capsops::cpu::CAPSOPS_ISA {
 
 // The vector types; spelled out for each number, since attributes are lost on types that depend on a template.
@@ -34,33 +37,53 @@ template <class A> struct Lanes {
     Vector v;
 
     Lanes() = default;
-    Lanes(A x) : v(x - Vector{}) {}  // minus, because 0 + x would turn −0 into 0
-    Lanes(Vector x) : v(x) {}
+    CAPSOPS_INLINE Lanes(A x) : v(x - Vector{}) {}  // minus, because 0 + x would turn −0 into 0
+    CAPSOPS_INLINE Lanes(Vector x) : v(x) {}
 
-    Lanes& operator+=(Lanes x) { return v += x.v, *this; }
-    Lanes& operator*=(Lanes x) { return v *= x.v, *this; }
-    friend Lanes operator-(Lanes a) { return -a.v; }
-    friend Lanes operator+(Lanes a, Lanes b) { return a.v + b.v; }
-    friend Lanes operator-(Lanes a, Lanes b) { return a.v - b.v; }
-    friend Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }
-    friend Lanes operator/(Lanes a, Lanes b) { return a.v / b.v; }
-    // The larger; b where a is not a number.
-    friend Lanes larger(Lanes a, Lanes b) { return a.v > b.v ? a.v : b.v; }
-    friend Lanes smaller(Lanes a, Lanes b) { return a.v < b.v ? a.v : b.v; }
-    // e^x = 2^n e^r with |r| ≤ ln 2 / 2. The exponent is kept where the result is a normal number.
-    friend Lanes exponential(Lanes x) { return exponential_of(x); }
+    CAPSOPS_INLINE Lanes& operator+=(Lanes x) { return v += x.v, *this; }
+    CAPSOPS_INLINE Lanes& operator*=(Lanes x) { return v *= x.v, *this; }
+    friend CAPSOPS_INLINE Lanes operator-(Lanes a) { return -a.v; }
+    friend CAPSOPS_INLINE Lanes operator+(Lanes a, Lanes b) { return a.v + b.v; }
+    friend CAPSOPS_INLINE Lanes operator-(Lanes a, Lanes b) { return a.v - b.v; }
+    friend CAPSOPS_INLINE Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }
+    friend CAPSOPS_INLINE Lanes operator/(Lanes a, Lanes b) { return a.v / b.v; }
+    // The larger, the smaller; b where a is not a number.
+    friend CAPSOPS_INLINE Lanes larger(Lanes a, Lanes b) {
+#if CAPSOPS_VECTOR_BYTES == 64
+        // One instruction, where the comparison makes two.
+        if constexpr (sizeof(A) == 4) return Vector(_mm512_max_ps(__m512(a.v), __m512(b.v)));
+#endif
+        return a.v > b.v ? a.v : b.v;
+    }
+    friend CAPSOPS_INLINE Lanes smaller(Lanes a, Lanes b) {
+#if CAPSOPS_VECTOR_BYTES == 64
+        if constexpr (sizeof(A) == 4) return Vector(_mm512_min_ps(__m512(a.v), __m512(b.v)));
+#endif
+        return a.v < b.v ? a.v : b.v;
+    }
+    friend CAPSOPS_INLINE Lanes reciprocal(Lanes x) {
+#if CAPSOPS_VECTOR_BYTES == 64
+        if constexpr (sizeof(A) == 4) {
+            // 14 bits and one step of Newton's: 28 bits, in half the time of a division.
+            const Lanes y = Vector(_mm512_rcp14_ps(__m512(x.v)));
+            return y * (Lanes(A(2)) - x * y);
+        }
+#endif
+        return Lanes(A(1)) / x;
+    }
+    friend CAPSOPS_INLINE Lanes exponential(Lanes x) { return exponential_of(x); }
 };
 
-template <class A> inline Lanes<A> load(const A* p) {
+template <class A> CAPSOPS_INLINE Lanes<A> load(const A* p) {
     return static_cast<typename Lanes<A>::Vector>(*reinterpret_cast<const typename Lanes<A>::Unaligned*>(p));
 }
 
-template <class A> inline void store(A* p, Lanes<A> x) {
+template <class A> CAPSOPS_INLINE void store(A* p, Lanes<A> x) {
     *reinterpret_cast<typename Lanes<A>::Unaligned*>(p) = x.v;
 }
 
 // Past the caches; p is aligned to the vector.
-template <class A> inline void stream(A* p, Lanes<A> x) {
+template <class A> CAPSOPS_INLINE void stream(A* p, Lanes<A> x) {
 #if CAPSOPS_VECTOR_BYTES == 64
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(x.v));
 #elif CAPSOPS_VECTOR_BYTES == 32
@@ -79,9 +102,10 @@ inline void end_streaming() {
 #endif
 }
 
-inline Lanes<float> exponential_of(Lanes<float> x) {
+// e^x = 2^n e^r with |r| ≤ ln 2 / 2. x is kept where the result and its reciprocal are normal numbers.
+CAPSOPS_INLINE Lanes<float> exponential_of(Lanes<float> x) {
     using Bits = Lanes<float>::Bits;
-    x = smaller(Lanes<float>(88.3f), larger(Lanes<float>(-87.3f), x));
+    x = smaller(Lanes<float>(80.0f), larger(Lanes<float>(-87.3f), x));
     // Adding 1.5 · 2²³ rounds to an integer and leaves it in the low bits.
     const Lanes<float> shifted = x * 1.44269504f + 12582912.0f;
     const Lanes<float> n = shifted - 12582912.0f;
@@ -97,9 +121,9 @@ inline Lanes<float> exponential_of(Lanes<float> x) {
     return p * Lanes<float>(reinterpret_cast<Lanes<float>::Vector>(power));
 }
 
-inline Lanes<double> exponential_of(Lanes<double> x) {
+CAPSOPS_INLINE Lanes<double> exponential_of(Lanes<double> x) {
     using Bits = Lanes<double>::Bits;
-    x = smaller(Lanes<double>(709.0), larger(Lanes<double>(-708.0), x));
+    x = smaller(Lanes<double>(700.0), larger(Lanes<double>(-708.0), x));
     const Lanes<double> shifted = x * 1.4426950408889634 + 6755399441055744.0;
     const Lanes<double> n = shifted - 6755399441055744.0;
     const Lanes<double> r = (x - n * 0.693145751953125) - n * 1.42860682030941723212e-6;
@@ -112,22 +136,39 @@ inline Lanes<double> exponential_of(Lanes<double> x) {
     return p * Lanes<double>(reinterpret_cast<Lanes<double>::Vector>(power));
 }
 
-template <class A> inline Lanes<A> square_root(Lanes<A> x) {
+template <class A> CAPSOPS_INLINE Lanes<A> square_root(Lanes<A> x) {
     Lanes<A> y;
     for (int l = 0; l < Lanes<A>::count; ++l) y.v[l] = __builtin_sqrt(x.v[l]);
     return y;
 }
 
+// Transposes a square: lane l of x[m] and lane m of x[l] change places. V has as many lanes as there are x.
+template <int h, class V, int... l>
+CAPSOPS_INLINE void exchange(V& a, V& b, std::integer_sequence<int, l...>) {
+    constexpr int n = sizeof...(l);
+    const V low = __builtin_shufflevector(a, b, ((l & h) ? n + (l ^ h) : l)...);
+    b = __builtin_shufflevector(a, b, ((l & h) ? n + l : (l ^ h))...);
+    a = low;
+}
+
+template <int h, int n, class V> CAPSOPS_INLINE void transpose(V* x) {
+    constexpr auto lanes = std::make_integer_sequence<int, n>();
+#pragma GCC unroll 16
+    for (int m = 0; m < n; ++m)
+        if (!(m & h)) exchange<h>(x[m], x[m + h], lanes);
+    if constexpr (h > 1) transpose<h / 2, n>(x);
+}
+
 // Lane l holds a_l + a_m where bit h of l is 0, and b_l + b_m where it is 1, with m = l and bit h flipped.
 template <int h, class A, int... l>
-inline Lanes<A> fold(Lanes<A> a, Lanes<A> b, std::integer_sequence<int, l...>) {
+CAPSOPS_INLINE Lanes<A> fold(Lanes<A> a, Lanes<A> b, std::integer_sequence<int, l...>) {
     constexpr int n = Lanes<A>::count;
     const typename Lanes<A>::Vector kept = __builtin_shufflevector(a.v, b.v, ((l & h) ? n + l : l)...);
     const typename Lanes<A>::Vector moved = __builtin_shufflevector(a.v, b.v, ((l & h) ? n + (l ^ h) : (l ^ h))...);
     return kept + moved;
 }
 
-template <int h, class A> inline Lanes<A> fold_all(Lanes<A>* x) {
+template <int h, class A> CAPSOPS_INLINE Lanes<A> fold_all(Lanes<A>* x) {
     constexpr auto lanes = std::make_integer_sequence<int, Lanes<A>::count>();
 #pragma GCC unroll 16
     for (int m = 0; m < h; ++m) x[m] = fold<h>(x[m], x[m + h], lanes);
@@ -138,7 +179,7 @@ template <int h, class A> inline Lanes<A> fold_all(Lanes<A>* x) {
 }
 
 // Lane l holds the sum over the lanes of x[l]. x [count] is used up.
-template <class A> inline Lanes<A> sums(Lanes<A>* x) {
+template <class A> CAPSOPS_INLINE Lanes<A> sums(Lanes<A>* x) {
     return fold_all<Lanes<A>::count / 2>(x);
 }
 

@@ -22,6 +22,9 @@
 #include <new>
 
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "../dtypes.h"
 #include "../routing.h"
@@ -119,11 +122,22 @@ template <class A> struct Operands {
 
     bool shared() const { return c.weight_stride == 0; }
 
-    const A* load_u(int64_t b, int64_t i, A* scratch) const {
-        const int64_t offset = (b * c.N + i) * K;
-        if (direct_u) return static_cast<const A*>(c.u) + offset;
-        read(c.u, c.dtype, offset, K, scratch);
-        return scratch;
+    // Adds the items (b, i), (b + 1, i) … to a tile. scratch: [lanes, K], where u has to be converted.
+    void load_items(Tile<A>& t, int64_t b, int64_t i, int count, A* scratch) const {
+        const int64_t stride = c.N * K, offset = b * stride + i * K;
+        const int begin = t.count;
+        for (int m = 0; m < count; ++m) t.b[begin + m] = b + m;
+        for (int m = 0; m < count; ++m) t.i[begin + m] = i;
+        if (direct_u) {
+            const A* u = static_cast<const A*>(c.u) + offset;
+            for (int m = 0; m < count; ++m) t.u[begin + m] = u + m * stride;
+        } else {
+            for (int m = 0; m < count; ++m) {
+                t.u[begin + m] = scratch + (begin + m) * K;
+                read(c.u, c.dtype, offset + m * stride, K, scratch + (begin + m) * K);
+            }
+        }
+        t.count = begin + count;
     }
 
     const A* load_weight(int64_t i, A* scratch) const {
@@ -174,7 +188,7 @@ struct Tasks {
 
     // partial_size: numbers that a block keeps. grouped: whether the batch may be cut.
     Tasks(const Capsules& c, int64_t partial_size, bool grouped) : N(c.N), B(c.B) {
-        constexpr int64_t most_blocks = 256, most_partial = int64_t{1} << 20, least_work = int64_t{1} << 15,
+        constexpr int64_t most_blocks = 256, most_partial = int64_t{1} << 18, least_work = int64_t{1} << 15,
                           most_capsules = 1024;  // that a sum may run over where more blocks cost little
         const int64_t work = at_least(c.B, 1) * c.rows * c.K * c.J * c.D;  // of one input capsule
         const int64_t smallest = at_most(ceil_div(least_work, at_least(work, 1)), most_capsules);
@@ -246,58 +260,54 @@ inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task
     };
 
     const bool shared = o.shared();
-    const A* shared_weight = shared ? o.load_weight(0, memory + w.weight) : nullptr;
+    const A* const shared_weight = shared ? o.load_weight(0, memory + w.weight) : nullptr;
+    const auto open_segment = [&](int64_t i, const A* weight, bool first) {
+        t.segments[t.segment_count++] = {t.count, t.count, i, weight, first, false};
+    };
     int64_t matrices = 0;  // in this tile
-    bool first = true;
     for (int64_t i = i0; i < i1; ++i) {
         const A* weight = shared_weight;
+        bool open = shared && t.segment_count > 0, first = true;
         if (!shared) {
             if (matrices == o.slots || t.segment_count == Tile<A>::most_segments) {
                 flush();
                 matrices = 0;
             }
-            weight = o.load_weight(i, memory + w.weight + matrices * o.K * o.JD);
-            ++matrices;
-            first = true;
+            weight = o.load_weight(i, memory + w.weight + matrices++ * o.K * o.JD);
         }
-        const auto open_segment = [&] {
-            t.segments[t.segment_count++] = {t.count, t.count, i, weight, first, false};
-            first = false;
-        };
-        bool open = shared && t.segment_count > 0;
-        for (int64_t b = b0; b < b1; ++b) {
-            if (o.c.mask && !o.c.mask[b * o.c.N + i]) {
-                absent(b, i);
-                continue;
-            }
-            if (!open) open_segment(), open = true;
-            t.b[t.count] = b;
-            t.i[t.count] = i;
-            t.u[t.count] = o.load_u(b, i, u_scratch + t.count * o.K);
-            t.segments[t.segment_count - 1].end = ++t.count;
-            if (t.count == Tile<A>::size) {
-                if (!shared && b + 1 == b1) t.segments[t.segment_count - 1].last = true;
-                const bool finished = t.segments[t.segment_count - 1].last;
-                flush();
-                open = false;
-                if (!shared) {
-                    // The matrix in use moves to the front of those that the next tile will hold.
-                    matrices = 0;
-                    if (!finished) {
-                        if (!o.direct_weight && weight != memory + w.weight) {
-                            std::memcpy(memory + w.weight, weight, sizeof(A) * static_cast<size_t>(o.K * o.JD));
-                            weight = memory + w.weight;
-                        }
-                        matrices = 1;
-                    } else {
-                        weight = nullptr;  // done
-                    }
+        for (int64_t b = b0; b < b1;) {
+            int64_t end = b1;  // of a run of pairs that are there
+            if (const uint8_t* mask = o.c.mask) {
+                if (!mask[b * o.c.N + i]) {
+                    absent(b++, i);
+                    continue;
                 }
+                for (end = b + 1; end < b1 && mask[end * o.c.N + i];) ++end;
             }
+            if (!open) open_segment(i, weight, first);
+            open = true;
+            first = false;
+            const int count = static_cast<int>(at_most(end - b, Tile<A>::size - t.count));
+            o.load_items(t, b, i, count, u_scratch);
+            b += count;
+            t.segments[t.segment_count - 1].end = t.count;
+            if (t.count < Tile<A>::size || b == b1) continue;
+            flush();
+            open = false;
+            // The matrix in use is the first one of the next tile.
+            if (!shared && !o.direct_weight && weight != memory + w.weight) {
+                std::memcpy(memory + w.weight, weight, sizeof(A) * static_cast<size_t>(o.K * o.JD));
+                weight = memory + w.weight;
+            }
+            matrices = 1;
         }
-        if (!shared && weight) {
-            if (!open) open_segment();
+        if (!shared) {
+            if (!open) open_segment(i, weight, first);
             t.segments[t.segment_count - 1].last = true;
+        }
+        if (t.count == Tile<A>::size) {
+            flush();
+            matrices = 0;
         }
     }
     if (t.count || t.segment_count) flush();
@@ -352,8 +362,49 @@ inline void reduce(const Operands<A>& o, const Policy& policy, A* out /* [B, pol
                        [&](Tile<A>& t, A* sum, A* scratch) { policy.accumulate(t, sum, scratch); });
 }
 
+// g_u of one segment. scratch: [lanes, K].
+template <class A>
+inline void project_to_u(const Operands<A>& o, const Tile<A>& t, const Segment<A>& s, void* g_u, A* scratch) {
+    constexpr int n = Tile<A>::size;
+    const int count = s.end - s.begin;
+    const A* g = t.g_votes + s.begin * o.JD;
+    const auto offset = [&](int r) { return (t.b[s.begin + r] * o.c.N + t.i[s.begin + r]) * o.K; };
+    A* rows[n];
+    for (int r = 0; r < count; ++r) rows[r] = o.direct_u ? static_cast<A*>(g_u) + offset(r) : scratch + r * o.K;
+    // Transposing W pays for several items at once.
+    const bool several = count * 4 >= n;
+    const auto cross_lanes = [&] {
+        dots(g, o.JD, count, s.weight, o.JD, o.K, o.JD, [&](int64_t r, int64_t k, int64_t found, const A* x) {
+            for (int64_t m = 0; m < found; ++m) rows[r][k + m] = x[m];
+        });
+    };
+    if (several && o.K == n) {
+        project<1>(g, o.JD, count, s.weight, o.JD, o.JD, rows);
+    } else if constexpr (sizeof(A) == 4) {
+        if (several && 2 * o.K == n)
+            project<2>(g, o.JD, count, s.weight, o.JD, o.JD, rows);
+        else
+            cross_lanes();
+    } else {
+        cross_lanes();
+    }
+    if (o.direct_u) return;
+    for (int r = 0; r < count; ++r) write(rows[r], o.K, g_u, o.c.dtype, offset(r));
+}
+
 // Gradients of this many bytes are past every cache before anyone reads them.
 constexpr int64_t streamed_bytes = int64_t{1} << 25;
+
+// Fresh memory of that size comes in huge pages where the system gives them: to fault in 4 KB at a time takes longer than
+// to compute what goes there.
+inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t page = uintptr_t{1} << 21;
+    const uintptr_t address = reinterpret_cast<uintptr_t>(memory);
+    const uintptr_t begin = (address + page - 1) / page * page, end = (address + static_cast<uintptr_t>(bytes)) / page * page;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+}
 
 template <class A, class Policy>
 inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradients& gradients,
@@ -366,10 +417,13 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
     Buffer<A> param_partial(tasks.blocks * param_count), shared_partial(tasks.blocks * shared_size);
     const Workspace<A> w(o, true);
     const int64_t scratch_size = ceil_div(policy.scratch_size(), 64) * 64;
-    const int64_t memory_size = ceil_div(w.total + scratch_size + KJD + o.K, 64) * 64;
+    const int64_t memory_size = ceil_div(w.total + scratch_size + KJD + Tile<A>::size * o.K, 64) * 64;
     Buffer<A> memory(memory_size * c.threads);
     const bool direct = o.direct_weight && !shared;
-    const bool past_caches = direct && c.N * KJD * static_cast<int64_t>(sizeof(A)) >= streamed_bytes &&
+    const int64_t weight_bytes = c.N * KJD * static_cast<int64_t>(sizeof(A));
+    if (direct && gradients.weight && weight_bytes >= streamed_bytes)
+        prefer_huge_pages(gradients.weight, weight_bytes);
+    const bool past_caches = direct && weight_bytes >= streamed_bytes &&
                              reinterpret_cast<uintptr_t>(gradients.weight) % CAPSOPS_VECTOR_BYTES == 0;
 
 #pragma omp parallel for schedule(dynamic) num_threads(c.threads) if (tasks.count() > 1)
@@ -389,16 +443,7 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
             for (int s = 0; s < t.segment_count; ++s) {
                 const Segment<A>& g = t.segments[s];
                 const int count = g.end - g.begin;
-                if (gradients.u) {
-                    dots(rows + g.begin, count, g.weight, o.JD, o.K, o.JD, [&](int64_t r, int64_t k, int64_t n, const A* x) {
-                        const int item = g.begin + static_cast<int>(r);
-                        const int64_t offset = (t.b[item] * c.N + t.i[item]) * o.K + k;
-                        if (o.direct_u)
-                            for (int64_t m = 0; m < n; ++m) static_cast<A*>(gradients.u)[offset + m] = x[m];
-                        else
-                            write(x, n, gradients.u, c.dtype, offset);
-                    });
-                }
+                if (gradients.u && count) project_to_u(o, t, g, gradients.u, g_u);
                 if (!gradients.weight) continue;
                 const bool whole = direct && g.first && g.last;
                 A* out = whole ? static_cast<A*>(gradients.weight) + g.i * KJD : g_weight;

@@ -4,6 +4,8 @@
 // other. D is rounded up to whole vectors throughout, with zeros behind the last component.
 #pragma once
 
+#include <type_traits>
+
 #include "simd.h"
 
 #include "../coupling.h"
@@ -90,19 +92,20 @@ inline void multiply(const A* const* u, int rows, const A* weight, int64_t K, in
     for (; x < X; x += n) multiply_rows<1, add>(u, rows, weight, K, stride, out, x);
 }
 
-// out[r, k] = Σ_x a_r[x] b_k[x]: a row of `a` and one of `b` at a time, several of each in registers. store(r, k, n, p)
-// takes n neighbouring results from p.
-template <class A, class Store>
-inline void dots(const A* const* a, int64_t rows, const A* b, int64_t stride, int64_t columns, int64_t X, Store store_) {
+// out[r, k] = Σ_x a_r[x] b_k[x], several rows of `a` and of `b` at a time in registers. put(r, k, n, p) takes n
+// neighbouring results from p.
+template <class A, class Put>
+inline void dots(const A* a, int64_t a_stride, int64_t rows, const A* b, int64_t b_stride, int64_t columns, int64_t X,
+                 Put put) {
     constexpr int n = Lanes<A>::count, KB = n < 4 ? n : 4, RB = n / KB;
     for (int64_t r = 0; r < rows; r += RB) {
         const A* ar[RB];
 #pragma GCC unroll 4
-        for (int q = 0; q < RB; ++q) ar[q] = a[r + q < rows ? r + q : rows - 1];
+        for (int q = 0; q < RB; ++q) ar[q] = a + (r + q < rows ? r + q : rows - 1) * a_stride;
         for (int64_t k = 0; k < columns; k += KB) {
             const A* bk[KB];
 #pragma GCC unroll 4
-            for (int q = 0; q < KB; ++q) bk[q] = b + (k + q < columns ? k + q : columns - 1) * stride;
+            for (int q = 0; q < KB; ++q) bk[q] = b + (k + q < columns ? k + q : columns - 1) * b_stride;
             Lanes<A> sum[n];
 #pragma GCC unroll 16
             for (int m = 0; m < n; ++m) sum[m] = Lanes<A>(A(0));
@@ -120,7 +123,51 @@ inline void dots(const A* const* a, int64_t rows, const A* b, int64_t stride, in
             alignas(64) A results[n];
             store(results, sums(sum));
             const int64_t valid = columns - k < KB ? columns - k : KB;
-            for (int p = 0; p < RB && r + p < rows; ++p) store_(r + p, k, valid, results + p * KB);
+            for (int p = 0; p < RB && r + p < rows; ++p) put(r + p, k, valid, results + p * KB);
+        }
+    }
+}
+
+// out_r [K] = W [K, X] g_r [X] where K fits a vector once (P = 1) or twice (P = 2): squares of W are transposed, so that
+// the K results lie in the lanes and no sum crosses them. With P = 2 the lanes hold pairs of columns, which are added at
+// the end.
+template <int P, class A>
+inline void project(const A* g, int64_t g_stride, int rows, const A* weight, int64_t stride, int64_t X, A* const* out) {
+    constexpr int n = Lanes<A>::count, K = n / P, R = block_rows<A>;
+    using Unit = typename std::conditional<P == 2 && sizeof(A) == 4, double, A>::type;
+    using V = typename Register<Unit>::Vector;
+    for (int r = 0; r < rows; r += R) {
+        const A* row[R];
+#pragma GCC unroll 8
+        for (int q = 0; q < R; ++q) row[q] = g + (r + q < rows ? r + q : rows - 1) * g_stride;
+        Lanes<A> sum[R];
+#pragma GCC unroll 8
+        for (int q = 0; q < R; ++q) sum[q] = Lanes<A>(A(0));
+        for (int64_t x = 0; x < X; x += n) {
+            V w[K];
+#pragma GCC unroll 16
+            for (int k = 0; k < K; ++k) w[k] = reinterpret_cast<V>(load(weight + k * stride + x).v);
+            transpose<K / 2, K>(w);
+#pragma GCC unroll 8
+            for (int q = 0; q < R; ++q)
+#pragma GCC unroll 16
+                for (int m = 0; m < K; ++m) {
+                    Unit unit;
+                    __builtin_memcpy(&unit, row[q] + x + m * P, sizeof(unit));
+                    const V same = unit - V{};
+                    sum[q] += Lanes<A>(reinterpret_cast<typename Lanes<A>::Vector>(same)) *
+                              Lanes<A>(reinterpret_cast<typename Lanes<A>::Vector>(w[m]));
+                }
+        }
+        for (int q = 0; q < R && r + q < rows; ++q) {
+            A* to = out[r + q];
+            if constexpr (P == 1) {
+                store(to, sum[q]);
+            } else {
+                alignas(64) A pairs[n];
+                store(pairs, sum[q]);
+                for (int k = 0; k < K; ++k) to[k] = pairs[2 * k] + pairs[2 * k + 1];
+            }
         }
     }
 }
