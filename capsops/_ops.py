@@ -64,11 +64,11 @@ def _shape(x: Tensor) -> str:
     return f"[{', '.join([str(n) for n in x.shape])}]"
 
 
-def check_tensors(op: str, names: str, *tensors: object) -> None:
-    """Raise TypeError for what is no tensor. names: as in "u weight mask?", where mask may be None."""
-    for name, x in zip(names.split(), tensors, strict=True):
-        if not isinstance(x, Tensor) and (x is not None or not name.endswith("?")):
-            raise TypeError(f"{op}: {name.rstrip('?')} is a {type(x).__name__}; it must be a torch.Tensor")
+def check_tensors(op: str, names: str, required: int, *tensors: object) -> None:
+    """Raise TypeError for what is no tensor; what comes after the required ones may be None. names: as in "u mask"."""
+    for i, x in enumerate(tensors):
+        if not isinstance(x, Tensor) and (x is not None or i < required):
+            raise TypeError(f"{op}: {names.split()[i]} is a {type(x).__name__}; it must be a torch.Tensor")
 
 
 def check_floating(op: str, names: str, first: Tensor, *others: Tensor | None) -> None:

@@ -58,8 +58,8 @@ def coupling_coefficients(
         ValueError: an unknown routing, or what the routing function itself refuses.
     """
     op = "coupling_coefficients"
-    names = "u weight attn_weight? attn_bias? bias? prior? activation? beta_u? beta_a? mask?"
-    tensors = settle(op, names, u, weight, attn_weight, attn_bias, bias, prior, activation, beta_u, beta_a, mask)
+    names = "u weight attn_weight attn_bias bias prior activation beta_u beta_a mask"
+    tensors = settle(op, names, 2, u, weight, attn_weight, attn_bias, bias, prior, activation, beta_u, beta_a, mask)
     u, weight, attn_weight, attn_bias, bias, prior, activation, beta_u, beta_a, mask = tensors
     wide = accumulation_dtype(u.dtype)
 

@@ -27,12 +27,9 @@ from .dtypes import LOW_PRECISION, accumulation_dtype
 LAYOUTS = ("channels", "legacy")
 
 
-def settle(op: str, names: str, *tensors: Tensor | None) -> tuple[Any, ...]:
-    """The tensors by the autocast rule; names as in `_ops.check_tensors`. Raises TypeError for what is no tensor."""
-    for x in tensors:
-        if not isinstance(x, Tensor):
-            _ops.check_tensors(op, names, *tensors)
-            break
+def settle(op: str, names: str, required: int, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors by the autocast rule. Raises TypeError for what is no tensor; see `_ops.check_tensors`."""
+    _ops.check_tensors(op, names, required, *tensors)
     first: Tensor = tensors[0]  # type: ignore[assignment]
     _ops.check_floating(op, names, first)  # before a backend is asked whether it takes its dtype
     device = first.device.type
@@ -66,7 +63,7 @@ def squash(s: Tensor, dim: int = -1, kind: str = "sabour") -> Tensor:
     Raises:
         ValueError: a wrong dtype, dim or kind.
     """
-    (s,) = settle("squash", "s", s)
+    (s,) = settle("squash", "s", 1, s)
     _ops.check_squash("squash", s, kind)
     if isinstance(dim, bool) or not isinstance(dim, int) or not -s.dim() <= dim < s.dim():
         allowed = f"{-s.dim()} … {s.dim() - 1}"
@@ -99,7 +96,7 @@ def primary_capsules(features: Tensor, types: int, *, layout: str = "channels", 
         ValueError: wrong shapes or dtypes, an unknown layout or squash.
     """
     op = "primary_capsules"
-    (features,) = settle(op, "features", features)
+    (features,) = settle(op, "features", 1, features)
     if layout not in LAYOUTS:
         raise ValueError(f"{op}: layout is {layout!r}; allowed are {', '.join(map(repr, LAYOUTS))}")
     legacy = layout == "legacy"
@@ -123,7 +120,7 @@ def affine_votes(u: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: wrong shapes, dtypes or devices.
     """
-    u, weight = settle("affine_votes", "u weight", u, weight)
+    u, weight = settle("affine_votes", "u weight", 2, u, weight)
     if _plain(u):
         _ops.check_affine_votes("affine_votes", u, weight)
         with float32(u):
@@ -152,8 +149,8 @@ def attention_routing(
         ValueError: wrong shapes, dtypes or devices. MemoryError: no room for the work space (a few MB).
     """
     op = "attention_routing"
-    names = "u weight attn_weight attn_bias? mask?"
-    u, weight, attn_weight, attn_bias, mask = settle(op, names, u, weight, attn_weight, attn_bias, mask)
+    names = "u weight attn_weight attn_bias mask"
+    u, weight, attn_weight, attn_bias, mask = settle(op, names, 3, u, weight, attn_weight, attn_bias, mask)
     if _plain(u):
         _ops.check_attention(op, u, weight, attn_weight, attn_bias, mask)
         with float32(u):
@@ -190,7 +187,7 @@ def dynamic_routing(
         ValueError: wrong shapes, dtypes, devices or iterations. MemoryError: no room for the work space.
     """
     op = "dynamic_routing"
-    u, weight, bias, mask = settle(op, "u weight bias? mask?", u, weight, bias, mask)
+    u, weight, bias, mask = settle(op, "u weight bias mask", 2, u, weight, bias, mask)
     _ops.check_iterations(op, iterations)
     _ops.check_flag(op, "leaky", leaky)
     _ops.check_flag(op, "detach", detach)
@@ -228,7 +225,7 @@ def self_attention_routing(
         ValueError: wrong shapes, dtypes, devices or scale. MemoryError: no room for the work space.
     """
     op = "self_attention_routing"
-    u, weight, prior, mask = settle(op, "u weight prior? mask?", u, weight, prior, mask)
+    u, weight, prior, mask = settle(op, "u weight prior mask", 2, u, weight, prior, mask)
     plain = _plain(u)
     if plain or scale is None:
         D = _ops.check_self_attention(op, u, weight, prior, mask)[-1]
@@ -275,8 +272,8 @@ def em_routing(
         ValueError: wrong shapes, dtypes, devices, iterations or temperatures. MemoryError: no room for the work space.
     """
     op = "em_routing"
-    names = "pose activation weight beta_u beta_a mask?"
-    tensors = settle(op, names, pose, activation, weight, beta_u, beta_a, mask)
+    names = "pose activation weight beta_u beta_a mask"
+    tensors = settle(op, names, 5, pose, activation, weight, beta_u, beta_a, mask)
     pose, activation, weight, beta_u, beta_a, mask = tensors
     temperatures = _ops.inverse_temperatures(op, inverse_temperature, iterations)
     _ops.check_flag(op, "renormalise", renormalise)
