@@ -220,7 +220,7 @@ def check_flag(op: str, name: str, flag: object) -> None:
 
 def check_number(op: str, name: str, value: object) -> None:
     """Raise ValueError unless this is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < math.inf:
         _fail(op, f"{name} is {value!r}; it must be a finite number")
 
 

@@ -289,6 +289,6 @@ def em_routing(
 
 
 def renormalised(activation: Tensor) -> Tensor:
-    """r a / (Σ_j r a + ε) is r times this, because Σ_j r = 1."""
+    """r a / (Σ_j r a + ε) is r times a / (a + ε), because Σ_j r = 1. Written so that the small derivative is exact."""
     a = activation.to(accumulation_dtype(activation.dtype))
-    return (a / (a + reference.EM_EPSILON)).to(activation.dtype)
+    return (1 - reference.EM_EPSILON / (a + reference.EM_EPSILON)).to(activation.dtype)
