@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import functional
-from ._ops import SQUASH_KINDS
+from ._ops import SQUASH_KINDS, inverse_temperatures
+from .couplings import coupling_coefficients
+from .functional import LAYOUTS
 
-ROUTINGS = ("attention", "dynamic", "uniform")
-LAYOUTS = ("channels", "legacy")
+ROUTINGS = ("attention", "dynamic", "uniform", "self-attention")
 
 
 def _at_least_one(layer: str, **sizes: int) -> None:
@@ -65,19 +68,7 @@ class PrimaryCapsules(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 4:
             raise ValueError(f"PrimaryCapsules: x has shape {list(x.shape)}; expected [B, in_channels, H, W]")
-        features = self.conv(x)
-        B, _, height, width = features.shape
-        pixels = height * width
-        if self.layout == "channels":
-            u = features.reshape(B, self.types, self.dim, pixels).transpose(2, 3)
-        else:
-            if pixels % self.dim:
-                raise ValueError(
-                    f"PrimaryCapsules: layout 'legacy' cuts the {pixels} pixels of a channel into capsules of "
-                    f"{self.dim}; {pixels} must be a multiple of {self.dim}"
-                )
-            u = features
-        return functional.squash(u.reshape(B, self.types * pixels, self.dim), kind=self.squash)
+        return functional.primary_capsules(self.conv(x), self.types, layout=self.layout, squash=self.squash)
 
     def extra_repr(self) -> str:
         return f"types={self.types}, dim={self.dim}, layout={self.layout!r}, squash={self.squash!r}"
@@ -88,13 +79,17 @@ class CapsuleLayer(nn.Module):
 
     Args:
         in_capsules: N. in_dim: K. out_capsules: J. out_dim: D.
-        routing: "attention" (CardioCaps, eq. 4), "dynamic" (Sabour et al. 2017) or "uniform" (all couplings equal).
+        routing: "attention" (CardioCaps, eq. 4), "dynamic" (Sabour et al. 2017), "uniform" (all couplings equal) or
+            "self-attention" (Mazzia et al. 2021). `EMCapsules` has EM routing.
         iterations: of dynamic routing.
-        bias: attention: the bias of the 1×1 convolution; otherwise a bias [J, D] inside the squash.
+        bias: attention: the bias of the 1×1 convolution; self-attention: the prior [N, J] of the couplings; otherwise
+            a bias [J, D] inside the squash.
         leaky, detach: of dynamic routing only; see `capsops.dynamic_routing`.
-        shared: one matrix [K, J, D] for all input capsules; N may then vary from call to call.
+        shared: one matrix [K, J, D] for all input capsules; N may then vary from call to call. Self-attention routing
+            then has no prior, bias must be False.
 
-    Parameters: weight [N, K, J, D] (or [K, J, D]); attn_weight [J, J] and attn_bias [J]; or bias [J, D].
+    Parameters: weight [N, K, J, D] (or [K, J, D]); attn_weight [J, J] and attn_bias [J]; or prior [N, J]; or bias
+    [J, D].
 
     Shape: u [B, N, K] (and mask, bool [B, N]) -> v [B, J, D].
     """
@@ -122,6 +117,11 @@ class CapsuleLayer(nn.Module):
         for name, flag in (("leaky", leaky), ("detach", detach)):
             if flag and routing != "dynamic":
                 raise ValueError(f"CapsuleLayer: {name} belongs to routing 'dynamic'; routing is {routing!r}")
+        if shared and bias and routing == "self-attention":
+            raise ValueError(
+                "CapsuleLayer: shared matrices take any number of capsules, the prior of routing 'self-attention' does "
+                "not; bias must be False"
+            )
         self.in_capsules, self.in_dim, self.out_capsules, self.out_dim = in_capsules, in_dim, out_capsules, out_dim
         self.routing, self.iterations = routing, 1 if routing == "uniform" else iterations
         self.leaky, self.detach, self.shared = leaky, detach, shared
@@ -131,10 +131,11 @@ class CapsuleLayer(nn.Module):
 
         matrix = (in_dim, out_capsules, out_dim)
         self.weight = parameter(*matrix) if shared else parameter(in_capsules, *matrix)
-        attention = routing == "attention"
+        attention, self_attention = routing == "attention", routing == "self-attention"
         self.attn_weight = parameter(out_capsules, out_capsules) if attention else None
         self.attn_bias = parameter(out_capsules) if attention and bias else None
-        self.bias = parameter(out_capsules, out_dim) if not attention and bias else None
+        self.prior = parameter(in_capsules, out_capsules) if self_attention and bias else None
+        self.bias = parameter(out_capsules, out_dim) if bias and not (attention or self_attention) else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -142,17 +143,20 @@ class CapsuleLayer(nn.Module):
 
         That is where the squash is neither flat nor saturated: σ = J / √(N D), or 0.18 for the MNIST network of Sabour
         et al. 2017. A shared matrix adds up coherently at worst, hence σ = J / √(N D) there too. The 1×1 convolution
-        starts as `torch.nn.Conv2d` does, the bias at 0.
+        starts as `torch.nn.Conv2d` does, bias and prior at 0 (the prior as in Mazzia et al. 2021).
         """
         nn.init.normal_(self.weight, std=self.out_capsules / math.sqrt(self.in_capsules * self.out_dim))
         bound = 1 / math.sqrt(self.out_capsules)
         for convolution in (self.attn_weight, self.attn_bias):
             if convolution is not None:
                 nn.init.uniform_(convolution, -bound, bound)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
+        for start in (self.bias, self.prior):
+            if start is not None:
+                nn.init.zeros_(start)
 
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
+        if self.routing == "self-attention":
+            return functional.self_attention_routing(u, self.weight, self.prior, mask=mask)
         if self.attn_weight is not None:
             return functional.attention_routing(u, self.weight, self.attn_weight, self.attn_bias, mask=mask)
         return functional.dynamic_routing(
@@ -161,7 +165,7 @@ class CapsuleLayer(nn.Module):
 
     def coupling_coefficients(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
         """c [B, N, J] (attention: [B, N, J, D]) for these input capsules; see `capsops.coupling_coefficients`."""
-        return functional.coupling_coefficients(
+        return coupling_coefficients(
             self.routing,
             u,
             self.weight,
@@ -170,6 +174,7 @@ class CapsuleLayer(nn.Module):
             iterations=self.iterations,
             bias=self.bias,
             leaky=self.leaky,
+            prior=self.prior,
             mask=mask,
         )
 
@@ -180,11 +185,219 @@ class CapsuleLayer(nn.Module):
         ]
         if self.routing == "dynamic":
             parts.append(f"iterations={self.iterations}, leaky={self.leaky}, detach={self.detach}")
-        if self.attn_bias is None and self.bias is None:
+        if self.attn_bias is None and self.bias is None and self.prior is None:
             parts.append("bias=False")
         if self.shared:
             parts.append("shared=True")
         return ", ".join(parts)
+
+
+class EMCapsules(nn.Module):
+    """Affine votes and EM routing (Hinton et al. 2018) from every input capsule to every output capsule.
+
+    A capsule is a pose and an activation. The pose is a vector, or a matrix of any number of rows P: the layer is the
+    same, because each row of a vote is a row of the pose times the same matrix [K, D].
+
+    Args:
+        in_capsules: N. in_dim: K, of a matrix its columns. out_capsules: J. out_dim: D, of a matrix its columns.
+        iterations: at least 1.
+        inverse_temperature, renormalise: see `capsops.em_routing`.
+        shared: one matrix [K, J, D] for all input capsules; N may then vary from call to call.
+
+    Parameters: weight [N, K, J, D] (or [K, J, D]); beta_u [J] and beta_a [J].
+
+    Shape: pose [B, N, K] and activation [B, N] (and mask, bool [B, N]) -> pose [B, J, D] and activation [B, J];
+    matrices: pose [B, N, P, K] -> [B, J, P, D].
+    """
+
+    def __init__(
+        self,
+        in_capsules: int,
+        in_dim: int,
+        out_capsules: int,
+        out_dim: int,
+        *,
+        iterations: int = 3,
+        inverse_temperature: float | Sequence[float] = 0.01,
+        renormalise: bool = False,
+        shared: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"in_capsules": in_capsules, "in_dim": in_dim, "out_capsules": out_capsules, "out_dim": out_dim}
+        _at_least_one("EMCapsules", **sizes, iterations=iterations)
+        inverse_temperatures("EMCapsules", inverse_temperature, iterations)
+        self.in_capsules, self.in_dim, self.out_capsules, self.out_dim = in_capsules, in_dim, out_capsules, out_dim
+        self.iterations, self.inverse_temperature = iterations, inverse_temperature
+        self.renormalise, self.shared = renormalise, shared
+        matrix = (in_dim, out_capsules, out_dim)
+        size = matrix if shared else (in_capsules, *matrix)
+        self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        self.beta_u = nn.Parameter(torch.empty(out_capsules, device=device, dtype=dtype))
+        self.beta_a = nn.Parameter(torch.empty(out_capsules, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Matrices such that a vote's components have the variance of the pose's, σ = 1 / √K; both β at 0.
+
+        The paper gives no initial values.
+        """
+        nn.init.normal_(self.weight, std=1 / math.sqrt(self.in_dim))
+        nn.init.zeros_(self.beta_u)
+        nn.init.zeros_(self.beta_a)
+
+    def forward(self, pose: Tensor, activation: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return functional.em_routing(
+            pose,
+            activation,
+            self.weight,
+            self.beta_u,
+            self.beta_a,
+            self.iterations,
+            inverse_temperature=self.inverse_temperature,
+            renormalise=self.renormalise,
+            mask=mask,
+        )
+
+    def coupling_coefficients(self, pose: Tensor, activation: Tensor, mask: Tensor | None = None) -> Tensor:
+        """The responsibilities [B, N, J] of the last iteration; see `capsops.coupling_coefficients`."""
+        return coupling_coefficients(
+            "em",
+            pose,
+            self.weight,
+            activation=activation,
+            beta_u=self.beta_u,
+            beta_a=self.beta_a,
+            iterations=self.iterations,
+            inverse_temperature=self.inverse_temperature,
+            renormalise=self.renormalise,
+            mask=mask,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_capsules={self.in_capsules}, in_dim={self.in_dim}, "
+            f"out_capsules={self.out_capsules}, out_dim={self.out_dim}, iterations={self.iterations}, "
+            f"inverse_temperature={self.inverse_temperature}" + ", renormalise=True" * self.renormalise
+        ) + ", shared=True" * self.shared
+
+
+class ConvCapsules(nn.Module):
+    """Capsules on a grid, routed from local receptive fields with matrices that all positions share.
+
+    As in the convolutional capsule layers of Hinton et al. 2018, an output position routes the capsules of the
+    kernel_size × kernel_size window below it, N = kernel_size² · in_types of them. Positions in the padding hold no
+    capsule; they are left out of the routing, not taken for capsules of pose 0.
+
+    Every position is an item of the batch of an ordinary routing. So the votes are never held, but the poses of the
+    receptive fields are: (kernel_size / stride)² copies of the input.
+
+    Args:
+        in_types: capsule types at a position. in_dim: K. out_types: J. out_dim: D.
+        kernel_size, stride, padding: of the receptive fields, in both directions.
+        routing: one of `CapsuleLayer`, or "em".
+        options: further keyword arguments of the layer that routes, `CapsuleLayer` or, for "em", `EMCapsules`.
+
+    Attributes: capsules, the layer that routes. Its input capsules run over the rows of the window, then the columns,
+    then the types.
+
+    Shape: u [B, in_types, H, W, K] -> v [B, out_types, H', W', D] with H' = (H + 2 padding − kernel_size) // stride + 1
+    and W' alike. EM: pose [B, in_types, H, W, K] or [B, in_types, H, W, P, K] and activation [B, in_types, H, W] ->
+    pose [B, out_types, H', W', D] or [B, out_types, H', W', P, D] and activation [B, out_types, H', W']. With a mask,
+    bool [B, in_types, H, W], True where there is a capsule.
+    """
+
+    def __init__(
+        self,
+        in_types: int,
+        in_dim: int,
+        out_types: int,
+        out_dim: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int = 0,
+        routing: str = "dynamic",
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        _at_least_one("ConvCapsules", in_types=in_types, in_dim=in_dim, out_types=out_types, out_dim=out_dim)
+        _at_least_one("ConvCapsules", kernel_size=kernel_size, stride=stride)
+        if isinstance(padding, bool) or not isinstance(padding, int) or padding < 0:
+            raise ValueError(f"ConvCapsules: padding is {padding!r}; it must be an integer of at least 0")
+        _one_of("ConvCapsules", "routing", routing, (*ROUTINGS, "em"))
+        self.in_types, self.in_dim, self.out_types, self.out_dim = in_types, in_dim, out_types, out_dim
+        self.kernel_size, self.stride, self.padding, self.routing = kernel_size, stride, padding, routing
+        sizes = (kernel_size**2 * in_types, in_dim, out_types, out_dim)
+        self.capsules = EMCapsules(*sizes, **options) if routing == "em" else CapsuleLayer(*sizes, routing, **options)
+
+    def forward(
+        self, pose: Tensor, activation: Tensor | None = None, mask: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        B, rows, columns = self._check(pose, activation, mask)
+        there = self._there(pose, mask)
+        if activation is None:
+            return self._grid(self.capsules(self._receptive_fields(pose), there), B, rows, columns)
+        out = self.capsules(self._receptive_fields(pose), self._receptive_fields(activation), there)
+        return self._grid(out[0], B, rows, columns), self._grid(out[1], B, rows, columns)
+
+    def _check(self, pose: Tensor, activation: Tensor | None, mask: Tensor | None) -> tuple[int, int, int]:
+        """B, H' and W'."""
+        em = self.routing == "em"
+        dims, last = ((5, 6), "[B, in_types, H, W, (P,) K]") if em else ((5,), "[B, in_types, H, W, K]")
+        if pose.dim() not in dims or pose.shape[1] != self.in_types or pose.shape[-1] != self.in_dim:
+            raise ValueError(
+                f"ConvCapsules: the pose has shape {list(pose.shape)}; expected {last} with "
+                f"in_types = {self.in_types} and K = {self.in_dim}"
+            )
+        if em != (activation is not None):
+            raise ValueError(
+                f"ConvCapsules: activation is {'missing' if em else 'given'}; EM routing needs one, no other takes one"
+            )
+        for name, x in (("activation", activation), ("mask", mask)):
+            if x is not None and x.shape != pose.shape[:4]:
+                raise ValueError(
+                    f"ConvCapsules: {name} has shape {list(x.shape)}; expected [B, in_types, H, W] = "
+                    f"{list(pose.shape[:4])}"
+                )
+        B, _, height, width = pose.shape[:4]
+        rows, columns = ((n + 2 * self.padding - self.kernel_size) // self.stride + 1 for n in (height, width))
+        if rows < 1 or columns < 1:
+            raise ValueError(
+                f"ConvCapsules: no window of {self.kernel_size} × {self.kernel_size} fits into the grid of "
+                f"{height} × {width} with padding {self.padding}"
+            )
+        return B, rows, columns
+
+    def _there(self, pose: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask of the receptive fields [B · H' · W', N]; None if every position of theirs holds capsules."""
+        if mask is None and self.padding == 0:
+            return None
+        if mask is None:
+            mask = pose.new_ones((), dtype=torch.bool).expand(pose.shape[:4])
+        return self._receptive_fields(mask)
+
+    def _receptive_fields(self, x: Tensor) -> Tensor:
+        """[B, T, H, W, …] -> [B · H' · W', N, …]: a strided view, copied once into the order of the routing."""
+        further = x.dim() - 4
+        if self.padding:
+            p = self.padding
+            x = nn.functional.pad(x, (0, 0) * further + (p, p, p, p))
+        windows = x.unfold(2, self.kernel_size, self.stride).unfold(3, self.kernel_size, self.stride)
+        # [B, T, H', W', …, row, column] -> [B, H', W', row, column, T, …]
+        last = 4 + further
+        windows = windows.permute(0, 2, 3, last, last + 1, 1, *range(4, last))
+        return windows.flatten(3, 5).flatten(0, 2)
+
+    def _grid(self, x: Tensor, B: int, rows: int, columns: int) -> Tensor:
+        """[B · H' · W', J, …] -> [B, J, H', W', …], a view."""
+        return x.unflatten(0, (B, rows, columns)).movedim(3, 1)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_types={self.in_types}, out_types={self.out_types}, kernel_size={self.kernel_size}, "
+            f"stride={self.stride}, padding={self.padding}"
+        )
 
 
 def convert_weight(weight: Tensor, layout: str = "JNDK") -> Tensor:

@@ -26,12 +26,28 @@ Arguments = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Routing:
-    """One operator with its options fixed: `call(**arguments)`, and the names of what has a gradient."""
+    """One operator with its options fixed: `call(**arguments)`, and the sizes of its small arguments from N, J, D."""
 
     name: str
-    call: Callable[..., Tensor]
-    parameters: Callable[[int, int], dict[str, tuple[int, ...]]]
+    call: Callable[..., Tensor | tuple[Tensor, Tensor]]
+    parameters: Callable[[int, int, int], dict[str, tuple[int, ...]]]
     detached: bool = False
+    rows: int | None = None  # of EM routing: 0 for capsules that are vectors
+    inverse_temperature: float | tuple[float, ...] = 0.01  # of EM routing
+
+    @property
+    def em(self) -> bool:
+        """Whether there are a pose and an activation, coming in and going out."""
+        return self.rows is not None
+
+    @property
+    def capsules(self) -> str:
+        """The name of the argument [B, N, …, K]."""
+        return "pose" if self.em else "u"
+
+    @property
+    def outputs(self) -> int:
+        return 2 if self.em else 1
 
     def arguments(self, shape: tuple[int, ...], *, shared: bool = False, seed: int = 0) -> Arguments:
         """Random arguments in float64; votes of about unit length."""
@@ -41,9 +57,12 @@ class Routing:
         def normal(*size: int) -> Tensor:
             return torch.randn(*size, generator=g, dtype=torch.float64)
 
-        u = normal(B, N, K) / K**0.5
+        u = normal(B, N, *[self.rows] * bool(self.rows), K) / K**0.5
         weight = normal(*((K, J, D) if shared else (N, K, J, D))) / D**0.5
-        return {"u": u, "weight": weight, **{n: normal(*size) for n, size in self.parameters(J, D).items()}}
+        small = {n: normal(*size) for n, size in self.parameters(N, J, D).items()}
+        if self.em:
+            small["activation"] = 0.1 + 0.8 * torch.rand(B, N, generator=g, dtype=torch.float64)
+        return {self.capsules: u, "weight": weight, **small}
 
 
 def _dynamic(iterations: int, *, detach: bool, leaky: bool, bias: bool) -> Routing:
@@ -51,32 +70,65 @@ def _dynamic(iterations: int, *, detach: bool, leaky: bool, bias: bool) -> Routi
         return capsops.dynamic_routing(iterations=iterations, detach=detach, leaky=leaky, **arguments)
 
     name = f"dynamic{iterations}" + "-detach" * detach + "-leaky" * leaky + "-bias" * bias
-    return Routing(name, call, lambda J, D: {"bias": (J, D)} if bias else {}, detach)
+    return Routing(name, call, lambda N, J, D: {"bias": (J, D)} if bias else {}, detach)
 
 
-ATTENTION = Routing("attention", capsops.attention_routing, lambda J, D: {"attn_weight": (J, J), "attn_bias": (J,)})
+def _self_attention(*, prior: bool, scale: float | None) -> Routing:
+    def call(**arguments: Tensor) -> Tensor:
+        return capsops.self_attention_routing(scale=scale, **arguments)
+
+    name = "self-attention" + "-prior" * prior + "-scale" * (scale is not None)
+    return Routing(name, call, lambda N, J, D: {"prior": (N, J)} if prior else {})
+
+
+def _em(
+    iterations: int, rows: int, inverse_temperature: float | tuple[float, ...], renormalise: bool = False
+) -> Routing:
+    # Temperatures at which the activations of some shapes are saturated and those of others are not.
+    def call(**arguments: Tensor) -> tuple[Tensor, Tensor]:
+        return capsops.em_routing(
+            iterations=iterations, inverse_temperature=inverse_temperature, renormalise=renormalise, **arguments
+        )
+
+    name = f"em{iterations}" + f"-rows{rows}" * bool(rows) + "-renormalise" * renormalise
+    return Routing(name, call, lambda N, J, D: {"beta_u": (J,), "beta_a": (J,)}, False, rows, inverse_temperature)
+
+
+ATTENTION = Routing("attention", capsops.attention_routing, lambda N, J, D: {"attn_weight": (J, J), "attn_bias": (J,)})
 ROUTINGS = [
     ATTENTION,
-    Routing("attention-no-bias", capsops.attention_routing, lambda J, D: {"attn_weight": (J, J)}),
+    Routing("attention-no-bias", capsops.attention_routing, lambda N, J, D: {"attn_weight": (J, J)}),
     _dynamic(1, detach=False, leaky=False, bias=False),
     _dynamic(3, detach=False, leaky=False, bias=False),
     _dynamic(3, detach=True, leaky=False, bias=True),
     _dynamic(2, detach=False, leaky=True, bias=True),
     _dynamic(5, detach=True, leaky=True, bias=False),
+    _self_attention(prior=True, scale=None),
+    _self_attention(prior=False, scale=0.3),
+    _em(1, 0, 1.0),
+    _em(2, 4, 0.05, renormalise=True),
+    _em(3, 0, (0.01, 0.02, 0.03)),
+    _em(3, 3, 1.0),
 ]
-VOTES = Routing("votes", capsops.affine_votes, lambda J, D: {})
+VOTES = Routing("votes", capsops.affine_votes, lambda N, J, D: {})
 OPERATORS = [*ROUTINGS, VOTES]
 
 
+def each(out: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """The outputs of an operator, one or several."""
+    return out if isinstance(out, tuple) else (out,)
+
+
 def run(routing: Routing, arguments: Arguments, dtype: torch.dtype, backend: str, **fixed: Tensor) -> list[Tensor]:
-    """The output and the gradient of every argument, for one fixed random gradient of the output, in float64."""
+    """The outputs and the gradient of every argument, for fixed random gradients of the outputs, in float64."""
     leaves = {n: x.detach().to(dtype, copy=True).requires_grad_() for n, x in arguments.items()}
+    generator = torch.Generator().manual_seed(1)
     with capsops.use_backend(backend):
-        out = routing.call(**leaves, **fixed)
-        assert out.dtype == dtype
-        g = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
-        out.backward(g)
-    return [out.detach().double(), *(x.grad.double() for x in leaves.values())]
+        out = each(routing.call(**leaves, **fixed))
+        assert all(x.dtype == dtype for x in out)
+        g = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype) for x in out]
+        torch.autograd.backward(out, g)
+    return [x.detach().double() for x in out] + [x.grad.double() for x in leaves.values()]
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

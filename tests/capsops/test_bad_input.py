@@ -24,7 +24,7 @@ def _arguments(routing: Routing) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"u": torch.zeros(2, 7)}, r"u has shape \[2, 7\]; expected 3 dimensions"),
+        ({"u": torch.zeros(2, 7)}, r"u has shape \[2, 7\]; expected 3 "),
         ({"u": torch.zeros(2, 7, 9)}, r"weight has shape \[7, 4, 3, 5\].*expected \[7, 9, J, D\]"),
         ({"weight": torch.zeros(8, 4, 3, 5)}, r"weight has shape \[8, 4, 3, 5\].*expected \[7, 4, J, D\]"),
         ({"weight": torch.zeros(4, 5)}, r"weight has shape \[4, 5\]"),
@@ -43,8 +43,14 @@ def _arguments(routing: Routing) -> dict[str, torch.Tensor]:
     ),
 )
 def test_votes(routing: Routing, backend: str, change: dict[str, torch.Tensor], message: str) -> None:
+    if routing.em:
+        change = {routing.capsules if n == "u" else n: x for n, x in change.items()}
+        message = message.replace("u has", "pose has").replace("u is on", "pose is on")
+    arguments = {n: x.float() for n, x in routing.arguments((2, 7, 4, 3, 5)).items()}
+    if routing.em:  # vectors, as the changes are
+        arguments["pose"] = torch.zeros(2, 7, 4)
     with capsops.use_backend(backend), pytest.raises(ValueError, match=message):
-        routing.call(**{**_arguments(routing), **change})
+        routing.call(**{**arguments, **change})
 
 
 @by_operator
@@ -52,7 +58,7 @@ def test_votes(routing: Routing, backend: str, change: dict[str, torch.Tensor], 
 @pytest.mark.parametrize("name", ["u", "weight"])
 @pytest.mark.parametrize("value", [[1.0], None, 3], ids=repr)
 def test_not_a_tensor(routing: Routing, backend: str, name: str, value: object) -> None:
-    kind = type(value).__name__
+    kind, name = type(value).__name__, routing.capsules if name == "u" else name
     with (
         capsops.use_backend(backend),
         pytest.raises(TypeError, match=rf"{name} is a {kind}; it must be a torch.Tensor"),
@@ -143,12 +149,109 @@ def test_squash(backend: str) -> None:
             capsops.squash(torch.zeros(3, dtype=torch.long))
 
 
+@by_backend
+def test_self_attention(backend: str) -> None:
+    u, weight = torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5)
+    with capsops.use_backend(backend):
+        with pytest.raises(ValueError, match=r"prior has shape \[3, 7\]; expected \[N, J\] = \[7, 3\]"):
+            capsops.self_attention_routing(u, weight, torch.zeros(3, 7))
+        with pytest.raises(ValueError, match=r"prior has dtype torch.float64, but u has torch.float32"):
+            capsops.self_attention_routing(u, weight, torch.zeros(7, 3).double(), scale=1.0)
+        with pytest.raises(TypeError, match="prior is a float"):
+            capsops.self_attention_routing(u, weight, 0.5)  # type: ignore[arg-type]
+        for scale in ("1", float("nan"), float("inf"), True, torch.ones(())):
+            with pytest.raises(ValueError, match=r"scale is .*; it must be a finite number"):
+                capsops.self_attention_routing(u, weight, scale=scale)  # type: ignore[arg-type]
+
+
+@by_backend
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pose": torch.zeros(2, 7, 3, 1, 4)}, r"pose has shape \[2, 7, 3, 1, 4\]; expected 3 or 4 dimensions"),
+        ({"pose": torch.zeros(2, 7, 0, 4)}, r"P is 0 \(pose \[2, 7, 0, 4\]\)"),
+        ({"pose": torch.zeros(2, 7, 3, 5)}, r"weight has shape .* but pose is \[B, N, P, K\] = \[2, 7, 3, 5\]"),
+        ({"activation": torch.zeros(2, 7, 1)}, r"activation has shape \[2, 7, 1\]; expected \[B, N\] = \[2, 7\]"),
+        ({"activation": torch.zeros(2, 8)}, r"activation has shape \[2, 8\]"),
+        ({"activation": torch.zeros(2, 7).double()}, "activation has dtype torch.float64, but pose has torch.float32"),
+        ({"activation": torch.zeros(2, 7, device="meta")}, "activation is on meta, but pose is on cpu"),
+        ({"beta_u": torch.zeros(4)}, r"beta_u has shape \[4\]; expected \[J\] = \[3\]"),
+        ({"beta_a": torch.zeros(3, 1)}, r"beta_a has shape \[3, 1\]; expected \[J\] = \[3\]"),
+        ({"beta_a": torch.zeros(3).half()}, "beta_a has dtype torch.float16"),
+        ({"inverse_temperature": -0.1}, r"inverse_temperature is -0\.1; it must not be negative"),
+        ({"inverse_temperature": (0.1, 0.2)}, "inverse_temperature has 2 numbers, but iterations is 3"),
+        ({"inverse_temperature": (0.1, 0.2, -1)}, r"inverse_temperature is \(0.1, 0.2, -1\); it must not be negative"),
+        ({"inverse_temperature": float("inf")}, "inverse_temperature is inf; it must be a finite number"),
+        ({"inverse_temperature": [1, 1, None]}, "inverse_temperature is None; it must be a finite number"),
+        ({"inverse_temperature": "1.0"}, "inverse_temperature is '1.0'; it must be a finite number"),
+        ({"iterations": 0}, "iterations is 0; it must be an integer"),
+        ({"iterations": 2.0}, r"iterations is 2\.0; it must be an integer"),
+        ({"renormalise": 1}, "renormalise is 1; it must be True or False"),
+        ({"mask": torch.ones(2, 7)}, "mask has dtype torch.float32"),
+    ],
+    ids=lambda x: "" if isinstance(x, str) else next(iter(x)),
+)
+def test_em(backend: str, change: dict[str, object], message: str) -> None:
+    arguments = {
+        "pose": torch.zeros(2, 7, 4),
+        "activation": torch.zeros(2, 7),
+        "weight": torch.zeros(7, 4, 3, 5),
+        "beta_u": torch.zeros(3),
+        "beta_a": torch.zeros(3),
+    }
+    with capsops.use_backend(backend), pytest.raises(ValueError, match=message):
+        capsops.em_routing(**{**arguments, **change})
+    for name in arguments:
+        with capsops.use_backend(backend), pytest.raises(TypeError, match=f"{name} is a NoneType"):
+            capsops.em_routing(**{**arguments, name: None})
+
+
+@by_backend
+@pytest.mark.parametrize(
+    ("shape", "types", "options", "message"),
+    [
+        ((2, 8, 15), 2, {}, r"features has shape \[2, 8, 15\]; expected 4 dimensions, \[B, C, H, W\]"),
+        ((2, 8, 3, 5), 3, {}, r"its 8 channels must be a multiple of types, 3"),
+        ((2, 0, 3, 5), 3, {}, r"its 0 channels must be a multiple of types, 3"),
+        ((2, 8, 3, 5), 0, {}, "types is 0; it must be an integer of at least 1"),
+        ((2, 8, 3, 5), 2.0, {}, r"types is 2\.0; it must be an integer"),
+        ((2, 8, 3, 5), True, {}, "types is True; it must be an integer"),
+        ((2, 8, 3, 5), 2, {"layout": "rows"}, "layout is 'rows'; allowed are 'channels', 'legacy'"),
+        ((2, 8, 3, 5), 2, {"layout": "legacy"}, "15 pixels of a channel into capsules of 4; 15 must be a multiple"),
+        ((2, 8, 3, 5), 2, {"squash": "relu"}, "squash is 'relu'; allowed are 'sabour', 'efficient'"),
+    ],
+)
+def test_primary_capsules(
+    backend: str, shape: tuple[int, ...], types: int, options: dict[str, str], message: str
+) -> None:
+    with capsops.use_backend(backend):
+        with pytest.raises(ValueError, match=message):
+            capsops.primary_capsules(torch.zeros(shape), types, **options)
+        with pytest.raises(ValueError, match=r"features has dtype torch.int64"):
+            capsops.primary_capsules(torch.zeros(2, 8, 3, 5, dtype=torch.long), 2)
+        with pytest.raises(TypeError, match="features is a NoneType"):
+            capsops.primary_capsules(None, 2)  # type: ignore[arg-type]
+
+
 def test_coupling_coefficients() -> None:
     u, weight = torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5)
-    with pytest.raises(ValueError, match="routing is 'em'; allowed are 'attention', 'dynamic' and 'uniform'"):
-        capsops.coupling_coefficients("em", u, weight)
+    with pytest.raises(ValueError, match="routing is 'sda'; allowed are 'attention', 'dynamic', 'uniform', "):
+        capsops.coupling_coefficients("sda", u, weight)
     with pytest.raises(ValueError, match="attn_weight is None"):
         capsops.coupling_coefficients("attention", u, weight)
+    activation, beta = torch.zeros(2, 7), torch.zeros(3)
+    with pytest.raises(ValueError, match="activation is None; EM routing needs it"):
+        capsops.coupling_coefficients("em", u, weight, beta_u=beta, beta_a=beta)
+    with pytest.raises(ValueError, match="beta_a is None; EM routing needs it"):
+        capsops.coupling_coefficients("em", u, weight, activation=activation, beta_u=beta)
+    with pytest.raises(ValueError, match="inverse_temperature is -1"):
+        capsops.coupling_coefficients(
+            "em", u, weight, activation=activation, beta_u=beta, beta_a=beta, inverse_temperature=-1
+        )
+    with pytest.raises(ValueError, match=r"prior has shape \[3\]"):
+        capsops.coupling_coefficients("self-attention", u, weight, prior=beta)
+    with pytest.raises(ValueError, match="scale is nan"):
+        capsops.coupling_coefficients("self-attention", u, weight, scale=float("nan"))
 
 
 def test_backward_operators_check_too() -> None:
@@ -160,6 +263,17 @@ def test_backward_operators_check_too() -> None:
     with pytest.raises(ValueError, match=r"dynamic_routing_backward: s has shape \[2, 2, 3, 5\]"):
         s = torch.zeros(2, 2, 3, 5)
         torch.ops.capsops.dynamic_routing_backward(good, s, u, weight, None, None, 3, False, False, wanted[:3])
+
+    with pytest.raises(ValueError, match=r"self_attention_routing_backward: total has shape \[2, 3, 6\]"):
+        torch.ops.capsops.self_attention_routing_backward(good, wrong, good, u, weight, None, None, 1.0, wanted[:3])
+    activation, beta = torch.zeros(2, 7), torch.zeros(3)
+    em = (u, activation, weight, beta, beta, None, [0.1, 0.2], [True] * 5)
+    with pytest.raises(ValueError, match=r"em_routing_backward: g_activation has shape \[2, 3, 5\]; expected \[B, J\]"):
+        torch.ops.capsops.em_routing_backward(good, good, torch.zeros(2, 2, 3, 12), *em)
+    with pytest.raises(ValueError, match=r"em_routing_backward: state has shape \[3, 2, 3, 12\]"):
+        torch.ops.capsops.em_routing_backward(good, torch.zeros(2, 3), torch.zeros(3, 2, 3, 12), *em)
+    with pytest.raises(ValueError, match=r"primary_capsules_backward: g_u has shape \[2, 3, 5\]; expected \[B, N, K\]"):
+        torch.ops.capsops.primary_capsules_backward(good, torch.zeros(2, 4, 3, 3), 2, False, "sabour")
 
 
 @given(shape=st.lists(st.integers(0, 4), min_size=0, max_size=5), which=st.sampled_from(["u", "weight"]))

@@ -15,6 +15,10 @@ from capsops import nn
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("shared", [False, True])
 def test_capsule_layer(routing: str, bias: bool, shared: bool) -> None:
+    if routing == "self-attention" and bias and shared:
+        with pytest.raises(ValueError, match="the prior of routing 'self-attention' does not; bias must be False"):
+            nn.CapsuleLayer(17, 4, 3, 5, routing, shared=True)
+        return
     layer = nn.CapsuleLayer(17, 4, 3, 5, routing, bias=bias, shared=shared)
     u = torch.randn(2, 17, 4, requires_grad=True)
     v = layer(u)
@@ -66,6 +70,13 @@ def test_repr_says_what_it_is() -> None:
     ):
         assert part in text
     assert "layout='legacy'" in repr(nn.PrimaryCapsules(1, 2, 4, layout="legacy"))
+    assert "bias" not in repr(nn.CapsuleLayer(9, 4, 3, 5, "self-attention"))
+    text = repr(nn.EMCapsules(9, 4, 3, 5, iterations=2, inverse_temperature=(0.1, 0.2), renormalise=True))
+    for part in ("in_capsules=9", "iterations=2", "inverse_temperature=(0.1, 0.2)", "renormalise=True"):
+        assert part in text
+    text = repr(nn.ConvCapsules(2, 4, 3, 5, 3, 2, 1, "em"))
+    for part in ("in_types=2", "kernel_size=3", "stride=2", "padding=1", "EMCapsules(in_capsules=18"):
+        assert part in text
 
 
 def test_primary_capsules_channels() -> None:
@@ -116,11 +127,187 @@ def test_primary_capsules_legacy_needs_a_multiple() -> None:
         (lambda: nn.PrimaryCapsules(1, 2, 4, layout="rows"), "layout is 'rows'; allowed are 'channels', 'legacy'"),
         (lambda: nn.PrimaryCapsules(1, 2, 4, squash="relu"), "squash is 'relu'"),
         (lambda: nn.PrimaryCapsules(1, -2, 4), "types is -2"),
+        (lambda: nn.EMCapsules(9, 0, 3, 5), "EMCapsules: in_dim is 0"),
+        (lambda: nn.EMCapsules(9, 4, 3, 5, iterations=0), "EMCapsules: iterations is 0"),
+        (lambda: nn.EMCapsules(9, 4, 3, 5, inverse_temperature=-1), "inverse_temperature is -1; it must not be"),
+        (lambda: nn.EMCapsules(9, 4, 3, 5, inverse_temperature=(1, 2)), "has 2 numbers, but iterations is 3"),
+        (lambda: nn.CapsuleLayer(9, 4, 3, 5, "em"), "routing is 'em'; allowed are"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, kernel_size=0), "kernel_size is 0"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, stride=1.5), "stride is 1.5"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, padding=-1), "padding is -1; it must be an integer of at least 0"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, routing="sda"), "routing is 'sda'; allowed are .* 'em'"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 4)), r"pose has shape \[1, 2, 5, 4\]; expected"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 3, 5, 5, 4)), "with in_types = 2 and K = 4"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 5, 2, 4)), r"expected \[B, in_types, H, W, K\]"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 2, 5, 4)), "no window of 3 × 3 fits into the grid of 2"),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 5, 4), torch.zeros(1, 2, 5, 5)),
+            "activation is given; EM routing needs one",
+        ),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5, routing="em")(torch.zeros(1, 2, 5, 5, 4)),
+            "activation is missing; EM routing needs one",
+        ),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5, routing="em")(torch.zeros(1, 2, 5, 5, 4), torch.zeros(1, 2, 5)),
+            r"activation has shape \[1, 2, 5\]; expected \[B, in_types, H, W\] = \[1, 2, 5, 5\]",
+        ),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 5, 4), mask=torch.ones(1, 2, 5, 6).bool()),
+            r"mask has shape \[1, 2, 5, 6\]",
+        ),
     ],
 )
 def test_bad_arguments(build, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("rows", [(), (3,)], ids=["vectors", "matrices"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_em_capsules(rows: tuple[int, ...], shared: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.EMCapsules(17, 4, 3, 5, inverse_temperature=0.1, shared=shared)
+    pose, activation = torch.randn(2, 17, *rows, 4), torch.rand(2, 17)
+    out, a = layer(pose, activation)
+    assert out.shape == (2, 3, *rows, 5)
+    assert a.shape == (2, 3)
+    (out.square().sum() + a.square().sum()).backward()
+    for name, p in layer.named_parameters():
+        assert p.grad is not None, name
+        assert p.grad.abs().max() > 0, name
+    mask = torch.ones(2, 17, dtype=torch.bool)
+    mask[0, :5] = False
+    assert not torch.equal(layer(pose, activation, mask)[0], out)
+    r = layer.coupling_coefficients(pose, activation, mask)
+    assert r.shape == (2, 17, 3)
+    torch.testing.assert_close(r.sum(dim=2), mask.float())
+
+
+def test_em_capsules_keep_the_scale_of_the_pose() -> None:
+    torch.manual_seed(0)
+    layer = nn.EMCapsules(200, 16, 4, 8)
+    votes = capsops.affine_votes(torch.randn(4, 200, 16), layer.weight)
+    assert 0.9 < votes.std() < 1.1
+
+
+def _unfolded(layer: nn.ConvCapsules, pose: torch.Tensor, activation: torch.Tensor | None, mask: torch.Tensor) -> list:
+    """Position by position: the capsules of the window, gathered one by one, and an ordinary routing of those alone."""
+    B, types, height, width = pose.shape[:4]
+    k, stride, padding = layer.kernel_size, layer.stride, layer.padding
+    items = []
+    for b in range(B):
+        for top in range(-padding, height + padding - k + 1, stride):
+            for left in range(-padding, width + padding - k + 1, stride):
+                window = [(y, x, t) for y in range(top, top + k) for x in range(left, left + k) for t in range(types)]
+                there = [
+                    n for n, (y, x, t) in enumerate(window) if 0 <= y < height and 0 <= x < width and mask[b, t, y, x]
+                ]
+                here = [window[n] for n in there]
+                capsules = layer.capsules
+                u = torch.stack([pose[b, t, y, x] for y, x, t in here])[None]
+                if activation is not None:
+                    a = torch.stack([activation[b, t, y, x] for y, x, t in here])[None]
+                    out = capsops.em_routing(
+                        u,
+                        a,
+                        capsules.weight[there],
+                        capsules.beta_u,
+                        capsules.beta_a,
+                        capsules.iterations,
+                        inverse_temperature=capsules.inverse_temperature,
+                    )
+                elif layer.routing == "self-attention":
+                    out = (capsops.self_attention_routing(u, capsules.weight[there], capsules.prior[there]),)
+                else:
+                    out = (capsops.dynamic_routing(u, capsules.weight[there], capsules.iterations, bias=capsules.bias),)
+                items.append(out)
+    rows, columns = ((n + 2 * padding - k) // stride + 1 for n in (height, width))
+    return [torch.cat(x).reshape(B, rows, columns, *x[0].shape[1:]).movedim(3, 1) for x in zip(*items, strict=True)]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("routing", "rows"), [("dynamic", ()), ("self-attention", ()), ("em", ()), ("em", (3,))])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "masked"),
+    [(1, 1, 0, True), (3, 1, 0, False), (3, 2, 1, True), (2, 1, 1, False), (2, 3, 0, True)],
+)
+def test_conv_capsules(
+    backend: str, routing: str, rows: tuple[int, ...], kernel: int, stride: int, padding: int, masked: bool
+) -> None:
+    torch.manual_seed(0)
+    options = {"inverse_temperature": 0.5} if routing == "em" else {}
+    layer = nn.ConvCapsules(2, 3, 4, 3, kernel, stride, padding, routing, **options, dtype=torch.float64)
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.5)
+    pose = torch.randn(2, 2, 5, 6, *rows, 3, dtype=torch.float64, requires_grad=True)
+    activation = torch.rand(2, 2, 5, 6, dtype=torch.float64, requires_grad=True) if routing == "em" else None
+    mask = torch.ones(2, 2, 5, 6, dtype=torch.bool)
+    if masked:
+        mask[0, 1, 2], mask[1, :, :, 4] = False, False
+        mask[:, 0, 0, 0] = False
+        mask[:, 1, 0, :] |= True  # a position in the corner keeps one capsule
+        if kernel == 1:
+            mask[:, 1] = True
+    with capsops.use_backend(backend):
+        out = layer(pose, activation, mask if masked else None)
+        out = out if isinstance(out, tuple) else (out,)
+    with capsops.use_backend("reference"):
+        expected = _unfolded(layer, pose, activation, mask)
+    size = [(n + 2 * padding - kernel) // stride + 1 for n in (5, 6)]
+    assert out[0].shape == (2, 4, *size, *rows, 3)
+    leaves = [pose, *([] if activation is None else [activation]), *layer.parameters()]
+    for x, y in zip(out, expected, strict=True):
+        torch.testing.assert_close(x, y)
+    for x, y in zip(
+        torch.autograd.grad([x.square().sum() for x in out], leaves),
+        torch.autograd.grad([x.square().sum() for x in expected], leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, y)
+
+
+def test_conv_capsules_beyond_the_padding() -> None:
+    """A window of nothing but padding has no capsule: 0, and no gradient."""
+    layer = nn.ConvCapsules(2, 3, 4, 5, kernel_size=1, padding=1, bias=False)
+    pose = torch.randn(2, 2, 3, 3, 3, requires_grad=True)
+    v = layer(pose)
+    assert v.shape == (2, 4, 5, 5, 5)
+    assert (v[:, :, 0] == 0).all()
+    assert (v[:, :, 1, 1] != 0).any()
+    (g,) = torch.autograd.grad(v[:, :, 0].sum(), pose)
+    assert (g == 0).all()
+
+
+@pytest.mark.parametrize("routing", ["dynamic", "em"])
+def test_conv_capsules_of_no_image(routing: str) -> None:
+    layer = nn.ConvCapsules(2, 3, 4, 5, 3, 1, 1, routing)
+    given = (torch.zeros(0, 2, 6, 7, 3), *[torch.zeros(0, 2, 6, 7)] * (routing == "em"))
+    out = layer(*given)
+    assert (out[0] if routing == "em" else out).shape == (0, 4, 6, 7, 5)
+
+
+def test_conv_capsules_hold_no_votes() -> None:
+    """Of all tensors that a training step makes, none is as large as the votes."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.numel())
+            return out
+
+    layer = nn.ConvCapsules(4, 8, 16, 8, kernel_size=3)
+    u = torch.randn(2, 4, 10, 10, 8, requires_grad=True)
+    fields, votes = 2 * 64 * 9 * 4 * 8, 2 * 64 * 9 * 4 * 16 * 8
+    with capsops.use_backend("cpu"), Largest():
+        layer(u).square().sum().backward()
+    assert fields <= largest < votes / 4
 
 
 def test_convert_weight() -> None:
@@ -160,6 +347,24 @@ def test_a_network_learns(routing: str) -> None:
     optimizer = torch.optim.Adam(net.parameters(), 0.02)
     for _ in range(150):
         loss = torch.nn.functional.cross_entropy(net(u).norm(dim=-1) * 10, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.3
+
+
+def test_a_network_of_em_capsules_learns() -> None:
+    """The same through poses and activations: a convolutional layer of capsules and one that sees all of them."""
+    torch.manual_seed(1)
+    grid = nn.ConvCapsules(2, 2, 3, 2, kernel_size=2, routing="em", iterations=2, inverse_temperature=0.05)
+    top = nn.EMCapsules(4 * 3, 2, 2, 2, iterations=2, inverse_temperature=0.05)
+    pose, activation = torch.randn(32, 2, 3, 3, 2, 2), torch.full((32, 2, 3, 3), 0.9)
+    labels = (pose[..., 0, 0].sum(dim=(1, 2, 3)) > 0).long()
+    optimizer = torch.optim.Adam([*grid.parameters(), *top.parameters()], 0.05)
+    for _ in range(80):
+        poses, activations = grid(pose, activation)
+        poses, _ = top(poses.flatten(1, 3), activations.flatten(1, 3))
+        loss = torch.nn.functional.cross_entropy(poses[:, :, 0, 0], labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

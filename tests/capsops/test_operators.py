@@ -9,7 +9,7 @@ from torch import Tensor
 import capsops
 from capsops import nn
 
-from .routings import OPERATORS, Routing
+from .routings import OPERATORS, Routing, each
 
 by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name)
 OPS = torch.ops.capsops
@@ -22,6 +22,11 @@ def _examples() -> dict[str, tuple]:
     a, bias, full = torch.randn(J, J), torch.randn(J), torch.randn(J, D)
     mask = torch.rand(B, N) < 0.7
     v, s = torch.randn(B, J, D), torch.randn(3, B, J, D)
+    pose, activation, beta = torch.randn(B, N, 2, K), torch.rand(B, N), torch.randn(J)
+    features = torch.randn(B, 6, 4, 5).to(memory_format=torch.channels_last)
+    prior, temperatures = torch.randn(N, J), [0.1, 0.3]
+    # As forward leaves it: variances above 0.
+    state = torch.rand(2, B, J, 2 * 2 * D + 2) + 0.1
     return {
         "squash": (u, "sabour"),
         "squash_backward": (torch.randn(B, N, K), u, "efficient"),
@@ -31,6 +36,24 @@ def _examples() -> dict[str, tuple]:
         "attention_routing_backward": (v, s[0], u, weight, a, None, None, [True, True, False, False]),
         "dynamic_routing": (u, weight, full, mask, 3, True),
         "dynamic_routing_backward": (v, s, u, shared, full, mask, 3, False, False, [True, True, True]),
+        "primary_capsules": (features, 2, False, "efficient"),
+        "primary_capsules_backward": (torch.randn(B, 60, 2), features, 3, True, "sabour"),
+        "self_attention_routing": (u, weight, prior, mask, 0.5),
+        "self_attention_routing_backward": (v, s[0], s[1], u, shared, None, mask, 0.5, [True, True, False]),
+        "em_routing": (pose, activation, weight, beta, beta + 1, mask, temperatures),
+        "em_routing_backward": (
+            torch.randn(B, J, 2, D),
+            torch.randn(B, J),
+            state,
+            pose,
+            activation,
+            shared,
+            beta,
+            beta + 1,
+            None,
+            temperatures,
+            [True, False, True, True, False],
+        ),
     }
 
 
@@ -60,9 +83,9 @@ def test_compile_fullgraph(routing: Routing, dynamic: bool) -> None:
 
     def step(**leaves: Tensor) -> tuple[Tensor, ...]:
         leaves = {n: x.clone().requires_grad_() for n, x in leaves.items()}
-        out = call(**leaves)
-        out.square().sum().backward()
-        return out.detach(), *(x.grad for x in leaves.values())
+        out = each(call(**leaves))
+        sum(x.square().sum() for x in out).backward()
+        return *(x.detach() for x in out), *(x.grad for x in leaves.values())
 
     call = routing.call
     expected = step(**arguments)
@@ -92,15 +115,15 @@ def test_compile_a_network_with_inductor() -> None:
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_autocast_runs_in_float32(routing: Routing, mixed: bool, backend: str) -> None:
     arguments = {n: x.float().requires_grad_() for n, x in routing.arguments((2, 9, 4, 3, 5)).items()}
-    lower = {n: x.detach().bfloat16() if n == "u" or not mixed else x for n, x in arguments.items()}
+    lower = {n: x.detach().bfloat16() if n == routing.capsules or not mixed else x for n, x in arguments.items()}
     lower = {n: x.requires_grad_() for n, x in lower.items()}
     with capsops.use_backend(backend):
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            out = routing.call(**lower)
-        assert out.dtype == torch.float32
-        expected = routing.call(**{n: x.float() for n, x in lower.items()})
+            out = each(routing.call(**lower))
+        assert all(x.dtype == torch.float32 for x in out)
+        expected = each(routing.call(**{n: x.float() for n, x in lower.items()}))
     torch.testing.assert_close(out, expected, rtol=0, atol=0)
-    out.sum().backward()
+    sum(x.sum() for x in out).backward()
     for x in lower.values():
         assert x.grad is not None
         assert x.grad.dtype == x.dtype
@@ -124,10 +147,12 @@ def test_mixed_dtypes_without_autocast_are_refused() -> None:
 @pytest.mark.parametrize("of", [Tensor.sum, lambda v: v.square().sum()], ids=["linear", "square"])
 def test_double_backward_is_refused_by_the_kernels(routing: Routing, of) -> None:
     arguments = {n: x.requires_grad_() for n, x in routing.arguments((2, 5, 3, 2, 4)).items()}
-    (g,) = torch.autograd.grad(of(routing.call(**arguments)), arguments["u"], create_graph=True)
-    assert g.requires_grad
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
-        g.square().sum().backward()
+    for i in range(routing.outputs):
+        out = each(routing.call(**arguments))[i]
+        (g,) = torch.autograd.grad(of(out), arguments[routing.capsules], create_graph=True)
+        assert g.requires_grad
+        with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+            g.square().sum().backward()
 
 
 @pytest.mark.parametrize("of", [Tensor.sum, lambda v: v.square().sum()], ids=["linear", "square"])
@@ -152,9 +177,12 @@ def test_backward_takes_saved_tensors_as_they_come_back() -> None:
     u, weight = torch.randn(3, 7, 4, requires_grad=True), torch.randn(7, 4, 2, 5, requires_grad=True)
     attn_weight = torch.randn(2, 2, requires_grad=True)
     leaves = (u, weight, attn_weight)
+    activation, beta = torch.rand(3, 7), torch.randn(2)
     calls = [
         lambda: capsops.attention_routing(u, weight, attn_weight),
         lambda: capsops.dynamic_routing(u, weight) + attn_weight.sum(),
+        lambda: capsops.self_attention_routing(u, weight) + attn_weight.sum(),
+        lambda: capsops.em_routing(u, activation, weight, beta, beta)[0] + attn_weight.sum(),
     ]
 
     def restrided(x: Tensor) -> Tensor:

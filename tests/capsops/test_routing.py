@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 import capsops
 
-from .routings import OPERATORS, ROUTINGS, SHAPES, Routing, relative_error, run
+from .routings import OPERATORS, ROUTINGS, SHAPES, Routing, each, relative_error, run
 
 by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name)
 by_routing = pytest.mark.parametrize("routing", ROUTINGS, ids=lambda r: r.name)
@@ -25,14 +26,20 @@ by_sharing = pytest.mark.parametrize("shared", [False, True], ids=["matrices", "
 @by_shape
 @by_sharing
 def test_agrees_with_the_reference(routing: Routing, shape: tuple[int, ...], shared: bool) -> None:
+    """To 1e-5 in float32; EM routing, to 4 times what the reference in float32 is off by, where that is more.
+
+    EM routing divides by variances and takes differences of large costs: for some of these shapes the reference itself
+    is off by 2e-4 in a gradient.
+    """
     arguments = routing.arguments(shape, shared=shared)
     exact = run(routing, arguments, torch.float64, "reference")
     for got, expected in zip(run(routing, arguments, torch.float64, "cpu"), exact, strict=True):
         assert relative_error(got, expected) < 1e-12
-    for got, expected in zip(run(routing, arguments, torch.float32, "cpu"), exact, strict=True):
+    naive = run(routing, arguments, torch.float32, "reference") if routing.em else exact
+    for got, expected, reference in zip(run(routing, arguments, torch.float32, "cpu"), exact, naive, strict=True):
         # Where the exact gradient is zero (one output capsule has nothing to be coupled away from), so is ours.
         if expected.abs().max() > 1e-12:
-            assert relative_error(got, expected) < 1e-5
+            assert relative_error(got, expected) < max(1e-5, 4 * relative_error(reference, expected))
         else:
             assert got.abs().max() < 1e-5
 
@@ -58,7 +65,7 @@ def test_low_precision_is_at_most_twice_as_wrong(routing: Routing, shape: tuple[
 def test_gradcheck(routing: Routing, shared: bool) -> None:
     arguments = {n: x.requires_grad_() for n, x in routing.arguments((2, 5, 3, 4, 3), shared=shared).items()}
 
-    def call(*values: torch.Tensor) -> torch.Tensor:
+    def call(*values: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         return routing.call(**dict(zip(arguments, values, strict=True)))
 
     with capsops.use_backend("cpu"):
@@ -96,24 +103,31 @@ def test_mask(routing: Routing, shared: bool) -> None:
     arguments = routing.arguments(shape, shared=shared)
     mask = torch.rand(4, 67, generator=torch.Generator().manual_seed(5)) < 0.6
     mask[2] = False
-    arguments["u"][~mask] = float("nan")  # what is not there may hold anything
+    for name in {routing.capsules, "activation"} & set(arguments):
+        arguments[name][~mask] = float("nan")  # what is not there may hold anything
     got = run(routing, arguments, torch.float64, "cpu", mask=mask)
     expected = run(routing, arguments, torch.float64, "reference", mask=mask)
-    without = run(routing, {**arguments, "u": arguments["u"].nan_to_num()}, torch.float64, "reference", mask=mask)
+    without = run(routing, {n: x.nan_to_num() for n, x in arguments.items()}, torch.float64, "reference", mask=mask)
     torch.testing.assert_close(expected, without, rtol=0, atol=0)
     for x, y in zip(got, expected, strict=True):
         assert relative_error(x, y) < 1e-12
     if "bias" not in routing.name or routing.name.startswith("attention"):
         assert (got[0][2] == 0).all(), "an item without capsules gives 0"
-    assert (got[1][~mask] == 0).all(), "no gradient where there is no capsule"
-    assert (got[1][mask] != 0).any()
+    gradients = dict(zip(arguments, got[routing.outputs :], strict=True))
+    for name in {routing.capsules, "activation"} & set(arguments):
+        assert (gradients[name][~mask] == 0).all(), "no gradient where there is no capsule"
+        assert (gradients[name][mask] != 0).any()
 
 
 @by_routing
 def test_mask_is_the_same_as_leaving_the_capsules_out(routing: Routing) -> None:
     arguments = routing.arguments((1, 40, 4, 3, 5))
     mask = torch.arange(40) % 3 != 0
-    shorter = {**arguments, "u": arguments["u"][:, mask], "weight": arguments["weight"][mask]}
+    shorter = dict(arguments)
+    for name in {routing.capsules, "activation"} & set(arguments):
+        shorter[name] = arguments[name][:, mask]
+    for name in {"weight", "prior"} & set(arguments):
+        shorter[name] = arguments[name][mask]
     torch.testing.assert_close(routing.call(**arguments, mask=mask[None]), routing.call(**shorter))
 
 
@@ -132,36 +146,37 @@ def test_strided_and_expanded_inputs(routing: Routing) -> None:
     arguments = routing.arguments((3, 21, 4, 3, 5))
     expected = run(routing, arguments, torch.float32, "cpu")
     odd = {n: x.to(torch.float32).transpose(0, -1).contiguous().transpose(0, -1) for n, x in arguments.items()}
-    assert not odd["u"].is_contiguous()
-    torch.testing.assert_close(routing.call(**odd).double(), expected[0], rtol=0, atol=0)
+    capsules = routing.capsules
+    assert not odd[capsules].is_contiguous()
+    for got, y in zip(each(routing.call(**odd)), expected[: routing.outputs], strict=True):
+        torch.testing.assert_close(got.double(), y, rtol=0, atol=0)
 
-    one = arguments["u"][:1].to(torch.float32)
-    rest = {n: x.to(torch.float32) for n, x in arguments.items() if n != "u"}
-    expanded = routing.call(u=one.expand(3, -1, -1), **rest)
-    torch.testing.assert_close(expanded, routing.call(u=one.repeat(3, 1, 1), **rest), rtol=0, atol=0)
+    rest = {n: x.to(torch.float32) for n, x in arguments.items()}
+    one = rest.pop(capsules)[:1]
+    expanded = routing.call(**{capsules: one.expand(3, *one.shape[1:])}, **rest)
+    repeated = routing.call(**{capsules: one.repeat(3, *[1] * (one.dim() - 1))}, **rest)
+    torch.testing.assert_close(expanded, repeated, rtol=0, atol=0)
 
 
 @by_operator
 def test_gradient_that_arrives_expanded(routing: Routing) -> None:
-    u, *rest = routing.arguments((2, 9, 4, 3, 5)).values()
-    names = list(routing.arguments((2, 9, 4, 3, 5)))[1:]
-    u.requires_grad_()
-    out = routing.call(u=u, **dict(zip(names, rest, strict=True)))
-    (summed,) = torch.autograd.grad(out.sum(), u, retain_graph=True)  # a gradient of stride 0
-    (dense,) = torch.autograd.grad(out, u, torch.ones(out.shape, dtype=out.dtype))
-    torch.testing.assert_close(summed, dense, rtol=0, atol=0)
-    assert summed.abs().max() > 0
+    arguments = routing.arguments((2, 9, 4, 3, 5))
+    u = arguments[routing.capsules].requires_grad_()
+    for out in each(routing.call(**arguments)):
+        (summed,) = torch.autograd.grad(out.sum(), u, retain_graph=True)  # a gradient of stride 0
+        (dense,) = torch.autograd.grad(out, u, torch.ones_like(out), retain_graph=True)
+        torch.testing.assert_close(summed, dense, rtol=0, atol=0)
+        assert summed.abs().max() > 0
 
 
 @by_operator
 def test_only_what_is_asked_for_is_computed(routing: Routing) -> None:
     arguments = routing.arguments((2, 13, 4, 3, 5))
-    everything = dict(zip(arguments, run(routing, arguments, torch.float64, "cpu")[1:], strict=True))
-    g = torch.Generator().manual_seed(1)
+    everything = dict(zip(arguments, run(routing, arguments, torch.float64, "cpu")[routing.outputs :], strict=True))
     for name in arguments:
         leaves = {n: x.clone().requires_grad_(n == name) for n, x in arguments.items()}
-        out = routing.call(**leaves)
-        out.backward(torch.randn(out.shape, generator=g.manual_seed(1), dtype=torch.float64))
+        out, g = each(routing.call(**leaves)), torch.Generator().manual_seed(1)
+        torch.autograd.backward(out, [torch.randn(x.shape, generator=g, dtype=torch.float64) for x in out])
         for n, x in leaves.items():
             assert (x.grad is None) == (n != name)
         torch.testing.assert_close(leaves[name].grad, everything[name], rtol=0, atol=0)
@@ -205,35 +220,63 @@ def test_any_shape(B: int, N: int, K: int, J: int, D: int, which: int, shared: b
     arguments = routing.arguments((B, N, K, J, D), shared=shared)
     expected = run(routing, arguments, torch.float64, "reference")
     for got, y in zip(run(routing, arguments, torch.float64, "cpu"), expected, strict=True):
-        assert (got - y).abs().max() <= 1e-12 * max(1.0, float(y.abs().max()))
+        # A variance that collapses to ε makes EM routing sensitive to the last digit of the votes.
+        tolerance = 1e-10 if routing.em else 1e-12
+        assert (got - y).abs().max() <= tolerance * max(1.0, float(y.abs().max()))
+
+
+def _kind(routing: Routing) -> tuple[str, dict[str, Any]]:
+    """What `coupling_coefficients` calls a routing, and its options."""
+    if routing.em:
+        given = {"inverse_temperature": routing.inverse_temperature, "renormalise": "renormalise" in routing.name}
+        return "em", {"iterations": int(routing.name[2]), **given}
+    if routing.name.startswith("dynamic"):
+        return "dynamic", {"iterations": int(routing.name[7]), "leaky": "leaky" in routing.name}
+    if routing.name.startswith("self-attention"):
+        return "self-attention", {"scale": 0.3} if "scale" in routing.name else {}
+    return "attention", {}
 
 
 @by_routing
-def test_coupling_coefficients_explain_the_output(routing: Routing) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_coupling_coefficients_explain_the_output(routing: Routing, backend: str) -> None:
     arguments = routing.arguments((2, 23, 4, 3, 5))
-    kind = "attention" if routing.name.startswith("attention") else "dynamic"
-    options = {}
-    if kind == "dynamic":
-        options = {"iterations": int(routing.name[7]), "leaky": "leaky" in routing.name}
     mask = torch.rand(2, 23, generator=torch.Generator().manual_seed(1)) < 0.7
-    c = capsops.coupling_coefficients(kind, **arguments, **options, mask=mask)
-    votes = capsops.affine_votes(arguments["u"], arguments["weight"])
-    s = (c * votes if c.dim() == 4 else c[..., None] * votes).sum(dim=1)
-    if "bias" in arguments:
-        s = s + arguments["bias"]
-    torch.testing.assert_close(capsops.squash(s), routing.call(**arguments, mask=mask))
+    kind, options = _kind(routing)
+    u, weight = arguments[routing.capsules], arguments["weight"]
+    rest = {n: x for n, x in arguments.items() if n not in (routing.capsules, "weight")}
+    c = capsops.coupling_coefficients(kind, u, weight, **rest, **options, mask=mask)
+    with capsops.use_backend(backend):
+        out = each(routing.call(**arguments, mask=mask))[0]
+    if routing.em:
+        votes = torch.einsum("bn...k,nkjd->bnj...d", u, weight)
+        a = (arguments["activation"] > 0).double() if options["renormalise"] else arguments["activation"]
+        w = c * a[:, :, None]
+        mean = torch.einsum("bnj,bnj...->bj...", w / w.sum(dim=1, keepdim=True), votes)
+        torch.testing.assert_close(mean, out, rtol=1e-6, atol=1e-6)  # but for ε
+    else:
+        votes = torch.einsum("bnk,nkjd->bnjd", u, weight)
+        s = (c * votes if c.dim() == 4 else c[..., None] * votes).sum(dim=1)
+        if "bias" in arguments:
+            s = s + arguments["bias"]
+        torch.testing.assert_close(capsops.squash(s, kind="efficient" if kind == "self-attention" else "sabour"), out)
     total = c.sum(dim=2)
+    if "prior" in arguments:
+        total = total - arguments["prior"].sum(dim=1)
     assert (c[~mask] == 0).all()
     assert (total[mask] < 1).all() if "leaky" in routing.name else torch.allclose(total[mask], torch.ones(()).double())
 
 
-def test_coupling_coefficients_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from capsops import functional
+@by_routing
+def test_coupling_coefficients_in_chunks(routing: Routing, monkeypatch: pytest.MonkeyPatch) -> None:
+    from capsops import couplings
 
-    u, weight = torch.randn(2, 50, 4), torch.randn(50, 4, 3, 5)
-    whole = capsops.coupling_coefficients("dynamic", u, weight)
-    monkeypatch.setattr(functional, "_CHUNK", 7 * 2 * 15)
-    torch.testing.assert_close(capsops.coupling_coefficients("dynamic", u, weight), whole)
+    kind, options = _kind(routing)
+    arguments = routing.arguments((2, 50, 4, 3, 5))
+    arguments["u"] = arguments.pop(routing.capsules)
+    whole = capsops.coupling_coefficients(kind, **arguments, **options)
+    monkeypatch.setattr(couplings, "_CHUNK", 7 * 2 * 15)
+    torch.testing.assert_close(capsops.coupling_coefficients(kind, **arguments, **options), whole)
 
 
 @pytest.mark.parametrize("kind", ["attention", "dynamic"])
