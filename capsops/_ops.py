@@ -648,8 +648,8 @@ def _em_shapes(pose: Tensor, D: int) -> tuple[tuple[int, ...], int]:
     With H = P · D they are μ [H], σ² [H], Σ_i w_i and the logit z.
     """
     if pose.dim() == 3:
-        return (D,), 2 * D + 2
-    return (pose.shape[2], D), 2 * pose.shape[2] * D + 2
+        return (D,), 3 * D + 2
+    return (pose.shape[2], D), 3 * pose.shape[2] * D + 2
 
 
 @_operator(
@@ -676,12 +676,12 @@ def _em_routing_backward(
     _check_gradient(op, "g_mean", g_mean, pose, "B, J, (P,) D", B, J, *vote)
     _check_gradient(op, "g_activation", g_activation, pose, "B, J", B, J)
     R = len(inverse_temperatures)
-    _check_saved(op, "state", state, pose, "iterations, B, J, 2H + 2", R, B, J, state_size)
+    _check_saved(op, "state", state, pose, "iterations, B, J, 3H + 2", R, B, J, state_size)
     return _gradients(wanted, pose, activation, weight, beta_u, beta_a)
 
 
 class EMRouting(torch.autograd.Function):
-    """Pose and activation of EM routing; saves the inputs and the Gaussians of every iteration, [R, B, J, 2H + 2]."""
+    """Pose and activation of EM routing; saves the inputs and the Gaussians of every iteration, [R, B, J, 3H + 2]."""
 
     @staticmethod
     def forward(

@@ -58,6 +58,15 @@ PYBIND11_MODULE(_C, m) {
                                    threads};
         }));
 
+    const auto probe = [](Probe what, int64_t size, int threads) {
+        double rate = 0;
+        if (cpu::kernels().probe(what, size, threads, &rate) != Status::ok) throw std::bad_alloc();
+        return rate;
+    };
+    m.def("measure_read", [=](int64_t bytes, int threads) { return probe(Probe::read, bytes, threads); });
+    m.def("measure_copy", [=](int64_t bytes, int threads) { return probe(Probe::copy, bytes, threads); });
+    m.def("measure_fma", [=](int threads) { return probe(Probe::arithmetic, int64_t{1} << 24, threads); });
+
     m.def("instruction_set", &cpu::instruction_set);
     m.def("instruction_sets", &cpu::instruction_sets);
     m.def("use_instruction_set", &cpu::use_instruction_set);

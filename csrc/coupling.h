@@ -74,23 +74,25 @@ template <class X> CAPSOPS_HOST_DEVICE inline void softmax_backward(const X* c, 
 // What iteration t knows of one output capsule. H components of a vote.
 template <class A> struct Gaussian {
     A* mean;      // [H]
+    A* rest;      // [H], what rounding took from the mean
     A* variance;  // [H]
     A mass;       // Σ_i w_i
     A logit;      // of the activation
 };
 
 // The M-step, from sums over the input capsules of w (1, x, x²) with x = û − shift: shifted, because Σ w û² − μ² loses
-// its digits. Sets everything in g.
+// its digits. Where a variance has collapsed to ε its gradient is so steep that the rounding of the mean shows: rest keeps
+// what was lost. Sets everything in g.
 template <class A>
 CAPSOPS_HOST_DEVICE inline void maximise(Gaussian<A>& g, A mass, const A* first, const A* second, const A* shift,
                                          int64_t H, A epsilon, A beta_u, A beta_a, A inverse_temperature) {
     const A inverse = A(1) / (mass + epsilon);
     A logarithms = 0;
     for (int64_t h = 0; h < H; ++h) {
-        const A mean = (first[h] + shift[h] * mass) * inverse;
-        const A moved = mean - shift[h];
+        const A moved = (first[h] - epsilon * shift[h]) * inverse;
+        g.mean[h] = shift[h] + moved;
+        g.rest[h] = (shift[h] - g.mean[h]) + moved;
         const A spread = larger(A(0), second[h] - moved * (A(2) * first[h] - moved * mass));
-        g.mean[h] = mean;
         g.variance[h] = spread * inverse + epsilon;
         logarithms += std::log(g.variance[h]);
     }
@@ -113,8 +115,9 @@ CAPSOPS_HOST_DEVICE inline void maximise_backward(const Gaussian<A>& g, const A*
         g_variance[h] += g_cost * g.mass / (A(2) * g.variance[h]);
         quadratic[h] = g_variance[h] * inverse;
         // Σ w (û − μ)² changes with μ because the weights sum to a little less than 1.
-        linear[h] = (g_mean[h] - A(2) * quadratic[h] * epsilon * g.mean[h]) * inverse;
-        g_mass -= quadratic[h] * (g.variance[h] - epsilon);
+        const A slope = (g_mean[h] - A(2) * quadratic[h] * epsilon * g.mean[h]) * inverse;
+        linear[h] = slope - A(2) * quadratic[h] * g.rest[h];
+        g_mass -= quadratic[h] * (g.variance[h] - epsilon - g.rest[h] * g.rest[h]) + slope * g.rest[h];
     }
     *constant = g_mass + g_cost * (static_cast<A>(H) * beta_u + logarithms / 2);
     *g_beta_u += g_cost * static_cast<A>(H) * g.mass;

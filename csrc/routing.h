@@ -49,6 +49,9 @@ struct PrimaryCapsules {
     int threads;
 };
 
+// What a machine can do: bytes read a second; bytes read and written; floating-point operations.
+enum class Probe : int { read, copy, arithmetic };
+
 // The operators. Gradients that are null are not wanted.
 struct Kernels {
     // v = squash(s) along rows of length dim.
@@ -114,7 +117,8 @@ struct Kernels {
                                               const CapsuleGradients& gradients,
                                               void* g_prior);  // [N, J] accumulation
 
-    // H = P·D components of a vote; state of one output capsule: mean [H], variance [H], mass, activation logit.
+    // H = P·D components of a vote; state of one output capsule: mean [H], what
+    // rounding took from it [H], variance [H], mass, activation logit.
     Status (*em_routing)(const Capsules& c,
                          const void* activation,              // [B, N] accumulation
                          const void* beta_u,                  // [J] accumulation
@@ -123,7 +127,7 @@ struct Kernels {
                          int iterations,
                          void* mean,            // [B, J, H] accumulation
                          void* out_activation,  // [B, J] accumulation
-                         void* state);          // [iterations, B, J, 2H + 2] accumulation
+                         void* state);          // [iterations, B, J, 3H + 2] accumulation
     Status (*em_routing_backward)(const Capsules& c,
                                   const void* activation,              // [B, N] accumulation
                                   const void* beta_u,                  // [J] accumulation
@@ -136,6 +140,9 @@ struct Kernels {
                                   void* g_activation,  // [B, N] accumulation
                                   void* g_beta_u,      // [J] accumulation
                                   void* g_beta_a);     // [J] accumulation
+
+    // Measures once, over so many bytes, or steps of arithmetic.
+    Status (*probe)(Probe what, int64_t size, int threads, double* rate);
 };
 
 namespace cpu {

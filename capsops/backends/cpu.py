@@ -6,13 +6,14 @@ else.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..dtypes import accumulation_dtype
+from ..dtypes import LOW_PRECISION
 
 try:
     # After torch, so that both share one OpenMP runtime.
@@ -22,6 +23,26 @@ except ImportError as error:
     _import_error = str(error)
 
 DEVICE_TYPE = "cpu"
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """The instruction sets that the kernels were compiled for and that run here, best first."""
+    return () if _C is None else tuple(_C.instruction_sets().split())
+
+
+def use_instruction_set(name: str) -> None:
+    """Use the kernels of one instruction set from now on; CAPSOPS_ISA does so from the start.
+
+    Raises:
+        ValueError: it was not compiled or does not run here.
+    """
+    if _C is None or not _C.use_instruction_set(name):
+        allowed = ", ".join(instruction_sets()) or "none, for the extension does not load"
+        raise ValueError(f"CAPSOPS_ISA: instruction set {name!r} does not run here; allowed are {allowed}")
+
+
+if _C is not None and os.environ.get("CAPSOPS_ISA"):
+    use_instruction_set(os.environ["CAPSOPS_ISA"])
 
 _DTYPES: dict[torch.dtype, Any] = (
     {}
@@ -52,6 +73,14 @@ def built() -> str | None:
         return None
     gpus = f"CUDA kernels for {_C.cuda_architectures}" if _C.cuda_architectures else "without CUDA kernels"
     return f"built by {_C.compiler}, {gpus}"
+
+
+def instructions() -> str | None:
+    """The instruction set in use, and the others that could be."""
+    if _C is None:
+        return None
+    others = [name for name in instruction_sets() if name != _C.instruction_set()]
+    return _C.instruction_set() + (f" (CAPSOPS_ISA can force {' or '.join(others)})" if others else "")
 
 
 def _check(status: Any, op: str, *tensors: Tensor) -> None:
@@ -89,13 +118,14 @@ def _pointer(x: Tensor | None) -> int:
 
 def _accumulation(x: Tensor | None) -> Tensor | None:
     """A small operand, in the dtype that sums are kept in."""
-    return None if x is None else x.to(accumulation_dtype(x.dtype)).contiguous()
+    if x is None:
+        return None
+    return (x.float() if x.dtype in LOW_PRECISION else x).contiguous()
 
 
 def _scratch(out: Tensor) -> Tensor:
     """Where a kernel writes a small output: out itself, or memory of the accumulation dtype to be copied from."""
-    dtype = accumulation_dtype(out.dtype)
-    return out if out.dtype == dtype else torch.empty_like(out, dtype=dtype)
+    return torch.empty_like(out, dtype=torch.float32) if out.dtype in LOW_PRECISION else out
 
 
 def squash(v: Tensor, s: Tensor, kind: str) -> None:

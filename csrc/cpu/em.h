@@ -71,7 +71,7 @@ template <class A> struct Assignment {
 template <class A> struct States {
     int64_t rows, H, D;                           // rows = B·J
     Buffer<A> mean, quadratic, constant;          // [iterations, rows, D], twice, and [iterations, rows]
-    const A* compact;                             // [iterations, rows, 2H + 2]
+    const A* compact;                             // [iterations, rows, 3H + 2]
 
     States(int iterations, int64_t rows, int64_t H, int64_t D, const A* compact)
         : rows(rows), H(H), D(D), mean(iterations * rows * D), quadratic(iterations * rows * D),
@@ -79,8 +79,8 @@ template <class A> struct States {
 
     // Nothing is written through it where the state is a saved one.
     Gaussian<A> at(int t, int64_t row) const {
-        A* state = const_cast<A*>(compact) + (t * rows + row) * (2 * H + 2);
-        return {state, state + H, state[2 * H], state[2 * H + 1]};
+        A* state = const_cast<A*>(compact) + (t * rows + row) * (3 * H + 2);
+        return {state, state + H, state + 2 * H, state[3 * H], state[3 * H + 1]};
     }
 
     // Reads iteration t of the compact state.

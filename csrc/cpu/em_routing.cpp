@@ -47,8 +47,8 @@ Status em_routing(const Capsules& c, const void* activation, const void* beta_u_
                     maximise(g, sums.get()[b * row + 2 * o.JD + j], first, first + o.JD,
                              shift.get() + (b * J + j) * o.D, o.H, A(em_epsilon), beta_u[j], beta_a[j],
                              static_cast<A>(inverse_temperatures[t]));
-                    g.mean[2 * o.H] = g.mass;
-                    g.mean[2 * o.H + 1] = g.logit;
+                    g.mean[3 * o.H] = g.mass;
+                    g.mean[3 * o.H + 1] = g.logit;
                 }
             states.load_iteration(t);
             std::memcpy(shift.get(), states.mean.get() + t * rows * o.D, sizeof(A) * static_cast<size_t>(rows * o.D));

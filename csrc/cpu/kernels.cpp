@@ -19,6 +19,7 @@ extern const Kernels kernels = {
     .self_attention_routing_backward = self_attention_routing_backward,
     .em_routing = em_routing,
     .em_routing_backward = em_routing_backward,
+    .probe = probe,
 };
 
 }  // namespace capsops::cpu::CAPSOPS_ISA

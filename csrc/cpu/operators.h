@@ -29,6 +29,7 @@ Status em_routing_backward(const Capsules& c, const void* activation, const void
                            const double* inverse_temperatures, int iterations, const void* state, const void* g_mean,
                            const void* g_out_activation, const CapsuleGradients& gradients, void* g_activation,
                            void* g_beta_u, void* g_beta_a);
+Status probe(Probe what, int64_t size, int threads, double* rate);
 
 extern const Kernels kernels;
 

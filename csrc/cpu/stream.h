@@ -399,6 +399,7 @@ constexpr int64_t streamed_bytes = int64_t{1} << 25;
 // to compute what goes there.
 inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
+    if (bytes < streamed_bytes) return;
     constexpr uintptr_t page = uintptr_t{1} << 21;
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory);
     const uintptr_t begin = (address + page - 1) / page * page, end = (address + static_cast<uintptr_t>(bytes)) / page * page;
@@ -420,9 +421,10 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
     const int64_t memory_size = ceil_div(w.total + scratch_size + KJD + Tile<A>::size * o.K, 64) * 64;
     Buffer<A> memory(memory_size * c.threads);
     const bool direct = o.direct_weight && !shared;
-    const int64_t weight_bytes = c.N * KJD * static_cast<int64_t>(sizeof(A));
-    if (direct && gradients.weight && weight_bytes >= streamed_bytes)
-        prefer_huge_pages(gradients.weight, weight_bytes);
+    const int64_t number = c.dtype == Dtype::float64 ? 8 : c.dtype == Dtype::float32 ? 4 : 2;
+    const int64_t weight_bytes = c.N * c.weight_stride * number;
+    if (gradients.weight) prefer_huge_pages(gradients.weight, weight_bytes);
+    if (gradients.u) prefer_huge_pages(gradients.u, c.B * c.N * o.K * number);
     const bool past_caches = direct && weight_bytes >= streamed_bytes &&
                              reinterpret_cast<uintptr_t>(gradients.weight) % CAPSOPS_VECTOR_BYTES == 0;
 

@@ -90,3 +90,14 @@ def test_info_program() -> None:
     for word in (capsops.__version__, torch.__version__, "backend cpu", "backend reference"):
         assert word in run.stdout
     assert repr(capsops.info()) == str(capsops.info())
+
+
+def test_instruction_set_can_be_forced() -> None:
+    names = backends.cpu.instruction_sets()
+    assert names[-1] == "baseline"
+    for name in names:
+        run = _python("-c", "import capsops; print(capsops.info().instructions)", CAPSOPS_ISA=name)
+        assert run.stdout.startswith(name), run.stderr
+    run = _python("-c", "import capsops", CAPSOPS_ISA="mmx")
+    assert run.returncode != 0
+    assert "instruction set 'mmx' does not run here; allowed are" in run.stderr

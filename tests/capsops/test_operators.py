@@ -26,7 +26,7 @@ def _examples() -> dict[str, tuple]:
     features = torch.randn(B, 6, 4, 5).to(memory_format=torch.channels_last)
     prior, temperatures = torch.randn(N, J), [0.1, 0.3]
     # As forward leaves it: variances above 0.
-    state = torch.rand(2, B, J, 2 * 2 * D + 2) + 0.1
+    state = torch.rand(2, B, J, 3 * 2 * D + 2) + 0.1
     return {
         "squash": (u, "sabour"),
         "squash_backward": (torch.randn(B, N, K), u, "efficient"),

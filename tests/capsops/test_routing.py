@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,34 +15,58 @@ from hypothesis import strategies as st
 
 import capsops
 
-from .routings import OPERATORS, ROUTINGS, SHAPES, Routing, each, relative_error, run
+from .routings import OPERATORS, ROUTINGS, SHAPES, Arguments, Routing, each, relative_error, run
 
 by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name)
 by_routing = pytest.mark.parametrize("routing", ROUTINGS, ids=lambda r: r.name)
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+by_instructions = pytest.mark.parametrize("instructions", capsops.backends.cpu.instruction_sets(), indirect=True)
 by_sharing = pytest.mark.parametrize("shared", [False, True], ids=["matrices", "shared"])
 
 
+@pytest.fixture
+def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
+    best = capsops.backends.cpu.instruction_sets()[0]
+    capsops.backends.cpu.use_instruction_set(request.param)
+    yield request.param
+    capsops.backends.cpu.use_instruction_set(best)
+
+
+@pytest.mark.usefixtures("instructions")
+@by_instructions
 @by_operator
 @by_shape
 @by_sharing
 def test_agrees_with_the_reference(routing: Routing, shape: tuple[int, ...], shared: bool) -> None:
-    """To 1e-5 in float32; EM routing, to 4 times what the reference in float32 is off by, where that is more.
-
-    EM routing divides by variances and takes differences of large costs: for some of these shapes the reference itself
-    is off by 2e-4 in a gradient.
-    """
+    """To 1e-12 in float64 and 1e-5 in float32, or to what the last digit of the inputs changes where that is more."""
     arguments = routing.arguments(shape, shared=shared)
     exact = run(routing, arguments, torch.float64, "reference")
-    for got, expected in zip(run(routing, arguments, torch.float64, "cpu"), exact, strict=True):
-        assert relative_error(got, expected) < 1e-12
-    naive = run(routing, arguments, torch.float32, "reference") if routing.em else exact
-    for got, expected, reference in zip(run(routing, arguments, torch.float32, "cpu"), exact, naive, strict=True):
-        # Where the exact gradient is zero (one output capsule has nothing to be coupled away from), so is ours.
-        if expected.abs().max() > 1e-12:
-            assert relative_error(got, expected) < max(1e-5, 4 * relative_error(reference, expected))
-        else:
-            assert got.abs().max() < 1e-5
+    for dtype, bound in ((torch.float64, 1e-11 if routing.em else 1e-12), (torch.float32, 1e-5)):
+        unavoidable = _sensitivity(routing, arguments, exact, torch.finfo(dtype).eps)
+        for got, expected, error in zip(run(routing, arguments, dtype, "cpu"), exact, unavoidable, strict=True):
+            # Where the exact gradient is zero (one output capsule has nothing to be coupled away from), so is ours.
+            if expected.abs().max() > (1e-3 if routing.em else 1e-12):
+                assert relative_error(got, expected) < max(bound, 10 * error)
+            elif routing.em:  # saturated activations: the gradient has vanished, and the reference lost it too
+                assert (got - expected).abs().max() < 1e-3 * max(bound, 10 * error)
+            else:
+                assert got.abs().max() < bound
+
+
+def _sensitivity(routing: Routing, arguments: Arguments, exact: list[torch.Tensor], digit: float) -> list[float]:
+    """The relative change of every result of EM routing where the inputs change in the last digit; for others 0.
+
+    EM routing divides by variances, which collapse where an output capsule has one vote, and its activations saturate.
+    """
+    if not routing.em:
+        return [0.0] * len(exact)
+    changes = [0.0] * len(exact)
+    for seed in range(3):
+        g = torch.Generator().manual_seed(seed)
+        close = {n: x * (1 + digit * torch.randn(x.shape, generator=g, dtype=x.dtype)) for n, x in arguments.items()}
+        results = run(routing, close, torch.float64, "reference")
+        changes = [max(c, relative_error(x, y)) for c, x, y in zip(changes, results, exact, strict=True)]
+    return changes
 
 
 @by_operator
@@ -57,7 +82,7 @@ def test_low_precision_is_at_most_twice_as_wrong(routing: Routing, shape: tuple[
         # Half a unit in the last place is what rounding the exact result would cost.
         rounding = torch.finfo(dtype).eps / 2 * expected.abs().max()
         error = (reference - expected).abs().max()
-        assert (got - expected).abs().max() <= 2 * error + rounding
+        assert (got - expected).abs().max() <= 2 * error + rounding + 1e-12
 
 
 @pytest.mark.parametrize("routing", [r for r in OPERATORS if not r.detached], ids=lambda r: r.name)
@@ -96,6 +121,8 @@ def test_detached_and_full_gradients_differ() -> None:
     assert not torch.allclose(full, detached, rtol=0.05)
 
 
+@pytest.mark.usefixtures("instructions")
+@by_instructions
 @by_routing
 @by_sharing
 def test_mask(routing: Routing, shared: bool) -> None:
