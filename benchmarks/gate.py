@@ -1,0 +1,105 @@
+"""The correctness gate: no number is reported of what does not compute the routing.
+
+At a reduced N of every case, each form in float32 against the reference in float64: outputs and gradients of all inputs.
+Compiled forms are compared at the measured shape, as each form is, with capsops, when they are first called (see `race`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from cardiocaps.errors import CardioCapsError
+
+from . import forms
+from .forms import Form
+from .shapes import BOTH, FORWARD, Case
+
+# Largest error relative to the largest number expected: of capsops, whose sums do not drift; of the PyTorch forms, some of
+# which add up a million numbers that cancel, one after the other (a convolution's gradient of its bias); and of those at
+# the measured shape, a hundred times as long.
+TOLERANCE = 1e-4
+TOLERANCE_FORMS = 1e-3
+TOLERANCE_SIDE_BY_SIDE = 1e-2
+
+
+class GateError(CardioCapsError):
+    """A form is wrong. No number is reported."""
+
+    exit_code = 1
+
+
+def call(form: Form, inputs: dict[str, Tensor], direction: str, gradients: Sequence[Tensor]) -> list[Tensor]:
+    """The outputs (forward), or the gradients of all inputs that have one (forward + backward)."""
+    if direction == FORWARD:
+        with torch.no_grad():
+            return list(form.function(**inputs))
+    leaves = [x for x in inputs.values() if x.requires_grad]
+    return list(torch.autograd.grad(form.function(**inputs), leaves, gradients))
+
+
+def comparable(form: Form, inputs: dict[str, Tensor], results: list[Tensor], direction: str) -> list[Tensor]:
+    """Results with the weight's gradient in the common order."""
+    if direction == FORWARD:
+        return results
+    at = [name for name, x in inputs.items() if x.requires_grad].index("weight")
+    return [form.restored(x) if i == at else x for i, x in enumerate(results)]
+
+
+def error(got: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
+    """The largest error, relative to the largest number of its tensor; infinite for a NaN or a wrong shape."""
+    worst = 0.0
+    for x, y in zip(got, expected, strict=True):
+        if x.shape != y.shape:
+            return float("inf")
+        if y.numel() == 0:
+            continue
+        difference = (x.to(y.dtype) - y).abs_().max() / y.abs().max().clamp(min=1e-30)
+        worst = max(worst, float(difference.nan_to_num(nan=float("inf"))))
+    return worst
+
+
+def check(case: Case, candidates: Iterable[Form] | None = None) -> dict[str, float]:
+    """The error of every form but the compiled ones at a reduced N. Raises GateError naming all that are wrong."""
+    case = case.reduced()
+    if candidates is None:
+        candidates = [form for form in forms.contestants(case) if form.kind != "compiled"]
+    oracle = forms.reference(case)
+    wide = {n: x.detach().double().requires_grad_() if x.requires_grad else x for n, x in case.inputs().items()}
+    expected = {d: call(oracle, wide, d, case.output_gradients(torch.float64)) for d in (FORWARD, BOTH)}
+    if not all(bool(x.any()) for results in expected.values() for x in results):
+        raise GateError(f"gate: {case}: the reference gives only zeros, which would prove nothing")
+    errors = {}
+    for form in candidates:
+        inputs = case.inputs()
+        inputs["weight"] = form.stored(inputs["weight"])
+        errors[form.name] = max(
+            error(
+                comparable(form, inputs, call(form, inputs, direction, case.output_gradients()), direction), expected[direction]
+            )
+            for direction in (FORWARD, BOTH)
+        )
+    wrong = {n: e for n, e in errors.items() if not e < (TOLERANCE if n == "capsops" else TOLERANCE_FORMS)}
+    if wrong:
+        listed = ", ".join(f"{name} (error {e:.1e})" for name, e in wrong.items())
+        raise GateError(f"gate: {case} at {case.shape}: wrong against the float64 reference: {listed}")
+    return errors
+
+
+def check_all(cases: Sequence[Case], progress: Callable[[str], None] = lambda _: None) -> None:
+    """Every case; the rungs of the ladder differ only in size, so its lowest stands for all. Raises GateError."""
+    failures, seen = [], set()
+    for case in cases:
+        key = (case.ladder or case.shape.name, case.routing.name)
+        if key in seen:
+            continue
+        seen.add(key)
+        progress(str(case))
+        try:
+            check(case)
+        except GateError as failure:
+            failures.append(str(failure))
+    if failures:
+        raise GateError("\n".join(failures))
