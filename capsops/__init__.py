@@ -9,7 +9,16 @@ __version__ = "0.1.0"
 
 from . import nn
 from .backends import BackendError, info, use_backend
-from .functional import affine_votes, attention_routing, coupling_coefficients, dynamic_routing, squash
+from .couplings import coupling_coefficients
+from .functional import (
+    affine_votes,
+    attention_routing,
+    dynamic_routing,
+    em_routing,
+    primary_capsules,
+    self_attention_routing,
+    squash,
+)
 
 __all__ = [
     "BackendError",
@@ -17,8 +26,11 @@ __all__ = [
     "attention_routing",
     "coupling_coefficients",
     "dynamic_routing",
+    "em_routing",
     "info",
     "nn",
+    "primary_capsules",
+    "self_attention_routing",
     "squash",
     "use_backend",
 ]

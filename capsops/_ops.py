@@ -5,13 +5,18 @@ the outputs (on real tensors it allocates what a backend then fills, on fake one
 torch.compile uses); and, for those a user calls, a `torch.autograd.Function` outside, whose backward is an operator
 too.
 
-Symbols: B batch, N input capsules, K their dimension, J output capsules, D their dimension.
+Symbols: B batch, N input capsules, K their dimension, J output capsules, D their dimension; P rows of a capsule that is
+a matrix.
+
+What every call passes through is kept cheap: a check looks for trouble in one condition, and only where there is some
+does it find out what.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,9 +38,11 @@ def _operator(schema: str) -> Callable[[Outputs], Outputs]:
     def declare(outputs: Outputs) -> Outputs:
         def run(*args: Any) -> Tensor | tuple[Tensor, ...]:
             out = outputs(*args)
-            first = next(a for a in args if isinstance(a, Tensor))
-            backend = backends.compiled(name, first)
-            getattr(backend, name)(*(out if isinstance(out, tuple) else (out,)), *args)
+            kernel = getattr(backends.compiled(name, args[0]), name)
+            if isinstance(out, tuple):
+                kernel(*out, *args)
+            else:
+                kernel(out, *args)
             return out
 
         _LIBRARY.define(schema)
@@ -49,7 +56,7 @@ def _operator(schema: str) -> Callable[[Outputs], Outputs]:
 # ---- checks --------------------------------------------------------------------------------------
 
 
-def _fail(op: str, what: str) -> None:
+def _fail(op: str, what: str) -> NoReturn:
     raise ValueError(f"{op}: {what}")
 
 
@@ -57,72 +64,95 @@ def _shape(x: Tensor) -> str:
     return f"[{', '.join([str(n) for n in x.shape])}]"
 
 
-def check_tensor(op: str, name: str, x: object) -> None:
-    """Raise TypeError unless x is a tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} is a {type(x).__name__}; it must be a torch.Tensor")
+def check_tensors(op: str, names: str, *tensors: object) -> None:
+    """Raise TypeError for what is no tensor. names: as in "u weight mask?", where mask may be None."""
+    for name, x in zip(names.split(), tensors, strict=True):
+        if not isinstance(x, Tensor) and (x is not None or not name.endswith("?")):
+            raise TypeError(f"{op}: {name.rstrip('?')} is a {type(x).__name__}; it must be a torch.Tensor")
 
 
-def check_floating(op: str, **tensors: Tensor) -> None:
-    """All of one floating dtype, on one device, and strided."""
-    first: tuple[str, Tensor] | None = None
-    for name, x in tensors.items():
+def check_floating(op: str, names: str, first: Tensor, *others: Tensor | None) -> None:
+    """All of one floating dtype, on one device, and strided. names: as in "u weight bias"; None is passed over."""
+    dtype, device = first.dtype, first.device
+    good = dtype in FLOATING and first.layout == torch.strided
+    for x in others:
+        if x is not None and (x.dtype != dtype or x.device != device or x.layout != torch.strided):
+            good = False
+    if not good:
+        _refuse_floating(op, names.split(), first, *others)
+
+
+def _refuse_floating(op: str, names: Sequence[str], first: Tensor, *others: Tensor | None) -> None:
+    for name, x in zip(names, (first, *others), strict=False):
+        if x is None:
+            continue
         if x.layout != torch.strided:
             _fail(op, f"{name} has layout {x.layout}; it must be a dense (strided) tensor")
         if x.dtype not in FLOATING:
             _fail(op, f"{name} has dtype {x.dtype}; allowed are float32, float64, bfloat16 and float16")
-        if first is None:
-            first = (name, x)
-            continue
-        if x.dtype != first[1].dtype:
-            _fail(op, f"{name} has dtype {x.dtype}, but {first[0]} has {first[1].dtype}; they must be the same")
-        if x.device != first[1].device:
-            _fail(op, f"{name} is on {x.device}, but {first[0]} is on {first[1].device}; they must be on one device")
+        if x.dtype != first.dtype:
+            _fail(op, f"{name} has dtype {x.dtype}, but {names[0]} has {first.dtype}; they must be the same")
+        if x.device != first.device:
+            _fail(op, f"{name} is on {x.device}, but {names[0]} is on {first.device}; they must be on one device")
 
 
 def _check_shape(op: str, name: str, x: Tensor, axes: str, *sizes: int) -> None:
-    if x.dim() != len(sizes) or any(n != m for n, m in zip(x.shape, sizes, strict=True)):
+    if x.shape != sizes:
         wanted = ", ".join([str(n) for n in sizes])
         _fail(op, f"{name} has shape {_shape(x)}; expected [{axes}] = [{wanted}]")
 
 
-def check_votes(op: str, u: Tensor, weight: Tensor, mask: Tensor | None = None) -> tuple[int, int, int, int, int]:
-    """Check the operands of the votes û = u W and return B, N, K, J, D."""
-    check_floating(op, u=u, weight=weight)
-    if u.dim() != 3:
-        _fail(op, f"u has shape {_shape(u)}; expected 3 dimensions, [B, N, K]")
-    if weight.dim() not in (3, 4):
-        _fail(op, f"weight has shape {_shape(weight)}; expected [N, K, J, D], or [K, J, D] to share it")
-    B, N, K = u.shape
-    J, D = weight.shape[-2:]
-    if weight.dim() == 4 and (weight.shape[0] != N or weight.shape[1] != K):
-        _fail(op, f"weight has shape {_shape(weight)}, but u is [B, N, K] = {_shape(u)}; expected [{N}, {K}, J, D]")
-    if weight.dim() == 3 and weight.shape[0] != K:
-        _fail(op, f"weight has shape {_shape(weight)}, but u is [B, N, K] = {_shape(u)}; expected [{K}, J, D]")
-    for name, n in (("K", K), ("J", J), ("D", D)):
-        if n == 0:
-            _fail(op, f"{name} is 0 (u {_shape(u)}, weight {_shape(weight)}); capsules need at least one dimension")
-    if mask is not None:
+def check_votes(
+    op: str, u: Tensor, weight: Tensor, mask: Tensor | None = None, name: str = "u"
+) -> tuple[int, int, int, int, int]:
+    """Check the shapes of the operands of the votes û = u W, besides rows of u, and return B, N, K, J, D."""
+    sizes, matrices = u.shape, weight.shape
+    B, N, K = sizes[0], sizes[1], sizes[-1]
+    if matrices[:-2] != ((N, K) if len(matrices) == 4 else (K,)):
+        if len(matrices) not in (3, 4):
+            _fail(op, f"weight has shape {_shape(weight)}; expected [N, K, J, D], or [K, J, D] to share it")
+        axes = "[B, N, K]" if len(sizes) == 3 else "[B, N, P, K]"
+        wanted = f"[{N}, {K}, J, D]" if len(matrices) == 4 else f"[{K}, J, D]"
+        _fail(op, f"weight has shape {_shape(weight)}, but {name} is {axes} = {_shape(u)}; expected {wanted}")
+    J, D = matrices[-2], matrices[-1]
+    if K == 0 or J == 0 or D == 0:
+        empty = "K" if K == 0 else "J" if J == 0 else "D"
+        _fail(op, f"{empty} is 0 ({name} {_shape(u)}, weight {_shape(weight)}); capsules need at least one dimension")
+    if mask is not None and (
+        mask.dtype != torch.bool or mask.shape != (B, N) or mask.device != u.device or mask.layout != torch.strided
+    ):
         if mask.layout != torch.strided:
             _fail(op, f"mask has layout {mask.layout}; it must be a dense (strided) tensor")
         if mask.dtype != torch.bool:
             _fail(op, f"mask has dtype {mask.dtype}; it must be bool (True = the capsule is there)")
         if mask.device != u.device:
-            _fail(op, f"mask is on {mask.device}, but u is on {u.device}")
+            _fail(op, f"mask is on {mask.device}, but {name} is on {u.device}")
         _check_shape(op, "mask", mask, "B, N", B, N)
     return B, N, K, J, D
+
+
+def _check_vectors(op: str, u: Tensor) -> None:
+    if u.dim() != 3:
+        _fail(op, f"u has shape {_shape(u)}; expected 3 dimensions, [B, N, K]")
+
+
+def check_affine_votes(op: str, u: Tensor, weight: Tensor) -> tuple[int, int, int, int, int]:
+    """Check the arguments of affine_votes and return B, N, K, J, D."""
+    check_floating(op, "u weight", u, weight)
+    _check_vectors(op, u)
+    return check_votes(op, u, weight)
 
 
 def check_attention(
     op: str, u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None, mask: Tensor | None
 ) -> tuple[int, int, int, int, int]:
     """Check the arguments of attention routing and return B, N, K, J, D."""
+    check_floating(op, "u weight attn_weight attn_bias", u, weight, attn_weight, attn_bias)
+    _check_vectors(op, u)
     sizes = check_votes(op, u, weight, mask)
     J = sizes[3]
-    check_floating(op, u=u, attn_weight=attn_weight)
     _check_shape(op, "attn_weight", attn_weight, "J, J", J, J)
     if attn_bias is not None:
-        check_floating(op, u=u, attn_bias=attn_bias)
         _check_shape(op, "attn_bias", attn_bias, "J", J)
     return sizes
 
@@ -131,12 +161,48 @@ def check_dynamic(
     op: str, u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, iterations: int
 ) -> tuple[int, int, int, int, int]:
     """Check the arguments of dynamic routing and return B, N, K, J, D."""
+    check_floating(op, "u weight bias", u, weight, bias)
+    _check_vectors(op, u)
     sizes = check_votes(op, u, weight, mask)
-    J, D = sizes[3:]
     if bias is not None:
-        check_floating(op, u=u, bias=bias)
-        _check_shape(op, "bias", bias, "J, D", J, D)
+        _check_shape(op, "bias", bias, "J, D", sizes[3], sizes[4])
     check_iterations(op, iterations)
+    return sizes
+
+
+def check_self_attention(
+    op: str, u: Tensor, weight: Tensor, prior: Tensor | None, mask: Tensor | None
+) -> tuple[int, int, int, int, int]:
+    """Check the arguments of self-attention routing, besides the scale, and return B, N, K, J, D."""
+    check_floating(op, "u weight prior", u, weight, prior)
+    _check_vectors(op, u)
+    sizes = check_votes(op, u, weight, mask)
+    if prior is not None:
+        _check_shape(op, "prior", prior, "N, J", sizes[1], sizes[3])
+    return sizes
+
+
+def check_em(
+    op: str,
+    pose: Tensor,
+    activation: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    mask: Tensor | None,
+) -> tuple[int, int, int, int, int]:
+    """Check the arguments of EM routing, besides the temperatures, and return B, N, K, J, D."""
+    names = "pose activation weight beta_u beta_a"
+    check_floating(op, names, pose, activation, weight, beta_u, beta_a)
+    if pose.dim() not in (3, 4):
+        _fail(op, f"pose has shape {_shape(pose)}; expected 3 or 4 dimensions, [B, N, K] or [B, N, P, K]")
+    sizes = check_votes(op, pose, weight, mask, "pose")
+    B, N, _, J, _ = sizes
+    if pose.dim() == 4 and pose.shape[2] == 0:
+        _fail(op, f"P is 0 (pose {_shape(pose)}); capsules need at least one dimension")
+    _check_shape(op, "activation", activation, "B, N", B, N)
+    _check_shape(op, "beta_u", beta_u, "J", J)
+    _check_shape(op, "beta_a", beta_a, "J", J)
     return sizes
 
 
@@ -146,31 +212,86 @@ def check_iterations(op: str, iterations: object) -> None:
         _fail(op, f"iterations is {iterations!r}; it must be an integer of at least 1 (and below 2³¹)")
 
 
-def check_flags(op: str, **flags: object) -> None:
+def check_flag(op: str, name: str, flag: object) -> None:
     """Raise ValueError for an option that is not a bool."""
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            _fail(op, f"{name} is {flag!r}; it must be True or False")
+    if not isinstance(flag, bool):
+        _fail(op, f"{name} is {flag!r}; it must be True or False")
 
 
-def _check_saved(op: str, u: Tensor, g_v: Tensor, s: Tensor, axes: str, *sizes: int) -> None:
-    """The gradient that arrives [B, J, D], and the sums that forward saved, [*sizes] in the accumulation dtype."""
-    check_floating(op, u=u, g_v=g_v)
-    _check_shape(op, "g_v", g_v, "B, J, D", *sizes[-3:])
-    _check_shape(op, "s", s, axes, *sizes)
-    if s.dtype != accumulation_dtype(u.dtype) or s.device != u.device:
-        _fail(op, f"s is {s.dtype} on {s.device}; expected {accumulation_dtype(u.dtype)} on {u.device}")
+def check_number(op: str, name: str, value: object) -> None:
+    """Raise ValueError unless this is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        _fail(op, f"{name} is {value!r}; it must be a finite number")
 
 
-def check_squash(op: str, s: Tensor, kind: str, **same_shape: Tensor) -> None:
-    """Check the arguments of squash; tensors in same_shape must have the shape of s."""
-    check_floating(op, s=s, **same_shape)
+def inverse_temperatures(op: str, inverse_temperature: float | Sequence[float], iterations: int) -> list[float]:
+    """λ of every iteration: what is given, or for one number f the schedule f (1 − 0.95^(t+1)).
+
+    Raises:
+        ValueError: no number of iterations; numbers that are not finite or below 0, or not one for each iteration.
+    """
+    check_iterations(op, iterations)
+    name = "inverse_temperature"
+    if isinstance(inverse_temperature, Sequence) and not isinstance(inverse_temperature, str):
+        values = list(inverse_temperature)
+        if len(values) != iterations:
+            _fail(op, f"{name} has {len(values)} numbers, but iterations is {iterations}; expected one for each")
+    else:
+        check_number(op, name, inverse_temperature)
+        values = [inverse_temperature * (1 - 0.95 ** (t + 1)) for t in range(iterations)]
+    for value in values:
+        check_number(op, name, value)
+        if value < 0:
+            _fail(op, f"{name} is {inverse_temperature!r}; it must not be negative")
+    return [float(value) for value in values]
+
+
+def _check_gradient(op: str, name: str, g: Tensor, u: Tensor, axes: str, *sizes: int) -> None:
+    """The gradient that arrives, [*sizes] and otherwise as u."""
+    check_floating(op, f"u {name}", u, g)
+    _check_shape(op, name, g, axes, *sizes)
+
+
+def _check_saved(op: str, name: str, x: Tensor, u: Tensor, axes: str, *sizes: int) -> None:
+    """What forward saved, [*sizes] in the accumulation dtype of u."""
+    _check_shape(op, name, x, axes, *sizes)
+    dtype = accumulation_dtype(u.dtype)
+    if x.dtype != dtype or x.device != u.device:
+        _fail(op, f"{name} is {x.dtype} on {x.device}; expected {dtype} on {u.device}")
+
+
+def _check_kind(op: str, name: str, kind: str) -> None:
+    if kind not in SQUASH_KINDS:
+        _fail(op, f"{name} is {kind!r}; allowed are {', '.join(map(repr, SQUASH_KINDS))}")
+
+
+def check_squash(op: str, s: Tensor, kind: str) -> None:
+    """Check the arguments of squash."""
+    check_floating(op, "s", s)
     if s.dim() == 0:
         _fail(op, "s has no dimension; expected at least one, along which the length is taken")
-    if kind not in SQUASH_KINDS:
-        _fail(op, f"kind is {kind!r}; allowed are {', '.join(map(repr, SQUASH_KINDS))}")
-    for name, x in same_shape.items():
-        _check_shape(op, name, x, "as s", *s.shape)
+    _check_kind(op, "kind", kind)
+
+
+def check_primary(op: str, features: Tensor, types: int, legacy: bool, kind: str) -> tuple[int, int, int]:
+    """Check the arguments of primary_capsules and return B, N, K."""
+    check_floating(op, "features", features)
+    if features.dim() != 4:
+        _fail(op, f"features has shape {_shape(features)}; expected 4 dimensions, [B, C, H, W]")
+    if isinstance(types, bool) or not isinstance(types, int) or types < 1:
+        _fail(op, f"types is {types!r}; it must be an integer of at least 1")
+    _check_kind(op, "squash", kind)
+    B, C, height, width = features.shape
+    K, pixels = C // types, height * width
+    if C == 0 or C % types != 0:
+        _fail(op, f"features has shape {_shape(features)}; its {C} channels must be a multiple of types, {types}")
+    if legacy and pixels % K != 0:
+        _fail(
+            op,
+            f"layout 'legacy' cuts the {pixels} pixels of a channel into capsules of {K}; "
+            f"{pixels} must be a multiple of {K}",
+        )
+    return B, types * pixels, K
 
 
 def _gradients(wanted: Sequence[bool], *tensors: Tensor | None) -> tuple[Tensor, ...]:
@@ -206,16 +327,16 @@ def _once_differentiable(
 ) -> Callable[..., tuple[Tensor | None, ...]]:
     """A backward whose gradients raise an error when they are differentiated.
 
-    torch's own decorator of that name looks at the gradient that arrives alone; but a gradient depends on the saved
+    torch's own decorator of that name looks at the gradients that arrive alone; but a gradient depends on the saved
     inputs too, and of a sum of outputs on nothing else.
     """
 
-    def run(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def run(ctx: Any, *g: Tensor) -> tuple[Tensor | None, ...]:
         if not torch.is_grad_enabled():
-            return backward(ctx, g)
+            return backward(ctx, *g)
         with torch.no_grad():
-            gradients = backward(ctx, g)
-        depends_on = [x for x in (g, *ctx.saved_tensors) if x is not None and x.requires_grad]
+            gradients = backward(ctx, *g)
+        depends_on = [x for x in (*g, *ctx.saved_tensors) if x is not None and x.requires_grad]
         return tuple(x if x is None else _NoSecondDerivative.apply(x, *depends_on) for x in gradients)
 
     return run
@@ -232,7 +353,9 @@ def _squash(s: Tensor, kind: str) -> Tensor:
 
 @_operator("squash_backward(Tensor g_v, Tensor s, str kind) -> Tensor")
 def _squash_backward(g_v: Tensor, s: Tensor, kind: str) -> Tensor:
-    check_squash("squash_backward", s, kind, g_v=g_v)
+    check_squash("squash_backward", s, kind)
+    check_floating("squash_backward", "s g_v", s, g_v)
+    _check_shape("squash_backward", "g_v", g_v, "as s", *s.shape)
     return s.new_empty(s.shape)
 
 
@@ -252,20 +375,54 @@ class Squash(torch.autograd.Function):
         return torch.ops.capsops.squash_backward(g_v, s, ctx.kind), None
 
 
+# ---- primary capsules ----------------------------------------------------------------------------
+
+
+@_operator("primary_capsules(Tensor features, int types, bool legacy, str kind) -> Tensor")
+def _primary_capsules(features: Tensor, types: int, legacy: bool, kind: str) -> Tensor:
+    return features.new_empty(check_primary("primary_capsules", features, types, legacy, kind))
+
+
+@_operator("primary_capsules_backward(Tensor g_u, Tensor features, int types, bool legacy, str kind) -> Tensor")
+def _primary_capsules_backward(g_u: Tensor, features: Tensor, types: int, legacy: bool, kind: str) -> Tensor:
+    op = "primary_capsules_backward"
+    sizes = check_primary(op, features, types, legacy, kind)
+    check_floating(op, "features g_u", features, g_u)
+    _check_shape(op, "g_u", g_u, "B, N, K", *sizes)
+    # The layout of the features, for the convolution behind wants its gradient as it gave its output.
+    last = not features.is_contiguous() and features.is_contiguous(memory_format=torch.channels_last)
+    return torch.empty_like(features, memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+class PrimaryCapsules(torch.autograd.Function):
+    """u = squash of the features read as capsules."""
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, types: int, legacy: bool, kind: str) -> Tensor:
+        ctx.save_for_backward(features)
+        ctx.options = (types, legacy, kind)
+        return torch.ops.capsops.primary_capsules(features, types, legacy, kind)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, g_u: Tensor) -> tuple[Tensor | None, ...]:
+        (features,) = ctx.saved_tensors
+        return torch.ops.capsops.primary_capsules_backward(g_u, features, *ctx.options), None, None, None
+
+
 # ---- affine votes --------------------------------------------------------------------------------
 
 
 @_operator("affine_votes(Tensor u, Tensor weight) -> Tensor")
 def _affine_votes(u: Tensor, weight: Tensor) -> Tensor:
-    B, N, _, J, D = check_votes("affine_votes", u, weight)
+    B, N, _, J, D = check_affine_votes("affine_votes", u, weight)
     return u.new_empty(B, N, J, D)
 
 
 @_operator("affine_votes_backward(Tensor g_votes, Tensor u, Tensor weight, bool[2] wanted) -> (Tensor, Tensor)")
 def _affine_votes_backward(g_votes: Tensor, u: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    B, N, _, J, D = check_votes("affine_votes_backward", u, weight)
-    check_floating("affine_votes_backward", u=u, g_votes=g_votes)
-    _check_shape("affine_votes_backward", "g_votes", g_votes, "B, N, J, D", B, N, J, D)
+    B, N, _, J, D = check_affine_votes("affine_votes_backward", u, weight)
+    _check_gradient("affine_votes_backward", "g_votes", g_votes, u, "B, N, J, D", B, N, J, D)
     return _gradients(wanted, u, weight)
 
 
@@ -315,7 +472,8 @@ def _attention_routing_backward(
 ) -> tuple[Tensor, ...]:
     op = "attention_routing_backward"
     B, _, _, J, D = check_attention(op, u, weight, attn_weight, attn_bias, mask)
-    _check_saved(op, u, g_v, s, "B, J, D", B, J, D)
+    _check_gradient(op, "g_v", g_v, u, "B, J, D", B, J, D)
+    _check_saved(op, "s", s, u, "B, J, D", B, J, D)
     return _gradients(wanted, u, weight, attn_weight, attn_bias)
 
 
@@ -370,7 +528,8 @@ def _dynamic_routing_backward(
 ) -> tuple[Tensor, ...]:
     op = "dynamic_routing_backward"
     B, _, _, J, D = check_dynamic(op, u, weight, bias, mask, iterations)
-    _check_saved(op, u, g_v, s, "iterations, B, J, D", iterations, B, J, D)
+    _check_gradient(op, "g_v", g_v, u, "B, J, D", B, J, D)
+    _check_saved(op, "s", s, u, "iterations, B, J, D", iterations, B, J, D)
     return _gradients(wanted, u, weight, bias)
 
 
@@ -399,3 +558,153 @@ class DynamicRouting(torch.autograd.Function):
         wanted = list(ctx.needs_input_grad[:3])
         gradients = torch.ops.capsops.dynamic_routing_backward(g_v, *ctx.saved_tensors, *ctx.options, wanted)
         return (*_returned(wanted, gradients), None, None, None, None)
+
+
+# ---- self-attention routing ----------------------------------------------------------------------
+
+
+@_operator(
+    "self_attention_routing(Tensor u, Tensor weight, Tensor? prior, Tensor? mask, float scale)"
+    " -> (Tensor v, Tensor total, Tensor s)"
+)
+def _self_attention_routing(
+    u: Tensor, weight: Tensor, prior: Tensor | None, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, _, _, J, D = check_self_attention("self_attention_routing", u, weight, prior, mask)
+    wide = accumulation_dtype(u.dtype)
+    return u.new_empty(B, J, D), u.new_empty(B, J, D, dtype=wide), u.new_empty(B, J, D, dtype=wide)
+
+
+@_operator(
+    "self_attention_routing_backward(Tensor g_v, Tensor total, Tensor s, Tensor u, Tensor weight, Tensor? prior,"
+    " Tensor? mask, float scale, bool[3] wanted) -> (Tensor, Tensor, Tensor)"
+)
+def _self_attention_routing_backward(
+    g_v: Tensor,
+    total: Tensor,
+    s: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    prior: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    op = "self_attention_routing_backward"
+    B, _, _, J, D = check_self_attention(op, u, weight, prior, mask)
+    _check_gradient(op, "g_v", g_v, u, "B, J, D", B, J, D)
+    _check_saved(op, "total", total, u, "B, J, D", B, J, D)
+    _check_saved(op, "s", s, u, "B, J, D", B, J, D)
+    return _gradients(wanted, u, weight, prior)
+
+
+class SelfAttentionRouting(torch.autograd.Function):
+    """v of self-attention routing; saves the inputs, the sum of all votes [B, J, D] and s [B, J, D]."""
+
+    @staticmethod
+    def forward(ctx: Any, u: Tensor, weight: Tensor, prior: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
+        v, total, s = torch.ops.capsops.self_attention_routing(u, weight, prior, mask, scale)
+        ctx.save_for_backward(total, s, u, weight, prior, mask)
+        ctx.scale = scale
+        return v
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, g_v: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = list(ctx.needs_input_grad[:3])
+        gradients = torch.ops.capsops.self_attention_routing_backward(g_v, *ctx.saved_tensors, ctx.scale, wanted)
+        return (*_returned(wanted, gradients), None, None)
+
+
+# ---- EM routing ----------------------------------------------------------------------------------
+
+
+@_operator(
+    "em_routing(Tensor pose, Tensor activation, Tensor weight, Tensor beta_u, Tensor beta_a, Tensor? mask,"
+    " float[] inverse_temperatures) -> (Tensor mean, Tensor activation_out, Tensor state)"
+)
+def _em_routing(
+    pose: Tensor,
+    activation: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    mask: Tensor | None,
+    inverse_temperatures: Sequence[float],
+) -> tuple[Tensor, Tensor, Tensor]:
+    B, _, _, J, D = check_em("em_routing", pose, activation, weight, beta_u, beta_a, mask)
+    vote, state = _em_shapes(pose, D)
+    wide = accumulation_dtype(pose.dtype)
+    return (
+        pose.new_empty(B, J, *vote),
+        pose.new_empty(B, J),
+        pose.new_empty(len(inverse_temperatures), B, J, state, dtype=wide),
+    )
+
+
+def _em_shapes(pose: Tensor, D: int) -> tuple[tuple[int, ...], int]:
+    """The shape of a vote, [D] or [P, D], and how many numbers an iteration leaves of an output capsule.
+
+    With H = P · D they are μ [H], σ² [H], Σ_i w_i and the logit z.
+    """
+    if pose.dim() == 3:
+        return (D,), 2 * D + 2
+    return (pose.shape[2], D), 2 * pose.shape[2] * D + 2
+
+
+@_operator(
+    "em_routing_backward(Tensor g_mean, Tensor g_activation, Tensor state, Tensor pose, Tensor activation,"
+    " Tensor weight, Tensor beta_u, Tensor beta_a, Tensor? mask, float[] inverse_temperatures, bool[5] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+)
+def _em_routing_backward(
+    g_mean: Tensor,
+    g_activation: Tensor,
+    state: Tensor,
+    pose: Tensor,
+    activation: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    mask: Tensor | None,
+    inverse_temperatures: Sequence[float],
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    op = "em_routing_backward"
+    B, _, _, J, D = check_em(op, pose, activation, weight, beta_u, beta_a, mask)
+    vote, state_size = _em_shapes(pose, D)
+    _check_gradient(op, "g_mean", g_mean, pose, "B, J, (P,) D", B, J, *vote)
+    _check_gradient(op, "g_activation", g_activation, pose, "B, J", B, J)
+    R = len(inverse_temperatures)
+    _check_saved(op, "state", state, pose, "iterations, B, J, 2H + 2", R, B, J, state_size)
+    return _gradients(wanted, pose, activation, weight, beta_u, beta_a)
+
+
+class EMRouting(torch.autograd.Function):
+    """Pose and activation of EM routing; saves the inputs and the Gaussians of every iteration, [R, B, J, 2H + 2]."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pose: Tensor,
+        activation: Tensor,
+        weight: Tensor,
+        beta_u: Tensor,
+        beta_a: Tensor,
+        mask: Tensor | None,
+        inverse_temperatures: Sequence[float],
+    ) -> tuple[Tensor, Tensor]:
+        inputs = (pose, activation, weight, beta_u, beta_a, mask)
+        mean, activation_out, state = torch.ops.capsops.em_routing(*inputs, inverse_temperatures)
+        ctx.save_for_backward(state, *inputs)
+        ctx.inverse_temperatures = inverse_temperatures
+        return mean, activation_out
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx: Any, g_mean: Tensor, g_activation: Tensor) -> tuple[Tensor | None, ...]:
+        wanted = list(ctx.needs_input_grad[:5])
+        gradients = torch.ops.capsops.em_routing_backward(
+            g_mean, g_activation, *ctx.saved_tensors, ctx.inverse_temperatures, wanted
+        )
+        return (*_returned(wanted, gradients), None, None)

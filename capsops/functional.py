@@ -1,7 +1,7 @@
 """The functions a user calls.
 
 Each checks its arguments, picks a backend and is differentiable. Symbols: B batch, N input capsules, K their dimension,
-J output capsules, D their dimension.
+J output capsules, D their dimension; P rows of a capsule that is a matrix.
 
 dtypes: float32, bfloat16 and float16 with sums kept in float32; float64 throughout. All floating arguments of one call
 must have the same dtype and device.
@@ -14,7 +14,7 @@ Second derivatives: the compiled backends raise an error on double backward; `us
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,22 +24,21 @@ from . import _ops, backends
 from .backends import reference
 from .dtypes import LOW_PRECISION, accumulation_dtype
 
-# Votes that `coupling_coefficients` holds at a time.
-_CHUNK = 1 << 22
+LAYOUTS = ("channels", "legacy")
 
 
-def _settle(op: str, optional: dict[str, Tensor | None] | None = None, **tensors: Tensor) -> tuple[Any, ...]:
-    """The tensors, then the optional ones, by the autocast rule. Raises TypeError for what is no tensor."""
-    for name, x in (*tensors.items(), *(optional or {}).items()):
-        if x is not None or name in tensors:
-            _ops.check_tensor(op, name, x)
-    first = next(iter(tensors))
-    _ops.check_floating(op, **{first: tensors[first]})  # before a backend is asked whether it takes its dtype
-    values = (*tensors.values(), *(optional or {}).values())
-    device = values[0].device.type  # type: ignore[union-attr]
+def settle(op: str, names: str, *tensors: Tensor | None) -> tuple[Any, ...]:
+    """The tensors by the autocast rule; names as in `_ops.check_tensors`. Raises TypeError for what is no tensor."""
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            _ops.check_tensors(op, names, *tensors)
+            break
+    first: Tensor = tensors[0]  # type: ignore[assignment]
+    _ops.check_floating(op, names, first)  # before a backend is asked whether it takes its dtype
+    device = first.device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return values
-    return tuple(x.float() if isinstance(x, Tensor) and x.dtype in LOW_PRECISION else x for x in values)
+        return tensors
+    return tuple([x.float() if x is not None and x.dtype in LOW_PRECISION else x for x in tensors])
 
 
 def _plain(x: Tensor) -> bool:
@@ -47,7 +46,7 @@ def _plain(x: Tensor) -> bool:
     return backends.select(x.device, x.dtype) == "reference"
 
 
-def _float32(x: Tensor) -> torch.autocast:
+def float32(x: Tensor) -> torch.autocast:
     """No autocast inside; what should be in float32 already is."""
     return torch.autocast(x.device.type, enabled=False)
 
@@ -67,7 +66,7 @@ def squash(s: Tensor, dim: int = -1, kind: str = "sabour") -> Tensor:
     Raises:
         ValueError: a wrong dtype, dim or kind.
     """
-    (s,) = _settle("squash", s=s)
+    (s,) = settle("squash", "s", s)
     _ops.check_squash("squash", s, kind)
     if isinstance(dim, bool) or not isinstance(dim, int) or not -s.dim() <= dim < s.dim():
         allowed = f"{-s.dim()} … {s.dim() - 1}"
@@ -75,11 +74,40 @@ def squash(s: Tensor, dim: int = -1, kind: str = "sabour") -> Tensor:
     last = dim in (-1, s.dim() - 1)
     x = s if last else s.movedim(dim, -1)
     if _plain(s):
-        with _float32(s):
+        with float32(s):
             v = reference.squash(x, kind)
     else:
         v = _ops.Squash.apply(x, kind)
     return v if last else v.movedim(-1, dim)
+
+
+def primary_capsules(features: Tensor, types: int, *, layout: str = "channels", squash: str = "sabour") -> Tensor:
+    """The output of a convolution read as capsules, and squashed, in one pass (Sabour et al. 2017, section 4).
+
+    Args:
+        features: [B, C, H, W], contiguous or channels_last, with C = types · K.
+        types: capsule types.
+        layout: "channels": the components of a capsule are K neighbouring channels at one location; the capsules run
+            over types, then rows, then columns. "legacy": they are K neighbouring pixels of one channel, as a plain
+            reshape of [B, C, H, W] gives (published CardioCaps); H · W must then be a multiple of K.
+        squash: "sabour" or "efficient", see `squash`.
+
+    Returns:
+        u [B, N, K] with N = types · H · W.
+
+    Raises:
+        ValueError: wrong shapes or dtypes, an unknown layout or squash.
+    """
+    op = "primary_capsules"
+    (features,) = settle(op, "features", features)
+    if layout not in LAYOUTS:
+        raise ValueError(f"{op}: layout is {layout!r}; allowed are {', '.join(map(repr, LAYOUTS))}")
+    legacy = layout == "legacy"
+    _ops.check_primary(op, features, types, legacy, squash)
+    if _plain(features):
+        with float32(features):
+            return reference.primary_capsules(features, types, legacy, squash)
+    return _ops.PrimaryCapsules.apply(features, types, legacy, squash)
 
 
 def affine_votes(u: Tensor, weight: Tensor) -> Tensor:
@@ -95,10 +123,10 @@ def affine_votes(u: Tensor, weight: Tensor) -> Tensor:
     Raises:
         ValueError: wrong shapes, dtypes or devices.
     """
-    u, weight = _settle("affine_votes", u=u, weight=weight)
+    u, weight = settle("affine_votes", "u weight", u, weight)
     if _plain(u):
-        _ops.check_votes("affine_votes", u, weight)
-        with _float32(u):
+        _ops.check_affine_votes("affine_votes", u, weight)
+        with float32(u):
             return reference.affine_votes(u, weight)
     return _ops.AffineVotes.apply(u, weight)
 
@@ -124,11 +152,11 @@ def attention_routing(
         ValueError: wrong shapes, dtypes or devices. MemoryError: no room for the work space (a few MB).
     """
     op = "attention_routing"
-    optional = {"attn_bias": attn_bias, "mask": mask}
-    u, weight, attn_weight, attn_bias, mask = _settle(op, optional, u=u, weight=weight, attn_weight=attn_weight)
+    names = "u weight attn_weight attn_bias? mask?"
+    u, weight, attn_weight, attn_bias, mask = settle(op, names, u, weight, attn_weight, attn_bias, mask)
     if _plain(u):
         _ops.check_attention(op, u, weight, attn_weight, attn_bias, mask)
-        with _float32(u):
+        with float32(u):
             return reference.attention_routing(u, weight, attn_weight, attn_bias, mask)
     return _ops.AttentionRouting.apply(u, weight, attn_weight, attn_bias, mask)
 
@@ -162,87 +190,108 @@ def dynamic_routing(
         ValueError: wrong shapes, dtypes, devices or iterations. MemoryError: no room for the work space.
     """
     op = "dynamic_routing"
-    u, weight, bias, mask = _settle(op, {"bias": bias, "mask": mask}, u=u, weight=weight)
+    u, weight, bias, mask = settle(op, "u weight bias? mask?", u, weight, bias, mask)
     _ops.check_iterations(op, iterations)
-    _ops.check_flags(op, leaky=leaky, detach=detach)
+    _ops.check_flag(op, "leaky", leaky)
+    _ops.check_flag(op, "detach", detach)
     if _plain(u):
         _ops.check_dynamic(op, u, weight, bias, mask, iterations)
-        with _float32(u):
+        with float32(u):
             return reference.dynamic_routing(u, weight, bias, mask, iterations, leaky, detach)
     return _ops.DynamicRouting.apply(u, weight, bias, mask, iterations, leaky, detach)
 
 
-@torch.no_grad()
-def coupling_coefficients(
-    routing: str,
+def self_attention_routing(
     u: Tensor,
     weight: Tensor,
-    attn_weight: Tensor | None = None,
-    attn_bias: Tensor | None = None,
+    prior: Tensor | None = None,
     *,
-    iterations: int = 3,
-    bias: Tensor | None = None,
-    leaky: bool = False,
+    scale: float | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """The coupling coefficients c that a routing ends with, for explanation; without gradient.
+    """Self-attention routing (Efficient-CapsNet, Mazzia et al. 2021), in two passes.
 
-    The votes are made in chunks of input capsules and never all held.
+    T_j = Σ_i û_ij; c_ij = softmax_j(û_ij · T_j · scale) + prior_ij; v_j = squash(Σ_i c_ij û_ij), with the "efficient"
+    squash. û_ij · T_j is the row sum of the paper's N×N attention matrix, which is never made.
 
     Args:
-        routing: "attention", "dynamic" or "uniform". The other arguments are those of the routing function.
+        u: input capsules [B, N, K].
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+        prior: [N, J], added to the couplings after the softmax.
+        scale: of the logits; D**-0.5 by default.
+        mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
 
     Returns:
-        c [B, N, J]; for attention [B, N, J, D]. 0 where the mask says there is no capsule. Sums to 1 over J (to
-        less if leaky, by the leak's share).
+        output capsules v [B, J, D], squashed.
 
     Raises:
-        ValueError: an unknown routing, or what the routing function itself refuses.
+        ValueError: wrong shapes, dtypes, devices or scale. MemoryError: no room for the work space.
     """
-    op = "coupling_coefficients"
-    optional = {"attn_weight": attn_weight, "attn_bias": attn_bias, "bias": bias, "mask": mask}
-    u, weight, attn_weight, attn_bias, bias, mask = _settle(op, optional, u=u, weight=weight)
-    if routing == "attention":
-        if attn_weight is None:
-            raise ValueError(f"{op}: attn_weight is None; attention routing needs it, [J, J]")
-        B, N, _, J, D = _ops.check_attention(op, u, weight, attn_weight, attn_bias, mask)
-        c = u.new_empty(B, N, J, D)
-    elif routing in ("dynamic", "uniform"):
-        iterations = 1 if routing == "uniform" else iterations
-        B, N, _, J, D = _ops.check_dynamic(op, u, weight, bias, mask, iterations)
-        c = u.new_empty(B, N, J)
-    else:
-        raise ValueError(f"{op}: routing is {routing!r}; allowed are 'attention', 'dynamic' and 'uniform'")
+    op = "self_attention_routing"
+    u, weight, prior, mask = settle(op, "u weight prior? mask?", u, weight, prior, mask)
+    plain = _plain(u)
+    if plain or scale is None:
+        D = _ops.check_self_attention(op, u, weight, prior, mask)[-1]
+    if scale is None:
+        scale = D**-0.5
+    _ops.check_number(op, "scale", scale)
+    if plain:
+        with float32(u):
+            return reference.self_attention_routing(u, weight, prior, mask, scale)
+    return _ops.SelfAttentionRouting.apply(u, weight, prior, mask, float(scale))
 
-    wide = accumulation_dtype(u.dtype)
-    attn_weight, attn_bias, bias = (x if x is None else x.to(wide) for x in (attn_weight, attn_bias, bias))
 
-    def chunks() -> Iterator[tuple[slice, Tensor]]:
-        """The votes of some input capsules at a time, 0 where no capsule is."""
-        step = max(1, _CHUNK // max(B * J * D, 1))
-        for i in range(0, N, step):
-            part = slice(i, i + step)
-            matrices = weight[part] if weight.dim() == 4 else weight
-            yield (
-                part,
-                reference.affine_votes(u[:, part].to(wide), matrices.to(wide), None if mask is None else mask[:, part]),
-            )
+def em_routing(
+    pose: Tensor,
+    activation: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    iterations: int = 3,
+    *,
+    inverse_temperature: float | Sequence[float] = 0.01,
+    renormalise: bool = False,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """EM routing of matrix capsules (Hinton et al. 2018, procedure 1); its gradient is exact through all iterations.
 
-    def couplings(votes: Tensor) -> Tensor:
-        if routing == "attention":
-            return reference.attention_couplings(votes, attn_weight, attn_bias)  # type: ignore[arg-type]
-        return reference.dynamic_couplings(torch.einsum("bnjd,bjd->bnj", votes, V), leaky)
+    Args:
+        pose: input capsules [B, N, K], or matrices [B, N, P, K], of which a vote is the product with W_ij [K, D].
+        activation: [B, N], between 0 and 1.
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+        beta_u: [J], the cost of describing a vote by no output capsule. beta_a: [J], that of activating one.
+        iterations: at least 1.
+        inverse_temperature: λ of every iteration, a sequence of that many numbers; or one number f for the schedule
+            of the published implementations, λ_t = f (1 − 0.95^(t+1)) with t = 0 … iterations − 1.
+        renormalise: normalise the products of responsibility and activation over the output capsules again, as some
+            implementations do: in effect every activation above 0 becomes 1.
+        mask: bool [B, N], True where there is a capsule. A batch item without any gives pose 0 and activation
+            logistic(λ beta_a).
 
-    with _float32(u):
-        # The logits are û · V, with V the sum of the output capsules of the iterations before.
-        V = torch.zeros(B, J, D, dtype=wide, device=u.device)
-        for _ in range(iterations - 1 if routing == "dynamic" else 0):
-            s = torch.zeros_like(V) if bias is None else bias.expand(B, J, D).clone()
-            for _part, votes in chunks():
-                s += torch.einsum("bnj,bnjd->bjd", couplings(votes), votes)
-            V = V + reference.squash(s)
-        for part, votes in chunks():
-            c[:, part] = couplings(votes)
-    if mask is not None:
-        c[~mask] = 0
-    return c
+    Returns:
+        pose [B, J, D] or [B, J, P, D], and activation [B, J].
+
+    Raises:
+        ValueError: wrong shapes, dtypes, devices, iterations or temperatures. MemoryError: no room for the work space.
+    """
+    op = "em_routing"
+    names = "pose activation weight beta_u beta_a mask?"
+    tensors = settle(op, names, pose, activation, weight, beta_u, beta_a, mask)
+    pose, activation, weight, beta_u, beta_a, mask = tensors
+    temperatures = _ops.inverse_temperatures(op, inverse_temperature, iterations)
+    _ops.check_flag(op, "renormalise", renormalise)
+    plain = _plain(pose)
+    if plain or renormalise:
+        _ops.check_em(op, *tensors)
+    if renormalise:
+        activation = renormalised(activation if mask is None else torch.where(mask, activation, 0))
+    if plain:
+        with float32(pose):
+            return reference.em_routing(pose, activation, weight, beta_u, beta_a, mask, temperatures)
+    return _ops.EMRouting.apply(pose, activation, weight, beta_u, beta_a, mask, temperatures)
+
+
+def renormalised(activation: Tensor) -> Tensor:
+    """r a / (Σ_j r a + ε) is r times this, because Σ_j r = 1."""
+    a = activation.to(accumulation_dtype(activation.dtype))
+    return (a / (a + reference.EM_EPSILON)).to(activation.dtype)

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from . import functional
 from ._ops import SQUASH_KINDS
+from .couplings import coupling_coefficients
+from .functional import LAYOUTS
 
 ROUTINGS = ("attention", "dynamic", "uniform")
-LAYOUTS = ("channels", "legacy")
 
 
 def _at_least_one(layer: str, **sizes: int) -> None:
@@ -161,7 +162,7 @@ class CapsuleLayer(nn.Module):
 
     def coupling_coefficients(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
         """c [B, N, J] (attention: [B, N, J, D]) for these input capsules; see `capsops.coupling_coefficients`."""
-        return functional.coupling_coefficients(
+        return coupling_coefficients(
             self.routing,
             u,
             self.weight,

@@ -7,8 +7,13 @@ v [B, J, D] output capsules.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+# What keeps the divisions and logarithms of EM routing finite. The kernels have the same.
+EM_EPSILON = 1e-8
 
 
 def squash(s: Tensor, kind: str = "sabour") -> Tensor:
@@ -35,13 +40,24 @@ def squash(s: Tensor, kind: str = "sabour") -> Tensor:
     return (x * torch.where(small, series, -torch.expm1(-safe) / safe)).to(s.dtype)
 
 
+def primary_capsules(features: Tensor, types: int, legacy: bool = False, kind: str = "sabour") -> Tensor:
+    """u = squash of the features [B, C, H, W] read as capsules [B, N, K] (Sabour et al. 2017, section 4)."""
+    B, C, height, width = features.shape
+    K, pixels = C // types, height * width
+    u = features if legacy else features.reshape(B, types, K, pixels).transpose(2, 3)
+    return squash(u.reshape(B, types * pixels, K), kind)
+
+
 def affine_votes(u: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
-    """û_ij = u_i W_ij; 0 where no capsule is, so that whatever stands there (a NaN, say) has no effect."""
+    """û_ij = u_i W_ij; 0 where no capsule is, so that whatever stands there (a NaN, say) has no effect.
+
+    A capsule that is a matrix [P, K] casts the matrix [P, D] as its vote.
+    """
     if mask is not None:
-        u = torch.where(mask[:, :, None], u, 0)
+        u = _masked(u, mask)
         if weight.dim() == 4:
             weight = torch.where(mask.any(dim=0)[:, None, None, None], weight, 0)
-    return torch.einsum("bnk,nkjd->bnjd" if weight.dim() == 4 else "bnk,kjd->bnjd", u, weight)
+    return torch.einsum("bn...k,nkjd->bnj...d" if weight.dim() == 4 else "bn...k,kjd->bnj...d", u, weight)
 
 
 def attention_couplings(votes: Tensor, attn_weight: Tensor, attn_bias: Tensor | None) -> Tensor:
@@ -60,9 +76,31 @@ def dynamic_couplings(logits: Tensor, leaky: bool) -> Tensor:
     return torch.cat([leak, logits], dim=2).softmax(dim=2)[:, :, 1:]
 
 
-def _masked(c: Tensor, mask: Tensor | None) -> Tensor:
-    """No coupling for the input capsules that are not there."""
-    return c if mask is None else c * mask.reshape(*mask.shape, *[1] * (c.dim() - 2)).to(c.dtype)
+def self_attention_couplings(votes: Tensor, total: Tensor, prior: Tensor | None, scale: float) -> Tensor:
+    """c [B, N, J]: how far a vote agrees with the sum of them all, total [B, J, D] (Mazzia et al. 2021).
+
+    Their N×N matrix of the products of votes is only ever summed along a row, and û_i · Σ_k û_k is that sum.
+    """
+    c = (torch.einsum("bnjd,bjd->bnj", votes, total) * scale).softmax(dim=2)
+    return c if prior is None else c + prior
+
+
+def em_responsibilities(votes: Tensor, mean: Tensor, variance: Tensor, log_activation: Tensor) -> Tensor:
+    """r [B, N, J]: how far each output capsule explains each vote [B, N, J, H] (Hinton et al. 2018, the E-step)."""
+    deviation = (votes - mean[:, None]).square() / variance[:, None]
+    return (log_activation[:, None] - 0.5 * (deviation.sum(dim=-1) + variance.log().sum(dim=-1)[:, None])).softmax(
+        dim=2
+    )
+
+
+def em_cost(support: Tensor, variance: Tensor, beta_u: Tensor) -> Tensor:
+    """[B, J]: what it costs an output capsule to describe its votes (Hinton et al. 2018, the M-step)."""
+    return support * (beta_u[:, None] + 0.5 * variance.log()).sum(dim=-1)
+
+
+def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
+    """0 for the input capsules that are not there; x is [B, N, …]."""
+    return x if mask is None else torch.where(mask.reshape(*mask.shape, *[1] * (x.dim() - 2)), x, 0)
 
 
 def attention_routing(
@@ -97,3 +135,46 @@ def dynamic_routing(
         if not last:
             logits = logits + torch.einsum("bnjd,bjd->bnj", agreeing, v)
     return v
+
+
+def self_attention_routing(
+    u: Tensor, weight: Tensor, prior: Tensor | None = None, mask: Tensor | None = None, scale: float = 1.0
+) -> Tensor:
+    """v = squash(Σ_i c_i û_i) (Mazzia et al. 2021); prior [N, J] is added to the couplings."""
+    votes = affine_votes(u, weight, mask)
+    c = _masked(self_attention_couplings(votes, votes.sum(dim=1), prior, scale), mask)
+    return squash(torch.einsum("bnj,bnjd->bjd", c, votes), "efficient")
+
+
+def em_routing(
+    pose: Tensor,
+    activation: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    mask: Tensor | None = None,
+    inverse_temperatures: Sequence[float] = (0.01,),
+) -> tuple[Tensor, Tensor]:
+    """EM routing (Hinton et al. 2018, procedure 1), an iteration for each inverse temperature.
+
+    A mixture of Gaussians with a diagonal covariance is fitted to the votes. The votes are made in their own dtype;
+    what follows is in float32 at least, because float16 has no number as small as ε.
+    """
+    dtype = pose.dtype
+    matrices = affine_votes(pose, weight, mask)
+    votes, activation, beta_u, beta_a = (
+        x.float() if dtype in (torch.float16, torch.bfloat16) else x
+        for x in (matrices.flatten(start_dim=3), _masked(activation, mask), beta_u, beta_a)
+    )
+    r = torch.full_like(votes[..., 0], 1 / votes.shape[2])
+    for iteration, inverse_temperature in enumerate(inverse_temperatures):
+        w = r * activation[:, :, None]
+        support = w.sum(dim=1)
+        share = w / (support + EM_EPSILON)[:, None]
+        mean = torch.einsum("bnj,bnjh->bjh", share, votes)
+        variance = torch.einsum("bnj,bnjh->bjh", share, (votes - mean[:, None]).square()) + EM_EPSILON
+        logit = inverse_temperature * (beta_a - em_cost(support, variance, beta_u))
+        if iteration + 1 < len(inverse_temperatures):
+            r = em_responsibilities(votes, mean, variance, torch.nn.functional.logsigmoid(logit))
+    B, _, *sizes = matrices.shape
+    return mean.reshape(B, *sizes).to(dtype), logit.sigmoid().to(dtype)

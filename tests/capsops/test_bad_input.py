@@ -145,8 +145,8 @@ def test_squash(backend: str) -> None:
 
 def test_coupling_coefficients() -> None:
     u, weight = torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5)
-    with pytest.raises(ValueError, match="routing is 'em'; allowed are 'attention', 'dynamic' and 'uniform'"):
-        capsops.coupling_coefficients("em", u, weight)
+    with pytest.raises(ValueError, match="routing is 'sda'; allowed are 'attention', 'dynamic', 'uniform', "):
+        capsops.coupling_coefficients("sda", u, weight)
     with pytest.raises(ValueError, match="attn_weight is None"):
         capsops.coupling_coefficients("attention", u, weight)
 

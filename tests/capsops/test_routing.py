@@ -228,11 +228,11 @@ def test_coupling_coefficients_explain_the_output(routing: Routing) -> None:
 
 
 def test_coupling_coefficients_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    from capsops import functional
+    from capsops import couplings
 
     u, weight = torch.randn(2, 50, 4), torch.randn(50, 4, 3, 5)
     whole = capsops.coupling_coefficients("dynamic", u, weight)
-    monkeypatch.setattr(functional, "_CHUNK", 7 * 2 * 15)
+    monkeypatch.setattr(couplings, "_CHUNK", 7 * 2 * 15)
     torch.testing.assert_close(capsops.coupling_coefficients("dynamic", u, weight), whole)
 
 
