@@ -1,9 +1,10 @@
 """The contestants: capsops, the published formulations, and PyTorch formulations of the same routing.
 
-A form computes one routing from `u` (em: `pose`), `weight` and the routing's other inputs, and returns its outputs as a
-tuple. It may store the weight in an order of its own. The PyTorch forms are every way of making the votes with every way
-of routing them that PyTorch is likely to be good at; `torch.compile` (inductor, static shapes, one graph) takes the most
-promising of them. Symbols as in `capsops`: u [B, N, K], weight [N, K, J, D] or shared [K, J, D], votes [B, N, J, D].
+A form computes one routing from `u` (em: `pose`), `weight` and the routing's other inputs, and returns its outputs as
+a tuple. It may store the weight in an order of its own. The PyTorch forms are every way of making the votes with every
+way of routing them that PyTorch is likely to be good at; `torch.compile` (inductor, static shapes, one graph) gets the
+most promising of them. Symbols as in `capsops`: u [B, N, K], weight [N, K, J, D] or shared [K, J, D], votes
+[B, N, J, D].
 """
 
 from __future__ import annotations
@@ -334,7 +335,7 @@ def em_broadcast(votes: Tensor, activation: Tensor, beta_u: Tensor, beta_a: Tens
 
 
 def contestants(case: Case) -> list[Form]:
-    """capsops first, then the PyTorch forms that are raced at a case, then the compiled ones, the published one last."""
+    """capsops first, then the PyTorch forms that are raced, then the compiled ones, the published one last."""
     published, eager = _pytorch(case)
     names = _COMPILED_LADDER if case.ladder else _COMPILED
     chosen = [form for form in eager if form.name in names]
@@ -352,8 +353,8 @@ def reference(case: Case) -> Form:
     return Form("reference", "reference", run)
 
 
-# Those of the eager forms that torch.compile gets: it fuses what is elementwise, and calls the same library for products
-# of matrices.
+# Those of the eager forms that torch.compile gets: it fuses what is elementwise, and calls the same library for
+# products of matrices.
 _COMPILED = ("broadcast, broadcast", "bmm, broadcast", "einsum, einsum", "einsum, broadcast", "one product")
 _COMPILED_LADDER = ("broadcast, broadcast", "bmm, broadcast", "one product")
 

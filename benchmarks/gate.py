@@ -1,12 +1,12 @@
 """The correctness gate: no number is reported of what does not compute the routing.
 
-At a reduced N of every case, each form in float32 against the reference in float64: outputs and gradients of all inputs.
-Compiled forms are compared at the measured shape, as each form is, with capsops, when they are first called (see `race`).
+At a reduced N of every case, each form in float32 against the reference in float64: outputs and gradients of all
+inputs. At the measured shape each form, and now the compiled ones too, against capsops, when first called (`race`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from . import forms
 from .forms import Form
 from .shapes import BOTH, FORWARD, Case
 
-# Largest error relative to the largest number expected: of capsops, whose sums do not drift; of the PyTorch forms, some of
-# which add up a million numbers that cancel, one after the other (a convolution's gradient of its bias); and of those at
-# the measured shape, a hundred times as long.
+# Largest error relative to the largest number expected: of capsops, whose sums do not drift; of the PyTorch forms, some
+# of which add up a million numbers that cancel, one after the other (a convolution's gradient of its bias); and of
+# those at the measured shape, a hundred times as long.
 TOLERANCE = 1e-4
 TOLERANCE_FORMS = 1e-3
 TOLERANCE_SIDE_BY_SIDE = 1e-2
@@ -77,29 +77,34 @@ def check(case: Case, candidates: Iterable[Form] | None = None) -> dict[str, flo
         inputs["weight"] = form.stored(inputs["weight"])
         errors[form.name] = max(
             error(
-                comparable(form, inputs, call(form, inputs, direction, case.output_gradients()), direction), expected[direction]
+                comparable(form, inputs, call(form, inputs, direction, case.output_gradients()), direction),
+                expected[direction],
             )
             for direction in (FORWARD, BOTH)
         )
     wrong = {n: e for n, e in errors.items() if not e < (TOLERANCE if n == "capsops" else TOLERANCE_FORMS)}
     if wrong:
         listed = ", ".join(f"{name} (error {e:.1e})" for name, e in wrong.items())
-        raise GateError(f"gate: {case} at {case.shape}: wrong against the float64 reference: {listed}")
+        raise GateError(f"gate: {case} at {case.shape}: against the float64 reference wrong: {listed}")
     return errors
 
 
-def check_all(cases: Sequence[Case], progress: Callable[[str], None] = lambda _: None) -> None:
-    """Every case; the rungs of the ladder differ only in size, so its lowest stands for all. Raises GateError."""
-    failures, seen = [], set()
+def distinct(cases: Sequence[Case]) -> list[Case]:
+    """The rungs of the ladder differ only in size: of each routing the lowest stands for all."""
+    seen: dict[tuple[object, str], Case] = {}
     for case in cases:
-        key = (case.ladder or case.shape.name, case.routing.name)
-        if key in seen:
-            continue
-        seen.add(key)
-        progress(str(case))
+        seen.setdefault((case.ladder or case.shape.name, case.routing.name), case)
+    return list(seen.values())
+
+
+def check_all(cases: Sequence[Case]) -> Iterator[str]:
+    """Yields each case's name before it is checked. Raises GateError, after the last one, naming all that is wrong."""
+    failures = []
+    for case in cases:
+        yield str(case)
         try:
             check(case)
         except GateError as failure:
-            failures.append(str(failure))
+            failures.append(str(failure).removeprefix("gate: "))
     if failures:
-        raise GateError("\n".join(failures))
+        raise GateError("gate: " + "; ".join(failures))

@@ -1,12 +1,12 @@
 """What the machine could do at best, and the floor that this sets for a routing.
 
 Measured with all of torch's threads: read bandwidth (bytes read), copy bandwidth (bytes read plus bytes written) and
-float32 multiply-adds (2 operations each), the best repeat of the best way. `PROBES` lists the ways; a probe in the
-extension, `capsops._C.measure_read`, `.measure_copy` (of a buffer of bytes, with a number of threads, in bytes a second)
-and `.measure_fma` (operations a second), is one of them where there is one.
+float32 multiply-adds (2 operations each), the best repeat of the best way. A probe in the extension is one of the ways
+where there is one: `capsops._C.measure_read(bytes, threads)`, `.measure_copy(bytes, threads)`, both in bytes a second,
+and `.measure_fma(threads)` in operations a second.
 
-The floor of a routing at a shape, with u the input capsules, W the weight (their bytes), P passes over the input capsules
-(`shapes.ROUTINGS`) and V = 2·B·N·K·J·D operations for all votes once (times the rows of a matrix capsule):
+The floor of a routing at a shape, with u the input capsules, W the weight (their bytes), P passes over the input
+capsules (`shapes.ROUTINGS`) and V = 2·B·N·K·J·D operations for all votes once (times the rows of a matrix capsule):
 
     forward, P passes       read P (u + W)                      operations P V
     backward, P passes      read (P − 1) (u + W)                operations (P − 1) V
@@ -15,7 +15,8 @@ The floor of a routing at a shape, with u the input capsules, W the weight (thei
 
 seconds = max(bytes read / read bandwidth + bytes of the last backward pass / copy bandwidth, operations / peak).
 
-A shared weight is counted once a pass. Couplings, squashes and sums are not counted: the floor is a bound, not a forecast.
+A shared weight is counted once a pass. Couplings, squashes and sums are not counted: the floor is a bound, not a
+forecast.
 """
 
 from __future__ import annotations
@@ -131,7 +132,12 @@ def measure(quick: bool = False) -> Iterator[Machine]:
             numpy_max=lambda: np.max(x.numpy()),
         ),
         "copy": own("measure_copy", size, threads)
-        | by(2 * size, copy_=lambda: y.copy_(x), mul=lambda: add_to(y), numpy_copyto=lambda: np.copyto(y.numpy(), x.numpy())),
+        | by(
+            2 * size,
+            copy_=lambda: y.copy_(x),
+            mul=lambda: add_to(y),
+            numpy_copyto=lambda: np.copyto(y.numpy(), x.numpy()),
+        ),
         "fma": own("measure_fma", threads) | by(2 * side**3, mm=lambda: torch.mm(a, b, out=c)),
     }
     best: dict[str, tuple[float, str]] = {}
@@ -193,4 +199,6 @@ def _first_line(command: list[str]) -> str | None:
 def _cpu_model() -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
+    return next(
+        (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor()
+    )

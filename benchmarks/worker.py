@@ -49,15 +49,15 @@ def events(work: Callable[..., Iterator[Any]], *arguments: object, limit: float 
             if not receiver.poll(limit):
                 raise TooSlow
             try:
-                event, failure = receiver.recv()
+                what, event = receiver.recv()
             except EOFError:
                 process.join()
                 if process.exitcode == -signal.SIGKILL:
                     raise OutOfMemory from None
                 raise MeasurementError(f"a measurement ended with exit status {process.exitcode}") from None
-            if failure is not None:
-                raise failure
-            if event is _END:
+            if what == "failure":
+                raise event
+            if what == "end":
                 return
             yield event
     finally:
@@ -66,14 +66,11 @@ def events(work: Callable[..., Iterator[Any]], *arguments: object, limit: float 
         receiver.close()
 
 
-_END = "the work is done"
-
-
 @cache
 def _context() -> ForkServerContext:
     """Processes are forked from one that has imported everything but started no thread: quick, and as good as new."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["benchmarks.race", "benchmarks.memory"])
+    context.set_forkserver_preload(["torch._dynamo", "torch._inductor.config", "benchmarks.race"])
     return context
 
 
@@ -84,13 +81,13 @@ def _serve(sender: Connection, work: Callable[..., Iterator[Any]], arguments: tu
     _limit_memory()
     try:
         for event in work(*arguments):
-            sender.send((event, None))
-        sender.send((_END, None))
+            sender.send(("event", event))
+        sender.send(("end", None))
     except CardioCapsError as error:
-        sender.send((None, error))
+        sender.send(("failure", error))
     except Exception as error:
         name = getattr(work, "__name__", "a measurement")
-        sender.send((None, MeasurementError(f"{name}: {type(error).__name__}: {error}")))
+        sender.send(("failure", MeasurementError(f"{name}: {type(error).__name__}: {error}")))
     sender.close()
     # Not by way of the interpreter's end: a gigabyte of results need not be torn down in order.
     os._exit(0)
