@@ -6,8 +6,8 @@
     python -m benchmarks.plots benchmarks/results   figures from results.csv
 
 First every form must agree with the float64 reference; otherwise no number is reported. Results appear whole, at the
-end, or not at all. Exit status: 0 done; 1 a form is wrong; 2 wrong option; 3 a measurement failed (of a PyTorch form: the
-results of the others are there); 4 output not writable; 128 + n stopped by signal n.
+end, or not at all. Exit status: 0 done; 1 a form is wrong; 2 wrong option; 3 a measurement failed (of a PyTorch form:
+the results of the others are there); 4 output not writable; 128 + n stopped by signal n.
 """
 
 from __future__ import annotations

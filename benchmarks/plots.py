@@ -48,6 +48,8 @@ def draw(folder: Path) -> list[Path]:
 
 def speed(rows: Sequence[Row]) -> Figure | None:
     """Bars: time over capsops' time, by shape, routing and direction."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
     chosen = [row for row in rows if row["family"] != "ladder"]
     keys = list(dict.fromkeys((row["shape"], row["routing"], row["direction"]) for row in chosen))
     if not keys:
@@ -69,6 +71,9 @@ def speed(rows: Sequence[Row]) -> Figure | None:
     axes.axvline(1, color=_BLUE, linewidth=1.5, label="capsops")
     axes.set_xscale("log")
     axes.margins(x=0.12)
+    axes.xaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.set_yticks(
         range(len(keys)), [f"{shape}: {routing}, {direction}" for shape, routing, direction in keys], fontsize=8
     )
@@ -124,8 +129,7 @@ def scaling(rows: Sequence[Row]) -> Figure | None:
         axes.set_xticks(sizes, [f"{n:,}" for n in sizes])
         _square_guide(axes, sizes)
         _dress(axes, "N input and N output capsules", label)
-        if place == 1:
-            axes.legend(frameon=False, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), frameon=False, fontsize=8, loc="outside upper center", ncols=3)
     return figure
 
 
@@ -173,7 +177,7 @@ def _figure(width: float, height: float, rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     r = rows[0]
-    where = f"{r['cpu']}, {r['threads']} threads, torch {r['torch']}, float32, commit {r['commit'][:9]}"
+    where = f"{r['cpu']}, threads: {r['threads']}, torch {r['torch']}, float32, commit {r['commit'][:9]}"
     figure.supxlabel(where, fontsize=7, color=_GREY)
     return figure
 

@@ -187,8 +187,8 @@ CASES = _all([64, 128, 256, 512, 1024, 2048], 512, [PAPER, QUARTER, MNIST, EFFIC
 
 # Toy sizes, for trying out.
 QUICK_CASES = _all(
-    [4, 8, 16],
-    8,
+    [4, 8],
+    4,
     [
         replace(PAPER, B=2, N=500),
         replace(QUARTER, B=2, N=125),

@@ -160,9 +160,9 @@ def markdown(
     lines = [
         "# Results",
         "",
-        f"{hardware['cpu']}, {hardware['threads']} threads, {hardware['instruction_set']}; Python {versions['python']}, "
-        f"torch {versions['torch']}, capsops {versions['capsops']} ({versions['capsops_built_by']}), "
-        f"{versions['compiler']}; commit {environment['commit']}.",
+        f"{hardware['cpu']}, threads: {hardware['threads']}, {hardware['instruction_set']}; "
+        f"Python {versions['python']}, torch {versions['torch']}, capsops {versions['capsops']} "
+        f"({versions['capsops_built_by']}), {versions['compiler']}; commit {environment['commit']}.",
         "",
         f"Measured on this machine: reading {hardware['read'] / 1e9:.1f} GB/s ({hardware['read_by']}), copying "
         f"{hardware['copy'] / 1e9:.1f} GB/s, read and written bytes together ({hardware['copy_by']}), float32 "
