@@ -337,8 +337,9 @@ def em_broadcast(votes: Tensor, activation: Tensor, beta_u: Tensor, beta_a: Tens
 def contestants(case: Case) -> list[Form]:
     """capsops first, then the PyTorch forms that are raced, then the compiled ones, the published one last."""
     published, eager = _pytorch(case)
-    names = _COMPILED_LADDER if case.ladder else _COMPILED
-    chosen = [form for form in eager if form.name in names]
+    chosen = [form for form in eager if form.name in (_COMPILED_LADDER if case.ladder else _COMPILED)]
+    if case.ladder:
+        eager = [form for form in eager if form.name in _EAGER_LADDER]
     return [_capsops(case), *eager, *(form.compiled() for form in chosen), published]
 
 
@@ -354,9 +355,10 @@ def reference(case: Case) -> Form:
 
 
 # Those of the eager forms that torch.compile gets: it fuses what is elementwise, and calls the same library for
-# products of matrices.
-_COMPILED = ("broadcast, broadcast", "bmm, broadcast", "einsum, einsum", "einsum, broadcast", "one product")
-_COMPILED_LADDER = ("broadcast, broadcast", "bmm, broadcast", "one product")
+# products of matrices, whether written as einsum or as bmm.
+_COMPILED = ("broadcast, broadcast", "einsum, einsum", "einsum, broadcast", "one product")
+_EAGER_LADDER = ("bmm, broadcast", "bmm, einsum", "one product")
+_COMPILED_LADDER = ("broadcast, broadcast", "einsum, broadcast", "one product")
 
 # With more output capsules than that, mixing by broadcast holds [B, N, J, J, D].
 _BROADCAST_MIXING = 16

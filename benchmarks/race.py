@@ -2,9 +2,10 @@
 
 The forms first run once each, and what they compute is compared with capsops. Then the eager forms are raced against
 each other over a few rounds, and so are the compiled ones; the winners, capsops and the published form run many rounds.
-In a round each finalist has one call. Where an eager form would take seconds, the field is thinned at a sixteenth of
-the capsules before. A call never finds its inputs in a cache: as many sets of inputs as fill the last-level cache twice
-are taken in turn.
+In a round each finalist has one call. What takes seconds is cut short: large shapes first thin the eager field at a
+sixteenth of the capsules, a form of more than a second is judged by its first call, and for a peer that takes longer
+than a finalist's time that call is the only one. A call never finds its inputs in a cache: as many sets of inputs as fill the
+last-level cache twice are taken in turn.
 """
 
 from __future__ import annotations
@@ -28,21 +29,22 @@ OK, OUT_OF_MEMORY, TOO_SLOW, FAILED = "ok", "out of memory", "too slow", "failed
 CAPSOPS, PUBLISHED, BEST_EAGER, BEST_COMPILED = "capsops", "published", "best eager", "best compiled"
 RACED = "raced"  # and lost
 
-# An eager form this many times slower than the best of its kind is not raced further.
-_HOPELESS = 3.0
+# A form this many times slower than the best of its kind in its first call is not raced further.
+_HOPELESS = 2.0
 # Seconds from which a form's first call tells how quick it is.
 _SURE = 0.5
 # Weights of more numbers than this are raced at a sixteenth first.
-_LARGE = 1 << 26
+_LARGE = 1 << 25
 _THINNED = 16
+_HOPELESS_THINNED = 1.5
 
 
 @dataclass(frozen=True)
 class Budget:
     """Seconds: for a form in the race, for a finalist, and after which a silent process is given up."""
 
-    race: float = 1.0
-    final: float = 5.0
+    race: float = 0.5
+    final: float = 4.0
     limit: float = 150.0
     compile: bool = True
 
@@ -183,7 +185,7 @@ def contest(case: Case, direction: str, budget: Budget, excluded: list[str]) -> 
             continue
         best = min(first[form.name] for form in runners)
         quick = [form for form in runners if first[form.name] <= _HOPELESS * best]
-        rounds = {f: max(2, min(20, int(budget.race / max(first[f.name], 1e-9)))) for f in quick if len(quick) > 1}
+        rounds = {f: _rounds(first[f.name], budget.race, 20) for f in quick if len(quick) > 1 and first[f.name] < 1}
         raced = _interleaved(rounds, timed)
         timings = {f: Timing(f.name, RACED, case.shape.N, raced.get(f) or [first[f.name]]) for f in runners}
         winner = min(quick, key=lambda form: timings[form].median)
@@ -191,6 +193,8 @@ def contest(case: Case, direction: str, budget: Budget, excluded: list[str]) -> 
         finalists[winner] = role
         yield from (timing for form, timing in timings.items() if form is not winner)
 
+    for form in [f for f in finalists if first[f.name] > budget.final and f.kind != CAPSOPS]:
+        yield Timing(form.name, finalists.pop(form), case.shape.N, [first[form.name]])  # that call is enough
     pool.keep(finalists)
     rounds = {form: _rounds(first[form.name], budget.final) for form in finalists}
     for form, seconds in _interleaved(rounds, timed).items():
@@ -211,10 +215,12 @@ def _thin(eager: list[Form], case: Case, direction: str) -> dict[str, Timing]:
     pool, gradients = Pool(small), small.output_gradients()
     seconds = {}
     for form in eager:
-        gate.call(form, pool.next(form), direction, gradients)
-        start = time.perf_counter()
-        gate.call(form, pool.next(form), direction, gradients)
-        seconds[form.name] = time.perf_counter() - start
+        calls = []
+        for _ in range(3):  # the first warms up
+            start = time.perf_counter()
+            gate.call(form, pool.next(form), direction, gradients)
+            calls.append(time.perf_counter() - start)
+        seconds[form.name] = min(calls)
     scale = case.shape.N / small.shape.N
     best = min(seconds.values(), default=0.0)
     return {
@@ -222,17 +228,17 @@ def _thin(eager: list[Form], case: Case, direction: str) -> dict[str, Timing]:
             name, RACED, small.shape.N, [s * scale], TOO_SLOW, f"{s / best:.1f} times the best at N={small.shape.N:,}"
         )
         for name, s in seconds.items()
-        if s > _HOPELESS * best
+        if s > _HOPELESS_THINNED * best
     }
 
 
-def _rounds(seconds: float, budget: float) -> int:
+def _rounds(seconds: float, budget: float, most: int = 200) -> int:
     """At least three; of a form that takes long, two or one."""
     if seconds > budget:
         return 1
     if 3 * seconds > budget:
         return 2
-    return min(200, int(budget / max(seconds, 1e-9)))
+    return min(most, int(budget / max(seconds, 1e-9)))
 
 
 def _interleaved(rounds: dict[Form, int], timed: object) -> dict[Form, list[float]]:

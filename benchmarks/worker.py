@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -58,6 +57,7 @@ def events(work: Callable[..., Iterator[Any]], *arguments: object, limit: float 
             if what == "failure":
                 raise event
             if what == "end":
+                process.join(10)
                 return
             yield event
     finally:
@@ -89,8 +89,6 @@ def _serve(sender: Connection, work: Callable[..., Iterator[Any]], arguments: tu
         name = getattr(work, "__name__", "a measurement")
         sender.send(("failure", MeasurementError(f"{name}: {type(error).__name__}: {error}")))
     sender.close()
-    # Not by way of the interpreter's end: a gigabyte of results need not be torn down in order.
-    os._exit(0)
 
 
 def _limit_memory() -> None:

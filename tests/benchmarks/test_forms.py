@@ -13,7 +13,7 @@ from benchmarks.shapes import BOTH, CASES, FORWARD, QUICK_CASES, ROUTINGS, Case
 def test_all_forms_agree_with_the_reference(case: Case) -> None:
     errors = gate.check(case)
     assert {"capsops", "published"} < errors.keys()
-    assert len(errors) >= 6
+    assert len(errors) >= 4
 
 
 def test_a_compiled_form_agrees_with_the_reference() -> None:
