@@ -56,6 +56,7 @@ def error(got: Iterable[Tensor], expected: Iterable[Tensor]) -> float:
             return float("inf")
         if y.numel() == 0:
             continue
+        x, y = x.detach(), y.detach()
         difference = (x.to(y.dtype) - y).abs_().max() / y.abs().max().clamp(min=1e-30)
         worst = max(worst, float(difference.nan_to_num(nan=float("inf"))))
     return worst

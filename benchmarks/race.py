@@ -4,8 +4,8 @@ The forms first run once each, and what they compute is compared with capsops. T
 each other over a few rounds, and so are the compiled ones; the winners, capsops and the published form run many rounds.
 In a round each finalist has one call. What takes seconds is cut short: large shapes first thin the eager field at a
 sixteenth of the capsules, a form of more than a second is judged by its first call, and for a peer that takes longer
-than a finalist's time that call is the only one. A call never finds its inputs in a cache: as many sets of inputs as fill the
-last-level cache twice are taken in turn.
+than a finalist's time that call is the only one. A call never finds its inputs in a cache: as many sets of inputs as
+fill the last-level cache twice are taken in turn.
 """
 
 from __future__ import annotations
