@@ -173,6 +173,7 @@ def environment(machine: Machine) -> dict[str, Any]:
             "numpy": numpy.__version__,
             "capsops": capsops.__version__,
             "capsops_built_by": cpu.built(),
+            "capsops_backend_forced": info.forced,
             "compiler": _first_line(["c++", "--version"]),  # torch.compile's
             "system": f"{platform.system()} {platform.machine()}",
         },
