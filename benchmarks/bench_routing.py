@@ -1,54 +1,49 @@
-"""Routing against naive routing, side by side: `pytest benchmarks`.
+"""The same cases and forms through pytest-benchmark, at sizes that take two minutes: `python -m pytest benchmarks`.
 
-The naive form is the reference backend, which materialises the votes. A correctness gate runs before each timing.
+capsops, the published form and the eager forms that are usually the best ones. The gate runs before each timing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import cache
 
 import pytest
-import torch
-from torch import Tensor
 
-import capsops
+from . import forms, gate
+from .forms import Form
+from .race import Pool
+from .shapes import CASES, DIRECTIONS, Case
 
-from .memory import ROUTINGS
-from .shapes import MNIST, Shape
-
-# Paper's shape at a 32nd of its capsules: the naive forms need gigabytes at the full one.
-SHAPES = [Shape("paper/32", B=8, N=14_400, K=8, J=2, D=16), MNIST]
-
-
-def _forward(routing: str, inputs: dict[str, Tensor]) -> Callable[[], list[Tensor]]:
-    def run() -> list[Tensor]:
-        with torch.no_grad():
-            return [ROUTINGS[routing](**inputs)]
-
-    return run
+# The published forms need gigabytes and seconds at the full number of capsules.
+_LARGEST_VOTES = 1 << 22
+_FORMS = ("capsops", "published", "bmm, broadcast", "broadcast, broadcast")
 
 
-def _both(routing: str, inputs: dict[str, Tensor]) -> Callable[[], list[Tensor]]:
-    leaves = [inputs["u"], inputs["weight"]]
-
-    def run() -> list[Tensor]:
-        v = ROUTINGS[routing](**inputs)
-        return [v, *torch.autograd.grad(v.square().sum(), leaves)]
-
-    return run
+def _sized(case: Case) -> Case:
+    shape = case.shape
+    return case.at(max(1, min(shape.N, shape.N * _LARGEST_VOTES // shape.vote_numbers)))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("direction", [_forward, _both], ids=["forward", "forward+backward"])
-@pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
-def test_routing(benchmark, shape: Shape, routing: str, direction, backend: str) -> None:
-    inputs = shape.inputs()
-    run = direction(routing, inputs)
-    with capsops.use_backend("reference"):
-        expected = run()
-    with capsops.use_backend(backend):
-        for got, y in zip(run(), expected, strict=True):
-            assert (got - y).abs().max() <= 1e-4 * y.abs().max()
-        benchmark.group = f"{shape.name}, {routing}, {'forward' if direction is _forward else 'forward+backward'}"
-        benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+_CASES = {str(case): _sized(case) for case in CASES if not case.ladder}
+
+
+@cache
+def _checked(name: str) -> dict[str, Form]:
+    case = _CASES[name]
+    candidates = [form for form in forms.contestants(case) if form.name in _FORMS]
+    gate.check(case, candidates)
+    return {form.name: form for form in candidates}
+
+
+@pytest.mark.parametrize("form", _FORMS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("name", _CASES)
+def test_routing(benchmark, name: str, direction: str, form: str) -> None:
+    contestant, case = _checked(name)[form], _CASES[name]
+    pool, gradients = Pool(case), case.output_gradients()
+    benchmark.group = f"{case}, {case.shape}, {direction}"
+
+    def fresh() -> tuple[tuple[object, ...], dict[str, object]]:
+        return (contestant, pool.next(contestant), direction, gradients), {}
+
+    benchmark.pedantic(gate.call, setup=fresh, rounds=5, warmup_rounds=1)

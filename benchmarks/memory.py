@@ -3,30 +3,72 @@
     python -m benchmarks.memory                 the paper's shape, compiled kernels
     python -m benchmarks.memory --shape mnist --naive
 
-Each case runs in a process of its own. The caller's tensors are u, weight and their gradients; whatever the peak of
+Each case runs in a process of its own. The caller's tensors are the inputs and their gradients; whatever the peak of
 the resident set shows above them is counted. Linux only (/proc).
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
-import torch
-from torch import Tensor
+from .shapes import BOTH, CASES, Case, family
 
-import capsops
+_CLEAR = Path("/proc/self/clear_refs")
 
-from .shapes import MNIST, PAPER, QUARTER, Shape
 
-SHAPES = {shape.name: shape for shape in (PAPER, QUARTER, MNIST)}
-ROUTINGS = {
-    "attention": lambda u, weight, attn_weight, attn_bias: capsops.attention_routing(u, weight, attn_weight, attn_bias),
-    "dynamic": lambda u, weight, **_: capsops.dynamic_routing(u, weight, 3),
-    "dynamic, detached": lambda u, weight, **_: capsops.dynamic_routing(u, weight, 3, detach=True),
-}
+def peaks(case: Case, name: str, directions: tuple[str, ...]) -> Iterator[tuple[str, int]]:
+    """For each direction, peak bytes beyond the inputs and the results; for `worker.events`. name: of a form.
+
+    Raises MemoryError, or torch's RuntimeError, where there is too little memory.
+    """
+    import ctypes
+
+    from . import forms, gate, race
+
+    race.prepare()
+
+    def of(case: Case) -> tuple[forms.Form, dict, list]:  # type: ignore[type-arg]
+        candidates = [*forms.contestants(case), forms.reference(case)]
+        form = next(candidate for candidate in candidates if candidate.name == name)
+        inputs = case.inputs()
+        inputs["weight"] = form.stored(inputs["weight"])
+        return form, inputs, case.output_gradients()
+
+    form, inputs, gradients = of(case)
+    for direction in directions:
+        # A call first, so that start-up (threads, the autograd engine, the compiler) is not counted: a small one, but
+        # what is compiled is compiled for a shape.
+        if form.kind == "compiled":
+            gate.call(form, inputs, direction, gradients)
+        else:
+            small, small_inputs, small_gradients = of(case.at(min(case.shape.N, 16)))
+            gate.call(small, small_inputs, direction, small_gradients)
+            del small_inputs
+        ctypes.CDLL(None).malloc_trim(0)
+        _CLEAR.write_text("5")  # resets the peak
+        before = _resident("VmRSS")
+        results = gate.call(form, inputs, direction, gradients)
+        yield direction, max(0, _resident("VmHWM") - before - sum(x.nbytes for x in results))
+        del results
+
+
+def extra_bytes(case: Case, name: str, limit: float) -> dict[str, int | None]:
+    """Peak bytes by direction; None where it could not be measured. In a process of its own."""
+    from . import worker
+
+    found: dict[str, int | None] = dict.fromkeys(case.directions)
+    if can_measure():
+        with suppress(worker.OutOfMemory, worker.TooSlow, worker.MeasurementError):  # the timing says why
+            found.update(worker.events(peaks, case, name, case.directions, limit=limit))
+    return found
+
+
+def can_measure() -> bool:
+    return _CLEAR.exists()
 
 
 def _resident(field: str) -> int:
@@ -37,39 +79,28 @@ def _resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def extra_bytes(routing: str, shape: Shape, backend: str) -> int:
-    """Peak bytes of one forward and backward beyond u, weight, their gradients and the outputs."""
-    inputs = shape.inputs()
-    with capsops.use_backend(backend):
-        # A small call first, so that start-up (threads, the autograd engine) is not counted.
-        small = Shape("small", 2, 16, shape.K, shape.J, shape.D).inputs()
-        ROUTINGS[routing](**small).sum().backward()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-        before = _resident("VmRSS")
-        ROUTINGS[routing](**inputs).square().sum().backward()
-    gradients = sum(x.grad.nbytes for x in inputs.values() if isinstance(x.grad, Tensor))
-    return _resident("VmHWM") - before - gradients
-
-
 def main() -> None:
+    cases: dict[str, list[Case]] = {}
+    for case in CASES:
+        cases.setdefault(case.shape.name if case.ladder else family(case), []).append(case)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--shape", choices=SHAPES, default="paper")
-    parser.add_argument("--naive", action="store_true", help="also measure the reference, which holds the votes")
+    parser.add_argument("--shape", choices=cases, default="paper", help=f"one of {', '.join(cases)}", metavar="NAME")
+    parser.add_argument("--naive", action="store_true", help="also the reference, which holds the votes")
+    parser.add_argument("--published", action="store_true", help="also the published formulation")
     arguments = parser.parse_args()
-    if not Path("/proc/self/clear_refs").exists():
+    if not can_measure():
         sys.exit("error: peak memory is read from /proc, which this system does not have")
 
-    shape = SHAPES[arguments.shape]
-    sizes = f"B={shape.B}, N={shape.N:,}, K={shape.K}, J={shape.J}, D={shape.D}"
-    held = 2 * 4 * (shape.B * shape.N * shape.K + shape.N * shape.K * shape.J * shape.D)
-    print(f"{sizes}, float32, {torch.get_num_threads()} threads; u, weight and their gradients: {held / 1e6:,.0f} MB")
-    context = multiprocessing.get_context("spawn")
-    for backend in ["cpu", "reference"] if arguments.naive else ["cpu"]:
-        for routing in ROUTINGS:
-            with context.Pool(1) as pool:
-                extra = pool.apply(extra_bytes, (routing, shape, backend))
-            print(f"{backend:<10} {routing:<18} forward + backward: {extra / 1e6:10,.1f} MB more")
+    names = ["capsops"] + ["reference"] * arguments.naive + ["published"] * arguments.published
+    shape = cases[arguments.shape][0].shape
+    held = 2 * 4 * (shape.u_numbers + shape.weight_numbers)
+    print(f"{shape}, float32; the inputs and their gradients: {held / 1e6:,.0f} MB")
+    for name in names:
+        for case in cases[arguments.shape]:
+            extra = extra_bytes(case, name, limit=600)[BOTH]
+            more = "could not be measured" if extra is None else f"{extra / 1e6:10,.1f} MB more"
+            print(f"{name:<10} {case.routing.name:<18} forward + backward: {more}", flush=True)
 
 
 if __name__ == "__main__":

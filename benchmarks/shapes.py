@@ -1,16 +1,28 @@
-"""The shapes that are measured, and their random inputs."""
+"""What is measured: shapes, routings, and their random inputs. Imports torch only when inputs are made."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+from zlib import crc32
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+FORWARD, BOTH = "forward", "forward + backward"
+DIRECTIONS = (FORWARD, BOTH)
 
 
 @dataclass(frozen=True)
 class Shape:
-    """B batch, N input capsules of dimension K, J output capsules of dimension D."""
+    """B batch, N input capsules of dimension K, J output capsules of dimension D.
+
+    rows: P of matrix capsules [P, K], 0 for vectors. shared: one weight [K, J, D] for all input capsules. masked: the
+    batch items have different numbers of capsules, from one to N.
+    """
 
     name: str
     B: int
@@ -18,18 +30,180 @@ class Shape:
     K: int
     J: int
     D: int
+    rows: int = 0
+    shared: bool = False
+    masked: bool = False
 
-    def inputs(self, seed: int = 0) -> dict[str, Tensor]:
-        """u, weight, attn_weight and attn_bias in float32, needing gradients; fresh random numbers."""
-        g = torch.Generator().manual_seed(seed)
-        u = torch.rand(self.B, self.N, self.K, generator=g).mul_(2).sub_(1)
-        weight = torch.randn(self.N, self.K, self.J, self.D, generator=g).mul_(self.J / (self.N * self.D) ** 0.5)
-        attn_weight = torch.randn(self.J, self.J, generator=g)
-        attn_bias = torch.randn(self.J, generator=g)
-        tensors = {"u": u, "weight": weight, "attn_weight": attn_weight, "attn_bias": attn_bias}
-        return {name: x.requires_grad_() for name, x in tensors.items()}
+    @property
+    def u_numbers(self) -> int:
+        return self.B * self.N * self.K * max(self.rows, 1)
+
+    @property
+    def weight_numbers(self) -> int:
+        return self.K * self.J * self.D * (1 if self.shared else self.N)
+
+    @property
+    def vote_numbers(self) -> int:
+        return self.B * self.N * self.J * self.D * max(self.rows, 1)
+
+    def __str__(self) -> str:
+        capsule = f"K={self.rows}×{self.K}" if self.rows else f"K={self.K}"
+        extras = ", shared weight" * self.shared + ", masked" * self.masked
+        return f"B={self.B}, N={self.N:,}, {capsule}, J={self.J}, D={self.D}{extras}"
 
 
-PAPER = Shape("paper", B=8, N=460_800, K=8, J=2, D=16)
+@dataclass(frozen=True)
+class Routing:
+    """A routing with its options fixed. passes: over the input capsules, forward and backward (see ROUTINGS)."""
+
+    name: str
+    passes: tuple[int, int]
+    iterations: int = 1
+    detach: bool = False
+
+
+# A backward of n passes: n − 1 that reduce and one that emits the gradients.
+ROUTINGS = {
+    routing.name: routing
+    for routing in (
+        Routing("uniform", passes=(1, 1)),
+        Routing("attention", passes=(1, 1)),
+        Routing("dynamic", passes=(3, 3), iterations=3),
+        Routing("dynamic, detached", passes=(3, 1), iterations=3, detach=True),
+        Routing("self-attention", passes=(2, 2)),
+        Routing("em", passes=(3, 3), iterations=3),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: a routing at a shape, in some directions."""
+
+    shape: Shape
+    routing: Routing
+    directions: tuple[str, ...] = DIRECTIONS
+    ladder: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.shape.name}, {self.routing.name}"
+
+    def at(self, N: int) -> Case:
+        """The same with another number of input capsules."""
+        return replace(self, shape=replace(self.shape, N=N))
+
+    def reduced(self) -> Case:
+        """With so few input capsules that float64 and every form are quick: for the gate."""
+        s = self.shape
+        return self.at(max(1, min(s.N, (1 << 20) * s.N // max(s.vote_numbers, 1))))
+
+    def inputs(self, seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """Fresh random inputs: u (for em pose), weight [N, K, J, D] or [K, J, D], and what else the routing takes.
+
+        Everything but the mask needs gradients. The scale is such that uniform routing gives ‖s‖ ≈ 1 (for em, votes of
+        about unit size).
+        """
+        import torch
+
+        s, routing = self.shape, self.routing.name
+        g = torch.Generator().manual_seed(crc32(repr((self.shape, routing, seed)).encode()))
+
+        def normal(*size: int, scale: float = 1.0) -> Tensor:
+            return torch.randn(*size, generator=g).mul_(scale)
+
+        def uniform(*size: int, low: float = 0.0) -> Tensor:
+            return torch.rand(*size, generator=g).mul_(1 - low).add_(low)
+
+        matrix = (s.K, s.J, s.D) if s.shared else (s.N, s.K, s.J, s.D)
+        if routing == "em":
+            tensors = {
+                "pose": normal(s.B, s.N, s.rows, s.K) if s.rows else normal(s.B, s.N, s.K),
+                "activation": uniform(s.B, s.N, low=0.05),
+                "weight": normal(*matrix, scale=s.K**-0.5),
+                "beta_u": normal(s.J),
+                "beta_a": normal(s.J),
+            }
+        else:
+            tensors = {
+                "u": uniform(s.B, s.N, s.K, low=-1.0),
+                "weight": normal(*matrix, scale=s.J / math.sqrt(s.N * s.D * s.K / 3)),
+            }
+        if routing == "attention":
+            tensors |= {"attn_weight": normal(s.J, s.J, scale=s.J**-0.5), "attn_bias": normal(s.J)}
+        if routing == "self-attention":
+            tensors |= {"prior": normal(s.N, s.J, scale=1 / s.J)}
+        tensors = {name: x.to(dtype or x.dtype).requires_grad_() for name, x in tensors.items()}
+        if s.masked:
+            lengths = torch.randint(1, s.N + 1, (s.B,), generator=g)
+            tensors["mask"] = torch.arange(s.N) < lengths[:, None]
+        return tensors
+
+    def output_gradients(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+        """One fixed random gradient for every output."""
+        import torch
+
+        s = self.shape
+        g = torch.Generator().manual_seed(1)
+        sizes = [(s.B, s.J, s.rows, s.D) if s.rows else (s.B, s.J, s.D)] + [(s.B, s.J)] * (self.routing.name == "em")
+        return [torch.randn(*size, generator=g).to(dtype) for size in sizes]
+
+
+PAPER = Shape("paper", B=8, N=460_800, K=8, J=2, D=16)  # CardioCaps
 QUARTER = Shape("paper/4", B=8, N=115_200, K=8, J=2, D=16)
-MNIST = Shape("mnist", B=128, N=1152, K=8, J=10, D=16)
+MNIST = Shape("mnist", B=128, N=1152, K=8, J=10, D=16)  # Sabour et al. 2017
+EFFICIENT = Shape("efficient-capsnet", B=256, N=16, K=8, J=10, D=16)  # Mazzia et al. 2021, the MNIST network
+RECOMMENDER = Shape("recommender", B=256, N=50, K=64, J=4, D=64, shared=True, masked=True)  # MIND, Li et al. 2019
+EM = Shape("em", B=64, N=288, K=4, J=32, D=4, rows=4)  # matrix capsules 4×4, Hinton et al. 2018
+
+
+def _ladder(N: int) -> Shape:
+    """As many output as input capsules: the votes and the weight grow with N²."""
+    return Shape(f"ladder {N}", B=4, N=N, K=8, J=N, D=8)
+
+
+def _cases(shape: Shape, *routings: str, **options: object) -> list[Case]:
+    return [Case(shape, ROUTINGS[name], **options) for name in routings]  # type: ignore[arg-type]
+
+
+def _all(ladder: Sequence[int], attention_up_to: int, shapes: Sequence[Shape]) -> list[Case]:
+    paper, quarter, mnist, efficient, recommender, em = shapes
+    cases = [
+        *_cases(paper, "attention", "dynamic, detached", "dynamic"),
+        *_cases(quarter, "attention"),
+        *_cases(mnist, "dynamic", "dynamic, detached", "attention"),
+        *_cases(efficient, "self-attention"),
+        *_cases(recommender, "dynamic, detached"),
+        *_cases(em, "em"),
+    ]
+    for N in ladder:
+        # Attention's own J × J convolution costs O(J²) for every capsule, O(N³) on this ladder: it is no saving there,
+        # so the one-pass peer of all rungs is uniform routing, and attention is shown on the lower rungs.
+        routings = ["dynamic", "uniform"] + ["attention"] * (attention_up_to >= N)
+        cases += _cases(_ladder(N), *routings, directions=(BOTH,), ladder=True)
+    return cases
+
+
+CASES = _all([64, 128, 256, 512, 1024, 2048], 512, [PAPER, QUARTER, MNIST, EFFICIENT, RECOMMENDER, EM])
+
+# Toy sizes, for trying out.
+QUICK_CASES = _all(
+    [4, 8],
+    4,
+    [
+        replace(PAPER, B=2, N=500),
+        replace(QUARTER, B=2, N=125),
+        replace(MNIST, B=3, N=48),
+        replace(EFFICIENT, B=4),
+        replace(RECOMMENDER, B=4, N=10, K=8, D=8),
+        replace(EM, B=2, N=18, J=5),
+    ],
+)
+
+
+def families(cases: Sequence[Case]) -> list[str]:
+    """The names that `--only` takes: the shapes, with the ladder as one."""
+    return list(dict.fromkeys(family(case) for case in cases))
+
+
+def family(case: Case) -> str:
+    return "ladder" if case.ladder else case.shape.name

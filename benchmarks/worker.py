@@ -1,0 +1,108 @@
+"""Measurements in processes of their own: one that runs out of memory or time takes nothing else with it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import resource
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import cache
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+from cardiocaps.errors import CardioCapsError
+
+# Left to the rest of the machine when a measurement takes all the memory it can.
+_SPARE = 1 << 30
+
+
+class MeasurementError(CardioCapsError):
+    """A measurement failed for a reason that has nothing to do with its speed."""
+
+    exit_code = 3
+
+
+class OutOfMemory(Exception):
+    """The process was killed, as the system does where memory runs out."""
+
+
+class TooSlow(Exception):
+    """Nothing was heard from the process for as long as it was given."""
+
+
+def events(work: Callable[..., Iterator[Any]], *arguments: object, limit: float = 600.0) -> Iterator[Any]:
+    """What the generator `work(*arguments)` yields in a new process, which ends with the loop over this.
+
+    limit: seconds between two events. Raises TooSlow, OutOfMemory, whatever CardioCapsError the work raises, and
+    MeasurementError for anything else.
+    """
+    receiver, sender = _context().Pipe(duplex=False)
+    process = _context().Process(target=_serve, args=(sender, work, arguments), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        while True:
+            if not receiver.poll(limit):
+                raise TooSlow
+            try:
+                what, event = receiver.recv()
+            except EOFError:
+                process.join()
+                if process.exitcode == -signal.SIGKILL:
+                    raise OutOfMemory from None
+                raise MeasurementError(f"a measurement ended with exit status {process.exitcode}") from None
+            if what == "failure":
+                raise event
+            if what == "end":
+                process.join(10)
+                return
+            yield event
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+
+
+@cache
+def _context() -> ForkServerContext:
+    """Processes are forked from one that has imported everything but started no thread: quick, and as good as new."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "torch._inductor.config", "benchmarks.race"])
+    return context
+
+
+def _serve(sender: Connection, work: Callable[..., Iterator[Any]], arguments: tuple[object, ...]) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process ends it
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")  # if the system has to kill a process, this one
+    _limit_memory()
+    try:
+        for event in work(*arguments):
+            sender.send(("event", event))
+        sender.send(("end", None))
+    except CardioCapsError as error:
+        sender.send(("failure", error))
+    except Exception as error:
+        name = getattr(work, "__name__", "a measurement")
+        sender.send(("failure", MeasurementError(f"{name}: {type(error).__name__}: {error}")))
+    sender.close()
+
+
+def _limit_memory() -> None:
+    """Make an allocation that does not fit fail at once and by name, instead of ending the process."""
+    with suppress(OSError, ValueError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        limit = max(available - _SPARE, _SPARE)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that an allocation failed; torch has no class for it on a CPU."""
+    text = str(error)
+    return isinstance(error, MemoryError) or any(
+        part in text for part in ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+    )
