@@ -130,7 +130,7 @@ class Info:
     machine: str
     threads: int
     extension: str  # what built it, or that it was not built
-    instructions: str  # the instruction set of the CPU kernels
+    instruction_set: str  # the instruction set of the CPU kernels
     forced: str | None
     backends: dict[str, str]  # name -> "yes", or why not
 
@@ -139,7 +139,7 @@ class Info:
             ("capsops", f"{self.version}, Python {self.python}, torch {self.torch}"),
             ("machine", f"{self.machine}, {self.threads} threads"),
             ("extension", self.extension),
-            ("instruction set", self.instructions),
+            ("instruction set", self.instruction_set),
             ("backend forced", self.forced or "none (the first that can, in the order below)"),
             *((f"backend {name}", state) for name, state in self.backends.items()),
         ]
@@ -162,7 +162,7 @@ def info() -> Info:
         machine=platform.machine(),
         threads=torch.get_num_threads(),
         extension=cpu.built() or "not built",
-        instructions=cpu.instructions() or "none",
+        instruction_set=cpu.instructions() or "none",
         forced=forced(),
         backends=states,
     )

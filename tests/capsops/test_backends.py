@@ -96,7 +96,7 @@ def test_instruction_set_can_be_forced() -> None:
     names = backends.cpu.instruction_sets()
     assert names[-1] == "baseline"
     for name in names:
-        run = _python("-c", "import capsops; print(capsops.info().instructions)", CAPSOPS_ISA=name)
+        run = _python("-c", "import capsops; print(capsops.info().instruction_set)", CAPSOPS_ISA=name)
         assert run.stdout.startswith(name), run.stderr
     run = _python("-c", "import capsops", CAPSOPS_ISA="mmx")
     assert run.returncode != 0

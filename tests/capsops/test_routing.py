@@ -41,7 +41,7 @@ def test_agrees_with_the_reference(routing: Routing, shape: tuple[int, ...], sha
     """To 1e-12 in float64 and 1e-5 in float32, or to what the last digit of the inputs changes where that is more."""
     arguments = routing.arguments(shape, shared=shared)
     exact = run(routing, arguments, torch.float64, "reference")
-    for dtype, bound in ((torch.float64, 1e-11 if routing.em else 1e-12), (torch.float32, 1e-5)):
+    for dtype, bound in ((torch.float64, 1e-10 if routing.em else 1e-12), (torch.float32, 1e-5)):
         unavoidable = _sensitivity(routing, arguments, exact, torch.finfo(dtype).eps)
         for got, expected, error in zip(run(routing, arguments, dtype, "cpu"), exact, unavoidable, strict=True):
             # Where the exact gradient is zero (one output capsule has nothing to be coupled away from), so is ours.
