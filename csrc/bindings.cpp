@@ -53,9 +53,8 @@ PYBIND11_MODULE(_C, m) {
     py::class_<PrimaryCapsules>(m, "PrimaryCapsules")
         .def(py::init([](int64_t B, int64_t outer, int64_t inner, int64_t K, int64_t batch_stride, int64_t outer_stride,
                          int64_t inner_stride, int64_t component_stride, SquashKind kind, Dtype dtype, int threads) {
-            return PrimaryCapsules{B,            outer,        inner,            K,    batch_stride,
-                                   outer_stride, inner_stride, component_stride, kind, dtype,
-                                   threads};
+            return PrimaryCapsules{B,    outer, inner,  K, batch_stride, outer_stride, inner_stride, component_stride,
+                                   kind, dtype, threads};
         }));
 
     const auto probe = [](Probe what, int64_t size, int threads) {
@@ -98,8 +97,8 @@ PYBIND11_MODULE(_C, m) {
         },
         release());
     m.def(
-        "affine_votes",
-        [](const Capsules& c, Address votes) { return cpu::kernels().affine_votes(c, at(votes)); }, release());
+        "affine_votes", [](const Capsules& c, Address votes) { return cpu::kernels().affine_votes(c, at(votes)); },
+        release());
     m.def(
         "affine_votes_backward",
         [](const Capsules& c, Address g_votes, Address g_u, Address g_weight) {
@@ -154,19 +153,17 @@ PYBIND11_MODULE(_C, m) {
         [](const Capsules& c, Address activation, Address beta_u, Address beta_a, const std::vector<double>& lambdas,
            Address mean, Address out_activation, Address state) {
             return cpu::kernels().em_routing(c, at(activation), at(beta_u), at(beta_a), lambdas.data(),
-                                             static_cast<int>(lambdas.size()), at(mean), at(out_activation),
-                                             at(state));
+                                             static_cast<int>(lambdas.size()), at(mean), at(out_activation), at(state));
         },
         release());
     m.def(
         "em_routing_backward",
-        [](const Capsules& c, Address activation, Address beta_u, const std::vector<double>& lambdas,
-           Address state, Address g_mean, Address g_out_activation, Address g_u, Address g_weight, Address g_activation,
+        [](const Capsules& c, Address activation, Address beta_u, const std::vector<double>& lambdas, Address state,
+           Address g_mean, Address g_out_activation, Address g_u, Address g_weight, Address g_activation,
            Address g_beta_u, Address g_beta_a) {
             return cpu::kernels().em_routing_backward(
-                c, at(activation), at(beta_u), lambdas.data(), static_cast<int>(lambdas.size()), at(state),
-                at(g_mean), at(g_out_activation), {at(g_u), at(g_weight)}, at(g_activation), at(g_beta_u),
-                at(g_beta_a));
+                c, at(activation), at(beta_u), lambdas.data(), static_cast<int>(lambdas.size()), at(state), at(g_mean),
+                at(g_out_activation), {at(g_u), at(g_weight)}, at(g_activation), at(g_beta_u), at(g_beta_a));
         },
         release());
 }

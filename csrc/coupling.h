@@ -8,9 +8,11 @@
 #include <cstdint>
 
 #if defined(__CUDACC__)
-#define CAPSOPS_HOST_DEVICE __host__ __device__ __forceinline__
+#define CAPSOPS_HOST_DEVICE __host__ __device__
+#define CAPSOPS_ALWAYS_INLINE __forceinline__
 #else
-#define CAPSOPS_HOST_DEVICE __attribute__((always_inline))
+#define CAPSOPS_HOST_DEVICE
+#define CAPSOPS_ALWAYS_INLINE inline __attribute__((always_inline))
 #endif
 
 namespace capsops {
@@ -18,32 +20,32 @@ namespace capsops {
 namespace {
 
 // e^x, with x kept below where the reciprocal of e^x would not be a normal number.
-CAPSOPS_HOST_DEVICE inline float exponential(float x) {
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE float exponential(float x) {
     return std::exp(x > 80.0f ? 80.0f : x);
 }
-CAPSOPS_HOST_DEVICE inline double exponential(double x) {
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE double exponential(double x) {
     return std::exp(x > 700.0 ? 700.0 : x);
 }
 
-CAPSOPS_HOST_DEVICE inline float reciprocal(float x) {
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE float reciprocal(float x) {
     return 1.0f / x;
 }
-CAPSOPS_HOST_DEVICE inline double reciprocal(double x) {
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE double reciprocal(double x) {
     return 1.0 / x;
 }
 
 // The larger; b if a is not a number.
-CAPSOPS_HOST_DEVICE inline float larger(float a, float b) {
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE float larger(float a, float b) {
     return a > b ? a : b;
 }
-CAPSOPS_HOST_DEVICE inline double larger(double a, double b) {
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE double larger(double a, double b) {
     return a > b ? a : b;
 }
 
 // ---- couplings over the output capsules ------------------------------------------------------------
 
 // c_j = softmax over j of z_j, in place. leaky adds one logit that is always 0 and whose share is dropped.
-template <class X> CAPSOPS_HOST_DEVICE inline void softmax(X* z, int64_t J, bool leaky) {
+template <class X> CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE void softmax(X* z, int64_t J, bool leaky) {
     if (J == 2 && !leaky) {
         // One exponential instead of two: c_0 = 1/(1 + e^(z_1 − z_0)).
         const X e = exponential(z[1] - z[0]);
@@ -63,7 +65,7 @@ template <class X> CAPSOPS_HOST_DEVICE inline void softmax(X* z, int64_t J, bool
 }
 
 // The gradient of the logits, δ_j = c_j (e_j − Σ_k c_k e_k), in place of e, the gradient of the couplings.
-template <class X> CAPSOPS_HOST_DEVICE inline void softmax_backward(const X* c, X* e, int64_t J) {
+template <class X> CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE void softmax_backward(const X* c, X* e, int64_t J) {
     X mean = c[0] * e[0];
     for (int64_t j = 1; j < J; ++j) mean += c[j] * e[j];
     for (int64_t j = 0; j < J; ++j) e[j] = c[j] * (e[j] - mean);
@@ -81,8 +83,8 @@ template <class A> struct Gaussian {
 };
 
 // The M-step, from sums over the input capsules of w (1, x, x²) with x = û − shift: shifted, because Σ w û² − μ² loses
-// its digits. Where a variance has collapsed to ε its gradient is so steep that the rounding of the mean shows: rest keeps
-// what was lost. Sets everything in g.
+// its digits. Where a variance has collapsed to ε its gradient is so steep that the rounding of the mean shows: rest
+// keeps what was lost. Sets everything in g.
 template <class A>
 CAPSOPS_HOST_DEVICE inline void maximise(Gaussian<A>& g, A mass, const A* first, const A* second, const A* shift,
                                          int64_t H, A epsilon, A beta_u, A beta_a, A inverse_temperature) {

@@ -40,7 +40,8 @@ struct CapsuleGradients {
     void* weight;  // as Capsules::weight
 };
 
-// A convolution's output [B, C, H, W], read as capsules [B, outer, inner, K] (outer · inner = N) by strides in elements.
+// A convolution's output [B, C, H, W], read as capsules [B, outer, inner, K] (outer · inner = N) by strides in
+// elements.
 struct PrimaryCapsules {
     int64_t B, outer, inner, K;
     int64_t batch_stride, outer_stride, inner_stride, component_stride;

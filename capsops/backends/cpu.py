@@ -143,7 +143,9 @@ def squash_backward(g_s: Tensor, g_v: Tensor, s: Tensor, kind: str) -> None:
     rows = s.numel() // max(dim, 1)
     kind_ = getattr(_C.SquashKind, kind)
     threads = torch.get_num_threads()
-    status = _C.squash_backward(g_v.data_ptr(), s.data_ptr(), g_s.data_ptr(), rows, dim, kind_, _DTYPES[s.dtype], threads)
+    status = _C.squash_backward(
+        g_v.data_ptr(), s.data_ptr(), g_s.data_ptr(), rows, dim, kind_, _DTYPES[s.dtype], threads
+    )
     _check(status, "squash_backward", s)
 
 

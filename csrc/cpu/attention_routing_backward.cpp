@@ -113,8 +113,8 @@ Status attention_routing_backward(const Capsules& c, const void* attn_weight, co
         const Attention<A> attention{weight, static_cast<const A*>(attn_bias), J};
         Buffer<A> params(J * (J + 1));
         for_output_capsules(J, [&]<int count>() {
-            const AttentionGradient<A, count> policy{attention, transposed.get(), padded.get(),
-                                                     o.D,       g_attn_weight || g_attn_bias};
+            const AttentionGradient<A, count> policy{attention, transposed.get(), padded.get(), o.D,
+                                                     g_attn_weight || g_attn_bias};
             emit(o, policy, gradients, params.get());
         });
         const A* g_bias = params.get() + J * J;

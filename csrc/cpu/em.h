@@ -69,13 +69,18 @@ template <class A> struct Assignment {
 
 // The state of all output capsules after each iteration, as the passes use it: D in whole vectors.
 template <class A> struct States {
-    int64_t rows, H, D;                           // rows = B·J
-    Buffer<A> mean, quadratic, constant;          // [iterations, rows, D], twice, and [iterations, rows]
-    const A* compact;                             // [iterations, rows, 3H + 2]
+    int64_t rows, H, D;                   // rows = B·J
+    Buffer<A> mean, quadratic, constant;  // [iterations, rows, D], twice, and [iterations, rows]
+    const A* compact;                     // [iterations, rows, 3H + 2]
 
     States(int iterations, int64_t rows, int64_t H, int64_t D, const A* compact)
-        : rows(rows), H(H), D(D), mean(iterations * rows * D), quadratic(iterations * rows * D),
-          constant(iterations * rows), compact(compact) {}
+        : rows(rows),
+          H(H),
+          D(D),
+          mean(iterations * rows * D),
+          quadratic(iterations * rows * D),
+          constant(iterations * rows),
+          compact(compact) {}
 
     // Nothing is written through it where the state is a saved one.
     Gaussian<A> at(int t, int64_t row) const {

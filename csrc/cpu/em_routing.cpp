@@ -1,6 +1,6 @@
 // EM routing (Hinton et al. 2018, procedure 1): every iteration is one pass that recomputes the votes, assigns them by
-// the Gaussians of the iteration before (E-step) and sums w, w x and w x² (M-step). The first iteration knows no mean to
-// shift by, and takes two passes. Saves the Gaussians of every iteration.
+// the Gaussians of the iteration before (E-step) and sums w, w x and w x² (M-step). The first iteration knows no mean
+// to shift by, and takes two passes. Saves the Gaussians of every iteration.
 
 #include "em.h"
 #include "operators.h"

@@ -1,5 +1,5 @@
-// Primary capsules: squash, and the change from the convolution's layout to [B, N, K], in one pass over memory each way.
-// A row of neighbouring capsules is taken at a time, so that both sides are read and written in whole cache lines
+// Primary capsules: squash, and the change from the convolution's layout to [B, N, K], in one pass over memory each
+// way. A row of neighbouring capsules is taken at a time, so that both sides are read and written in whole cache lines
 // whatever the layout.
 
 #include "operators.h"
@@ -18,8 +18,7 @@ template <class A, class Each> void for_each_chunk(const PrimaryCapsules& p, Eac
 #pragma omp parallel for schedule(static) num_threads(p.threads) if (tasks * p.K >= 256)
     for (int64_t task = 0; task < tasks; ++task) {
         const int64_t begin = task % chunks * chunk, row = task / chunks;
-        const int64_t offset =
-            row / p.outer * p.batch_stride + row % p.outer * p.outer_stride + begin * p.inner_stride;
+        const int64_t offset = row / p.outer * p.batch_stride + row % p.outer * p.outer_stride + begin * p.inner_stride;
         each(offset, (row * p.inner + begin) * p.K, at_most(chunk, p.inner - begin),
              scratch.get() + omp_get_thread_num() * scratch_size);
     }
@@ -32,13 +31,8 @@ template <class A, class Move> void for_each_component(const PrimaryCapsules& p,
             for (int64_t k = 0; k < p.K; ++k) move(n * p.inner_stride + k, n * p.K + k);
     } else {
         for (int64_t k = 0; k < p.K; ++k)
-            for (int64_t n = 0; n < count; ++n)
-                move(n * p.inner_stride + k * p.component_stride, n * p.K + k);
+            for (int64_t n = 0; n < count; ++n) move(n * p.inner_stride + k * p.component_stride, n * p.K + k);
     }
-}
-
-template <class A> SquashFactors<A> factors(A n, SquashKind kind) {
-    return kind == SquashKind::sabour ? squash_sabour(n) : squash_efficient(n);
 }
 
 }  // namespace
@@ -51,7 +45,8 @@ Status primary_capsules(const PrimaryCapsules& p, const void* features, void* u)
                 for_each_component<A>(p, count, [&](int64_t a, int64_t b) { s[b] = static_cast<A>(x[a]); });
                 A* v = s + chunk * p.K;
                 for (int64_t n = 0; n < count; ++n)
-                    squash_vector(s + n * p.K, v + n * p.K, p.K, [&](A length) { return factors(length, p.kind); });
+                    squash_vector(s + n * p.K, v + n * p.K, p.K,
+                                  [&](A length) { return squash_factors(length, p.kind); });
                 convert(v, count * p.K, static_cast<T*>(u) + to);
             });
         });
@@ -68,7 +63,7 @@ Status primary_capsules_backward(const PrimaryCapsules& p, const void* g_u, cons
                 convert(static_cast<const T*>(g_u) + to, count * p.K, g);
                 for (int64_t n = 0; n < count; ++n)
                     squash_vector_backward(g + n * p.K, s + n * p.K, out + n * p.K, p.K,
-                                           [&](A length) { return factors(length, p.kind); });
+                                           [&](A length) { return squash_factors(length, p.kind); });
                 T* y = static_cast<T*>(g_features) + from;
                 for_each_component<A>(p, count, [&](int64_t a, int64_t b) { y[a] = static_cast<T>(out[b]); });
             });

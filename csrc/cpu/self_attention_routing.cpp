@@ -119,10 +119,8 @@ Status self_attention_routing_backward(const Capsules& c, const void* prior, dou
         reduce(o, SelfAttentionAdjoint<A>{{{T.get(), false}, g_s_padded.get()}, o.J, o.D}, H.get());
         for (int64_t x = 0; x < size; ++x) H.get()[x] *= scale;
         if (g_prior) fill(static_cast<A*>(g_prior), c.N * o.J, A(0));
-        const SelfAttentionGradient<A> policy{{T.get(), static_cast<const A*>(prior), o.J, o.D},
-                                              g_s_padded.get(),
-                                              H.get(),
-                                              static_cast<A*>(g_prior)};
+        const SelfAttentionGradient<A> policy{
+            {T.get(), static_cast<const A*>(prior), o.J, o.D}, g_s_padded.get(), H.get(), static_cast<A*>(g_prior)};
         emit(o, policy, gradients, static_cast<A*>(nullptr));
     });
 }

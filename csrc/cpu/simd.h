@@ -128,9 +128,8 @@ CAPSOPS_INLINE Lanes<double> exponential_of(Lanes<double> x) {
     const Lanes<double> n = shifted - 6755399441055744.0;
     const Lanes<double> r = (x - n * 0.693145751953125) - n * 1.42860682030941723212e-6;
     Lanes<double> p = 1.0 / 6227020800.0;
-    for (double inverse_factorial :
-         {1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0, 1 / 5040.0, 1 / 720.0, 1 / 120.0,
-          1 / 24.0, 1 / 6.0, 0.5, 1.0, 1.0})
+    for (double inverse_factorial : {1 / 479001600.0, 1 / 39916800.0, 1 / 3628800.0, 1 / 362880.0, 1 / 40320.0,
+                                     1 / 5040.0, 1 / 720.0, 1 / 120.0, 1 / 24.0, 1 / 6.0, 0.5, 1.0, 1.0})
         p = p * r + inverse_factorial;
     const Bits power = (reinterpret_cast<Bits>(shifted.v) << 52) + 0x3ff0000000000000;
     return p * Lanes<double>(reinterpret_cast<Lanes<double>::Vector>(power));
@@ -143,8 +142,7 @@ template <class A> CAPSOPS_INLINE Lanes<A> square_root(Lanes<A> x) {
 }
 
 // Transposes a square: lane l of x[m] and lane m of x[l] change places. V has as many lanes as there are x.
-template <int h, class V, int... l>
-CAPSOPS_INLINE void exchange(V& a, V& b, std::integer_sequence<int, l...>) {
+template <int h, class V, int... l> CAPSOPS_INLINE void exchange(V& a, V& b, std::integer_sequence<int, l...>) {
     constexpr int n = sizeof...(l);
     const V low = __builtin_shufflevector(a, b, ((l & h) ? n + (l ^ h) : l)...);
     b = __builtin_shufflevector(a, b, ((l & h) ? n + l : (l ^ h))...);

@@ -17,17 +17,13 @@ template <class A, class Row> void for_each_row(int64_t rows, int64_t dim, int t
     for (int64_t r = 0; r < rows; ++r) row(r, scratch.get() + 3 * dim * omp_get_thread_num());
 }
 
-template <class A> SquashFactors<A> factors(A n, SquashKind kind) {
-    return kind == SquashKind::sabour ? squash_sabour(n) : squash_efficient(n);
-}
-
 }  // namespace
 
 Status squash(const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, int threads) {
     return for_accumulation(dtype, [&]<class A>() {
         for_each_row<A>(rows, dim, threads, [&](int64_t r, A* x) {
             read(s, dtype, r * dim, dim, x);
-            squash_vector(x, x + dim, dim, [&](A n) { return factors(n, kind); });
+            squash_vector(x, x + dim, dim, [&](A n) { return squash_factors(n, kind); });
             write(x + dim, dim, v, dtype, r * dim);
         });
     });
@@ -40,7 +36,7 @@ Status squash_backward(const void* g_v, const void* s, void* g_s, int64_t rows, 
             A *g = x + dim, *out = x + 2 * dim;
             read(s, dtype, r * dim, dim, x);
             read(g_v, dtype, r * dim, dim, g);
-            squash_vector_backward(g, x, out, dim, [&](A n) { return factors(n, kind); });
+            squash_vector_backward(g, x, out, dim, [&](A n) { return squash_factors(n, kind); });
             write(out, dim, g_s, dtype, r * dim);
         });
     });

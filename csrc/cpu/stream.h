@@ -115,8 +115,14 @@ template <class A> struct Operands {
     int64_t slots;  // transformation matrices in one tile
 
     explicit Operands(const Capsules& c)
-        : c(c), K(c.rows * c.K), J(c.J), H(c.rows * c.D), D(ceil_div(H, lanes) * lanes), JD(J * D),
-          direct_u(c.dtype == DtypeOf<A>::value), direct_weight(direct_u && c.rows == 1 && D == c.D),
+        : c(c),
+          K(c.rows * c.K),
+          J(c.J),
+          H(c.rows * c.D),
+          D(ceil_div(H, lanes) * lanes),
+          JD(J * D),
+          direct_u(c.dtype == DtypeOf<A>::value),
+          direct_weight(direct_u && c.rows == 1 && D == c.D),
           // As many as stay in the second-level cache.
           slots(at_least(at_most((int64_t{1} << 16) / at_least(K * JD, 1), lanes), 1)) {}
 
@@ -395,14 +401,15 @@ inline void project_to_u(const Operands<A>& o, const Tile<A>& t, const Segment<A
 // Gradients of this many bytes are past every cache before anyone reads them.
 constexpr int64_t streamed_bytes = int64_t{1} << 25;
 
-// Fresh memory of that size comes in huge pages where the system gives them: to fault in 4 KB at a time takes longer than
-// to compute what goes there.
+// Fresh memory of that size comes in huge pages where the system gives them: to fault in 4 KB at a time takes longer
+// than to compute what goes there.
 inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     if (bytes < streamed_bytes) return;
     constexpr uintptr_t page = uintptr_t{1} << 21;
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory);
-    const uintptr_t begin = (address + page - 1) / page * page, end = (address + static_cast<uintptr_t>(bytes)) / page * page;
+    const uintptr_t begin = (address + page - 1) / page * page,
+                    end = (address + static_cast<uintptr_t>(bytes)) / page * page;
     if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
 }
@@ -469,6 +476,10 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
 }
 
 // ---- output capsules -------------------------------------------------------------------------------------------
+
+template <class A> inline SquashFactors<A> squash_factors(A n, SquashKind kind) {
+    return kind == SquashKind::sabour ? squash_sabour(n) : squash_efficient(n);
+}
 
 // squash and its vector-Jacobian product over the B·J output capsules of a routing, [rows, D].
 template <class A, class Factors>

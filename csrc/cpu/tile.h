@@ -18,10 +18,10 @@ template <class A> constexpr int block_rows = Lanes<A>::count < most_rows ? Lane
 
 // A run of items in a tile with the same transformation matrix.
 template <class A> struct Segment {
-    int begin, end;   // items; equal if the capsule is there for no batch item
-    int64_t i;        // the input capsule; of shared matrices the first one
-    const A* weight;  // [K, J, D]
-    bool first, last; // of this matrix in this block of capsules
+    int begin, end;    // items; equal if the capsule is there for no batch item
+    int64_t i;         // the input capsule; of shared matrices the first one
+    const A* weight;   // [K, J, D]
+    bool first, last;  // of this matrix in this block of capsules
 };
 
 template <class A> struct Tile {
@@ -128,9 +128,9 @@ inline void dots(const A* a, int64_t a_stride, int64_t rows, const A* b, int64_t
     }
 }
 
-// out_r [K] = W [K, X] g_r [X] where K fits a vector once (P = 1) or twice (P = 2): squares of W are transposed, so that
-// the K results lie in the lanes and no sum crosses them. With P = 2 the lanes hold pairs of columns, which are added at
-// the end.
+// out_r [K] = W [K, X] g_r [X] where K fits a vector once (P = 1) or twice (P = 2): squares of W are transposed, so
+// that the K results lie in the lanes and no sum crosses them. With P = 2 the lanes hold pairs of columns, which are
+// added at the end.
 template <int P, class A>
 inline void project(const A* g, int64_t g_stride, int rows, const A* weight, int64_t stride, int64_t X, A* const* out) {
     constexpr int n = Lanes<A>::count, K = n / P, R = block_rows<A>;
@@ -213,8 +213,7 @@ inline void outer(const A* const* u, const A* const* g, int rows, int64_t K, int
     int64_t x = 0;
     for (; x + block_vectors * n <= X; x += block_vectors * n) {
         int64_t k = 0;
-        for (; k + KB <= K; k += KB)
-            outer_block<KB, block_vectors>(u, g, rows, k, x, out, X, add, past_caches);
+        for (; k + KB <= K; k += KB) outer_block<KB, block_vectors>(u, g, rows, k, x, out, X, add, past_caches);
         for (; k < K; ++k) outer_block<1, block_vectors>(u, g, rows, k, x, out, X, add, past_caches);
     }
     for (; x < X; x += n) {
@@ -247,8 +246,7 @@ template <class A, class Term> inline void agreements(const Tile<A>& t, Term ter
 
 // û_r · x_b(r), for every output capsule.
 template <class A> inline void agreements_with(const Tile<A>& t, const A* x /* [B, J, D] */, Lanes<A>* out) {
-    agreements(
-        t, [&](int r, int64_t jd) { return load(t.votes + r * t.JD + jd) * load(x + t.b[r] * t.JD + jd); }, out);
+    agreements(t, [&](int r, int64_t jd) { return load(t.votes + r * t.JD + jd) * load(x + t.b[r] * t.JD + jd); }, out);
 }
 
 // Lane r of x[j].

@@ -1,0 +1,257 @@
+// Every CPU kernel at small odd shapes, for sanitizers to watch: each instruction set, dtype, mask, shared and own
+// matrices, matrix poses; with one thread and with three, whose results must be the same to the bit. Outputs lie in
+// memory of exactly their size and are poisoned with NaN, so that one that is overrun or not written is seen.
+//
+// tests/core/sanitize.sh builds and runs it.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <new>
+#include <string>
+#include <vector>
+
+#include "../../csrc/routing.h"
+
+using namespace capsops;
+
+namespace {
+
+uint64_t state = 1;
+
+double uniform() {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return static_cast<double>(state >> 11) * 0x1p-53;
+}
+
+size_t bytes_of(Dtype dtype) {
+    return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+Dtype accumulation(Dtype dtype) {
+    return dtype == Dtype::float64 ? dtype : Dtype::float32;
+}
+
+// Numbers of one dtype on a cache line of their own, and nothing behind them.
+class Numbers {
+  public:
+    Numbers(int64_t count, Dtype dtype)
+        : count_(count), dtype_(dtype), data_(::operator new(bytes(), std::align_val_t{64})) {
+        for (int64_t x = 0; x < count; ++x) set(x, NAN);
+    }
+    ~Numbers() { ::operator delete(data_, std::align_val_t{64}); }
+    Numbers(const Numbers&) = delete;
+
+    Numbers& random(double low = -1, double high = 1) {
+        for (int64_t x = 0; x < count_; ++x) set(x, low + (high - low) * uniform());
+        return *this;
+    }
+    void* get() { return data_; }
+    size_t bytes() const { return static_cast<size_t>(count_) * bytes_of(dtype_); }
+
+    bool written() const {
+        for (int64_t x = 0; x < count_; ++x)
+            if (!std::isfinite(at(x))) return false;
+        return true;
+    }
+
+  private:
+    void set(int64_t x, double value) {
+        const float narrow = static_cast<float>(value);
+        uint32_t bits;
+        std::memcpy(&bits, &narrow, 4);
+        switch (dtype_) {
+            case Dtype::float32: static_cast<float*>(data_)[x] = narrow; break;
+            case Dtype::float64: static_cast<double*>(data_)[x] = value; break;
+            case Dtype::bfloat16: static_cast<uint16_t*>(data_)[x] = static_cast<uint16_t>(bits >> 16); break;
+            case Dtype::float16: {
+                const _Float16 half = static_cast<_Float16>(narrow);
+                std::memcpy(static_cast<uint16_t*>(data_) + x, &half, 2);
+            }
+        }
+    }
+    double at(int64_t x) const {
+        switch (dtype_) {
+            case Dtype::float32: return static_cast<const float*>(data_)[x];
+            case Dtype::float64: return static_cast<const double*>(data_)[x];
+            case Dtype::bfloat16: {
+                const uint32_t bits = static_cast<uint32_t>(static_cast<const uint16_t*>(data_)[x]) << 16;
+                float wide;
+                std::memcpy(&wide, &bits, 4);
+                return wide;
+            }
+            case Dtype::float16: {
+                _Float16 half;
+                std::memcpy(&half, static_cast<const uint16_t*>(data_) + x, 2);
+                return static_cast<double>(half);
+            }
+        }
+        return NAN;
+    }
+
+    int64_t count_;
+    Dtype dtype_;
+    void* data_;
+};
+
+int calls = 0;
+
+// Calls run(threads, outputs) with one thread and with three, each time with fresh outputs of the given sizes.
+template <class Run> void check(const std::string& name, const std::vector<std::pair<int64_t, Dtype>>& sizes, Run run) {
+    std::vector<std::vector<unsigned char>> first;
+    for (int threads : {1, 3}) {
+        std::vector<Numbers*> outputs;
+        for (const auto& [count, dtype] : sizes) outputs.push_back(new Numbers(count, dtype));
+        const Status status = run(threads, outputs);
+        ++calls;
+        for (size_t m = 0; m < outputs.size(); ++m) {
+            const auto* data = static_cast<unsigned char*>(outputs[m]->get());
+            std::vector<unsigned char> bytes(data, data + outputs[m]->bytes());
+            if (threads == 1) first.push_back(bytes);
+            if (status != Status::ok || !outputs[m]->written() || bytes != first[m]) {
+                std::printf("%s: output %zu, %d threads: wrong\n", name.c_str(), m, threads);
+                std::exit(1);
+            }
+        }
+        for (Numbers* x : outputs) delete x;
+    }
+}
+
+struct Shape {
+    int64_t B, N, K, J, D, rows;
+};
+
+void routings(const Kernels& k, const Shape& s, Dtype dtype, bool masked, bool shared, const std::string& name) {
+    const Dtype wide = accumulation(dtype);
+    const int64_t H = s.rows * s.D, weights = (shared ? 1 : s.N) * s.K * s.J * s.D;
+    const int64_t capsules = s.B * s.N * s.rows * s.K, outputs = s.B * s.J * H;
+    Numbers u(capsules, dtype), weight(weights, dtype), mix(s.J * s.J, wide), mix_bias(s.J, wide), bias(s.J * H, wide);
+    Numbers g(outputs, wide), prior(s.N * s.J, wide), g_votes(s.B * s.N * s.J * H, dtype);
+    Numbers activation(s.B * s.N, wide), beta_u(s.J, wide), beta_a(s.J, wide), g_activation(s.B * s.J, wide);
+    for (Numbers* x : {&u, &weight, &mix, &mix_bias, &bias, &g, &prior, &g_votes, &beta_u, &beta_a, &g_activation})
+        x->random();
+    activation.random(0.1, 0.9);
+    std::vector<uint8_t> mask(static_cast<size_t>(s.B * s.N));
+    for (size_t x = 0; x < mask.size(); ++x) mask[x] = x % 7 != 0 && x >= static_cast<size_t>(s.N) / 2;
+
+    const auto operands = [&](int threads) {
+        return Capsules{u.get(), weight.get(), masked ? mask.data() : nullptr, s.B,   s.N,    s.K, s.J,
+                        s.D,     s.rows,       shared ? 0 : s.K * s.J * s.D,   dtype, threads};
+    };
+    using Outputs = const std::vector<Numbers*>&;
+
+    const std::vector<double> temperatures{0.01, 0.02, 0.03};
+    Numbers em_state(3 * s.B * s.J * (3 * H + 2), wide);
+    check(name + "em", {{outputs, wide}, {s.B * s.J, wide}, {3 * s.B * s.J * (3 * H + 2), wide}},
+          [&](int threads, Outputs o) {
+              const Status status = k.em_routing(operands(threads), activation.get(), beta_u.get(), beta_a.get(),
+                                                 temperatures.data(), 3, o[0]->get(), o[1]->get(), o[2]->get());
+              std::memcpy(em_state.get(), o[2]->get(), o[2]->bytes());
+              return status;
+          });
+    check(name + "em backward", {{capsules, dtype}, {weights, dtype}, {s.B * s.N, wide}, {s.J, wide}, {s.J, wide}},
+          [&](int threads, Outputs o) {
+              return k.em_routing_backward(operands(threads), activation.get(), beta_u.get(), temperatures.data(), 3,
+                                           em_state.get(), g.get(), g_activation.get(), {o[0]->get(), o[1]->get()},
+                                           o[2]->get(), o[3]->get(), o[4]->get());
+          });
+    if (s.rows > 1) return;
+
+    Numbers saved(3 * outputs, wide);
+    const auto save = [&](Numbers* s_) { std::memcpy(saved.get(), s_->get(), s_->bytes()); };
+    check(name + "attention", {{outputs, wide}, {outputs, wide}}, [&](int threads, Outputs o) {
+        const Status status =
+            k.attention_routing(operands(threads), mix.get(), mix_bias.get(), o[0]->get(), o[1]->get());
+        return save(o[1]), status;
+    });
+    check(name + "attention backward", {{capsules, dtype}, {weights, dtype}, {s.J * s.J, wide}, {s.J, wide}},
+          [&](int threads, Outputs o) {
+              return k.attention_routing_backward(operands(threads), mix.get(), mix_bias.get(), saved.get(), g.get(),
+                                                  {o[0]->get(), o[1]->get()}, o[2]->get(), o[3]->get());
+          });
+    for (const bool leaky : {false, true}) {
+        check(name + "dynamic", {{outputs, wide}, {3 * outputs, wide}}, [&](int threads, Outputs o) {
+            const Status status = k.dynamic_routing(operands(threads), bias.get(), 3, leaky, o[0]->get(), o[1]->get());
+            return save(o[1]), status;
+        });
+        for (const bool detach : {false, true})
+            check(name + "dynamic backward", {{capsules, dtype}, {weights, dtype}, {s.J * H, wide}},
+                  [&](int threads, Outputs o) {
+                      return k.dynamic_routing_backward(operands(threads), 3, leaky, detach, saved.get(), g.get(),
+                                                        {o[0]->get(), o[1]->get()}, o[2]->get());
+                  });
+    }
+    Numbers total(outputs, wide);
+    check(name + "self-attention", {{outputs, wide}, {outputs, wide}, {outputs, wide}}, [&](int threads, Outputs o) {
+        const Status status =
+            k.self_attention_routing(operands(threads), prior.get(), 0.5, o[0]->get(), o[1]->get(), o[2]->get());
+        std::memcpy(total.get(), o[1]->get(), o[1]->bytes());
+        return save(o[2]), status;
+    });
+    check(name + "self-attention backward", {{capsules, dtype}, {weights, dtype}, {s.N * s.J, wide}},
+          [&](int threads, Outputs o) {
+              return k.self_attention_routing_backward(operands(threads), prior.get(), 0.5, total.get(), saved.get(),
+                                                       g.get(), {o[0]->get(), o[1]->get()}, o[2]->get());
+          });
+    if (masked) return;
+    check(name + "votes", {{s.B * s.N * s.J * H, dtype}},
+          [&](int threads, Outputs o) { return k.affine_votes(operands(threads), o[0]->get()); });
+    check(name + "votes backward", {{capsules, dtype}, {weights, dtype}}, [&](int threads, Outputs o) {
+        return k.affine_votes_backward(operands(threads), g_votes.get(), {o[0]->get(), o[1]->get()});
+    });
+}
+
+void layers(const Kernels& k, Dtype dtype, const std::string& name) {
+    constexpr int64_t rows = 2051, dim = 5, B = 2, types = 3, K = 5, pixels = 77;
+    for (const SquashKind kind : {SquashKind::sabour, SquashKind::efficient}) {
+        Numbers s(rows * dim, dtype), g(rows * dim, dtype);
+        s.random(), g.random();
+        check(name + "squash", {{rows * dim, dtype}}, [&](int threads, const std::vector<Numbers*>& o) {
+            return k.squash(s.get(), o[0]->get(), rows, dim, kind, dtype, threads);
+        });
+        check(name + "squash backward", {{rows * dim, dtype}}, [&](int threads, const std::vector<Numbers*>& o) {
+            return k.squash_backward(g.get(), s.get(), o[0]->get(), rows, dim, kind, dtype, threads);
+        });
+        const int64_t size = B * types * K * pixels;
+        Numbers features(size, dtype), g_u(size, dtype);
+        features.random(), g_u.random();
+        for (const bool channels_last : {false, true}) {
+            const int64_t channel = channels_last ? 1 : pixels, pixel = channels_last ? types * K : 1;
+            const auto p = [&](int threads) {
+                return PrimaryCapsules{B,       types, pixels, K,      types * K * pixels, K * channel, pixel,
+                                       channel, kind,  dtype,  threads};
+            };
+            check(name + "primary capsules", {{size, dtype}}, [&](int threads, const std::vector<Numbers*>& o) {
+                return k.primary_capsules(p(threads), features.get(), o[0]->get());
+            });
+            check(name + "primary capsules backward", {{size, dtype}},
+                  [&](int threads, const std::vector<Numbers*>& o) {
+                      return k.primary_capsules_backward(p(threads), g_u.get(), features.get(), o[0]->get());
+                  });
+        }
+    }
+}
+
+}  // namespace
+
+int main() {
+    const Shape shapes[] = {{1, 1, 1, 1, 1, 1},     {3, 131, 8, 2, 16, 1}, {2, 19, 9, 17, 3, 1},
+                            {33, 5, 16, 10, 16, 1}, {5, 40, 7, 3, 33, 1},  {3, 21, 4, 3, 4, 4}};
+    std::string sets = cpu::instruction_sets();
+    for (size_t begin = 0; begin < sets.size();) {
+        const size_t end = std::min(sets.find(' ', begin), sets.size());
+        const std::string set = sets.substr(begin, end - begin);
+        begin = end + 1;
+        if (!cpu::use_instruction_set(set.c_str())) return 1;
+        for (const Dtype dtype : {Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16}) {
+            layers(cpu::kernels(), dtype, set + " ");
+            for (const Shape& s : shapes)
+                for (const bool masked : {false, true})
+                    for (const bool shared : {false, true})
+                        routings(cpu::kernels(), s, dtype, masked, shared,
+                                 set + " " + std::to_string(s.B) + "x" + std::to_string(s.N) + " ");
+        }
+    }
+    std::printf("%d calls: all written, and the same with one thread and with three\n", calls);
+}

@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# The CPU kernels under sanitizers, without Python: every operator, dtype and instruction set that this machine has.
+#
+#   tests/core/sanitize.sh                      AddressSanitizer (with leaks) and UndefinedBehaviorSanitizer
+#   tests/core/sanitize.sh thread               ThreadSanitizer
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+sanitizers=${1:-address,undefined}
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+cxx=${CXX:-g++}
+options=(-std=c++20 -O1 -g -fno-omit-frame-pointer -fopenmp -fno-math-errno -fno-trapping-math -fno-strict-aliasing
+    -ffp-contract=fast -Wno-psabi -Wno-ignored-attributes -fsanitize="$sanitizers" -fno-sanitize-recover=all)
+
+jobs=()
+sets=("baseline 16")
+x86=()
+if [ "$(uname -m)" = x86_64 ]; then
+    sets+=("avx2 32 -mavx2 -mfma -mf16c" "avx512 64 -mavx512f -mavx512vl -mavx512bw -mavx512dq -mavx2 -mfma -mf16c")
+    x86=(-DCAPSOPS_X86)
+fi
+for set in "${sets[@]}"; do
+    read -r name bytes flags <<<"$set"
+    for source in csrc/cpu/*.cpp; do
+        [[ $source == */dispatch.cpp ]] && continue
+        # shellcheck disable=SC2086
+        jobs+=("$name-$(basename "$source" .cpp).o $source -DCAPSOPS_ISA=$name -DCAPSOPS_VECTOR_BYTES=$bytes $flags")
+    done
+done
+jobs+=("dispatch.o csrc/cpu/dispatch.cpp ${x86[*]}" "every_operator.o tests/core/every_operator.cpp")
+[[ $sanitizers == *thread* ]] && jobs+=("openmp.o tests/core/openmp.cpp")
+export cxx build
+export OPTIONS="${options[*]}"
+printf '%s\n' "${jobs[@]}" | xargs -P "$(nproc)" -I{} bash -c 'set -- {}; $cxx $OPTIONS -c "$2" -o "$build/$1" "${@:3}"'
+if [[ $sanitizers == *thread* ]]; then
+    # Without -fopenmp: the kernels' calls go to openmp.cpp instead of libgomp.
+    "$cxx" -fsanitize="$sanitizers" "$build"/*.o -o "$build/every_operator" -pthread
+else
+    "$cxx" -fsanitize="$sanitizers" -fopenmp "$build"/*.o -o "$build/every_operator"
+fi
+"$build/every_operator"
