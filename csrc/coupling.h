@@ -84,22 +84,26 @@ template <class A> struct Gaussian {
 
 // The M-step, from sums over the input capsules of w (1, x, x²) with x = û − shift: shifted, because Σ w û² − μ² loses
 // its digits. Where a variance has collapsed to ε its gradient is so steep that the rounding of the mean shows: rest
-// keeps what was lost. Sets everything in g.
+// keeps what was lost. Sets everything in g. Returns whether the shift was close enough: where the mean
+// moved by many standard deviations the variance has lost digits, and the sums should be taken again with the new mean.
 template <class A>
-CAPSOPS_HOST_DEVICE inline void maximise(Gaussian<A>& g, A mass, const A* first, const A* second, const A* shift,
+CAPSOPS_HOST_DEVICE inline bool maximise(Gaussian<A>& g, A mass, const A* first, const A* second, const A* shift,
                                          int64_t H, A epsilon, A beta_u, A beta_a, A inverse_temperature) {
     const A inverse = A(1) / (mass + epsilon);
     A logarithms = 0;
+    bool precise = true;
     for (int64_t h = 0; h < H; ++h) {
         const A moved = (first[h] - epsilon * shift[h]) * inverse;
         g.mean[h] = shift[h] + moved;
         g.rest[h] = (shift[h] - g.mean[h]) + moved;
         const A spread = larger(A(0), second[h] - moved * (A(2) * first[h] - moved * mass));
         g.variance[h] = spread * inverse + epsilon;
+        precise = precise && moved * moved <= A(4) * g.variance[h];
         logarithms += std::log(g.variance[h]);
     }
     g.mass = mass;
     g.logit = inverse_temperature * (beta_a - mass * (static_cast<A>(H) * beta_u + logarithms / 2));
+    return precise;
 }
 
 // The M-step backwards: w of one input capsule has the gradient

@@ -1,6 +1,6 @@
 // EM routing (Hinton et al. 2018, procedure 1): every iteration is one pass that recomputes the votes, assigns them by
 // the Gaussians of the iteration before (E-step) and sums w, w x and w x² (M-step). The first iteration knows no mean
-// to shift by, and takes two passes. Saves the Gaussians of every iteration.
+// to shift by, and takes two passes; so does one whose means moved far. Saves the Gaussians of every iteration.
 
 #include "em.h"
 #include "operators.h"
@@ -40,24 +40,27 @@ Status em_routing(const Capsules& c, const void* activation, const void* beta_u_
         fill(shift.get(), rows * o.D, A(0));
 
         const auto maximise_all = [&](int t) {
+            bool precise = true;
             for (int64_t b = 0; b < c.B; ++b)
                 for (int64_t j = 0; j < J; ++j) {
                     const A* first = sums.get() + b * row + j * o.D;
                     Gaussian<A> g = states.at(t, b * J + j);
-                    maximise(g, sums.get()[b * row + 2 * o.JD + j], first, first + o.JD,
-                             shift.get() + (b * J + j) * o.D, o.H, A(em_epsilon), beta_u[j], beta_a[j],
-                             static_cast<A>(inverse_temperatures[t]));
+                    precise &= maximise(g, sums.get()[b * row + 2 * o.JD + j], first, first + o.JD,
+                                        shift.get() + (b * J + j) * o.D, o.H, A(em_epsilon), beta_u[j], beta_a[j],
+                                        static_cast<A>(inverse_temperatures[t]));
                     g.mean[3 * o.H] = g.mass;
                     g.mean[3 * o.H + 1] = g.logit;
                 }
             states.load_iteration(t);
             std::memcpy(shift.get(), states.mean.get() + t * rows * o.D, sizeof(A) * static_cast<size_t>(rows * o.D));
+            return precise;
         };
         for (int t = 0; t < iterations; ++t) {
             const EmSum<A> policy{{states.logits(t), static_cast<const A*>(activation), c.N}, moments, shift.get()};
-            for (int pass = t == 0 ? 0 : 1; pass < 2; ++pass) {
+            for (int pass = 0; pass < 2; ++pass) {
                 reduce(o, policy, sums.get());
-                maximise_all(t);
+                const bool precise = maximise_all(t);
+                if (t > 0 && precise) break;
             }
         }
         for (int64_t r = 0; r < rows; ++r) {
