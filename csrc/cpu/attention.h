@@ -23,41 +23,18 @@ template <class A> struct Attention {
     const A* bias;    // [J], or null
     int64_t J;
 
-    // Calls use(r, d, c [J]) with the couplings of every item and vector of components. count: J where it is known to
-    // the compiler, so that nothing leaves the registers; else 0, and memory [J, lanes + D].
-    template <int count, class Use> void for_each(const Tile<A>& t, A* memory, Use use) const {
+    // Calls use(r, d, c [J]) with the couplings of every item and vector of components. memory: [scratch_size].
+    template <class Use> void for_each(const Tile<A>& t, A* memory, Use use) const {
         constexpr int n = Lanes<A>::count;
-        if constexpr (count > 0) {
-            Lanes<A> w[count][count], a[count];
-#pragma GCC unroll 4
-            for (int k = 0; k < count; ++k) {
-                a[k] = bias ? bias[k] : A(0);
-#pragma GCC unroll 4
-                for (int j = 0; j < count; ++j) w[k][j] = weight[k * count + j];
-            }
-            for (int r = 0; r < t.count; ++r)
-                for (int64_t d = 0; d < t.D; d += n) {
-                    Lanes<A> c[count];
-#pragma GCC unroll 4
-                    for (int k = 0; k < count; ++k) {
-                        c[k] = a[k];
-#pragma GCC unroll 4
-                        for (int j = 0; j < count; ++j) c[k] += w[k][j] * load(t.votes + r * t.JD + j * t.D + d);
-                    }
-                    softmax(c, count, false);
-                    use(r, d, c);
-                }
-        } else {
-            Lanes<A>* c = reinterpret_cast<Lanes<A>*>(memory);
-            A* z = memory + J * n;
-            for (int r = 0; r < t.count; ++r) {
-                for (int64_t k = 0; k < J; ++k) fill(z + k * t.D, t.D, bias ? bias[k] : A(0));
-                add_mixed(weight, J, t.D, t.votes + r * t.JD, z);
-                for (int64_t d = 0; d < t.D; d += n) {
-                    for (int64_t k = 0; k < J; ++k) c[k] = load(z + k * t.D + d);
-                    softmax(c, J, false);
-                    use(r, d, c);
-                }
+        Lanes<A>* c = reinterpret_cast<Lanes<A>*>(memory);
+        A* z = memory + J * n;
+        for (int r = 0; r < t.count; ++r) {
+            for (int64_t k = 0; k < J; ++k) fill(z + k * t.D, t.D, bias ? bias[k] : A(0));
+            add_mixed(weight, J, t.D, t.votes + r * t.JD, z);
+            for (int64_t d = 0; d < t.D; d += n) {
+                for (int64_t k = 0; k < J; ++k) c[k] = load(z + k * t.D + d);
+                softmax(c, J, false);
+                use(r, d, c);
             }
         }
     }
@@ -65,12 +42,20 @@ template <class A> struct Attention {
     int64_t scratch_size(int64_t D) const { return J * (Lanes<A>::count + D); }
 };
 
-// Calls function.operator()<J>() with J = 2 for the compiler to see, else with 0.
-template <class Function> inline void for_output_capsules(int64_t J, Function function) {
-    if (J == 2)
-        function.template operator()<2>();
-    else
-        function.template operator()<0>();
-}
+// The same of two output capsules, whose couplings depend on z_1 − z_0 alone.
+template <class A> struct PairAttention {
+    A weight[2], bias;
+
+    explicit PairAttention(const Attention<A>& a)
+        : weight{a.J == 2 ? a.weight[2] - a.weight[0] : A(0), a.J == 2 ? a.weight[3] - a.weight[1] : A(0)},
+          bias(a.J == 2 && a.bias ? a.bias[1] - a.bias[0] : A(0)) {}
+
+    // The couplings of one vector of components.
+    CAPSOPS_INLINE void couplings(Lanes<A> vote_0, Lanes<A> vote_1, Lanes<A>* c /* [2] */) const {
+        c[0] = A(0);
+        c[1] = Lanes<A>(weight[0]) * vote_0 + (Lanes<A>(weight[1]) * vote_1 + Lanes<A>(bias));
+        softmax(c, 2, false);
+    }
+};
 
 }  // namespace capsops::cpu::CAPSOPS_ISA

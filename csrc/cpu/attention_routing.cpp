@@ -7,31 +7,48 @@
 namespace capsops::cpu::CAPSOPS_ISA {
 namespace {
 
-template <class A, int count> struct AttentionSum {
+template <class A> struct AttentionSum {
     Attention<A> attention;
+    PairAttention<A> pair;
     int64_t D;
 
     int64_t row_size() const { return attention.J * D; }
     int64_t scratch_size() const { return attention.scratch_size(D); }
 
     void accumulate(Tile<A>& t, A* sum, A* scratch) const {
-        attention.template for_each<count>(t, scratch, [&](int r, int64_t d, const Lanes<A>* c) {
+        attention.for_each(t, scratch, [&](int r, int64_t d, const Lanes<A>* c) {
             A* to = sum + t.b[r] * t.JD + d;
             const A* votes = t.votes + r * t.JD + d;
-            for (int64_t j = 0; j < (count ? count : t.J); ++j)
-                store(to + j * t.D, load(to + j * t.D) + c[j] * load(votes + j * t.D));
+            for (int64_t j = 0; j < t.J; ++j) add_to(to + j * D, c[j] * load(votes + j * D));
         });
+    }
+
+    template <int rows, int E>
+    CAPSOPS_INLINE void accumulate(const Votes<A, rows, E>& votes, const int64_t* b, A* sum) const {
+        constexpr int n = Lanes<A>::count;
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+            for (int e = 0; e < E; ++e) {
+                A* to = sum + b[r] * 2 * E * n + e * n;
+                Lanes<A> c[2];
+                pair.couplings(votes.of[r][e], votes.of[r][E + e], c);
+                add_to(to, c[0] * votes.of[r][e]);
+                add_to(to + E * n, c[1] * votes.of[r][E + e]);
+            }
     }
 };
 
 }  // namespace
+
+template <class A> constexpr bool takes_registers<AttentionSum<A>> = true;
 
 Status attention_routing(const Capsules& c, const void* attn_weight, const void* attn_bias, void* v, void* s) {
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c);
         const Attention<A> attention{static_cast<const A*>(attn_weight), static_cast<const A*>(attn_bias), o.J};
         Buffer<A> sum(c.B * o.JD);
-        for_output_capsules(o.J, [&]<int count>() { reduce(o, AttentionSum<A, count>{attention, o.D}, sum.get()); });
+        reduce(o, AttentionSum<A>{attention, PairAttention<A>(attention), o.D}, sum.get());
         unpad(sum.get(), c.B * o.J, o.H, o.D, static_cast<A*>(s));
         squash_outputs(static_cast<const A*>(s), static_cast<A*>(v), c.B * o.J, o.H, squash_sabour<A>);
     });

@@ -3,6 +3,8 @@
 //
 //   q_j = g_s,j û_j;   dz_j = c_j (q_j − Σ_k c_k q_k);   g_û,j = c_j g_s,j + Σ_k A_kj dz_k
 //   g_A,kj = Σ dz_k û_j;   g_a,k = Σ dz_k                over items and components
+//
+// Of two output capsules dz_1 = −dz_0.
 
 #include "attention.h"
 #include "operators.h"
@@ -10,9 +12,10 @@
 namespace capsops::cpu::CAPSOPS_ISA {
 namespace {
 
-template <class A, int count> struct AttentionGradient {
+template <class A> struct AttentionGradient {
     static constexpr bool needs_votes = true;
     Attention<A> attention;
+    PairAttention<A> pair;
     const A* transposed;  // Aᵀ [J, J]
     const A* g_s;         // [B, J, D], D in whole vectors
     int64_t D;
@@ -22,53 +25,9 @@ template <class A, int count> struct AttentionGradient {
     int64_t scratch_size() const { return attention.scratch_size(D) + attention.J * D * Tile<A>::size; }
 
     void emit(Tile<A>& t, A* params, A* scratch) const {
-        if constexpr (count > 0)
-            emit_in_registers(t, params);
-        else
-            emit_in_memory(t, params, scratch);
-    }
-
-  private:
-    void emit_in_registers(Tile<A>& t, A* params) const {
-        constexpr int n = Lanes<A>::count, J = count ? count : 1;
-        Lanes<A> g_weight[J][J], g_bias[J];
-        for (int k = 0; k < J; ++k) {
-            g_bias[k] = A(0);
-            for (int j = 0; j < J; ++j) g_weight[k][j] = A(0);
-        }
-        attention.template for_each<count>(t, nullptr, [&](int r, int64_t d, const Lanes<A>* c) {
-            const A* g = g_s + t.b[r] * t.JD + d;
-            Lanes<A> votes[J], q[J], dz[J], mean = A(0);
-            for (int j = 0; j < J; ++j) {
-                votes[j] = load(t.votes + r * t.JD + j * D + d);
-                q[j] = load(g + j * D) * votes[j];
-                mean += c[j] * q[j];
-            }
-            for (int j = 0; j < J; ++j) {
-                dz[j] = c[j] * (q[j] - mean);
-                g_bias[j] += dz[j];
-            }
-            for (int j = 0; j < J; ++j) {
-                Lanes<A> g_vote = c[j] * load(g + j * D);
-                for (int k = 0; k < J; ++k) {
-                    g_vote += Lanes<A>(attention.weight[k * J + j]) * dz[k];
-                    g_weight[k][j] += dz[k] * votes[j];
-                }
-                store(t.g_votes + r * t.JD + j * D + d, g_vote);
-            }
-        });
-        if (!wants_params) return;
-        for (int k = 0; k < J; ++k) {
-            for (int l = 0; l < n; ++l) params[J * J + k] += g_bias[k].v[l];
-            for (int j = 0; j < J; ++j)
-                for (int l = 0; l < n; ++l) params[k * J + j] += g_weight[k][j].v[l];
-        }
-    }
-
-    void emit_in_memory(Tile<A>& t, A* params, A* scratch) const {
         const int64_t J = attention.J;
         A* all_dz = scratch + attention.scratch_size(D);  // [item, J, D]
-        attention.template for_each<count>(t, scratch, [&](int r, int64_t d, const Lanes<A>* c) {
+        attention.for_each(t, scratch, [&](int r, int64_t d, const Lanes<A>* c) {
             const A* votes = t.votes + r * t.JD + d;
             const A* g = g_s + t.b[r] * t.JD + d;
             A* dz = all_dz + r * t.JD + d;
@@ -92,9 +51,50 @@ template <class A, int count> struct AttentionGradient {
                 for (int64_t d = 0; d < D; ++d) params[J * J + k] += dz[k * D + d];
         }
     }
+
+    // Of dz_1, by û_0, û_1 and 1.
+    struct Totals {
+        Lanes<A> of[3];
+    };
+    Totals totals() const { return {{A(0), A(0), A(0)}}; }
+
+    template <int rows, int E>
+    CAPSOPS_INLINE void emit(const Votes<A, rows, E>& votes, const int64_t* b, Totals& totals, A* g_votes) const {
+        constexpr int n = Lanes<A>::count;
+        Totals sum = totals;
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+            for (int e = 0; e < E; ++e) {
+                const Lanes<A> vote_0 = votes.of[r][e], vote_1 = votes.of[r][E + e];
+                const A* g = g_s + b[r] * 2 * E * n + e * n;
+                const Lanes<A> g_0 = load(g), g_1 = load(g + E * n);
+                Lanes<A> c[2];
+                pair.couplings(vote_0, vote_1, c);
+                const Lanes<A> dz = c[0] * c[1] * (g_1 * vote_1 - g_0 * vote_0);
+                A* to = g_votes + r * 2 * E * n + e * n;
+                store(to, c[0] * g_0 + Lanes<A>(pair.weight[0]) * dz);
+                store(to + E * n, c[1] * g_1 + Lanes<A>(pair.weight[1]) * dz);
+                sum.of[0] += dz * vote_0;
+                sum.of[1] += dz * vote_1;
+                sum.of[2] += dz;
+            }
+        totals = sum;
+    }
+
+    void add(const Totals& totals, A* params) const {
+        if (!wants_params) return;
+        A x[3] = {0, 0, 0};
+        for (int m = 0; m < 3; ++m)
+            for (int l = 0; l < Lanes<A>::count; ++l) x[m] += totals.of[m].v[l];
+        const A all[6] = {-x[0], -x[1], x[0], x[1], -x[2], x[2]};
+        for (int m = 0; m < 6; ++m) params[m] += all[m];
+    }
 };
 
 }  // namespace
+
+template <class A> constexpr bool takes_registers<AttentionGradient<A>> = true;
 
 Status attention_routing_backward(const Capsules& c, const void* attn_weight, const void* attn_bias, const void* s,
                                   const void* g_v, const CapsuleGradients& gradients, void* g_attn_weight,
@@ -112,11 +112,9 @@ Status attention_routing_backward(const Capsules& c, const void* attn_weight, co
 
         const Attention<A> attention{weight, static_cast<const A*>(attn_bias), J};
         Buffer<A> params(J * (J + 1));
-        for_output_capsules(J, [&]<int count>() {
-            const AttentionGradient<A, count> policy{attention, transposed.get(), padded.get(), o.D,
-                                                     g_attn_weight || g_attn_bias};
-            emit(o, policy, gradients, params.get());
-        });
+        const AttentionGradient<A> policy{attention, PairAttention<A>(attention), transposed.get(), padded.get(),
+                                          o.D,       g_attn_weight || g_attn_bias};
+        emit(o, policy, gradients, params.get());
         const A* g_bias = params.get() + J * J;
         if (g_attn_weight) std::memcpy(g_attn_weight, params.get(), sizeof(A) * static_cast<size_t>(J * J));
         if (g_attn_bias) std::memcpy(g_attn_bias, g_bias, sizeof(A) * static_cast<size_t>(J));

@@ -14,6 +14,15 @@ template <class A> struct Dynamic {
         agreements_with(t, V, c);
         softmax(c, t.J, leaky);
     }
+
+    // Of votes in registers: see PairCouplings.
+    template <int rows, int E>
+    CAPSOPS_INLINE Lanes<A> couplings(const Votes<A, rows, E>& votes, const int64_t* b) const {
+        const Lanes<A> logits = agreements_with(votes, V, b);
+        Lanes<A> c[2] = {logits, flipped<rows>(logits)};
+        softmax(c, 2, leaky);
+        return c[0];
+    }
 };
 
 // One iteration seen from behind: e_j = û_j · g_s,j;  δ_j = c_j (e_j − Σ_k c_k e_k).
@@ -25,6 +34,16 @@ template <class A> struct DynamicAdjoint {
         dynamic.couplings(t, c);
         agreements_with(t, g_s, delta);
         softmax_backward(c, delta, t.J);
+    }
+
+    template <int rows, int E>
+    CAPSOPS_INLINE void couplings(const Votes<A, rows, E>& votes, const int64_t* b, Lanes<A>* c,
+                                  Lanes<A>* delta) const {
+        const Lanes<A> own = dynamic.couplings(votes, b), e = agreements_with(votes, g_s, b);
+        const Lanes<A> both[2] = {own, flipped<rows>(own)};
+        Lanes<A> gradient[2] = {e, flipped<rows>(e)};
+        softmax_backward(both, gradient, 2);
+        *c = own, *delta = gradient[0];
     }
 };
 

@@ -20,9 +20,16 @@ template <class A> struct DynamicSum {
         dynamic.couplings(t, c);
         add_coupled(t, c, sum);
     }
+
+    template <int rows, int E>
+    CAPSOPS_INLINE void accumulate(const Votes<A, rows, E>& votes, const int64_t* b, A* sum) const {
+        add_coupled(votes, dynamic.couplings(votes, b), b, sum);
+    }
 };
 
 }  // namespace
+
+template <class A> constexpr bool takes_registers<DynamicSum<A>> = true;
 
 Status dynamic_routing(const Capsules& c, const void* bias, int iterations, bool leaky, void* v, void* s) {
     return for_accumulation(c.dtype, [&]<class A>() {

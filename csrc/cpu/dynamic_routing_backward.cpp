@@ -22,6 +22,13 @@ template <class A> struct AdjointSum {
         adjoint.couplings(t, c, c + J);
         add_coupled(t, c + J, H);
     }
+
+    template <int rows, int E>
+    CAPSOPS_INLINE void accumulate(const Votes<A, rows, E>& votes, const int64_t* b, A* H) const {
+        Lanes<A> c, delta;
+        adjoint.couplings(votes, b, &c, &delta);
+        add_coupled(votes, delta, b, H);
+    }
 };
 
 template <class A> struct DynamicGradient {
@@ -63,9 +70,42 @@ template <class A> struct DynamicGradient {
             });
         }
     }
+
+    struct Totals {};
+    Totals totals() const { return {}; }
+    void add(Totals, A*) const {}
+
+    template <int rows, int E>
+    CAPSOPS_INLINE void emit(const Votes<A, rows, E>& votes, const int64_t* b, Totals, A* g_votes) const {
+        constexpr int n = Lanes<A>::count;
+        const int first = detach ? iterations - 1 : 0;
+        for (int iteration = first; iteration < iterations; ++iteration) {
+            const A* g = g_s + iteration * size;
+            const A* v = V + iteration * size;
+            const bool through_logits = iteration > 0 && !detach;
+            const Dynamic<A> dynamic{v, leaky};
+            Lanes<A> c = equal_coupling<A>(2, leaky), delta;
+            if (through_logits)
+                DynamicAdjoint<A>{dynamic, g}.couplings(votes, b, &c, &delta);
+            else if (iteration > 0)
+                c = dynamic.couplings(votes, b);
+            for_each_vector(votes, c, [&](int r, int x, Lanes<A> a) __attribute__((always_inline)) {
+                const Lanes<A> term = a * load(g + (b[r] * 2 * E + x) * n);
+                A* to = g_votes + (r * 2 * E + x) * n;
+                store(to, iteration == first ? term : load(to) + term);
+            });
+            if (!through_logits) continue;
+            for_each_vector(votes, delta, [&](int r, int x, Lanes<A> a) __attribute__((always_inline)) {
+                add_to(g_votes + (r * 2 * E + x) * n, a * load(v + (b[r] * 2 * E + x) * n));
+            });
+        }
+    }
 };
 
 }  // namespace
+
+template <class A> constexpr bool takes_registers<AdjointSum<A>> = true;
+template <class A> constexpr bool takes_registers<DynamicGradient<A>> = true;
 
 Status dynamic_routing_backward(const Capsules& c, int iterations, bool leaky, bool detach, const void* s_,
                                 const void* g_v_, const CapsuleGradients& gradients, void* g_bias_) {

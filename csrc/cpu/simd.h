@@ -82,6 +82,10 @@ template <class A> CAPSOPS_INLINE void store(A* p, Lanes<A> x) {
     *reinterpret_cast<typename Lanes<A>::Unaligned*>(p) = x.v;
 }
 
+template <class A> CAPSOPS_INLINE void add_to(A* p, Lanes<A> x) {
+    store(p, load(p) + x);
+}
+
 // Past the caches; p is aligned to the vector.
 template <class A> CAPSOPS_INLINE void stream(A* p, Lanes<A> x) {
 #if CAPSOPS_VECTOR_BYTES == 64
@@ -102,23 +106,19 @@ inline void end_streaming() {
 #endif
 }
 
-// e^x = 2^n e^r with |r| ≤ ln 2 / 2. x is kept where the result and its reciprocal are normal numbers.
+// e^x = 2^n 2^r with |r| ≤ 1/2. x is kept where the result and its reciprocal are normal numbers. 2^r is the polynomial
+// of its degree with the least relative error that is exact at 0: 9.1e-8, 1.6e-7 with rounding.
 CAPSOPS_INLINE Lanes<float> exponential_of(Lanes<float> x) {
     using Bits = Lanes<float>::Bits;
-    x = smaller(Lanes<float>(80.0f), larger(Lanes<float>(-87.3f), x));
+    x = smaller(Lanes<float>(80.0f), larger(Lanes<float>(-86.0f), x));
     // Adding 1.5 · 2²³ rounds to an integer and leaves it in the low bits.
     const Lanes<float> shifted = x * 1.44269504f + 12582912.0f;
-    const Lanes<float> n = shifted - 12582912.0f;
-    const Lanes<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Lanes<float> p = 1.0f / 720;
-    p = p * r + 1.0f / 120;
-    p = p * r + 1.0f / 24;
-    p = p * r + 1.0f / 6;
-    p = p * r + 0.5f;
-    p = p * r + 1.0f;
-    p = p * r + 1.0f;
-    const Bits power = (reinterpret_cast<Bits>(shifted.v) << 23) + 0x3f800000;
-    return p * Lanes<float>(reinterpret_cast<Lanes<float>::Vector>(power));
+    const Lanes<float> r = x * 1.44269504f - (shifted - 12582912.0f);
+    Lanes<float> p = 1.326472731e-3f;
+    for (float c : {9.671512991e-3f, 5.550733581e-2f, 0.2402224243f, 0.6931470037f, 1.0f}) p = p * r + c;
+    // n is added to the exponent.
+    const Bits power = reinterpret_cast<Bits>(p.v) + (reinterpret_cast<Bits>(shifted.v) << 23);
+    return reinterpret_cast<Lanes<float>::Vector>(power);
 }
 
 CAPSOPS_INLINE Lanes<double> exponential_of(Lanes<double> x) {
@@ -133,12 +133,6 @@ CAPSOPS_INLINE Lanes<double> exponential_of(Lanes<double> x) {
         p = p * r + inverse_factorial;
     const Bits power = (reinterpret_cast<Bits>(shifted.v) << 52) + 0x3ff0000000000000;
     return p * Lanes<double>(reinterpret_cast<Lanes<double>::Vector>(power));
-}
-
-template <class A> CAPSOPS_INLINE Lanes<A> square_root(Lanes<A> x) {
-    Lanes<A> y;
-    for (int l = 0; l < Lanes<A>::count; ++l) y.v[l] = __builtin_sqrt(x.v[l]);
-    return y;
 }
 
 // Transposes a square: lane l of x[m] and lane m of x[l] change places. V has as many lanes as there are x.
@@ -166,19 +160,38 @@ CAPSOPS_INLINE Lanes<A> fold(Lanes<A> a, Lanes<A> b, std::integer_sequence<int, 
     return kept + moved;
 }
 
-template <int h, class A> CAPSOPS_INLINE Lanes<A> fold_all(Lanes<A>* x) {
+template <int h, int count, class A> CAPSOPS_INLINE Lanes<A> fold_all(Lanes<A>* x) {
     constexpr auto lanes = std::make_integer_sequence<int, Lanes<A>::count>();
+    constexpr bool enough = h < count;
 #pragma GCC unroll 16
-    for (int m = 0; m < h; ++m) x[m] = fold<h>(x[m], x[m + h], lanes);
+    for (int m = 0; m < (enough ? h : count); ++m) x[m] = fold<h>(x[m], x[enough ? m + h : m], lanes);
     if constexpr (h > 1)
-        return fold_all<h / 2>(x);
+        return fold_all<h / 2, count>(x);
     else
         return x[0];
 }
 
-// Lane l holds the sum over the lanes of x[l]. x [count] is used up.
-template <class A> CAPSOPS_INLINE Lanes<A> sums(Lanes<A>* x) {
-    return fold_all<Lanes<A>::count / 2>(x);
+// Lane l holds the sum over the lanes of x[l mod count], count a power of two. x [count] is used up.
+template <int count, class A> CAPSOPS_INLINE Lanes<A> sums(Lanes<A>* x) {
+    static_assert(count <= Lanes<A>::count);
+    return fold_all<Lanes<A>::count / 2, count>(x);
+}
+
+// Lane l of the result is lane l of x with bit h flipped.
+template <int h, class A, int... l> CAPSOPS_INLINE Lanes<A> flipped(Lanes<A> x, std::integer_sequence<int, l...>) {
+    return __builtin_shufflevector(x.v, x.v, (l ^ h)...);
+}
+template <int h, class A> CAPSOPS_INLINE Lanes<A> flipped(Lanes<A> x) {
+    return flipped<h>(x, std::make_integer_sequence<int, Lanes<A>::count>());
+}
+
+// Neighbouring lanes added: first those of a, then those of b.
+template <class A, int... l>
+CAPSOPS_INLINE Lanes<A> add_neighbours(Lanes<A> a, Lanes<A> b, std::integer_sequence<int, l...>) {
+    return __builtin_shufflevector(a.v, b.v, (2 * l)...) + __builtin_shufflevector(a.v, b.v, (2 * l + 1)...);
+}
+template <class A> CAPSOPS_INLINE Lanes<A> add_neighbours(Lanes<A> a, Lanes<A> b) {
+    return add_neighbours(a, b, std::make_integer_sequence<int, Lanes<A>::count>());
 }
 
 }  // namespace capsops::cpu::CAPSOPS_ISA

@@ -9,6 +9,11 @@
 //   reducing   accumulate(tile, sum, scratch)     adds to sum [B, row_size()]
 //   emitting   emit(tile, params, scratch)        writes tile.g_votes and adds to params [param_count()]
 //
+// and if it takes votes in registers (takes_registers), those of some batch items for two output capsules:
+//
+//   reducing   accumulate(votes, b, sum)
+//   emitting   emit(votes, b, totals, g_votes)    with totals() at the start of a block, add(totals, params) at its end
+//
 // Two regimes share the loops. Many input capsules and a small batch: the blocks of capsules are the parallel tasks, a
 // tile takes several capsules, and memory is the bound. Few capsules and a large batch: groups of batch items are tasks
 // too, a tile is a part of one capsule's batch, and arithmetic is the bound.
@@ -18,172 +23,14 @@
 // one block's capsules in the accumulation type.
 #pragma once
 
-#include <cstring>
-#include <new>
-
 #include <omp.h>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
 
-#include "../dtypes.h"
-#include "../routing.h"
-#include "tile.h"
+#include "operands.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
-
-inline int64_t at_most(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-inline int64_t at_least(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-inline int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
-// Uninitialised memory on a cache line. Its lack is a std::bad_alloc, which becomes a status: so none is taken inside a
-// parallel region.
-template <class A> class Buffer {
-  public:
-    explicit Buffer(int64_t size)
-        : data_(static_cast<A*>(::operator new(sizeof(A) * static_cast<size_t>(at_least(size, 1)), line))) {}
-    ~Buffer() { ::operator delete(data_, line); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    A* get() const { return data_; }
-
-  private:
-    static constexpr std::align_val_t line{64};
-    A* data_;
-};
-
-template <class A> inline void fill(A* x, int64_t n, A value) {
-    for (int64_t m = 0; m < n; ++m) x[m] = value;
-}
-
-// ---- storage types -------------------------------------------------------------------------------------
-
-template <class T> struct DtypeOf;
-template <> struct DtypeOf<float> {
-    static constexpr Dtype value = Dtype::float32;
-};
-template <> struct DtypeOf<double> {
-    static constexpr Dtype value = Dtype::float64;
-};
-
-// Calls function.operator()<storage type>() for a dtype whose sums are kept in A.
-template <class A, class Function> inline void for_storage(Dtype dtype, Function function) {
-    if (dtype == DtypeOf<A>::value) return function.template operator()<A>();
-    if constexpr (sizeof(A) == sizeof(float)) {
-        if (dtype == Dtype::bfloat16) return function.template operator()<bfloat16>();
-        return function.template operator()<float16>();
-    }
-}
-
-// n numbers of storage type from x[offset], and back.
-template <class A> inline void read(const void* x, Dtype dtype, int64_t offset, int64_t n, A* to) {
-    for_storage<A>(dtype, [&]<class T>() { convert(static_cast<const T*>(x) + offset, n, to); });
-}
-template <class A> inline void write(const A* from, int64_t n, void* x, Dtype dtype, int64_t offset) {
-    for_storage<A>(dtype, [&]<class T>() { convert(from, n, static_cast<T*>(x) + offset); });
-}
-
-// Calls function.operator()<accumulation type>() for a dtype, and turns a lack of memory into a status.
-template <class Function> inline Status for_accumulation(Dtype dtype, Function function) {
-    try {
-        if (dtype == Dtype::float64)
-            function.template operator()<double>();
-        else
-            function.template operator()<float>();
-        return Status::ok;
-    } catch (const std::bad_alloc&) {
-        return Status::out_of_memory;
-    }
-}
-
-// ---- the operands ----------------------------------------------------------------------------------------
-
-// The capsules as the tiles see them: in the accumulation type A, D rounded up to whole vectors, and matrices of P rows
-// as vectors of P·K and P·D components, for which W becomes block diagonal.
-template <class A> struct Operands {
-    static constexpr int lanes = Lanes<A>::count;
-
-    const Capsules& c;
-    int64_t K, J, H, D, JD;  // H = P·D components of a vote; D from here on is H rounded up
-    bool direct_u, direct_weight;
-    int64_t slots;  // transformation matrices in one tile
-
-    explicit Operands(const Capsules& c)
-        : c(c),
-          K(c.rows * c.K),
-          J(c.J),
-          H(c.rows * c.D),
-          D(ceil_div(H, lanes) * lanes),
-          JD(J * D),
-          direct_u(c.dtype == DtypeOf<A>::value),
-          direct_weight(direct_u && c.rows == 1 && D == c.D),
-          // As many as stay in the second-level cache.
-          slots(at_least(at_most((int64_t{1} << 16) / at_least(K * JD, 1), lanes), 1)) {}
-
-    bool shared() const { return c.weight_stride == 0; }
-
-    // Adds the items (b, i), (b + 1, i) … to a tile. scratch: [lanes, K], where u has to be converted.
-    void load_items(Tile<A>& t, int64_t b, int64_t i, int count, A* scratch) const {
-        const int64_t stride = c.N * K, offset = b * stride + i * K;
-        const int begin = t.count;
-        for (int m = 0; m < count; ++m) t.b[begin + m] = b + m;
-        for (int m = 0; m < count; ++m) t.i[begin + m] = i;
-        if (direct_u) {
-            const A* u = static_cast<const A*>(c.u) + offset;
-            for (int m = 0; m < count; ++m) t.u[begin + m] = u + m * stride;
-        } else {
-            for (int m = 0; m < count; ++m) {
-                t.u[begin + m] = scratch + (begin + m) * K;
-                read(c.u, c.dtype, offset + m * stride, K, scratch + (begin + m) * K);
-            }
-        }
-        t.count = begin + count;
-    }
-
-    const A* load_weight(int64_t i, A* scratch) const {
-        if (direct_weight) return static_cast<const A*>(c.weight) + i * c.weight_stride;
-        if (c.rows == 1 && D == c.D) {
-            read(c.weight, c.dtype, i * c.weight_stride, K * JD, scratch);
-            return scratch;
-        }
-        fill(scratch, K * JD, A(0));
-        for (int64_t k = 0; k < c.K; ++k)
-            for (int64_t j = 0; j < J; ++j) {
-                A* to = scratch + k * JD + j * D;
-                read(c.weight, c.dtype, i * c.weight_stride + (k * J + j) * c.D, c.D, to);
-                for (int64_t p = 1; p < c.rows; ++p)
-                    for (int64_t d = 0; d < c.D; ++d) to[p * (c.K * JD + c.D) + d] = to[d];
-            }
-        return scratch;
-    }
-
-    // The gradient of one matrix [K, J, D] to where it belongs; `from` changes if capsules have rows.
-    void store_weight_gradient(A* from, int64_t i, void* gradient) const {
-        for (int64_t k = 0; k < c.K; ++k)
-            for (int64_t j = 0; j < J; ++j) {
-                A* sum = from + k * JD + j * D;
-                for (int64_t p = 1; p < c.rows; ++p)
-                    for (int64_t d = 0; d < c.D; ++d) sum[d] += sum[p * (c.K * JD + c.D) + d];
-                write(sum, c.D, gradient, c.dtype, i * c.weight_stride + (k * J + j) * c.D);
-            }
-    }
-};
-
-// [rows, H] as [rows, D], with zeros behind, and back.
-template <class A> inline void pad(const A* from, int64_t rows, int64_t H, int64_t D, A* to) {
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t d = 0; d < D; ++d) to[r * D + d] = d < H ? from[r * H + d] : A(0);
-}
-template <class A> inline void unpad(const A* from, int64_t rows, int64_t H, int64_t D, A* to) {
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t d = 0; d < H; ++d) to[r * H + d] = from[r * D + d];
-}
 
 // ---- parallel tasks ----------------------------------------------------------------------------------------
 
@@ -319,84 +166,298 @@ inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task
     if (t.count || t.segment_count) flush();
 }
 
+// ---- votes in registers ------------------------------------------------------------------------------------
+
+// Two output capsules, as of a classifier of two classes: the votes of several batch items fit into the registers, and
+// never leave them.
+
+// How many batch items, where a vote is E vectors long; their agreements fit one vector.
+template <class A, int E> constexpr int register_rows = at_least(at_most(block_rows<A>, Lanes<A>::count / 2) / E, 1);
+
+// The votes [2, E vectors] of `rows` batch items.
+template <class A, int rows, int E> struct Votes {
+    Lanes<A> of[rows][2 * E];
+
+    Votes(const A* const* u, const A* weight, int64_t K) {
+        for (auto& row : of)
+            for (auto& x : row) x = Lanes<A>(A(0));
+        add_product(u, weight, K, 2 * E * Lanes<A>::count, of);
+    }
+};
+
+// Lane j · rows + r (counted round): û_rj · x_b(r),j.
+template <class A, int rows, int E>
+CAPSOPS_INLINE Lanes<A> agreements_with(const Votes<A, rows, E>& votes, const A* x /* [B, J, D] */, const int64_t* b) {
+    constexpr int n = Lanes<A>::count;
+    Lanes<A> products[2 * rows];
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; ++j) {
+            const A* with = x + (b[r] * 2 + j) * E * n;
+            Lanes<A> sum = votes.of[r][j * E] * load(with);
+#pragma GCC unroll 4
+            for (int e = 1; e < E; ++e) sum += votes.of[r][j * E + e] * load(with + e * n);
+            products[j * rows + r] = sum;
+        }
+    return sums<2 * rows>(products);
+}
+
+// each(r, v, c) for every vector v of the votes: the coupling of its item and output capsule in all lanes.
+template <class A, int rows, int E, class Each>
+CAPSOPS_INLINE void for_each_vector(const Votes<A, rows, E>&, Lanes<A> couplings, Each each) {
+    alignas(64) A c[Lanes<A>::count];
+    store(c, couplings);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < 2 * E; ++v) each(r, v, Lanes<A>(c[v / E * rows + r]));
+}
+
+// sum_b(r) += c_rj û_rj.
+template <class A, int rows, int E>
+CAPSOPS_INLINE void add_coupled(const Votes<A, rows, E>& votes, Lanes<A> c, const int64_t* b, A* sum /* [B, J, D] */) {
+    constexpr int n = Lanes<A>::count;
+    for_each_vector(votes, c, [&](int r, int v, Lanes<A> a) __attribute__((always_inline)) {
+        add_to(sum + (b[r] * 2 * E + v) * n, a * votes.of[r][v]);
+    });
+}
+
+// Calls function.operator()<E>(), E the vectors of a vote, where votes can be kept in registers; else with 0.
+template <class A, class Function> inline void for_vote_vectors(const Operands<A>& o, Function function) {
+    if (o.J == 2) switch (o.D / Lanes<A>::count) {
+            case 1: return function.template operator()<1>();
+            case 2: return function.template operator()<2>();
+        }
+    function.template operator()<0>();
+}
+
+template <class Policy> constexpr bool takes_registers = false;
+
+// One input capsule and the batch items that it is there for.
+template <class A> struct Rows {
+    int64_t i;
+    const A* weight;
+    int count;
+    const int64_t* b;   // [count]
+    const A* const* u;  // [count], each [K]
+};
+
+// What one thread needs for them.
+template <class A> class RowsMemory {
+  public:
+    RowsMemory(const Operands<A>& o, int threads)
+        : o_(o),
+          numbers_size_((o.direct_weight ? 0 : o.K * o.JD) + (o.direct_u ? 0 : o.c.B * o.K)),
+          numbers_(numbers_size_ * threads),
+          b_(o.c.B * threads),
+          u_(o.c.B * threads) {}
+
+    A* weight(int thread) const { return numbers_.get() + thread * numbers_size_; }
+    A* u(int thread) const { return weight(thread) + (o_.direct_weight ? 0 : o_.K * o_.JD); }
+    int64_t* items(int thread) const { return b_.get() + thread * o_.c.B; }
+    const A** pointers(int thread) const { return u_.get() + thread * o_.c.B; }
+
+  private:
+    const Operands<A>& o_;
+    int64_t numbers_size_;
+    Buffer<A> numbers_;
+    Buffer<int64_t> b_;
+    Buffer<const A*> u_;
+};
+
+// visit(rows) for every input capsule of a task, absent(b, i) for the pairs that are not there.
+template <class A, class Visit, class Absent>
+inline void for_each_capsule(const Operands<A>& o, const Tasks& tasks, int64_t task, const RowsMemory<A>& memory,
+                             Visit visit, Absent absent) {
+    const Capsules& c = o.c;
+    const int thread = omp_get_thread_num();
+    const int64_t b0 = tasks.first_item(task), b1 = tasks.end_item(task), end = tasks.end_capsule(task);
+    const int64_t stride = c.N * o.K;
+    A* converted = memory.u(thread);
+    int64_t* items = memory.items(thread);
+    const A** u = memory.pointers(thread);
+    Rows<A> rows{0, nullptr, 0, items, u};
+    for (int64_t i = tasks.first_capsule(task); i < end; ++i) {
+        const bool first = rows.weight == nullptr;
+        rows.i = i;
+        if (first || !o.shared()) rows.weight = o.load_weight(i, memory.weight(thread));
+        if (!c.mask && o.direct_u && !first) {
+            for (int r = 0; r < rows.count; ++r) u[r] += o.K;
+        } else {
+            rows.count = 0;
+            for (int64_t b = b0; b < b1; ++b) {
+                if (c.mask && !c.mask[b * c.N + i]) {
+                    absent(b, i);
+                    continue;
+                }
+                items[rows.count] = b;
+                u[rows.count++] = o.load_u(b * stride + i * o.K, converted + (b - b0) * o.K);
+            }
+        }
+        visit(rows);
+    }
+}
+
+// use.operator()<n>(r) for groups of n rows, from r on; n as large as the registers allow.
+template <int most, class Use> inline void for_each_group(int begin, int end, Use use) {
+    for (; begin + most <= end; begin += most) use.template operator()<most>(begin);
+    if constexpr (most > 1) for_each_group<most / 2>(begin, end, use);
+}
+
 // ---- the loops -----------------------------------------------------------------------------------------------
 
-// out[b] = Σ_i contribution of tile to row b; visit(tile, sum, scratch).
-template <bool with_votes, class A, class Visit>
-inline void reduce_tiles(const Operands<A>& o, int64_t row_size, int64_t scratch_size, A* out, Visit visit) {
-    const Capsules& c = o.c;
+// out [B, row_size] = Σ over the blocks of what run(task, sum, own) adds to sum. own: [memory_size], of one thread.
+template <class A, class Run>
+inline void sum_over_tasks(const Capsules& c, int64_t row_size, int64_t memory_size, A* out, Run run) {
     const int64_t size = c.B * row_size;
     const Tasks tasks(c, size, true);
     Buffer<A> partial(tasks.blocks * size);
-    const Workspace<A> w(o, false);
-    const int64_t memory_size = ceil_div(w.total + scratch_size, 64) * 64;
+    memory_size = ceil_div(memory_size, 64) * 64;
     Buffer<A> memory(memory_size * c.threads);
 
 #pragma omp parallel for schedule(dynamic) num_threads(c.threads) if (tasks.count() > 1)
     for (int64_t task = 0; task < tasks.count(); ++task) {
-        A* own = memory.get() + omp_get_thread_num() * memory_size;
         A* sum = partial.get() + task / tasks.groups * size;
         const int64_t begin = tasks.first_item(task);
         fill(sum + begin * row_size, (tasks.end_item(task) - begin) * row_size, A(0));
-        for_each_tile<with_votes>(
-            o, tasks, task, own, w, [&](Tile<A>& t) { visit(t, sum, own + w.total); }, [](int64_t, int64_t) {});
+        run(tasks, task, sum, memory.get() + omp_get_thread_num() * memory_size);
     }
     add_blocks(partial.get(), tasks.blocks, size, out, c.threads);
 }
 
+// visit(tile, sum [B, row_size], scratch [scratch_size]) for every tile.
+template <bool with_votes, class A, class Visit>
+inline void reduce_tiles(const Operands<A>& o, int64_t row_size, int64_t scratch_size, A* out, Visit visit) {
+    const Workspace<A> w(o, false);
+    sum_over_tasks(o.c, row_size, w.total + scratch_size, out, [&](const Tasks& tasks, int64_t task, A* sum, A* own) {
+        for_each_tile<with_votes>(
+            o, tasks, task, own, w, [&](Tile<A>& t) { visit(t, sum, own + w.total); }, [](int64_t, int64_t) {});
+    });
+}
+
+// Capsules that share a matrix: out[b] = (Σ_i u_bi) W.
+template <class A> inline void contract_shared(const Operands<A>& o, A* out) {
+    const Capsules& c = o.c;
+    const int64_t K = o.K;
+    Buffer<A> sum(c.B * K), weight(o.direct_weight ? 0 : K * o.JD);
+    sum_over_tasks(c, K, K, sum.get(), [&](const Tasks& tasks, int64_t task, A* to, A* own) {
+        for (int64_t b = tasks.first_item(task); b < tasks.end_item(task); ++b)
+            for (int64_t i = tasks.first_capsule(task); i < tasks.end_capsule(task); ++i) {
+                if (c.mask && !c.mask[b * c.N + i]) continue;
+                const A* u = o.load_u((b * c.N + i) * K, own);
+                for (int64_t k = 0; k < K; ++k) to[b * K + k] += u[k];
+            }
+    });
+    const A* const matrix = o.load_weight(0, weight.get());
+    for (int64_t b = 0; b < c.B; ++b) {
+        const A* row = sum.get() + b * K;
+        A* to = out + b * o.JD;
+        multiply<false>(&row, 1, matrix, K, o.JD, o.JD, &to);
+    }
+}
+
 template <class A> inline void contract(const Operands<A>& o, A* out /* [B, J, D] */) {
+    const Capsules& c = o.c;
+    if (o.shared()) return contract_shared(o, out);
+    if (o.direct_u && o.direct_weight && !c.mask) {
+        // The components of neighbouring capsules, and the rows of their matrices, follow one another: one long
+        // product.
+        const int64_t KJD = o.K * o.JD, step = at_least((int64_t{1} << 12) / KJD, 1);
+        return sum_over_tasks(c, o.JD, 0, out, [&](const Tasks& tasks, int64_t task, A* sum, A*) {
+            const A* u[Tile<A>::size];
+            A* rows[Tile<A>::size];
+            const int64_t end = tasks.end_capsule(task), end_item = tasks.end_item(task);
+            for (int64_t i = tasks.first_capsule(task); i < end; i += step) {
+                const A* weight = static_cast<const A*>(c.weight) + i * KJD;
+                const int64_t length = at_most(step, end - i) * o.K;
+                for (int64_t b = tasks.first_item(task); b < end_item; b += Tile<A>::size) {
+                    const int count = static_cast<int>(at_most(Tile<A>::size, end_item - b));
+                    for (int r = 0; r < count; ++r) {
+                        u[r] = static_cast<const A*>(c.u) + ((b + r) * c.N + i) * o.K;
+                        rows[r] = sum + (b + r) * o.JD;
+                    }
+                    multiply<true>(u, count, weight, length, o.JD, o.JD, rows);
+                }
+            }
+        });
+    }
     reduce_tiles<false>(o, o.JD, 0, out, [&](Tile<A>& t, A* sum, A*) {
         A* rows[Tile<A>::size];
         for (int r = 0; r < t.count; ++r) rows[r] = sum + t.b[r] * o.JD;
         for (int s = 0; s < t.segment_count; ++s) {
             const Segment<A>& g = t.segments[s];
-            // Rows of one product must differ: a shared matrix may meet the same batch item twice in a tile.
-            int begin = g.begin;
-            while (begin < g.end) {
-                int end = begin + 1;
-                while (end < g.end && t.i[end] == t.i[begin]) ++end;
-                multiply<true>(t.u + begin, end - begin, g.weight, o.K, o.JD, o.JD, rows + begin);
-                begin = end;
-            }
+            multiply<true>(t.u + g.begin, g.end - g.begin, g.weight, o.K, o.JD, o.JD, rows + g.begin);
         }
     });
 }
 
 template <class A, class Policy>
 inline void reduce(const Operands<A>& o, const Policy& policy, A* out /* [B, policy.row_size()] */) {
-    reduce_tiles<true>(o, policy.row_size(), policy.scratch_size(), out,
-                       [&](Tile<A>& t, A* sum, A* scratch) { policy.accumulate(t, sum, scratch); });
+    for_vote_vectors(o, [&]<int E>() {
+        if constexpr (E > 0 && takes_registers<Policy>) {
+            const RowsMemory<A> memory(o, o.c.threads);
+            sum_over_tasks(o.c, policy.row_size(), 0, out, [&](const Tasks& tasks, int64_t task, A* sum, A*) {
+                const auto visit = [&](const Rows<A>& x) {
+                    for_each_group<register_rows<A, E>>(0, x.count, [&]<int rows>(int r) {
+                        const Votes<A, rows, E> votes(x.u + r, x.weight, o.K);
+                        policy.accumulate(votes, x.b + r, sum);
+                    });
+                };
+                for_each_capsule(o, tasks, task, memory, visit, [](int64_t, int64_t) {});
+            });
+        } else {
+            reduce_tiles<true>(o, policy.row_size(), policy.scratch_size(), out,
+                               [&](Tile<A>& t, A* sum, A* scratch) { policy.accumulate(t, sum, scratch); });
+        }
+    });
 }
 
-// g_u of one segment. scratch: [lanes, K].
-template <class A>
-inline void project_to_u(const Operands<A>& o, const Tile<A>& t, const Segment<A>& s, void* g_u, A* scratch) {
-    constexpr int n = Tile<A>::size;
-    const int count = s.end - s.begin;
-    const A* g = t.g_votes + s.begin * o.JD;
-    const auto offset = [&](int r) { return (t.b[s.begin + r] * o.c.N + t.i[s.begin + r]) * o.K; };
-    A* rows[n];
-    for (int r = 0; r < count; ++r) rows[r] = o.direct_u ? static_cast<A*>(g_u) + offset(r) : scratch + r * o.K;
-    // Transposing W pays for several items at once.
-    const bool several = count * 4 >= n;
-    const auto cross_lanes = [&] {
-        dots(g, o.JD, count, s.weight, o.JD, o.K, o.JD, [&](int64_t r, int64_t k, int64_t found, const A* x) {
-            for (int64_t m = 0; m < found; ++m) rows[r][k + m] = x[m];
-        });
-    };
-    if (several && o.K == n) {
-        project<1>(g, o.JD, count, s.weight, o.JD, o.JD, rows);
-    } else if constexpr (sizeof(A) == 4) {
-        if (several && 2 * o.K == n)
-            project<2>(g, o.JD, count, s.weight, o.JD, o.JD, rows);
-        else
-            cross_lanes();
-    } else {
-        cross_lanes();
+// Where one thread puts the gradients of the pairs that it has seen.
+template <class A> struct GradientWriter {
+    const Operands<A>& o;
+    const CapsuleGradients& gradients;
+    bool direct, past_caches;  // whether a gradient of W may be written where it belongs at once, and how
+    A* g_weight;               // [K, J, D]: that of a shared matrix, summed over the task; of others, the sum so far
+    A* g_u;                    // [lanes, K]
+
+    // Pairs (b_r, i_r) of one matrix, u_r [K] and g [rows, J, D]. first, last: of this matrix in the task.
+    void put(const Segment<A>& s, const A* const* u, const A* g, const int64_t* b, const int64_t* i) const {
+        const int count = s.end - s.begin;
+        if (gradients.u && count) put_u(s.weight, count, g, b, i);
+        if (!gradients.weight) return;
+        const bool shared = o.shared(), whole = direct && s.first && s.last;
+        A* out = whole ? static_cast<A*>(gradients.weight) + s.i * o.K * o.JD : g_weight;
+        outer(u, g, count, o.K, o.JD, out, shared || !s.first, whole && past_caches);
+        if (s.last && !whole && !shared) o.store_weight_gradient(g_weight, s.i, gradients.weight);
     }
-    if (o.direct_u) return;
-    for (int r = 0; r < count; ++r) write(rows[r], o.K, g_u, o.c.dtype, offset(r));
-}
+
+    void put_absent(int64_t b, int64_t i) const {
+        if (!gradients.u) return;
+        fill(g_u, o.K, A(0));
+        write(g_u, o.K, gradients.u, o.c.dtype, (b * o.c.N + i) * o.K);
+    }
+
+  private:
+    void put_u(const A* weight, int count, const A* g, const int64_t* b, const int64_t* i) const {
+        constexpr int n = Tile<A>::size;
+        const auto offset = [&](int r) { return (b[r] * o.c.N + i[r]) * o.K; };
+        A* rows[n];
+        for (int r = 0; r < count; ++r) rows[r] = o.direct_u ? static_cast<A*>(gradients.u) + offset(r) : g_u + r * o.K;
+        // Transposing W pays for several items at once.
+        const bool several = count * 4 >= n;
+        if (several && o.K == n)
+            project<1>(g, o.JD, count, weight, o.JD, o.JD, rows);
+        else if (sizeof(A) == 4 && several && 2 * o.K == n)
+            project<sizeof(A) == 4 ? 2 : 1>(g, o.JD, count, weight, o.JD, o.JD, rows);
+        else
+            dots(g, o.JD, count, weight, o.JD, o.K, o.JD, [&](int64_t r, int64_t k, int64_t found, const A* x) {
+                for (int64_t m = 0; m < found; ++m) rows[r][k + m] = x[m];
+            });
+        if (o.direct_u) return;
+        for (int r = 0; r < count; ++r) write(rows[r], o.K, gradients.u, o.c.dtype, offset(r));
+    }
+};
 
 // Gradients of this many bytes are past every cache before anyone reads them.
 constexpr int64_t streamed_bytes = int64_t{1} << 25;
@@ -415,6 +476,44 @@ inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] in
 }
 
 template <class A, class Policy>
+inline void emit_tiles(const Operands<A>& o, const Tasks& tasks, int64_t task, const Policy& policy,
+                       const Workspace<A>& w, A* own, A* scratch, A* params, const GradientWriter<A>& writer) {
+    const auto visit = [&](Tile<A>& t) {
+        policy.emit(t, params, scratch);
+        for (int s = 0; s < t.segment_count; ++s) {
+            const Segment<A>& g = t.segments[s];
+            writer.put(g, t.u + g.begin, t.g_votes + g.begin * o.JD, t.b + g.begin, t.i + g.begin);
+        }
+    };
+    for_each_tile<Policy::needs_votes>(o, tasks, task, own, w, visit,
+                                       [&](int64_t b, int64_t i) { writer.put_absent(b, i); });
+}
+
+template <int E, class A, class Policy>
+inline void emit_rows(const Operands<A>& o, const Tasks& tasks, int64_t task, const Policy& policy,
+                      const RowsMemory<A>& memory, A* g_votes, A* params, const GradientWriter<A>& writer) {
+    constexpr int size = Tile<A>::size;
+    auto totals = policy.totals();
+    const auto visit = [&](const Rows<A>& x) {
+        int64_t i[size];
+        for (int64_t& same : i) same = x.i;
+        int begin = 0;
+        do {
+            const int end = begin + size < x.count ? begin + size : x.count;
+            for_each_group<register_rows<A, E>>(begin, end, [&]<int rows>(int r) {
+                const Votes<A, rows, E> votes(x.u + r, x.weight, o.K);
+                policy.emit(votes, x.b + r, totals, g_votes + (r - begin) * o.JD);
+            });
+            const Segment<A> segment{begin, end, x.i, x.weight, begin == 0, end == x.count};
+            writer.put(segment, x.u + begin, g_votes, x.b + begin, i);
+            begin = end;
+        } while (begin < x.count);
+    };
+    for_each_capsule(o, tasks, task, memory, visit, [&](int64_t b, int64_t i) { writer.put_absent(b, i); });
+    policy.add(totals, params);
+}
+
+template <class A, class Policy>
 inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradients& gradients,
                  A* params /* [policy.param_count()] */) {
     const Capsules& c = o.c;
@@ -427,9 +526,9 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
     const int64_t scratch_size = ceil_div(policy.scratch_size(), 64) * 64;
     const int64_t memory_size = ceil_div(w.total + scratch_size + KJD + Tile<A>::size * o.K, 64) * 64;
     Buffer<A> memory(memory_size * c.threads);
+    const RowsMemory<A> rows_memory(o, c.threads);
     const bool direct = o.direct_weight && !shared;
-    const int64_t number = c.dtype == Dtype::float64 ? 8 : c.dtype == Dtype::float32 ? 4 : 2;
-    const int64_t weight_bytes = c.N * c.weight_stride * number;
+    const int64_t number = size_of(c.dtype), weight_bytes = c.N * c.weight_stride * number;
     if (gradients.weight) prefer_huge_pages(gradients.weight, weight_bytes);
     if (gradients.u) prefer_huge_pages(gradients.u, c.B * c.N * o.K * number);
     const bool past_caches = direct && weight_bytes >= streamed_bytes &&
@@ -440,32 +539,16 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
         A* own = memory.get() + omp_get_thread_num() * memory_size;
         A* scratch = own + ceil_div(w.total, 16) * 16;
         A* g_weight = shared ? shared_partial.get() + task * KJD : scratch + scratch_size;
-        A* g_u = scratch + scratch_size + KJD;
         A* sums = param_partial.get() + task * param_count;
         fill(sums, param_count, A(0));
         if (shared) fill(g_weight, KJD, A(0));
-
-        const auto visit = [&](Tile<A>& t) {
-            policy.emit(t, sums, scratch);
-            const A* rows[Tile<A>::size];
-            for (int r = 0; r < t.count; ++r) rows[r] = t.g_votes + r * o.JD;
-            for (int s = 0; s < t.segment_count; ++s) {
-                const Segment<A>& g = t.segments[s];
-                const int count = g.end - g.begin;
-                if (gradients.u && count) project_to_u(o, t, g, gradients.u, g_u);
-                if (!gradients.weight) continue;
-                const bool whole = direct && g.first && g.last;
-                A* out = whole ? static_cast<A*>(gradients.weight) + g.i * KJD : g_weight;
-                outer(t.u + g.begin, rows + g.begin, count, o.K, o.JD, out, shared || !g.first, whole && past_caches);
-                if (g.last && !whole && !shared) o.store_weight_gradient(g_weight, g.i, gradients.weight);
-            }
-        };
-        const auto absent = [&](int64_t b, int64_t i) {
-            if (!gradients.u) return;
-            fill(g_u, o.K, A(0));
-            write(g_u, o.K, gradients.u, c.dtype, (b * c.N + i) * o.K);
-        };
-        for_each_tile<Policy::needs_votes>(o, tasks, task, own, w, visit, absent);
+        const GradientWriter<A> writer{o, gradients, direct, past_caches, g_weight, scratch + scratch_size + KJD};
+        for_vote_vectors(o, [&]<int E>() {
+            if constexpr (E > 0 && takes_registers<Policy>)
+                emit_rows<E>(o, tasks, task, policy, rows_memory, own + w.votes, sums, writer);
+            else
+                emit_tiles(o, tasks, task, policy, w, own, scratch, sums, writer);
+        });
         if (past_caches) end_streaming();
     }
     if (param_count) add_blocks(param_partial.get(), tasks.blocks, param_count, params, c.threads);

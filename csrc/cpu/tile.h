@@ -40,6 +40,22 @@ template <class A> struct Tile {
 
 // ---- small products ----------------------------------------------------------------------------------
 
+// sum_r += u_r W over R rows and V vectors of columns, in registers. stride: from one row of W to the next.
+template <int R, int V, class A>
+CAPSOPS_INLINE void add_product(const A* const* u, const A* weight, int64_t K, int64_t stride, Lanes<A> (&sum)[R][V]) {
+    for (int64_t k = 0; k < K; ++k) {
+        Lanes<A> w[V];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) w[v] = load(weight + k * stride + v * Lanes<A>::count);
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) {
+            const Lanes<A> a = u[r][k];
+#pragma GCC unroll 8
+            for (int v = 0; v < V; ++v) sum[r][v] += a * w[v];
+        }
+    }
+}
+
 // out_r (+)= u_r W over R rows and V vectors of columns.
 template <int R, int V, bool add, class A>
 inline void multiply_block(const A* const* u, const A* weight, int64_t K, int64_t stride, A* const* out, int64_t x) {
@@ -49,17 +65,7 @@ inline void multiply_block(const A* const* u, const A* weight, int64_t K, int64_
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) sum[r][v] = add ? load(out[r] + x + v * n) : Lanes<A>(A(0));
-    for (int64_t k = 0; k < K; ++k) {
-        Lanes<A> w[V];
-#pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) w[v] = load(weight + k * stride + x + v * n);
-#pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) {
-            const Lanes<A> a = u[r][k];
-#pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) sum[r][v] += a * w[v];
-        }
-    }
+    add_product(u, weight + x, K, stride, sum);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
@@ -121,7 +127,7 @@ inline void dots(const A* a, int64_t a_stride, int64_t rows, const A* b, int64_t
                 }
             }
             alignas(64) A results[n];
-            store(results, sums(sum));
+            store(results, sums<n>(sum));
             const int64_t valid = columns - k < KB ? columns - k : KB;
             for (int p = 0; p < RB && r + p < rows; ++p) put(r + p, k, valid, results + p * KB);
         }
@@ -148,10 +154,10 @@ inline void project(const A* g, int64_t g_stride, int rows, const A* weight, int
 #pragma GCC unroll 16
             for (int k = 0; k < K; ++k) w[k] = reinterpret_cast<V>(load(weight + k * stride + x).v);
             transpose<K / 2, K>(w);
-#pragma GCC unroll 8
-            for (int q = 0; q < R; ++q)
 #pragma GCC unroll 16
-                for (int m = 0; m < K; ++m) {
+            for (int m = 0; m < K; ++m)
+#pragma GCC unroll 8
+                for (int q = 0; q < R; ++q) {
                     Unit unit;
                     __builtin_memcpy(&unit, row[q] + x + m * P, sizeof(unit));
                     const V same = unit - V{};
@@ -159,23 +165,25 @@ inline void project(const A* g, int64_t g_stride, int rows, const A* weight, int
                               Lanes<A>(reinterpret_cast<typename Lanes<A>::Vector>(w[m]));
                 }
         }
-        for (int q = 0; q < R && r + q < rows; ++q) {
-            A* to = out[r + q];
-            if constexpr (P == 1) {
-                store(to, sum[q]);
-            } else {
-                alignas(64) A pairs[n];
-                store(pairs, sum[q]);
-                for (int k = 0; k < K; ++k) to[k] = pairs[2 * k] + pairs[2 * k + 1];
-            }
+        if constexpr (P == 1) {
+#pragma GCC unroll 8
+            for (int q = 0; q < R; ++q)
+                if (r + q < rows) store(out[r + q], sum[q]);
+        } else {
+            alignas(64) A results[R][K];
+#pragma GCC unroll 8
+            for (int q = 0; q < R; q += 2) store(results[q], add_neighbours(sum[q], sum[q + 1]));
+#pragma GCC unroll 8
+            for (int q = 0; q < R; ++q)
+                if (r + q < rows) __builtin_memcpy(out[r + q], results[q], sizeof(results[q]));
         }
     }
 }
 
 // out[k, x] (+)= Σ_r u_r[k] g_r[x] over KB rows and V vectors of the result.
 template <int KB, int V, class A>
-inline void outer_block(const A* const* u, const A* const* g, int rows, int64_t k, int64_t x, A* out, int64_t stride,
-                        bool add, bool past_caches) {
+inline void outer_block(const A* const* u, const A* g, int rows, int64_t k, int64_t x, A* out, int64_t stride, bool add,
+                        bool past_caches) {
     constexpr int n = Lanes<A>::count;
     Lanes<A> sum[KB][V];
 #pragma GCC unroll 8
@@ -185,7 +193,7 @@ inline void outer_block(const A* const* u, const A* const* g, int rows, int64_t 
     for (int r = 0; r < rows; ++r) {
         Lanes<A> gv[V];
 #pragma GCC unroll 2
-        for (int v = 0; v < V; ++v) gv[v] = load(g[r] + x + v * n);
+        for (int v = 0; v < V; ++v) gv[v] = load(g + r * stride + x + v * n);
 #pragma GCC unroll 8
         for (int q = 0; q < KB; ++q) {
             const Lanes<A> a = u[r][k + q];
@@ -205,10 +213,9 @@ inline void outer_block(const A* const* u, const A* const* g, int rows, int64_t 
         }
 }
 
-// out [K, X] (+)= Σ_r u_r [K]ᵀ g_r [X].
+// out [K, X] (+)= Σ_r u_r [K]ᵀ g_r [X], g [rows, X].
 template <class A>
-inline void outer(const A* const* u, const A* const* g, int rows, int64_t K, int64_t X, A* out, bool add,
-                  bool past_caches) {
+inline void outer(const A* const* u, const A* g, int rows, int64_t K, int64_t X, A* out, bool add, bool past_caches) {
     constexpr int n = Lanes<A>::count, KB = block_rows<A>;
     int64_t x = 0;
     for (; x + block_vectors * n <= X; x += block_vectors * n) {
@@ -240,7 +247,7 @@ template <class A, class Term> inline void agreements(const Tile<A>& t, Term ter
                     for (int64_t d = 0; d < t.D; d += n) x[r] += term(r, j * t.D + d);
             }
         }
-        out[j] = sums(x);
+        out[j] = sums<n>(x);
     }
 }
 
