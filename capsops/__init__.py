@@ -19,6 +19,7 @@ from .functional import (
     self_attention_routing,
     squash,
 )
+from .memory import release_memory
 
 __all__ = [
     "BackendError",
@@ -30,6 +31,7 @@ __all__ = [
     "info",
     "nn",
     "primary_capsules",
+    "release_memory",
     "self_attention_routing",
     "squash",
     "use_backend",

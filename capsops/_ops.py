@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, memory
 from .dtypes import FLOATING, accumulation_dtype
 
 SQUASH_KINDS = ("sabour", "efficient")
@@ -298,7 +298,7 @@ def _gradients(wanted: Sequence[bool], *tensors: Tensor | None) -> tuple[Tensor,
     """Memory for the gradients that somebody asked for, and tensors of no elements for the others."""
     first = next(x for x in tensors if x is not None)
     return tuple(
-        x.new_empty(x.shape) if want and x is not None else first.new_empty(0)
+        memory.empty_like(x) if want and x is not None else first.new_empty(0)
         for want, x in zip(wanted, tensors, strict=True)
     )
 
