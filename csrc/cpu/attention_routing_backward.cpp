@@ -59,7 +59,7 @@ template <class A> struct AttentionGradient {
     Totals totals() const { return {{A(0), A(0), A(0)}}; }
 
     template <int rows, int E>
-    CAPSOPS_INLINE void emit(const Votes<A, rows, E>& votes, const int64_t* b, Totals& totals, A* g_votes) const {
+    CAPSOPS_INLINE void emit(Votes<A, rows, E>& votes, const int64_t* b, Totals& totals) const {
         constexpr int n = Lanes<A>::count;
         Totals sum = totals;
 #pragma GCC unroll 8
@@ -72,9 +72,8 @@ template <class A> struct AttentionGradient {
                 Lanes<A> c[2];
                 pair.couplings(vote_0, vote_1, c);
                 const Lanes<A> dz = c[0] * c[1] * (g_1 * vote_1 - g_0 * vote_0);
-                A* to = g_votes + r * 2 * E * n + e * n;
-                store(to, c[0] * g_0 + Lanes<A>(pair.weight[0]) * dz);
-                store(to + E * n, c[1] * g_1 + Lanes<A>(pair.weight[1]) * dz);
+                votes.of[r][e] = c[0] * g_0 + Lanes<A>(pair.weight[0]) * dz;
+                votes.of[r][E + e] = c[1] * g_1 + Lanes<A>(pair.weight[1]) * dz;
                 sum.of[0] += dz * vote_0;
                 sum.of[1] += dz * vote_1;
                 sum.of[2] += dz;

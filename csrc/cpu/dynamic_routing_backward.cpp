@@ -75,30 +75,34 @@ template <class A> struct DynamicGradient {
     Totals totals() const { return {}; }
     void add(Totals, A*) const {}
 
-    template <int rows, int E>
-    CAPSOPS_INLINE void emit(const Votes<A, rows, E>& votes, const int64_t* b, Totals, A* g_votes) const {
+    template <int rows, int E> CAPSOPS_INLINE void emit(Votes<A, rows, E>& votes, const int64_t* b, Totals) const {
         constexpr int n = Lanes<A>::count;
-        const int first = detach ? iterations - 1 : 0;
-        for (int iteration = first; iteration < iterations; ++iteration) {
-            const A* g = g_s + iteration * size;
-            const A* v = V + iteration * size;
-            const bool through_logits = iteration > 0 && !detach;
-            const Dynamic<A> dynamic{v, leaky};
-            Lanes<A> c = equal_coupling<A>(2, leaky), delta;
-            if (through_logits)
-                DynamicAdjoint<A>{dynamic, g}.couplings(votes, b, &c, &delta);
-            else if (iteration > 0)
-                c = dynamic.couplings(votes, b);
-            for_each_vector(votes, c, [&](int r, int x, Lanes<A> a) __attribute__((always_inline)) {
-                const Lanes<A> term = a * load(g + (b[r] * 2 * E + x) * n);
-                A* to = g_votes + (r * 2 * E + x) * n;
-                store(to, iteration == first ? term : load(to) + term);
+        const auto at = [&](const A* x, int t, int r, int v)
+                            __attribute__((always_inline)) { return load(x + t * size + (b[r] * 2 * E + v) * n); };
+        const int last = iterations - 1;
+        if (detach || last == 0) {
+            const Lanes<A> c =
+                last ? Dynamic<A>{V + last * size, leaky}.couplings(votes, b) : Lanes<A>(equal_coupling<A>(2, leaky));
+            for_each_vector(votes, c, [&](int r, int v, Lanes<A> a) __attribute__((always_inline)) {
+                votes.of[r][v] = a * at(g_s, last, r, v);
             });
-            if (!through_logits) continue;
-            for_each_vector(votes, delta, [&](int r, int x, Lanes<A> a) __attribute__((always_inline)) {
-                add_to(g_votes + (r * 2 * E + x) * n, a * load(v + (b[r] * 2 * E + x) * n));
+            return;
+        }
+        Votes<A, rows, E> sum;
+        for_each_vector(votes, Lanes<A>(equal_coupling<A>(2, leaky)),
+                        [&](int r, int v, Lanes<A> a)
+                            __attribute__((always_inline)) { sum.of[r][v] = a * at(g_s, 0, r, v); });
+        for (int t = 1; t <= last; ++t) {
+            Lanes<A> c, delta;
+            DynamicAdjoint<A>{{V + t * size, leaky}, g_s + t * size}.couplings(votes, b, &c, &delta);
+            for_each_vector(votes, c, [&](int r, int v, Lanes<A> a) __attribute__((always_inline)) {
+                sum.of[r][v] += a * at(g_s, t, r, v);
+            });
+            for_each_vector(votes, delta, [&](int r, int v, Lanes<A> a) __attribute__((always_inline)) {
+                sum.of[r][v] += a * at(V, t, r, v);
             });
         }
+        votes = sum;
     }
 };
 

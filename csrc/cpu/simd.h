@@ -135,20 +135,41 @@ CAPSOPS_INLINE Lanes<double> exponential_of(Lanes<double> x) {
     return p * Lanes<double>(reinterpret_cast<Lanes<double>::Vector>(power));
 }
 
-// Transposes a square: lane l of x[m] and lane m of x[l] change places. V has as many lanes as there are x.
-template <int h, class V, int... l> CAPSOPS_INLINE void exchange(V& a, V& b, std::integer_sequence<int, l...>) {
+// Transposes a square of units of `unit` lanes: unit l of x[m] and unit m of x[l] change places. V has as many units as
+// there are x.
+template <int bit, class V, int... l> CAPSOPS_INLINE void exchange(V& a, V& b, std::integer_sequence<int, l...>) {
     constexpr int n = sizeof...(l);
-    const V low = __builtin_shufflevector(a, b, ((l & h) ? n + (l ^ h) : l)...);
-    b = __builtin_shufflevector(a, b, ((l & h) ? n + l : (l ^ h))...);
+    const V low = __builtin_shufflevector(a, b, ((l & bit) ? n + (l ^ bit) : l)...);
+    b = __builtin_shufflevector(a, b, ((l & bit) ? n + l : (l ^ bit))...);
     a = low;
 }
 
-template <int h, int n, class V> CAPSOPS_INLINE void transpose(V* x) {
-    constexpr auto lanes = std::make_integer_sequence<int, n>();
+template <int h, int units, int unit, class V> CAPSOPS_INLINE void transpose(V* x) {
+    constexpr auto lanes = std::make_integer_sequence<int, units * unit>();
+    if constexpr (h > 0) {
 #pragma GCC unroll 16
-    for (int m = 0; m < n; ++m)
-        if (!(m & h)) exchange<h>(x[m], x[m + h], lanes);
-    if constexpr (h > 1) transpose<h / 2, n>(x);
+        for (int m = 0; m < units; ++m)
+            if (!(m & h)) exchange<h * unit>(x[m], x[m + h], lanes);
+        transpose<h / 2, units, unit>(x);
+    }
+}
+
+// Unit m of the vector at p, in all units.
+template <int unit, class A, int... l>
+CAPSOPS_INLINE Lanes<A> spread(const A* p, int m, std::integer_sequence<int, l...>) {
+    if constexpr (unit == 1) {
+        return p[m];
+    } else if constexpr (unit * sizeof(A) == sizeof(double)) {
+        double pair;
+        __builtin_memcpy(&pair, p + m * unit, sizeof(pair));
+        return reinterpret_cast<typename Lanes<A>::Vector>(pair - Register<double>::Vector{});
+    } else {
+        typename Lanes<A>::Bits indices = {(l % unit)...};
+        return __builtin_shuffle(load(p).v, indices + m * unit);
+    }
+}
+template <int unit, class A> CAPSOPS_INLINE Lanes<A> spread(const A* p, int m) {
+    return spread<unit>(p, m, std::make_integer_sequence<int, Lanes<A>::count>());
 }
 
 // Lane l holds a_l + a_m where bit h of l is 0, and b_l + b_m where it is 1, with m = l and bit h flipped.

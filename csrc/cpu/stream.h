@@ -12,7 +12,8 @@
 // and if it takes votes in registers (takes_registers), those of some batch items for two output capsules:
 //
 //   reducing   accumulate(votes, b, sum)
-//   emitting   emit(votes, b, totals, g_votes)    with totals() at the start of a block, add(totals, params) at its end
+//   emitting   emit(votes, b, totals)             replaces the votes; totals() at the start of a block, and at its end
+//                                                 add(totals, params)
 //
 // Two regimes share the loops. Many input capsules and a small batch: the blocks of capsules are the parallel tasks, a
 // tile takes several capsules, and memory is the bound. Few capsules and a large batch: groups of batch items are tasks
@@ -29,6 +30,7 @@
 #endif
 
 #include "operands.h"
+#include "votes.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
@@ -167,61 +169,6 @@ inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task
 }
 
 // ---- votes in registers ------------------------------------------------------------------------------------
-
-// Two output capsules, as of a classifier of two classes: the votes of several batch items fit into the registers, and
-// never leave them.
-
-// How many batch items, where a vote is E vectors long; their agreements fit one vector.
-template <class A, int E> constexpr int register_rows = at_least(at_most(block_rows<A>, Lanes<A>::count / 2) / E, 1);
-
-// The votes [2, E vectors] of `rows` batch items.
-template <class A, int rows, int E> struct Votes {
-    Lanes<A> of[rows][2 * E];
-
-    Votes(const A* const* u, const A* weight, int64_t K) {
-        for (auto& row : of)
-            for (auto& x : row) x = Lanes<A>(A(0));
-        add_product(u, weight, K, 2 * E * Lanes<A>::count, of);
-    }
-};
-
-// Lane j · rows + r (counted round): û_rj · x_b(r),j.
-template <class A, int rows, int E>
-CAPSOPS_INLINE Lanes<A> agreements_with(const Votes<A, rows, E>& votes, const A* x /* [B, J, D] */, const int64_t* b) {
-    constexpr int n = Lanes<A>::count;
-    Lanes<A> products[2 * rows];
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; ++j) {
-            const A* with = x + (b[r] * 2 + j) * E * n;
-            Lanes<A> sum = votes.of[r][j * E] * load(with);
-#pragma GCC unroll 4
-            for (int e = 1; e < E; ++e) sum += votes.of[r][j * E + e] * load(with + e * n);
-            products[j * rows + r] = sum;
-        }
-    return sums<2 * rows>(products);
-}
-
-// each(r, v, c) for every vector v of the votes: the coupling of its item and output capsule in all lanes.
-template <class A, int rows, int E, class Each>
-CAPSOPS_INLINE void for_each_vector(const Votes<A, rows, E>&, Lanes<A> couplings, Each each) {
-    alignas(64) A c[Lanes<A>::count];
-    store(c, couplings);
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-        for (int v = 0; v < 2 * E; ++v) each(r, v, Lanes<A>(c[v / E * rows + r]));
-}
-
-// sum_b(r) += c_rj û_rj.
-template <class A, int rows, int E>
-CAPSOPS_INLINE void add_coupled(const Votes<A, rows, E>& votes, Lanes<A> c, const int64_t* b, A* sum /* [B, J, D] */) {
-    constexpr int n = Lanes<A>::count;
-    for_each_vector(votes, c, [&](int r, int v, Lanes<A> a) __attribute__((always_inline)) {
-        add_to(sum + (b[r] * 2 * E + v) * n, a * votes.of[r][v]);
-    });
-}
 
 // Calls function.operator()<E>(), E the vectors of a vote, where votes can be kept in registers; else with 0.
 template <class A, class Function> inline void for_vote_vectors(const Operands<A>& o, Function function) {
@@ -426,10 +373,28 @@ template <class A> struct GradientWriter {
         const int count = s.end - s.begin;
         if (gradients.u && count) put_u(s.weight, count, g, b, i);
         if (!gradients.weight) return;
-        const bool shared = o.shared(), whole = direct && s.first && s.last;
+        const bool whole = direct && s.first && s.last;
         A* out = whole ? static_cast<A*>(gradients.weight) + s.i * o.K * o.JD : g_weight;
-        outer(u, g, count, o.K, o.JD, out, shared || !s.first, whole && past_caches);
-        if (s.last && !whole && !shared) o.store_weight_gradient(g_weight, s.i, gradients.weight);
+        outer(u, g, count, o.K, o.JD, out, o.shared() || !s.first, whole && past_caches);
+        finish(s, whole);
+    }
+
+    // Pairs (b_r, s.i) of one matrix, their gradients in registers, which are used up.
+    template <int rows, int E>
+    CAPSOPS_INLINE void put(const Segment<A>& s, const A* const* u, Votes<A, rows, E>& g, const int64_t* b) const {
+        if (gradients.weight) {
+            const bool whole = direct && s.first && s.last;
+            A* out = whole ? static_cast<A*>(gradients.weight) + s.i * o.K * o.JD : g_weight;
+            outer(u, g, o.K, out, o.shared() || !s.first, whole && past_caches);
+            finish(s, whole);
+        }
+        if (!gradients.u) return;
+        A* out[rows];
+        const auto offset = [&](int r) { return (b[r] * o.c.N + s.i) * o.K; };
+        for (int r = 0; r < rows; ++r) out[r] = o.direct_u ? static_cast<A*>(gradients.u) + offset(r) : g_u + r * o.K;
+        project(g, s.weight, o.K, out);
+        if (o.direct_u) return;
+        for (int r = 0; r < rows; ++r) write(out[r], o.K, gradients.u, o.c.dtype, offset(r));
     }
 
     void put_absent(int64_t b, int64_t i) const {
@@ -438,7 +403,18 @@ template <class A> struct GradientWriter {
         write(g_u, o.K, gradients.u, o.c.dtype, (b * o.c.N + i) * o.K);
     }
 
+    // No pairs of this matrix.
+    void put_nothing(int64_t i) const {
+        if (!gradients.weight || o.shared()) return;
+        fill(g_weight, o.K * o.JD, A(0));
+        o.store_weight_gradient(g_weight, i, gradients.weight);
+    }
+
   private:
+    void finish(const Segment<A>& s, bool whole) const {
+        if (s.last && !whole && !o.shared()) o.store_weight_gradient(g_weight, s.i, gradients.weight);
+    }
+
     void put_u(const A* weight, int count, const A* g, const int64_t* b, const int64_t* i) const {
         constexpr int n = Tile<A>::size;
         const auto offset = [&](int r) { return (b[r] * o.c.N + i[r]) * o.K; };
@@ -491,23 +467,15 @@ inline void emit_tiles(const Operands<A>& o, const Tasks& tasks, int64_t task, c
 
 template <int E, class A, class Policy>
 inline void emit_rows(const Operands<A>& o, const Tasks& tasks, int64_t task, const Policy& policy,
-                      const RowsMemory<A>& memory, A* g_votes, A* params, const GradientWriter<A>& writer) {
-    constexpr int size = Tile<A>::size;
+                      const RowsMemory<A>& memory, A* params, const GradientWriter<A>& writer) {
     auto totals = policy.totals();
     const auto visit = [&](const Rows<A>& x) {
-        int64_t i[size];
-        for (int64_t& same : i) same = x.i;
-        int begin = 0;
-        do {
-            const int end = begin + size < x.count ? begin + size : x.count;
-            for_each_group<register_rows<A, E>>(begin, end, [&]<int rows>(int r) {
-                const Votes<A, rows, E> votes(x.u + r, x.weight, o.K);
-                policy.emit(votes, x.b + r, totals, g_votes + (r - begin) * o.JD);
-            });
-            const Segment<A> segment{begin, end, x.i, x.weight, begin == 0, end == x.count};
-            writer.put(segment, x.u + begin, g_votes, x.b + begin, i);
-            begin = end;
-        } while (begin < x.count);
+        if (x.count == 0) return writer.put_nothing(x.i);
+        for_each_group<register_rows<A, E>>(0, x.count, [&]<int rows>(int r) {
+            Votes<A, rows, E> votes(x.u + r, x.weight, o.K);
+            policy.emit(votes, x.b + r, totals);
+            writer.put({r, r + rows, x.i, x.weight, r == 0, r + rows == x.count}, x.u + r, votes, x.b + r);
+        });
     };
     for_each_capsule(o, tasks, task, memory, visit, [&](int64_t b, int64_t i) { writer.put_absent(b, i); });
     policy.add(totals, params);
@@ -545,7 +513,7 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
         const GradientWriter<A> writer{o, gradients, direct, past_caches, g_weight, scratch + scratch_size + KJD};
         for_vote_vectors(o, [&]<int E>() {
             if constexpr (E > 0 && takes_registers<Policy>)
-                emit_rows<E>(o, tasks, task, policy, rows_memory, own + w.votes, sums, writer);
+                emit_rows<E>(o, tasks, task, policy, rows_memory, sums, writer);
             else
                 emit_tiles(o, tasks, task, policy, w, own, scratch, sums, writer);
         });

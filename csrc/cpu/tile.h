@@ -140,8 +140,6 @@ inline void dots(const A* a, int64_t a_stride, int64_t rows, const A* b, int64_t
 template <int P, class A>
 inline void project(const A* g, int64_t g_stride, int rows, const A* weight, int64_t stride, int64_t X, A* const* out) {
     constexpr int n = Lanes<A>::count, K = n / P, R = block_rows<A>;
-    using Unit = typename std::conditional<P == 2 && sizeof(A) == 4, double, A>::type;
-    using V = typename Register<Unit>::Vector;
     for (int r = 0; r < rows; r += R) {
         const A* row[R];
 #pragma GCC unroll 8
@@ -150,20 +148,14 @@ inline void project(const A* g, int64_t g_stride, int rows, const A* weight, int
 #pragma GCC unroll 8
         for (int q = 0; q < R; ++q) sum[q] = Lanes<A>(A(0));
         for (int64_t x = 0; x < X; x += n) {
-            V w[K];
+            typename Lanes<A>::Vector w[K];
 #pragma GCC unroll 16
-            for (int k = 0; k < K; ++k) w[k] = reinterpret_cast<V>(load(weight + k * stride + x).v);
-            transpose<K / 2, K>(w);
+            for (int k = 0; k < K; ++k) w[k] = load(weight + k * stride + x).v;
+            transpose<K / 2, K, P>(w);
 #pragma GCC unroll 16
             for (int m = 0; m < K; ++m)
 #pragma GCC unroll 8
-                for (int q = 0; q < R; ++q) {
-                    Unit unit;
-                    __builtin_memcpy(&unit, row[q] + x + m * P, sizeof(unit));
-                    const V same = unit - V{};
-                    sum[q] += Lanes<A>(reinterpret_cast<typename Lanes<A>::Vector>(same)) *
-                              Lanes<A>(reinterpret_cast<typename Lanes<A>::Vector>(w[m]));
-                }
+                for (int q = 0; q < R; ++q) sum[q] += spread<P>(row[q] + x, m) * Lanes<A>(w[m]);
         }
         if constexpr (P == 1) {
 #pragma GCC unroll 8
