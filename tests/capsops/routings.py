@@ -11,7 +11,8 @@ from torch import Tensor
 
 import capsops
 
-# B, N, K, J, D: ones, primes, one past a vector width, the paper's J and D, MNIST's.
+# B, N, K, J, D: ones, primes, one past a vector width, the paper's J and D, MNIST's; two output capsules with votes of
+# one and of two vectors, and as many batch items as the registers take, and more.
 SHAPES = [
     (1, 1, 1, 1, 1),
     (2, 7, 5, 3, 11),
@@ -19,6 +20,8 @@ SHAPES = [
     (2, 65, 9, 17, 1),
     (5, 33, 8, 10, 17),
     (9, 1, 3, 2, 5),
+    (11, 20, 9, 2, 16),
+    (15, 4, 11, 2, 30),
 ]
 
 Arguments = dict[str, Tensor]
