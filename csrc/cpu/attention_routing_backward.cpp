@@ -47,21 +47,26 @@ template <class A> struct AttentionGradient {
             dots(dz, D, J, t.votes + r * t.JD, D, J, D, [&](int64_t k, int64_t j, int64_t found, const A* x) {
                 for (int64_t m = 0; m < found; ++m) params[k * J + j + m] += x[m];
             });
-            for (int64_t k = 0; k < J; ++k)
-                for (int64_t d = 0; d < D; ++d) params[J * J + k] += dz[k * D + d];
+        }
+        if (!wants_params) return;
+        for (int64_t k = 0; k < J; ++k) {
+            LongSum<A> sum;
+            for (int r = 0; r < t.count; ++r)
+                for (int64_t d = 0; d < D; d += Lanes<A>::count) sum += load(all_dz + r * t.JD + k * D + d);
+            params[J * J + k] += sum.total();
         }
     }
 
     // Of dz_1, by û_0, û_1 and 1.
     struct Totals {
-        Lanes<A> of[3];
+        LongSum<A> of[3];
     };
-    Totals totals() const { return {{A(0), A(0), A(0)}}; }
+    Totals totals() const { return {}; }
 
     template <int rows, int E>
     CAPSOPS_INLINE void emit(Votes<A, rows, E>& votes, const int64_t* b, Totals& totals) const {
         constexpr int n = Lanes<A>::count;
-        Totals sum = totals;
+        Lanes<A> sum[3] = {A(0), A(0), A(0)};
 #pragma GCC unroll 8
         for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
@@ -74,18 +79,16 @@ template <class A> struct AttentionGradient {
                 const Lanes<A> dz = c[0] * c[1] * (g_1 * vote_1 - g_0 * vote_0);
                 votes.of[r][e] = c[0] * g_0 + Lanes<A>(pair.weight[0]) * dz;
                 votes.of[r][E + e] = c[1] * g_1 + Lanes<A>(pair.weight[1]) * dz;
-                sum.of[0] += dz * vote_0;
-                sum.of[1] += dz * vote_1;
-                sum.of[2] += dz;
+                sum[0] += dz * vote_0;
+                sum[1] += dz * vote_1;
+                sum[2] += dz;
             }
-        totals = sum;
+        for (int m = 0; m < 3; ++m) totals.of[m] += sum[m];
     }
 
     void add(const Totals& totals, A* params) const {
         if (!wants_params) return;
-        A x[3] = {0, 0, 0};
-        for (int m = 0; m < 3; ++m)
-            for (int l = 0; l < Lanes<A>::count; ++l) x[m] += totals.of[m].v[l];
+        const A x[3] = {totals.of[0].total(), totals.of[1].total(), totals.of[2].total()};
         const A all[6] = {-x[0], -x[1], x[0], x[1], -x[2], x[2]};
         for (int m = 0; m < 6; ++m) params[m] += all[m];
     }

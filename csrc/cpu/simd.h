@@ -74,6 +74,26 @@ template <class A> struct Lanes {
     friend CAPSOPS_INLINE Lanes exponential(Lanes x) { return exponential_of(x); }
 };
 
+// A long sum that keeps what rounding takes from it (Kahan).
+template <class A> struct LongSum {
+    Lanes<A> sum = A(0), excess = A(0);
+
+    CAPSOPS_INLINE LongSum& operator+=(Lanes<A> x) {
+        x = x - excess;
+        const Lanes<A> next = sum + x;
+        excess = (next - sum) - x;
+        sum = next;
+        return *this;
+    }
+    // Over the lanes.
+    A total() const {
+        double all = 0;
+        for (int l = 0; l < Lanes<A>::count; ++l)
+            all += static_cast<double>(sum.v[l]) - static_cast<double>(excess.v[l]);
+        return static_cast<A>(all);
+    }
+};
+
 template <class A> CAPSOPS_INLINE Lanes<A> load(const A* p) {
     return static_cast<typename Lanes<A>::Vector>(*reinterpret_cast<const typename Lanes<A>::Unaligned*>(p));
 }
