@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 from .shapes import BOTH, DIRECTIONS, ROUTINGS, Case, Shape
@@ -39,10 +40,10 @@ class _Timed:
         return call
 
 
-def measure(rounds: int = 30, calls: int = 50) -> Iterator[dict[str, Any]]:
+def measure(rounds: int = 200, calls: int = 50) -> Iterator[dict[str, Any]]:
     """For each routing and direction, the medians over rounds: routing, direction, form, microseconds a call, in the
     kernel (None for PyTorch), and besides."""
-    from capsops.backends import cpu
+    import torch
 
     from . import forms, gate, race
 
@@ -53,30 +54,48 @@ def measure(rounds: int = 30, calls: int = 50) -> Iterator[dict[str, Any]]:
         contestants = [f for f in forms.contestants(case) if f.name in ("capsops", "einsum, einsum")]
         for direction in DIRECTIONS:
             for form in contestants:
-                extension = cpu._C
-                cpu._C = timed = _Timed(extension)  # type: ignore[assignment]
-                total, inside = [], []
-                try:
-                    for i in range(rounds + 1):
-                        timed.seconds = 0.0
-                        start = time.perf_counter()
-                        for _ in range(calls):
-                            gate.call(form, inputs, direction, gradients)
-                        if i:  # the first warms up
-                            total.append((time.perf_counter() - start) / calls * 1e6)
-                            inside.append(timed.seconds / calls * 1e6)
-                finally:
-                    cpu._C = extension
-                whole, kernel = statistics.median(total), statistics.median(inside)
+                call: Callable[[], object] = partial(form.function, **inputs)
+                if direction == BOTH:
+                    call = partial(gate.call, form, inputs, direction, gradients)
                 ours = form.kind == "capsops"
+                with torch.set_grad_enabled(direction == BOTH):
+                    whole = _microseconds(call, rounds, calls)
+                    kernel = _in_extension(call, rounds, calls) if ours else None
                 yield {
                     "routing": name,
                     "direction": direction,
                     "form": form.name,
                     "us_per_call": whole,
-                    "us_in_kernel": kernel if ours else None,
-                    "us_besides": whole - kernel if ours else None,
+                    "us_in_kernel": kernel,
+                    "us_besides": None if kernel is None else whole - kernel,
                 }
+
+
+def _microseconds(call: Callable[[], object], rounds: int, calls: int) -> float:
+    times = []
+    for _ in range(rounds + 1):  # the first warms up
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls * 1e6)
+    return statistics.median(times[1:])
+
+
+def _in_extension(call: Callable[[], object], rounds: int, calls: int) -> float:
+    from capsops.backends import cpu
+
+    extension = cpu._C
+    cpu._C = timed = _Timed(extension)  # type: ignore[assignment]
+    times = []
+    try:
+        for _ in range(rounds + 1):
+            timed.seconds = 0.0
+            for _ in range(calls):
+                call()
+            times.append(timed.seconds / calls * 1e6)
+    finally:
+        cpu._C = extension
+    return statistics.median(times[1:])
 
 
 def main() -> None:

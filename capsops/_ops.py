@@ -20,6 +20,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends, memory
 from .dtypes import FLOATING, accumulation_dtype
@@ -305,6 +306,26 @@ def _gradients(wanted: Sequence[bool], *tensors: Tensor | None) -> tuple[Tensor,
 
 def _returned(wanted: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
     return [g if want else None for want, g in zip(wanted, gradients, strict=True)]
+
+
+class _Nobody:
+    """The context of a forward pass that nobody goes back."""
+
+    @staticmethod
+    def save_for_backward(*_: Tensor | None) -> None:
+        pass
+
+
+def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)`; where no gradient is asked for, without what that costs."""
+    if torch.is_grad_enabled():
+        for x in args:
+            if isinstance(x, Tensor) and x.requires_grad:
+                return function.apply(*args)
+    # Forward-mode derivatives are refused by torch.autograd.Function.
+    if getattr(forward_ad, "_current_level", 0) >= 0:
+        return function.apply(*args)
+    return function.forward(_Nobody(), *args)
 
 
 class _NoSecondDerivative(torch.autograd.Function):

@@ -74,7 +74,7 @@ def squash(s: Tensor, dim: int = -1, kind: str = "sabour") -> Tensor:
         with float32(s):
             v = reference.squash(x, kind)
     else:
-        v = _ops.Squash.apply(x, kind)
+        v = _ops.apply(_ops.Squash, x, kind)
     return v if last else v.movedim(-1, dim)
 
 
@@ -104,7 +104,7 @@ def primary_capsules(features: Tensor, types: int, *, layout: str = "channels", 
     if _plain(features):
         with float32(features):
             return reference.primary_capsules(features, types, legacy, squash)
-    return _ops.PrimaryCapsules.apply(features, types, legacy, squash)
+    return _ops.apply(_ops.PrimaryCapsules, features, types, legacy, squash)
 
 
 def affine_votes(u: Tensor, weight: Tensor) -> Tensor:
@@ -125,7 +125,7 @@ def affine_votes(u: Tensor, weight: Tensor) -> Tensor:
         _ops.check_affine_votes("affine_votes", u, weight)
         with float32(u):
             return reference.affine_votes(u, weight)
-    return _ops.AffineVotes.apply(u, weight)
+    return _ops.apply(_ops.AffineVotes, u, weight)
 
 
 def attention_routing(
@@ -155,7 +155,7 @@ def attention_routing(
         _ops.check_attention(op, u, weight, attn_weight, attn_bias, mask)
         with float32(u):
             return reference.attention_routing(u, weight, attn_weight, attn_bias, mask)
-    return _ops.AttentionRouting.apply(u, weight, attn_weight, attn_bias, mask)
+    return _ops.apply(_ops.AttentionRouting, u, weight, attn_weight, attn_bias, mask)
 
 
 def dynamic_routing(
@@ -195,7 +195,7 @@ def dynamic_routing(
         _ops.check_dynamic(op, u, weight, bias, mask, iterations)
         with float32(u):
             return reference.dynamic_routing(u, weight, bias, mask, iterations, leaky, detach)
-    return _ops.DynamicRouting.apply(u, weight, bias, mask, iterations, leaky, detach)
+    return _ops.apply(_ops.DynamicRouting, u, weight, bias, mask, iterations, leaky, detach)
 
 
 def self_attention_routing(
@@ -235,7 +235,7 @@ def self_attention_routing(
     if plain:
         with float32(u):
             return reference.self_attention_routing(u, weight, prior, mask, scale)
-    return _ops.SelfAttentionRouting.apply(u, weight, prior, mask, float(scale))
+    return _ops.apply(_ops.SelfAttentionRouting, u, weight, prior, mask, float(scale))
 
 
 def em_routing(
@@ -285,7 +285,7 @@ def em_routing(
     if plain:
         with float32(pose):
             return reference.em_routing(pose, activation, weight, beta_u, beta_a, mask, temperatures)
-    return _ops.EMRouting.apply(pose, activation, weight, beta_u, beta_a, mask, temperatures)
+    return _ops.apply(_ops.EMRouting, pose, activation, weight, beta_u, beta_a, mask, temperatures)
 
 
 def renormalised(activation: Tensor) -> Tensor:

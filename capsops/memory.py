@@ -33,11 +33,12 @@ def release_memory() -> None:
 
 def empty_like(x: Tensor) -> Tensor:
     """An uninitialised, contiguous tensor of the shape, dtype and device of x."""
-    size = x.numel() * x.element_size()
     # Not for the tensors without memory that torch.compile traces with.
-    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type == "cpu"
-    if size < LEAST_BYTES or not plain or not hasattr(mmap, "MAP_PRIVATE"):
+    if type(x) not in (Tensor, torch.nn.Parameter) or x.nbytes < LEAST_BYTES:
         return x.new_empty(x.shape)
+    if x.device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
+        return x.new_empty(x.shape)
+    size = x.nbytes
     block = _kept(size) or mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     view = memoryview(block)
     # The tensor holds the view, and nothing else does.

@@ -222,3 +222,11 @@ def test_meta_tensors_give_shapes() -> None:
     )
     assert out.shape == (8, 2, 16)
     assert out.device.type == "meta"
+
+
+def test_a_forward_mode_derivative_is_an_error_rather_than_nothing() -> None:
+    u, weight = torch.randn(2, 3, 4), torch.randn(3, 4, 2, 5)
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(u, torch.ones_like(u))
+        with pytest.raises(RuntimeError, match="jvp"):
+            capsops.dynamic_routing(dual, weight)
