@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,40 @@ class PrimaryCapsules(nn.Module):
         return f"types={self.types}, dim={self.dim}, layout={self.layout!r}, squash={self.squash!r}"
 
 
-class CapsuleLayer(nn.Module):
+class _Matrices(nn.Module):
+    """The sizes of a layer from N input capsules to J output capsules, and its transformation matrices."""
+
+    def __init__(
+        self,
+        in_capsules: int,
+        in_dim: int,
+        out_capsules: int,
+        out_dim: int,
+        iterations: int,
+        shared: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        sizes = {"in_capsules": in_capsules, "in_dim": in_dim, "out_capsules": out_capsules, "out_dim": out_dim}
+        _at_least_one(type(self).__name__, **sizes, iterations=iterations)
+        self.in_capsules, self.in_dim, self.out_capsules, self.out_dim = in_capsules, in_dim, out_capsules, out_dim
+        self.iterations, self.shared = iterations, shared
+        matrix = (in_dim, out_capsules, out_dim)
+        size = matrix if shared else (in_capsules, *matrix)
+        self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """As for every module; but `model.to(memory_format=torch.channels_last)` means images, and four dimensions
+        alone do not make one of the matrices. In that order they would be copied at every call."""
+        super()._apply(fn, recurse)
+        for x in (self.weight, self.weight.grad):
+            if x is not None:
+                x.data = x.data.contiguous()
+        return self
+
+
+class CapsuleLayer(_Matrices):
     """Affine votes and routing from every input capsule to every output capsule, without holding the votes.
 
     Args:
@@ -110,9 +143,7 @@ class CapsuleLayer(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        sizes = {"in_capsules": in_capsules, "in_dim": in_dim, "out_capsules": out_capsules, "out_dim": out_dim}
-        _at_least_one("CapsuleLayer", **sizes, iterations=iterations)
+        super().__init__(in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype)
         _one_of("CapsuleLayer", "routing", routing, ROUTINGS)
         for name, flag in (("leaky", leaky), ("detach", detach)):
             if flag and routing != "dynamic":
@@ -122,15 +153,12 @@ class CapsuleLayer(nn.Module):
                 "CapsuleLayer: shared matrices take any number of capsules, the prior of routing 'self-attention' does "
                 "not; bias must be False"
             )
-        self.in_capsules, self.in_dim, self.out_capsules, self.out_dim = in_capsules, in_dim, out_capsules, out_dim
         self.routing, self.iterations = routing, 1 if routing == "uniform" else iterations
-        self.leaky, self.detach, self.shared = leaky, detach, shared
+        self.leaky, self.detach = leaky, detach
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
 
-        matrix = (in_dim, out_capsules, out_dim)
-        self.weight = parameter(*matrix) if shared else parameter(in_capsules, *matrix)
         attention, self_attention = routing == "attention", routing == "self-attention"
         self.attn_weight = parameter(out_capsules, out_capsules) if attention else None
         self.attn_bias = parameter(out_capsules) if attention and bias else None
@@ -192,7 +220,7 @@ class CapsuleLayer(nn.Module):
         return ", ".join(parts)
 
 
-class EMCapsules(nn.Module):
+class EMCapsules(_Matrices):
     """Affine votes and EM routing (Hinton et al. 2018) from every input capsule to every output capsule.
 
     A capsule is a pose and an activation. The pose is a vector, or a matrix of any number of rows P: the layer is the
@@ -224,16 +252,9 @@ class EMCapsules(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        sizes = {"in_capsules": in_capsules, "in_dim": in_dim, "out_capsules": out_capsules, "out_dim": out_dim}
-        _at_least_one("EMCapsules", **sizes, iterations=iterations)
+        super().__init__(in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype)
         inverse_temperatures("EMCapsules", inverse_temperature, iterations)
-        self.in_capsules, self.in_dim, self.out_capsules, self.out_dim = in_capsules, in_dim, out_capsules, out_dim
-        self.iterations, self.inverse_temperature = iterations, inverse_temperature
-        self.renormalise, self.shared = renormalise, shared
-        matrix = (in_dim, out_capsules, out_dim)
-        size = matrix if shared else (in_capsules, *matrix)
-        self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
+        self.inverse_temperature, self.renormalise = inverse_temperature, renormalise
         self.beta_u = nn.Parameter(torch.empty(out_capsules, device=device, dtype=dtype))
         self.beta_a = nn.Parameter(torch.empty(out_capsules, device=device, dtype=dtype))
         self.reset_parameters()

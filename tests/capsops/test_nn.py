@@ -369,3 +369,11 @@ def test_a_network_of_em_capsules_learns() -> None:
         loss.backward()
         optimizer.step()
     assert loss < 0.3
+
+
+@pytest.mark.parametrize("layer", [nn.CapsuleLayer(5, 4, 3, 2), nn.EMCapsules(5, 4, 3, 2)], ids=["routing", "em"])
+def test_matrices_stay_as_they_are_where_images_go_channels_last(layer: torch.nn.Module) -> None:
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    moved = layer.to(memory_format=torch.channels_last)
+    assert moved is layer
+    assert layer.weight.is_contiguous() and layer.weight.grad.is_contiguous()
