@@ -97,63 +97,64 @@ PYBIND11_MODULE(_C, m) {
         },
         release());
     m.def(
-        "affine_votes", [](const Capsules& c, Address votes) { return cpu::kernels().affine_votes(c, at(votes)); },
+        "affine_votes", [](const Capsules& c, Address votes) { return cpu::kernels(c).affine_votes(c, at(votes)); },
         release());
     m.def(
         "affine_votes_backward",
         [](const Capsules& c, Address g_votes, Address g_u, Address g_weight) {
-            return cpu::kernels().affine_votes_backward(c, at(g_votes), {at(g_u), at(g_weight)});
+            return cpu::kernels(c).affine_votes_backward(c, at(g_votes), {at(g_u), at(g_weight)});
         },
         release());
     m.def(
         "attention_routing",
         [](const Capsules& c, Address attn_weight, Address attn_bias, Address v, Address s) {
-            return cpu::kernels().attention_routing(c, at(attn_weight), at(attn_bias), at(v), at(s));
+            return cpu::kernels(c).attention_routing(c, at(attn_weight), at(attn_bias), at(v), at(s));
         },
         release());
     m.def(
         "attention_routing_backward",
         [](const Capsules& c, Address attn_weight, Address attn_bias, Address s, Address g_v, Address g_u,
            Address g_weight, Address g_attn_weight, Address g_attn_bias) {
-            return cpu::kernels().attention_routing_backward(c, at(attn_weight), at(attn_bias), at(s), at(g_v),
-                                                             {at(g_u), at(g_weight)}, at(g_attn_weight),
-                                                             at(g_attn_bias));
+            return cpu::kernels(c).attention_routing_backward(c, at(attn_weight), at(attn_bias), at(s), at(g_v),
+                                                              {at(g_u), at(g_weight)}, at(g_attn_weight),
+                                                              at(g_attn_bias));
         },
         release());
     m.def(
         "dynamic_routing",
         [](const Capsules& c, Address bias, int iterations, bool leaky, Address v, Address s) {
-            return cpu::kernels().dynamic_routing(c, at(bias), iterations, leaky, at(v), at(s));
+            return cpu::kernels(c).dynamic_routing(c, at(bias), iterations, leaky, at(v), at(s));
         },
         release());
     m.def(
         "dynamic_routing_backward",
         [](const Capsules& c, int iterations, bool leaky, bool detach, Address s, Address g_v, Address g_u,
            Address g_weight, Address g_bias) {
-            return cpu::kernels().dynamic_routing_backward(c, iterations, leaky, detach, at(s), at(g_v),
-                                                           {at(g_u), at(g_weight)}, at(g_bias));
+            return cpu::kernels(c).dynamic_routing_backward(c, iterations, leaky, detach, at(s), at(g_v),
+                                                            {at(g_u), at(g_weight)}, at(g_bias));
         },
         release());
     m.def(
         "self_attention_routing",
         [](const Capsules& c, Address prior, double scale, Address v, Address total, Address s) {
-            return cpu::kernels().self_attention_routing(c, at(prior), scale, at(v), at(total), at(s));
+            return cpu::kernels(c).self_attention_routing(c, at(prior), scale, at(v), at(total), at(s));
         },
         release());
     m.def(
         "self_attention_routing_backward",
         [](const Capsules& c, Address prior, double scale, Address total, Address s, Address g_v, Address g_u,
            Address g_weight, Address g_prior) {
-            return cpu::kernels().self_attention_routing_backward(c, at(prior), scale, at(total), at(s), at(g_v),
-                                                                  {at(g_u), at(g_weight)}, at(g_prior));
+            return cpu::kernels(c).self_attention_routing_backward(c, at(prior), scale, at(total), at(s), at(g_v),
+                                                                   {at(g_u), at(g_weight)}, at(g_prior));
         },
         release());
     m.def(
         "em_routing",
         [](const Capsules& c, Address activation, Address beta_u, Address beta_a, const std::vector<double>& lambdas,
            Address mean, Address out_activation, Address state) {
-            return cpu::kernels().em_routing(c, at(activation), at(beta_u), at(beta_a), lambdas.data(),
-                                             static_cast<int>(lambdas.size()), at(mean), at(out_activation), at(state));
+            return cpu::kernels(c).em_routing(c, at(activation), at(beta_u), at(beta_a), lambdas.data(),
+                                              static_cast<int>(lambdas.size()), at(mean), at(out_activation),
+                                              at(state));
         },
         release());
     m.def(
@@ -161,7 +162,7 @@ PYBIND11_MODULE(_C, m) {
         [](const Capsules& c, Address activation, Address beta_u, const std::vector<double>& lambdas, Address state,
            Address g_mean, Address g_out_activation, Address g_u, Address g_weight, Address g_activation,
            Address g_beta_u, Address g_beta_a) {
-            return cpu::kernels().em_routing_backward(
+            return cpu::kernels(c).em_routing_backward(
                 c, at(activation), at(beta_u), lambdas.data(), static_cast<int>(lambdas.size()), at(state), at(g_mean),
                 at(g_out_activation), {at(g_u), at(g_weight)}, at(g_activation), at(g_beta_u), at(g_beta_a));
         },

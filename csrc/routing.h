@@ -148,13 +148,15 @@ struct Kernels {
 
 namespace cpu {
 
-// The kernels of the best instruction set of this machine, or of the one that was asked for.
+// The kernels of the best instruction set of this machine, or of the one that was asked for; for capsules like these,
+// of the best for them.
 const Kernels& kernels();
+const Kernels& kernels(const Capsules& c);
 
 const char* instruction_set();
 // The instruction sets that were compiled and run here, best first, separated by spaces.
 const char* instruction_sets();
-// False if it was not compiled or does not run here.
+// "auto": the best. False if it was not compiled or does not run here.
 bool use_instruction_set(const char* name);
 
 }  // namespace cpu

@@ -33,11 +33,13 @@ def instruction_sets() -> tuple[str, ...]:
 def use_instruction_set(name: str) -> None:
     """Use the kernels of one instruction set from now on; CAPSOPS_ISA does so from the start.
 
+    "auto", the default: the best one, or the next for votes that would leave half of its vectors idle.
+
     Raises:
         ValueError: it was not compiled or does not run here.
     """
     if _C is None or not _C.use_instruction_set(name):
-        allowed = ", ".join(instruction_sets()) or "none, for the extension does not load"
+        allowed = ", ".join(("auto", *instruction_sets())) if _C else "none, for the extension does not load"
         raise ValueError(f"CAPSOPS_ISA: instruction set {name!r} does not run here; allowed are {allowed}")
 
 

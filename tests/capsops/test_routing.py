@@ -26,10 +26,9 @@ by_sharing = pytest.mark.parametrize("shared", [False, True], ids=["matrices", "
 
 @pytest.fixture
 def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
-    best = capsops.backends.cpu.instruction_sets()[0]
     capsops.backends.cpu.use_instruction_set(request.param)
     yield request.param
-    capsops.backends.cpu.use_instruction_set(best)
+    capsops.backends.cpu.use_instruction_set("auto")
 
 
 @pytest.mark.usefixtures("instructions")
@@ -51,6 +50,20 @@ def test_agrees_with_the_reference(routing: Routing, shape: tuple[int, ...], sha
                 assert (got - expected).abs().max() < 1e-3 * max(bound, 10 * error)
             else:
                 assert got.abs().max() < bound
+
+
+@pytest.mark.skipif("avx512" not in capsops.backends.cpu.instruction_sets(), reason="needs AVX-512")
+@pytest.mark.parametrize(("D", "dtype", "expected"), [(8, torch.float32, "avx2"), (9, torch.float32, "avx512")])
+def test_short_votes_get_shorter_vectors(D: int, dtype: torch.dtype, expected: str) -> None:
+    routing = next(r for r in ROUTINGS if r.name == "dynamic3")
+    arguments = routing.arguments((3, 50, 8, 5, D))
+    results = {}
+    for instructions in ("auto", "avx2", "avx512"):
+        capsops.backends.cpu.use_instruction_set(instructions)
+        results[instructions] = run(routing, arguments, dtype, "cpu")[0]
+    capsops.backends.cpu.use_instruction_set("auto")
+    assert not torch.equal(results["avx2"], results["avx512"])  # or the next line would say nothing
+    assert torch.equal(results["auto"], results[expected])
 
 
 def _sensitivity(routing: Routing, arguments: Arguments, exact: list[torch.Tensor], digit: float) -> list[float]:
