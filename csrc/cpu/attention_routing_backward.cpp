@@ -40,15 +40,11 @@ template <class A> struct AttentionGradient {
             }
             for (int64_t j = 0; j < J; ++j) store(dz + j * D, c[j] * (load(dz + j * D) - mean));
         });
-        for (int r = 0; r < t.count; ++r) {
-            const A* dz = all_dz + r * t.JD;
-            add_mixed(transposed, J, D, dz, t.g_votes + r * t.JD);
-            if (!wants_params) continue;
-            dots(dz, D, J, t.votes + r * t.JD, D, J, D, [&](int64_t k, int64_t j, int64_t found, const A* x) {
-                for (int64_t m = 0; m < found; ++m) params[k * J + j + m] += x[m];
-            });
-        }
+        for (int r = 0; r < t.count; ++r) add_mixed(transposed, J, D, all_dz + r * t.JD, t.g_votes + r * t.JD);
         if (!wants_params) return;
+        dots(all_dz, D, J, t.votes, D, J, D, t.count, t.JD, [&](int64_t k, int64_t j, int64_t found, const A* x) {
+            for (int64_t m = 0; m < found; ++m) params[k * J + j + m] += x[m];
+        });
         for (int64_t k = 0; k < J; ++k) {
             LongSum<A> sum;
             for (int r = 0; r < t.count; ++r)

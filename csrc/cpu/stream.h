@@ -47,12 +47,15 @@ struct Tasks {
                           most_capsules = 1024;  // that a sum may run over where more blocks cost little
         const int64_t work = at_least(c.B, 1) * c.rows * c.K * c.J * c.D;  // of one input capsule
         const int64_t smallest = at_most(ceil_div(least_work, at_least(work, 1)), most_capsules);
-        const int64_t fitting = at_least(most_partial / at_least(partial_size, 1), 1);
+        int64_t fitting = at_least(most_partial / at_least(partial_size, 1), 1);
+        // A group is whole tiles of any instruction set. Where the groups are enough, and the matrices stay in a cache,
+        // partial sums would only cost.
+        constexpr int64_t tile = 16, most_tasks = 64, enough = 8, cached = int64_t{1} << 18;
+        const int64_t matrices = c.weight_stride ? c.N * c.weight_stride : c.K * c.J * c.D;
+        if (grouped && ceil_div(B, tile) >= enough && matrices <= cached) fitting = 1;
         const int64_t wanted = at_least(at_most(ceil_div(N, smallest), at_most(most_blocks, fitting)), 1);
         block_size = at_least(ceil_div(N, wanted), 1);
         blocks = ceil_div(N, block_size);
-        // A group is whole tiles of any instruction set.
-        constexpr int64_t tile = 16, most_tasks = 64;
         const int64_t cuts = grouped ? at_most(ceil_div(B, tile), ceil_div(most_tasks, at_least(blocks, 1))) : 1;
         group_size = at_least(ceil_div(ceil_div(B, tile), at_least(cuts, 1)) * tile, 1);
         groups = ceil_div(B, group_size);
@@ -427,7 +430,7 @@ template <class A> struct GradientWriter {
         else if (sizeof(A) == 4 && several && 2 * o.K == n)
             project<sizeof(A) == 4 ? 2 : 1>(g, o.JD, count, weight, o.JD, o.JD, rows);
         else
-            dots(g, o.JD, count, weight, o.JD, o.K, o.JD, [&](int64_t r, int64_t k, int64_t found, const A* x) {
+            dots(g, o.JD, count, weight, o.JD, o.K, o.JD, 1, 0, [&](int64_t r, int64_t k, int64_t found, const A* x) {
                 for (int64_t m = 0; m < found; ++m) rows[r][k + m] = x[m];
             });
         if (o.direct_u) return;

@@ -98,11 +98,11 @@ inline void multiply(const A* const* u, int rows, const A* weight, int64_t K, in
     for (; x < X; x += n) multiply_rows<1, add>(u, rows, weight, K, stride, out, x);
 }
 
-// out[r, k] = Σ_x a_r[x] b_k[x], several rows of `a` and of `b` at a time in registers. put(r, k, n, p) takes n
-// neighbouring results from p.
+// out[r, k] = Σ_x a_r[x] b_k[x], several rows of `a` and of `b` at a time in registers; over `repeats` of them,
+// `period` apart. put(r, k, n, p) takes n neighbouring results from p.
 template <class A, class Put>
 inline void dots(const A* a, int64_t a_stride, int64_t rows, const A* b, int64_t b_stride, int64_t columns, int64_t X,
-                 Put put) {
+                 int repeats, int64_t period, Put put) {
     constexpr int n = Lanes<A>::count, KB = n < 4 ? n : 4, RB = n / KB;
     for (int64_t r = 0; r < rows; r += RB) {
         const A* ar[RB];
@@ -115,17 +115,18 @@ inline void dots(const A* a, int64_t a_stride, int64_t rows, const A* b, int64_t
             Lanes<A> sum[n];
 #pragma GCC unroll 16
             for (int m = 0; m < n; ++m) sum[m] = Lanes<A>(A(0));
-            for (int64_t x = 0; x < X; x += n) {
-                Lanes<A> bv[KB];
+            for (int repeat = 0; repeat < repeats; ++repeat)
+                for (int64_t x = repeat * period; x < repeat * period + X; x += n) {
+                    Lanes<A> bv[KB];
 #pragma GCC unroll 4
-                for (int q = 0; q < KB; ++q) bv[q] = load(bk[q] + x);
+                    for (int q = 0; q < KB; ++q) bv[q] = load(bk[q] + x);
 #pragma GCC unroll 4
-                for (int p = 0; p < RB; ++p) {
-                    const Lanes<A> av = load(ar[p] + x);
+                    for (int p = 0; p < RB; ++p) {
+                        const Lanes<A> av = load(ar[p] + x);
 #pragma GCC unroll 4
-                    for (int q = 0; q < KB; ++q) sum[p * KB + q] += av * bv[q];
+                        for (int q = 0; q < KB; ++q) sum[p * KB + q] += av * bv[q];
+                    }
                 }
-            }
             alignas(64) A results[n];
             store(results, sums<n>(sum));
             const int64_t valid = columns - k < KB ? columns - k : KB;
