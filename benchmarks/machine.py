@@ -15,8 +15,9 @@ capsules (`shapes.ROUTINGS`) and V = 2·B·N·K·J·D operations for all votes o
 
 seconds = max(bytes read / read bandwidth + bytes of the last backward pass / copy bandwidth, operations / peak).
 
-A shared weight is counted once a pass. Couplings, squashes and sums are not counted: the floor is a bound, not a
-forecast.
+A shared weight is counted once a pass, and where the couplings are equal or not yet known one product a batch item is
+enough: Σ_i u_i W = (Σ_i u_i) W. Of what a mask leaves out nothing is counted. Couplings, squashes and sums are not
+counted: the floor is a bound, not a forecast.
 """
 
 from __future__ import annotations
@@ -69,13 +70,15 @@ class Floor:
 def floor(case: Case, direction: str) -> Floor:
     """See the module's docstring."""
     s, (forward, backward) = case.shape, case.routing.passes
-    operands = 4 * (s.u_numbers + s.weight_numbers)
-    votes = 2 * s.vote_numbers * s.K
-    mixing = 2 * s.B * s.N * s.J * s.J * s.D if case.routing.name == "attention" else 0
+    there = (s.N + 1) / (2 * s.N) if s.masked else 1  # from one to N, on average
+    operands = 4 * (round(there * s.u_numbers) + s.weight_numbers)
+    votes = round(there * 2 * s.vote_numbers * s.K)
+    mixing = round(there * 2 * s.B * s.N * s.J * s.J * s.D) if case.routing.name == "attention" else 0
+    saved = votes - votes // s.N if s.shared and case.routing.name not in ("attention", "em") else 0
     if direction == FORWARD:
-        return Floor(forward * operands, 0, forward * votes + mixing)
+        return Floor(forward * operands, 0, forward * votes + mixing - saved)
     passes = forward + backward - 1
-    return Floor(passes * operands, 2 * operands, (passes + 3) * votes + 4 * mixing)
+    return Floor(passes * operands, 2 * operands, (passes + 3) * votes + 4 * mixing - saved)
 
 
 @cache

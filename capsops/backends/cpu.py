@@ -114,7 +114,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def _pointer(x: Tensor | None) -> int:
-    """The address of a tensor; 0 for none and for a gradient that nobody wants (no elements)."""
+    """The address of a tensor; 0 for none."""
     return 0 if x is None else x.data_ptr()
 
 
@@ -128,6 +128,16 @@ def _accumulation(x: Tensor | None) -> Tensor | None:
 def _scratch(out: Tensor) -> Tensor:
     """Where a kernel writes a small output: out itself, or memory of the accumulation dtype to be copied from."""
     return torch.empty_like(out, dtype=torch.float32) if out.dtype in LOW_PRECISION else out
+
+
+def _copy_back(outputs: Sequence[Tensor], scratch: Sequence[Tensor]) -> None:
+    for out, written in zip(outputs, scratch, strict=True):
+        if written is not out:
+            out.copy_(written)
+
+
+def _addresses(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[int]:
+    return [g.data_ptr() if want else 0 for g, want in zip(gradients, wanted, strict=True)]
 
 
 def squash(v: Tensor, s: Tensor, kind: str) -> None:
@@ -161,9 +171,7 @@ def affine_votes_backward(
 ) -> None:
     capsules = _Capsules(u, weight)
     g_votes = g_votes.contiguous()
-    status = _C.affine_votes_backward(
-        capsules.struct, g_votes.data_ptr(), *(_pointer(g) * w for g, w in zip((g_u, g_weight), wanted, strict=True))
-    )
+    status = _C.affine_votes_backward(capsules.struct, g_votes.data_ptr(), *_addresses((g_u, g_weight), wanted))
     _check(status, "affine_votes_backward", u, weight)
 
 
@@ -182,8 +190,7 @@ def attention_routing(
         capsules.struct, _pointer(attn_weight_), _pointer(attn_bias_), v_.data_ptr(), s.data_ptr()
     )
     _check(status, "attention_routing", u, weight)
-    if v_ is not v:
-        v.copy_(v_)
+    _copy_back((v,), (v_,))
 
 
 def attention_routing_backward(
@@ -211,12 +218,10 @@ def attention_routing_backward(
         _pointer(attn_bias_),
         s.data_ptr(),
         _pointer(g_v_),
-        *(_pointer(target) * want for target, want in zip(targets, wanted, strict=True)),
+        *_addresses(targets, wanted),
     )
     _check(status, "attention_routing_backward", u, weight)
-    for out, target in zip(outputs, targets, strict=True):
-        if target is not out:
-            out.copy_(target)
+    _copy_back(outputs, targets)
 
 
 def dynamic_routing(
@@ -233,8 +238,7 @@ def dynamic_routing(
     bias_, v_ = _accumulation(bias), _scratch(v)
     status = _C.dynamic_routing(capsules.struct, _pointer(bias_), iterations, leaky, v_.data_ptr(), s.data_ptr())
     _check(status, "dynamic_routing", u, weight)
-    if v_ is not v:
-        v.copy_(v_)
+    _copy_back((v,), (v_,))
 
 
 def dynamic_routing_backward(
@@ -262,11 +266,10 @@ def dynamic_routing_backward(
         detach,
         s.data_ptr(),
         _pointer(g_v_),
-        *(_pointer(target) * want for target, want in zip(targets, wanted, strict=True)),
+        *_addresses(targets, wanted),
     )
     _check(status, "dynamic_routing_backward", u, weight)
-    if g_bias_ is not g_bias:
-        g_bias.copy_(g_bias_)
+    _copy_back((g_bias,), (g_bias_,))
 
 
 def self_attention_routing(
@@ -285,8 +288,7 @@ def self_attention_routing(
         capsules.struct, _pointer(prior_), scale, v_.data_ptr(), total.data_ptr(), s.data_ptr()
     )
     _check(status, "self_attention_routing", u, weight)
-    if v_ is not v:
-        v.copy_(v_)
+    _copy_back((v,), (v_,))
 
 
 def self_attention_routing_backward(
@@ -313,11 +315,10 @@ def self_attention_routing_backward(
         total.data_ptr(),
         s.data_ptr(),
         _pointer(g_v_),
-        *(_pointer(target) * want for target, want in zip((g_u, g_weight, g_prior_), wanted, strict=True)),
+        *_addresses((g_u, g_weight, g_prior_), wanted),
     )
     _check(status, "self_attention_routing_backward", u, weight)
-    if g_prior_ is not g_prior:
-        g_prior.copy_(g_prior_)
+    _copy_back((g_prior,), (g_prior_,))
 
 
 def em_routing(
@@ -344,9 +345,7 @@ def em_routing(
         state.data_ptr(),
     )
     _check(status, "em_routing", pose, weight)
-    for out, target in ((mean, mean_), (out_activation, out_activation_)):
-        if target is not out:
-            out.copy_(target)
+    _copy_back((mean, out_activation), (mean_, out_activation_))
 
 
 def em_routing_backward(
@@ -380,12 +379,10 @@ def em_routing_backward(
         list(inverse_temperatures),
         state.data_ptr(),
         *map(_pointer, arrived),
-        *(_pointer(target) * want for target, want in zip(targets, wanted, strict=True)),
+        *_addresses(targets, wanted),
     )
     _check(status, "em_routing_backward", pose, weight)
-    for out, target in zip(outputs, targets, strict=True):
-        if target is not out:
-            out.copy_(target)
+    _copy_back(outputs, targets)
 
 
 def _primary_capsules(features: Tensor, K: int, legacy: bool, kind: str) -> tuple[Any, Tensor]:

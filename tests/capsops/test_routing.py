@@ -21,6 +21,7 @@ by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name
 by_routing = pytest.mark.parametrize("routing", ROUTINGS, ids=lambda r: r.name)
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 by_instructions = pytest.mark.parametrize("instructions", capsops.backends.cpu.instruction_sets(), indirect=True)
+by_outputs = pytest.mark.parametrize("J", [2, 3])  # two have loops of their own
 by_sharing = pytest.mark.parametrize("shared", [False, True], ids=["matrices", "shared"])
 
 
@@ -138,11 +139,12 @@ def test_detached_and_full_gradients_differ() -> None:
 @by_instructions
 @by_routing
 @by_sharing
-def test_mask(routing: Routing, shared: bool) -> None:
-    shape = (4, 67, 5, 3, 6)
-    arguments = routing.arguments(shape, shared=shared)
-    mask = torch.rand(4, 67, generator=torch.Generator().manual_seed(5)) < 0.6
+@by_outputs
+def test_mask(routing: Routing, shared: bool, J: int) -> None:
+    arguments = routing.arguments((11, 67, 5, J, 6), shared=shared)
+    mask = torch.rand(11, 67, generator=torch.Generator().manual_seed(5)) < 0.6
     mask[2] = False
+    mask[:, 5] = False
     for name in {routing.capsules, "activation"} & set(arguments):
         arguments[name][~mask] = float("nan")  # what is not there may hold anything
     got = run(routing, arguments, torch.float64, "cpu", mask=mask)
@@ -199,6 +201,23 @@ def test_strided_and_expanded_inputs(routing: Routing) -> None:
 
 
 @by_operator
+@by_outputs
+@pytest.mark.usefixtures("instructions")
+@by_instructions
+def test_misaligned_inputs(routing: Routing, J: int) -> None:
+    arguments = {n: x.float() for n, x in routing.arguments((9, 21, 8, J, 16)).items()}
+    shifted = {n: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for n, x in arguments.items()}
+    assert all(x.is_contiguous() and x.data_ptr() % 16 == 4 for x in shifted.values())
+    results = []
+    for inputs in (arguments, shifted):
+        leaves = [x.detach().requires_grad_() for x in inputs.values()]
+        out = each(routing.call(**dict(zip(inputs, leaves, strict=True))))
+        results.append([*out, *torch.autograd.grad([x.square().sum() for x in out], leaves)])
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y)
+
+
+@by_operator
 def test_gradient_that_arrives_expanded(routing: Routing) -> None:
     arguments = routing.arguments((2, 9, 4, 3, 5))
     u = arguments[routing.capsules].requires_grad_()
@@ -210,8 +229,9 @@ def test_gradient_that_arrives_expanded(routing: Routing) -> None:
 
 
 @by_operator
-def test_only_what_is_asked_for_is_computed(routing: Routing) -> None:
-    arguments = routing.arguments((2, 13, 4, 3, 5))
+@by_outputs
+def test_only_what_is_asked_for_is_computed(routing: Routing, J: int) -> None:
+    arguments = routing.arguments((2, 13, 4, J, 5))
     everything = dict(zip(arguments, run(routing, arguments, torch.float64, "cpu")[routing.outputs :], strict=True))
     for name in arguments:
         leaves = {n: x.clone().requires_grad_(n == name) for n, x in arguments.items()}
@@ -224,8 +244,9 @@ def test_only_what_is_asked_for_is_computed(routing: Routing) -> None:
 
 @by_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_bitwise_the_same_for_any_number_of_threads(routing: Routing, dtype: torch.dtype) -> None:
-    arguments = routing.arguments((3, 1031, 8, 2, 16))
+@by_outputs
+def test_bitwise_the_same_for_any_number_of_threads(routing: Routing, dtype: torch.dtype, J: int) -> None:
+    arguments = routing.arguments((3, 1031, 8, J, 16))
     threads = torch.get_num_threads()
     try:
         results = []
