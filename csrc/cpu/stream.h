@@ -47,12 +47,12 @@ struct Tasks {
                           most_capsules = 1024;  // that a sum may run over where more blocks cost little
         const int64_t work = at_least(c.B, 1) * c.rows * c.K * c.J * c.D;  // of one input capsule
         const int64_t smallest = at_most(ceil_div(least_work, at_least(work, 1)), most_capsules);
-        int64_t fitting = at_least(most_partial / at_least(partial_size, 1), 1);
-        // A group is whole tiles of any instruction set. Where the groups are enough, and the matrices stay in a cache,
-        // partial sums would only cost.
+        // A group is whole tiles of any instruction set.
         constexpr int64_t tile = 16, most_tasks = 64, enough = 8, cached = int64_t{1} << 18;
+        int64_t fitting = at_least(most_partial / at_least(partial_size, 1), 1);
+        // Where the groups are enough, and the matrices stay in a cache, partial sums would only cost.
         const int64_t matrices = c.weight_stride ? c.N * c.weight_stride : c.K * c.J * c.D;
-        if (grouped && ceil_div(B, tile) >= enough && matrices <= cached) fitting = 1;
+        if (grouped && N <= most_capsules && ceil_div(B, tile) >= enough && matrices <= cached) fitting = 1;
         const int64_t wanted = at_least(at_most(ceil_div(N, smallest), at_most(most_blocks, fitting)), 1);
         block_size = at_least(ceil_div(N, wanted), 1);
         blocks = ceil_div(N, block_size);
