@@ -33,10 +33,9 @@ def release_memory() -> None:
 
 def empty_like(x: Tensor) -> Tensor:
     """An uninitialised, contiguous tensor of the shape, dtype and device of x."""
-    # Not for the tensors without memory that torch.compile traces with.
-    if type(x) not in (Tensor, torch.nn.Parameter) or x.nbytes < LEAST_BYTES:
-        return x.new_empty(x.shape)
-    if x.device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
+    # Not for the tensors without memory that torch.compile traces with: their type is looked at first.
+    plain = type(x) in (Tensor, torch.nn.Parameter)
+    if not plain or x.nbytes < LEAST_BYTES or x.device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
         return x.new_empty(x.shape)
     size = x.nbytes
     block = _kept(size) or mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -15,7 +15,7 @@ template <class A> struct Dynamic {
         softmax(c, t.J, leaky);
     }
 
-    // Of votes in registers: see PairCouplings.
+    // Of votes in registers, in the lanes of their agreements: the other output capsule is `rows` lanes away.
     template <int rows, int E>
     CAPSOPS_INLINE Lanes<A> couplings(const Votes<A, rows, E>& votes, const int64_t* b) const {
         const Lanes<A> logits = agreements_with(votes, V, b);
