@@ -72,6 +72,27 @@ def test_what_nobody_asks_for_is_given_back() -> None:
     assert [len(block) for _, block in memory._idle] == [36]
 
 
+def test_sizes_that_change_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_most_used_bytes", memory._used_bytes)
+    for n in range(1, 40):
+        held = memory.empty_like(torch.zeros(100 + n))
+        del held
+        assert len(memory._idle) == 1  # and the two together would be more than was ever in use
+    assert memory._idle_bytes == sum(len(block) for _, block in memory._idle)
+
+
+def test_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    used = memory._used_bytes
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(memory.mmap, "mmap", refuse)
+    with pytest.raises(MemoryError, match="a gradient of 28 bytes"):
+        memory.empty_like(torch.zeros(7))
+    assert memory._used_bytes == used
+
+
 def test_release_memory() -> None:
     memory.empty_like(torch.zeros(7))
     capsops.release_memory()
