@@ -28,7 +28,7 @@ template <class A> struct StoredVoteGradient {
 
 Status affine_votes(const Capsules& c, void* votes) {
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c);
+        const Operands<A> o(c, Layout::components);
         reduce_tiles<true>(o, 0, 0, static_cast<A*>(nullptr), [&](Tile<A>& t, A*, A*) {
             for (int r = 0; r < t.count; ++r)
                 for (int64_t j = 0; j < o.J; ++j)
@@ -39,7 +39,7 @@ Status affine_votes(const Capsules& c, void* votes) {
 
 Status affine_votes_backward(const Capsules& c, const void* g_votes, const CapsuleGradients& gradients) {
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c);
+        const Operands<A> o(c, Layout::components);
         emit(o, StoredVoteGradient<A>{o, g_votes}, gradients, static_cast<A*>(nullptr));
     });
 }

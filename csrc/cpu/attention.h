@@ -23,12 +23,12 @@ template <class A> struct Attention {
     const A* bias;    // [J], or null
     int64_t J;
 
-    // Calls use(r, d, c [J]) with the couplings of every item and vector of components. memory: [scratch_size].
+    // Calls use(r, d, c [J]) with the couplings of every row of votes and vector of components. memory: [scratch_size].
     template <class Use> void for_each(const Tile<A>& t, A* memory, Use use) const {
         constexpr int n = Lanes<A>::count;
         Lanes<A>* c = reinterpret_cast<Lanes<A>*>(memory);
         A* z = memory + J * n;
-        for (int r = 0; r < t.count; ++r) {
+        for (int r = 0; r < t.rows(); ++r) {
             for (int64_t k = 0; k < J; ++k) fill(z + k * t.D, t.D, bias ? bias[k] : A(0));
             add_mixed(weight, J, t.D, t.votes + r * t.JD, z);
             for (int64_t d = 0; d < t.D; d += n) {

@@ -17,7 +17,7 @@ template <class A> struct AttentionSum {
 
     void accumulate(Tile<A>& t, A* sum, A* scratch) const {
         attention.for_each(t, scratch, [&](int r, int64_t d, const Lanes<A>* c) {
-            A* to = sum + t.b[r] * t.JD + d;
+            A* to = sum + t.row(r) * t.JD + d;
             const A* votes = t.votes + r * t.JD + d;
             for (int64_t j = 0; j < t.J; ++j) add_to(to + j * D, c[j] * load(votes + j * D));
         });
@@ -45,11 +45,11 @@ template <class A> constexpr bool takes_registers<AttentionSum<A>> = true;
 
 Status attention_routing(const Capsules& c, const void* attn_weight, const void* attn_bias, void* v, void* s) {
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c);
+        const Operands<A> o(c, best_layout<A>(c, true));
         const Attention<A> attention{static_cast<const A*>(attn_weight), static_cast<const A*>(attn_bias), o.J};
-        Buffer<A> sum(c.B * o.JD);
+        Buffer<A> sum(o.state_size());
         reduce(o, AttentionSum<A>{attention, PairAttention<A>(attention), o.D}, sum.get());
-        unpad(sum.get(), c.B * o.J, o.H, o.D, static_cast<A*>(s));
+        o.unpack(sum.get(), static_cast<A*>(s));
         squash_outputs(static_cast<const A*>(s), static_cast<A*>(v), c.B * o.J, o.H, squash_sabour<A>);
     });
 }

@@ -17,19 +17,20 @@ template <class A> struct AttentionGradient {
     Attention<A> attention;
     PairAttention<A> pair;
     const A* transposed;  // Aᵀ [J, J]
-    const A* g_s;         // [B, J, D], D in whole vectors
+    const A* g_s;         // a state
     int64_t D;
+    int64_t rows;  // of votes in a tile
     bool wants_params;
 
     int64_t param_count() const { return wants_params ? attention.J * (attention.J + 1) : 0; }  // g_A [J, J], g_a [J]
-    int64_t scratch_size() const { return attention.scratch_size(D) + attention.J * D * Tile<A>::size; }
+    int64_t scratch_size() const { return attention.scratch_size(D) + attention.J * D * rows; }
 
     void emit(Tile<A>& t, A* params, A* scratch) const {
         const int64_t J = attention.J;
-        A* all_dz = scratch + attention.scratch_size(D);  // [item, J, D]
+        A* all_dz = scratch + attention.scratch_size(D);  // [rows, J, D]
         attention.for_each(t, scratch, [&](int r, int64_t d, const Lanes<A>* c) {
             const A* votes = t.votes + r * t.JD + d;
-            const A* g = g_s + t.b[r] * t.JD + d;
+            const A* g = g_s + t.row(r) * t.JD + d;
             A* dz = all_dz + r * t.JD + d;
             Lanes<A> mean = A(0);
             for (int64_t j = 0; j < J; ++j) {
@@ -40,14 +41,14 @@ template <class A> struct AttentionGradient {
             }
             for (int64_t j = 0; j < J; ++j) store(dz + j * D, c[j] * (load(dz + j * D) - mean));
         });
-        for (int r = 0; r < t.count; ++r) add_mixed(transposed, J, D, all_dz + r * t.JD, t.g_votes + r * t.JD);
+        for (int r = 0; r < t.rows(); ++r) add_mixed(transposed, J, D, all_dz + r * t.JD, t.g_votes + r * t.JD);
         if (!wants_params) return;
-        dots(all_dz, D, J, t.votes, D, J, D, t.count, t.JD, [&](int64_t k, int64_t j, int64_t found, const A* x) {
+        dots(all_dz, D, J, t.votes, D, J, D, t.rows(), t.JD, [&](int64_t k, int64_t j, int64_t found, const A* x) {
             for (int64_t m = 0; m < found; ++m) params[k * J + j + m] += x[m];
         });
         for (int64_t k = 0; k < J; ++k) {
             LongSum<A> sum;
-            for (int r = 0; r < t.count; ++r)
+            for (int r = 0; r < t.rows(); ++r)
                 for (int64_t d = 0; d < D; d += Lanes<A>::count) sum += load(all_dz + r * t.JD + k * D + d);
             params[J * J + k] += sum.total();
         }
@@ -98,20 +99,25 @@ Status attention_routing_backward(const Capsules& c, const void* attn_weight, co
                                   const void* g_v, const CapsuleGradients& gradients, void* g_attn_weight,
                                   void* g_attn_bias) {
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c);
+        const Operands<A> o(c, best_layout<A>(c, true));
         const int64_t rows = c.B * o.J, J = o.J;
         const A* weight = static_cast<const A*>(attn_weight);
-        Buffer<A> g_s(rows * o.H), padded(rows * o.D), transposed(J * J);
+        Buffer<A> g_s(rows * o.H), packed(o.state_size()), transposed(J * J);
         squash_outputs_backward(static_cast<const A*>(g_v), static_cast<const A*>(s), g_s.get(), rows, o.H,
                                 squash_sabour<A>);
-        pad(g_s.get(), rows, o.H, o.D, padded.get());
+        o.pack(g_s.get(), packed.get());
         for (int64_t k = 0; k < J; ++k)
             for (int64_t j = 0; j < J; ++j) transposed.get()[j * J + k] = weight[k * J + j];
 
         const Attention<A> attention{weight, static_cast<const A*>(attn_bias), J};
         Buffer<A> params(J * (J + 1));
-        const AttentionGradient<A> policy{attention, PairAttention<A>(attention), transposed.get(), padded.get(),
-                                          o.D,       g_attn_weight || g_attn_bias};
+        const AttentionGradient<A> policy{attention,
+                                          PairAttention<A>(attention),
+                                          transposed.get(),
+                                          packed.get(),
+                                          o.D,
+                                          o.layout == Layout::items ? 1 : Tile<A>::size,
+                                          g_attn_weight || g_attn_bias};
         emit(o, policy, gradients, params.get());
         const A* g_bias = params.get() + J * J;
         if (g_attn_weight) std::memcpy(g_attn_weight, params.get(), sizeof(A) * static_cast<size_t>(J * J));

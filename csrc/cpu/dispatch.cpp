@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "../routing.h"
+#include "layout.h"
 
 namespace capsops::cpu {
 
@@ -65,9 +66,10 @@ const Kernels& kernels() {
 
 const Kernels& kernels(const Capsules& c) {
     const InstructionSet* set = in_use();
-    const int64_t vote_bytes = c.rows * c.D * (c.dtype == Dtype::float64 ? 8 : 4);
+    const int64_t number = c.dtype == Dtype::float64 ? 8 : 4, vote_bytes = c.rows * c.D * number;
     // Not below AVX2, for multiplications and additions are fused from there on.
-    if (set != forced.load(std::memory_order_relaxed) && set->vector_bytes == 64 && vote_bytes <= 32)
+    if (set != forced.load(std::memory_order_relaxed) && set->vector_bytes == 64 && vote_bytes <= 32 &&
+        !batch_fills_lanes(c, 64 / number))
         set = first_from(set + 1);
     return *set->kernels;
 }

@@ -33,26 +33,26 @@ template <class A> constexpr bool takes_registers<DynamicSum<A>> = true;
 
 Status dynamic_routing(const Capsules& c, const void* bias, int iterations, bool leaky, void* v, void* s) {
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c);
+        const Operands<A> o(c, best_layout<A>(c, true));
         const int64_t rows = c.B * o.J, size = rows * o.H;
         A* out = static_cast<A*>(v);
-        Buffer<A> sum(rows * o.D), V(rows * o.D);
-        fill(V.get(), rows * o.D, A(0));
+        Buffer<A> sum(o.state_size()), total(size), V(o.state_size());
+        fill(total.get(), size, A(0));
         for (int t = 0; t < iterations; ++t) {
             A* s_t = static_cast<A*>(s) + t * size;
             if (t == 0) {
                 contract(o, sum.get());
                 const A equal = equal_coupling<A>(o.J, leaky);
-                for (int64_t x = 0; x < rows * o.D; ++x) sum.get()[x] *= equal;
+                for (int64_t x = 0; x < o.state_size(); ++x) sum.get()[x] *= equal;
             } else {
+                o.pack(total.get(), V.get());
                 reduce(o, DynamicSum<A>{{V.get(), leaky}, o.J, o.D}, sum.get());
             }
-            unpad(sum.get(), rows, o.H, o.D, s_t);
+            o.unpack(sum.get(), s_t);
             if (bias)
-                for (int64_t x = 0; x < size; ++x) s_t[x] += static_cast<const A*>(bias)[x % (o.J * o.H)];
+                for (int64_t x = 0; x < size; ++x) s_t[x] += static_cast<const A*>(bias)[x % o.JH];
             squash_outputs(s_t, out, rows, o.H, squash_sabour<A>);
-            for (int64_t r = 0; r < rows; ++r)
-                for (int64_t d = 0; d < o.H; ++d) V.get()[r * o.D + d] += out[r * o.H + d];
+            for (int64_t x = 0; x < size; ++x) total.get()[x] += out[x];
         }
     });
 }

@@ -40,35 +40,34 @@ template <class A> struct DynamicGradient {
     int iterations;
     bool leaky, detach;
 
+    static constexpr int64_t term_size = sizeof(Term<A>) / sizeof(A);
+
     int64_t param_count() const { return 0; }
-    int64_t scratch_size() const { return 2 * J * Lanes<A>::count; }
+    int64_t scratch_size() const { return 2 * iterations * (J * Lanes<A>::count + term_size); }
 
     void emit(Tile<A>& t, A*, A* scratch) const {
-        Lanes<A>* c = reinterpret_cast<Lanes<A>*>(scratch);
-        Lanes<A>* delta = c + J;
-        const int first = detach ? iterations - 1 : 0;
-        for (int iteration = first; iteration < iterations; ++iteration) {
+        Lanes<A>* coupling = reinterpret_cast<Lanes<A>*>(scratch);
+        Term<A>* const terms = reinterpret_cast<Term<A>*>(coupling + 2 * iterations * J);
+        int count = 0;
+        const auto add = [&](const A* state) {
+            terms[count++] = {coupling, state};
+            coupling += J;
+        };
+        for (int iteration = detach ? iterations - 1 : 0; iteration < iterations; ++iteration) {
             const A* g = g_s + iteration * size;
             const A* v = V + iteration * size;
-            const bool through_logits = iteration > 0 && !detach;
             const Dynamic<A> dynamic{v, leaky};
-            if (iteration == 0)
-                for (int64_t j = 0; j < J; ++j) c[j] = equal_coupling<A>(J, leaky);
-            else if (through_logits)
-                DynamicAdjoint<A>{dynamic, g}.couplings(t, c, delta);
-            else
-                dynamic.couplings(t, c);
-            for_each_vector(t, c, [&](int r, int64_t jd, Lanes<A> a) {
-                const Lanes<A> term = a * load(g + t.b[r] * t.JD + jd);
-                A* to = t.g_votes + r * t.JD + jd;
-                store(to, iteration == first ? term : load(to) + term);
-            });
-            if (!through_logits) continue;
-            for_each_vector(t, delta, [&](int r, int64_t jd, Lanes<A> a) {
-                A* to = t.g_votes + r * t.JD + jd;
-                store(to, load(to) + a * load(v + t.b[r] * t.JD + jd));
-            });
+            if (iteration == 0) {
+                for (int64_t j = 0; j < J; ++j) coupling[j] = equal_coupling<A>(J, leaky);
+            } else if (detach) {
+                dynamic.couplings(t, coupling);
+            } else {
+                DynamicAdjoint<A>{dynamic, g}.couplings(t, coupling + J, coupling);
+                add(v);
+            }
+            add(g);
         }
+        combine(t, terms, count);
     }
 
     struct Totals {};
@@ -114,47 +113,48 @@ template <class A> constexpr bool takes_registers<DynamicGradient<A>> = true;
 Status dynamic_routing_backward(const Capsules& c, int iterations, bool leaky, bool detach, const void* s_,
                                 const void* g_v_, const CapsuleGradients& gradients, void* g_bias_) {
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c);
-        const int64_t rows = c.B * o.J, JH = o.J * o.H, compact = rows * o.H, size = rows * o.D;
+        const Operands<A> o(c, best_layout<A>(c, true));
+        const int64_t rows = c.B * o.J, compact = rows * o.H, size = o.state_size();
         const A* s = static_cast<const A*>(s_);
         const int last = iterations - 1;
 
         // V[t], the sum of v over the iterations before t.
-        Buffer<A> V(iterations * size), v(compact), v_padded(size);
+        Buffer<A> V(iterations * size), v(compact), total(compact);
         fill(V.get(), size, A(0));
+        fill(total.get(), compact, A(0));
         for (int t = 1; t < iterations; ++t) {
             squash_outputs(s + (t - 1) * compact, v.get(), rows, o.H, squash_sabour<A>);
-            pad(v.get(), rows, o.H, o.D, v_padded.get());
-            for (int64_t x = 0; x < size; ++x) V.get()[t * size + x] = V.get()[(t - 1) * size + x] + v_padded.get()[x];
+            for (int64_t x = 0; x < compact; ++x) total.get()[x] += v.get()[x];
+            o.pack(total.get(), V.get() + t * size);
         }
 
-        Buffer<A> g_s(iterations * compact), g_s_padded(iterations * size);
+        Buffer<A> g_s(iterations * compact), g_s_packed(iterations * size);
         const auto through_squash = [&](const A* g_v, int t) {
             A* g = g_s.get() + t * compact;
             squash_outputs_backward(g_v, s + t * compact, g, rows, o.H, squash_sabour<A>);
-            pad(g, rows, o.H, o.D, g_s_padded.get() + t * size);
+            o.pack(g, g_s_packed.get() + t * size);
         };
         through_squash(static_cast<const A*>(g_v_), last);
         if (!detach) {
-            Buffer<A> H(size), g_V(compact);
+            Buffer<A> sum(size), H(compact), g_V(compact);
             fill(g_V.get(), compact, A(0));
             for (int t = last; t > 0; --t) {
                 const Dynamic<A> dynamic{V.get() + t * size, leaky};
-                reduce(o, AdjointSum<A>{{dynamic, g_s_padded.get() + t * size}, o.J, o.D}, H.get());
-                for (int64_t r = 0; r < rows; ++r)
-                    for (int64_t d = 0; d < o.H; ++d) g_V.get()[r * o.H + d] += H.get()[r * o.D + d];
+                reduce(o, AdjointSum<A>{{dynamic, g_s_packed.get() + t * size}, o.J, o.D}, sum.get());
+                o.unpack(sum.get(), H.get());
+                for (int64_t x = 0; x < compact; ++x) g_V.get()[x] += H.get()[x];
                 through_squash(g_V.get(), t - 1);
             }
         }
 
         if (g_bias_) {
             A* g_bias = static_cast<A*>(g_bias_);
-            fill(g_bias, JH, A(0));
+            fill(g_bias, o.JH, A(0));
             for (int64_t x = (detach ? last : 0) * compact; x < iterations * compact; ++x)
-                g_bias[x % JH] += g_s.get()[x];
+                g_bias[x % o.JH] += g_s.get()[x];
         }
         if (!gradients.u && !gradients.weight) return;
-        const DynamicGradient<A> policy{V.get(), g_s_padded.get(), size, o.J, iterations, leaky, detach};
+        const DynamicGradient<A> policy{V.get(), g_s_packed.get(), size, o.J, iterations, leaky, detach};
         emit(o, policy, gradients, static_cast<A*>(nullptr));
     });
 }

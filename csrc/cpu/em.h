@@ -8,42 +8,68 @@ namespace capsops::cpu::CAPSOPS_ISA {
 
 // out_ij = constant_j + Σ_d (linear_jd x + quadratic_jd x²).
 template <class A> struct Quadratic {
-    const A* constant;   // [B, J]
-    const A* shift;      // [B, J, D]
-    const A* linear;     // [B, J, D], or null
-    const A* quadratic;  // [B, J, D]
+    const A* constant;   // [state_rows, J, items]
+    const A* shift;      // a state
+    const A* linear;     // a state, or null
+    const A* quadratic;  // a state
 
     void operator()(const Tile<A>& t, Lanes<A>* out /* [J] */) const {
+        const A* votes = t.votes;
+        const int64_t J = t.J, JD = t.JD;
         agreements(
             t,
-            [&](int r, int64_t jd) {
-                const int64_t state = t.b[r] * t.JD + jd;
-                const Lanes<A> x = load(t.votes + r * t.JD + jd) - load(shift + state);
-                const Lanes<A> slope = load(quadratic + state) * x;
-                return linear ? (slope + load(linear + state)) * x : slope * x;
+            [=, q = *this](int64_t own, int64_t row, int64_t jd) {
+                const int64_t state = row * JD + jd;
+                const Lanes<A> x = load(votes + own) - load(q.shift + state);
+                const Lanes<A> slope = load(q.quadratic + state) * x;
+                return q.linear ? (slope + load(q.linear + state)) * x : slope * x;
             },
             out);
+        if (t.layout == Layout::items) {
+            for (int64_t j = 0; j < J; ++j) out[j] += load(constant + (t.row(0) * J + j) * Tile<A>::size);
+            return;
+        }
         for (int r = 0; r < t.count; ++r)
-            for (int64_t j = 0; j < t.J; ++j) out[j].v[r] += constant[t.b[r] * t.J + j];
+            for (int64_t j = 0; j < J; ++j) out[j].v[r] += constant[t.b[r] * J + j];
     }
 };
 
-// Σ_i w_ij (1, x, x²): a row of the sums is first [J, D], second [J, D], mass [J] in whole vectors.
+// Σ_i w_ij (1, x, x²): a row of the sums is that of a state for x and one for x², and [J, items] in whole vectors.
 template <class A> struct Moments {
-    int64_t J, JD;
+    int64_t J, JD, items;
 
-    int64_t row_size() const { return 2 * JD + ceil_div(J, Lanes<A>::count) * Lanes<A>::count; }
+    explicit Moments(const Operands<A>& o) : J(o.J), JD(o.JD), items(o.items) {}
+
+    int64_t row_size() const { return 2 * JD + ceil_div(J * items, Lanes<A>::count) * Lanes<A>::count; }
 
     void add(const Tile<A>& t, const Lanes<A>* w, const A* shift, A* sums) const {
-        for_each_vector(t, w, [&](int r, int64_t jd, Lanes<A> a) {
-            A* first = sums + t.b[r] * row_size() + jd;
-            const Lanes<A> x = load(t.votes + r * JD + jd) - load(shift + t.b[r] * JD + jd);
+        const A* votes = t.votes;
+        const int64_t size = row_size();
+        for_each_vector(t, w, [=, JD = JD](int64_t own, int64_t row, int64_t jd, Lanes<A> a) {
+            A* first = sums + row * size + jd;
+            const Lanes<A> x = load(votes + own) - load(shift + row * JD + jd);
             const Lanes<A> weighted = a * x;
-            store(first, load(first) + weighted);
-            store(first + JD, load(first + JD) + weighted * x);
+            add_to(first, weighted);
+            add_to(first + JD, weighted * x);
         });
+        if (t.layout == Layout::items) {
+            A* mass = sums + t.row(0) * size + 2 * JD;
+            for (int64_t j = 0; j < J; ++j) add_to(mass + j * items, w[j]);
+            return;
+        }
         for (int r = 0; r < t.count; ++r)
-            for (int64_t j = 0; j < J; ++j) sums[t.b[r] * row_size() + 2 * JD + j] += lane(w, j, r);
+            for (int64_t j = 0; j < J; ++j) sums[t.b[r] * size + 2 * JD + j] += lane(w, j, r);
+    }
+
+    // The sums of output capsule (b, j): first [H], second [H]; returns the mass.
+    A of(const Operands<A>& o, const A* sums, int64_t b, int64_t j, A* first, A* second) const {
+        const A* row = sums + o.row(b) * row_size();
+        const A* x = row + o.place(b, j);
+        for (int64_t h = 0; h < o.H; ++h) {
+            first[h] = x[h * items];
+            second[h] = x[JD + h * items];
+        }
+        return row[2 * JD + j * items + b % items];
     }
 };
 
@@ -62,48 +88,53 @@ template <class A> struct Assignment {
             for (int64_t j = 0; j < t.J; ++j) r[j] = Lanes<A>(A(1) / static_cast<A>(t.J));
         }
         Lanes<A> a = A(0);
-        for (int m = 0; m < t.count; ++m) a.v[m] = activation[t.b[m] * N + t.i[m]];
+        for (int m = 0; m < t.count; ++m)
+            if (t.has(m)) a.v[m] = activation[t.b[m] * N + t.i[m]];
         return a;
     }
 };
 
-// The state of all output capsules after each iteration, as the passes use it: D in whole vectors.
-template <class A> struct States {
-    int64_t rows, H, D;                   // rows = B·J
-    Buffer<A> mean, quadratic, constant;  // [iterations, rows, D], twice, and [iterations, rows]
-    const A* compact;                     // [iterations, rows, 3H + 2]
+// The Gaussians of all output capsules after each iteration, as they are saved and as the passes use them.
+template <class A> struct Gaussians {
+    const Operands<A>& o;
+    int64_t rows;                         // B·J
+    Buffer<A> mean, quadratic, constant;  // [iterations] of states, states, and scalars
+    const A* saved;                       // [iterations, rows, 3H + 2]
 
-    States(int iterations, int64_t rows, int64_t H, int64_t D, const A* compact)
-        : rows(rows),
-          H(H),
-          D(D),
-          mean(iterations * rows * D),
-          quadratic(iterations * rows * D),
-          constant(iterations * rows),
-          compact(compact) {}
+    Gaussians(const Operands<A>& o, int iterations, const A* saved)
+        : o(o),
+          rows(o.c.B * o.J),
+          mean(iterations * o.state_size()),
+          quadratic(iterations * o.state_size()),
+          constant(iterations * o.scalars_size()),
+          saved(saved) {}
 
-    // Nothing is written through it where the state is a saved one.
+    // Nothing is written through it where it was saved by a forward pass.
     Gaussian<A> at(int t, int64_t row) const {
-        A* state = const_cast<A*>(compact) + (t * rows + row) * (3 * H + 2);
-        return {state, state + H, state + 2 * H, state[3 * H], state[3 * H + 1]};
+        const int64_t H = o.H;
+        A* g = const_cast<A*>(saved) + (t * rows + row) * (3 * H + 2);
+        return {g, g + H, g + 2 * H, g[3 * H], g[3 * H + 1]};
     }
 
-    // Reads iteration t of the compact state.
+    // Takes over the saved iteration t.
     void load_iteration(int t) {
+        const int64_t H = o.H;
+        Buffer<A> means(rows * H), quadratics(rows * H), constants(rows);
         for (int64_t row = 0; row < rows; ++row) {
             const Gaussian<A> g = at(t, row);
-            const int64_t x = (t * rows + row) * D;
-            pad(g.mean, 1, H, D, mean.get() + x);
-            fill(quadratic.get() + x, D, A(0));
-            constant.get()[t * rows + row] = expect(g, H, quadratic.get() + x);
+            std::memcpy(means.get() + row * H, g.mean, sizeof(A) * static_cast<size_t>(H));
+            constants.get()[row] = expect(g, H, quadratics.get() + row * H);
         }
+        o.pack(means.get(), mean.get() + t * o.state_size());
+        o.pack(quadratics.get(), quadratic.get() + t * o.state_size());
+        o.pack_scalars(constants.get(), constant.get() + t * o.scalars_size());
     }
 
-    // The logits of iteration t come from the state of the one before.
+    // The logits of iteration t come from the iteration before.
     Quadratic<A> logits(int t) const {
         if (t == 0) return {nullptr, nullptr, nullptr, nullptr};
-        const int64_t x = (t - 1) * rows * D;
-        return {constant.get() + (t - 1) * rows, mean.get() + x, nullptr, quadratic.get() + x};
+        const int64_t x = (t - 1) * o.state_size();
+        return {constant.get() + (t - 1) * o.scalars_size(), mean.get() + x, nullptr, quadratic.get() + x};
     }
 };
 

@@ -54,12 +54,16 @@ template <class A> struct EmGradient {
     void emit(Tile<A>& t, A*, A* scratch) const {
         Lanes<A>* r = reinterpret_cast<Lanes<A>*>(scratch);
         Lanes<A>* delta = r + J;
+        const A* votes = t.votes;
+        A* const g_votes = t.g_votes;
+        const int64_t JD = t.JD;
         for (int iteration = 0; iteration < iterations; ++iteration) {
             const EmAdjoint<A>& adjoint = adjoints[iteration];
-            const Quadratic<A>& e = adjoint.e;
+            const Quadratic<A> e = adjoint.e;
             const Lanes<A> a = adjoint(t, r, delta);
             if (g_activation)
                 for (int m = 0; m < t.count; ++m) {
+                    if (!t.has(m)) continue;
                     A sum = 0;
                     for (int64_t j = 0; j < J; ++j) sum += lane(r, j, m) * lane(delta, j, m);
                     A* to = g_activation + t.b[m] * N + t.i[m];
@@ -70,20 +74,18 @@ template <class A> struct EmGradient {
                 r[j] *= a;  // w from here on
                 delta[j] *= a;
             }
-            for_each_vector(t, r, [&](int m, int64_t jd, Lanes<A> w) {
-                const int64_t state = t.b[m] * t.JD + jd;
-                const Lanes<A> x = load(t.votes + m * t.JD + jd) - load(e.shift + state);
+            for_each_vector(t, r, [=](int64_t own, int64_t row, int64_t jd, Lanes<A> w) {
+                const int64_t state = row * JD + jd;
+                const Lanes<A> x = load(votes + own) - load(e.shift + state);
                 const Lanes<A> term = w * (load(e.linear + state) + load(e.quadratic + state) * x * A(2));
-                A* to = t.g_votes + m * t.JD + jd;
-                store(to, iteration == 0 ? term : load(to) + term);
+                store(g_votes + own, iteration == 0 ? term : load(g_votes + own) + term);
             });
             if (iteration == 0) continue;
-            const Quadratic<A>& logits = adjoint.assignment.logits;
-            for_each_vector(t, delta, [&](int m, int64_t jd, Lanes<A> d) {
-                const int64_t state = t.b[m] * t.JD + jd;
-                const Lanes<A> x = load(t.votes + m * t.JD + jd) - load(logits.shift + state);
-                A* to = t.g_votes + m * t.JD + jd;
-                store(to, load(to) + d * load(logits.quadratic + state) * x * A(2));
+            const Quadratic<A> logits = adjoint.assignment.logits;
+            for_each_vector(t, delta, [=](int64_t own, int64_t row, int64_t jd, Lanes<A> d) {
+                const int64_t state = row * JD + jd;
+                const Lanes<A> x = load(votes + own) - load(logits.shift + state);
+                add_to(g_votes + own, d * load(logits.quadratic + state) * x * A(2));
             });
         }
     }
@@ -96,48 +98,47 @@ Status em_routing_backward(const Capsules& c, const void* activation, const void
                            const void* g_out_activation, const CapsuleGradients& gradients, void* g_activation_,
                            void* g_beta_u_, void* g_beta_a_) {
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c);
-        const int64_t rows = c.B * o.J, J = o.J, H = o.H, D = o.D;
+        const Operands<A> o(c, best_layout<A>(c, false));
+        const int64_t rows = c.B * o.J, J = o.J, H = o.H, size = o.state_size();
         const A* beta_u = static_cast<const A*>(beta_u_);
-        States<A> states(iterations, rows, H, D, static_cast<const A*>(state));
-        for (int t = 0; t < iterations; ++t) states.load_iteration(t);
+        Gaussians<A> gaussians(o, iterations, static_cast<const A*>(state));
+        for (int t = 0; t < iterations; ++t) gaussians.load_iteration(t);
 
-        Buffer<A> linear(iterations * rows * D), quadratic(iterations * rows * D), constant(iterations * rows);
-        fill(linear.get(), iterations * rows * D, A(0));
-        fill(quadratic.get(), iterations * rows * D, A(0));
+        Buffer<A> linears(rows * H), quadratics(rows * H), constants(rows), first(H), second(H);
+        Buffer<A> linear(iterations * size), quadratic(iterations * size), constant(iterations * o.scalars_size());
         Buffer<A> g_mean(rows * H), g_variance(rows * H), g_logit(rows), g_beta_u(J), g_beta_a(J);
         fill(g_variance.get(), rows * H, A(0));
         fill(g_beta_u.get(), J, A(0));
         fill(g_beta_a.get(), J, A(0));
         std::memcpy(g_mean.get(), g_mean_, sizeof(A) * static_cast<size_t>(rows * H));
         for (int64_t r = 0; r < rows; ++r) {
-            const A z = states.at(iterations - 1, r).logit;
+            const A z = gaussians.at(iterations - 1, r).logit;
             const A a = A(1) / (A(1) + std::exp(-z)), rest = A(1) / (A(1) + std::exp(z));
             g_logit.get()[r] = static_cast<const A*>(g_out_activation)[r] * a * rest;
         }
 
         const auto adjoint_of = [&](int t) {
-            const int64_t x = t * rows * D;
-            const Quadratic<A> e{constant.get() + t * rows, states.mean.get() + x, linear.get() + x,
+            const int64_t x = t * size;
+            const Quadratic<A> e{constant.get() + t * o.scalars_size(), gaussians.mean.get() + x, linear.get() + x,
                                  quadratic.get() + x};
-            return EmAdjoint<A>{{states.logits(t), static_cast<const A*>(activation), c.N}, e};
+            return EmAdjoint<A>{{gaussians.logits(t), static_cast<const A*>(activation), c.N}, e};
         };
-        const Moments<A> moments{J, o.JD};
-        Buffer<A> sums(c.B * moments.row_size());
+        const Moments<A> moments(o);
+        Buffer<A> sums(o.state_rows * moments.row_size());
         for (int t = iterations - 1; t >= 0; --t) {
-            for (int64_t r = 0; r < rows; ++r) {
-                const int64_t x = (t * rows + r) * D;
-                maximise_backward(states.at(t, r), g_mean.get() + r * H, g_variance.get() + r * H, g_logit.get()[r], H,
-                                  A(em_epsilon), beta_u[r % J], static_cast<A>(inverse_temperatures[t]),
-                                  constant.get() + t * rows + r, linear.get() + x, quadratic.get() + x,
+            for (int64_t r = 0; r < rows; ++r)
+                maximise_backward(gaussians.at(t, r), g_mean.get() + r * H, g_variance.get() + r * H, g_logit.get()[r],
+                                  H, A(em_epsilon), beta_u[r % J], static_cast<A>(inverse_temperatures[t]),
+                                  constants.get() + r, linears.get() + r * H, quadratics.get() + r * H,
                                   g_beta_u.get() + r % J, g_beta_a.get() + r % J);
-            }
+            o.pack(linears.get(), linear.get() + t * size);
+            o.pack(quadratics.get(), quadratic.get() + t * size);
+            o.pack_scalars(constants.get(), constant.get() + t * o.scalars_size());
             if (t == 0) break;
             reduce(o, EmAdjointSum<A>{adjoint_of(t), moments}, sums.get());
             for (int64_t r = 0; r < rows; ++r) {
-                const A* row = sums.get() + r / J * moments.row_size();
-                const A* first = row + r % J * D;
-                g_logit.get()[r] = expect_backward(states.at(t - 1, r), row[2 * o.JD + r % J], first, first + o.JD, H,
+                const A mass = moments.of(o, sums.get(), r / J, r % J, first.get(), second.get());
+                g_logit.get()[r] = expect_backward(gaussians.at(t - 1, r), mass, first.get(), second.get(), H,
                                                    g_mean.get() + r * H, g_variance.get() + r * H);
             }
         }

@@ -6,6 +6,7 @@
 
 #include "../dtypes.h"
 #include "../routing.h"
+#include "layout.h"
 #include "tile.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
@@ -86,54 +87,103 @@ template <class Function> inline Status for_accumulation(Dtype dtype, Function f
 
 // ---- the operands ----------------------------------------------------------------------------------------
 
-// The capsules as the tiles see them: in the accumulation type A, D rounded up to whole vectors, and matrices of P rows
-// as vectors of P·K and P·D components, for which W becomes block diagonal.
+// Vectors of a vote that the registers have room for (votes.h).
+constexpr int64_t most_vote_vectors = 2;
+
+// in_registers: whether the policy takes the votes of two output capsules in registers (votes.h).
+template <class A> inline Layout best_layout(const Capsules& c, bool in_registers) {
+    constexpr int64_t n = Lanes<A>::count;
+    const int64_t H = c.rows * c.D;
+    if (in_registers && c.J == 2 && ceil_div(H, n) <= most_vote_vectors && 4 * H >= 3 * n) return Layout::components;
+    return batch_fills_lanes(c, n) ? Layout::items : Layout::components;
+}
+
+// The capsules as the loops see them: in the accumulation type A, and what belongs to an output capsule of a batch item
+// in whole vectors. Where the lanes hold components, H is rounded up to whole vectors with zeros behind, and matrices
+// of P rows are vectors of P·K and P·D components, for which W becomes block diagonal.
+//
+// A state is [B, J, H] in that layout: [state_rows, J, D].
 template <class A> struct Operands {
     static constexpr int lanes = Lanes<A>::count;
 
     const Capsules& c;
-    int64_t K, J, H, D, JD;  // H = P·D components of a vote; D from here on is H rounded up
-    bool direct_u, direct_weight;
-    int64_t slots;  // transformation matrices in one tile
+    Layout layout;
+    int64_t items;        // batch items in one row of a state
+    int64_t K, J, H, JH;  // K of u, P·K; H = P·D components of a vote
+    int64_t D, JD;        // numbers of one vote, and of one row of votes
+    int64_t X, padded_X;  // J·D of one row of W; in whole vectors
+    int64_t state_rows;
+    int64_t weight_size;           // numbers of one matrix
+    int64_t gradient_size;         // numbers of its gradient, its rows in whole vectors
+    bool direct_u, direct_weight;  // whether they can be used where they are
 
-    explicit Operands(const Capsules& c)
+    Operands(const Capsules& c, Layout layout)
         : c(c),
+          layout(layout),
+          items(layout == Layout::items ? lanes : 1),
           K(c.rows * c.K),
           J(c.J),
           H(c.rows * c.D),
-          D(ceil_div(H, lanes) * lanes),
+          JH(J * H),
+          D(layout == Layout::items ? H * lanes : ceil_div(H, lanes) * lanes),
           JD(J * D),
+          X(c.J * c.D),
+          padded_X(ceil_div(X, lanes) * lanes),
+          state_rows(ceil_div(c.B, items)),
+          weight_size(layout == Layout::items ? c.K * X : K * JD),
+          gradient_size(layout == Layout::items ? c.K * padded_X : K * JD),
           direct_u(c.dtype == DtypeOf<A>::value),
-          direct_weight(direct_u && c.rows == 1 && D == c.D),
-          // As many as stay in the second-level cache.
-          slots(at_least(at_most((int64_t{1} << 16) / at_least(K * JD, 1), lanes), 1)) {}
+          direct_weight(direct_u && (layout == Layout::items || (c.rows == 1 && D == c.D))) {}
 
     bool shared() const { return c.weight_stride == 0; }
+    // Whether a gradient of a matrix is summed as it is stored.
+    bool direct_gradient() const { return direct_weight && gradient_size == c.K * X; }
 
-    // u from this offset on, [K]; scratch [K]: where it has to be converted.
-    const A* load_u(int64_t offset, A* scratch) const {
-        if (direct_u) return static_cast<const A*>(c.u) + offset;
-        read(c.u, c.dtype, offset, K, scratch);
-        return scratch;
+    // ---- states ----
+    int64_t state_size() const { return state_rows * JD; }
+    // In its row, component h of output capsule j of item b is number place(b, j) + h · items.
+    int64_t row(int64_t b) const { return b / items; }
+    int64_t place(int64_t b, int64_t j) const { return j * D + b % items; }
+
+    void pack(const A* from /* [B, J, H] */, A* to) const {
+        fill(to, state_size(), A(0));
+        for (int64_t b = 0; b < c.B; ++b)
+            for (int64_t j = 0; j < J; ++j, from += H) {
+                A* x = to + row(b) * JD + place(b, j);
+                for (int64_t h = 0; h < H; ++h) x[h * items] = from[h];
+            }
+    }
+    void unpack(const A* from, A* to /* [B, J, H] */) const {
+        for (int64_t b = 0; b < c.B; ++b)
+            for (int64_t j = 0; j < J; ++j, to += H) {
+                const A* x = from + row(b) * JD + place(b, j);
+                for (int64_t h = 0; h < H; ++h) to[h] = x[h * items];
+            }
     }
 
-    // Adds the items (b, i), (b + 1, i) … to a tile. scratch: [lanes, K], where u has to be converted.
-    void load_items(Tile<A>& t, int64_t b, int64_t i, int count, A* scratch) const {
-        const int64_t stride = c.N * K, offset = b * stride + i * K;
-        const int begin = t.count;
-        for (int m = 0; m < count; ++m) t.b[begin + m] = b + m;
-        for (int m = 0; m < count; ++m) t.i[begin + m] = i;
-        for (int m = 0; m < count; ++m) t.u[begin + m] = load_u(offset + m * stride, scratch + (begin + m) * K);
-        t.count = begin + count;
+    // One number of every output capsule: [state_rows, J, items].
+    int64_t scalars_size() const { return state_rows * J * items; }
+    void pack_scalars(const A* from /* [B, J] */, A* to) const {
+        fill(to, scalars_size(), A(0));
+        for (int64_t b = 0; b < c.B; ++b)
+            for (int64_t j = 0; j < J; ++j) to[(row(b) * J + j) * items + b % items] = from[b * J + j];
+    }
+
+    // ---- u and W ----
+    // n numbers of u from this offset on; scratch [n]: where they have to be converted.
+    const A* load_u(int64_t offset, int64_t n, A* scratch) const {
+        if (direct_u) return static_cast<const A*>(c.u) + offset;
+        read(c.u, c.dtype, offset, n, scratch);
+        return scratch;
     }
 
     const A* load_weight(int64_t i, A* scratch) const {
         if (direct_weight) return static_cast<const A*>(c.weight) + i * c.weight_stride;
-        if (c.rows == 1 && D == c.D) {
-            read(c.weight, c.dtype, i * c.weight_stride, K * JD, scratch);
+        if (weight_size == c.K * X) {
+            read(c.weight, c.dtype, i * c.weight_stride, weight_size, scratch);
             return scratch;
         }
-        fill(scratch, K * JD, A(0));
+        fill(scratch, weight_size, A(0));
         for (int64_t k = 0; k < c.K; ++k)
             for (int64_t j = 0; j < J; ++j) {
                 A* to = scratch + k * JD + j * D;
@@ -144,26 +194,21 @@ template <class A> struct Operands {
         return scratch;
     }
 
-    // The gradient of one matrix [K, J, D] to where it belongs; `from` changes if capsules have rows.
+    // The gradient of one matrix to where it belongs; `from` [gradient_size] changes if capsules have rows.
     void store_weight_gradient(A* from, int64_t i, void* gradient) const {
+        const int64_t offset = i * c.weight_stride;
+        if (layout == Layout::items) {
+            for (int64_t k = 0; k < c.K; ++k) write(from + k * padded_X, X, gradient, c.dtype, offset + k * X);
+            return;
+        }
         for (int64_t k = 0; k < c.K; ++k)
             for (int64_t j = 0; j < J; ++j) {
                 A* sum = from + k * JD + j * D;
                 for (int64_t p = 1; p < c.rows; ++p)
                     for (int64_t d = 0; d < c.D; ++d) sum[d] += sum[p * (c.K * JD + c.D) + d];
-                write(sum, c.D, gradient, c.dtype, i * c.weight_stride + (k * J + j) * c.D);
+                write(sum, c.D, gradient, c.dtype, offset + (k * J + j) * c.D);
             }
     }
 };
-
-// [rows, H] as [rows, D], with zeros behind, and back.
-template <class A> inline void pad(const A* from, int64_t rows, int64_t H, int64_t D, A* to) {
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t d = 0; d < D; ++d) to[r * D + d] = d < H ? from[r * H + d] : A(0);
-}
-template <class A> inline void unpad(const A* from, int64_t rows, int64_t H, int64_t D, A* to) {
-    for (int64_t r = 0; r < rows; ++r)
-        for (int64_t d = 0; d < H; ++d) to[r * H + d] = from[r * D + d];
-}
 
 }  // namespace capsops::cpu::CAPSOPS_ISA

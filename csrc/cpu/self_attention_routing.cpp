@@ -16,7 +16,7 @@ namespace capsops::cpu::CAPSOPS_ISA {
 namespace {
 
 template <class A> struct SelfAttention {
-    const A* total;  // scale · T [B, J, D]
+    const A* T;      // scale · T, a state
     const A* prior;  // [N, J], or null
     int64_t J, D;
 
@@ -25,13 +25,17 @@ template <class A> struct SelfAttention {
 
     void add_prior(const Tile<A>& t, Lanes<A>* c) const {
         if (!prior) return;
+        if (t.layout == Layout::items) {
+            for (int64_t j = 0; j < J; ++j) c[j] += Lanes<A>(prior[t.i[0] * J + j]);
+            return;
+        }
         for (int64_t j = 0; j < J; ++j)
             for (int r = 0; r < t.count; ++r) c[j].v[r] += prior[t.i[r] * J + j];
     }
 
     void accumulate(Tile<A>& t, A* sum, A* scratch) const {
         Lanes<A>* c = reinterpret_cast<Lanes<A>*>(scratch);
-        Dynamic<A>{total, false}.couplings(t, c);
+        Dynamic<A>{T, false}.couplings(t, c);
         add_prior(t, c);
         add_coupled(t, c, sum);
     }
@@ -54,53 +58,50 @@ template <class A> struct SelfAttentionAdjoint {
 template <class A> struct SelfAttentionGradient {
     static constexpr bool needs_votes = true;
     SelfAttention<A> attention;
-    const A* g_s;  // [B, J, D]
-    const A* H;    // scale · H [B, J, D]
+    const A* g_s;  // a state
+    const A* H;    // scale · H, a state
     A* g_prior;    // [N, J], or null
 
     int64_t param_count() const { return 0; }
-    int64_t scratch_size() const { return 2 * attention.J * Lanes<A>::count; }
+    int64_t scratch_size() const { return 3 * attention.J * Lanes<A>::count; }
 
     void emit(Tile<A>& t, A*, A* scratch) const {
         const int64_t J = attention.J;
         Lanes<A>* c = reinterpret_cast<Lanes<A>*>(scratch);
         Lanes<A>* delta = c + J;
-        Dynamic<A>{attention.total, false}.couplings(t, c);
+        Dynamic<A>{attention.T, false}.couplings(t, c);
         agreements_with(t, g_s, delta);
-        if (g_prior)
+        if (g_prior && t.layout == Layout::items) {
+            for (int64_t j = 0; j < J; ++j) g_prior[t.i[0] * J + j] += total(delta[j]);
+        } else if (g_prior) {
             for (int r = 0; r < t.count; ++r)
                 for (int64_t j = 0; j < J; ++j) g_prior[t.i[r] * J + j] += lane(delta, j, r);
+        }
         softmax_backward(c, delta, J);
         attention.add_prior(t, c);
-        for_each_vector(t, c, [&](int r, int64_t jd, Lanes<A> a) {
-            const int64_t state = t.b[r] * t.JD + jd;
-            store(t.g_votes + r * t.JD + jd, a * load(g_s + state) + load(H + state));
-        });
-        for_each_vector(t, delta, [&](int r, int64_t jd, Lanes<A> a) {
-            A* to = t.g_votes + r * t.JD + jd;
-            store(to, load(to) + a * load(attention.total + t.b[r] * t.JD + jd));
-        });
+        Lanes<A>* ones = delta + J;
+        for (int64_t j = 0; j < J; ++j) ones[j] = A(1);
+        const Term<A> terms[] = {{c, g_s}, {ones, H}, {delta, attention.T}};
+        combine(t, terms, 3);
     }
 };
 
-template <class A> void scaled(const A* x, int64_t rows, int64_t H, int64_t D, A scale, A* to) {
-    pad(x, rows, H, D, to);
-    for (int64_t m = 0; m < rows * D; ++m) to[m] *= scale;
+template <class A> void multiply_all(A* x, int64_t size, A scale) {
+    for (int64_t m = 0; m < size; ++m) x[m] *= scale;
 }
 
 }  // namespace
 
 Status self_attention_routing(const Capsules& c, const void* prior, double scale, void* v, void* total, void* s) {
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c);
-        const int64_t rows = c.B * o.J;
-        Buffer<A> sum(rows * o.D), T(rows * o.D);
+        const Operands<A> o(c, best_layout<A>(c, false));
+        Buffer<A> sum(o.state_size()), T(o.state_size());
         contract(o, T.get());
-        unpad(T.get(), rows, o.H, o.D, static_cast<A*>(total));
-        for (int64_t x = 0; x < rows * o.D; ++x) T.get()[x] *= static_cast<A>(scale);
+        o.unpack(T.get(), static_cast<A*>(total));
+        multiply_all(T.get(), o.state_size(), static_cast<A>(scale));
         reduce(o, SelfAttention<A>{T.get(), static_cast<const A*>(prior), o.J, o.D}, sum.get());
-        unpad(sum.get(), rows, o.H, o.D, static_cast<A*>(s));
-        squash_outputs(static_cast<const A*>(s), static_cast<A*>(v), rows, o.H, squash_efficient<A>);
+        o.unpack(sum.get(), static_cast<A*>(s));
+        squash_outputs(static_cast<const A*>(s), static_cast<A*>(v), c.B * o.J, o.H, squash_efficient<A>);
     });
 }
 
@@ -108,19 +109,20 @@ Status self_attention_routing_backward(const Capsules& c, const void* prior, dou
                                        const void* s, const void* g_v, const CapsuleGradients& gradients,
                                        void* g_prior) {
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c);
+        const Operands<A> o(c, best_layout<A>(c, false));
         const A scale = static_cast<A>(scale_);
-        const int64_t rows = c.B * o.J, size = rows * o.D;
-        Buffer<A> T(size), g_s(rows * o.H), g_s_padded(size), H(size);
-        scaled(static_cast<const A*>(total), rows, o.H, o.D, scale, T.get());
+        const int64_t rows = c.B * o.J, size = o.state_size();
+        Buffer<A> T(size), g_s(rows * o.H), g_s_packed(size), H(size);
+        o.pack(static_cast<const A*>(total), T.get());
+        multiply_all(T.get(), size, scale);
         squash_outputs_backward(static_cast<const A*>(g_v), static_cast<const A*>(s), g_s.get(), rows, o.H,
                                 squash_efficient<A>);
-        pad(g_s.get(), rows, o.H, o.D, g_s_padded.get());
-        reduce(o, SelfAttentionAdjoint<A>{{{T.get(), false}, g_s_padded.get()}, o.J, o.D}, H.get());
-        for (int64_t x = 0; x < size; ++x) H.get()[x] *= scale;
+        o.pack(g_s.get(), g_s_packed.get());
+        reduce(o, SelfAttentionAdjoint<A>{{{T.get(), false}, g_s_packed.get()}, o.J, o.D}, H.get());
+        multiply_all(H.get(), size, scale);
         if (g_prior) fill(static_cast<A*>(g_prior), c.N * o.J, A(0));
         const SelfAttentionGradient<A> policy{
-            {T.get(), static_cast<const A*>(prior), o.J, o.D}, g_s_padded.get(), H.get(), static_cast<A*>(g_prior)};
+            {T.get(), static_cast<const A*>(prior), o.J, o.D}, g_s_packed.get(), H.get(), static_cast<A*>(g_prior)};
         emit(o, policy, gradients, static_cast<A*>(nullptr));
     });
 }

@@ -218,6 +218,11 @@ template <int count, class A> CAPSOPS_INLINE Lanes<A> sums(Lanes<A>* x) {
     return fold_all<Lanes<A>::count / 2, count>(x);
 }
 
+// Over the lanes of x.
+template <class A> CAPSOPS_INLINE A total(Lanes<A> x) {
+    return sums<1>(&x).v[0];
+}
+
 // Lane l of the result is lane l of x with bit h flipped.
 template <int h, class A, int... l> CAPSOPS_INLINE Lanes<A> flipped(Lanes<A> x, std::integer_sequence<int, l...>) {
     return __builtin_shufflevector(x.v, x.v, (l ^ h)...);

@@ -29,7 +29,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "operands.h"
+#include "panel.h"
 #include "votes.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
@@ -79,17 +79,45 @@ inline void add_blocks(const A* partial, int64_t blocks, int64_t size, A* out, [
     }
 }
 
-// What one thread needs besides its tile.
+// What one thread needs: offsets into its memory.
 template <class A> struct Workspace {
-    int64_t weight, u, votes, total;  // offsets
+    int64_t capsules;  // whose matrices a tile or a panel takes at a time
+    int64_t weight, u, panel_u, panel_g_u, votes, g_rows, total;
 
     Workspace(const Operands<A>& o, bool gradients) {
-        weight = 0;
-        u = weight + (o.direct_weight ? 0 : o.slots * o.K * o.JD);
-        votes = u + (o.direct_u ? 0 : Tile<A>::size * ceil_div(o.K, Tile<A>::size) * Tile<A>::size);
-        total = votes + (gradients ? 2 : 1) * Tile<A>::size * o.JD;
+        constexpr int64_t n = Tile<A>::size;
+        const bool panels = o.layout == Layout::items;
+        // The matrices of a tile stay in the second-level cache.
+        capsules =
+            panels ? panel_capsules(o) : at_least(at_most((int64_t{1} << 16) / at_least(o.weight_size, 1), n), 1);
+        const int64_t rows = panels ? 1 : n, panel = panels ? capsules * o.K * n : 0;
+        total = 0;
+        weight = take(o.direct_weight ? 0 : capsules * o.weight_size);
+        u = take(o.direct_u ? 0 : panels ? panel : n * ceil_div(o.K, n) * n);
+        panel_u = take(panel);
+        panel_g_u = take(gradients ? panel : 0);
+        votes = take((gradients ? 2 : 1) * rows * o.JD);
+        g_rows = take(gradients && panels ? o.c.rows * n * o.padded_X : 0);
+    }
+
+  private:
+    int64_t take(int64_t numbers) {
+        const int64_t begin = total;
+        total += ceil_div(numbers, 16) * 16;
+        return begin;
     }
 };
+
+// Adds the items (b, i), (b + 1, i) … to a tile. scratch: [lanes, K], where u has to be converted.
+template <class A>
+inline void load_items(const Operands<A>& o, Tile<A>& t, int64_t b, int64_t i, int count, A* scratch) {
+    const int64_t stride = o.c.N * o.K, offset = b * stride + i * o.K;
+    const int begin = t.count;
+    for (int m = 0; m < count; ++m) t.b[begin + m] = b + m;
+    for (int m = 0; m < count; ++m) t.i[begin + m] = i;
+    for (int m = 0; m < count; ++m) t.u[begin + m] = o.load_u(offset + m * stride, o.K, scratch + (begin + m) * o.K);
+    t.count = begin + count;
+}
 
 // Fills tiles with the pairs that are there, makes their votes if wanted, and calls visit(tile) for each. absent(b, i)
 // is called for the pairs that are not there.
@@ -97,7 +125,7 @@ template <bool with_votes, class A, class Visit, class Absent>
 inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task, A* memory, const Workspace<A>& w,
                           Visit visit, Absent absent) {
     Tile<A> t;
-    t.K = o.K, t.J = o.J, t.D = o.D, t.JD = o.JD;
+    t.layout = o.layout, t.K = o.K, t.J = o.J, t.D = o.D, t.JD = o.JD;
     t.votes = memory + w.votes;
     t.g_votes = t.votes + Tile<A>::size * o.JD;
     A* u_scratch = memory + w.u;
@@ -127,11 +155,11 @@ inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task
         const A* weight = shared_weight;
         bool open = shared && t.segment_count > 0, first = true;
         if (!shared) {
-            if (matrices == o.slots || t.segment_count == Tile<A>::most_segments) {
+            if (matrices == w.capsules || t.segment_count == Tile<A>::most_segments) {
                 flush();
                 matrices = 0;
             }
-            weight = o.load_weight(i, memory + w.weight + matrices++ * o.K * o.JD);
+            weight = o.load_weight(i, memory + w.weight + matrices++ * o.weight_size);
         }
         for (int64_t b = b0; b < b1;) {
             int64_t end = b1;  // of a run of pairs that are there
@@ -146,7 +174,7 @@ inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task
             open = true;
             first = false;
             const int count = static_cast<int>(at_most(end - b, Tile<A>::size - t.count));
-            o.load_items(t, b, i, count, u_scratch);
+            load_items(o, t, b, i, count, u_scratch);
             b += count;
             t.segments[t.segment_count - 1].end = t.count;
             if (t.count < Tile<A>::size || b == b1) continue;
@@ -154,7 +182,7 @@ inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task
             open = false;
             // The matrix in use is the first one of the next tile.
             if (!shared && !o.direct_weight && weight != memory + w.weight) {
-                std::memcpy(memory + w.weight, weight, sizeof(A) * static_cast<size_t>(o.K * o.JD));
+                std::memcpy(memory + w.weight, weight, sizeof(A) * static_cast<size_t>(o.weight_size));
                 weight = memory + w.weight;
             }
             matrices = 1;
@@ -171,11 +199,62 @@ inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task
     if (t.count || t.segment_count) flush();
 }
 
+// Calls visit(panel) for every panel: for some capsules all batch items of the task, so that their matrices are read
+// once.
+template <class A, class Visit>
+inline void for_each_panel(const Operands<A>& o, const Tasks& tasks, int64_t task, A* memory, const Workspace<A>& w,
+                           Visit visit) {
+    constexpr int n = Panel<A>::size;
+    const int64_t b0 = tasks.first_item(task), b1 = tasks.end_item(task), end = tasks.end_capsule(task);
+    Panel<A> p;
+    p.u = memory + w.panel_u;
+    p.g_u = memory + w.panel_g_u;
+    p.weight = nullptr;
+    p.weight_next = o.shared() ? 0 : o.weight_size;
+    for (p.i = tasks.first_capsule(task); p.i < end; p.i += p.capsules) {
+        p.capsules = at_most(w.capsules, end - p.i);
+        if (!p.weight || !o.shared()) p.weight = o.load_weight(p.i, memory + w.weight);
+        if (!o.direct_weight && !o.shared())
+            for (int64_t s = 1; s < p.capsules; ++s) o.load_weight(p.i + s, memory + w.weight + s * o.weight_size);
+        for (p.b = b0; p.b < b1; p.b += n) {
+            p.items = static_cast<int>(at_most(n, b1 - p.b));
+            p.first = p.b == b0;
+            p.last = p.b + n >= b1;
+            const int64_t X = p.capsules * o.K;
+            for (int r = 0; r < p.items; ++r)
+                p.rows[r] = o.load_u(((p.b + r) * o.c.N + p.i) * o.K, X, memory + w.u + r * X);
+            from_rows(p.rows, p.items, X, p.u);
+            clear_absent(o, p, p.u);
+            visit(p);
+        }
+    }
+}
+
+// visit(tile, capsule of the panel) with the votes of every capsule of a panel.
+template <class A, class Visit>
+inline void for_each_tile_of(const Operands<A>& o, const Panel<A>& p, A* memory, const Workspace<A>& w, Visit visit) {
+    Tile<A> t;
+    t.layout = o.layout, t.K = o.K, t.J = o.J, t.D = o.D, t.JD = o.JD;
+    t.votes = memory + w.votes;
+    t.g_votes = t.votes + o.JD;
+    t.count = p.items;
+    for (int r = 0; r < p.items; ++r) t.b[r] = p.b + r;
+    for (int64_t s = 0; s < p.capsules; ++s) {
+        t.absent = 0;
+        for (int r = 0; r < p.items; ++r) {
+            t.i[r] = p.i + s;
+            if (o.c.mask && !o.c.mask[t.b[r] * o.c.N + p.i + s]) t.absent |= uint32_t{1} << r;
+        }
+        multiply_capsule<false>(o, p.u + s * o.K * Panel<A>::size, p.weight + s * p.weight_next, t.votes);
+        visit(t, s);
+    }
+}
+
 // ---- votes in registers ------------------------------------------------------------------------------------
 
 // Calls function.operator()<E>(), E the vectors of a vote, where votes can be kept in registers; else with 0.
 template <class A, class Function> inline void for_vote_vectors(const Operands<A>& o, Function function) {
-    if (o.J == 2) switch (o.D / Lanes<A>::count) {
+    if (o.layout == Layout::components && o.J == 2) switch (o.D / Lanes<A>::count) {
             case 1: return function.template operator()<1>();
             case 2: return function.template operator()<2>();
         }
@@ -198,13 +277,13 @@ template <class A> class RowsMemory {
   public:
     RowsMemory(const Operands<A>& o, int threads)
         : o_(o),
-          numbers_size_((o.direct_weight ? 0 : o.K * o.JD) + (o.direct_u ? 0 : o.c.B * o.K)),
+          numbers_size_((o.direct_weight ? 0 : o.weight_size) + (o.direct_u ? 0 : o.c.B * o.K)),
           numbers_(numbers_size_ * threads),
           b_(o.c.B * threads),
           u_(o.c.B * threads) {}
 
     A* weight(int thread) const { return numbers_.get() + thread * numbers_size_; }
-    A* u(int thread) const { return weight(thread) + (o_.direct_weight ? 0 : o_.K * o_.JD); }
+    A* u(int thread) const { return weight(thread) + (o_.direct_weight ? 0 : o_.weight_size); }
     int64_t* items(int thread) const { return b_.get() + thread * o_.c.B; }
     const A** pointers(int thread) const { return u_.get() + thread * o_.c.B; }
 
@@ -242,25 +321,20 @@ inline void for_each_capsule(const Operands<A>& o, const Tasks& tasks, int64_t t
                     continue;
                 }
                 items[rows.count] = b;
-                u[rows.count++] = o.load_u(b * stride + i * o.K, converted + (b - b0) * o.K);
+                u[rows.count++] = o.load_u(b * stride + i * o.K, o.K, converted + (b - b0) * o.K);
             }
         }
         visit(rows);
     }
 }
 
-// use.operator()<n>(r) for groups of n rows, from r on; n as large as the registers allow.
-template <int most, class Use> inline void for_each_group(int begin, int end, Use use) {
-    for (; begin + most <= end; begin += most) use.template operator()<most>(begin);
-    if constexpr (most > 1) for_each_group<most / 2>(begin, end, use);
-}
-
 // ---- the loops -----------------------------------------------------------------------------------------------
 
-// out [B, row_size] = Σ over the blocks of what run(task, sum, own) adds to sum. own: [memory_size], of one thread.
+// out [rows, row_size] = Σ over the blocks of what run(task, sum, own) adds to sum; a row belongs to so many batch
+// items. own: [memory_size], of one thread.
 template <class A, class Run>
-inline void sum_over_tasks(const Capsules& c, int64_t row_size, int64_t memory_size, A* out, Run run) {
-    const int64_t size = c.B * row_size;
+inline void sum_over_tasks(const Capsules& c, int64_t items, int64_t row_size, int64_t memory_size, A* out, Run run) {
+    const int64_t size = ceil_div(c.B, items) * row_size;
     const Tasks tasks(c, size, true);
     Buffer<A> partial(tasks.blocks * size);
     memory_size = ceil_div(memory_size, 64) * 64;
@@ -269,8 +343,8 @@ inline void sum_over_tasks(const Capsules& c, int64_t row_size, int64_t memory_s
 #pragma omp parallel for schedule(dynamic) num_threads(c.threads) if (tasks.count() > 1)
     for (int64_t task = 0; task < tasks.count(); ++task) {
         A* sum = partial.get() + task / tasks.groups * size;
-        const int64_t begin = tasks.first_item(task);
-        fill(sum + begin * row_size, (tasks.end_item(task) - begin) * row_size, A(0));
+        const int64_t begin = tasks.first_item(task) / items, end = ceil_div(tasks.end_item(task), items);
+        fill(sum + begin * row_size, (end - begin) * row_size, A(0));
         run(tasks, task, sum, memory.get() + omp_get_thread_num() * memory_size);
     }
     add_blocks(partial.get(), tasks.blocks, size, out, c.threads);
@@ -280,58 +354,88 @@ inline void sum_over_tasks(const Capsules& c, int64_t row_size, int64_t memory_s
 template <bool with_votes, class A, class Visit>
 inline void reduce_tiles(const Operands<A>& o, int64_t row_size, int64_t scratch_size, A* out, Visit visit) {
     const Workspace<A> w(o, false);
-    sum_over_tasks(o.c, row_size, w.total + scratch_size, out, [&](const Tasks& tasks, int64_t task, A* sum, A* own) {
-        for_each_tile<with_votes>(
-            o, tasks, task, own, w, [&](Tile<A>& t) { visit(t, sum, own + w.total); }, [](int64_t, int64_t) {});
-    });
+    sum_over_tasks(
+        o.c, 1, row_size, w.total + scratch_size, out, [&](const Tasks& tasks, int64_t task, A* sum, A* own) {
+            for_each_tile<with_votes>(
+                o, tasks, task, own, w, [&](Tile<A>& t) { visit(t, sum, own + w.total); }, [](int64_t, int64_t) {});
+        });
+}
+
+// visit(panel, sum [state_rows, row_size], own) for every panel.
+template <class A, class Visit>
+inline void reduce_panels(const Operands<A>& o, const Workspace<A>& w, int64_t row_size, int64_t scratch_size, A* out,
+                          Visit visit) {
+    sum_over_tasks(o.c, o.items, row_size, w.total + scratch_size, out,
+                   [&](const Tasks& tasks, int64_t task, A* sum, A* own) {
+                       for_each_panel(o, tasks, task, own, w, [&](const Panel<A>& p) { visit(p, sum, own); });
+                   });
 }
 
 // Capsules that share a matrix: out[b] = (Σ_i u_bi) W.
-template <class A> inline void contract_shared(const Operands<A>& o, A* out) {
-    const Capsules& c = o.c;
+template <class A> inline void contract_shared(const Capsules& c, A* out /* [B, J, H] */) {
+    const Operands<A> o(c, Layout::components);
     const int64_t K = o.K;
-    Buffer<A> sum(c.B * K), weight(o.direct_weight ? 0 : K * o.JD);
-    sum_over_tasks(c, K, K, sum.get(), [&](const Tasks& tasks, int64_t task, A* to, A* own) {
+    Buffer<A> sum(c.B * K), weight(o.direct_weight ? 0 : o.weight_size), state(o.state_size());
+    sum_over_tasks(c, 1, K, K, sum.get(), [&](const Tasks& tasks, int64_t task, A* to, A* own) {
         for (int64_t b = tasks.first_item(task); b < tasks.end_item(task); ++b)
             for (int64_t i = tasks.first_capsule(task); i < tasks.end_capsule(task); ++i) {
                 if (c.mask && !c.mask[b * c.N + i]) continue;
-                const A* u = o.load_u((b * c.N + i) * K, own);
+                const A* u = o.load_u((b * c.N + i) * K, K, own);
                 for (int64_t k = 0; k < K; ++k) to[b * K + k] += u[k];
             }
     });
     const A* const matrix = o.load_weight(0, weight.get());
     for (int64_t b = 0; b < c.B; ++b) {
         const A* row = sum.get() + b * K;
-        A* to = out + b * o.JD;
+        A* to = state.get() + b * o.JD;
         multiply<false>(&row, 1, matrix, K, o.JD, o.JD, &to);
     }
+    o.unpack(state.get(), out);
 }
 
-template <class A> inline void contract(const Operands<A>& o, A* out /* [B, J, D] */) {
+// The components of neighbouring capsules, and the rows of their matrices, follow one another: one long product.
+template <class A> inline void contract_rows(const Operands<A>& o, A* out) {
     const Capsules& c = o.c;
-    if (o.shared()) return contract_shared(o, out);
-    if (o.direct_u && o.direct_weight && !c.mask) {
-        // The components of neighbouring capsules, and the rows of their matrices, follow one another: one long
-        // product.
-        const int64_t KJD = o.K * o.JD, step = at_least((int64_t{1} << 12) / KJD, 1);
-        return sum_over_tasks(c, o.JD, 0, out, [&](const Tasks& tasks, int64_t task, A* sum, A*) {
-            const A* u[Tile<A>::size];
-            A* rows[Tile<A>::size];
-            const int64_t end = tasks.end_capsule(task), end_item = tasks.end_item(task);
-            for (int64_t i = tasks.first_capsule(task); i < end; i += step) {
-                const A* weight = static_cast<const A*>(c.weight) + i * KJD;
-                const int64_t length = at_most(step, end - i) * o.K;
-                for (int64_t b = tasks.first_item(task); b < end_item; b += Tile<A>::size) {
-                    const int count = static_cast<int>(at_most(Tile<A>::size, end_item - b));
-                    for (int r = 0; r < count; ++r) {
-                        u[r] = static_cast<const A*>(c.u) + ((b + r) * c.N + i) * o.K;
-                        rows[r] = sum + (b + r) * o.JD;
-                    }
-                    multiply<true>(u, count, weight, length, o.JD, o.JD, rows);
+    const int64_t step = at_least((int64_t{1} << 12) / o.weight_size, 1);
+    sum_over_tasks(c, 1, o.JD, 0, out, [&](const Tasks& tasks, int64_t task, A* sum, A*) {
+        const A* u[Tile<A>::size];
+        A* rows[Tile<A>::size];
+        const int64_t end = tasks.end_capsule(task), end_item = tasks.end_item(task);
+        for (int64_t i = tasks.first_capsule(task); i < end; i += step) {
+            const A* weight = static_cast<const A*>(c.weight) + i * o.weight_size;
+            const int64_t length = at_most(step, end - i) * o.K;
+            for (int64_t b = tasks.first_item(task); b < end_item; b += Tile<A>::size) {
+                const int count = static_cast<int>(at_most(Tile<A>::size, end_item - b));
+                for (int r = 0; r < count; ++r) {
+                    u[r] = static_cast<const A*>(c.u) + ((b + r) * c.N + i) * o.K;
+                    rows[r] = sum + (b + r) * o.JD;
                 }
+                multiply<true>(u, count, weight, length, o.JD, o.JD, rows);
             }
-        });
+        }
+    });
+}
+
+template <class A> inline void contract_panels(const Operands<A>& o, A* out) {
+    const Workspace<A> w(o, false);
+    reduce_panels(o, w, o.JD, 0, out, [&](const Panel<A>& p, A* sum, A*) {
+        A* to = sum + o.row(p.b) * o.JD;
+        // One long product, as above.
+        if (o.c.rows == 1) return multiply_items<true>(p.u, p.weight, p.capsules * o.K, o.X, o.X, to);
+        for (int64_t s = 0; s < p.capsules; ++s)
+            multiply_capsule<true>(o, p.u + s * o.K * Panel<A>::size, p.weight + s * p.weight_next, to);
+    });
+}
+
+template <class A> inline void contract(const Operands<A>& o, A* out /* a state */) {
+    const Capsules& c = o.c;
+    if (o.shared()) {
+        Buffer<A> sum(c.B * o.JH);
+        contract_shared(c, sum.get());
+        return o.pack(sum.get(), out);
     }
+    if (o.layout == Layout::items) return contract_panels(o, out);
+    if (o.direct_u && o.direct_weight && !c.mask) return contract_rows(o, out);
     reduce_tiles<false>(o, o.JD, 0, out, [&](Tile<A>& t, A* sum, A*) {
         A* rows[Tile<A>::size];
         for (int r = 0; r < t.count; ++r) rows[r] = sum + t.b[r] * o.JD;
@@ -343,11 +447,18 @@ template <class A> inline void contract(const Operands<A>& o, A* out /* [B, J, D
 }
 
 template <class A, class Policy>
-inline void reduce(const Operands<A>& o, const Policy& policy, A* out /* [B, policy.row_size()] */) {
+inline void reduce(const Operands<A>& o, const Policy& policy, A* out /* [state_rows, policy.row_size()] */) {
+    if (o.layout == Layout::items) {
+        const Workspace<A> w(o, false);
+        return reduce_panels(
+            o, w, policy.row_size(), policy.scratch_size(), out, [&](const Panel<A>& p, A* sum, A* own) {
+                for_each_tile_of(o, p, own, w, [&](Tile<A>& t, int64_t) { policy.accumulate(t, sum, own + w.total); });
+            });
+    }
     for_vote_vectors(o, [&]<int E>() {
         if constexpr (E > 0 && takes_registers<Policy>) {
             const RowsMemory<A> memory(o, o.c.threads);
-            sum_over_tasks(o.c, policy.row_size(), 0, out, [&](const Tasks& tasks, int64_t task, A* sum, A*) {
+            sum_over_tasks(o.c, 1, policy.row_size(), 0, out, [&](const Tasks& tasks, int64_t task, A* sum, A*) {
                 const auto visit = [&](const Rows<A>& x) {
                     for_each_group<register_rows<A, E>>(0, x.count, [&]<int rows>(int r) {
                         const Votes<A, rows, E> votes(x.u + r, x.weight, o.K);
@@ -468,6 +579,18 @@ inline void emit_tiles(const Operands<A>& o, const Tasks& tasks, int64_t task, c
                                        [&](int64_t b, int64_t i) { writer.put_absent(b, i); });
 }
 
+template <class A, class Policy>
+inline void emit_panels(const Operands<A>& o, const Tasks& tasks, int64_t task, const Policy& policy,
+                        const Workspace<A>& w, A* own, A* scratch, A* params, const PanelWriter<A>& writer) {
+    for_each_panel(o, tasks, task, own, w, [&](const Panel<A>& p) {
+        for_each_tile_of(o, p, own, w, [&](Tile<A>& t, int64_t s) {
+            policy.emit(t, params, scratch);
+            writer.put(p, s, t.g_votes);
+        });
+        writer.finish(p);
+    });
+}
+
 template <int E, class A, class Policy>
 inline void emit_rows(const Operands<A>& o, const Tasks& tasks, int64_t task, const Policy& policy,
                       const RowsMemory<A>& memory, A* params, const GradientWriter<A>& writer) {
@@ -488,17 +611,19 @@ template <class A, class Policy>
 inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradients& gradients,
                  A* params /* [policy.param_count()] */) {
     const Capsules& c = o.c;
-    const int64_t KJD = o.K * o.JD, param_count = policy.param_count();
+    const int64_t param_count = policy.param_count(), weight_size = o.gradient_size;
     const bool shared = o.shared() && gradients.weight;
-    const int64_t shared_size = shared ? KJD : 0;
+    const int64_t shared_size = shared ? weight_size : 0;
     const Tasks tasks(c, param_count + shared_size, false);
     Buffer<A> param_partial(tasks.blocks * param_count), shared_partial(tasks.blocks * shared_size);
     const Workspace<A> w(o, true);
-    const int64_t scratch_size = ceil_div(policy.scratch_size(), 64) * 64;
-    const int64_t memory_size = ceil_div(w.total + scratch_size + KJD + Tile<A>::size * o.K, 64) * 64;
+    const bool panels = o.layout == Layout::items;
+    const int64_t scratch_size = ceil_div(policy.scratch_size(), 16) * 16;
+    const int64_t weights_size = ceil_div((panels ? w.capsules : 1) * weight_size, 16) * 16;
+    const int64_t memory_size = ceil_div(w.total + scratch_size + weights_size + Tile<A>::size * o.K, 64) * 64;
     Buffer<A> memory(memory_size * c.threads);
     const RowsMemory<A> rows_memory(o, c.threads);
-    const bool direct = o.direct_weight && !shared;
+    const bool direct = o.direct_gradient() && !shared;
     const int64_t number = size_of(c.dtype), weight_bytes = c.N * c.weight_stride * number;
     if (gradients.weight) prefer_huge_pages(gradients.weight, weight_bytes);
     if (gradients.u) prefer_huge_pages(gradients.u, c.B * c.N * o.K * number);
@@ -508,23 +633,29 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
 #pragma omp parallel for schedule(dynamic) num_threads(c.threads) if (tasks.count() > 1)
     for (int64_t task = 0; task < tasks.count(); ++task) {
         A* own = memory.get() + omp_get_thread_num() * memory_size;
-        A* scratch = own + ceil_div(w.total, 16) * 16;
-        A* g_weight = shared ? shared_partial.get() + task * KJD : scratch + scratch_size;
+        A* scratch = own + w.total;
+        A* g_weight = shared ? shared_partial.get() + task * weight_size : scratch + scratch_size;
         A* sums = param_partial.get() + task * param_count;
         fill(sums, param_count, A(0));
-        if (shared) fill(g_weight, KJD, A(0));
-        const GradientWriter<A> writer{o, gradients, direct, past_caches, g_weight, scratch + scratch_size + KJD};
-        for_vote_vectors(o, [&]<int E>() {
-            if constexpr (E > 0 && takes_registers<Policy>)
-                emit_rows<E>(o, tasks, task, policy, rows_memory, sums, writer);
-            else
-                emit_tiles(o, tasks, task, policy, w, own, scratch, sums, writer);
-        });
+        if (shared) fill(g_weight, weight_size, A(0));
+        if (panels) {
+            const PanelWriter<A> writer{o, gradients, direct, past_caches, g_weight, own + w.g_rows};
+            emit_panels(o, tasks, task, policy, w, own, scratch, sums, writer);
+        } else {
+            const GradientWriter<A> writer{o,           gradients, direct,
+                                           past_caches, g_weight,  scratch + scratch_size + weights_size};
+            for_vote_vectors(o, [&]<int E>() {
+                if constexpr (E > 0 && takes_registers<Policy>)
+                    emit_rows<E>(o, tasks, task, policy, rows_memory, sums, writer);
+                else
+                    emit_tiles(o, tasks, task, policy, w, own, scratch, sums, writer);
+            });
+        }
         if (past_caches) end_streaming();
     }
     if (param_count) add_blocks(param_partial.get(), tasks.blocks, param_count, params, c.threads);
     if (shared) {
-        add_blocks(shared_partial.get(), tasks.blocks, KJD, memory.get(), 1);
+        add_blocks(shared_partial.get(), tasks.blocks, weight_size, memory.get(), 1);
         o.store_weight_gradient(memory.get(), 0, gradients.weight);
     }
 }

@@ -16,6 +16,17 @@ namespace capsops::cpu::CAPSOPS_ISA {
 constexpr int most_rows = CAPSOPS_VECTOR_BYTES == 64 ? 8 : 4, block_vectors = 2;
 template <class A> constexpr int block_rows = Lanes<A>::count < most_rows ? Lanes<A>::count : most_rows;
 
+// use.operator()<n>(begin) for runs of n from begin on, n as large as is left of `most`, a power of two.
+template <int most, class Use> inline void for_each_group(int64_t begin, int64_t end, Use use) {
+    for (; begin + most <= end; begin += most) use.template operator()<most>(begin);
+    if constexpr (most > 1) for_each_group<most / 2>(begin, end, use);
+}
+
+// What the lanes of a vector hold. Components of one vote: any batch will do, but a short vote leaves lanes idle, and
+// agreements have to cross them. Or one component of the votes of neighbouring batch items: nothing crosses lanes but
+// u and the gradients, on their way in and out, and the dimensions do not matter.
+enum class Layout { components, items };
+
 // A run of items in a tile with the same transformation matrix.
 template <class A> struct Segment {
     int begin, end;    // items; equal if the capsule is there for no batch item
@@ -28,14 +39,22 @@ template <class A> struct Tile {
     static constexpr int size = Lanes<A>::count;
     static constexpr int most_segments = 2 * size;
 
-    int64_t K, J, D, JD;
-    int count = 0;
-    int64_t b[size], i[size];
-    const A* u[size];  // [K]
-    A* votes;          // [size, J, D]
-    A* g_votes;        // [size, J, D]
+    Layout layout;
+    int64_t K, J, D, JD;       // as in Operands
+    int count = 0;             // items
+    uint32_t absent = 0;       // bit r: item r is not there, and all of its votes are 0 (Layout::items)
+    int64_t b[size], i[size];  // [count]
+    const A* u[size];          // [count] of [K]
+    A* votes;                  // [rows(), J, D]
+    A* g_votes;                // [rows(), J, D]
     int segment_count = 0;
     Segment<A> segments[most_segments];
+
+    bool has(int r) const { return !(absent >> r & 1); }
+
+    // Rows of votes, and the row of a state that belongs to each.
+    int rows() const { return layout == Layout::items ? 1 : count; }
+    int64_t row(int r) const { return layout == Layout::items ? b[0] / size : b[r]; }
 };
 
 // ---- small products ----------------------------------------------------------------------------------
@@ -47,7 +66,7 @@ CAPSOPS_INLINE void add_product(const A* const* u, const A* weight, int64_t K, i
         Lanes<A> w[V];
 #pragma GCC unroll 8
         for (int v = 0; v < V; ++v) w[v] = load(weight + k * stride + v * Lanes<A>::count);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
             const Lanes<A> a = u[r][k];
 #pragma GCC unroll 8
@@ -61,12 +80,12 @@ template <int R, int V, bool add, class A>
 inline void multiply_block(const A* const* u, const A* weight, int64_t K, int64_t stride, A* const* out, int64_t x) {
     constexpr int n = Lanes<A>::count;
     Lanes<A> sum[R][V];
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) sum[r][v] = add ? load(out[r] + x + v * n) : Lanes<A>(A(0));
     add_product(u, weight + x, K, stride, sum);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) store(out[r] + x + v * n, sum[r][v]);
@@ -75,16 +94,9 @@ inline void multiply_block(const A* const* u, const A* weight, int64_t K, int64_
 template <int V, bool add, class A>
 inline void multiply_rows(const A* const* u, int rows, const A* weight, int64_t K, int64_t stride, A* const* out,
                           int64_t x) {
-    constexpr int R = block_rows<A>;
-    int r = 0;
-    for (; r + R <= rows; r += R) multiply_block<R, V, add>(u + r, weight, K, stride, out + r, x);
-    if constexpr (R > 4) {
-        if (r + 4 <= rows) {
-            multiply_block<4, V, add>(u + r, weight, K, stride, out + r, x);
-            r += 4;
-        }
-    }
-    for (; r < rows; ++r) multiply_block<1, V, add>(u + r, weight, K, stride, out + r, x);
+    constexpr bool narrow = V == 1 && 2 * block_rows<A> <= Lanes<A>::count;
+    for_each_group<narrow ? 2 * block_rows<A> : block_rows<A>>(
+        0, rows, [&]<int R>(int64_t r) { multiply_block<R, V, add>(u + r, weight, K, stride, out + r, x); });
 }
 
 // out_r [X] (+)= u_r [K] W [K, X], X a multiple of the vector. stride: from one row of W to the next.
@@ -225,28 +237,49 @@ inline void outer(const A* const* u, const A* g, int rows, int64_t K, int64_t X,
 
 // ---- what the couplings of a tile are made of ----------------------------------------------------------
 
-// out[j], lane r: Σ_d term(r, j·D + d), where term gives one vector; 0 for lanes without an item.
+// out[j], lane r: Σ_d term(own, row, jd) of item r, where term gives one vector, number `own` of the tile's votes and
+// number jd of a row of a state; 0 for lanes without an item.
 template <class A, class Term> inline void agreements(const Tile<A>& t, Term term, Lanes<A>* out /* [J] */) {
     constexpr int n = Tile<A>::size;
-    for (int64_t j = 0; j < t.J; ++j) {
+    const int64_t J = t.J, D = t.D, JD = t.JD;
+    if (t.layout == Layout::items) {
+        const int64_t row = t.row(0);
+        for (int64_t j = 0; j < J; ++j) {
+            constexpr int chains = 4;  // of additions, each of which waits for the one before
+            Lanes<A> x[chains];
+            for (int m = 0; m < chains; ++m) x[m] = A(0);
+            int64_t jd = j * D;
+            const int64_t end = jd + D;
+            for (; jd + chains * n <= end; jd += chains * n)
+#pragma GCC unroll 4
+                for (int m = 0; m < chains; ++m) x[m] += term(jd + m * n, row, jd + m * n);
+            for (; jd < end; jd += n) x[0] += term(jd, row, jd);
+            out[j] = (x[0] + x[1]) + (x[2] + x[3]);
+        }
+        return;
+    }
+    for (int64_t j = 0; j < J; ++j) {
         Lanes<A> x[n];
-        if (t.count == n && t.D == n) {
+        if (t.count == n && D == n) {
 #pragma GCC unroll 16
-            for (int r = 0; r < n; ++r) x[r] = term(r, j * n);
+            for (int r = 0; r < n; ++r) x[r] = term(r * JD + j * n, t.b[r], j * n);
         } else {
             for (int r = 0; r < n; ++r) {
                 x[r] = Lanes<A>(A(0));
                 if (r < t.count)
-                    for (int64_t d = 0; d < t.D; d += n) x[r] += term(r, j * t.D + d);
+                    for (int64_t d = j * D; d < (j + 1) * D; d += n) x[r] += term(r * JD + d, t.b[r], d);
             }
         }
         out[j] = sums<n>(x);
     }
 }
 
-// û_r · x_b(r), for every output capsule.
-template <class A> inline void agreements_with(const Tile<A>& t, const A* x /* [B, J, D] */, Lanes<A>* out) {
-    agreements(t, [&](int r, int64_t jd) { return load(t.votes + r * t.JD + jd) * load(x + t.b[r] * t.JD + jd); }, out);
+// û · x, for every output capsule.
+template <class A> inline void agreements_with(const Tile<A>& t, const A* x /* a state */, Lanes<A>* out) {
+    const A* votes = t.votes;
+    const int64_t JD = t.JD;
+    agreements(
+        t, [=](int64_t own, int64_t row, int64_t jd) { return load(votes + own) * load(x + row * JD + jd); }, out);
 }
 
 // Lane r of x[j].
@@ -254,21 +287,59 @@ template <class A> inline A lane(const Lanes<A>* x, int64_t j, int r) {
     return reinterpret_cast<const A*>(x + j)[r];
 }
 
-// each(item, j·D + d, coupling) for every vector of the tile: the coupling of its item and output capsule in all lanes.
+// each(own, row, jd, coupling) for every vector of the tile's votes, as in agreements: the coupling of its items and
+// output capsule in all lanes.
 template <class A, class Each> inline void for_each_vector(const Tile<A>& t, const Lanes<A>* c, Each each) {
     constexpr int n = Tile<A>::size;
-    for (int r = 0; r < t.count; ++r)
-        for (int64_t j = 0; j < t.J; ++j) {
-            const Lanes<A> a = lane(c, j, r);
-            for (int64_t d = 0; d < t.D; d += n) each(r, j * t.D + d, a);
+    const bool items = t.layout == Layout::items;
+    const int64_t J = t.J, D = t.D, JD = t.JD;
+    const int rows = t.rows();
+    for (int r = 0; r < rows; ++r) {
+        const int64_t row = t.row(r);
+        for (int64_t j = 0; j < J; ++j) {
+            const Lanes<A> a = items ? c[j] : Lanes<A>(lane(c, j, r));
+            for (int64_t d = j * D; d < (j + 1) * D; d += n) each(r * JD + d, row, d, a);
+        }
+    }
+}
+
+// A state, and a coupling for each of its vectors.
+template <class A> struct Term {
+    const Lanes<A>* coupling;  // [J]
+    const A* state;
+};
+
+// The gradient of the votes as a sum of terms.
+template <class A> inline void combine(const Tile<A>& t, const Term<A>* terms, int count) {
+    constexpr int n = Tile<A>::size;
+    const bool items = t.layout == Layout::items;
+    const int64_t J = t.J, D = t.D, JD = t.JD;
+    const int rows = t.rows();
+    for (int r = 0; r < rows; ++r)
+        for (int64_t j = 0; j < J; ++j) {
+            const int64_t from = t.row(r) * JD + j * D;
+            A* to = t.g_votes + r * JD + j * D;
+            for_each_group<4>(0, D / n, [=]<int vectors>(int64_t begin) {
+                Lanes<A> sum[vectors];
+                for (int m = 0; m < count; ++m) {
+                    const Lanes<A> a = items ? terms[m].coupling[j] : Lanes<A>(lane(terms[m].coupling, j, r));
+                    const A* x = terms[m].state + from + begin * n;
+#pragma GCC unroll 4
+                    for (int v = 0; v < vectors; ++v)
+                        sum[v] = m == 0 ? a * load(x + v * n) : sum[v] + a * load(x + v * n);
+                }
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; ++v) store(to + (begin + v) * n, sum[v]);
+            });
         }
 }
 
-// sum_b(r) += c_rj û_rj.
-template <class A> inline void add_coupled(const Tile<A>& t, const Lanes<A>* c, A* sum /* [B, J, D] */) {
-    for_each_vector(t, c, [&](int r, int64_t jd, Lanes<A> a) {
-        A* to = sum + t.b[r] * t.JD + jd;
-        store(to, load(to) + a * load(t.votes + r * t.JD + jd));
+// sum += c û.
+template <class A> inline void add_coupled(const Tile<A>& t, const Lanes<A>* c, A* sum /* a state */) {
+    const A* votes = t.votes;
+    const int64_t JD = t.JD;
+    for_each_vector(t, c, [=](int64_t own, int64_t row, int64_t jd, Lanes<A> a) {
+        add_to(sum + row * JD + jd, a * load(votes + own));
     });
 }
 

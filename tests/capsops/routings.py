@@ -12,7 +12,8 @@ from torch import Tensor
 import capsops
 
 # B, N, K, J, D: ones, primes, one past a vector width, the paper's J and D, MNIST's; two output capsules with votes of
-# one and of two vectors, and as many batch items as the registers take, and more.
+# one and of two vectors, and as many batch items as the registers take, and more; batches that fill vectors, the last
+# of them in part, with more input capsules than are taken at a time.
 SHAPES = [
     (1, 1, 1, 1, 1),
     (2, 7, 5, 3, 11),
@@ -22,6 +23,8 @@ SHAPES = [
     (9, 1, 3, 2, 5),
     (11, 20, 9, 2, 16),
     (15, 4, 11, 2, 30),
+    (13, 37, 8, 10, 16),
+    (45, 50, 3, 5, 3),
 ]
 
 Arguments = dict[str, Tensor]

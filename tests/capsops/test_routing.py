@@ -22,6 +22,7 @@ by_routing = pytest.mark.parametrize("routing", ROUTINGS, ids=lambda r: r.name)
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 by_instructions = pytest.mark.parametrize("instructions", capsops.backends.cpu.instruction_sets(), indirect=True)
 by_outputs = pytest.mark.parametrize("J", [2, 3])  # two have loops of their own
+by_batch = pytest.mark.parametrize("B", [3, 16])  # one that fills vectors has loops of its own
 by_sharing = pytest.mark.parametrize("shared", [False, True], ids=["matrices", "shared"])
 
 
@@ -54,14 +55,14 @@ def test_agrees_with_the_reference(routing: Routing, shape: tuple[int, ...], sha
 
 
 @pytest.mark.skipif("avx512" not in capsops.backends.cpu.instruction_sets(), reason="needs AVX-512")
-@pytest.mark.parametrize(("D", "dtype", "expected"), [(8, torch.float32, "avx2"), (9, torch.float32, "avx512")])
-def test_short_votes_get_shorter_vectors(D: int, dtype: torch.dtype, expected: str) -> None:
+@pytest.mark.parametrize(("B", "D", "expected"), [(3, 8, "avx2"), (3, 9, "avx512"), (16, 8, "avx512")])
+def test_short_votes_get_shorter_vectors(B: int, D: int, expected: str) -> None:
     routing = next(r for r in ROUTINGS if r.name == "dynamic3")
-    arguments = routing.arguments((3, 50, 8, 5, D))
+    arguments = routing.arguments((B, 50, 8, 5, D))
     results = {}
     for instructions in ("auto", "avx2", "avx512"):
         capsops.backends.cpu.use_instruction_set(instructions)
-        results[instructions] = run(routing, arguments, dtype, "cpu")[0]
+        results[instructions] = run(routing, arguments, torch.float32, "cpu")[0]
     capsops.backends.cpu.use_instruction_set("auto")
     assert not torch.equal(results["avx2"], results["avx512"])  # or the next line would say nothing
     assert torch.equal(results["auto"], results[expected])
@@ -140,9 +141,10 @@ def test_detached_and_full_gradients_differ() -> None:
 @by_routing
 @by_sharing
 @by_outputs
-def test_mask(routing: Routing, shared: bool, J: int) -> None:
-    arguments = routing.arguments((11, 67, 5, J, 6), shared=shared)
-    mask = torch.rand(11, 67, generator=torch.Generator().manual_seed(5)) < 0.6
+@pytest.mark.parametrize(("B", "share"), [(11, 0.6), (16, 0.9)], ids=["sparse", "dense"])
+def test_mask(routing: Routing, shared: bool, J: int, B: int, share: float) -> None:
+    arguments = routing.arguments((B, 67, 5, J, 6), shared=shared)
+    mask = torch.rand(B, 67, generator=torch.Generator().manual_seed(5)) < share
     mask[2] = False
     mask[:, 5] = False
     for name in {routing.capsules, "activation"} & set(arguments):
@@ -152,7 +154,8 @@ def test_mask(routing: Routing, shared: bool, J: int) -> None:
     without = run(routing, {n: x.nan_to_num() for n, x in arguments.items()}, torch.float64, "reference", mask=mask)
     torch.testing.assert_close(expected, without, rtol=0, atol=0)
     for x, y in zip(got, expected, strict=True):
-        assert relative_error(x, y) < 1e-12
+        # A gradient that vanishes with a saturated activation loses digits in EM routing.
+        assert relative_error(x, y) < (1e-10 if routing.em else 1e-12)
     if "bias" not in routing.name or routing.name.startswith("attention"):
         assert (got[0][2] == 0).all(), "an item without capsules gives 0"
     gradients = dict(zip(arguments, got[routing.outputs :], strict=True))
@@ -202,10 +205,11 @@ def test_strided_and_expanded_inputs(routing: Routing) -> None:
 
 @by_operator
 @by_outputs
+@by_batch
 @pytest.mark.usefixtures("instructions")
 @by_instructions
-def test_misaligned_inputs(routing: Routing, J: int) -> None:
-    arguments = {n: x.float() for n, x in routing.arguments((9, 21, 8, J, 16)).items()}
+def test_misaligned_inputs(routing: Routing, J: int, B: int) -> None:
+    arguments = {n: x.float() for n, x in routing.arguments((B, 21, 8, J, 16)).items()}
     shifted = {n: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for n, x in arguments.items()}
     assert all(x.is_contiguous() and x.data_ptr() % 16 == 4 for x in shifted.values())
     results = []
@@ -230,8 +234,9 @@ def test_gradient_that_arrives_expanded(routing: Routing) -> None:
 
 @by_operator
 @by_outputs
-def test_only_what_is_asked_for_is_computed(routing: Routing, J: int) -> None:
-    arguments = routing.arguments((2, 13, 4, J, 5))
+@by_batch
+def test_only_what_is_asked_for_is_computed(routing: Routing, J: int, B: int) -> None:
+    arguments = routing.arguments((B, 13, 4, J, 5))
     everything = dict(zip(arguments, run(routing, arguments, torch.float64, "cpu")[routing.outputs :], strict=True))
     for name in arguments:
         leaves = {n: x.clone().requires_grad_(n == name) for n, x in arguments.items()}
@@ -245,8 +250,9 @@ def test_only_what_is_asked_for_is_computed(routing: Routing, J: int) -> None:
 @by_operator
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @by_outputs
-def test_bitwise_the_same_for_any_number_of_threads(routing: Routing, dtype: torch.dtype, J: int) -> None:
-    arguments = routing.arguments((3, 1031, 8, J, 16))
+@by_batch
+def test_bitwise_the_same_for_any_number_of_threads(routing: Routing, dtype: torch.dtype, J: int, B: int) -> None:
+    arguments = routing.arguments((B, 1031, 8, J, 16))
     threads = torch.get_num_threads()
     try:
         results = []
@@ -272,7 +278,7 @@ def test_long_sums_do_not_drift() -> None:
 
 
 @given(
-    B=st.integers(1, 5), N=st.integers(1, 80), K=st.integers(1, 12), J=st.integers(1, 9), D=st.integers(1, 21),
+    B=st.integers(1, 20), N=st.integers(1, 80), K=st.integers(1, 12), J=st.integers(1, 9), D=st.integers(1, 21),
     which=st.integers(0, len(OPERATORS) - 1), shared=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)

@@ -237,7 +237,8 @@ void layers(const Kernels& k, Dtype dtype, const std::string& name) {
 
 int main() {
     const Shape shapes[] = {{1, 1, 1, 1, 1, 1},   {3, 131, 8, 2, 16, 1}, {2, 19, 9, 17, 3, 1},  {33, 5, 16, 10, 16, 1},
-                            {5, 40, 7, 3, 33, 1}, {3, 21, 4, 3, 4, 4},   {11, 20, 9, 2, 16, 1}, {15, 4, 11, 2, 30, 1}};
+                            {5, 40, 7, 3, 33, 1}, {3, 21, 4, 3, 4, 4},   {11, 20, 9, 2, 16, 1}, {15, 4, 11, 2, 30, 1},
+                            {16, 9, 4, 3, 4, 4},  {45, 70, 3, 5, 3, 1}};
     std::string sets = cpu::instruction_sets();
     for (size_t begin = 0; begin < sets.size();) {
         const size_t end = std::min(sets.find(' ', begin), sets.size());
