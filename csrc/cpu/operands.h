@@ -11,16 +11,6 @@
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
-constexpr int64_t at_most(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-constexpr int64_t at_least(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
 // Uninitialised memory on a cache line. Its lack is a std::bad_alloc, which becomes a status: so none is taken inside a
 // parallel region.
 template <class A> class Buffer {

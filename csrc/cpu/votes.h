@@ -2,7 +2,7 @@
 // never leave them, nor do their gradients.
 #pragma once
 
-#include "operands.h"
+#include "tasks.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
@@ -131,6 +131,84 @@ CAPSOPS_INLINE void project(Votes<A, rows, E>& g, const A* weight, int64_t K, A*
                 for (int q = 0; q < found; ++q) out[r][k + q] = results[q / C][r * unit + q % C];
             }
         }
+    }
+}
+
+// ---- the capsules of a task ------------------------------------------------------------------------------
+
+// Calls function.operator()<E>(), E the vectors of a vote, where votes can be kept in registers; else with 0.
+template <class A, class Function> inline void for_vote_vectors(const Operands<A>& o, Function function) {
+    if (o.layout == Layout::components && o.J == 2) switch (o.D / Lanes<A>::count) {
+            case 1: return function.template operator()<1>();
+            case 2: return function.template operator()<2>();
+        }
+    function.template operator()<0>();
+}
+
+template <class Policy> constexpr bool takes_registers = false;
+
+// One input capsule and the batch items that it is there for.
+template <class A> struct Rows {
+    int64_t i;
+    const A* weight;
+    int count;
+    const int64_t* b;   // [count]
+    const A* const* u;  // [count], each [K]
+};
+
+// What one thread needs for them.
+template <class A> class RowsMemory {
+  public:
+    RowsMemory(const Operands<A>& o, int threads)
+        : o_(o),
+          numbers_size_((o.direct_weight ? 0 : o.weight_size) + (o.direct_u ? 0 : o.c.B * o.K)),
+          numbers_(numbers_size_ * threads),
+          b_(o.c.B * threads),
+          u_(o.c.B * threads) {}
+
+    A* weight(int thread) const { return numbers_.get() + thread * numbers_size_; }
+    A* u(int thread) const { return weight(thread) + (o_.direct_weight ? 0 : o_.weight_size); }
+    int64_t* items(int thread) const { return b_.get() + thread * o_.c.B; }
+    const A** pointers(int thread) const { return u_.get() + thread * o_.c.B; }
+
+  private:
+    const Operands<A>& o_;
+    int64_t numbers_size_;
+    Buffer<A> numbers_;
+    Buffer<int64_t> b_;
+    Buffer<const A*> u_;
+};
+
+// visit(rows) for every input capsule of a task, absent(b, i) for the pairs that are not there.
+template <class A, class Visit, class Absent>
+inline void for_each_capsule(const Operands<A>& o, const Tasks& tasks, int64_t task, const RowsMemory<A>& memory,
+                             Visit visit, Absent absent) {
+    const Capsules& c = o.c;
+    const int thread = omp_get_thread_num();
+    const int64_t b0 = tasks.first_item(task), b1 = tasks.end_item(task), end = tasks.end_capsule(task);
+    const int64_t stride = c.N * o.K;
+    A* converted = memory.u(thread);
+    int64_t* items = memory.items(thread);
+    const A** u = memory.pointers(thread);
+    Rows<A> rows{0, nullptr, 0, items, u};
+    for (int64_t i = tasks.first_capsule(task); i < end; ++i) {
+        const bool first = rows.weight == nullptr;
+        rows.i = i;
+        if (first || !o.shared()) rows.weight = o.load_weight(i, memory.weight(thread));
+        if (!c.mask && o.direct_u && !first) {
+            for (int r = 0; r < rows.count; ++r) u[r] += o.K;
+        } else {
+            rows.count = 0;
+            for (int64_t b = b0; b < b1; ++b) {
+                if (c.mask && !c.mask[b * c.N + i]) {
+                    absent(b, i);
+                    continue;
+                }
+                items[rows.count] = b;
+                u[rows.count++] = o.load_u(b * stride + i * o.K, o.K, converted + (b - b0) * o.K);
+            }
+        }
+        visit(rows);
     }
 }
 

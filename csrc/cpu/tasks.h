@@ -1,0 +1,73 @@
+// The parallel tasks of a pass over the capsules, and the sums over them.
+#pragma once
+
+#include <omp.h>
+
+#include "operands.h"
+
+namespace capsops::cpu::CAPSOPS_ISA {
+
+// Blocks of input capsules, and groups of batch items. From the shape alone.
+struct Tasks {
+    int64_t N, B;
+    int64_t block_size, blocks, group_size, groups;
+
+    // partial_size: numbers that a block keeps. grouped: whether the batch may be cut.
+    Tasks(const Capsules& c, int64_t partial_size, bool grouped) : N(c.N), B(c.B) {
+        constexpr int64_t most_blocks = 256, most_partial = int64_t{1} << 18, least_work = int64_t{1} << 15,
+                          most_capsules = 1024;  // that a sum may run over where more blocks cost little
+        const int64_t work = at_least(c.B, 1) * c.rows * c.K * c.J * c.D;  // of one input capsule
+        const int64_t smallest = at_most(ceil_div(least_work, at_least(work, 1)), most_capsules);
+        // A group is whole tiles of any instruction set.
+        constexpr int64_t tile = 16, most_tasks = 64, enough = 8, cached = int64_t{1} << 18;
+        int64_t fitting = at_least(most_partial / at_least(partial_size, 1), 1);
+        // Where the groups are enough, and the matrices stay in a cache, partial sums would only cost.
+        const int64_t matrices = c.weight_stride ? c.N * c.weight_stride : c.K * c.J * c.D;
+        if (grouped && N <= most_capsules && ceil_div(B, tile) >= enough && matrices <= cached) fitting = 1;
+        const int64_t wanted = at_least(at_most(ceil_div(N, smallest), at_most(most_blocks, fitting)), 1);
+        block_size = at_least(ceil_div(N, wanted), 1);
+        blocks = ceil_div(N, block_size);
+        const int64_t cuts = grouped ? at_most(ceil_div(B, tile), ceil_div(most_tasks, at_least(blocks, 1))) : 1;
+        group_size = at_least(ceil_div(ceil_div(B, tile), at_least(cuts, 1)) * tile, 1);
+        groups = ceil_div(B, group_size);
+        if (!grouped) group_size = B, groups = 1;
+    }
+    int64_t count() const { return blocks * groups; }
+    int64_t first_capsule(int64_t task) const { return task / groups * block_size; }
+    int64_t end_capsule(int64_t task) const { return at_most(first_capsule(task) + block_size, N); }
+    int64_t first_item(int64_t task) const { return task % groups * group_size; }
+    int64_t end_item(int64_t task) const { return at_most(first_item(task) + group_size, B); }
+};
+
+// out[x] = Σ_block partial[block, x] in the order of the blocks, in double.
+template <class A>
+inline void add_blocks(const A* partial, int64_t blocks, int64_t size, A* out, [[maybe_unused]] int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (blocks * size >= 65536)
+    for (int64_t x = 0; x < size; ++x) {
+        double sum = 0;
+        for (int64_t block = 0; block < blocks; ++block) sum += static_cast<double>(partial[block * size + x]);
+        out[x] = static_cast<A>(sum);
+    }
+}
+
+// out [rows, row_size] = Σ over the blocks of what run(task, sum, own) adds to sum; a row belongs to so many batch
+// items. own: [memory_size], of one thread.
+template <class A, class Run>
+inline void sum_over_tasks(const Capsules& c, int64_t items, int64_t row_size, int64_t memory_size, A* out, Run run) {
+    const int64_t size = ceil_div(c.B, items) * row_size;
+    const Tasks tasks(c, size, true);
+    Buffer<A> partial(tasks.blocks * size);
+    memory_size = ceil_div(memory_size, 64) * 64;
+    Buffer<A> memory(memory_size * c.threads);
+
+#pragma omp parallel for schedule(dynamic) num_threads(c.threads) if (tasks.count() > 1)
+    for (int64_t task = 0; task < tasks.count(); ++task) {
+        A* sum = partial.get() + task / tasks.groups * size;
+        const int64_t begin = tasks.first_item(task) / items, end = ceil_div(tasks.end_item(task), items);
+        fill(sum + begin * row_size, (end - begin) * row_size, A(0));
+        run(tasks, task, sum, memory.get() + omp_get_thread_num() * memory_size);
+    }
+    add_blocks(partial.get(), tasks.blocks, size, out, c.threads);
+}
+
+}  // namespace capsops::cpu::CAPSOPS_ISA
