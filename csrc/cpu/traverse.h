@@ -15,9 +15,9 @@ template <class A> struct Workspace {
     Workspace(const Operands<A>& o, bool gradients) {
         constexpr int64_t n = Tile<A>::size;
         const bool panels = o.layout == Layout::items;
-        // The matrices of a tile stay in the second-level cache.
-        capsules =
-            panels ? panel_capsules(o) : at_least(at_most((int64_t{1} << 16) / at_least(o.weight_size, 1), n), 1);
+        // The matrices of a tile stay in the second-level cache, unless the tile would not be full.
+        const int64_t fitting = (int64_t{1} << 16) / at_least(o.weight_size, 1), full = ceil_div(n, at_least(o.c.B, 1));
+        capsules = panels ? panel_capsules(o) : at_most(at_least(fitting, full), n);
         const int64_t rows = panels ? 1 : n, panel = panels ? capsules * o.K * n : 0;
         total = 0;
         weight = take(o.direct_weight ? 0 : capsules * o.weight_size);
