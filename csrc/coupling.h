@@ -7,13 +7,8 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__CUDACC__)
-#define CAPSOPS_HOST_DEVICE __host__ __device__
-#define CAPSOPS_ALWAYS_INLINE __forceinline__
-#else
-#define CAPSOPS_HOST_DEVICE
-#define CAPSOPS_ALWAYS_INLINE inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
+#include "routing.h"
 
 namespace capsops {
 // One copy for every instruction set that includes this, so that none can be linked to another's.
@@ -69,6 +64,11 @@ template <class X> CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE void softmax_backwa
     X mean = c[0] * e[0];
     for (int64_t j = 1; j < J; ++j) mean += c[j] * e[j];
     for (int64_t j = 0; j < J; ++j) e[j] = c[j] * (e[j] - mean);
+}
+
+// The coupling of the first iteration of routing by agreement, where all are equal.
+template <class A> CAPSOPS_HOST_DEVICE inline A equal_coupling(int64_t J, bool leaky) {
+    return A(1) / static_cast<A>(leaky ? J + 1 : J);
 }
 
 // ---- EM routing (Hinton et al. 2018, procedure 1) ----------------------------------------------------
@@ -182,8 +182,12 @@ template <class A> CAPSOPS_HOST_DEVICE inline SquashFactors<A> squash_efficient(
     return {scale, std::exp(-n) - scale};
 }
 
-// ‖s‖ without overflow or underflow of the squares.
-template <class A> CAPSOPS_HOST_DEVICE inline A length(const A* s, int64_t dim) {
+template <class A> CAPSOPS_HOST_DEVICE inline SquashFactors<A> squash_factors(A n, SquashKind kind) {
+    return kind == SquashKind::sabour ? squash_sabour(n) : squash_efficient(n);
+}
+
+// ‖s‖ without overflow or underflow of the squares. Row: whatever has components s[d].
+template <class A, class Row> CAPSOPS_HOST_DEVICE inline A length(const Row& s, int64_t dim) {
     A largest = 0;
     for (int64_t d = 0; d < dim; ++d) {
         const A magnitude = std::fabs(s[d]);
@@ -199,16 +203,18 @@ template <class A> CAPSOPS_HOST_DEVICE inline A length(const A* s, int64_t dim) 
     return largest * std::sqrt(sum);
 }
 
-template <class A, class Factors>
-CAPSOPS_HOST_DEVICE inline void squash_vector(const A* s, A* v, int64_t dim, Factors factors) {
-    const A scale = factors(length(s, dim)).scale;
+// v = squash(s) and its vector-Jacobian product, in the accumulation type A.
+template <class A, class Row, class Out>
+CAPSOPS_HOST_DEVICE inline void squash_vector(const Row& s, Out v, int64_t dim, SquashKind kind) {
+    const A scale = squash_factors(length<A>(s, dim), kind).scale;
     for (int64_t d = 0; d < dim; ++d) v[d] = scale * s[d];
 }
 
-template <class A, class Factors>
-CAPSOPS_HOST_DEVICE inline void squash_vector_backward(const A* g_v, const A* s, A* g_s, int64_t dim, Factors factors) {
-    const A n = length(s, dim);
-    const SquashFactors<A> f = factors(n);
+template <class A, class Gradient, class Row, class Out>
+CAPSOPS_HOST_DEVICE inline void squash_vector_backward(const Gradient& g_v, const Row& s, Out g_s, int64_t dim,
+                                                       SquashKind kind) {
+    const A n = length<A>(s, dim);
+    const SquashFactors<A> f = squash_factors(n, kind);
     const A divisor = n == A(0) ? A(1) : n;
     A along = 0;
     for (int64_t d = 0; d < dim; ++d) along += (s[d] / divisor) * g_v[d];

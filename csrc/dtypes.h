@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "host_device.h"
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -17,21 +19,23 @@ struct bfloat16 {
     uint16_t bits;
 
     bfloat16() = default;
-    explicit bfloat16(float x) {
+    CAPSOPS_HOST_DEVICE explicit bfloat16(float x) {
         const uint32_t word = std::bit_cast<uint32_t>(x);
         const bool nan = (word & 0x7fffffffu) > 0x7f800000u;
         // Round to nearest, ties to even; a NaN keeps its sign and stays quiet.
         bits = nan ? static_cast<uint16_t>((word >> 16) | 0x40u)
                    : static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
     }
-    explicit operator float() const { return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16); }
+    CAPSOPS_HOST_DEVICE explicit operator float() const {
+        return std::bit_cast<float>(static_cast<uint32_t>(bits) << 16);
+    }
 };
 
 struct float16 {
     uint16_t bits;
 
     float16() = default;
-    explicit float16(float x) {
+    CAPSOPS_HOST_DEVICE explicit float16(float x) {
         const uint32_t word = std::bit_cast<uint32_t>(x);
         const uint32_t magnitude = word & 0x7fffffffu;
         uint32_t half;
@@ -47,7 +51,7 @@ struct float16 {
         }
         bits = static_cast<uint16_t>(((word >> 16) & 0x8000u) | half);
     }
-    explicit operator float() const {
+    CAPSOPS_HOST_DEVICE explicit operator float() const {
         const uint32_t sign = static_cast<uint32_t>(bits & 0x8000u) << 16;
         const uint32_t magnitude = bits & 0x7fffu;
         if (magnitude >= 0x7c00u) return std::bit_cast<float>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));

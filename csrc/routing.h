@@ -14,7 +14,17 @@ enum class Dtype : int { float32, float64, bfloat16, float16 };
 
 // "storage" is one of Dtype; "accumulation" is float64 for float64 and float32 for all others.
 
-enum class Status : int { ok, out_of_memory, unsupported };
+enum class Status : int { ok, out_of_memory, unsupported, launch_failed };
+
+// Where an operator runs: on so many threads of the CPU, or on the current GPU.
+struct Place {
+    int threads;                // of the CPU
+    void* stream = nullptr;     // cudaStream_t
+    void* workspace = nullptr;  // memory of the GPU, aligned to 256 bytes
+    int64_t* needed = nullptr;  // not null: nothing runs, and the bytes of workspace that it would take are put here
+
+    Place(int threads) : threads(threads) {}
+};
 
 enum class SquashKind : int { sabour, efficient };
 
@@ -31,7 +41,7 @@ struct Capsules {
     int64_t rows;           // P
     int64_t weight_stride;  // elements from one input capsule's matrix to the next: K·J·D, or 0 if shared
     Dtype dtype;            // storage of u and weight
-    int threads;
+    Place place;
 };
 
 // Where the gradients of u and W go; null: not wanted, not computed.
@@ -47,7 +57,7 @@ struct PrimaryCapsules {
     int64_t batch_stride, outer_stride, inner_stride, component_stride;
     SquashKind kind;
     Dtype dtype;
-    int threads;
+    Place place;
 };
 
 // What a machine can do: bytes read a second; bytes read and written; floating-point operations.
@@ -58,11 +68,11 @@ struct Kernels {
     // v = squash(s) along rows of length dim.
     Status (*squash)(const void* s,  // [rows, dim] storage
                      void* v,        // [rows, dim] storage
-                     int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, int threads);
+                     int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, const Place& place);
     Status (*squash_backward)(const void* g_v,  // [rows, dim] storage
                               const void* s,    // [rows, dim] storage
                               void* g_s,        // [rows, dim] storage
-                              int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, int threads);
+                              int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, const Place& place);
 
     Status (*primary_capsules)(const PrimaryCapsules& p,
                                const void* features,  // strided, storage
@@ -145,6 +155,13 @@ struct Kernels {
     // Measures once, over so many bytes, or steps of arithmetic.
     Status (*probe)(Probe what, int64_t size, int threads, double* rate);
 };
+
+namespace cuda {
+
+// The kernels for GPUs; those of EM routing are null.
+extern const Kernels kernels;
+
+}  // namespace cuda
 
 namespace cpu {
 

@@ -50,7 +50,7 @@ Status attention_routing(const Capsules& c, const void* attn_weight, const void*
         Buffer<A> sum(o.state_size());
         reduce(o, AttentionSum<A>{attention, PairAttention<A>(attention), o.D}, sum.get());
         o.unpack(sum.get(), static_cast<A*>(s));
-        squash_outputs(static_cast<const A*>(s), static_cast<A*>(v), c.B * o.J, o.H, squash_sabour<A>);
+        squash_outputs(static_cast<const A*>(s), static_cast<A*>(v), c.B * o.J, o.H, SquashKind::sabour);
     });
 }
 

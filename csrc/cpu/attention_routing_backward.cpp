@@ -104,7 +104,7 @@ Status attention_routing_backward(const Capsules& c, const void* attn_weight, co
         const A* weight = static_cast<const A*>(attn_weight);
         Buffer<A> g_s(rows * o.H), packed(o.state_size()), transposed(J * J);
         squash_outputs_backward(static_cast<const A*>(g_v), static_cast<const A*>(s), g_s.get(), rows, o.H,
-                                squash_sabour<A>);
+                                SquashKind::sabour);
         o.pack(g_s.get(), packed.get());
         for (int64_t k = 0; k < J; ++k)
             for (int64_t j = 0; j < J; ++j) transposed.get()[j * J + k] = weight[k * J + j];

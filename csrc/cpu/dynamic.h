@@ -47,9 +47,4 @@ template <class A> struct DynamicAdjoint {
     }
 };
 
-// The coupling of the first iteration, where all are equal.
-template <class A> inline A equal_coupling(int64_t J, bool leaky) {
-    return A(1) / static_cast<A>(leaky ? J + 1 : J);
-}
-
 }  // namespace capsops::cpu::CAPSOPS_ISA

@@ -51,7 +51,7 @@ Status dynamic_routing(const Capsules& c, const void* bias, int iterations, bool
             o.unpack(sum.get(), s_t);
             if (bias)
                 for (int64_t x = 0; x < size; ++x) s_t[x] += static_cast<const A*>(bias)[x % o.JH];
-            squash_outputs(s_t, out, rows, o.H, squash_sabour<A>);
+            squash_outputs(s_t, out, rows, o.H, SquashKind::sabour);
             for (int64_t x = 0; x < size; ++x) total.get()[x] += out[x];
         }
     });

@@ -123,7 +123,7 @@ Status dynamic_routing_backward(const Capsules& c, int iterations, bool leaky, b
         fill(V.get(), size, A(0));
         fill(total.get(), compact, A(0));
         for (int t = 1; t < iterations; ++t) {
-            squash_outputs(s + (t - 1) * compact, v.get(), rows, o.H, squash_sabour<A>);
+            squash_outputs(s + (t - 1) * compact, v.get(), rows, o.H, SquashKind::sabour);
             for (int64_t x = 0; x < compact; ++x) total.get()[x] += v.get()[x];
             o.pack(total.get(), V.get() + t * size);
         }
@@ -131,7 +131,7 @@ Status dynamic_routing_backward(const Capsules& c, int iterations, bool leaky, b
         Buffer<A> g_s(iterations * compact), g_s_packed(iterations * size);
         const auto through_squash = [&](const A* g_v, int t) {
             A* g = g_s.get() + t * compact;
-            squash_outputs_backward(g_v, s + t * compact, g, rows, o.H, squash_sabour<A>);
+            squash_outputs_backward(g_v, s + t * compact, g, rows, o.H, SquashKind::sabour);
             o.pack(g, g_s_packed.get() + t * size);
         };
         through_squash(static_cast<const A*>(g_v_), last);

@@ -5,9 +5,9 @@
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
-Status squash(const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, int threads);
+Status squash(const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, const Place& place);
 Status squash_backward(const void* g_v, const void* s, void* g_s, int64_t rows, int64_t dim, SquashKind kind,
-                       Dtype dtype, int threads);
+                       Dtype dtype, const Place& place);
 Status primary_capsules(const PrimaryCapsules& p, const void* features, void* u);
 Status primary_capsules_backward(const PrimaryCapsules& p, const void* g_u, const void* features, void* g_features);
 Status affine_votes(const Capsules& c, void* votes);

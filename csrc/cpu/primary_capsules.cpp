@@ -13,9 +13,9 @@ constexpr int64_t chunk = 64;  // capsules at a time
 // each(features offset, capsules' offset, count, scratch [3, chunk, K]) for every run of neighbouring capsules.
 template <class A, class Each> void for_each_chunk(const PrimaryCapsules& p, Each each) {
     const int64_t chunks = ceil_div(p.inner, chunk), scratch_size = 3 * chunk * p.K;
-    Buffer<A> scratch(scratch_size * p.threads);
+    Buffer<A> scratch(scratch_size * p.place.threads);
     const int64_t tasks = p.B * p.outer * chunks;
-#pragma omp parallel for schedule(static) num_threads(p.threads) if (tasks * p.K >= 256)
+#pragma omp parallel for schedule(static) num_threads(p.place.threads) if (tasks * p.K >= 256)
     for (int64_t task = 0; task < tasks; ++task) {
         const int64_t begin = task % chunks * chunk, row = task / chunks;
         const int64_t offset = row / p.outer * p.batch_stride + row % p.outer * p.outer_stride + begin * p.inner_stride;
@@ -44,9 +44,7 @@ Status primary_capsules(const PrimaryCapsules& p, const void* features, void* u)
                 const T* x = static_cast<const T*>(features) + from;
                 for_each_component<A>(p, count, [&](int64_t a, int64_t b) { s[b] = static_cast<A>(x[a]); });
                 A* v = s + chunk * p.K;
-                for (int64_t n = 0; n < count; ++n)
-                    squash_vector(s + n * p.K, v + n * p.K, p.K,
-                                  [&](A length) { return squash_factors(length, p.kind); });
+                for (int64_t n = 0; n < count; ++n) squash_vector<A>(s + n * p.K, v + n * p.K, p.K, p.kind);
                 convert(v, count * p.K, static_cast<T*>(u) + to);
             });
         });
@@ -62,8 +60,7 @@ Status primary_capsules_backward(const PrimaryCapsules& p, const void* g_u, cons
                 for_each_component<A>(p, count, [&](int64_t a, int64_t b) { s[b] = static_cast<A>(x[a]); });
                 convert(static_cast<const T*>(g_u) + to, count * p.K, g);
                 for (int64_t n = 0; n < count; ++n)
-                    squash_vector_backward(g + n * p.K, s + n * p.K, out + n * p.K, p.K,
-                                           [&](A length) { return squash_factors(length, p.kind); });
+                    squash_vector_backward<A>(g + n * p.K, s + n * p.K, out + n * p.K, p.K, p.kind);
                 T* y = static_cast<T*>(g_features) + from;
                 for_each_component<A>(p, count, [&](int64_t a, int64_t b) { y[a] = static_cast<T>(out[b]); });
             });

@@ -101,7 +101,7 @@ Status self_attention_routing(const Capsules& c, const void* prior, double scale
         multiply_all(T.get(), o.state_size(), static_cast<A>(scale));
         reduce(o, SelfAttention<A>{T.get(), static_cast<const A*>(prior), o.J, o.D}, sum.get());
         o.unpack(sum.get(), static_cast<A*>(s));
-        squash_outputs(static_cast<const A*>(s), static_cast<A*>(v), c.B * o.J, o.H, squash_efficient<A>);
+        squash_outputs(static_cast<const A*>(s), static_cast<A*>(v), c.B * o.J, o.H, SquashKind::efficient);
     });
 }
 
@@ -116,7 +116,7 @@ Status self_attention_routing_backward(const Capsules& c, const void* prior, dou
         o.pack(static_cast<const A*>(total), T.get());
         multiply_all(T.get(), size, scale);
         squash_outputs_backward(static_cast<const A*>(g_v), static_cast<const A*>(s), g_s.get(), rows, o.H,
-                                squash_efficient<A>);
+                                SquashKind::efficient);
         o.pack(g_s.get(), g_s_packed.get());
         reduce(o, SelfAttentionAdjoint<A>{{{T.get(), false}, g_s_packed.get()}, o.J, o.D}, H.get());
         multiply_all(H.get(), size, scale);

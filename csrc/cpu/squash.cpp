@@ -19,24 +19,24 @@ template <class A, class Row> void for_each_row(int64_t rows, int64_t dim, int t
 
 }  // namespace
 
-Status squash(const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, int threads) {
+Status squash(const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, const Place& place) {
     return for_accumulation(dtype, [&]<class A>() {
-        for_each_row<A>(rows, dim, threads, [&](int64_t r, A* x) {
+        for_each_row<A>(rows, dim, place.threads, [&](int64_t r, A* x) {
             read(s, dtype, r * dim, dim, x);
-            squash_vector(x, x + dim, dim, [&](A n) { return squash_factors(n, kind); });
+            squash_vector<A>(x, x + dim, dim, kind);
             write(x + dim, dim, v, dtype, r * dim);
         });
     });
 }
 
 Status squash_backward(const void* g_v, const void* s, void* g_s, int64_t rows, int64_t dim, SquashKind kind,
-                       Dtype dtype, int threads) {
+                       Dtype dtype, const Place& place) {
     return for_accumulation(dtype, [&]<class A>() {
-        for_each_row<A>(rows, dim, threads, [&](int64_t r, A* x) {
+        for_each_row<A>(rows, dim, place.threads, [&](int64_t r, A* x) {
             A *g = x + dim, *out = x + 2 * dim;
             read(s, dtype, r * dim, dim, x);
             read(g_v, dtype, r * dim, dim, g);
-            squash_vector_backward(g, x, out, dim, [&](A n) { return squash_factors(n, kind); });
+            squash_vector_backward<A>(g, x, out, dim, kind);
             write(out, dim, g_s, dtype, r * dim);
         });
     });

@@ -137,7 +137,7 @@ inline void reduce(const Operands<A>& o, const Policy& policy, A* out /* [state_
     }
     for_vote_vectors(o, [&]<int E>() {
         if constexpr (E > 0 && takes_registers<Policy>) {
-            const RowsMemory<A> memory(o, o.c.threads);
+            const RowsMemory<A> memory(o, o.c.place.threads);
             sum_over_tasks(o.c, 1, policy.row_size(), 0, out, [&](const Tasks& tasks, int64_t task, A* sum, A*) {
                 const auto visit = [&](const Rows<A>& x) {
                     for_each_group<register_rows<A, E>>(0, x.count, [&]<int rows>(int r) {
@@ -210,8 +210,8 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
     const int64_t scratch_size = ceil_div(policy.scratch_size(), 16) * 16;
     const int64_t weights_size = ceil_div((panels ? w.capsules : 1) * weight_size, 16) * 16;
     const int64_t memory_size = ceil_div(w.total + scratch_size + weights_size + Tile<A>::size * o.K, 64) * 64;
-    Buffer<A> memory(memory_size * c.threads);
-    const RowsMemory<A> rows_memory(o, c.threads);
+    Buffer<A> memory(memory_size * c.place.threads);
+    const RowsMemory<A> rows_memory(o, c.place.threads);
     const bool direct = o.direct_gradient() && !shared;
     const int64_t number = size_of(c.dtype), weight_bytes = c.N * c.weight_stride * number;
     if (gradients.weight) prefer_huge_pages(gradients.weight, weight_bytes);
@@ -219,7 +219,7 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
     const bool past_caches = direct && weight_bytes >= streamed_bytes &&
                              reinterpret_cast<uintptr_t>(gradients.weight) % CAPSOPS_VECTOR_BYTES == 0;
 
-#pragma omp parallel for schedule(dynamic) num_threads(c.threads) if (tasks.count() > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(c.place.threads) if (tasks.count() > 1)
     for (int64_t task = 0; task < tasks.count(); ++task) {
         A* own = memory.get() + omp_get_thread_num() * memory_size;
         A* scratch = own + w.total;
@@ -242,7 +242,7 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
         }
         if (past_caches) end_streaming();
     }
-    if (param_count) add_blocks(param_partial.get(), tasks.blocks, param_count, params, c.threads);
+    if (param_count) add_blocks(param_partial.get(), tasks.blocks, param_count, params, c.place.threads);
     if (shared) {
         add_blocks(shared_partial.get(), tasks.blocks, weight_size, memory.get(), 1);
         o.store_weight_gradient(memory.get(), 0, gradients.weight);
@@ -251,19 +251,14 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
 
 // ---- output capsules -------------------------------------------------------------------------------------------
 
-template <class A> inline SquashFactors<A> squash_factors(A n, SquashKind kind) {
-    return kind == SquashKind::sabour ? squash_sabour(n) : squash_efficient(n);
-}
-
 // squash and its vector-Jacobian product over the B·J output capsules of a routing, [rows, D].
-template <class A, class Factors>
-inline void squash_outputs(const A* s, A* v, int64_t rows, int64_t D, Factors factors) {
-    for (int64_t r = 0; r < rows; ++r) squash_vector(s + r * D, v + r * D, D, factors);
+template <class A> inline void squash_outputs(const A* s, A* v, int64_t rows, int64_t D, SquashKind kind) {
+    for (int64_t r = 0; r < rows; ++r) squash_vector<A>(s + r * D, v + r * D, D, kind);
 }
 
-template <class A, class Factors>
-inline void squash_outputs_backward(const A* g_v, const A* s, A* g_s, int64_t rows, int64_t D, Factors factors) {
-    for (int64_t r = 0; r < rows; ++r) squash_vector_backward(g_v + r * D, s + r * D, g_s + r * D, D, factors);
+template <class A>
+inline void squash_outputs_backward(const A* g_v, const A* s, A* g_s, int64_t rows, int64_t D, SquashKind kind) {
+    for (int64_t r = 0; r < rows; ++r) squash_vector_backward<A>(g_v + r * D, s + r * D, g_s + r * D, D, kind);
 }
 
 }  // namespace capsops::cpu::CAPSOPS_ISA

@@ -58,16 +58,16 @@ inline void sum_over_tasks(const Capsules& c, int64_t items, int64_t row_size, i
     const Tasks tasks(c, size, true);
     Buffer<A> partial(tasks.blocks * size);
     memory_size = ceil_div(memory_size, 64) * 64;
-    Buffer<A> memory(memory_size * c.threads);
+    Buffer<A> memory(memory_size * c.place.threads);
 
-#pragma omp parallel for schedule(dynamic) num_threads(c.threads) if (tasks.count() > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(c.place.threads) if (tasks.count() > 1)
     for (int64_t task = 0; task < tasks.count(); ++task) {
         A* sum = partial.get() + task / tasks.groups * size;
         const int64_t begin = tasks.first_item(task) / items, end = ceil_div(tasks.end_item(task), items);
         fill(sum + begin * row_size, (end - begin) * row_size, A(0));
         run(tasks, task, sum, memory.get() + omp_get_thread_num() * memory_size);
     }
-    add_blocks(partial.get(), tasks.blocks, size, out, c.threads);
+    add_blocks(partial.get(), tasks.blocks, size, out, c.place.threads);
 }
 
 }  // namespace capsops::cpu::CAPSOPS_ISA

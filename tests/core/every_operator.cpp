@@ -2,12 +2,20 @@
 // matrices, matrix poses; with one thread and with three, whose results must be the same to the bit. Outputs lie in
 // memory of exactly their size and are poisoned with NaN, so that one that is overrun or not written is seen.
 //
-// tests/core/sanitize.sh builds and runs it.
+// With CAPSOPS_EMULATION also every CUDA kernel, run on the host (csrc/cuda/emulation.h): twice each, in a workspace of
+// exactly the size it asks for, poisoned; the results must be the same to the bit, and those of the CPU but for
+// rounding.
+//
+// tests/core/sanitize.sh builds and runs it; tests/core/emulate.sh with CAPSOPS_EMULATION.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <map>
+#include <memory>
 #include <new>
 #include <string>
 #include <vector>
@@ -48,7 +56,22 @@ class Numbers {
         return *this;
     }
     void* get() { return data_; }
+    const void* get() const { return data_; }
     size_t bytes() const { return static_cast<size_t>(count_) * bytes_of(dtype_); }
+
+    // Whether this is x but for rounding.
+    bool close_to(const Numbers& x) const {
+        double largest = 0, error = 0;
+        for (int64_t n = 0; n < count_; ++n) {
+            largest = std::max(largest, std::fabs(x.at(n)));
+            error = std::max(error, std::fabs(at(n) - x.at(n)));
+        }
+        const double digit = dtype_ == Dtype::float64    ? 1e-11
+                             : dtype_ == Dtype::float32  ? 1e-4
+                             : dtype_ == Dtype::bfloat16 ? 0x1p-6
+                                                         : 0x1p-8;
+        return error <= digit * largest;
+    }
 
     bool written() const {
         for (int64_t x = 0; x < count_; ++x)
@@ -97,25 +120,68 @@ class Numbers {
 
 int calls = 0;
 
+#ifdef CAPSOPS_EMULATION
+// What the CPU computed, by name, in the order of the calls.
+std::map<std::string, std::vector<std::vector<std::unique_ptr<Numbers>>>> results;
+std::map<std::string, size_t> compared;
+bool emulated = false;
+int64_t needed = 0;
+void* workspace = nullptr;
+bool measures = false;
+#endif
+
+Place place(int threads) {
+    Place p(threads);
+#ifdef CAPSOPS_EMULATION
+    if (emulated) (measures ? void(p.needed = &needed) : void(p.workspace = workspace));
+#endif
+    return p;
+}
+
+using Outputs = const std::vector<std::unique_ptr<Numbers>>&;
+
+[[noreturn]] void fail(const std::string& name, size_t output, const char* what) {
+    std::printf("%s: output %zu: %s\n", name.c_str(), output, what);
+    std::exit(1);
+}
+
 // Calls run(threads, outputs) with one thread and with three, each time with fresh outputs of the given sizes.
 template <class Run> void check(const std::string& name, const std::vector<std::pair<int64_t, Dtype>>& sizes, Run run) {
-    std::vector<std::vector<unsigned char>> first;
+    std::vector<std::unique_ptr<Numbers>> first;
     for (int threads : {1, 3}) {
-        std::vector<Numbers*> outputs;
-        for (const auto& [count, dtype] : sizes) outputs.push_back(new Numbers(count, dtype));
-        const Status status = run(threads, outputs);
-        ++calls;
-        for (size_t m = 0; m < outputs.size(); ++m) {
-            const auto* data = static_cast<unsigned char*>(outputs[m]->get());
-            std::vector<unsigned char> bytes(data, data + outputs[m]->bytes());
-            if (threads == 1) first.push_back(bytes);
-            if (status != Status::ok || !outputs[m]->written() || bytes != first[m]) {
-                std::printf("%s: output %zu, %d threads: wrong\n", name.c_str(), m, threads);
-                std::exit(1);
-            }
+        std::vector<std::unique_ptr<Numbers>> outputs;
+        for (const auto& [count, dtype] : sizes) outputs.push_back(std::make_unique<Numbers>(count, dtype));
+#ifdef CAPSOPS_EMULATION
+        if (emulated) {
+            measures = true;
+            if (run(threads, outputs) != Status::ok) fail(name, 0, "does not say how much memory it needs");
+            measures = false;
+            workspace = ::operator new(static_cast<size_t>(needed), std::align_val_t{256});
+            std::memset(workspace, 0xff, static_cast<size_t>(needed));
         }
-        for (Numbers* x : outputs) delete x;
+#endif
+        const Status status = run(threads, outputs);
+#ifdef CAPSOPS_EMULATION
+        if (emulated) ::operator delete(workspace, std::align_val_t{256});
+#endif
+        ++calls;
+        if (status != Status::ok) fail(name, 0, "not ok");
+        for (size_t m = 0; m < outputs.size(); ++m) {
+            if (!outputs[m]->written()) fail(name, m, "not written, or not a number");
+            if (threads > 1 && std::memcmp(outputs[m]->get(), first[m]->get(), first[m]->bytes()))
+                fail(name, m, "not the same the second time");
+        }
+        if (threads == 1) first = std::move(outputs);
     }
+#ifdef CAPSOPS_EMULATION
+    if (!emulated) {
+        results[name].push_back(std::move(first));
+        return;
+    }
+    const auto& expected = results.at(name).at(compared[name]++);
+    for (size_t m = 0; m < first.size(); ++m)
+        if (!first[m]->close_to(*expected[m])) fail(name, m, "not what the CPU computes");
+#endif
 }
 
 struct Shape {
@@ -136,30 +202,30 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, bool masked, bool s
     for (size_t x = 0; x < mask.size(); ++x) mask[x] = x % 7 != 0 && x >= static_cast<size_t>(s.N) / 2;
 
     const auto operands = [&](int threads) {
-        return Capsules{u.get(), weight.get(), masked ? mask.data() : nullptr, s.B,   s.N,    s.K, s.J,
-                        s.D,     s.rows,       shared ? 0 : s.K * s.J * s.D,   dtype, threads};
+        return Capsules{u.get(), weight.get(), masked ? mask.data() : nullptr, s.B,   s.N,           s.K, s.J,
+                        s.D,     s.rows,       shared ? 0 : s.K * s.J * s.D,   dtype, place(threads)};
     };
-    using Outputs = const std::vector<Numbers*>&;
-
-    const std::vector<double> temperatures{0.01, 0.02, 0.03};
-    Numbers em_state(3 * s.B * s.J * (3 * H + 2), wide);
-    check(name + "em", {{outputs, wide}, {s.B * s.J, wide}, {3 * s.B * s.J * (3 * H + 2), wide}},
-          [&](int threads, Outputs o) {
-              const Status status = k.em_routing(operands(threads), activation.get(), beta_u.get(), beta_a.get(),
-                                                 temperatures.data(), 3, o[0]->get(), o[1]->get(), o[2]->get());
-              std::memcpy(em_state.get(), o[2]->get(), o[2]->bytes());
-              return status;
-          });
-    check(name + "em backward", {{capsules, dtype}, {weights, dtype}, {s.B * s.N, wide}, {s.J, wide}, {s.J, wide}},
-          [&](int threads, Outputs o) {
-              return k.em_routing_backward(operands(threads), activation.get(), beta_u.get(), temperatures.data(), 3,
-                                           em_state.get(), g.get(), g_activation.get(), {o[0]->get(), o[1]->get()},
-                                           o[2]->get(), o[3]->get(), o[4]->get());
-          });
+    if (k.em_routing) {
+        const std::vector<double> temperatures{0.01, 0.02, 0.03};
+        Numbers em_state(3 * s.B * s.J * (3 * H + 2), wide);
+        check(name + "em", {{outputs, wide}, {s.B * s.J, wide}, {3 * s.B * s.J * (3 * H + 2), wide}},
+              [&](int threads, Outputs o) {
+                  const Status status = k.em_routing(operands(threads), activation.get(), beta_u.get(), beta_a.get(),
+                                                     temperatures.data(), 3, o[0]->get(), o[1]->get(), o[2]->get());
+                  std::memcpy(em_state.get(), o[2]->get(), o[2]->bytes());
+                  return status;
+              });
+        check(name + "em backward", {{capsules, dtype}, {weights, dtype}, {s.B * s.N, wide}, {s.J, wide}, {s.J, wide}},
+              [&](int threads, Outputs o) {
+                  return k.em_routing_backward(operands(threads), activation.get(), beta_u.get(), temperatures.data(),
+                                               3, em_state.get(), g.get(), g_activation.get(),
+                                               {o[0]->get(), o[1]->get()}, o[2]->get(), o[3]->get(), o[4]->get());
+              });
+    }
     if (s.rows > 1) return;
 
     Numbers saved(3 * outputs, wide);
-    const auto save = [&](Numbers* s_) { std::memcpy(saved.get(), s_->get(), s_->bytes()); };
+    const auto save = [&](const std::unique_ptr<Numbers>& s_) { std::memcpy(saved.get(), s_->get(), s_->bytes()); };
     check(name + "attention", {{outputs, wide}, {outputs, wide}}, [&](int threads, Outputs o) {
         const Status status =
             k.attention_routing(operands(threads), mix.get(), mix_bias.get(), o[0]->get(), o[1]->get());
@@ -207,11 +273,11 @@ void layers(const Kernels& k, Dtype dtype, const std::string& name) {
     for (const SquashKind kind : {SquashKind::sabour, SquashKind::efficient}) {
         Numbers s(rows * dim, dtype), g(rows * dim, dtype);
         s.random(), g.random();
-        check(name + "squash", {{rows * dim, dtype}}, [&](int threads, const std::vector<Numbers*>& o) {
-            return k.squash(s.get(), o[0]->get(), rows, dim, kind, dtype, threads);
+        check(name + "squash", {{rows * dim, dtype}}, [&](int threads, Outputs o) {
+            return k.squash(s.get(), o[0]->get(), rows, dim, kind, dtype, place(threads));
         });
-        check(name + "squash backward", {{rows * dim, dtype}}, [&](int threads, const std::vector<Numbers*>& o) {
-            return k.squash_backward(g.get(), s.get(), o[0]->get(), rows, dim, kind, dtype, threads);
+        check(name + "squash backward", {{rows * dim, dtype}}, [&](int threads, Outputs o) {
+            return k.squash_backward(g.get(), s.get(), o[0]->get(), rows, dim, kind, dtype, place(threads));
         });
         const int64_t size = B * types * K * pixels;
         Numbers features(size, dtype), g_u(size, dtype);
@@ -219,16 +285,14 @@ void layers(const Kernels& k, Dtype dtype, const std::string& name) {
         for (const bool channels_last : {false, true}) {
             const int64_t channel = channels_last ? 1 : pixels, pixel = channels_last ? types * K : 1;
             const auto p = [&](int threads) {
-                return PrimaryCapsules{B,       types, pixels, K,      types * K * pixels, K * channel, pixel,
-                                       channel, kind,  dtype,  threads};
+                return PrimaryCapsules{B,     types,   pixels, K,     types * K * pixels, K * channel,
+                                       pixel, channel, kind,   dtype, place(threads)};
             };
-            check(name + "primary capsules", {{size, dtype}}, [&](int threads, const std::vector<Numbers*>& o) {
-                return k.primary_capsules(p(threads), features.get(), o[0]->get());
+            check(name + "primary capsules", {{size, dtype}},
+                  [&](int threads, Outputs o) { return k.primary_capsules(p(threads), features.get(), o[0]->get()); });
+            check(name + "primary capsules backward", {{size, dtype}}, [&](int threads, Outputs o) {
+                return k.primary_capsules_backward(p(threads), g_u.get(), features.get(), o[0]->get());
             });
-            check(name + "primary capsules backward", {{size, dtype}},
-                  [&](int threads, const std::vector<Numbers*>& o) {
-                      return k.primary_capsules_backward(p(threads), g_u.get(), features.get(), o[0]->get());
-                  });
         }
     }
 }
@@ -239,20 +303,33 @@ int main() {
     const Shape shapes[] = {{1, 1, 1, 1, 1, 1},   {3, 131, 8, 2, 16, 1}, {2, 19, 9, 17, 3, 1},  {33, 5, 16, 10, 16, 1},
                             {5, 40, 7, 3, 33, 1}, {3, 21, 4, 3, 4, 4},   {11, 20, 9, 2, 16, 1}, {15, 4, 11, 2, 30, 1},
                             {16, 9, 4, 3, 4, 4},  {45, 70, 3, 5, 3, 1}};
+    const auto run_all = [&](const Kernels& kernels, const std::string& name) {
+        for (const Dtype dtype : {Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16}) {
+            state = 1;
+            const std::string prefix = name + std::to_string(static_cast<int>(dtype)) + " ";
+            layers(kernels, dtype, prefix);
+            for (const Shape& s : shapes)
+                for (const bool masked : {false, true})
+                    for (const bool shared : {false, true})
+                        routings(kernels, s, dtype, masked, shared,
+                                 prefix + std::to_string(s.B) + "x" + std::to_string(s.N) + " ");
+        }
+    };
     std::string sets = cpu::instruction_sets();
     for (size_t begin = 0; begin < sets.size();) {
         const size_t end = std::min(sets.find(' ', begin), sets.size());
         const std::string set = sets.substr(begin, end - begin);
         begin = end + 1;
         if (!cpu::use_instruction_set(set.c_str())) return 1;
-        for (const Dtype dtype : {Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16}) {
-            layers(cpu::kernels(), dtype, set + " ");
-            for (const Shape& s : shapes)
-                for (const bool masked : {false, true})
-                    for (const bool shared : {false, true})
-                        routings(cpu::kernels(), s, dtype, masked, shared,
-                                 set + " " + std::to_string(s.B) + "x" + std::to_string(s.N) + " ");
-        }
+#ifdef CAPSOPS_EMULATION
+        run_all(cpu::kernels(), "");
+#else
+        run_all(cpu::kernels(), set + " ");
+#endif
     }
+#ifdef CAPSOPS_EMULATION
+    emulated = true;
+    run_all(cuda::kernels, "");
+#endif
     std::printf("%d calls: all written, and the same with one thread and with three\n", calls);
 }

@@ -3,7 +3,8 @@
 #
 #   tests/core/sanitize.sh                                AddressSanitizer (with leaks), UndefinedBehaviorSanitizer
 #   tests/core/sanitize.sh thread                         ThreadSanitizer
-#   tests/core/sanitize.sh address,undefined baseline     of the instruction sets the first alone, in a third of the time
+#   tests/core/sanitize.sh address,undefined emulated     of the instruction sets the first alone; and the CUDA kernels,
+#                                                         run on the host and compared with it
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -17,7 +18,7 @@ options=(-std=c++20 -O1 -g -fno-omit-frame-pointer -fopenmp -fno-math-errno -fno
 jobs=()
 sets=("baseline 16")
 x86=()
-if [ "$(uname -m)" = x86_64 ] && [ "${2:-}" != baseline ]; then
+if [ "$(uname -m)" = x86_64 ] && [ "${2:-}" != emulated ]; then
     sets+=("avx2 32 -mavx2 -mfma -mf16c" "avx512 64 -mavx512f -mavx512vl -mavx512bw -mavx512dq -mavx2 -mfma -mf16c")
     x86=(-DCAPSOPS_X86)
 fi
@@ -29,11 +30,18 @@ for set in "${sets[@]}"; do
         jobs+=("$name-$(basename "$source" .cpp).o $source -DCAPSOPS_ISA=$name -DCAPSOPS_VECTOR_BYTES=$bytes $flags")
     done
 done
-jobs+=("dispatch.o csrc/cpu/dispatch.cpp ${x86[*]}" "every_operator.o tests/core/every_operator.cpp")
+emulation=
+if [ "${2:-}" = emulated ]; then
+    emulation=-DCAPSOPS_EMULATION
+    for source in csrc/cuda/*.cu; do
+        jobs+=("cuda-$(basename "$source" .cu).o $source -xc++ $emulation -Wno-unknown-pragmas")
+    done
+fi
+jobs+=("dispatch.o csrc/cpu/dispatch.cpp ${x86[*]}" "every_operator.o tests/core/every_operator.cpp $emulation")
 [[ $sanitizers == *thread* ]] && jobs+=("openmp.o tests/core/openmp.cpp")
 export cxx build
 export OPTIONS="${options[*]}"
-printf '%s\n' "${jobs[@]}" | xargs -P "$(nproc)" -I{} bash -c 'set -- {}; $cxx $OPTIONS -c "$2" -o "$build/$1" "${@:3}"'
+printf '%s\n' "${jobs[@]}" | xargs -P "$(nproc)" -I{} bash -c 'set -- {}; $cxx $OPTIONS "${@:3}" -c "$2" -o "$build/$1"'
 if [[ $sanitizers == *thread* ]]; then
     # Without -fopenmp: the kernels' calls go to openmp.cpp instead of libgomp.
     "$cxx" -fsanitize="$sanitizers" "$build"/*.o -o "$build/every_operator" -pthread

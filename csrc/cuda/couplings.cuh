@@ -1,0 +1,255 @@
+// The policies of the streaming loops: what each routing does with a vote. Their mathematics is that of
+// csrc/coupling.h; here the output capsules of one input capsule are different threads.
+#pragma once
+
+#include "stream.cuh"
+
+namespace capsops::cuda {
+
+// ---- one coupling for all components ------------------------------------------------------------------------
+
+// Of the logits of a batch item, number 0 in shared memory, and if wanted the gradients e of its couplings, number 1;
+// both summed over the parts of a vote.
+template <class A, int width> struct RowSoftmax {
+    const At<A, width>& at;
+    A largest, inverse, mean = 0;  // mean: Σ_k c_k e_k
+
+    __device__ A dot_of(int number, int64_t k) const {
+        A sum = 0;
+        for (int part = 0; part < at.parts; ++part) sum += at.shared(number, at.row + k * at.parts + part);
+        return sum;
+    }
+    __device__ RowSoftmax(const At<A, width>& at_, bool leaky, bool with_gradient) : at(at_) {
+        largest = leaky ? A(0) : dot_of(0, 0);
+        for (int64_t k = 0; k < at.J; ++k) largest = larger(dot_of(0, k), largest);
+        A sum = leaky ? exponential(-largest) : A(0);
+        for (int64_t k = 0; k < at.J; ++k) {
+            const A e = exponential(dot_of(0, k) - largest);
+            sum += e;
+            if (with_gradient) mean += e * dot_of(1, k);
+        }
+        inverse = reciprocal(sum);
+        mean *= inverse;
+    }
+    __device__ A coupling() const { return exponential(dot_of(0, at.j) - largest) * inverse; }
+    // c (e − Σ_k c_k e_k)
+    __device__ A gradient() const { return coupling() * (dot_of(1, at.j) - mean); }
+};
+
+// All couplings equal.
+template <class A, int width> struct Equal {
+    struct Own {};
+    A coupling;
+
+    __device__ void start(const At<A, width>&, Own&) const {}
+    __device__ void couple(const At<A, width>&, const Own&, const A (&)[width], A (&c)[width]) const {
+#pragma unroll
+        for (int d = 0; d < width; ++d) c[d] = coupling;
+    }
+};
+
+// c = softmax_j(û · x) + prior, or from behind δ = c (e − Σ_k c_k e_k) with e = û · y.
+template <class A, int width, bool adjoint> struct Agreement {
+    struct Own {
+        A x[width], y[width];
+    };
+    const A* x;      // [B, J, D]
+    const A* y;      // [B, J, D], if adjoint
+    const A* prior;  // [N, J], or null
+    bool leaky;
+
+    __device__ void start(const At<A, width>& at, Own& own) const {
+        load(x, at, own.x);
+        if (adjoint) load(y, at, own.y);
+    }
+    __device__ void couple(const At<A, width>& at, const Own& own, const A (&v)[width], A (&c)[width]) const {
+        const A dots[2] = {dot(v, own.x), adjoint ? dot(v, own.y) : A(0)};
+        at.show(0, dots);
+        A weight = 0;
+        if (at.there) {
+            const RowSoftmax<A, width> softmax(at, leaky, adjoint);
+            weight = adjoint ? softmax.gradient() : softmax.coupling();
+            if (prior) weight += prior[at.i * at.J + at.j];
+        }
+#pragma unroll
+        for (int d = 0; d < width; ++d) c[d] = weight;
+    }
+};
+
+// g_û = Σ_t [c^t g^t + δ^t x^t] over the iterations from `first` on.
+template <class A, int width> struct AgreementGradient {
+    struct Own {};
+    const A* x;    // [iterations, B, J, D], the states of the logits
+    const A* g;    // [iterations, B, J, D], the gradients of the sums
+    int64_t size;  // of one iteration
+    int first, iterations;
+    bool equal_first;  // whether the couplings of iteration 0 are equal
+    bool leaky, detach;
+    A equal;
+    const A* prior = nullptr;  // [N, J], or null
+    const A* rest = nullptr;   // [B, J, D], added to g_û; or null
+    A* g_prior = nullptr;      // [N, J], or null
+
+    void cut(int, int) {}
+    __device__ void begin_block() const {}
+    __device__ void end_block(A*) const {}
+    __device__ void start(const At<A, width>&, Own&) const {}
+    __device__ void gradient(const At<A, width>& at, const Own&, const A (&v)[width], A (&out)[width]) const {
+#pragma unroll
+        for (int d = 0; d < width; ++d) out[d] = A(0);
+        if (rest) load(rest, at, out);
+        for (int t = first; t < iterations; ++t) {
+            A own_x[width], own_g[width], c = equal, delta = 0;
+            load(g + t * size, at, own_g);
+            if (t > 0 || !equal_first) {
+                load(x + t * size, at, own_x);
+                const A dots[2] = {dot(v, own_x), dot(v, own_g)};
+                at.show(0, dots);
+                if (g_prior) add_up(at);
+                c = 0;
+                if (at.there) {
+                    const RowSoftmax<A, width> softmax(at, leaky, !detach);
+                    c = softmax.coupling();
+                    if (!detach) delta = softmax.gradient();
+                    if (prior) c += prior[at.i * at.J + at.j];
+                }
+            }
+#pragma unroll
+            for (int d = 0; d < width; ++d) out[d] += c * own_g[d];
+            if (detach || (t == 0 && equal_first)) continue;
+#pragma unroll
+            for (int d = 0; d < width; ++d) out[d] += delta * own_x[d];
+        }
+    }
+
+  private:
+    // g_prior = Σ_b e, by the thread of the first item of each tile.
+    __device__ void add_up(const At<A, width>& at) const {
+        if (at.item > 0 || at.part > 0 || !at.in_run) return;
+        A sum = 0;
+        for (int item = 0; item < at.items; ++item)
+            for (int part = 0; part < at.parts; ++part) sum += at.shared(1, at.slot + item * at.row_size + part);
+        A& to = g_prior[at.i * at.J + at.j];
+        to = at.tile == 0 ? sum : to + sum;
+    }
+};
+
+// ---- attention: a coupling for each component -----------------------------------------------------------------
+
+// z_k = Σ_j A_kj û_j + a_k and c = softmax_k(z), for every component by itself (CardioCaps, eq. 4). In shared memory:
+// the votes [width], then z, or what else the threads of a batch item exchange [width].
+template <class A, int width> struct Attention {
+    struct Own {};
+    const A* weight;  // [J, J]
+    const A* bias;    // [J], or null
+
+    __device__ void start(const At<A, width>&, Own&) const {}
+    __device__ void couple(const At<A, width>& at, const Own&, const A (&v)[width], A (&c)[width]) const {
+        at.show(0, v);
+#pragma unroll
+        for (int d = 0; d < width; ++d) c[d] = at.there && bias ? bias[at.j] : A(0);
+        for (int64_t k = 0; at.there && k < at.J; ++k) {
+            const A a = weight[at.j * at.J + k];
+#pragma unroll
+            for (int d = 0; d < width; ++d) c[d] += a * at.of(d, k);
+        }
+        at.show(width, c);
+        if (!at.there) return;
+#pragma unroll
+        for (int d = 0; d < width; ++d) {
+            A largest = at.of(width + d, 0), sum = 0;
+            for (int64_t k = 1; k < at.J; ++k) largest = larger(at.of(width + d, k), largest);
+            for (int64_t k = 0; k < at.J; ++k) sum += exponential(at.of(width + d, k) - largest);
+            c[d] = exponential(c[d] - largest) * reciprocal(sum);
+        }
+    }
+};
+
+// dz_k = c_k (q_k − Σ_j c_j q_j) with q = g_s û;  g_û,j = c_j g_s,j + Σ_k A_kj dz_k;  g_A,kj = Σ dz_k û_j;  g_a,k = Σ
+// dz_k. In shared memory, behind what Attention has: g_A and g_a of this thread [J + 1].
+template <class A, int width> struct AttentionGradient {
+    struct Own {
+        A g_s[width];
+    };
+    Attention<A, width> attention;
+    const A* g_s;  // [B, J, D]
+    bool wants_params;
+    int64_t J, params_at;  // where the gradients of the parameters begin in shared memory
+    int rows = 0, parts = 0;
+
+    void cut(int rows_, int parts_) { rows = rows_, parts = parts_; }
+    __device__ A& param(int64_t m, int64_t slot) const {
+        return reinterpret_cast<A*>(shared_memory())[(params_at + m) * (static_cast<int64_t>(blockDim.x) + 1) + slot];
+    }
+    __device__ void begin_block() const {
+        for (int64_t m = 0; wants_params && m <= J; ++m) param(m, threadIdx.x) = 0;
+    }
+    __device__ void start(const At<A, width>& at, Own& own) const { load(g_s, at, own.g_s); }
+    __device__ void gradient(const At<A, width>& at, const Own& own, const A (&v)[width], A (&g)[width]) const {
+        A c[width], dz[width];
+        attention.couple(at, {}, v, c);
+#pragma unroll
+        for (int d = 0; d < width; ++d) {
+            if (!at.there) c[d] = A(0);
+            g[d] = c[d] * own.g_s[d];
+            dz[d] = g[d] * v[d];
+        }
+        at.show(width, dz);
+#pragma unroll
+        for (int d = 0; d < width; ++d) {
+            A mean = 0;
+            for (int64_t k = 0; at.there && k < at.J; ++k) mean += at.of(width + d, k);
+            dz[d] -= c[d] * mean;
+        }
+        at.show(width, dz);
+        if (!at.there) return;
+        for (int64_t k = 0; k < at.J; ++k) {
+            const A a = attention.weight[k * at.J + at.j];
+            A product = 0;
+#pragma unroll
+            for (int d = 0; d < width; ++d) {
+                g[d] += a * at.of(width + d, k);
+                product += dz[d] * at.of(d, k);
+            }
+            if (wants_params) param(k, at.slot) += product;
+        }
+        A sum = 0;
+#pragma unroll
+        for (int d = 0; d < width; ++d) sum += dz[d];
+        if (wants_params) param(J, at.slot) += sum;
+    }
+    // params [runs, J·J + J]: g_A and g_a.
+    __device__ void end_block(A* params) const {
+        if (!wants_params) return;
+        __syncthreads();
+        for (int64_t x = threadIdx.x; x < J * (J + 1); x += blockDim.x) {
+            const int64_t k = x / (J + 1), m = x % (J + 1);
+            A sum = 0;
+            for (int row = 0; row < rows; ++row)
+                for (int part = 0; part < parts; ++part) sum += param(m, (row * J + k) * parts + part);
+            params[blockIdx.x * J * (J + 1) + (m < J ? k * J + m : J * J + k)] = sum;
+        }
+    }
+};
+
+// ---- votes that were stored, with their gradients ---------------------------------------------------------------
+
+template <class T, int width> struct StoredGradient {
+    struct Own {};
+    using A = Accumulation<T>;
+    const T* g_votes;  // [B, N, J, D]
+
+    void cut(int, int) {}
+    __device__ void begin_block() const {}
+    __device__ void end_block(A*) const {}
+    __device__ void start(const At<A, width>&, Own&) const {}
+    __device__ void gradient(const At<A, width>& at, const Own&, const A (&)[width], A (&g)[width]) const {
+#pragma unroll
+        for (int d = 0; d < width; ++d)
+            g[d] = at.there && d < at.count
+                       ? static_cast<A>(g_votes[((at.b * at.N + at.i) * at.J + at.j) * at.D + at.part * width + d])
+                       : A(0);
+    }
+};
+
+}  // namespace capsops::cuda

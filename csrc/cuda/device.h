@@ -1,0 +1,127 @@
+// What the kernels use of CUDA, or of its emulation on the host.
+#pragma once
+
+#if defined(CAPSOPS_EMULATION)
+#include "emulation.h"
+#else
+#include <cuda_runtime.h>
+#endif
+
+#include "../coupling.h"
+#include "../dtypes.h"
+#include "../routing.h"
+
+namespace capsops::cuda {
+
+// Threads of a block.
+constexpr int warp_size = 32, most_threads = 256;
+// Shared memory that every GPU gives a block without being asked.
+constexpr int64_t shared_bytes = 48 << 10;
+
+constexpr int64_t at_most(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+constexpr int64_t at_least(int64_t a, int64_t b) {
+    return a > b ? a : b;
+}
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+constexpr int whole_warps(int64_t threads) {
+    return static_cast<int>(ceil_div(at_least(threads, 1), warp_size) * warp_size);
+}
+
+#if defined(CAPSOPS_EMULATION)
+inline char* shared_memory() {
+    return emulation::block.memory.get();
+}
+
+template <class... P, class... Q>
+Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, const Place& place,
+              const Q&... arguments) {
+    if (place.needed) return Status::ok;
+    emulation::launch(kernel, place.threads > 1, blocks, dim3{static_cast<unsigned>(threads)},
+                      static_cast<size_t>(shared), arguments...);
+    return Status::ok;
+}
+#else
+__device__ inline char* shared_memory() {
+    extern __shared__ __align__(16) char memory[];
+    return memory;
+}
+
+// The last error of CUDA, as text, of this thread.
+inline thread_local const char* last_error = "";
+
+template <class... P, class... Q>
+Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, const Place& place,
+              const Q&... arguments) {
+    if (place.needed) return Status::ok;
+    kernel<<<blocks, threads, static_cast<size_t>(shared), static_cast<cudaStream_t>(place.stream)> > >(arguments...);
+    const cudaError_t error = cudaGetLastError();
+    if (error == cudaSuccess) return Status::ok;
+    last_error = cudaGetErrorString(error);
+    return Status::launch_failed;
+}
+#endif
+
+// A kernel over `count` independent numbers or rows.
+constexpr int64_t most_blocks = int64_t{1} << 16;
+inline dim3 blocks_for(int64_t count) {
+    return dim3{static_cast<unsigned>(at_least(at_most(ceil_div(count, most_threads), most_blocks), 1))};
+}
+__device__ inline int64_t first_index() {
+    return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+}
+__device__ inline int64_t index_stride() {
+    return static_cast<int64_t>(gridDim.x) * blockDim.x;
+}
+
+// The type that sums of a storage type are kept in.
+template <class T> struct AccumulationOf {
+    using type = float;
+};
+template <> struct AccumulationOf<double> {
+    using type = double;
+};
+template <class T> using Accumulation = typename AccumulationOf<T>::type;
+
+// Calls function.operator()<storage type>() and returns its status.
+template <class Function> inline Status for_storage(Dtype dtype, Function function) {
+    switch (dtype) {
+        case Dtype::float32: return function.template operator()<float>();
+        case Dtype::float64: return function.template operator()<double>();
+        case Dtype::bfloat16: return function.template operator()<bfloat16>();
+        case Dtype::float16: return function.template operator()<float16>();
+    }
+    return Status::unsupported;
+}
+
+// Takes memory from the workspace of an operator, or counts what it would take.
+class Workspace {
+  public:
+    explicit Workspace(const Place& place) : place_(place) {}
+    ~Workspace() {
+        if (place_.needed) *place_.needed = used_;
+    }
+    Workspace(const Workspace&) = delete;
+
+    template <class A> A* take(int64_t count) {
+        A* const memory = reinterpret_cast<A*>(static_cast<char*>(place_.workspace) + used_);
+        used_ += ceil_div(count * static_cast<int64_t>(sizeof(A)), 256) * 256;
+        return place_.needed ? nullptr : memory;
+    }
+
+  private:
+    const Place& place_;
+    int64_t used_ = 0;
+};
+
+// The first status that is not ok ends a sequence of launches.
+#define CAPSOPS_TRY(call)                        \
+    do {                                         \
+        const Status status = call;              \
+        if (status != Status::ok) return status; \
+    } while (false)
+
+}  // namespace capsops::cuda

@@ -1,0 +1,195 @@
+// The part of CUDA that these kernels use, on the host: for tests on machines without a GPU.
+//
+// Blocks run one after another. The threads of a block are fibers; each runs until it waits, at a barrier of the block
+// or at a shuffle of its warp, and goes on when all have come there. Between two barriers the threads run forward in
+// one block and backward in the next, and the other way round when asked, so that a race changes results. Shared memory
+// is a heap block of exactly the size that was asked for, filled with NaN: AddressSanitizer sees what lies outside, and
+// what is read before it is written spoils the result.
+#pragma once
+
+#include <ucontext.h>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/common_interface_defs.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+};
+
+using cudaStream_t = void*;
+enum cudaError_t { cudaSuccess };
+
+namespace emulation {
+
+enum class State { runs, at_barrier, at_shuffle, done };
+
+struct Fiber {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    dim3 index;
+    State state;
+    uint64_t given;
+    void* fake_stack;
+};
+
+constexpr size_t stack_size = size_t{1} << 16;
+constexpr int warp = 32;
+
+struct Block {
+    std::vector<std::unique_ptr<Fiber>> fibers;  // those of the largest block so far
+    std::vector<uint64_t> given;                 // at the shuffle that all lanes of the warp have reached
+    int threads = 0;
+    dim3 index, blocks, size;
+    std::unique_ptr<char[]> memory;
+    std::function<void()> kernel;
+    Fiber* current = nullptr;
+    ucontext_t scheduler;
+    void* scheduler_fake_stack = nullptr;
+    const void* scheduler_stack = nullptr;
+    size_t scheduler_stack_size = 0;
+};
+inline thread_local Block block;
+
+[[noreturn]] inline void fail(const char* what) {
+    std::fprintf(stderr, "CUDA emulation: block %u, thread %u: %s\n", block.index.x,
+                 block.current ? block.current->index.x : 0, what);
+    std::abort();
+}
+
+inline void to_scheduler([[maybe_unused]] bool forever = false) {
+    Fiber* self = block.current;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(forever ? nullptr : &self->fake_stack, block.scheduler_stack,
+                                   block.scheduler_stack_size);
+#endif
+    swapcontext(&self->context, &block.scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(self->fake_stack, nullptr, nullptr);
+#endif
+}
+
+inline void wait(State at) {
+    block.current->state = at;
+    to_scheduler();
+}
+
+inline void run_fiber() {
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack, &block.scheduler_stack_size);
+#endif
+    block.kernel();
+    block.current->state = State::done;
+    to_scheduler(true);
+}
+
+inline void resume(Fiber& fiber) {
+    block.current = &fiber;
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_start_switch_fiber(&block.scheduler_fake_stack, fiber.stack.get(), stack_size);
+#endif
+    swapcontext(&block.scheduler, &fiber.context);
+#if defined(__SANITIZE_ADDRESS__)
+    __sanitizer_finish_switch_fiber(block.scheduler_fake_stack, nullptr, nullptr);
+#endif
+    block.current = nullptr;
+}
+
+// Lets threads go on that wait for others which have all come; false if there are none.
+inline bool release() {
+    bool any = false, barrier = true;
+    for (int t = 0; t < block.threads; ++t) barrier = barrier && block.fibers[t]->state == State::at_barrier;
+    for (int t = 0; barrier && t < block.threads; ++t) block.fibers[t]->state = State::runs, any = true;
+    for (int w = 0; w < block.threads; w += warp) {
+        bool all = true;
+        for (int t = w; t < w + warp; ++t) all = all && block.fibers[t]->state == State::at_shuffle;
+        for (int t = w; all && t < w + warp; ++t) {
+            block.given[t] = block.fibers[t]->given;
+            block.fibers[t]->state = State::runs;
+            any = true;
+        }
+    }
+    return any;
+}
+
+inline void run_block(bool backward) {
+    for (int t = 0; t < block.threads; ++t) {
+        if (static_cast<size_t>(t) == block.fibers.size()) {
+            block.fibers.push_back(std::make_unique<Fiber>());
+            block.fibers[t]->stack.reset(new char[stack_size]);
+        }
+        Fiber& fiber = *block.fibers[t];
+        fiber.index.x = t;
+        fiber.state = State::runs;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_size = stack_size;
+        fiber.context.uc_link = nullptr;
+        makecontext(&fiber.context, run_fiber, 0);
+    }
+    for (;;) {
+        bool done = true;
+        for (int m = 0; m < block.threads; ++m) {
+            Fiber& fiber = *block.fibers[backward ? block.threads - 1 - m : m];
+            if (fiber.state == State::runs) resume(fiber);
+            done = done && fiber.state == State::done;
+        }
+        if (done) return;
+        if (!release()) fail("not all threads reach a barrier or a shuffle");
+    }
+}
+
+// order: 0, or 1 for the other way round.
+template <class Kernel, class... Arguments>
+void launch(Kernel kernel, int order, dim3 blocks, dim3 threads, size_t memory, const Arguments&... arguments) {
+    if (threads.x % warp || threads.y * threads.z != 1) fail("a block is not whole warps");
+    block.threads = threads.x;
+    block.size = threads;
+    block.blocks = blocks;
+    block.given.resize(threads.x);
+    block.kernel = [&] { kernel(arguments...); };
+    for (block.index.z = 0; block.index.z < blocks.z; ++block.index.z)
+        for (block.index.y = 0; block.index.y < blocks.y; ++block.index.y)
+            for (block.index.x = 0; block.index.x < blocks.x; ++block.index.x) {
+                block.memory.reset(new char[memory]);
+                std::memset(block.memory.get(), 0xff, memory);
+                run_block((block.index.x + block.index.y + order) % 2);
+            }
+}
+
+template <class X> X shuffle(X x, int lane) {
+    static_assert(sizeof(X) <= 8);
+    std::memcpy(&block.current->given, &x, sizeof(X));
+    const int thread = static_cast<int>(block.current->index.x);
+    wait(State::at_shuffle);
+    std::memcpy(&x, &block.given[thread / warp * warp + lane], sizeof(X));
+    return x;
+}
+
+}  // namespace emulation
+
+#define threadIdx (emulation::block.current->index)
+#define blockIdx (emulation::block.index)
+#define blockDim (emulation::block.size)
+#define gridDim (emulation::block.blocks)
+
+inline void __syncthreads() {
+    emulation::wait(emulation::State::at_barrier);
+}
+template <class X> X __shfl_xor_sync(unsigned, X x, int mask) {
+    return emulation::shuffle(x, static_cast<int>(threadIdx.x % emulation::warp) ^ mask);
+}

@@ -1,0 +1,346 @@
+// The streaming loops on a GPU, as csrc/cpu/stream.h has them on a CPU:
+//
+//   reduce   out[b] = Σ_i policy(û_bi)
+//   emit     g_u,bi = g_û,bi W_iᵀ;  g_W,i = Σ_b u_biᵀ g_û,bi
+//
+// A thread has one batch item, one output capsule and `width` components of its vote in registers; a longer vote has
+// several threads, its parts. The threads of a tile of the batch make a team; a block is several teams, each with an
+// input capsule of its own, and strides through a run of capsules. The threads of a team read the same matrix at the
+// same time, so that it crosses the memory bus once a pass for the whole tile.
+//
+// grid: runs of capsules, and in reduce also tiles of the batch; emit goes through the tiles one after another, for it
+// sums g_W over them. Every block has partial sums of its own, which are added in the order of the blocks, in double:
+// no atomics, and bitwise the same from run to run.
+//
+// A policy says for a thread
+//
+//   start(at, own)            at the start of a tile: what the thread keeps of it
+//   couple(at, own, v, c)     reducing: the weights c of the components of the vote v
+//   gradient(at, own, v, g)   emitting: the gradient g of the vote v
+//
+// All threads of a block call them together, for they exchange numbers through shared memory.
+#pragma once
+
+#include "rows.cuh"
+
+namespace capsops::cuda {
+
+// The capsules, cut into tiles and runs. From the shape alone, so that sums have one order.
+template <class T, int width> struct Stream {
+    const T* u;           // [B, N, K]
+    const T* weight;      // [N, K, J, D], or [K, J, D] if weight_stride is 0
+    const uint8_t* mask;  // [B, N], or null
+    int64_t B, N, K, J, D, weight_stride;
+    bool aligned;            // rows of W are whole aligned pieces of 16 bytes
+    int parts, row;          // threads of a vote, and of the votes of one batch item
+    int items, tiles, team;  // batch items of a tile; tiles; threads of a team
+    int teams, threads;
+    int64_t run, runs;  // capsules of a block; blocks
+
+    // numbers: of the accumulation type, in shared memory, of one thread.
+    Stream(const Capsules& c, int64_t numbers)
+        : u(static_cast<const T*>(c.u)),
+          weight(static_cast<const T*>(c.weight)),
+          mask(c.mask),
+          B(c.B),
+          N(c.N),
+          K(c.K),
+          J(c.J),
+          D(c.D),
+          weight_stride(c.weight_stride),
+          aligned(c.D % width == 0 && reinterpret_cast<uintptr_t>(c.weight) % 16 == 0),
+          parts(static_cast<int>(at_most(ceil_div(D, width), most_threads + 1))),
+          row(static_cast<int>(at_most(at_least(J * parts, 1), most_threads + 1))) {
+        const int64_t bytes = numbers * static_cast<int64_t>(sizeof(Accumulation<T>));
+        const int64_t fitting = at_most(most_threads, (shared_bytes / bytes - 1) / warp_size * warp_size);
+        tiles = static_cast<int>(at_least(ceil_div(B, at_least(fitting / row, 1)), 1));
+        items = static_cast<int>(at_least(ceil_div(B, tiles), 1));
+        team = items * row;
+        teams = static_cast<int>(at_least(at_most(fitting / team, N), 1));
+        threads = whole_warps(static_cast<int64_t>(teams) * team);
+        constexpr int64_t most_runs = 512, least_steps = 4;
+        run = ceil_div(at_least(ceil_div(N, most_runs), at_most(least_steps * teams, N)), teams) * teams;
+        runs = ceil_div(N, at_least(run, 1));
+    }
+
+    __host__ __device__ bool shared_weight() const { return weight_stride == 0; }
+    // Whether one batch item's votes fit into a block.
+    bool fits(int64_t numbers) const { return threads <= most_threads && bytes(numbers) <= shared_bytes; }
+    int64_t bytes(int64_t numbers) const {
+        return numbers * (threads + 1) * static_cast<int64_t>(sizeof(Accumulation<T>));
+    }
+};
+
+// Where a thread is.
+template <class A, int width> struct At {
+    int64_t i = 0, b, j;  // its input capsule, batch item and output capsule
+    int part, parts;      // of the vote: components part · width … part · width + count − 1
+    int count;
+    bool in_run = false;    // whether there is such a capsule in the block's run, and such a batch item
+    bool there = false;     // and the pair is not masked
+    int item, items, tile;  // batch item of the tile, items of a tile, tile
+    int64_t N, J, D;
+    int slot, row;  // its place in the block, and that of the first thread of its batch item and team
+    int row_size;   // threads of a batch item
+    A* memory;      // [numbers, threads + 1]: one more, so that the numbers of a thread lie in different banks
+
+    __device__ A& shared(int64_t number, int64_t slot_) const {
+        return memory[number * (static_cast<int64_t>(blockDim.x) + 1) + slot_];
+    }
+    // Number `number` of the thread that has the same part of output capsule k.
+    __device__ A of(int64_t number, int64_t k) const { return shared(number, row + k * parts + part); }
+    // Its first component in [B, J, D].
+    __device__ int64_t state() const { return (b * J + j) * D + part * width; }
+
+    // Shows numbers of this thread to the others, after all have read those before.
+    template <int n> __device__ void show(int64_t first, const A (&x)[n]) const {
+        __syncthreads();
+#pragma unroll
+        for (int m = 0; m < n; ++m) shared(first + m, slot) = x[m];
+        __syncthreads();
+    }
+};
+
+template <class T, int width> struct Thread {
+    At<Accumulation<T>, width> at;
+    int team;
+    bool paired;  // there is a vote for it in this tile
+
+    __device__ Thread(const Stream<T, width>& s, int tile) {
+        at.slot = static_cast<int>(threadIdx.x);
+        team = at.slot / s.team;
+        const int rest = at.slot % s.team;
+        at.item = rest / s.row, at.items = s.items, at.tile = tile;
+        at.b = static_cast<int64_t>(tile) * s.items + at.item;
+        at.j = rest % s.row / s.parts;
+        at.part = rest % s.parts, at.parts = s.parts;
+        at.count = static_cast<int>(at_most(width, s.D - at.part * width));
+        at.row = at.slot - rest % s.row, at.row_size = s.row;
+        at.N = s.N, at.J = s.J, at.D = s.D;
+        at.memory = reinterpret_cast<Accumulation<T>*>(shared_memory());
+        paired = team < s.teams && at.b < s.B;
+    }
+    __device__ void go_to(const Stream<T, width>& s, int64_t first, int64_t end) {
+        at.i = first + team;
+        at.in_run = paired && at.i < end;
+        at.there = at.in_run && (!s.mask || s.mask[at.b * s.N + at.i]);
+    }
+};
+
+// `count` numbers of a row of W; 0 behind.
+template <int width, class T>
+__device__ inline void read_row(const T* from, int count, bool aligned, Accumulation<T> (&to)[width]) {
+    constexpr int piece = 16 / static_cast<int>(sizeof(T));
+    struct alignas(16) Piece {
+        T x[piece];
+    };
+    if (aligned) {
+#pragma unroll
+        for (int d = 0; d < width; d += piece) {
+            const Piece x = *reinterpret_cast<const Piece*>(from + d);
+#pragma unroll
+            for (int m = 0; m < piece; ++m) to[d + m] = static_cast<Accumulation<T>>(x.x[m]);
+        }
+    } else {
+#pragma unroll
+        for (int d = 0; d < width; ++d) to[d] = d < count ? static_cast<Accumulation<T>>(from[d]) : Accumulation<T>(0);
+    }
+}
+
+// The thread's part of u_bi W_ij; 0 where there is none, and behind D.
+template <class T, int width>
+__device__ inline void make_vote(const Stream<T, width>& s, const At<Accumulation<T>, width>& at,
+                                 Accumulation<T> (&v)[width]) {
+    using A = Accumulation<T>;
+#pragma unroll
+    for (int d = 0; d < width; ++d) v[d] = A(0);
+    if (!at.there) return;
+    const T* u = s.u + (at.b * s.N + at.i) * s.K;
+    const T* w = s.weight + at.i * s.weight_stride + at.j * s.D + at.part * width;
+    for (int64_t k = 0; k < s.K; ++k) {
+        const A a = static_cast<A>(u[k]);
+        A row[width];
+        read_row(w + k * s.J * s.D, at.count, s.aligned, row);
+#pragma unroll
+        for (int d = 0; d < width; ++d) v[d] += a * row[d];
+    }
+}
+
+// The thread's part of a state [B, J, D].
+template <class A, int width> __device__ inline void load(const A* x, const At<A, width>& at, A (&to)[width]) {
+#pragma unroll
+    for (int d = 0; d < width; ++d) to[d] = at.there && d < at.count ? x[at.state() + d] : A(0);
+}
+
+template <int width, class A> __device__ inline A dot(const A (&x)[width], const A (&y)[width]) {
+    A sum = 0;
+#pragma unroll
+    for (int d = 0; d < width; ++d) sum += x[d] * y[d];
+    return sum;
+}
+
+// ---- reduce ------------------------------------------------------------------------------------------------
+
+template <int width, class T, class Policy>
+__global__ void __launch_bounds__(most_threads, 1)
+    reduce_kernel(Stream<T, width> s, Policy policy, Accumulation<T>* partial /* [runs, B, J, D] */) {
+    using A = Accumulation<T>;
+    Thread<T, width> thread(s, static_cast<int>(blockIdx.y));
+    At<A, width>& at = thread.at;
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * s.run, end = at_most(begin + s.run, s.N);
+    at.there = thread.paired;
+    typename Policy::Own own;
+    policy.start(at, own);
+    A sum[width];
+#pragma unroll
+    for (int d = 0; d < width; ++d) sum[d] = A(0);
+    for (int64_t first = begin; first < end; first += s.teams) {
+        thread.go_to(s, first, end);
+        A v[width], c[width];
+        make_vote(s, at, v);
+        policy.couple(at, own, v, c);
+#pragma unroll
+        for (int d = 0; d < width; ++d) sum[d] += c[d] * v[d];
+    }
+    at.show(0, sum);
+    // Over the teams.
+    for (int64_t x = threadIdx.x; x < static_cast<int64_t>(s.items) * s.J * s.D; x += blockDim.x) {
+        const int64_t item = x / (s.J * s.D), j = x / s.D % s.J, d = x % s.D;
+        const int64_t b = static_cast<int64_t>(blockIdx.y) * s.items + item;
+        if (b >= s.B) continue;
+        A total = 0;
+        for (int team = 0; team < s.teams; ++team)
+            total += at.shared(d % width, team * s.team + item * s.row + j * s.parts + d / width);
+        partial[blockIdx.x * s.B * s.J * s.D + (b * s.J + j) * s.D + d] = total;
+    }
+}
+
+// ---- emit --------------------------------------------------------------------------------------------------
+
+// Where gradients go. sums: [K, J, D] of each team of each block, or of each block where the matrix is shared; null if
+// g_weight can take them.
+template <class T> struct GradientsOf {
+    T* u;       // [B, N, K], or null
+    T* weight;  // as the matrices, or null
+    Accumulation<T>* sums;
+};
+
+// The numbers of a thread in shared memory: the gradient of its part of a vote [width], and what it gives g_u [K].
+template <int width, class T, class Policy>
+__global__ void __launch_bounds__(most_threads, 1) emit_kernel(Stream<T, width> s, Policy policy, GradientsOf<T> to,
+                                                               Accumulation<T>* params /* [runs, param_count] */) {
+    using A = Accumulation<T>;
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * s.run, end = at_most(begin + s.run, s.N);
+    const int64_t KJD = s.K * s.J * s.D;
+    const bool shared = s.shared_weight();
+    policy.begin_block();
+    for (int64_t first = begin; first < end; first += s.teams) {
+        for (int tile = 0; tile < s.tiles; ++tile) {
+            Thread<T, width> thread(s, tile);
+            At<A, width>& at = thread.at;
+            at.there = thread.paired;
+            typename Policy::Own own;
+            policy.start(at, own);
+            thread.go_to(s, first, end);
+            A v[width], g[width];
+            make_vote(s, at, v);
+            policy.gradient(at, own, v, g);
+            at.show(0, g);
+            if (to.u) {
+                const T* w = s.weight + at.i * s.weight_stride + at.j * s.D + at.part * width;
+                for (int64_t k = 0; k < s.K; ++k) {
+                    A row[width], sum = 0;
+                    if (at.there) {
+                        read_row(w + k * s.J * s.D, at.count, s.aligned, row);
+                        sum = dot(row, g);
+                    }
+                    at.shared(width + k, at.slot) = sum;
+                }
+                __syncthreads();
+                const int64_t rows = static_cast<int64_t>(s.teams) * s.items;
+                for (int64_t x = threadIdx.x; x < rows * s.K; x += blockDim.x) {
+                    const int64_t row = x / s.K, k = x % s.K, i = first + row / s.items;
+                    const int64_t b = static_cast<int64_t>(tile) * s.items + row % s.items;
+                    if (i >= end || b >= s.B) continue;
+                    A sum = 0;
+                    for (int m = 0; m < s.row; ++m) sum += at.shared(width + k, row * s.row + m);
+                    to.u[(b * s.N + i) * s.K + k] = static_cast<T>(sum);
+                }
+            }
+            if (!to.weight) continue;
+            // A thread has the same entries of g_W in every tile; of a shared matrix also in every step.
+            const int64_t matrices = shared ? 1 : s.teams;
+            for (int64_t x = threadIdx.x; x < matrices * KJD; x += blockDim.x) {
+                const int64_t entry = x % KJD, k = entry / (s.J * s.D), j = entry / s.D % s.J, d = entry % s.D;
+                const int64_t first_team = shared ? 0 : x / KJD, end_team = shared ? s.teams : first_team + 1;
+                A sum = 0;
+                for (int64_t team = first_team; team < end_team && first + team < end; ++team)
+                    for (int item = 0; item < s.items; ++item) {
+                        const int64_t b = static_cast<int64_t>(tile) * s.items + item, pair = b * s.N + first + team;
+                        if (b >= s.B || (s.mask && !s.mask[pair])) continue;
+                        sum += static_cast<A>(s.u[pair * s.K + k]) *
+                               at.shared(d % width, team * s.team + item * s.row + j * s.parts + d / width);
+                    }
+                A* const sums = to.sums ? to.sums + blockIdx.x * matrices * KJD + x : nullptr;
+                const bool again = tile > 0 || (shared && first > begin), last = tile + 1 == s.tiles;
+                if (sums && again) sum += *sums;
+                if (sums) *sums = sum;
+                if (!shared && last && first + first_team < end)
+                    to.weight[(first + first_team) * s.weight_stride + entry] = static_cast<T>(sum);
+            }
+        }
+    }
+    policy.end_block(params);
+}
+
+// ---- the loops, as the operators call them -------------------------------------------------------------------
+
+// Calls function.operator()<width>(): few registers for short votes.
+template <class Function> inline Status for_width(int64_t D, Function function) {
+    return D <= 8 ? function.template operator()<8>() : function.template operator()<16>();
+}
+
+// out [B, J, D] = Σ_i policy(û_bi). numbers: that a thread of the policy has in shared memory.
+template <int width, class T, class Policy>
+Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspace& w, Accumulation<T>* out) {
+    using A = Accumulation<T>;
+    numbers = at_least(numbers, width);
+    const Stream<T, width> s(c, numbers);
+    if (c.rows != 1 || !s.fits(numbers)) return Status::unsupported;
+    const int64_t size = c.B * c.J * c.D;
+    A* partial = w.take<A>(s.runs * size);
+    if (size == 0) return Status::ok;
+    if (s.runs > 0) {
+        const dim3 blocks{static_cast<unsigned>(s.runs), static_cast<unsigned>(s.tiles)};
+        CAPSOPS_TRY(
+            launch(reduce_kernel<width, T, Policy>, blocks, s.threads, s.bytes(numbers), c.place, s, policy, partial));
+    }
+    return launch(add_rows<A>, blocks_for(size), most_threads, 0, c.place, partial, s.runs, size, size, out);
+}
+
+// param_count: numbers that a block leaves in params [runs, param_count], which `add` then sums.
+template <int width, class T, class Policy, class Add>
+Status emit(const Capsules& c, Policy policy, int64_t numbers, const CapsuleGradients& gradients, int64_t param_count,
+            Workspace& w, Add add) {
+    using A = Accumulation<T>;
+    numbers = at_least(numbers, width + c.K);
+    const Stream<T, width> s(c, numbers);
+    if (c.rows != 1 || !s.fits(numbers)) return Status::unsupported;
+    const int64_t KJD = c.K * c.J * c.D, matrices = s.shared_weight() ? 1 : s.teams;
+    const bool sums = gradients.weight && (s.shared_weight() || s.tiles > 1);
+    const GradientsOf<T> to{static_cast<T*>(gradients.u), static_cast<T*>(gradients.weight),
+                            sums ? w.take<A>(s.runs * matrices * KJD) : nullptr};
+    A* params = w.take<A>(s.runs * param_count);
+    A* total = w.take<A>(s.shared_weight() ? KJD : 0);
+    policy.cut(s.teams * s.items, s.parts);
+    if (s.runs > 0 && c.B * c.J > 0)
+        CAPSOPS_TRY(launch(emit_kernel<width, T, Policy>, dim3{static_cast<unsigned>(s.runs)}, s.threads,
+                           s.bytes(numbers), c.place, s, policy, to, params));
+    if (gradients.weight && s.shared_weight()) {
+        CAPSOPS_TRY(launch(add_rows<A>, blocks_for(KJD), most_threads, 0, c.place, to.sums, s.runs, KJD, KJD, total));
+        CAPSOPS_TRY(launch(copy_numbers<A, T>, blocks_for(KJD), most_threads, 0, c.place, total, to.weight, KJD));
+    }
+    return add(params, s.runs);
+}
+
+}  // namespace capsops::cuda
