@@ -57,8 +57,12 @@ template <class... P, class... Q>
 Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, const Place& place,
               const Q&... arguments) {
     if (place.needed) return Status::ok;
-    kernel<<<blocks, threads, static_cast<size_t>(shared), static_cast<cudaStream_t>(place.stream)> > >(arguments...);
-    const cudaError_t error = cudaGetLastError();
+    cudaLaunchConfig_t config{};
+    config.gridDim = blocks;
+    config.blockDim = dim3{static_cast<unsigned>(threads)};
+    config.dynamicSmemBytes = static_cast<size_t>(shared);
+    config.stream = static_cast<cudaStream_t>(place.stream);
+    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
     if (error == cudaSuccess) return Status::ok;
     last_error = cudaGetErrorString(error);
     return Status::launch_failed;

@@ -1,10 +1,10 @@
 // The part of CUDA that these kernels use, on the host: for tests on machines without a GPU.
 //
-// Blocks run one after another. The threads of a block are fibers; each runs until it waits, at a barrier of the block
-// or at a shuffle of its warp, and goes on when all have come there. Between two barriers the threads run forward in
-// one block and backward in the next, and the other way round when asked, so that a race changes results. Shared memory
-// is a heap block of exactly the size that was asked for, filled with NaN: AddressSanitizer sees what lies outside, and
-// what is read before it is written spoils the result.
+// Blocks run one after another. The threads of a block are fibers; each runs until it waits at a barrier, and goes on
+// when all have come there. Between two barriers the threads run forward in one block and backward in the next, and the
+// other way round when asked, so that a race changes results. Shared memory is a heap block of exactly the size that
+// was asked for, filled with NaN: AddressSanitizer sees what lies outside, and what is read before it is written spoils
+// the result.
 #pragma once
 
 #include <ucontext.h>
@@ -31,19 +31,15 @@ struct dim3 {
     unsigned x = 1, y = 1, z = 1;
 };
 
-using cudaStream_t = void*;
-enum cudaError_t { cudaSuccess };
-
 namespace emulation {
 
-enum class State { runs, at_barrier, at_shuffle, done };
+enum class State { runs, waits, done };
 
 struct Fiber {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
     dim3 index;
     State state;
-    uint64_t given;
     void* fake_stack;
 };
 
@@ -52,7 +48,6 @@ constexpr int warp = 32;
 
 struct Block {
     std::vector<std::unique_ptr<Fiber>> fibers;  // those of the largest block so far
-    std::vector<uint64_t> given;                 // at the shuffle that all lanes of the warp have reached
     int threads = 0;
     dim3 index, blocks, size;
     std::unique_ptr<char[]> memory;
@@ -83,8 +78,8 @@ inline void to_scheduler([[maybe_unused]] bool forever = false) {
 #endif
 }
 
-inline void wait(State at) {
-    block.current->state = at;
+inline void wait() {
+    block.current->state = State::waits;
     to_scheduler();
 }
 
@@ -109,21 +104,12 @@ inline void resume(Fiber& fiber) {
     block.current = nullptr;
 }
 
-// Lets threads go on that wait for others which have all come; false if there are none.
+// Lets the threads go on that wait, if all do; else false.
 inline bool release() {
-    bool any = false, barrier = true;
-    for (int t = 0; t < block.threads; ++t) barrier = barrier && block.fibers[t]->state == State::at_barrier;
-    for (int t = 0; barrier && t < block.threads; ++t) block.fibers[t]->state = State::runs, any = true;
-    for (int w = 0; w < block.threads; w += warp) {
-        bool all = true;
-        for (int t = w; t < w + warp; ++t) all = all && block.fibers[t]->state == State::at_shuffle;
-        for (int t = w; all && t < w + warp; ++t) {
-            block.given[t] = block.fibers[t]->given;
-            block.fibers[t]->state = State::runs;
-            any = true;
-        }
-    }
-    return any;
+    for (int t = 0; t < block.threads; ++t)
+        if (block.fibers[t]->state != State::waits) return false;
+    for (int t = 0; t < block.threads; ++t) block.fibers[t]->state = State::runs;
+    return true;
 }
 
 inline void run_block(bool backward) {
@@ -149,7 +135,7 @@ inline void run_block(bool backward) {
             done = done && fiber.state == State::done;
         }
         if (done) return;
-        if (!release()) fail("not all threads reach a barrier or a shuffle");
+        if (!release()) fail("not all threads reach a barrier");
     }
 }
 
@@ -160,7 +146,6 @@ void launch(Kernel kernel, int order, dim3 blocks, dim3 threads, size_t memory, 
     block.threads = threads.x;
     block.size = threads;
     block.blocks = blocks;
-    block.given.resize(threads.x);
     block.kernel = [&] { kernel(arguments...); };
     for (block.index.z = 0; block.index.z < blocks.z; ++block.index.z)
         for (block.index.y = 0; block.index.y < blocks.y; ++block.index.y)
@@ -171,15 +156,6 @@ void launch(Kernel kernel, int order, dim3 blocks, dim3 threads, size_t memory, 
             }
 }
 
-template <class X> X shuffle(X x, int lane) {
-    static_assert(sizeof(X) <= 8);
-    std::memcpy(&block.current->given, &x, sizeof(X));
-    const int thread = static_cast<int>(block.current->index.x);
-    wait(State::at_shuffle);
-    std::memcpy(&x, &block.given[thread / warp * warp + lane], sizeof(X));
-    return x;
-}
-
 }  // namespace emulation
 
 #define threadIdx (emulation::block.current->index)
@@ -188,8 +164,5 @@ template <class X> X shuffle(X x, int lane) {
 #define gridDim (emulation::block.blocks)
 
 inline void __syncthreads() {
-    emulation::wait(emulation::State::at_barrier);
-}
-template <class X> X __shfl_xor_sync(unsigned, X x, int mask) {
-    return emulation::shuffle(x, static_cast<int>(threadIdx.x % emulation::warp) ^ mask);
+    emulation::wait();
 }
