@@ -1,19 +1,10 @@
 // Products of small matrices, their results in registers: with components in the lanes, and with batch items.
 #pragma once
 
+#include "../sizes.h"
 #include "simd.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
-
-constexpr int64_t at_most(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-constexpr int64_t at_least(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
 
 // Rows and vectors of a product that are kept in registers at a time: two thirds of the registers there are.
 constexpr int most_rows = CAPSOPS_VECTOR_BYTES == 64 ? 8 : 4, block_vectors = 2;

@@ -10,6 +10,7 @@
 #include "../coupling.h"
 #include "../dtypes.h"
 #include "../routing.h"
+#include "../sizes.h"
 
 namespace capsops::cuda {
 
@@ -18,15 +19,6 @@ constexpr int warp_size = 32, most_threads = 256;
 // Shared memory that every GPU gives a block without being asked.
 constexpr int64_t shared_bytes = 48 << 10;
 
-constexpr int64_t at_most(int64_t a, int64_t b) {
-    return a < b ? a : b;
-}
-constexpr int64_t at_least(int64_t a, int64_t b) {
-    return a > b ? a : b;
-}
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
 constexpr int whole_warps(int64_t threads) {
     return static_cast<int>(ceil_div(at_least(threads, 1), warp_size) * warp_size);
 }
