@@ -4,7 +4,7 @@
 #   tests/core/sanitize.sh                                AddressSanitizer (with leaks), UndefinedBehaviorSanitizer
 #   tests/core/sanitize.sh thread                         ThreadSanitizer
 #   tests/core/sanitize.sh address,undefined emulated     of the instruction sets the first alone; and the CUDA kernels,
-#                                                         run on the host and compared with it
+#                                                         run on the host (AddressSanitizer) and compared with it
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -34,7 +34,7 @@ emulation=
 if [ "${2:-}" = emulated ]; then
     emulation=-DCAPSOPS_EMULATION
     for source in csrc/cuda/*.cu; do
-        jobs+=("cuda-$(basename "$source" .cu).o $source -xc++ $emulation -Wno-unknown-pragmas")
+        jobs+=("cuda-$(basename "$source" .cu).o $source -xc++ $emulation -Wno-unknown-pragmas -fno-sanitize=undefined")
     done
 fi
 jobs+=("dispatch.o csrc/cpu/dispatch.cpp ${x86[*]}" "every_operator.o tests/core/every_operator.cpp $emulation")
