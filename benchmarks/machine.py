@@ -98,7 +98,7 @@ def measure(quick: bool = False) -> Iterator[Machine]:
     import torch
     from torch import Tensor
 
-    from capsops.backends.cpu import _C
+    from capsops.backends.extension import _C
 
     threads = torch.get_num_threads()
     size = 16 << 20 if quick else 1 << 30  # bytes, far beyond any cache

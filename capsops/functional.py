@@ -38,9 +38,9 @@ def settle(op: str, names: str, required: int, *tensors: Tensor | None) -> tuple
     return tuple([x.float() if x is not None and x.dtype in LOW_PRECISION else x for x in tensors])
 
 
-def _plain(x: Tensor) -> bool:
-    """Whether the reference takes tensors like this one."""
-    return backends.select(x.device, x.dtype) == "reference"
+def _plain(op: str, x: Tensor) -> bool:
+    """Whether the reference runs an operator on tensors like this one."""
+    return backends.select(op, x.device, x.dtype) == "reference"
 
 
 def float32(x: Tensor) -> torch.autocast:
@@ -70,7 +70,7 @@ def squash(s: Tensor, dim: int = -1, kind: str = "sabour") -> Tensor:
         raise ValueError(f"squash: dim is {dim!r}; s has {s.dim()} dimensions, so allowed are {allowed}")
     last = dim in (-1, s.dim() - 1)
     x = s if last else s.movedim(dim, -1)
-    if _plain(s):
+    if _plain("squash", s):
         with float32(s):
             v = reference.squash(x, kind)
     else:
@@ -101,7 +101,7 @@ def primary_capsules(features: Tensor, types: int, *, layout: str = "channels", 
         raise ValueError(f"{op}: layout is {layout!r}; allowed are {', '.join(map(repr, LAYOUTS))}")
     legacy = layout == "legacy"
     _ops.check_primary(op, features, types, legacy, squash)
-    if _plain(features):
+    if _plain(op, features):
         with float32(features):
             return reference.primary_capsules(features, types, legacy, squash)
     return _ops.apply(_ops.PrimaryCapsules, features, types, legacy, squash)
@@ -121,7 +121,7 @@ def affine_votes(u: Tensor, weight: Tensor) -> Tensor:
         ValueError: wrong shapes, dtypes or devices.
     """
     u, weight = settle("affine_votes", "u weight", 2, u, weight)
-    if _plain(u):
+    if _plain("affine_votes", u):
         _ops.check_affine_votes("affine_votes", u, weight)
         with float32(u):
             return reference.affine_votes(u, weight)
@@ -151,7 +151,7 @@ def attention_routing(
     op = "attention_routing"
     names = "u weight attn_weight attn_bias mask"
     u, weight, attn_weight, attn_bias, mask = settle(op, names, 3, u, weight, attn_weight, attn_bias, mask)
-    if _plain(u):
+    if _plain(op, u):
         _ops.check_attention(op, u, weight, attn_weight, attn_bias, mask)
         with float32(u):
             return reference.attention_routing(u, weight, attn_weight, attn_bias, mask)
@@ -191,7 +191,7 @@ def dynamic_routing(
     _ops.check_iterations(op, iterations)
     _ops.check_flag(op, "leaky", leaky)
     _ops.check_flag(op, "detach", detach)
-    if _plain(u):
+    if _plain(op, u):
         _ops.check_dynamic(op, u, weight, bias, mask, iterations)
         with float32(u):
             return reference.dynamic_routing(u, weight, bias, mask, iterations, leaky, detach)
@@ -226,7 +226,7 @@ def self_attention_routing(
     """
     op = "self_attention_routing"
     u, weight, prior, mask = settle(op, "u weight prior mask", 2, u, weight, prior, mask)
-    plain = _plain(u)
+    plain = _plain(op, u)
     if plain or scale is None:
         D = _ops.check_self_attention(op, u, weight, prior, mask)[-1]
     if scale is None:
@@ -277,7 +277,7 @@ def em_routing(
     pose, activation, weight, beta_u, beta_a, mask = tensors
     temperatures = _ops.inverse_temperatures(op, inverse_temperature, iterations)
     _ops.check_flag(op, "renormalise", renormalise)
-    plain = _plain(pose)
+    plain = _plain(op, pose)
     if plain or renormalise:
         _ops.check_em(op, *tensors)
     if renormalise:

@@ -16,9 +16,10 @@ enum class Dtype : int { float32, float64, bfloat16, float16 };
 
 enum class Status : int { ok, out_of_memory, unsupported, launch_failed };
 
-// Where an operator runs: on so many threads of the CPU, or on the current GPU.
+// Where an operator runs: on so many threads of the CPU, or on a GPU.
 struct Place {
     int threads;                // of the CPU
+    int device = -1;            // index of the GPU; -1: the CPU
     void* stream = nullptr;     // cudaStream_t
     void* workspace = nullptr;  // memory of the GPU, aligned to 256 bytes
     int64_t* needed = nullptr;  // not null: nothing runs, and the bytes of workspace that it would take are put here
@@ -160,6 +161,12 @@ namespace cuda {
 
 // The kernels for GPUs; those of EM routing are null.
 extern const Kernels kernels;
+
+// What CUDA said of the last launch in this thread that failed.
+const char* error();
+// As CUDA writes them, 13000 for 13.0. The driver's is 0 where there is none.
+int driver_version();
+int runtime_version();
 
 }  // namespace cuda
 

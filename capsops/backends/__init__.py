@@ -1,8 +1,8 @@
 """The backends, and the choice between them.
 
 Each backend is a module with the same function names. `reference` is plain PyTorch and differentiated by it; the
-compiled ones fill the outputs of the operators in `_ops.py`. A compiled backend says by `why_not` why it cannot take a
-tensor.
+compiled ones fill the outputs of the operators in `_ops.py`. A compiled backend says by `why_not` why it cannot run an
+operator on tensors of a device and dtype.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import cpu, cuda, extension, triton
 
 # In the order of preference. The reference takes whatever the others refuse.
-COMPILED: dict[str, ModuleType] = {"cpu": cpu}
+COMPILED: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton}
 NAMES = (*COMPILED, "reference")
 
 
@@ -42,7 +42,9 @@ if os.environ.get("CAPSOPS_BACKEND"):
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
-    """Use one backend ("cpu" or "reference") inside a block, `with use_backend("reference"):`, for all tensors.
+    """Use one backend inside a block, `with use_backend("reference"):`, for all tensors.
+
+    name: "cpu", "cuda", "triton" or "reference".
 
     Holds for the whole process, not for one thread: of overlapping blocks the last begun counts. The environment
     variable CAPSOPS_BACKEND does the same for a whole run.
@@ -68,11 +70,11 @@ def forced() -> str | None:
     return _forced[-1] if _forced else None
 
 
-def select(device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the backend that takes tensors like these.
+def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend that runs an operator on tensors like these.
 
     Raises:
-        BackendError: a backend is forced and cannot take them.
+        BackendError: a backend is forced and cannot.
     """
     only = forced()
     if only == "reference":
@@ -83,37 +85,41 @@ def select(device: torch.device, dtype: torch.dtype) -> str:
     for name, module in COMPILED.items():
         if only not in (None, name):
             continue
-        reason = module.why_not(device.type, dtype)
+        reason = module.why_not(op, device, dtype)
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
     if only:
-        raise BackendError(f"the forced backend cannot run here: {'; '.join(reasons)}")
-    _warn_slow("; ".join(reasons))
+        raise BackendError(f"the forced backend cannot run {op} here: {'; '.join(reasons)}")
+    _warn_slow(op, "; ".join(reasons))
     return "reference"
 
 
 def compiled(op: str, tensor: Tensor) -> ModuleType:
-    """The compiled backend for an operator on tensors like this one.
+    """The compiled backend for an operator on tensors like this one: the one that is forced, if it can.
 
     Raises:
         BackendError: there is none.
     """
+    device, dtype = tensor.device, tensor.dtype
+    only = forced()
+    if only in COMPILED and COMPILED[only].why_not(op, device, dtype) is None:
+        return COMPILED[only]
     for module in COMPILED.values():
-        if module.why_not(tensor.device.type, tensor.dtype) is None:
+        if module.why_not(op, device, dtype) is None:
             return module
-    raise BackendError(f"{op}: no compiled backend takes a {tensor.dtype} tensor on {tensor.device}\n{info()}")
+    raise BackendError(f"{op}: no compiled backend takes a {dtype} tensor on {device}\n{info()}")
 
 
 _warned: set[str] = set()
 
 
-def _warn_slow(reasons: str) -> None:
+def _warn_slow(op: str, reasons: str) -> None:
     # A graph that is being compiled has no place for a warning; whoever compiles has run the code before.
     if reasons not in _warned and not torch.compiler.is_compiling():
         _warned.add(reasons)
         warnings.warn(
-            f"capsops runs on its slow reference backend, which materialises the votes ({reasons}). "
+            f"capsops runs {op} on its slow reference backend, which materialises the votes ({reasons}). "
             "`python -m capsops.info` says what was built.",
             RuntimeWarning,
             stacklevel=4,
@@ -131,17 +137,21 @@ class Info:
     threads: int
     extension: str  # what built it, or that it was not built
     instruction_set: str  # the instruction set of the CPU kernels
+    gpus: tuple[str, ...]  # those that torch sees
     forced: str | None
     backends: dict[str, str]  # name -> "yes", or why not
+    chosen: dict[str, str]  # device -> what runs on its tensors
 
     def __str__(self) -> str:
         rows = [
             ("capsops", f"{self.version}, Python {self.python}, torch {self.torch}"),
             ("machine", f"{self.machine}, {self.threads} threads"),
+            ("GPUs", ", ".join(self.gpus) or "none that torch sees"),
             ("extension", self.extension),
             ("instruction set", self.instruction_set),
             ("backend forced", self.forced or "none (the first that can, in the order below)"),
             *((f"backend {name}", state) for name, state in self.backends.items()),
+            *((f"on {device}", state) for device, state in self.chosen.items()),
         ]
         width = max(len(key) for key, _ in rows)
         return "\n".join(f"{key:<{width}}  {value}" for key, value in rows)
@@ -149,20 +159,46 @@ class Info:
     __repr__ = __str__
 
 
+# One that all backends have, and one that not all have.
+_USUAL, _RARE = "dynamic_routing", "em_routing"
+
+
+def _chosen(device: torch.device) -> str:
+    """What runs on the tensors of a device."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            usual, rare = (select(op, device, torch.float32) for op in (_USUAL, _RARE))
+    except BackendError as error:
+        return f"nothing: {error}"
+    if usual == rare:
+        return usual
+    return f"{usual}; EM routing on {rare} ({usual}: {COMPILED[usual].why_not(_RARE, device, torch.float32)})"
+
+
+def _state(module: ModuleType) -> str:
+    usual, rare = (module.why_not(op, torch.device(module.DEVICE_TYPE), torch.float32) for op in (_USUAL, _RARE))
+    return f"no: {usual}" if usual else f"yes, but {rare}" if rare else "yes"
+
+
 def info() -> Info:
     """What was built, what runs here, and why not the rest."""
     from .. import __version__
 
-    states = {name: module.why_not(module.DEVICE_TYPE, torch.float32) or "yes" for name, module in COMPILED.items()}
-    states["reference"] = "yes (plain PyTorch; slow, materialises the votes)"
+    gpus = [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     return Info(
         version=__version__,
         torch=torch.__version__,
         python=platform.python_version(),
         machine=platform.machine(),
         threads=torch.get_num_threads(),
-        extension=cpu.built() or "not built",
+        extension=extension.built() or "not built",
         instruction_set=cpu.instructions() or "none",
+        gpus=tuple(f"{device} {torch.cuda.get_device_name(device)}" for device in gpus),
         forced=forced(),
-        backends=states,
+        backends={
+            **{name: _state(module) for name, module in COMPILED.items()},
+            "reference": "yes (plain PyTorch; slow, materialises the votes)",
+        },
+        chosen={str(device): _chosen(device) for device in (torch.device("cpu"), *gpus)},
     )

@@ -42,21 +42,24 @@ __device__ inline char* shared_memory() {
     return memory;
 }
 
-// The last error of CUDA, as text, of this thread.
+// What CUDA said of the last launch in this thread that failed.
 inline thread_local const char* last_error = "";
 
 template <class... P, class... Q>
 Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, const Place& place,
               const Q&... arguments) {
     if (place.needed) return Status::ok;
+    // This library has a CUDA runtime of its own, which takes the device from the driver: torch may not have told it.
+    cudaError_t error = cudaSetDevice(place.device);
     cudaLaunchConfig_t config{};
     config.gridDim = blocks;
     config.blockDim = dim3{static_cast<unsigned>(threads)};
     config.dynamicSmemBytes = static_cast<size_t>(shared);
     config.stream = static_cast<cudaStream_t>(place.stream);
-    const cudaError_t error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
+    if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
     if (error == cudaSuccess) return Status::ok;
     last_error = cudaGetErrorString(error);
+    cudaGetLastError();  // so that the next launch is not taken for a failed one
     return Status::launch_failed;
 }
 #endif

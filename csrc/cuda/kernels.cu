@@ -1,5 +1,6 @@
-// The table of operators for GPUs.
+// The table of operators for GPUs, and what CUDA says of itself.
 
+#include "device.h"
 #include "operators.h"
 
 namespace capsops::cuda {
@@ -21,5 +22,20 @@ extern const Kernels kernels = {
     .em_routing_backward = nullptr,
     .probe = nullptr,
 };
+
+#if !defined(CAPSOPS_EMULATION)
+const char* error() {
+    return last_error;
+}
+
+int driver_version() {
+    int version = 0;
+    return cudaDriverGetVersion(&version) == cudaSuccess ? version : 0;
+}
+
+int runtime_version() {
+    return CUDART_VERSION;
+}
+#endif
 
 }  // namespace capsops::cuda

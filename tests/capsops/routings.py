@@ -125,16 +125,24 @@ def each(out: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
+def device_of(backend: str) -> torch.device:
+    """Where a backend's tensors are, in these tests: those of GPUs on a GPU, if there is one."""
+    on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
+    return torch.device("cuda" if on_gpu else "cpu")
+
+
 def run(routing: Routing, arguments: Arguments, dtype: torch.dtype, backend: str, **fixed: Tensor) -> list[Tensor]:
-    """The outputs and the gradient of every argument, for fixed random gradients of the outputs, in float64."""
-    leaves = {n: x.detach().to(dtype, copy=True).requires_grad_() for n, x in arguments.items()}
+    """Outputs and gradients of all arguments, for fixed random gradients of the outputs: float64, on the CPU."""
+    device = device_of(backend)
+    leaves = {n: x.detach().to(device, dtype, copy=True).requires_grad_() for n, x in arguments.items()}
+    fixed = {n: x.to(device) for n, x in fixed.items()}
     generator = torch.Generator().manual_seed(1)
     with capsops.use_backend(backend):
         out = each(routing.call(**leaves, **fixed))
         assert all(x.dtype == dtype for x in out)
-        g = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(dtype) for x in out]
+        g = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(device, dtype) for x in out]
         torch.autograd.backward(out, g)
-    return [x.detach().double() for x in out] + [x.grad.double() for x in leaves.values()]
+    return [x.detach().double().cpu() for x in out] + [x.grad.double().cpu() for x in leaves.values()]
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:

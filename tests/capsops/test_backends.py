@@ -21,7 +21,7 @@ def _python(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_extension_is_built_and_chosen() -> None:
-    assert backends.select(torch.device("cpu"), torch.float32) == "cpu"
+    assert backends.select("squash", torch.device("cpu"), torch.float32) == "cpu"
     assert capsops.info().backends["cpu"] == "yes"
 
 
@@ -29,19 +29,22 @@ def test_use_backend_holds_inside_and_is_undone() -> None:
     with capsops.use_backend("reference"):
         assert capsops.info().forced == "reference"
         with capsops.use_backend("cpu"):
-            assert backends.select(torch.device("cpu"), torch.float32) == "cpu"
-        assert backends.select(torch.device("cpu"), torch.float32) == "reference"
+            assert backends.select("squash", torch.device("cpu"), torch.float32) == "cpu"
+        assert backends.select("squash", torch.device("cpu"), torch.float32) == "reference"
     with pytest.raises(ZeroDivisionError), capsops.use_backend("reference"):
         raise ZeroDivisionError
     assert capsops.info().forced is None
 
 
 def test_unknown_backend() -> None:
-    with pytest.raises(capsops.BackendError, match="'gpu'; allowed are cpu, reference"), capsops.use_backend("gpu"):
+    with (
+        pytest.raises(capsops.BackendError, match="'gpu'; allowed are cpu, cuda, triton, reference"),
+        capsops.use_backend("gpu"),
+    ):
         pass
     run = _python("-c", "import capsops", CAPSOPS_BACKEND="gpu")
     assert run.returncode != 0
-    assert "CAPSOPS_BACKEND is 'gpu'; allowed are cpu, reference" in run.stderr
+    assert "CAPSOPS_BACKEND is 'gpu'; allowed are cpu, cuda, triton, reference" in run.stderr
 
 
 def test_environment_variable() -> None:
@@ -50,8 +53,9 @@ def test_environment_variable() -> None:
 
 
 def test_a_missing_extension_is_said_once_and_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends.cpu, "_C", None)
-    monkeypatch.setattr(backends.cpu, "_import_error", "no such file", raising=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(backends.extension, "_C", None)
+    monkeypatch.setattr(backends.extension, "MISSING", "no such file")
     monkeypatch.setattr(backends, "_warned", set())
     with pytest.warns(RuntimeWarning, match=r"slow reference backend.*no such file"):
         slow = capsops.dynamic_routing(U, WEIGHT)

@@ -1,0 +1,60 @@
+"""The compiled CUDA backend: the extension's operators, on tensors of an NVIDIA GPU.
+
+EM routing has no CUDA kernels: on a GPU it runs on Triton.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from . import extension
+from .extension import *  # noqa: F403
+
+DEVICE_TYPE = "cuda"
+
+
+def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run an operator on tensors like these, or None if it can."""
+    if extension.MISSING:
+        return extension.MISSING
+    if device.type != DEVICE_TYPE:
+        return f"it does not run on {device.type}"
+    if op.startswith("em_routing"):
+        return "EM routing has no CUDA kernels"
+    if dtype not in extension.DTYPES:
+        return f"it does not take {dtype}"
+    return unfit(0 if device.index is None else device.index)
+
+
+@cache
+def unfit(index: int) -> str | None:
+    """Why the kernels that were built do not run on a GPU, or None if they do."""
+    architectures = extension._C.cuda_architectures
+    if architectures is None:
+        return "the extension was built without CUDA kernels (no nvcc was found, or CAPSOPS_CUDA=0)"
+    if torch.version.hip:
+        return "it needs an NVIDIA GPU"
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    driver, runtime = extension._C.cuda_driver(), extension._C.cuda_runtime
+    if driver // 1000 < runtime // 1000:
+        return (
+            f"its driver takes programs up to CUDA {_version(driver)}, and the kernels were built by CUDA "
+            + _version(runtime)
+        )
+    major, minor = torch.cuda.get_device_capability(index)
+    built = [divmod(int(a), 10) for a in architectures.split(";")]
+    # Machine code runs on GPUs of the same major version from its minor one on; the last is there as PTX too, which
+    # the driver compiles for whatever comes after it.
+    if any(a == major and b <= minor for a, b in built) or (major, minor) >= built[-1]:
+        return None
+    return (
+        f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, "
+        f"and the kernels were built for {architectures} (CAPSOPS_CUDA_ARCHS)"
+    )
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"

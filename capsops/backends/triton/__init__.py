@@ -1,0 +1,604 @@
+"""The Triton backend: for GPUs without the compiled extension, for GPUs that are not NVIDIA's, and for EM routing.
+
+Triton compiles its kernels for the GPU when they first run, for each shape anew but for B and N. Where TRITON_INTERPRET
+is 1 they run on the CPU too, slowly: for tests.
+
+Every function fills the outputs that come first among its arguments, as in `extension.py`. Between the passes over the
+votes plain PyTorch does what is left, on [B, J, D] numbers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...dtypes import FLOATING, accumulation_dtype
+from . import wide_attention
+from .gaussians import Gaussians, expect_backward, maximise, maximise_backward
+
+DEVICE_TYPE = "cuda"
+DEVICE_TYPES = ("cuda", "xpu")
+
+# Numbers of a tile of votes that a program holds, and the threads (in warps of 32) for more of them.
+_TILE, _WARPS = 2048, 4
+# Programs that a pass is cut into at most, by the shape alone so that sums have one order; and the bytes of partial
+# sums that it leaves at most.
+_PROGRAMS, _PARTIAL_BYTES = 2048, 1 << 24
+# Output capsules that attention routing mixes in the registers of one program.
+_MOST_MIXED = 64
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton's kernels run on the CPU, by TRITON_INTERPRET."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why this backend cannot run an operator on tensors like these, or None if it can."""
+    if not _installed():
+        return "Triton is not installed (`pip install triton`, on Linux)"
+    if device.type not in DEVICE_TYPES and not (device.type == "cpu" and interpreting()):
+        return f"it does not run on {device.type}" + " without TRITON_INTERPRET=1" * (device.type == "cpu")
+    if dtype not in FLOATING:
+        return f"it does not take {dtype}"
+    return None if device.type == "cpu" else unfit(device)
+
+
+@cache
+def unfit(device: torch.device) -> str | None:
+    """Why Triton does not compile for a GPU, or None if it does."""
+    if not getattr(torch, device.type).is_available():
+        return "torch sees no GPU"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (7, 5):
+        return f"{torch.cuda.get_device_name(device)} is older than what Triton compiles for (compute capability 7.5)"
+    return None
+
+
+def _on(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device."""
+    return nullcontext() if x.device.type == "cpu" else getattr(torch, x.device.type).device(x.device)
+
+
+def _padded(n: int) -> int:
+    """The next power of two."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _wide(x: Tensor | None) -> Tensor | None:
+    """A small operand, in the dtype that sums are kept in."""
+    return None if x is None else x.to(accumulation_dtype(x.dtype)).contiguous()
+
+
+def _language(dtype: torch.dtype) -> Any:
+    import triton.language as tl
+
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+# ---- the streaming loops -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """Capsules, and how a pass over them is cut into tiles and programs."""
+
+    u: Tensor  # [B, N, P, K]
+    weight: Tensor  # [N, K, J, D] or [K, J, D]
+    mask: Tensor | None  # uint8 [B, N]
+    tile: dict[str, int]  # NB, BB and the padded sizes
+    warps: int
+
+    @staticmethod
+    def of(u: Tensor, weight: Tensor, mask: Tensor | None = None) -> _Stream:
+        B, N = u.shape[:2]
+        K, J, D = weight.shape[-3:]
+        P = u.shape[2] if u.dim() == 4 else 1
+        JP, PP, DP = _padded(J), _padded(P), _padded(D)
+        row = JP * PP * DP
+        BB = min(_padded(B), max(_TILE // row, 1))
+        NB = min(_padded(N), max(_TILE // (row * BB), 1))
+        warps = min(max(row * BB * NB // _TILE, 1) * _WARPS, 16)
+        return _Stream(
+            u.reshape(B, N, P, K).contiguous(),
+            weight.contiguous(),
+            None if mask is None else mask.contiguous().view(torch.uint8),
+            {"NB": NB, "BB": BB, "JP": JP, "PP": PP, "DP": DP},
+            warps,
+        )
+
+    @property
+    def wide(self) -> torch.dtype:
+        return accumulation_dtype(self.u.dtype)
+
+    @property
+    def shared(self) -> bool:
+        return self.weight.dim() == 3
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """B, N, P, K, J, D."""
+        return (*self.u.shape, *self.weight.shape[-2:])  # type: ignore[return-value]
+
+    @property
+    def batch_tiles(self) -> int:
+        return -(-self.sizes[0] // self.tile["BB"])
+
+    def runs(self, most: int) -> tuple[int, int]:
+        """Input capsules of a program, and programs: as many as allowed."""
+        N, NB = self.sizes[1], self.tile["NB"]
+        tiles = -(-N // NB)
+        run = max(-(-tiles // most), 1) * NB
+        return run, -(-N // run)
+
+    def constants(self) -> dict[str, Any]:
+        _, _, P, K, J, D = self.sizes
+        sizes = {"K": K, "J": J, "D": D, "P": P, **self.tile}
+        return {**sizes, "shared": self.shared, "A": _language(self.u.dtype), "num_warps": self.warps}
+
+    def reduce(
+        self,
+        routing: str,
+        states: Sequence[Tensor] = (),
+        *,
+        scalars: Sequence[Tensor] = (),
+        attn_weight: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        prior: Tensor | None = None,
+        activation: Tensor | None = None,
+        leaky: bool = False,
+    ) -> Tensor:
+        """Σ_i c_i û_i [B, J, D]; for EM routing Σ_i w (x, x², 1) [B, J, 2 P·D + 1]."""
+        from .stream import reduce_kernel
+
+        B, N, P, _, J, D = self.sizes
+        row = 2 * P * D + 1 if routing.startswith("em") else P * D
+        most = max(min(_PROGRAMS // max(self.batch_tiles, 1), _PARTIAL_BYTES // max(4 * B * J * row, 1)), 1)
+        run, runs = self.runs(most)
+        partial = self.u.new_empty(runs, B, J, row, dtype=self.wide)
+        if partial.numel():
+            reduce_kernel[(runs, self.batch_tiles)](
+                self.u, self.weight, self.mask, _stacked(states), _stacked(scalars), attn_weight, attn_bias, prior,
+                activation, partial, B, N, run, **self.constants(), routing=routing, leaky=leaky,
+            )  # fmt: skip
+        return partial.sum(dim=0, dtype=torch.float64).to(self.wide)
+
+    def emit(
+        self,
+        routing: str,
+        g_u: Tensor | None,
+        g_weight: Tensor | None,
+        states: Sequence[Tensor] = (),
+        *,
+        scalars: Sequence[Tensor] = (),
+        iterations: int = 1,
+        attn_weight: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        prior: Tensor | None = None,
+        activation: Tensor | None = None,
+        g_votes: Tensor | None = None,
+        g_attn_weight: Tensor | None = None,
+        g_attn_bias: Tensor | None = None,
+        g_prior: Tensor | None = None,
+        g_activation: Tensor | None = None,
+        leaky: bool = False,
+        detach: bool = False,
+        has_rest: bool = False,
+    ) -> None:
+        """Fill the gradients that are not None."""
+        from .stream import emit_kernel
+
+        B, N, _, K, J, D = self.sizes
+        params = J * (J + 1) if g_attn_weight is not None or g_attn_bias is not None else 0
+        left = (K * J * D if self.shared else 0) + params
+        run, programs = self.runs(min(_PROGRAMS, max(_PARTIAL_BYTES // max(4 * left, 1), 1)))
+        if B == 0:
+            programs = 0
+
+        def partial(wanted: bool, *size: int) -> Tensor | None:
+            return self.u.new_empty(programs, *size, dtype=self.wide) if wanted else None
+
+        in_pieces = g_weight is not None and (self.shared or self.batch_tiles > 1)
+        sums = partial(in_pieces, 1 if self.shared else self.tile["NB"], K, J, D)
+        own_weight = partial(g_attn_weight is not None, J, J)
+        own_bias = partial(g_attn_bias is not None, J)
+        if programs:
+            emit_kernel[(programs,)](
+                self.u, self.weight, self.mask, _stacked(states), _stacked(scalars), attn_weight, attn_bias, prior,
+                activation, g_votes, g_u, g_weight, sums, own_weight, own_bias, g_prior, g_activation, B, N, run,
+                iterations, **self.constants(), routing=routing, leaky=leaky, detach=detach, has_rest=has_rest,
+            )  # fmt: skip
+        elif g_weight is not None:
+            g_weight.zero_()
+        for out, pieces in ((g_attn_weight, own_weight), (g_attn_bias, own_bias)):
+            if out is not None and pieces is not None:
+                out.copy_(pieces.sum(dim=0, dtype=torch.float64))
+        if g_prior is not None and not programs:
+            g_prior.zero_()
+        if g_weight is not None and self.shared and sums is not None and programs:
+            g_weight.copy_(sums.sum(dim=(0, 1), dtype=torch.float64))
+
+
+def _stacked(x: Sequence[Tensor]) -> Tensor | None:
+    return torch.stack(tuple(x)) if x else None
+
+
+def _asked(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
+    return [g if want else None for g, want in zip(gradients, wanted, strict=True)]
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+
+def _rows(s: Tensor) -> dict[str, Any]:
+    dim = s.shape[-1]
+    DP = _padded(dim)
+    return {"dim": dim, "RB": max(1024 // DP, 1), "DP": DP, "A": _language(s.dtype)}
+
+
+def _squash(s: Tensor, v: Tensor, kind: str) -> None:
+    from .rows import squash_kernel
+
+    if s.numel():
+        sizes, rows = _rows(s), s.numel() // s.shape[-1]
+        squash_kernel[(-(-rows // sizes["RB"]),)](s, v, rows, **sizes, sabour=kind == "sabour")
+
+
+def _squash_backward(g_v: Tensor, s: Tensor, g_s: Tensor, kind: str) -> None:
+    from .rows import squash_backward_kernel
+
+    if s.numel():
+        sizes, rows = _rows(s), s.numel() // s.shape[-1]
+        squash_backward_kernel[(-(-rows // sizes["RB"]),)](g_v, s, g_s, rows, **sizes, sabour=kind == "sabour")
+
+
+def _squashed(s: Tensor, kind: str = "sabour") -> Tensor:
+    v = torch.empty_like(s)
+    _squash(s, v, kind)
+    return v
+
+
+def _gradient_of_s(g_v: Tensor, s: Tensor, kind: str = "sabour") -> Tensor:
+    g_s = torch.empty_like(s)
+    _squash_backward(g_v.contiguous(), s.contiguous(), g_s, kind)
+    return g_s
+
+
+def squash(v: Tensor, s: Tensor, kind: str) -> None:
+    with _on(s):
+        _squash(s.contiguous(), v, kind)
+
+
+def squash_backward(g_s: Tensor, g_v: Tensor, s: Tensor, kind: str) -> None:
+    with _on(s):
+        _squash_backward(g_v.contiguous(), s.contiguous(), g_s, kind)
+
+
+def _primary(features: Tensor, u: Tensor | None, g_u: Tensor | None, g: Tensor | None, legacy: bool, kind: str) -> None:
+    from .rows import primary_capsules_kernel
+
+    B, C, height, width = features.shape
+    pixels = height * width
+    K = (u if u is not None else g_u).shape[-1]  # type: ignore[union-attr]
+    # Rows and columns as one axis: features are contiguous or channels_last.
+    channel, pixel = features.stride(1), features.stride(3)
+    if features.stride(3) == 1 or C == 1 or pixels == 1:
+        channel, pixel = (pixels, 1) if features.is_contiguous() else (1, C)
+    if legacy:
+        outer, inner, strides = C, pixels // K, (channel, K * pixel, pixel)
+    else:
+        outer, inner, strides = C // K, pixels, (K * channel, pixel, channel)
+    if not features.numel():
+        return
+    KP = _padded(K)
+    CB = max(1024 // KP, 1)
+    primary_capsules_kernel[(B * outer, -(-inner // CB))](
+        features, u, g_u, g, outer, inner, C * pixels, *strides,
+        K=K, CB=CB, KP=KP, A=_language(features.dtype), sabour=kind == "sabour",
+    )  # fmt: skip
+
+
+def _dense(features: Tensor) -> Tensor:
+    """Contiguous or channels_last."""
+    return features if features.is_contiguous(memory_format=torch.channels_last) else features.contiguous()
+
+
+def primary_capsules(u: Tensor, features: Tensor, types: int, legacy: bool, kind: str) -> None:
+    with _on(features):
+        _primary(_dense(features), u, None, None, legacy, kind)
+
+
+def primary_capsules_backward(
+    g_features: Tensor, g_u: Tensor, features: Tensor, types: int, legacy: bool, kind: str
+) -> None:
+    read = _dense(features)
+    # Written with the strides that are read; g_features has them too, unless features had to be copied.
+    target = g_features if g_features.stride() == read.stride() else torch.empty_like(read)
+    with _on(features):
+        _primary(read, None, g_u.contiguous(), target, legacy, kind)
+    if target is not g_features:
+        g_features.copy_(target)
+
+
+def affine_votes(votes: Tensor, u: Tensor, weight: Tensor) -> None:
+    from .rows import votes_kernel
+
+    N, K = u.shape[1:]
+    JD, size = weight.shape[-2] * weight.shape[-1], votes.numel()
+    stride = K * JD if weight.dim() == 4 else 0
+    if size:
+        with _on(u):
+            votes_kernel[(-(-size // 1024),)](
+                u.contiguous(), weight.contiguous(), votes, N, JD, size, stride, K=K, XB=1024, A=_language(u.dtype)
+            )
+
+
+def affine_votes_backward(
+    g_u: Tensor, g_weight: Tensor, g_votes: Tensor, u: Tensor, weight: Tensor, wanted: Sequence[bool]
+) -> None:
+    with _on(u):
+        own_u, own_weight = _asked((g_u, g_weight), wanted)
+        _Stream.of(u, weight).emit("stored", own_u, own_weight, g_votes=g_votes.contiguous())
+
+
+# ---- the routings --------------------------------------------------------------------------------
+
+
+def attention_routing(
+    v: Tensor,
+    s: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    attn_weight: Tensor,
+    attn_bias: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    A, a = _wide(attn_weight), _wide(attn_bias)
+    assert A is not None
+    with _on(u):
+        if A.shape[0] > _MOST_MIXED:
+            wide_attention.forward(s, u, weight, A, a, mask)
+        else:
+            stream = _Stream.of(u, weight, mask)
+            s.copy_(stream.reduce("attention", attn_weight=A, attn_bias=a))
+        v.copy_(_squashed(s))
+
+
+def attention_routing_backward(
+    g_u: Tensor,
+    g_weight: Tensor,
+    g_attn_weight: Tensor,
+    g_attn_bias: Tensor,
+    g_v: Tensor,
+    s: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    attn_weight: Tensor,
+    attn_bias: Tensor | None,
+    mask: Tensor | None,
+    wanted: Sequence[bool],
+) -> None:
+    A, a = _wide(attn_weight), _wide(attn_bias)
+    assert A is not None
+    own_u, own_weight, own_A, own_a = _asked((g_u, g_weight, g_attn_weight, g_attn_bias), wanted)
+    with _on(u):
+        g_s = _gradient_of_s(g_v.to(s.dtype), s)
+        if A.shape[0] > _MOST_MIXED:
+            wide_attention.backward(own_u, own_weight, own_A, own_a, g_s, u, weight, A, a, mask)
+            return
+        _Stream.of(u, weight, mask).emit(
+            "attention", own_u, own_weight, [g_s], attn_weight=A, attn_bias=a, g_attn_weight=own_A, g_attn_bias=own_a
+        )
+
+
+def dynamic_routing(
+    v: Tensor,
+    s: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
+) -> None:
+    with _on(u):
+        stream = _Stream.of(u, weight, mask)
+        J = weight.shape[-2]
+        total = torch.zeros_like(s[0])  # V, the sum of the output capsules so far
+        for t in range(iterations):
+            own = stream.reduce("agreement", [total], leaky=leaky) if t else stream.reduce("sum") / (J + leaky)
+            s[t].copy_(own if bias is None else own + bias)
+            out = _squashed(s[t])
+            total = total + out
+        v.copy_(out)
+
+
+def dynamic_routing_backward(
+    g_u: Tensor,
+    g_weight: Tensor,
+    g_bias: Tensor,
+    g_v: Tensor,
+    s: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    wanted: Sequence[bool],
+) -> None:
+    with _on(u):
+        stream = _Stream.of(u, weight, mask)
+        v = _squashed(s.contiguous())
+        x = [torch.zeros_like(s[0])]
+        for t in range(1, iterations):
+            x.append(x[-1] + v[t - 1])
+        g = [_gradient_of_s(g_v.to(s.dtype), s[-1])]  # from the last iteration to the first
+        g_total = torch.zeros_like(s[0])
+        for t in range(iterations - 1, 0, -1):
+            if detach:
+                break
+            g_total = g_total + stream.reduce("adjoint", [x[t], g[-1]], leaky=leaky)
+            g.append(_gradient_of_s(g_total, s[t - 1]))
+        g.reverse()
+        if wanted[2]:
+            g_bias.copy_(torch.stack(g).sum(dim=(0, 1), dtype=torch.float64))
+        own_u, own_weight = _asked((g_u, g_weight), wanted[:2])
+        if own_u is not None or own_weight is not None:
+            used = x[-len(g) :]
+            stream.emit("agreement", own_u, own_weight, [*used, *g], iterations=len(g), leaky=leaky, detach=detach)
+
+
+def self_attention_routing(
+    v: Tensor,
+    total: Tensor,
+    s: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    prior: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+) -> None:
+    with _on(u):
+        stream = _Stream.of(u, weight, mask)
+        total.copy_(stream.reduce("sum"))
+        s.copy_(stream.reduce("agreement", [total * scale], prior=_wide(prior)))
+        v.copy_(_squashed(s, "efficient"))
+
+
+def self_attention_routing_backward(
+    g_u: Tensor,
+    g_weight: Tensor,
+    g_prior: Tensor,
+    g_v: Tensor,
+    total: Tensor,
+    s: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    prior: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+    wanted: Sequence[bool],
+) -> None:
+    own_u, own_weight, own_prior = _asked((g_u, g_weight, g_prior), wanted)
+    with _on(u):
+        stream = _Stream.of(u, weight, mask)
+        x, g_s = total * scale, _gradient_of_s(g_v.to(s.dtype), s, "efficient")
+        rest = stream.reduce("adjoint", [x, g_s]) * scale
+        wide = None if own_prior is None else torch.empty_like(own_prior, dtype=s.dtype)
+        stream.emit("agreement", own_u, own_weight, [x, g_s, rest], prior=_wide(prior), g_prior=wide, has_rest=True)
+        if own_prior is not None and wide is not None:
+            own_prior.copy_(wide)
+
+
+def em_routing(
+    mean: Tensor,
+    out_activation: Tensor,
+    state: Tensor,
+    pose: Tensor,
+    activation: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    mask: Tensor | None,
+    inverse_temperatures: Sequence[float],
+) -> None:
+    with _on(pose):
+        stream = _Stream.of(pose, weight, mask)
+        a, cost, bonus = _wide(activation), _wide(beta_u), _wide(beta_a)
+        assert cost is not None
+        assert bonus is not None
+        B, _, P, _, J, D = stream.sizes
+        H = P * D
+        flat = state.new_zeros(B, J, H)
+        before, width, constant, shift = flat, flat, state.new_zeros(B, J), flat
+        for t, inverse_temperature in enumerate(inverse_temperatures):
+            # Twice: the sums lose their digits where the mean moves far, and the second time it is known.
+            for _ in range(2):
+                sums = stream.reduce("em", [before, width, shift], scalars=[constant], activation=a)
+                g = maximise(sums[..., -1], sums[..., :H], sums[..., H:-1], shift, cost, bonus, inverse_temperature)
+                shift = g.mean
+            g.save(state[t])
+            before, (width, constant) = g.mean, g.expectation()
+        mean.copy_(g.mean.reshape(mean.shape))
+        out_activation.copy_(g.logit.sigmoid())
+
+
+def em_routing_backward(
+    g_pose: Tensor,
+    g_activation: Tensor,
+    g_weight: Tensor,
+    g_beta_u: Tensor,
+    g_beta_a: Tensor,
+    g_mean: Tensor,
+    g_out_activation: Tensor,
+    state: Tensor,
+    pose: Tensor,
+    activation: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    mask: Tensor | None,
+    inverse_temperatures: Sequence[float],
+    wanted: Sequence[bool],
+) -> None:
+    own_pose, own_activation, own_weight, own_beta_u, own_beta_a = _asked(
+        (g_pose, g_activation, g_weight, g_beta_u, g_beta_a), wanted
+    )
+    with _on(pose):
+        stream = _Stream.of(pose, weight, mask)
+        a, cost = _wide(activation), _wide(beta_u)
+        assert cost is not None
+        B, _, P, _, J, D = stream.sizes
+        H = P * D
+        iterations = len(inverse_temperatures)
+        gaussians = [Gaussians.saved(state[t]) for t in range(iterations)]
+        zero, zeros = state.new_zeros(B, J), state.new_zeros(B, J, H)
+        probability = gaussians[-1].logit.sigmoid()
+        to_mean = g_mean.to(state.dtype).reshape(B, J, H)
+        to_variance = zeros
+        to_logit = g_out_activation.to(state.dtype) * probability * torch.sigmoid(-gaussians[-1].logit)
+        states: list[list[Tensor]] = []
+        scalars: list[list[Tensor]] = []
+        sum_u = sum_a = zero
+        for t in range(iterations - 1, -1, -1):
+            g = gaussians[t]
+            linear, quadratic, constant, to_beta_u, to_beta_a = maximise_backward(
+                g, to_mean, to_variance, to_logit, cost, inverse_temperatures[t]
+            )
+            sum_u, sum_a = sum_u + to_beta_u, sum_a + to_beta_a
+            before, width, bias = (
+                (zeros, zeros, zero) if t == 0 else (gaussians[t - 1].mean, *gaussians[t - 1].expectation())
+            )
+            states.insert(0, [before, width, g.mean, linear, quadratic])
+            scalars.insert(0, [bias, constant])
+            if t > 0:
+                sums = stream.reduce("em_adjoint", states[0], scalars=scalars[0], activation=a)
+                to_mean, to_variance, to_logit = expect_backward(
+                    gaussians[t - 1], sums[..., -1], sums[..., :H], sums[..., H:-1]
+                )
+        for out, value in ((own_beta_u, sum_u), (own_beta_a, sum_a)):
+            if out is not None:
+                out.copy_(value.sum(dim=0, dtype=torch.float64))
+        if own_pose is None and own_weight is None and own_activation is None:
+            return
+        wide = None if own_activation is None else torch.zeros_like(own_activation, dtype=state.dtype)
+        stream.emit(
+            "em", own_pose, own_weight, [x for own in states for x in own],
+            scalars=[x for own in scalars for x in own], iterations=iterations, activation=a, g_activation=wide,
+        )  # fmt: skip
+        if own_activation is not None and wide is not None:
+            own_activation.copy_(wide)

@@ -1,0 +1,84 @@
+"""What each routing does with a vote, for Triton: the policies of the streaming loops in `stream.py`.
+
+Their mathematics is that of csrc/coupling.h. A tile of votes is [NB, BB, JP, PP, DP]: input capsules, batch items,
+output capsules, rows of a matrix capsule (1 for vectors) and components, padded to powers of two. States of the output
+capsules are [1, BB, JP, PP, DP]; padded numbers of votes and states are 0.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def over_components(x):
+    """The sum over the components of a vote, [NB, BB, JP, 1, 1]."""
+    return tl.sum(tl.sum(x, 4, keep_dims=True), 3, keep_dims=True)
+
+
+@triton.jit
+def over_capsules(x):
+    """The sum over the output capsules."""
+    return tl.sum(x, 2, keep_dims=True)
+
+
+@triton.jit
+def softmax(z, is_capsule, leaky: tl.constexpr):
+    """c_j over the output capsules; leaky adds one logit that is always 0 and whose share is dropped."""
+    z = tl.where(is_capsule, z, float("-inf"))
+    largest = tl.max(z, 2, keep_dims=True)
+    if leaky:
+        largest = tl.maximum(largest, 0.0)
+    e = tl.exp(z - largest)
+    total = over_capsules(e)
+    if leaky:
+        total += tl.exp(-largest)
+    return e / total
+
+
+@triton.jit
+def softmax_backward(c, e):
+    """δ_j = c_j (e_j − Σ_k c_k e_k), the gradient of the logits from e, that of the couplings."""
+    return c * (e - over_capsules(c * e))
+
+
+@triton.jit
+def mixed(matrix, x, j, J: tl.constexpr, row_stride: tl.constexpr, column_stride: tl.constexpr):
+    """Σ_k matrix_jk x_k over the output capsules, every component by itself; matrix [J, J] by its strides."""
+    out = tl.zeros_like(x)
+    for k in range(J):
+        own = over_capsules(tl.where(j == k, x, 0.0))
+        out += tl.load(matrix + j * row_stride + k * column_stride, mask=j < J, other=0.0) * own
+    return out
+
+
+@triton.jit
+def attention(v, attn_weight, attn_bias, j, J: tl.constexpr, has_bias: tl.constexpr):
+    """c = softmax_k(Σ_j A_kj û_j + a_k), for every component by itself (CardioCaps, eq. 4)."""
+    z = mixed(attn_weight, v, j, J, J, 1)
+    if has_bias:
+        z += tl.load(attn_bias + j, mask=j < J, other=0.0)
+    return softmax(z, j < J, False)
+
+
+@triton.jit
+def attention_gradient(v, g_s, attn_weight, attn_bias, j, there, J: tl.constexpr, has_bias: tl.constexpr):
+    """g_û,j = c_j g_s,j + Σ_k A_kj dz_k, and dz_k = c_k (q_k − Σ_j c_j q_j) with q = g_s û."""
+    c = tl.where(there, attention(v, attn_weight, attn_bias, j, J, has_bias), 0.0)
+    dz = softmax_backward(c, g_s * v)
+    return c * g_s + mixed(attn_weight, dz, j, J, 1, J), dz
+
+
+@triton.jit
+def gaussian_logits(v, mean, quadratic, constant):
+    """The logits of the E-step: constant + Σ_h quadratic_h (û − mean)² (Hinton et al. 2018)."""
+    x = v - mean
+    return constant + over_components(quadratic * x * x)
+
+
+@triton.jit
+def gaussian_adjoint(v, mean, linear, quadratic, constant):
+    """e, the gradient that the M-step gives the weight of a vote: constant + Σ_h (linear x + quadratic x²)."""
+    x = v - mean
+    return constant + over_components((linear + quadratic * x) * x)

@@ -1,0 +1,344 @@
+"""The streaming loops on Triton, as csrc/cuda/stream.cuh has them in CUDA:
+
+    reduce   Σ_i c_i û_bi, the couplings c by a routing; for EM routing Σ_i w_i (1, x, x²) with x = û − shift
+    emit     g_u,bi = g_û,bi W_iᵀ;  g_W,i = Σ_b u_biᵀ g_û,bi
+
+A program goes through a run of input capsules, NB at a time, with the votes of BB batch items in registers. In reduce
+there is a program for each run and tile of the batch; in emit one for each run, which goes through the tiles of the
+batch, for it sums g_W over them. No atomics: every program leaves sums of its own, which torch adds in their order.
+
+All sizes but B and N are known to the compiler. Padded and masked pairs have votes of 0.
+
+States, [B, J, P, D] each, and scalars, [B, J] each, that the policies read:
+
+    agreement   x; emitting, of each iteration x, then of each iteration g_s, then what is added to g_û if has_rest
+    adjoint     x, y
+    em          mean and quadratic of the E-step, shift; scalar: constant of the E-step
+    em_adjoint  mean and quadratic of the E-step, then mean, linear and quadratic of the M-step backwards; scalars: both
+                constants; x is taken from the first mean. Emitting: these of each iteration
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .couplings import (
+    attention,
+    attention_gradient,
+    gaussian_adjoint,
+    gaussian_logits,
+    over_capsules,
+    over_components,
+    softmax,
+    softmax_backward,
+)
+
+
+@triton.jit
+def axis(size: tl.constexpr, number: tl.constexpr):
+    """0 … size − 1 along one of the five axes of a tile."""
+    x = tl.arange(0, size)
+    if number == 0:
+        x = x[:, None, None, None, None]
+    elif number == 1:
+        x = x[None, :, None, None, None]
+    elif number == 2:
+        x = x[None, None, :, None, None]
+    elif number == 3:
+        x = x[None, None, None, :, None]
+    else:
+        x = x[None, None, None, None, :]
+    return x.to(tl.int64)
+
+
+@triton.jit
+def present(mask, i, b, end, B, N, has_mask: tl.constexpr):
+    """Which pairs of input capsule and batch item there are, [NB, BB, 1, 1, 1]."""
+    there = (i < end) & (b < B)
+    if has_mask:
+        there = there & (tl.load(mask + b * N + i, mask=there, other=0) != 0)
+    return there
+
+
+@triton.jit
+def capsule(u, i, b, p, k, there, N, K: tl.constexpr, P: tl.constexpr, A: tl.constexpr):
+    """Component k of u, [NB, BB, 1, PP, 1]."""
+    return tl.load(u + ((b * N + i) * P + p) * K + k, mask=there & (p < P), other=0.0).to(A)
+
+
+@triton.jit
+def matrix(
+    weight, i, j, d, k, end, K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, shared: tl.constexpr, A: tl.constexpr
+):
+    """Row k of W, [NB, 1, JP, 1, DP], or [1, 1, JP, 1, DP] where all input capsules share it."""
+    if shared:
+        return tl.load(weight + (k * J + j) * D + d, mask=(j < J) & (d < D), other=0.0).to(A)
+    else:  # noqa: RET505  (Triton compiles both branches otherwise)
+        return tl.load(weight + ((i * K + k) * J + j) * D + d, mask=(i < end) & (j < J) & (d < D), other=0.0).to(A)
+
+
+@triton.jit
+def make_votes(
+    u, weight, i, b, j, p, d, there, end, N,
+    K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """û = u W, [NB, BB, JP, PP, DP]."""
+    v = tl.zeros([i.shape[0], b.shape[1], j.shape[2], p.shape[3], d.shape[4]], A)
+    for k in tl.range(0, K, loop_unroll_factor=8):
+        v += capsule(u, i, b, p, k, there, N, K, P, A) * matrix(weight, i, j, d, k, end, K, J, D, shared, A)
+    return v
+
+
+@triton.jit
+def state(states, n, b, j, p, d, B, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
+    """State n of the output capsules, of states [·, B, J, P, D]."""
+    at = (((n * B + b) * J + j) * P + p) * D + d
+    return tl.load(states + at, mask=(b < B) & (j < J) & (p < P) & (d < D), other=0.0)
+
+
+@triton.jit
+def scalar(scalars, n, b, j, B, J: tl.constexpr):
+    """Number n of the output capsules, of scalars [·, B, J]."""
+    return tl.load(scalars + (n * B + b) * J + j, mask=(b < B) & (j < J), other=0.0)
+
+
+@triton.jit
+def from_prior(prior, i, j, end, J: tl.constexpr):
+    return tl.load(prior + i * J + j, mask=(i < end) & (j < J), other=0.0)
+
+
+@triton.jit
+def reduce_kernel(
+    u,  # [B, N, P, K] storage
+    weight,  # [N, K, J, D] storage; [K, J, D] if shared
+    mask,  # [B, N] uint8, or None
+    states,  # [·, B, J, P, D] accumulation; agreement: x, and of the adjoint y; EM routing: below; or None
+    scalars,  # [·, B, J] accumulation, of EM routing
+    attn_weight,  # [J, J] accumulation, of attention
+    attn_bias,  # [J] accumulation, of attention, or None
+    prior,  # [N, J] accumulation, of agreement, or None
+    activation,  # [B, N] accumulation, of EM routing
+    partial,  # [runs, B, J, row] accumulation; row: P·D, and for EM routing P·D, P·D and 1
+    B, N, run,
+    K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr,
+    NB: tl.constexpr, BB: tl.constexpr, JP: tl.constexpr, DP: tl.constexpr, PP: tl.constexpr, A: tl.constexpr,
+    routing: tl.constexpr, leaky: tl.constexpr,
+):  # fmt: skip
+    first = tl.program_id(0).to(tl.int64) * run
+    end = tl.minimum(first + run, N)
+    b = tl.program_id(1).to(tl.int64) * BB + axis(BB, 1)
+    j, p, d = axis(JP, 2), axis(PP, 3), axis(DP, 4)
+    em: tl.constexpr = routing == "em" or routing == "em_adjoint"
+    total = tl.zeros([NB, BB, JP, PP, DP], A)
+    if routing == "agreement" or routing == "adjoint":
+        x = state(states, 0, b, j, p, d, B, J, D, P)
+    if routing == "adjoint":
+        y = state(states, 1, b, j, p, d, B, J, D, P)
+    if em:
+        shift = state(states, 2 if routing == "em" else 0, b, j, p, d, B, J, D, P)
+        squares = tl.zeros([NB, BB, JP, PP, DP], A)
+        mass = tl.zeros([NB, BB, JP, 1, 1], A)
+    for start in range(first, end, NB):
+        i = start + axis(NB, 0)
+        there = present(mask, i, b, end, B, N, mask is not None)
+        v = make_votes(u, weight, i, b, j, p, d, there, end, N, K, J, D, P, shared, A)
+        if routing == "sum":
+            total += v
+        elif routing == "agreement":
+            c = softmax(over_components(v * x), j < J, leaky)
+            if prior is not None:
+                c += from_prior(prior, i, j, end, J)
+            total += c * v
+        elif routing == "adjoint":
+            c = softmax(over_components(v * x), j < J, leaky)
+            total += softmax_backward(c, over_components(v * y)) * v
+        elif routing == "attention":
+            total += attention(v, attn_weight, attn_bias, j, J, attn_bias is not None) * v
+        else:
+            a = tl.load(activation + b * N + i, mask=there, other=0.0)
+            before, width = state(states, 0, b, j, p, d, B, J, D, P), state(states, 1, b, j, p, d, B, J, D, P)
+            w = softmax(gaussian_logits(v, before, width, scalar(scalars, 0, b, j, B, J)), j < J, False)
+            if routing == "em_adjoint":
+                _, _, mean, linear, quadratic = em_states(states, 0, b, j, p, d, B, J, D, P)
+                e = gaussian_adjoint(v, mean, linear, quadratic, scalar(scalars, 1, b, j, B, J))
+                w = softmax_backward(w, e)
+            w *= a
+            z = v - shift
+            mass += w
+            total += w * z
+            squares += w * z * z
+    row: tl.constexpr = 2 * P * D + 1 if em else P * D
+    to = partial + ((tl.program_id(0).to(tl.int64) * B + b) * J + j) * row
+    exists = (b < B) & (j < J)
+    tl.store(to + p * D + d, tl.sum(total, 0, keep_dims=True), mask=exists & (p < P) & (d < D))
+    if em:
+        tl.store(to + P * D + p * D + d, tl.sum(squares, 0, keep_dims=True), mask=exists & (p < P) & (d < D))
+        tl.store(to + 2 * P * D, tl.sum(mass, 0, keep_dims=True), mask=exists)
+
+
+@triton.jit
+def add_to(to, x, inside, again):
+    """*to = x, or *to += x where this program has written there before."""
+    # A number may be held by several threads, of which one stores it.
+    tl.debug_barrier()
+    if again:
+        x += tl.load(to, mask=inside, other=0.0)
+    tl.debug_barrier()
+    tl.store(to, x, mask=inside)
+    return x
+
+
+@triton.jit
+def agreement_gradient(
+    v, states, prior, i, b, j, p, d, end, B, iterations,
+    J: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+    leaky: tl.constexpr, detach: tl.constexpr, has_rest: tl.constexpr,
+):  # fmt: skip
+    """g_û = Σ_t [c^t g^t + δ^t x^t]."""
+    g = tl.zeros_like(v)
+    if has_rest:
+        g += state(states, 2 * iterations, b, j, p, d, B, J, D, P)
+    for t in range(iterations):
+        x, g_t = state(states, t, b, j, p, d, B, J, D, P), state(states, iterations + t, b, j, p, d, B, J, D, P)
+        c = softmax(over_components(v * x), j < J, leaky)
+        if not detach:
+            g += softmax_backward(c, over_components(v * g_t)) * x
+        if prior is not None:
+            c += from_prior(prior, i, j, end, J)
+        g += c * g_t
+    return g
+
+
+@triton.jit
+def em_gradient(v, states, scalars, a, b, j, p, d, B, iterations, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
+    """g_û = Σ_t [w^t (linear^t + 2 quadratic^t (û − μ^t)) − δ^t (û − μ^{t−1})/σ²^{t−1}] and Σ_t Σ_j r^t e^t."""
+    g = tl.zeros_like(v)
+    g_a = tl.zeros_like(a)
+    for t in range(iterations):
+        before, width, mean, linear, quadratic = em_states(states, 5 * t, b, j, p, d, B, J, D, P)
+        r = softmax(gaussian_logits(v, before, width, scalar(scalars, 2 * t, b, j, B, J)), j < J, False)
+        e = gaussian_adjoint(v, mean, linear, quadratic, scalar(scalars, 2 * t + 1, b, j, B, J))
+        g += a * (r * (linear + 2 * quadratic * (v - mean)) + 2 * softmax_backward(r, e) * width * (v - before))
+        g_a += over_capsules(r * e)
+    return g, g_a
+
+
+@triton.jit
+def em_states(states, n, b, j, p, d, B, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
+    """Of EM routing backwards: mean and quadratic of the E-step, mean, linear and quadratic of the M-step."""
+    return (
+        state(states, n, b, j, p, d, B, J, D, P),
+        state(states, n + 1, b, j, p, d, B, J, D, P),
+        state(states, n + 2, b, j, p, d, B, J, D, P),
+        state(states, n + 3, b, j, p, d, B, J, D, P),
+        state(states, n + 4, b, j, p, d, B, J, D, P),
+    )
+
+
+@triton.jit
+def write_g_u(
+    g, g_u, weight, i, b, j, p, d, end, B, N,
+    K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    """g_u,bi = g_û,bi W_iᵀ."""
+    for k in tl.range(0, K, loop_unroll_factor=4):
+        own = over_capsules(tl.sum(g * matrix(weight, i, j, d, k, end, K, J, D, shared, A), 4, keep_dims=True))
+        to = g_u + ((b * N + i) * P + p) * K + k
+        tl.store(to, own.to(g_u.dtype.element_ty), mask=(i < end) & (b < B) & (p < P))
+
+
+@triton.jit
+def write_g_weight(
+    g, u, g_weight, sums, n, i, b, j, p, d, there, end, program, N, again, last,
+    K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, NB: tl.constexpr, shared: tl.constexpr,
+    A: tl.constexpr,
+):  # fmt: skip
+    """g_W,i = Σ_b u_biᵀ g_û,bi of a tile of the batch; n: 0 … NB − 1 of the input capsules."""
+    for k in tl.range(0, K, loop_unroll_factor=4):
+        own = capsule(u, i, b, p, k, there, N, K, P, A) * g
+        own = tl.sum(tl.sum(own, 3, keep_dims=True), 1, keep_dims=True)
+        if shared:
+            own = tl.sum(own, 0, keep_dims=True)
+            add_to(sums + ((program * K + k) * J + j) * D + d, own, (j < J) & (d < D), again)
+        else:
+            inside = (i < end) & (j < J) & (d < D)
+            if sums is not None:
+                own = add_to(sums + (((program * NB + n) * K + k) * J + j) * D + d, own, inside, again)
+            to = g_weight + ((i * K + k) * J + j) * D + d
+            tl.store(to, own.to(g_weight.dtype.element_ty), mask=inside & last)
+
+
+@triton.jit
+def emit_kernel(
+    u, weight, mask, states, scalars, attn_weight, attn_bias, prior, activation,  # as in reduce_kernel
+    g_votes,  # [B, N, J, D] storage, of affine votes
+    g_u,  # as u, or None
+    g_weight,  # as weight, or None; not written if shared
+    sums,  # [programs, NB or 1, K, J, D] accumulation: g_W of a program; None if g_weight is written at once
+    g_attn_weight,  # [programs, J, J] accumulation, or None
+    g_attn_bias,  # [programs, J] accumulation, or None
+    g_prior,  # [N, J] accumulation, or None
+    g_activation,  # [B, N] accumulation, or None
+    B, N, run, iterations,
+    K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr,
+    NB: tl.constexpr, BB: tl.constexpr, JP: tl.constexpr, DP: tl.constexpr, PP: tl.constexpr, A: tl.constexpr,
+    routing: tl.constexpr, leaky: tl.constexpr, detach: tl.constexpr, has_rest: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    begin = program * run
+    end = tl.minimum(begin + run, N)
+    j, p, d = axis(JP, 2), axis(PP, 3), axis(DP, 4)
+    if routing == "attention":
+        # Over all pairs; [1, 1, JP, 1, JP] with g_A,kj at k along the output capsules and j along the last axis.
+        params = tl.zeros([1, 1, JP, 1, JP], A)
+        biases = tl.zeros([1, 1, JP, 1, 1], A)
+    for start in range(begin, end, NB):
+        i = start + axis(NB, 0)
+        for first in range(0, B, BB):
+            b = first + axis(BB, 1)
+            there = present(mask, i, b, end, B, N, mask is not None)
+            pair = b * N + i
+            if routing == "stored":
+                inside = there & (j < J) & (d < D) & (p < P)
+                g = tl.load(g_votes + (pair * J + j) * D + d, mask=inside, other=0.0).to(A)
+            else:
+                v = make_votes(u, weight, i, b, j, p, d, there, end, N, K, J, D, P, shared, A)
+            if routing == "agreement":
+                g = agreement_gradient(
+                    v, states, prior, i, b, j, p, d, end, B, iterations, J, D, P, leaky, detach, has_rest
+                )
+                if g_prior is not None:
+                    e = over_components(v * state(states, iterations, b, j, p, d, B, J, D, P))
+                    e = tl.sum(tl.where(there, e, 0.0), 1, keep_dims=True)
+                    add_to(g_prior + i * J + j, e, (i < end) & (j < J), first > 0)
+            elif routing == "em":
+                a = tl.load(activation + pair, mask=there, other=0.0)
+                g, g_a = em_gradient(v, states, scalars, a, b, j, p, d, B, iterations, J, D, P)
+                if g_activation is not None:
+                    tl.store(g_activation + pair, tl.where(there, g_a, 0.0), mask=(i < end) & (b < B))
+            elif routing == "attention":
+                g_s = state(states, 0, b, j, p, d, B, J, D, P)
+                g, dz = attention_gradient(v, g_s, attn_weight, attn_bias, j, there, J, attn_bias is not None)
+                if g_attn_weight is not None:
+                    for k in range(J):
+                        column = over_components(dz * over_capsules(tl.where(j == k, v, 0.0)))
+                        column = tl.sum(tl.sum(column, 0, keep_dims=True), 1, keep_dims=True)
+                        params += tl.where(axis(JP, 4) == k, column, 0.0)
+                if g_attn_bias is not None:
+                    biases += tl.sum(tl.sum(over_components(dz), 0, keep_dims=True), 1, keep_dims=True)
+            g = tl.where(there, g, 0.0)
+            if g_u is not None:
+                write_g_u(g, g_u, weight, i, b, j, p, d, end, B, N, K, J, D, P, shared, A)
+            if g_weight is not None:
+                again = (first > 0) | (start > begin) if shared else first > 0
+                write_g_weight(
+                    g, u, g_weight, sums, axis(NB, 0), i, b, j, p, d, there, end, program, N, again, first + BB >= B,
+                    K, J, D, P, NB, shared, A,
+                )  # fmt: skip
+    if routing == "attention":
+        m = axis(JP, 4)
+        if g_attn_weight is not None:
+            tl.store(g_attn_weight + (program * J + j) * J + m, params, mask=(j < J) & (m < J))
+        if g_attn_bias is not None:
+            tl.store(g_attn_bias + program * J + j, biases, mask=j < J)

@@ -1,0 +1,87 @@
+"""Attention routing to more output capsules than a program can mix in registers, in plain PyTorch.
+
+Mixing J output capsules is a product with a J × J matrix: most of the work where J is large, and what PyTorch's own
+matrix product is for. The votes of a few input capsules at a time are held.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Bytes of the votes that are held at a time.
+_TILE_BYTES = 1 << 25
+
+
+def _tiles(u: Tensor, weight: Tensor, mask: Tensor | None, wide: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Input capsules, u [B, n, K] of them, 0 where there is none, and their matrices [n, K, J, D] or [K, J, D]."""
+    B, N, _ = u.shape
+    J, D = weight.shape[-2:]
+    size = max(_TILE_BYTES // max(B * J * D * wide.itemsize, 1), 1)
+    for start in range(0, N, size):
+        at = slice(start, start + size)
+        own = u[:, at].to(wide)
+        if mask is not None:
+            own = torch.where(mask[:, at, None], own, 0)
+        yield at, own, (weight[at] if weight.dim() == 4 else weight).to(wide)
+
+
+def _couplings(u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The votes [B, n, J, D] and their couplings."""
+    votes = torch.einsum("bnk,nkjd->bnjd" if weight.dim() == 4 else "bnk,kjd->bnjd", u, weight)
+    z = torch.einsum("mj,bnjd->bnmd", attn_weight, votes)
+    return votes, (z if attn_bias is None else z + attn_bias[:, None]).softmax(dim=2)
+
+
+def forward(
+    s: Tensor, u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None, mask: Tensor | None
+) -> None:
+    """s [B, J, D] = Σ_i c_i · û_i."""
+    total = torch.zeros_like(s, dtype=torch.float64)
+    for _, own, matrices in _tiles(u, weight, mask, s.dtype):
+        votes, c = _couplings(own, matrices, attn_weight, attn_bias)
+        total += (c * votes).sum(dim=1)  # 0 where there is no capsule, for its votes are
+    s.copy_(total)
+
+
+def backward(
+    g_u: Tensor | None,
+    g_weight: Tensor | None,
+    g_attn_weight: Tensor | None,
+    g_attn_bias: Tensor | None,
+    g_s: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    attn_weight: Tensor,
+    attn_bias: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """Fill the gradients that are not None; g_s [B, J, D]."""
+    shared = weight if weight.dim() == 3 else attn_weight[0]
+    to_weight, to_attn_weight, to_attn_bias = (
+        torch.zeros_like(x, dtype=torch.float64) for x in (shared, attn_weight, attn_weight[0])
+    )
+    for at, own, matrices in _tiles(u, weight, mask, g_s.dtype):
+        votes, c = _couplings(own, matrices, attn_weight, attn_bias)
+        g = c * g_s[:, None]
+        dz = g * votes
+        dz -= c * dz.sum(dim=2, keepdim=True)
+        to_attn_weight += torch.einsum("bnmd,bnjd->mj", dz, votes)
+        to_attn_bias += dz.sum(dim=(0, 1, 3))
+        g += torch.einsum("mj,bnmd->bnjd", attn_weight, dz)
+        if mask is not None:
+            g = torch.where(mask[:, at, None, None], g, 0)
+        if g_u is not None:
+            g_u[:, at] = torch.einsum("bnjd,nkjd->bnk" if weight.dim() == 4 else "bnjd,kjd->bnk", g, matrices)
+        if g_weight is not None and weight.dim() == 4:
+            g_weight[at] = torch.einsum("bnk,bnjd->nkjd", own, g)
+        elif g_weight is not None:
+            to_weight += torch.einsum("bnk,bnjd->kjd", own, g)
+    if g_weight is not None and weight.dim() == 3:
+        g_weight.copy_(to_weight)
+    if g_attn_weight is not None:
+        g_attn_weight.copy_(to_attn_weight)
+    if g_attn_bias is not None:
+        g_attn_bias.copy_(to_attn_bias)

@@ -1,0 +1,354 @@
+"""The CUDA and the Triton backend against the reference in float64.
+
+On a GPU both run the whole matrix of shapes. Without one Triton's interpreter runs small shapes, cut into tiles and
+programs small enough that there are several of each; the CUDA kernels are then proven by tests/core.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import capsops
+from capsops.backends import COMPILED, triton
+
+from .routings import OPERATORS, ROUTINGS, SHAPES, Routing, device_of, each, relative_error, run
+
+GPU = torch.cuda.is_available()
+BACKENDS = [
+    name for name in ("cuda", "triton") if COMPILED[name].why_not("squash", device_of(name), torch.float32) is None
+]
+# Several programs and tiles of both kinds, the last ones in part; with padding along every axis.
+SMALL = [(1, 1, 1, 1, 1), (2, 5, 3, 3, 5), (3, 7, 2, 2, 4), (5, 3, 2, 9, 1)]
+
+# What the interpreter has time for; the others differ from these in options that their own shape tests.
+FEW = ("attention", "dynamic3", "dynamic2-leaky-bias", "self-attention-prior", "em3", "votes")
+
+by_backend = pytest.mark.parametrize("backend", BACKENDS)
+by_operator = pytest.mark.parametrize(
+    "routing", [r for r in OPERATORS if GPU or r.name != "em3-rows3"], ids=lambda r: r.name
+)
+by_some = pytest.mark.parametrize("routing", [r for r in OPERATORS if GPU or r.name in FEW], ids=lambda r: r.name)
+by_shape = pytest.mark.parametrize("shape", SHAPES if GPU else SMALL, ids=str)
+by_sharing = pytest.mark.parametrize("shared", [False, True], ids=["matrices", "shared"])
+needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
+
+pytestmark = pytest.mark.skipif(not BACKENDS, reason="there is neither a GPU nor Triton")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not GPU:
+        monkeypatch.setattr(triton, "_TILE", 64)
+        monkeypatch.setattr(triton, "_PROGRAMS", 3)
+
+
+def _can(backend: str, routing: Routing) -> bool:
+    return backend == "triton" or not routing.em
+
+
+def _agrees(routing: Routing, got: list[torch.Tensor], naive: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
+    """To 2e-5, or to four times the error of plain PyTorch in the same precision where that is more."""
+    for x, plain, y in zip(got, naive, exact, strict=True):
+        if y.abs().max() > 1e-3:
+            assert relative_error(x, y) < max(2e-5, 4 * relative_error(plain, y))
+        else:  # nothing to be coupled away from, or a saturated activation: the gradient has vanished
+            assert (x - y).abs().max() < 2e-5
+
+
+@by_backend
+@by_operator
+@by_shape
+@by_sharing
+def test_agrees_with_the_reference(backend: str, routing: Routing, shape: tuple[int, ...], shared: bool) -> None:
+    if not _can(backend, routing):
+        pytest.skip("EM routing has no CUDA kernels")
+    arguments = routing.arguments(shape, shared=shared)
+    exact = run(routing, arguments, torch.float64, "reference")
+    naive = run(routing, arguments, torch.float32, "reference")
+    _agrees(routing, run(routing, arguments, torch.float32, backend), naive, exact)
+
+
+@by_backend
+@by_some
+@by_sharing
+def test_mask(backend: str, routing: Routing, shared: bool) -> None:
+    if not _can(backend, routing):
+        pytest.skip("EM routing has no CUDA kernels")
+    if routing not in ROUTINGS:
+        pytest.skip("votes have no mask")
+    shape = (9, 67, 5, 3, 6) if GPU else (3, 5, 2, 3, 3)
+    arguments = routing.arguments(shape, shared=shared)
+    mask = torch.rand(shape[:2], generator=torch.Generator().manual_seed(5)) < 0.6
+    mask[2] = False
+    for name in {routing.capsules, "activation"} & set(arguments):
+        arguments[name][~mask] = float("nan")  # what is not there may hold anything
+    exact = run(routing, arguments, torch.float64, "reference", mask=mask)
+    naive = run(routing, arguments, torch.float32, "reference", mask=mask)
+    got = run(routing, arguments, torch.float32, backend, mask=mask)
+    _agrees(routing, got, naive, exact)
+    gradients = dict(zip(arguments, got[routing.outputs :], strict=True))
+    for name in {routing.capsules, "activation"} & set(arguments):
+        assert (gradients[name][~mask] == 0).all(), "no gradient where there is no capsule"
+        assert (gradients[name][mask] != 0).any()
+
+
+@by_backend
+@by_some
+def test_float64(backend: str, routing: Routing) -> None:
+    """Precise enough for gradcheck."""
+    if not _can(backend, routing):
+        pytest.skip("EM routing has no CUDA kernels")
+    arguments = routing.arguments((2, 5, 3, 3, 5))
+    exact = run(routing, arguments, torch.float64, "reference")
+    for got, expected in zip(run(routing, arguments, torch.float64, backend), exact, strict=True):
+        assert relative_error(got, expected) < (1e-10 if routing.em else 1e-12)
+
+
+@by_backend
+@by_some
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+def test_low_precision_is_at_most_twice_as_wrong(backend: str, routing: Routing, dtype: torch.dtype) -> None:
+    if not _can(backend, routing):
+        pytest.skip("EM routing has no CUDA kernels")
+    for shape in SHAPES if GPU else [(2, 5, 3, 3, 5)]:
+        arguments = {n: x.to(dtype).double() for n, x in routing.arguments(shape).items()}
+        exact = run(routing, arguments, torch.float64, "reference")
+        naive = run(routing, arguments, dtype, "reference")
+        for got, plain, expected in zip(run(routing, arguments, dtype, backend), naive, exact, strict=True):
+            rounding = torch.finfo(dtype).eps / 2 * expected.abs().max()
+            error = (plain - expected).abs().max()
+            assert (got - expected).abs().max() <= 2 * error + rounding + 1e-12
+
+
+@by_backend
+@by_some
+@by_sharing
+@pytest.mark.parametrize("shape", [(0, 5, 3, 2, 4), (2, 0, 3, 2, 4)], ids=["no-batch", "no-capsules"])
+def test_empty(backend: str, routing: Routing, shared: bool, shape: tuple[int, ...]) -> None:
+    if not _can(backend, routing):
+        pytest.skip("EM routing has no CUDA kernels")
+    arguments = routing.arguments(shape, shared=shared)
+    expected = run(routing, arguments, torch.float64, "reference")
+    for got, y in zip(run(routing, arguments, torch.float64, backend), expected, strict=True):
+        torch.testing.assert_close(got, y)
+
+
+@by_backend
+@by_some
+def test_only_what_is_asked_for_is_computed(backend: str, routing: Routing) -> None:
+    if not _can(backend, routing):
+        pytest.skip("EM routing has no CUDA kernels")
+    arguments = routing.arguments((2, 3, 2, 3, 3))
+    everything = dict(zip(arguments, run(routing, arguments, torch.float32, backend)[routing.outputs :], strict=True))
+    for name in arguments:
+        leaves = {n: x.to(device_of(backend), torch.float32).requires_grad_(n == name) for n, x in arguments.items()}
+        generator = torch.Generator().manual_seed(1)
+        with capsops.use_backend(backend):
+            out = each(routing.call(**leaves))
+            g = [torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x) for x in out]
+            torch.autograd.backward(out, g)
+        for n, x in leaves.items():
+            assert (x.grad is None) == (n != name)
+        torch.testing.assert_close(leaves[name].grad.double().cpu(), everything[name], rtol=0, atol=0)
+
+
+@by_backend
+@by_some
+def test_strided_and_misaligned_inputs(backend: str, routing: Routing) -> None:
+    if not _can(backend, routing):
+        pytest.skip("EM routing has no CUDA kernels")
+    device = device_of(backend)
+    arguments = {n: x.to(device, torch.float32) for n, x in routing.arguments((3, 5, 4, 3, 8)).items()}
+    strided = {n: x.transpose(0, -1).contiguous().transpose(0, -1) for n, x in arguments.items()}
+    shifted = {n: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for n, x in arguments.items()}
+    with capsops.use_backend(backend):
+        results = [each(routing.call(**a)) for a in (arguments, strided, shifted)]
+    for other in results[1:]:
+        for x, y in zip(results[0], other, strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@by_backend
+@pytest.mark.parametrize("kind", ["sabour", "efficient"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_squash(backend: str, kind: str, dtype: torch.dtype) -> None:
+    lengths = torch.tensor([0.0, 1e-20, 1e-4, 0.03, 0.99, 1.01, 3.0, 400.0, 6e4], dtype=torch.float64)
+    s = torch.nn.functional.normalize(torch.randn(9, 5, dtype=torch.float64), dim=-1) * lengths[:, None]
+    s = s.to(dtype)
+    results = []
+    for name, x in (("reference", s.double()), ("reference", s.clone()), (backend, s.to(device_of(backend)))):
+        x = x.requires_grad_()
+        with capsops.use_backend(name):
+            v = capsops.squash(x, kind=kind)
+            (g,) = torch.autograd.grad(v, x, torch.linspace(1, 2, 5, dtype=v.dtype, device=v.device).expand_as(v))
+        results.append([v.detach().double().cpu(), g.double().cpu()])
+    exact, naive, got = results
+    eps = torch.finfo(dtype).eps
+    for x, plain, y in zip(got, naive, exact, strict=True):
+        assert torch.isfinite(x).all()
+        allowed = 4 * (plain - y).abs() + 8 * eps * y.abs() + torch.finfo(dtype).tiny
+        assert ((x - y).abs() <= allowed.clamp(min=8 * eps * float(y.abs().max()) * 1e-3)).all()
+
+
+@by_backend
+def test_squash_keeps_nan(backend: str) -> None:
+    s = torch.ones(3, 5, device=device_of(backend))
+    s[1, 0], s[2, 4] = float("nan"), float("nan")
+    with capsops.use_backend(backend):
+        v = capsops.squash(s)
+    assert torch.isfinite(v[0]).all()
+    assert v[1:].isnan().all()
+
+
+@by_backend
+@pytest.mark.parametrize("layout", ["channels", "legacy"])
+@pytest.mark.parametrize("memory", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 1), (2, 3, 5, 5, 7), (2, 2, 4, 6, 4)], ids=str)
+def test_primary_capsules(backend: str, layout: str, memory: torch.memory_format, shape: tuple[int, ...]) -> None:
+    B, types, K, height, width = shape
+    width = K if layout == "legacy" and height * width % K else width
+    features = torch.randn(B, types * K, height, width, dtype=torch.float64)
+    g_u = torch.randn(B, types * height * width, K, dtype=torch.float64)
+    results = []
+    for name, dtype in (("reference", torch.float64), (backend, torch.float32)):
+        leaf = features.to(device_of(name), dtype).to(memory_format=memory).requires_grad_()
+        with capsops.use_backend(name):
+            u = capsops.primary_capsules(leaf, types, layout=layout)
+            (g,) = torch.autograd.grad(u, leaf, g_u.to(u))
+        assert name == "reference" or g.stride() == leaf.stride()
+        results.append([u.detach().double().cpu(), g.double().cpu()])
+    for exact, got in zip(*results, strict=True):
+        assert relative_error(got, exact) < 1e-6
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_attention_to_many_output_capsules(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond what Triton mixes in registers, and in several tiles."""
+    if "triton" not in BACKENDS:
+        pytest.skip("Triton does not run here")
+    monkeypatch.setattr(triton, "_MOST_MIXED", 4)
+    monkeypatch.setattr(triton.wide_attention, "_TILE_BYTES", 1000)
+    for routing in OPERATORS[:2]:
+        arguments = routing.arguments((2, 7, 3, 5, 4), shared=shared)
+        mask = torch.rand(2, 7, generator=torch.Generator().manual_seed(5)) < 0.6
+        arguments["u"][~mask] = float("nan")
+        exact = run(routing, arguments, torch.float64, "reference", mask=mask)
+        for got, expected in zip(run(routing, arguments, torch.float64, "triton", mask=mask), exact, strict=True):
+            assert relative_error(got, expected) < 1e-12
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux alone")
+@pytest.mark.parametrize("capability", [80, 90])
+def test_triton_compiles_for_gpus(capability: int) -> None:
+    """To machine code, of a GPU that need not be there."""
+    pytest.importorskip("triton")
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.capsops.triton_cubins", str(capability)],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env={**os.environ, "TRITON_INTERPRET": "0"},
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    for kernel in ("reduce_kernel em_adjoint", "emit_kernel attention", "emit_kernel stored", "squash_backward_kernel"):
+        assert f"sm_{capability} {kernel}" in run.stdout
+
+
+# ---- on a GPU alone ----------------------------------------------------------------------------------
+
+
+@needs_gpu
+@by_backend
+@by_some
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_bitwise_the_same_from_run_to_run(backend: str, routing: Routing, dtype: torch.dtype) -> None:
+    if not _can(backend, routing):
+        pytest.skip("EM routing has no CUDA kernels")
+    arguments = routing.arguments((13, 1031, 8, 10, 16))
+    first = run(routing, arguments, dtype, backend)
+    for _ in range(3):
+        for x, y in zip(first, run(routing, arguments, dtype, backend), strict=True):
+            assert torch.equal(x, y)
+
+
+@needs_gpu
+@by_backend
+def test_on_a_side_stream(backend: str) -> None:
+    u, weight = torch.randn(8, 20_000, 8, device="cuda"), torch.randn(20_000, 8, 2, 16, device="cuda")
+    with capsops.use_backend(backend):
+        expected = capsops.dynamic_routing(u, weight)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(10_000_000)
+            late = u * 2  # only this stream knows it
+            got = capsops.dynamic_routing(late / 2, weight)
+        stream.synchronize()
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+@needs_gpu
+@by_backend
+def test_graph_capture(backend: str) -> None:
+    """A training step, captured once and replayed on other data."""
+    u = torch.randn(8, 500, 8, device="cuda", requires_grad=True)
+    weight = torch.randn(500, 8, 3, 16, device="cuda", requires_grad=True)
+    A = torch.randn(3, 3, device="cuda", requires_grad=True)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        v = capsops.dynamic_routing(u, weight) + capsops.attention_routing(u, weight, A)
+        return v.detach(), *torch.autograd.grad(v.square().sum(), (u, weight, A))
+
+    with capsops.use_backend(backend):
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            step()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            u.copy_(torch.randn_like(u))
+        graph.replay()
+        replayed = [x.clone() for x in captured]
+        for x, y in zip(replayed, step(), strict=True):
+            torch.testing.assert_close(x, y, rtol=0, atol=0)
+
+
+@needs_gpu
+@by_backend
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
+def test_on_the_second_gpu(backend: str) -> None:
+    u, weight = torch.randn(3, 50, 8), torch.randn(50, 8, 3, 16)
+    with capsops.use_backend(backend):
+        results = [capsops.dynamic_routing(u.to(d), weight.to(d)).cpu() for d in ("cuda:0", "cuda:1")]
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@needs_gpu
+@by_backend
+def test_long_sums_do_not_drift(backend: str) -> None:
+    N = 200_000
+    u = torch.full((1, N, 1), 1.0) + torch.rand(1, N, 1) * 1e-3
+    weight = torch.full((1, 2, 4), 1e-5)
+    with capsops.use_backend("reference"):
+        exact = capsops.dynamic_routing(u.double(), weight.double(), 1)
+    with capsops.use_backend(backend):
+        out = capsops.dynamic_routing(u.cuda(), weight.cuda(), 1)
+    assert relative_error(out.double().cpu(), exact) < 1e-6
+
+
+@needs_gpu
+def test_what_is_chosen() -> None:
+    u, weight = torch.randn(2, 5, 3, device="cuda"), torch.randn(5, 3, 2, 4, device="cuda")
+    name = capsops.backends.select("dynamic_routing", u.device, u.dtype)
+    assert name == BACKENDS[0]
+    assert capsops.dynamic_routing(u, weight).device == u.device
+    with pytest.raises(ValueError, match="they must be on one device"):
+        capsops.dynamic_routing(u, weight.cpu())
