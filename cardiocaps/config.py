@@ -22,9 +22,21 @@ from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin
 from cardiocaps import __version__
 from cardiocaps.errors import ConfigError
 
-MAY_DIFFER_ON_RESUME = ("epochs", "device", "threads", "workers", "progress", "cache_dir")
+MAY_DIFFER_ON_RESUME = (
+    "epochs",
+    "device",
+    "channels_last",
+    "compile",
+    "threads",
+    "workers",
+    "progress",
+    "cache_dir",
+)
 """Settings that may change when a run goes on: they decide how long and where it runs, not what it
-computes."""
+computes, but for the rounding."""
+
+_NEWER: Mapping[str, Any] = {"tf32": False, "channels_last": False, "compile": False}
+"""Settings that the folders of older runs have no word of, and what those ran with."""
 
 _LARGEST_FILE = 1 << 16
 
@@ -191,8 +203,13 @@ class TrainConfig:
     )
     seed: int = _option(10, "training", "seed of weights, order and augmentation", low=0, high=2**32 - 1)
 
-    device: Literal["auto", "cpu", "cuda"] = _option("auto", "machine", "auto: a GPU where there is one")
+    device: Literal["auto", "cpu", "cuda"] = _option(
+        "auto", "machine", "auto: the first CUDA or ROCm GPU, else the CPU"
+    )
     precision: Literal["32", "bf16"] = _option("32", "machine", "float32, or bfloat16 autocast")
+    tf32: bool = _option(False, "machine", "on a GPU, float32 products and convolutions in TensorFloat-32")
+    channels_last: bool = _option(True, "machine", "images and feature maps in channels_last order")
+    compile: bool = _option(False, "machine", "train the network through torch.compile")
     threads: int | None = _option(None, "machine", "threads of the CPU; none: torch decides", low=1, high=1024)
     workers: int = _option(0, "machine", "processes that load data; 0: the main one", low=0, high=256)
 
@@ -423,7 +440,7 @@ def read_run(folder: Path) -> TrainConfig:
     file = folder / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{_shown(folder)} is not the folder of a run: it has no config.yaml")
-    settings = read_yaml(file)
+    settings = {**_NEWER, **read_yaml(file)}
     missing = [name for name in options() if name not in settings]
     if missing:
         raise ConfigError(f"{file} is not whole, or of another version: it has no {', '.join(missing)}")

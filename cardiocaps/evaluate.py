@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from cardiocaps.data.datamodule import EchoDataModule
     from cardiocaps.learning import Classifier
+    from cardiocaps.machine import Machine
     from cardiocaps.metrics import RegressionReport, Report
     from cardiocaps.run_folder import RunFolder
 
@@ -192,7 +193,7 @@ def write_results(run: RunFolder, network: Scores, pixels: Scores, config: Train
 
 
 def evaluate_network(
-    config: TrainConfig, run: RunFolder, data: EchoDataModule, results: RunFolder | None
+    config: TrainConfig, machine: Machine, run: RunFolder, data: EchoDataModule, results: RunFolder | None
 ) -> tuple[Scores, Scores]:
     """Evaluate a run's best network beside the pixels' logistic regression; print the table, write into `results`.
 
@@ -206,7 +207,8 @@ def evaluate_network(
 
     network = Classifier(config, torch.ones(2), 0.0)
     load_weights(network, read_checkpoint(run.best), run.best)
-    scores = score_network(make_trainer(config), network, data, config.bootstrap)
+    machine.lay_out(network.model)
+    scores = score_network(make_trainer(config, machine), network, data, config.bootstrap)
     pixels = score_pixels(data, config.bootstrap)
     if results:
         write_results(results, scores, pixels, config)
@@ -220,14 +222,16 @@ def evaluate_run(path: Path, changed: Mapping[str, Any], out: Path | None = None
     Raises:
         CardioCapsError: the folder is no run's, its checkpoint or data cannot be used, or `out` cannot be written.
     """
+    from cardiocaps.machine import machine_for
     from cardiocaps.run_folder import RunFolder
-    from cardiocaps.train import decode, read_study, set_up
+    from cardiocaps.train import decode, read_study
 
     run = RunFolder.open(path)
     config = replace(read_run(path), **changed)
-    set_up(config)
-    results = RunFolder.create(out) if out else None
-    scores, pixels = evaluate_network(config, run, decode(config, read_study(config)), results)
+    with machine_for(config) as machine:
+        results = RunFolder.create(out) if out else None
+        data = decode(config, machine, read_study(config))
+        scores, pixels = evaluate_network(config, machine, run, data, results)
     if results:
         say(f"written to {results.path}")
     return scores, pixels, config

@@ -1,7 +1,8 @@
 """How a network learns, for Lightning: the module, and the callbacks that keep its history and its checkpoints.
 
 A checkpoint holds everything that the rest of the run depends on, in the middle of an epoch too, so that a run that was
-cut off ends like one that was not.
+cut off ends like one that was not. No generator's state is among it, the CPU's or a GPU's: once the weights are drawn,
+what is drawn depends on (seed, epoch, item) alone.
 """
 
 from __future__ import annotations

@@ -149,13 +149,14 @@ class RunFolder:
     def precision_recall_curve(self) -> Path:
         return self.plots / "precision_recall_curve.png"
 
-    def write_environment(self) -> None:
+    def write_environment(self, device: str) -> None:
         """Write `environment.json`. Raises OutputError."""
-        write_json(self.environment, environment())
+        write_json(self.environment, environment(device))
 
 
-def environment() -> dict[str, Any]:
-    """What a result can depend on: versions, processor, threads, GPU, commit.
+def environment(device: str) -> dict[str, Any]:
+    """What a result can depend on: versions, processor, threads, GPU, commit; and the device, cpu or cuda, that is
+    computed on.
 
     Nothing that says who ran it or where: no host or user name, no path, no environment variable.
     """
@@ -177,7 +178,9 @@ def environment() -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cpu_count": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "device": device,
         "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
         "gpu": torch.cuda.get_device_name() if gpu else None,
     }
 

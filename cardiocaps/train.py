@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from cardiocaps.config import TrainConfig, from_command_line
-from cardiocaps.errors import CardioCapsError, CheckpointError, ConfigError
+from cardiocaps.errors import CardioCapsError, CheckpointError
 from cardiocaps.program import Interruption, execute, say
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from cardiocaps.data.datamodule import EchoDataModule
     from cardiocaps.data.echonet import Study
+    from cardiocaps.machine import Machine
     from cardiocaps.run_folder import RunFolder
 
 
@@ -39,38 +40,30 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
     quiet()
     from cardiocaps.evaluate import evaluate_network
     from cardiocaps.files import exclusive, write_text
+    from cardiocaps.machine import machine_for
     from cardiocaps.run_folder import RunFolder
 
     assert config.out is not None
-    set_up(config)
-    # A folder that cannot be read should not cost the run that --overwrite replaces, and one that cannot be written
-    # should fail before an hour of decoding.
-    study = read_study(config) if config.data else None
-    folder = RunFolder.open(config.out) if config.resume else RunFolder.create(config.out, config.overwrite)
-    with exclusive(folder.path):
-        if not config.resume:
-            write_text(folder.config, config.to_yaml())
-            folder.write_environment()
-        try:
-            data = decode(config, study or read_study(config))
-        except CardioCapsError:
+    with machine_for(config) as machine:
+        say(f"device: {machine}")
+        # A folder that cannot be read should not cost the run that --overwrite replaces, and one that cannot be written
+        # should fail before an hour of decoding.
+        study = read_study(config) if config.data else None
+        folder = RunFolder.open(config.out) if config.resume else RunFolder.create(config.out, config.overwrite)
+        with exclusive(folder.path):
             if not config.resume:
-                folder.discard()
-            raise
-        say(data.study.summary())
-        train(config, folder, data, interruption)
-        evaluate_network(config, folder, data, results=folder)
-        say(f"run folder: {folder.path}")
-
-
-def set_up(config: TrainConfig) -> None:
-    """Threads and device. Raises ConfigError where a GPU is asked for and there is none."""
-    import torch
-
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device: 'cuda' is asked for, but torch sees no GPU; give auto or cpu")
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
+                write_text(folder.config, config.to_yaml())
+                folder.write_environment(machine.device)
+            try:
+                data = decode(config, machine, study or read_study(config))
+            except CardioCapsError:
+                if not config.resume:
+                    folder.discard()
+                raise
+            say(data.study.summary())
+            train(config, machine, folder, data, interruption)
+            evaluate_network(config, machine, folder, data, results=folder)
+            say(f"run folder: {folder.path}")
 
 
 def read_study(config: TrainConfig) -> Study:
@@ -99,7 +92,7 @@ def read_study(config: TrainConfig) -> Study:
     )
 
 
-def decode(config: TrainConfig, study: Study) -> EchoDataModule:
+def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModule:
     """The study's frames, decoded or found in the cache. Raises DataError, OutputError as `cache.build`."""
     from cardiocaps.data.datamodule import EchoDataModule
 
@@ -115,19 +108,21 @@ def decode(config: TrainConfig, study: Study) -> EchoDataModule:
         num_workers=config.workers,
         max_bad_share=config.max_bad_share,
         progress=_watched(config),
+        pin_memory=machine.pin_memory,
+        channels_last=machine.channels_last,
     )
     data.setup()
     return data
 
 
-def make_trainer(config: TrainConfig, **options: Any) -> Trainer:
+def make_trainer(config: TrainConfig, machine: Machine, **options: Any) -> Trainer:
     """Lightning's trainer on the run's device and in its precision; `options` are Trainer's own."""
     from lightning.pytorch import Trainer
 
     return Trainer(
-        accelerator={"auto": "auto", "cpu": "cpu", "cuda": "gpu"}[config.device],
+        accelerator=machine.device,
         devices=1,
-        precision={"32": "32-true", "bf16": "bf16-mixed"}[config.precision],  # type: ignore[arg-type]
+        precision={"32": "32-true", "bf16": "bf16-mixed"}[machine.precision],  # type: ignore[arg-type]
         logger=False,
         enable_model_summary=False,
         enable_progress_bar=_watched(config),
@@ -138,7 +133,9 @@ def make_trainer(config: TrainConfig, **options: Any) -> Trainer:
     )
 
 
-def train(config: TrainConfig, folder: RunFolder, data: EchoDataModule, interruption: Interruption) -> None:
+def train(
+    config: TrainConfig, machine: Machine, folder: RunFolder, data: EchoDataModule, interruption: Interruption
+) -> None:
     """Train from the beginning or from last.ckpt, to best.ckpt, metrics.csv and the learning curves."""
     import torch
     from lightning.pytorch import seed_everything
@@ -156,6 +153,7 @@ def train(config: TrainConfig, folder: RunFolder, data: EchoDataModule, interrup
         load_weights,
         read_checkpoint,
     )
+    from cardiocaps.machine import compilation_errors
 
     seed_everything(config.seed, workers=True, verbose=False)
     # It would cost time and change no result.
@@ -179,13 +177,17 @@ def train(config: TrainConfig, folder: RunFolder, data: EchoDataModule, interrup
         say("this run's training has ended; evaluating it")
     else:
         bar = [RichProgressBar()] if _watched(config) else []
+        machine.lay_out(network.model)
+        machine.compile_for_training(network.model)
         trainer = make_trainer(
             config,
+            machine,
             max_epochs=config.epochs,
             callbacks=[history, Patience(config.patience), Checkpoints(folder, history, interruption), *bar],
             plugins=[CheckpointFiles()],
         )
-        trainer.fit(network, datamodule=data, ckpt_path=start, weights_only=True)
+        with compilation_errors():
+            trainer.fit(network, datamodule=data, ckpt_path=start, weights_only=True)
     with output_errors(folder.plots):
         folder.plots.mkdir(exist_ok=True)
     plots.learning_curves(history.rows, folder.learning_curves)

@@ -138,10 +138,12 @@ class EchoDataModule(LightningDataModule):
         target: ``width`` (cm) or ``ef`` (percent).
         seed: of order, augmentation and the paper protocol's split.
         cache_dir: see `cache.default_folder`.
-        num_workers: loader processes.
+        num_workers: loader processes, which live as long as their loader.
         max_bad_share: largest share of unusable rows or videos.
         augment_full: see `views.draw_jitter`.
         progress: show a bar while decoding.
+        pin_memory: batches wait in page-locked memory, from which a GPU fetches them while it computes.
+        channels_last: images in this order in memory instead of contiguous.
 
     Raises:
         ConfigError, DataError, OutputError: from the constructor, or from `setup` as `read_folder` and
@@ -163,6 +165,8 @@ class EchoDataModule(LightningDataModule):
         max_bad_share: float = 0.05,
         augment_full: bool = True,
         progress: bool = False,
+        pin_memory: bool = False,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
         if target not in TARGETS:
@@ -180,6 +184,7 @@ class EchoDataModule(LightningDataModule):
         self.study = study
         self.size, self.batch_size, self.target, self.seed = size, batch_size, target, seed
         self.num_workers, self.augment_full = num_workers, augment_full
+        self.pin_memory, self.channels_last = pin_memory, channels_last
         self._cache_options: dict[str, Any] = {
             "size": base_side(size),
             "frames_per_clip": frames_per_clip,
@@ -233,7 +238,10 @@ class EchoDataModule(LightningDataModule):
         """Make the views where the batch is, so that only uint8 frames travel to the device."""
         rest = dict(batch)
         base, jitter, tone = rest.pop("base"), rest.pop("jitter"), rest.pop("tone")
-        return {"image": three_views(base, self.size, jitter, tone), **rest}
+        image = three_views(base, self.size, jitter, tone)
+        if self.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
+        return {"image": image, **rest}
 
     def clips(self, split: str) -> tuple[Clip, ...]:
         """The clips that a batch's ``clip`` counts."""
@@ -282,6 +290,7 @@ class EchoDataModule(LightningDataModule):
             batch_size=self.batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
             drop_last=split == "train" and single,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=self.pin_memory,
         )

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from capsops.functional import float32
 from capsops.nn import CapsuleLayer, PrimaryCapsules
 from cardiocaps.config import Preset
 
@@ -118,8 +119,17 @@ class CardioCaps(nn.Module):
             capsules=capsules,
             lengths=lengths,
             reconstruction=pixels.view(-1, RECONSTRUCTED_CHANNELS, self.size, self.size),
-            regression=self.regression(pixels).squeeze(1),
+            regression=self._regressed(pixels),
         )
+
+    def _regressed(self, pixels: Tensor) -> Tensor:
+        """Of decoded pixels [B, 3·S·S], [B]; never below the weights' precision, for bfloat16 would give an ejection
+        fraction in steps of a quarter of a percent."""
+        wide = self.regression.weight.dtype
+        if pixels.dtype == wide:
+            return self.regression(pixels).squeeze(1)
+        with float32(pixels):
+            return self.regression(pixels.to(wide)).squeeze(1)
 
 
 def _after(size: int, kernel: int, stride: int) -> int:

@@ -146,6 +146,10 @@ def test_help_needs_no_heavy_import() -> None:
         (["--out", ""], "--out: '' is not allowed; give a path"),
         (["--threads", "0"], "--threads: 0 is not allowed; give an integer from 1 to 1024 (see"),
         (["--progress=no"], "ignored explicit argument 'no'"),
+        (["--device", "mps"], "--device: 'mps' is not allowed; give one of auto, cpu, cuda"),
+        (["--precision", "fp16"], "--precision: 'fp16' is not allowed; give one of 32, bf16"),
+        (["--tf32=1"], "--tf32/--no-tf32: ignored explicit argument '1'"),
+        (["--channel-last"], "unknown option --channel-last; did you mean --channels-last?"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_status_2(
@@ -174,6 +178,9 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2(
         ("epochs: 0", "epochs: 0 is not allowed; give an integer from 1 to 100000 or null"),
         ("progress: yes", "progress: 'yes' is not allowed; give true or false"),
         ("progress: 1", "progress: 1 is not allowed"),
+        ("tf32: on", "tf32: 'on' is not allowed; give true or false"),
+        ("compile: inductor", "compile: 'inductor' is not allowed; give true or false"),
+        ("channels_last: null", "channels_last: None is not allowed; give true or false"),
         ("routing: 3", "routing: 3 is not allowed; give one of attention, dynamic, uniform"),
         ("split: false", "split: False is not allowed"),
         ("learning_rate: .nan", "learning_rate: nan is not allowed"),
@@ -318,6 +325,19 @@ def test_a_run_cannot_go_on_with_other_settings(argv: list[str], message: str, t
     _run(tmp_path / "run")
     with pytest.raises(ConfigError, match=message):
         from_command_line(["--resume", str(tmp_path / "run"), *argv])
+
+
+def test_a_run_of_an_older_version_keeps_what_it_ran_with(tmp_path: Path) -> None:
+    _run(tmp_path / "run")
+    file = tmp_path / "run" / "config.yaml"
+    newer = ("tf32: ", "channels_last: ", "compile: ")
+    lines = [line for line in file.read_text().splitlines(keepends=True) if not line.startswith(newer)]
+    file.write_text("".join(lines))
+    config = from_command_line(["--resume", str(tmp_path / "run")])
+    assert (config.tf32, config.channels_last, config.compile) == (False, False, False)
+    file.write_text("".join(lines[:-1]))
+    with pytest.raises(ConfigError, match="it has no bootstrap"):
+        from_command_line(["--resume", str(tmp_path / "run")])
 
 
 def test_what_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_open_says_what_is_missing(tmp_path: Path) -> None:
 def test_the_environment_says_what_ran_and_not_who_or_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATIENT", "a-secret-of-the-environment")
     folder = RunFolder.create(tmp_path / "a")
-    folder.write_environment()
+    folder.write_environment("cpu")
     text = folder.environment.read_text()
     written = json.loads(text)
     assert written["packages"]["torch"] == torch.__version__
@@ -161,14 +161,14 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path: Path, monkeyp
     head = git("rev-parse", "HEAD")
 
     monkeypatch.setattr(run_folder, "__file__", str(inside))
-    assert environment()["commit"] == head
+    assert environment("cpu")["commit"] == head
     inside.write_text("changed")
-    assert environment()["commit"] == f"{head}+"
+    assert environment("cpu")["commit"] == f"{head}+"
     with monkeypatch.context() as hook:  # a git hook's variables point elsewhere
         hook.setenv("GIT_DIR", str(tmp_path / "nowhere"))
-        assert environment()["commit"] == f"{head}+"
+        assert environment("cpu")["commit"] == f"{head}+"
     with monkeypatch.context() as bare:
         bare.setenv("PATH", "")
-        assert environment()["commit"] is None
+        assert environment("cpu")["commit"] is None
     monkeypatch.setattr(run_folder, "__file__", str(deeper))  # installed inside somebody else's checkout
-    assert environment()["commit"] is None
+    assert environment("cpu")["commit"] is None

@@ -111,6 +111,7 @@ def test_run_folder_is_complete(finished: Path) -> None:
     assert 0 <= results["cardiocaps"]["video"]["metrics"]["auroc"]["value"] <= 1
     assert results["pixel_logistic_regression"]["video"]["n"] == results["cardiocaps"]["video"]["n"]
     assert "not a medical device" in results["use"].lower()
+    assert json.loads((finished / "environment.json").read_text())["device"] in ("cpu", "cuda")
     predictions = list(csv.DictReader((finished / "predictions.csv").open()))
     assert len(predictions) == results["cardiocaps"]["frame"]["n"]
     assert len({row["video"] for row in predictions}) == results["cardiocaps"]["video"]["n"]
@@ -214,6 +215,68 @@ def test_terminated_before_training(tmp_path: Path) -> None:
 def test_workers_change_nothing(finished: Path, arguments: list[str], tmp_path: Path) -> None:
     assert train.main([*arguments, "--out", str(tmp_path / "workers"), "--workers", "2"]) == 0
     assert _history(tmp_path / "workers") == _history(finished)
+
+
+def test_training_draws_nothing_from_torch(
+    finished: Path, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a checkpoint need not hold the state of a generator, of whatever device."""
+    from cardiocaps.learning import Classifier
+
+    training_step = Classifier.training_step
+
+    def reseeding(self: Classifier, *batch: object) -> object:
+        torch.seed()
+        return training_step(self, *batch)
+
+    monkeypatch.setattr(Classifier, "training_step", reseeding)
+    assert train.main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    _same(finished, tmp_path / "run")
+
+
+def test_compiled_run_goes_on_and_is_evaluated_without(
+    finished: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.compiler.reset()
+    run = tmp_path / "run"
+    assert train.main([*arguments, "--compile", "--epochs", "1", "--out", str(run)]) == 0
+    assert "device: cpu, float32, channels_last, compiled" in capsys.readouterr().out
+    weights = [torch.load(r / "best.ckpt", weights_only=True)["state_dict"] for r in (run, finished)]
+    assert list(weights[0]) == list(weights[1])
+    assert evaluate.main([str(run)]) == 0
+    assert train.main(["--resume", str(run), "--no-compile", "--epochs", "3"]) == 0
+    for row, expected in zip(_history(run), _history(finished), strict=True):
+        # Adam makes much of the rounding, in which they differ.
+        assert float(row["train_loss"]) == pytest.approx(float(expected["train_loss"]), rel=0.02)
+
+
+def test_plain_run_goes_on_compiled(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[torch.nn.Module] = []
+
+    def compile_without_a_compiler(network: torch.nn.Module) -> None:
+        compiled.append(network)
+        network._compiled_call_impl = torch.compile(network._call_impl, backend="eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_without_a_compiler)
+    torch.compiler.reset()
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    assert train.main(["--resume", str(run), "--compile", "--epochs", "4"]) == 0
+    assert [row["epoch"] for row in _history(run)] == ["1", "2", "3", "4"]
+    assert len(compiled) == 1, "training alone is compiled"
+    assert evaluate.main([str(run)]) == 0
+
+
+def test_run_of_a_version_that_knew_less(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    lines = (run / "config.yaml").read_text().splitlines(keepends=True)
+    kept = [line for line in lines if not line.startswith(("tf32:", "channels_last:", "compile:"))]
+    assert len(kept) == len(lines) - 3
+    (run / "config.yaml").write_text("".join(kept))
+    assert evaluate.main([str(run)]) == 0
+    assert train.main(["--resume", str(run), "--epochs", "4"]) == 0
+    assert len(_history(run)) == 4
 
 
 def test_finished_run_resumed_with_more_epochs(finished: Path, arguments: list[str], tmp_path: Path) -> None:

@@ -59,6 +59,30 @@ def test_a_batch_is_what_the_model_expects(shared_folder: Path, shared_cache: Pa
         assert target == torch.tensor(clips[clip].width)
 
 
+def test_what_a_gpu_wants_of_its_batches(
+    shared_folder: Path, shared_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = module(shared_folder, shared_cache)
+    last = module(shared_folder, shared_cache, channels_last=True)
+    for one, other in zip(epoch_of(plain, "train"), epoch_of(last, "train"), strict=True):
+        assert other["image"].is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(one["image"], other["image"])
+    assert plain.train_dataloader().pin_memory is False
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)  # of no interest to a run on the CPU
+    assert plain.train_dataloader().pin_memory is False
+    assert module(shared_folder, shared_cache, pin_memory=True).train_dataloader().pin_memory is True
+
+
+def test_loader_processes_live_from_epoch_to_epoch(shared_folder: Path, shared_cache: Path) -> None:
+    loader = module(shared_folder, shared_cache, num_workers=1).train_dataloader()
+    processes = set()
+    for _ in range(2):
+        for _ in loader:
+            pass
+        processes |= {worker.pid for worker in loader._iterator._workers}
+    assert len(processes) == 1
+
+
 def test_an_epoch_has_every_frame_once(shared_folder: Path, shared_cache: Path) -> None:
     data = module(shared_folder, shared_cache)
     for split, clips in (("train", 4), ("val", 2), ("test", 2)):
