@@ -1,10 +1,11 @@
 """Builds capsops._C with CMake and Ninja. Everything else about the package is in pyproject.toml.
 
 Environment: CAPSOPS_CUDA=1 makes it an error if CUDA cannot be compiled, 0 leaves it out; CAPSOPS_CUDA_ARCHS names the
-compute capabilities (default 80;90;100); CUDACXX or CUDA_HOME says where nvcc is.
+compute capabilities (default: those of 80;90;100 that nvcc knows); CUDACXX or CUDA_HOME says where nvcc is.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+DEFAULT_ARCHITECTURES = ("80", "90", "100")
 
 
 def find_nvcc() -> str | None:
@@ -23,6 +25,20 @@ def find_nvcc() -> str | None:
         return shutil.which(named) or sys.exit(f"CUDACXX is {named!r}, which is no program that can be run")
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc") or (shutil.which("nvcc", path=f"{home}/bin") if home else None)
+
+
+def architectures(nvcc: str | None) -> str:
+    """The compute capabilities to compile for, as CMake wants them."""
+    named = os.environ.get("CAPSOPS_CUDA_ARCHS")
+    if named:
+        if not re.fullmatch(r"\d{2,3}(;\d{2,3})*", named):
+            sys.exit(f"CAPSOPS_CUDA_ARCHS is {named!r}; it must be compute capabilities as in 80;90;100")
+        return ";".join(sorted(named.split(";"), key=int))
+    if nvcc is None:
+        return ";".join(DEFAULT_ARCHITECTURES)
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True).stdout.split()
+    chosen = [a for a in DEFAULT_ARCHITECTURES if f"compute_{a}" in known]
+    return ";".join(chosen) or sys.exit(f"{nvcc} compiles for none of {';'.join(DEFAULT_ARCHITECTURES)}; it is too old")
 
 
 class CMakeBuild(build_ext):
@@ -47,13 +63,17 @@ class CMakeBuild(build_ext):
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
             "CAPSOPS_CUDA": switch,
-            "CAPSOPS_CUDA_ARCHS": os.environ.get("CAPSOPS_CUDA_ARCHS", "80;90;100"),
+            "CAPSOPS_CUDA_ARCHS": architectures(nvcc),
             "CAPSOPS_NVCC": nvcc or "",
         }
         defines = [f"-D{name}={value}" for name, value in options.items()]
         cmake = ["cmake", "-S", str(ROOT / "csrc"), "-B", str(build), "-G", "Ninja", "--fresh", *defines]
-        subprocess.run(cmake, check=True)
-        subprocess.run(["cmake", "--build", str(build), "--target", "install"], check=True)
+        try:
+            subprocess.run(cmake, check=True)
+            subprocess.run(["cmake", "--build", str(build), "--target", "install"], check=True)
+        except subprocess.CalledProcessError as error:
+            hint = f"; CAPSOPS_CUDA=0 leaves out what {nvcc} compiles" if nvcc else ""
+            sys.exit(f"the kernels could not be built (see above){hint}: {error}")
 
 
 setup(ext_modules=[Extension("capsops._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

@@ -1,0 +1,168 @@
+"""The CUDA backend where there is no GPU: when it is chosen, and what a launch that fails looks like."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import capsops
+from capsops import backends
+from capsops.backends import cuda, extension, triton
+
+DEVICE = torch.device("cuda", 0)
+FLOAT = torch.float32
+
+needs_kernels = pytest.mark.skipif(
+    extension._C is None or extension._C.cuda_architectures is None, reason="the extension has no CUDA kernels"
+)
+
+
+@pytest.fixture(autouse=True)
+def fresh_answers() -> Iterator[None]:
+    for unfit in (cuda.unfit, triton.unfit):
+        unfit.cache_clear()
+    yield
+    for unfit in (cuda.unfit, triton.unfit):
+        unfit.cache_clear()
+
+
+def _machine(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    built: str | None = "80;90;100",
+    capability: tuple[int, int] = (9, 0),
+    driver: int = 13010,
+    gpu: bool = True,
+    hip: str | None = None,
+) -> None:
+    """A machine with such a GPU, driver and extension."""
+    kernels = SimpleNamespace(cuda_architectures=built, cuda_runtime=13000, cuda_driver=lambda: driver)
+    monkeypatch.setattr(extension, "_C", kernels)
+    monkeypatch.setattr(extension, "MISSING", None)
+    monkeypatch.setattr(extension, "DTYPES", {FLOAT: 0})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Invented GPU")
+    monkeypatch.setattr(torch.version, "hip", hip)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0)])
+def test_runs_from_the_oldest_architecture_on(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
+    """Machine code of the same major version, or PTX of the newest."""
+    _machine(monkeypatch, capability=capability)
+    assert backends.select("dynamic_routing", DEVICE, FLOAT) == "cuda"
+
+
+@pytest.mark.parametrize(
+    ("machine", "reason"),
+    [
+        ({"built": None}, "built without CUDA kernels"),
+        ({"capability": (7, 5)}, r"Invented GPU has compute capability 7.5, and the kernels were built for 80;90;100"),
+        ({"capability": (9, 0), "built": "80"}, None),  # by the PTX of 80
+        ({"capability": (8, 0), "built": "86;100"}, "has compute capability 8.0"),
+        ({"driver": 12080}, r"takes programs up to CUDA 12.8, and the kernels were built by CUDA 13.0"),
+        ({"driver": 0}, "takes programs up to CUDA 0.0"),
+        ({"hip": "7.0"}, "it needs an NVIDIA GPU"),
+        ({"gpu": False}, "torch sees no GPU"),
+    ],
+)
+def test_why_not(monkeypatch: pytest.MonkeyPatch, machine: dict[str, Any], reason: str | None) -> None:
+    _machine(monkeypatch, **machine)
+    said = cuda.why_not("dynamic_routing", DEVICE, FLOAT)
+    if reason is None:
+        assert said is None
+        return
+    assert said is not None
+    with capsops.use_backend("cuda"), pytest.raises(capsops.BackendError, match=reason):
+        backends.select("dynamic_routing", DEVICE, FLOAT)
+    if machine.get("gpu", True) and triton._installed():
+        assert backends.select("dynamic_routing", DEVICE, FLOAT) == "triton"
+
+
+def test_em_routing_runs_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    _machine(monkeypatch)
+    monkeypatch.setattr(triton, "_installed", lambda: True)
+    assert backends.select("em_routing", DEVICE, FLOAT) == "triton"
+    assert backends._chosen(DEVICE) == "cuda; EM routing on triton (cuda: EM routing has no CUDA kernels)"
+
+
+def test_without_any_backend_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    _machine(monkeypatch, built=None)
+    monkeypatch.setattr(triton, "_installed", lambda: False)
+    monkeypatch.setattr(backends, "_warned", set())
+    with pytest.warns(RuntimeWarning, match=r"built without CUDA kernels.*Triton is not installed"):
+        assert backends.select("squash", DEVICE, FLOAT) == "reference"
+
+
+def _on_gpu(*tensors: torch.Tensor) -> list[Any]:
+    """What an operator asks of its operands, as if they were on a GPU."""
+    return [SimpleNamespace(device=DEVICE, shape=x.shape, dtype=x.dtype) for x in tensors]
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tensors of the CPU where a GPU's are asked for; the sizes of the workspaces."""
+    sizes: list[int] = []
+    empty = torch.empty
+
+    def allocate(size: int, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        assert device == DEVICE
+        sizes.append(size)
+        return empty(size, dtype=dtype)
+
+    monkeypatch.setattr(torch, "empty", allocate)
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    return sizes
+
+
+@needs_kernels
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a launch would not fail here")
+def test_a_failed_launch_is_an_error_with_cudas_words(pretended: list[int]) -> None:
+    u, weight, A = torch.randn(2, 5, 3), torch.randn(5, 3, 2, 4), torch.randn(2, 2)
+    capsules = extension._Capsules(u, weight)
+    v, s = torch.zeros(2, 2, 4), torch.zeros(2, 2, 4)
+    said = r"attention_routing: a kernel could not be launched \(shapes \[2, 5, 3\], \[5, 3, 2, 4\], .*\): .*CUDA"
+    for _ in range(2):  # the process lives
+        with pytest.raises(RuntimeError, match=said):
+            extension._run(
+                "attention_routing", _on_gpu(u, weight), capsules.struct, A.data_ptr(), 0, v.data_ptr(), s.data_ptr()
+            )
+    assert pretended[0] > 0
+    assert pretended[0] % 256 == 0
+
+
+@needs_kernels
+def test_no_kernel_for_matrix_poses(pretended: list[int]) -> None:
+    pose, weight = torch.randn(2, 5, 4, 3), torch.randn(5, 3, 2, 4)
+    capsules = extension._Capsules(pose, weight)
+    with pytest.raises(RuntimeError, match=r"affine_votes: not supported for shapes \[2, 5, 4, 3\]"):
+        extension._run("affine_votes", _on_gpu(pose, weight), capsules.struct, 0)
+
+
+@needs_kernels
+def test_the_workspace_follows_the_shape(pretended: list[int]) -> None:
+    """It holds partial sums and states, not votes."""
+
+    def needed(B: int, N: int) -> int:
+        counting = extension._C.Counting(0)
+        struct = extension._C.Capsules(0, 0, 0, B, N, 8, 2, 16, 1, 8 * 2 * 16, extension._C.Dtype.float32)
+        assert extension._C.dynamic_routing(counting, struct, 0, 3, False, 0, 0) == extension._C.Status.ok
+        return int(counting.bytes)
+
+    assert 0 < needed(8, 1000) <= needed(8, 460_800) < 64 << 20
+    assert not pretended
+
+
+def test_what_is_built_is_said() -> None:
+    info = capsops.info()
+    assert set(info.backends) == {"cpu", "cuda", "triton", "reference"}
+    assert info.chosen["cpu"] == "cpu"
+    if not torch.cuda.is_available():
+        assert info.backends["cuda"].startswith("no: ")
+        assert "none that torch sees" in str(info)
