@@ -105,7 +105,11 @@ template <class A, int width> struct AgreementGradient {
                 load(x + t * size, at, own_x);
                 const A dots[2] = {dot(v, own_x), dot(v, own_g)};
                 at.show(0, dots);
-                if (g_prior) add_up(at);
+                if (g_prior) {
+                    __syncthreads();
+                    add_up(at);
+                    __syncthreads();
+                }
                 c = 0;
                 if (at.there) {
                     const RowSoftmax<A, width> softmax(at, leaky, !detach);
@@ -139,15 +143,31 @@ template <class A, int width> struct AgreementGradient {
 // z_k = Σ_j A_kj û_j + a_k and c = softmax_k(z), for every component by itself (CardioCaps, eq. 4). In shared memory:
 // the votes [width], then z, or what else the threads of a batch item exchange [width].
 template <class A, int width> struct Attention {
-    struct Own {};
+    // Of two output capsules, j and k: z_k − z_j = own û_j + other û_k + constant, and a softmax of two needs no more.
+    struct Own {
+        A own, other, constant;
+    };
     const A* weight;  // [J, J]
     const A* bias;    // [J], or null
 
-    __device__ void start(const At<A, width>&, Own&) const {}
-    __device__ void couple(const At<A, width>& at, const Own&, const A (&v)[width], A (&c)[width]) const {
+    __device__ void start(const At<A, width>& at, Own& own) const {
+        if (at.J != 2) return;
+        const int64_t j = at.j, k = 1 - j;
+        own.own = weight[k * 2 + j] - weight[j * 2 + j];
+        own.other = weight[k * 2 + k] - weight[j * 2 + k];
+        own.constant = bias ? bias[k] - bias[j] : A(0);
+    }
+    __device__ void couple(const At<A, width>& at, const Own& own, const A (&v)[width], A (&c)[width]) const {
         at.show(0, v);
+        if (at.J == 2) {
+#pragma unroll
+            for (int d = 0; d < width; ++d)
+                c[d] = reciprocal(A(1) + exponential(own.own * v[d] + own.other * at.of(d, 1 - at.j) + own.constant));
+            return;
+        }
 #pragma unroll
         for (int d = 0; d < width; ++d) c[d] = at.there && bias ? bias[at.j] : A(0);
+#pragma unroll 1
         for (int64_t k = 0; at.there && k < at.J; ++k) {
             const A a = weight[at.j * at.J + k];
 #pragma unroll
@@ -155,13 +175,21 @@ template <class A, int width> struct Attention {
         }
         at.show(width, c);
         if (!at.there) return;
+        A largest[width], sum[width];
 #pragma unroll
-        for (int d = 0; d < width; ++d) {
-            A largest = at.of(width + d, 0), sum = 0;
-            for (int64_t k = 1; k < at.J; ++k) largest = larger(at.of(width + d, k), largest);
-            for (int64_t k = 0; k < at.J; ++k) sum += exponential(at.of(width + d, k) - largest);
-            c[d] = exponential(c[d] - largest) * reciprocal(sum);
+        for (int d = 0; d < width; ++d) largest[d] = c[d], sum[d] = A(0);
+#pragma unroll 1
+        for (int64_t k = 0; k < at.J; ++k) {
+#pragma unroll
+            for (int d = 0; d < width; ++d) largest[d] = larger(at.of(width + d, k), largest[d]);
         }
+#pragma unroll 1
+        for (int64_t k = 0; k < at.J; ++k) {
+#pragma unroll
+            for (int d = 0; d < width; ++d) sum[d] += exponential(at.of(width + d, k) - largest[d]);
+        }
+#pragma unroll
+        for (int d = 0; d < width; ++d) c[d] = exponential(c[d] - largest[d]) * reciprocal(sum[d]);
     }
 };
 
@@ -169,7 +197,8 @@ template <class A, int width> struct Attention {
 // dz_k. In shared memory, behind what Attention has: g_A and g_a of this thread [J + 1].
 template <class A, int width> struct AttentionGradient {
     struct Own {
-        A g_s[width];
+        typename Attention<A, width>::Own attention;
+        A g_s[width], other[width];  // other: of two output capsules, g_s of the other
     };
     Attention<A, width> attention;
     const A* g_s;  // [B, J, D]
@@ -184,10 +213,32 @@ template <class A, int width> struct AttentionGradient {
     __device__ void begin_block() const {
         for (int64_t m = 0; wants_params && m <= J; ++m) param(m, threadIdx.x) = 0;
     }
-    __device__ void start(const At<A, width>& at, Own& own) const { load(g_s, at, own.g_s); }
+    __device__ void start(const At<A, width>& at, Own& own) const {
+        attention.start(at, own.attention);
+        load(g_s, at, own.g_s);
+        if (at.J == 2) load(g_s + (at.j == 0 ? at.D : -at.D), at, own.other);
+    }
     __device__ void gradient(const At<A, width>& at, const Own& own, const A (&v)[width], A (&g)[width]) const {
         A c[width], dz[width];
-        attention.couple(at, {}, v, c);
+        attention.couple(at, own.attention, v, c);
+        if (at.J == 2) {
+            // dz_j = −dz_k = c_j c_k (q_j − q_k).
+            A product = 0, sum = 0;
+#pragma unroll
+            for (int d = 0; d < width; ++d) {
+                const A difference = own.g_s[d] * v[d] - own.other[d] * at.of(d, 1 - at.j);
+                dz[d] = at.there ? c[d] * (A(1) - c[d]) * difference : A(0);
+                g[d] = at.there ? c[d] * own.g_s[d] - own.attention.own * dz[d] : A(0);
+                product += dz[d] * v[d];
+                sum += dz[d];
+            }
+            if (wants_params) {
+                param(at.j, at.slot) += product;
+                param(1 - at.j, at.slot) -= product;
+                param(2, at.slot) += sum;
+            }
+            return;
+        }
 #pragma unroll
         for (int d = 0; d < width; ++d) {
             if (!at.there) c[d] = A(0);
@@ -195,14 +246,19 @@ template <class A, int width> struct AttentionGradient {
             dz[d] = g[d] * v[d];
         }
         at.show(width, dz);
+        A mean[width];
 #pragma unroll
-        for (int d = 0; d < width; ++d) {
-            A mean = 0;
-            for (int64_t k = 0; at.there && k < at.J; ++k) mean += at.of(width + d, k);
-            dz[d] -= c[d] * mean;
+        for (int d = 0; d < width; ++d) mean[d] = A(0);
+#pragma unroll 1
+        for (int64_t k = 0; at.there && k < at.J; ++k) {
+#pragma unroll
+            for (int d = 0; d < width; ++d) mean[d] += at.of(width + d, k);
         }
+#pragma unroll
+        for (int d = 0; d < width; ++d) dz[d] -= c[d] * mean[d];
         at.show(width, dz);
         if (!at.there) return;
+#pragma unroll 1
         for (int64_t k = 0; k < at.J; ++k) {
             const A a = attention.weight[k * at.J + at.j];
             A product = 0;

@@ -19,11 +19,17 @@ constexpr int warp_size = 32, most_threads = 256;
 // Shared memory that every GPU gives a block without being asked.
 constexpr int64_t shared_bytes = 48 << 10;
 
+// Blocks that a multiprocessor should have room for, and so how many registers a thread may take: with double's it
+// would not have enough.
+template <class A> constexpr int blocks_of = sizeof(A) == 4 ? 2 : 1;
+
 constexpr int whole_warps(int64_t threads) {
     return static_cast<int>(ceil_div(at_least(threads, 1), warp_size) * warp_size);
 }
 
 #if defined(CAPSOPS_EMULATION)
+inline void prefetch(const void*) {}
+
 inline char* shared_memory() {
     return emulation::block.memory.get();
 }
@@ -37,6 +43,11 @@ Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, co
     return Status::ok;
 }
 #else
+// Asks for the cache line at an address.
+__device__ inline void prefetch(const void* address) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+}
+
 __device__ inline char* shared_memory() {
     extern __shared__ __align__(16) char memory[];
     return memory;

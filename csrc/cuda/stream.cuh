@@ -31,9 +31,9 @@ template <class T, int width> struct Stream {
     const T* weight;      // [N, K, J, D], or [K, J, D] if weight_stride is 0
     const uint8_t* mask;  // [B, N], or null
     int64_t B, N, K, J, D, weight_stride;
-    bool aligned;            // rows of W are whole aligned pieces of 16 bytes
-    int parts, row;          // threads of a vote, and of the votes of one batch item
-    int items, tiles, team;  // batch items of a tile; tiles; threads of a team
+    bool aligned, aligned_u;  // rows of W, and of u, are whole aligned pieces of 16 bytes
+    int parts, row;           // threads of a vote, and of the votes of one batch item
+    int items, tiles, team;   // batch items of a tile; tiles; threads of a team
     int teams, threads;
     int64_t run, runs;  // capsules of a block; blocks
 
@@ -49,6 +49,7 @@ template <class T, int width> struct Stream {
           D(c.D),
           weight_stride(c.weight_stride),
           aligned(c.D % width == 0 && reinterpret_cast<uintptr_t>(c.weight) % 16 == 0),
+          aligned_u(c.K * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(c.u) % 16 == 0),
           parts(static_cast<int>(at_most(ceil_div(D, width), most_threads + 1))),
           row(static_cast<int>(at_most(at_least(J * parts, 1), most_threads + 1))) {
         const int64_t bytes = numbers * static_cast<int64_t>(sizeof(Accumulation<T>));
@@ -78,6 +79,7 @@ template <class A, int width> struct At {
     int count;
     bool in_run = false;    // whether there is such a capsule in the block's run, and such a batch item
     bool there = false;     // and the pair is not masked
+    bool in_warp;           // whether the threads of a batch item are in one warp
     int item, items, tile;  // batch item of the tile, items of a tile, tile
     int64_t N, J, D;
     int slot, row;  // its place in the block, and that of the first thread of its batch item and team
@@ -92,12 +94,29 @@ template <class A, int width> struct At {
     // Its first component in [B, J, D].
     __device__ int64_t state() const { return (b * J + j) * D + part * width; }
 
-    // Shows numbers of this thread to the others, after all have read those before.
+    // Shows numbers of this thread to the others of its batch item and team, after they have read those before.
     template <int n> __device__ void show(int64_t first, const A (&x)[n]) const {
+        meet();
+        write(first, x);
+        meet();
+    }
+    // Shows them to the whole block.
+    template <int n> __device__ void show_to_all(int64_t first, const A (&x)[n]) const {
         __syncthreads();
+        write(first, x);
+        __syncthreads();
+    }
+    __device__ void meet() const {
+        if (in_warp)
+            __syncwarp();
+        else
+            __syncthreads();
+    }
+
+  private:
+    template <int n> __device__ void write(int64_t first, const A (&x)[n]) const {
 #pragma unroll
         for (int m = 0; m < n; ++m) shared(first + m, slot) = x[m];
-        __syncthreads();
     }
 };
 
@@ -106,20 +125,26 @@ template <class T, int width> struct Thread {
     int team;
     bool paired;  // there is a vote for it in this tile
 
-    __device__ Thread(const Stream<T, width>& s, int tile) {
+    __device__ explicit Thread(const Stream<T, width>& s) {
         at.slot = static_cast<int>(threadIdx.x);
         team = at.slot / s.team;
         const int rest = at.slot % s.team;
-        at.item = rest / s.row, at.items = s.items, at.tile = tile;
-        at.b = static_cast<int64_t>(tile) * s.items + at.item;
+        at.item = rest / s.row, at.items = s.items;
+        at.in_warp = warp_size % s.row == 0;
         at.j = rest % s.row / s.parts;
         at.part = rest % s.parts, at.parts = s.parts;
         at.count = static_cast<int>(at_most(width, s.D - at.part * width));
         at.row = at.slot - rest % s.row, at.row_size = s.row;
         at.N = s.N, at.J = s.J, at.D = s.D;
         at.memory = reinterpret_cast<Accumulation<T>*>(shared_memory());
-        paired = team < s.teams && at.b < s.B;
     }
+    // To a tile of the batch, before any of its capsules.
+    __device__ void go_to_tile(const Stream<T, width>& s, int tile) {
+        at.tile = tile;
+        at.b = static_cast<int64_t>(tile) * s.items + at.item;
+        paired = at.there = team < s.teams && at.b < s.B;
+    }
+    // To the capsules from `first` on, one for each team.
     __device__ void go_to(const Stream<T, width>& s, int64_t first, int64_t end) {
         at.i = first + team;
         at.in_run = paired && at.i < end;
@@ -127,19 +152,25 @@ template <class T, int width> struct Thread {
     }
 };
 
+// 16 bytes, which a thread loads at once.
+template <class T> struct alignas(16) Piece {
+    static constexpr int size = 16 / static_cast<int>(sizeof(T));
+    T x[size];
+
+    __device__ static Piece load(const T* from) { return *reinterpret_cast<const Piece*>(from); }
+    __device__ Accumulation<T> operator[](int m) const { return static_cast<Accumulation<T>>(x[m]); }
+};
+
 // `count` numbers of a row of W; 0 behind.
 template <int width, class T>
 __device__ inline void read_row(const T* from, int count, bool aligned, Accumulation<T> (&to)[width]) {
-    constexpr int piece = 16 / static_cast<int>(sizeof(T));
-    struct alignas(16) Piece {
-        T x[piece];
-    };
     if (aligned) {
+        constexpr int piece = Piece<T>::size;
 #pragma unroll
         for (int d = 0; d < width; d += piece) {
-            const Piece x = *reinterpret_cast<const Piece*>(from + d);
+            const Piece<T> x = Piece<T>::load(from + d);
 #pragma unroll
-            for (int m = 0; m < piece; ++m) to[d + m] = static_cast<Accumulation<T>>(x.x[m]);
+            for (int m = 0; m < piece; ++m) to[d + m] = x[m];
         }
     } else {
 #pragma unroll
@@ -157,13 +188,37 @@ __device__ inline void make_vote(const Stream<T, width>& s, const At<Accumulatio
     if (!at.there) return;
     const T* u = s.u + (at.b * s.N + at.i) * s.K;
     const T* w = s.weight + at.i * s.weight_stride + at.j * s.D + at.part * width;
-    for (int64_t k = 0; k < s.K; ++k) {
-        const A a = static_cast<A>(u[k]);
+    const int64_t JD = s.J * s.D;
+    const auto add = [&](A a, int64_t k) {
         A row[width];
-        read_row(w + k * s.J * s.D, at.count, s.aligned, row);
+        read_row(w + k * JD, at.count, s.aligned, row);
 #pragma unroll
         for (int d = 0; d < width; ++d) v[d] += a * row[d];
+    };
+    if (s.aligned_u) {
+#pragma unroll 1
+        for (int64_t k = 0; k < s.K; k += Piece<T>::size) {
+            const Piece<T> a = Piece<T>::load(u + k);
+#pragma unroll
+            for (int m = 0; m < Piece<T>::size; ++m) add(a[m], k + m);
+        }
+    } else {
+#pragma unroll 2
+        for (int64_t k = 0; k < s.K; ++k) add(static_cast<A>(u[k]), k);
     }
+}
+
+// Asks for what the teams will read in the step from `first` on, so that it is in the cache by then.
+template <class T, int width>
+__device__ inline void ask_for(const Stream<T, width>& s, const At<Accumulation<T>, width>& at, int team, int64_t first,
+                               int64_t end) {
+    constexpr int64_t line = 128;
+    if (first + team < end && at.j == 0 && at.part == 0 && at.b < s.B)
+        prefetch(s.u + (at.b * s.N + first + team) * s.K);
+    if (s.shared_weight() || first >= end) return;
+    const char* from = reinterpret_cast<const char*>(s.weight + first * s.weight_stride);
+    const int64_t bytes = at_most(s.teams, end - first) * s.weight_stride * static_cast<int64_t>(sizeof(T));
+    for (int64_t x = threadIdx.x * line; x < bytes; x += blockDim.x * line) prefetch(from + x);
 }
 
 // The thread's part of a state [B, J, D].
@@ -182,13 +237,13 @@ template <int width, class A> __device__ inline A dot(const A (&x)[width], const
 // ---- reduce ------------------------------------------------------------------------------------------------
 
 template <int width, class T, class Policy>
-__global__ void __launch_bounds__(most_threads, 1)
+__global__ void __launch_bounds__(most_threads, blocks_of<Accumulation<T>>)
     reduce_kernel(Stream<T, width> s, Policy policy, Accumulation<T>* partial /* [runs, B, J, D] */) {
     using A = Accumulation<T>;
-    Thread<T, width> thread(s, static_cast<int>(blockIdx.y));
+    Thread<T, width> thread(s);
     At<A, width>& at = thread.at;
     const int64_t begin = static_cast<int64_t>(blockIdx.x) * s.run, end = at_most(begin + s.run, s.N);
-    at.there = thread.paired;
+    thread.go_to_tile(s, static_cast<int>(blockIdx.y));
     typename Policy::Own own;
     policy.start(at, own);
     A sum[width];
@@ -196,13 +251,14 @@ __global__ void __launch_bounds__(most_threads, 1)
     for (int d = 0; d < width; ++d) sum[d] = A(0);
     for (int64_t first = begin; first < end; first += s.teams) {
         thread.go_to(s, first, end);
+        ask_for(s, at, thread.team, first + s.teams, end);
         A v[width], c[width];
         make_vote(s, at, v);
         policy.couple(at, own, v, c);
 #pragma unroll
         for (int d = 0; d < width; ++d) sum[d] += c[d] * v[d];
     }
-    at.show(0, sum);
+    at.show_to_all(0, sum);
     // Over the teams.
     for (int64_t x = threadIdx.x; x < static_cast<int64_t>(s.items) * s.J * s.D; x += blockDim.x) {
         const int64_t item = x / (s.J * s.D), j = x / s.D % s.J, d = x % s.D;
@@ -225,69 +281,113 @@ template <class T> struct GradientsOf {
     Accumulation<T>* sums;
 };
 
+// g_u,bi = g_û,bi W_iᵀ: every thread has the products of its part of a vote, which the threads of a batch item add up.
+template <class T, int width>
+__device__ inline void emit_u(const Stream<T, width>& s, const At<Accumulation<T>, width>& at,
+                              const Accumulation<T> (&g)[width], int64_t first, int64_t end, T* g_u) {
+    using A = Accumulation<T>;
+    const T* w = s.weight + at.i * s.weight_stride + at.j * s.D + at.part * width;
+    const int64_t JD = s.J * s.D;
+    for (int64_t k = 0; k < s.K; ++k) {
+        A row[width], sum = 0;
+        if (at.there) {
+            read_row(w + k * JD, at.count, s.aligned, row);
+            sum = dot(row, g);
+        }
+        if (at.in_warp) {
+            for (int step = s.row / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+            if (at.slot == at.row && at.in_run) g_u[(at.b * s.N + at.i) * s.K + k] = static_cast<T>(sum);
+        } else {
+            at.shared(width + k, at.slot) = sum;
+        }
+    }
+    if (at.in_warp) return;
+    __syncthreads();
+    const unsigned rows = static_cast<unsigned>(s.teams * s.items), K = static_cast<unsigned>(s.K);
+    for (unsigned x = threadIdx.x; x < rows * K; x += blockDim.x) {
+        const unsigned row = x / K, k = x % K;
+        const int64_t i = first + row / s.items, b = static_cast<int64_t>(at.tile) * s.items + row % s.items;
+        if (i >= end || b >= s.B) continue;
+        A sum = 0;
+        for (int m = 0; m < s.row; ++m) sum += at.shared(width + k, row * s.row + m);
+        g_u[(b * s.N + i) * s.K + k] = static_cast<T>(sum);
+    }
+}
+
+// g_W,i = Σ_b u_biᵀ g_û,bi of a tile of the batch. A thread has column jd of one input capsule's matrix, `rows` of its
+// K rows at a time: the same in every tile, and of a shared matrix, which is summed over the teams, in every step.
+template <class T, int width>
+__device__ inline void emit_weight(const Stream<T, width>& s, int tile, int64_t first, int64_t begin, int64_t end,
+                                   const Accumulation<T>* memory, const GradientsOf<T>& to) {
+    using A = Accumulation<T>;
+    constexpr int rows = 8;
+    const bool shared = s.shared_weight();
+    const unsigned JD = static_cast<unsigned>(s.J * s.D), D = static_cast<unsigned>(s.D);
+    const int matrices = shared ? 1 : s.teams;
+    const bool again = tile > 0 || (shared && first > begin), last = tile + 1 == s.tiles;
+    const int64_t b0 = static_cast<int64_t>(tile) * s.items;
+    const int items = static_cast<int>(at_most(s.items, s.B - b0));
+    for (unsigned x = threadIdx.x; x < matrices * JD; x += blockDim.x) {
+        const unsigned jd = x % JD, j = jd / D, d = jd % D;
+        const int first_team = shared ? 0 : static_cast<int>(x / JD);
+        const int end_team = static_cast<int>(at_most(shared ? s.teams : first_team + 1, end - first));
+        const A* const own = memory + d % width * (static_cast<int64_t>(blockDim.x) + 1) + j * s.parts + d / width;
+        for (int64_t k = 0; k < s.K; k += rows) {
+            A sum[rows];
+#pragma unroll
+            for (int m = 0; m < rows; ++m) sum[m] = A(0);
+            for (int team = first_team; team < end_team; ++team)
+                for (int item = 0; item < items; ++item) {
+                    const int64_t pair = (b0 + item) * s.N + first + team;
+                    if (s.mask && !s.mask[pair]) continue;
+                    const A g = own[team * s.team + item * s.row];
+                    const T* u = s.u + pair * s.K + k;
+#pragma unroll
+                    for (int m = 0; m < rows; ++m)
+                        if (k + m < s.K) sum[m] += static_cast<A>(u[m]) * g;
+                }
+#pragma unroll
+            for (int m = 0; m < rows; ++m) {
+                if (k + m >= s.K) continue;
+                const int64_t entry = (k + m) * JD + jd, KJD = s.K * JD;
+                A total = sum[m];
+                if (to.sums) {
+                    A& kept = to.sums[(blockIdx.x * static_cast<int64_t>(matrices) + x / JD) * KJD + entry];
+                    if (again) total += kept;
+                    kept = total;
+                }
+                if (!shared && last && first + first_team < end)
+                    to.weight[(first + first_team) * s.weight_stride + entry] = static_cast<T>(total);
+            }
+        }
+    }
+}
+
 // The numbers of a thread in shared memory: the gradient of its part of a vote [width], and what it gives g_u [K].
 template <int width, class T, class Policy>
 __global__ void __launch_bounds__(most_threads, 1) emit_kernel(Stream<T, width> s, Policy policy, GradientsOf<T> to,
                                                                Accumulation<T>* params /* [runs, param_count] */) {
     using A = Accumulation<T>;
     const int64_t begin = static_cast<int64_t>(blockIdx.x) * s.run, end = at_most(begin + s.run, s.N);
-    const int64_t KJD = s.K * s.J * s.D;
-    const bool shared = s.shared_weight();
+    Thread<T, width> thread(s);
+    At<A, width>& at = thread.at;
+    typename Policy::Own own;
     policy.begin_block();
     for (int64_t first = begin; first < end; first += s.teams) {
         for (int tile = 0; tile < s.tiles; ++tile) {
-            Thread<T, width> thread(s, tile);
-            At<A, width>& at = thread.at;
-            at.there = thread.paired;
-            typename Policy::Own own;
-            policy.start(at, own);
+            if (s.tiles > 1 || first == begin) {
+                thread.go_to_tile(s, tile);
+                policy.start(at, own);
+            }
             thread.go_to(s, first, end);
+            if (tile == 0) ask_for(s, at, thread.team, first + s.teams, end);
             A v[width], g[width];
             make_vote(s, at, v);
             policy.gradient(at, own, v, g);
-            at.show(0, g);
-            if (to.u) {
-                const T* w = s.weight + at.i * s.weight_stride + at.j * s.D + at.part * width;
-                for (int64_t k = 0; k < s.K; ++k) {
-                    A row[width], sum = 0;
-                    if (at.there) {
-                        read_row(w + k * s.J * s.D, at.count, s.aligned, row);
-                        sum = dot(row, g);
-                    }
-                    at.shared(width + k, at.slot) = sum;
-                }
-                __syncthreads();
-                const int64_t rows = static_cast<int64_t>(s.teams) * s.items;
-                for (int64_t x = threadIdx.x; x < rows * s.K; x += blockDim.x) {
-                    const int64_t row = x / s.K, k = x % s.K, i = first + row / s.items;
-                    const int64_t b = static_cast<int64_t>(tile) * s.items + row % s.items;
-                    if (i >= end || b >= s.B) continue;
-                    A sum = 0;
-                    for (int m = 0; m < s.row; ++m) sum += at.shared(width + k, row * s.row + m);
-                    to.u[(b * s.N + i) * s.K + k] = static_cast<T>(sum);
-                }
-            }
-            if (!to.weight) continue;
-            // A thread has the same entries of g_W in every tile; of a shared matrix also in every step.
-            const int64_t matrices = shared ? 1 : s.teams;
-            for (int64_t x = threadIdx.x; x < matrices * KJD; x += blockDim.x) {
-                const int64_t entry = x % KJD, k = entry / (s.J * s.D), j = entry / s.D % s.J, d = entry % s.D;
-                const int64_t first_team = shared ? 0 : x / KJD, end_team = shared ? s.teams : first_team + 1;
-                A sum = 0;
-                for (int64_t team = first_team; team < end_team && first + team < end; ++team)
-                    for (int item = 0; item < s.items; ++item) {
-                        const int64_t b = static_cast<int64_t>(tile) * s.items + item, pair = b * s.N + first + team;
-                        if (b >= s.B || (s.mask && !s.mask[pair])) continue;
-                        sum += static_cast<A>(s.u[pair * s.K + k]) *
-                               at.shared(d % width, team * s.team + item * s.row + j * s.parts + d / width);
-                    }
-                A* const sums = to.sums ? to.sums + blockIdx.x * matrices * KJD + x : nullptr;
-                const bool again = tile > 0 || (shared && first > begin), last = tile + 1 == s.tiles;
-                if (sums && again) sum += *sums;
-                if (sums) *sums = sum;
-                if (!shared && last && first + first_team < end)
-                    to.weight[(first + first_team) * s.weight_stride + entry] = static_cast<T>(sum);
-            }
+            at.show_to_all(0, g);
+            if (to.u) emit_u(s, at, g, first, end, to.u);
+            if (to.weight) emit_weight(s, tile, first, begin, end, at.memory, to);
+            __syncthreads();  // before numbers are shown that only a warp waits for
         }
     }
     policy.end_block(params);
