@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "host_device.h"
 #include "routing.h"
@@ -49,8 +50,10 @@ CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE double larger(double a, double b) {
 
 // ---- couplings over the output capsules ------------------------------------------------------------
 
-// c_j = softmax over j of z_j, in place. leaky adds one logit that is always 0 and whose share is dropped.
-template <class X> CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE void softmax(X* z, int64_t J, bool leaky) {
+// c_j = softmax over j of z_j, in place. leaky adds one logit that is always 0 and whose share is dropped. Row:
+// whatever has numbers z[j].
+template <class Row> CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE void softmax(Row z, int64_t J, bool leaky) {
+    using X = std::remove_cvref_t<decltype(z[0])>;
     if (J == 2 && !leaky) {
         // One exponential instead of two: c_0 = 1/(1 + e^(z_1 − z_0)).
         const X e = exponential(z[1] - z[0]);
@@ -70,8 +73,9 @@ template <class X> CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE void softmax(X* z, 
 }
 
 // The gradient of the logits, δ_j = c_j (e_j − Σ_k c_k e_k), in place of e, the gradient of the couplings.
-template <class X> CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE void softmax_backward(const X* c, X* e, int64_t J) {
-    X mean = c[0] * e[0];
+template <class Couplings, class Row>
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE void softmax_backward(Couplings c, Row e, int64_t J) {
+    std::remove_cvref_t<decltype(e[0])> mean = c[0] * e[0];
     for (int64_t j = 1; j < J; ++j) mean += c[j] * e[j];
     for (int64_t j = 0; j < J; ++j) e[j] = c[j] * (e[j] - mean);
 }

@@ -2,6 +2,7 @@
 // csrc/coupling.h; here the output capsules of one input capsule are different threads.
 #pragma once
 
+#include "staged_couplings.cuh"
 #include "stream.cuh"
 
 namespace capsops::cuda {
@@ -46,6 +47,12 @@ template <class A, int width> struct Equal {
 #pragma unroll
         for (int d = 0; d < width; ++d) c[d] = coupling;
     }
+
+    static int64_t staged_numbers(int64_t, int64_t) { return 0; }
+    Status stage_couplings(const StagedVotes<A>&, A*, Couplings<A>& c, const Place&) const {
+        c.equal = coupling;
+        return Status::ok;
+    }
 };
 
 // c = softmax_j(û · x) + prior, or from behind δ = c (e − Σ_k c_k e_k) with e = û · y.
@@ -73,6 +80,15 @@ template <class A, int width, bool adjoint> struct Agreement {
         }
 #pragma unroll
         for (int d = 0; d < width; ++d) c[d] = weight;
+    }
+
+    static int64_t staged_numbers(int64_t J, int64_t) { return (adjoint ? 2 : 1) * J; }
+    Status stage_couplings(const StagedVotes<A>& t, A* scratch, Couplings<A>& c, const Place& place) const {
+        A* const e = adjoint ? scratch + t.pairs() * t.J : nullptr;
+        c.c = adjoint ? e : scratch;
+        c.prior = prior;
+        CAPSOPS_TRY(stage_agreements(t, x, adjoint ? y : nullptr, scratch, place));
+        return stage_softmax(t, scratch, e, leaky, place);
     }
 };
 
@@ -124,6 +140,29 @@ template <class A, int width> struct AgreementGradient {
 #pragma unroll
             for (int d = 0; d < width; ++d) out[d] += delta * own_x[d];
         }
+    }
+
+    static constexpr bool needs_votes = true;
+    static int64_t staged_numbers(int64_t J, int64_t) { return 2 * J; }
+    Status stage_gradient(const StagedVotes<A>& t, A* scratch, A* to, A*, int64_t, const Place& place) const {
+        for (int m = first; m < iterations; ++m) {
+            const A *own_x = x + m * size, *own_g = g + m * size;
+            Couplings<A> c{.equal = equal};
+            A* delta = nullptr;
+            if (m > 0 || !equal_first) {
+                A* const e = scratch + t.pairs() * t.J;
+                c.c = scratch, c.prior = prior;
+                delta = detach ? nullptr : e;
+                CAPSOPS_TRY(stage_agreements(t, own_x, detach && !g_prior ? nullptr : own_g, scratch, place));
+                if (g_prior)
+                    CAPSOPS_TRY(
+                        launch(add_over_items<A>, blocks_for(t.count * t.J), most_threads, 0, place, t, e, g_prior));
+                CAPSOPS_TRY(stage_softmax(t, scratch, delta, leaky, place));
+            }
+            CAPSOPS_TRY(launch_rows<A>(add_agreement_gradient<A>, t.pairs() * t.J, t.D, place, t, c, delta, own_x,
+                                       own_g, m == first ? rest : nullptr, to, m > first));
+        }
+        return Status::ok;
     }
 
   private:
@@ -190,6 +229,19 @@ template <class A, int width> struct Attention {
         }
 #pragma unroll
         for (int d = 0; d < width; ++d) c[d] = exponential(c[d] - largest[d]) * reciprocal(sum[d]);
+    }
+
+    static int64_t staged_numbers(int64_t J, int64_t D) { return J * D; }
+    Status stage_couplings(const StagedVotes<A>& t, A* scratch, Couplings<A>& c, const Place& place) const {
+        c.c = scratch, c.elementwise = true;
+        return stage(t, scratch, nullptr, nullptr, place);
+    }
+    // The couplings, or with g_s the gradients c g_s of the weighted votes, and dz.
+    Status stage(const StagedVotes<A>& t, A* c, const A* g_s, A* dz, const Place& place) const {
+        Product z = mix_capsules<A>(t, weight, false, t.votes, c);
+        z.bias = bias;
+        CAPSOPS_TRY(multiply_matrices(z, place));
+        return launch(couple_components<A>, blocks_for(t.pairs() * t.D), most_threads, 0, place, t, c, g_s, dz);
     }
 };
 
@@ -286,6 +338,16 @@ template <class A, int width> struct AttentionGradient {
             params[blockIdx.x * J * (J + 1) + (m < J ? k * J + m : J * J + k)] = sum;
         }
     }
+
+    static constexpr bool needs_votes = true;
+    static int64_t staged_numbers(int64_t J, int64_t D) { return J * D; }
+    Status stage_gradient(const StagedVotes<A>& t, A* dz, A* g, A* params, int64_t pieces, const Place& place) const {
+        CAPSOPS_TRY(attention.stage(t, g, g_s, dz, place));
+        CAPSOPS_TRY(multiply_matrices(mix_capsules<A>(t, attention.weight, true, dz, g), place));
+        if (!wants_params) return Status::ok;
+        CAPSOPS_TRY(multiply_matrices(mixing_gradient<A>(t, dz, t.votes, params, pieces, J * J + J), place));
+        return multiply_matrices(mixing_gradient<A>(t, dz, nullptr, params + J * J, pieces, J * J + J), place);
+    }
 };
 
 // ---- votes that were stored, with their gradients ---------------------------------------------------------------
@@ -305,6 +367,13 @@ template <class T, int width> struct StoredGradient {
             g[d] = at.there && d < at.count
                        ? static_cast<A>(g_votes[((at.b * at.N + at.i) * at.J + at.j) * at.D + at.part * width + d])
                        : A(0);
+    }
+
+    static constexpr bool needs_votes = false;
+    static int64_t staged_numbers(int64_t, int64_t) { return 0; }
+    Status stage_gradient(const StagedVotes<A>& t, A*, A* g, A*, int64_t, const Place& place) const {
+        return launch(stage_rows<A, T>, blocks_for(t.pairs() * t.J * t.D), most_threads, 0, place, t, g_votes,
+                      t.J * t.D, g);
     }
 };
 

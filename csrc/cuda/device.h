@@ -111,20 +111,27 @@ template <class Function> inline Status for_storage(Dtype dtype, Function functi
 class Workspace {
   public:
     explicit Workspace(const Place& place) : place_(place) {}
+    // What a part of an operator takes, for the next part to take again: the kernels of a stream run one after another.
+    explicit Workspace(Workspace* whole) : place_(whole->place_), whole_(whole), used_(whole->used_), most_(used_) {}
     ~Workspace() {
-        if (place_.needed) *place_.needed = used_;
+        if (whole_)
+            whole_->most_ = at_least(whole_->most_, most_);
+        else if (place_.needed)
+            *place_.needed = most_;
     }
     Workspace(const Workspace&) = delete;
 
     template <class A> A* take(int64_t count) {
         A* const memory = reinterpret_cast<A*>(static_cast<char*>(place_.workspace) + used_);
         used_ += ceil_div(count * static_cast<int64_t>(sizeof(A)), 256) * 256;
+        most_ = at_least(most_, used_);
         return place_.needed ? nullptr : memory;
     }
 
   private:
     const Place& place_;
-    int64_t used_ = 0;
+    Workspace* whole_ = nullptr;
+    int64_t used_ = 0, most_ = 0;
 };
 
 // The first status that is not ok ends a sequence of launches.

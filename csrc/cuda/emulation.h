@@ -35,8 +35,19 @@ namespace emulation {
 
 enum class State { runs, waits, done };
 
+// Where a thread of control goes on. Not ucontext_t: swapcontext makes two system calls, and took half of the time.
+using Point = void* [5];  // of __builtin_setjmp
+
+// AddressSanitizer takes a jump for the end of a stack, and must not see these.
+#define CAPSOPS_SWITCHES __attribute__((noinline, no_sanitize_address)) inline
+
+CAPSOPS_SWITCHES void jump(Point& to) {
+    __builtin_longjmp(to, 1);
+}
+
 struct Fiber {
-    ucontext_t context;
+    Point point;
+    bool started = false;
     std::unique_ptr<char[]> stack;
     dim3 index;
     State state;
@@ -53,12 +64,12 @@ struct Block {
     std::unique_ptr<char[]> memory;
     std::function<void()> kernel;
     Fiber* current = nullptr;
-    ucontext_t scheduler;
+    Point scheduler;
     void* scheduler_fake_stack = nullptr;
     const void* scheduler_stack = nullptr;
     size_t scheduler_stack_size = 0;
 };
-inline thread_local Block block;
+inline Block block;
 
 [[noreturn]] inline void fail(const char* what) {
     std::fprintf(stderr, "CUDA emulation: block %u, thread %u: %s\n", block.index.x,
@@ -66,13 +77,12 @@ inline thread_local Block block;
     std::abort();
 }
 
-inline void to_scheduler([[maybe_unused]] bool forever = false) {
-    Fiber* self = block.current;
+CAPSOPS_SWITCHES void to_scheduler() {
+    Fiber* volatile self = block.current;
 #if defined(__SANITIZE_ADDRESS__)
-    __sanitizer_start_switch_fiber(forever ? nullptr : &self->fake_stack, block.scheduler_stack,
-                                   block.scheduler_stack_size);
+    __sanitizer_start_switch_fiber(&self->fake_stack, block.scheduler_stack, block.scheduler_stack_size);
 #endif
-    swapcontext(&self->context, &block.scheduler);
+    if (!__builtin_setjmp(self->point)) jump(block.scheduler);
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(self->fake_stack, nullptr, nullptr);
 #endif
@@ -87,17 +97,34 @@ inline void run_fiber() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack, &block.scheduler_stack_size);
 #endif
-    block.kernel();
-    block.current->state = State::done;
-    to_scheduler(true);
+    // A thread of each block after another.
+    for (;;) {
+        block.kernel();
+        block.current->state = State::done;
+        to_scheduler();
+    }
 }
 
-inline void resume(Fiber& fiber) {
+CAPSOPS_SWITCHES void start(Fiber& fiber) {
+    fiber.started = true;
+    ucontext_t context;
+    getcontext(&context);
+    context.uc_stack.ss_sp = fiber.stack.get();
+    context.uc_stack.ss_size = stack_size;
+    context.uc_link = nullptr;
+    makecontext(&context, run_fiber, 0);
+    setcontext(&context);
+}
+
+CAPSOPS_SWITCHES void resume(Fiber& fiber) {
     block.current = &fiber;
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_start_switch_fiber(&block.scheduler_fake_stack, fiber.stack.get(), stack_size);
 #endif
-    swapcontext(&block.scheduler, &fiber.context);
+    if (!__builtin_setjmp(block.scheduler)) {
+        if (block.current->started) jump(block.current->point);
+        start(*block.current);
+    }
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(block.scheduler_fake_stack, nullptr, nullptr);
 #endif
@@ -121,11 +148,6 @@ inline void run_block(bool backward) {
         Fiber& fiber = *block.fibers[t];
         fiber.index.x = t;
         fiber.state = State::runs;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
-        fiber.context.uc_stack.ss_size = stack_size;
-        fiber.context.uc_link = nullptr;
-        makecontext(&fiber.context, run_fiber, 0);
     }
     for (;;) {
         bool done = true;

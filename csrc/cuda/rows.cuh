@@ -46,6 +46,15 @@ template <class A> __global__ void add_rows(const A* x, int64_t count, int64_t s
     }
 }
 
+// to[x] += Σ over `count` rows of x [count, size], in double.
+template <class A> __global__ void add_to_total(const A* x, int64_t count, int64_t size, double* to) {
+    for (int64_t m = first_index(); m < size; m += index_stride()) {
+        double sum = to[m];
+        for (int64_t row = 0; row < count; ++row) sum += static_cast<double>(x[row * size + m]);
+        to[m] = sum;
+    }
+}
+
 template <class From, class To> __global__ void copy_numbers(const From* from, To* to, int64_t size) {
     for (int64_t m = first_index(); m < size; m += index_stride()) to[m] = static_cast<To>(from[m]);
 }

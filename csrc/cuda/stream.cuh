@@ -18,10 +18,11 @@
 //   couple(at, own, v, c)     reducing: the weights c of the components of the vote v
 //   gradient(at, own, v, g)   emitting: the gradient g of the vote v
 //
-// All threads of a block call them together, for they exchange numbers through shared memory.
+// All threads of a block call them together, for they exchange numbers through shared memory. Where the votes of one
+// batch item do not fit into a block, reduce and emit go by staged.cuh, and the policy by what it says there.
 #pragma once
 
-#include "rows.cuh"
+#include "staged.cuh"
 
 namespace capsops::cuda {
 
@@ -54,7 +55,9 @@ template <class T, int width> struct Stream {
           row(static_cast<int>(at_most(at_least(J * parts, 1), most_threads + 1))) {
         const int64_t bytes = numbers * static_cast<int64_t>(sizeof(Accumulation<T>));
         const int64_t fitting = at_most(most_threads, (shared_bytes / bytes - 1) / warp_size * warp_size);
-        tiles = static_cast<int>(at_least(ceil_div(B, at_least(fitting / row, 1)), 1));
+        // A grid has no more along y. Of a larger batch the tiles do not fit.
+        constexpr int64_t most_tiles = 65535;
+        tiles = static_cast<int>(at_most(at_least(ceil_div(B, at_least(fitting / row, 1)), 1), most_tiles));
         items = static_cast<int>(at_least(ceil_div(B, tiles), 1));
         team = items * row;
         teams = static_cast<int>(at_least(at_most(fitting / team, N), 1));
@@ -406,7 +409,8 @@ Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspac
     using A = Accumulation<T>;
     numbers = at_least(numbers, width);
     const Stream<T, width> s(c, numbers);
-    if (c.rows != 1 || !s.fits(numbers)) return Status::unsupported;
+    if (c.rows != 1) return Status::unsupported;
+    if (!s.fits(numbers)) return reduce_staged<T>(c, policy, w, out);
     const int64_t size = c.B * c.J * c.D;
     A* partial = w.take<A>(s.runs * size);
     if (size == 0) return Status::ok;
@@ -425,7 +429,8 @@ Status emit(const Capsules& c, Policy policy, int64_t numbers, const CapsuleGrad
     using A = Accumulation<T>;
     numbers = at_least(numbers, width + c.K);
     const Stream<T, width> s(c, numbers);
-    if (c.rows != 1 || !s.fits(numbers)) return Status::unsupported;
+    if (c.rows != 1) return Status::unsupported;
+    if (!s.fits(numbers)) return emit_staged<T>(c, policy, gradients, param_count, w, add);
     const int64_t KJD = c.K * c.J * c.D, matrices = s.shared_weight() ? 1 : s.teams;
     const bool sums = gradients.weight && (s.shared_weight() || s.tiles > 1);
     const GradientsOf<T> to{static_cast<T*>(gradients.u), static_cast<T*>(gradients.weight),

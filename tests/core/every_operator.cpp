@@ -125,11 +125,11 @@ int calls = 0;
 // What the CPU computed, by name, in the order of the calls.
 std::map<std::string, std::vector<std::vector<std::unique_ptr<Numbers>>>> results;
 std::map<std::string, size_t> compared;
-bool emulated = false;
 int64_t needed = 0;
 void* workspace = nullptr;
 bool measures = false;
 #endif
+bool emulated = false;
 
 Place place(int threads) {
     Place p(threads);
@@ -197,8 +197,10 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, bool masked, bool s
     Numbers u(capsules, dtype), weight(weights, dtype), mix(s.J * s.J, wide), mix_bias(s.J, wide), bias(s.J * H, wide);
     Numbers g(outputs, wide), prior(s.N * s.J, wide), g_votes(s.B * s.N * s.J * H, dtype);
     Numbers activation(s.B * s.N, wide), beta_u(s.J, wide), beta_a(s.J, wide), g_activation(s.B * s.J, wide);
-    for (Numbers* x : {&u, &weight, &mix, &mix_bias, &bias, &g, &prior, &g_votes, &beta_u, &beta_a, &g_activation})
-        x->random();
+    for (Numbers* x : {&u, &mix, &mix_bias, &bias, &g, &prior, &g_votes, &beta_u, &beta_a, &g_activation}) x->random();
+    // So that the votes do not grow with K, and the softmax stays away from 0 and 1.
+    const double largest = s.K > 16 ? 4 / std::sqrt(static_cast<double>(s.K)) : 1;
+    weight.random(-largest, largest);
     activation.random(0.1, 0.9);
     std::vector<uint8_t> mask(static_cast<size_t>(s.B * s.N));
     for (size_t x = 0; x < mask.size(); ++x) mask[x] = x % 7 != 0 && x >= static_cast<size_t>(s.N) / 2;
@@ -238,6 +240,10 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, bool masked, bool s
               return k.attention_routing_backward(operands(threads), mix.get(), mix_bias.get(), saved.get(), g.get(),
                                                   {o[0]->get(), o[1]->get()}, o[2]->get(), o[3]->get());
           });
+    check(name + "attention backward, bias", {{s.J, wide}}, [&](int threads, Outputs o) {
+        return k.attention_routing_backward(operands(threads), mix.get(), nullptr, saved.get(), g.get(),
+                                            {nullptr, nullptr}, nullptr, o[0]->get());
+    });
     for (const bool leaky : {false, true}) {
         check(name + "dynamic", {{outputs, wide}, {3 * outputs, wide}}, [&](int threads, Outputs o) {
             const Status status = k.dynamic_routing(operands(threads), bias.get(), 3, leaky, o[0]->get(), o[1]->get());
@@ -270,6 +276,10 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, bool masked, bool s
               return k.self_attention_routing_backward(operands(threads), prior.get(), 0.5, total.get(), saved.get(),
                                                        g.get(), {o[0]->get(), o[1]->get()}, o[2]->get());
           });
+    check(name + "self-attention backward, prior", {{s.N * s.J, wide}}, [&](int threads, Outputs o) {
+        return k.self_attention_routing_backward(operands(threads), nullptr, 0.5, total.get(), saved.get(), g.get(),
+                                                 {nullptr, nullptr}, o[0]->get());
+    });
     if (masked) return;
     check(name + "votes", {{s.B * s.N * s.J * H, dtype}},
           [&](int threads, Outputs o) { return k.affine_votes(operands(threads), o[0]->get()); });
@@ -314,21 +324,30 @@ int main() {
     const Shape shapes[] = {{1, 1, 1, 1, 1, 1},   {3, 131, 8, 2, 16, 1}, {2, 19, 9, 17, 3, 1},  {33, 5, 16, 10, 16, 1},
                             {5, 40, 7, 3, 33, 1}, {3, 21, 4, 3, 4, 4},   {11, 20, 9, 2, 16, 1}, {15, 4, 11, 2, 30, 1},
                             {16, 9, 4, 3, 4, 4},  {45, 70, 3, 5, 3, 1}};
+    // Of one batch item too much for a block of GPU threads, or for its shared memory. In turn: many output capsules;
+    // also many batch items; long votes; both; matrices with many rows, when gradients are wanted; a convolution with
+    // many parameters, when theirs are.
+    const Shape large[] = {{2, 5, 3, 300, 3, 1}, {18, 3, 2, 260, 1, 1}, {2, 2, 2, 3, 1361, 1},
+                           {2, 2, 2, 86, 33, 1}, {2, 5, 400, 3, 3, 1},  {2, 5, 4, 100, 3, 1}};
     const auto run_all = [&](const Kernels& kernels, const std::string& name) {
         for (const Dtype dtype : {Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16}) {
             const std::string prefix = name + std::to_string(static_cast<int>(dtype)) + " ";
             layers(kernels, dtype, prefix);
+            const auto run = [&](const Shape& s, bool masked, bool shared) {
+                routings(kernels, s, dtype, masked, shared,
+                         prefix + std::to_string(s.B) + "x" + std::to_string(s.N) + "x" + std::to_string(s.K) +
+                             (masked ? " masked" : "") + (shared ? " shared " : " "));
+            };
+            // Fibers are slow, and the half precisions differ in how they are read and written alone.
+            const bool half = bytes_of(dtype) == 2;
             for (const Shape& s : shapes)
                 for (const bool masked : {false, true})
-                    for (const bool shared : {false, true}) {
-#ifdef CAPSOPS_EMULATION
-                        // Fibers are slow, and the half precisions differ in how they are read and written alone.
-                        if (emulated && bytes_of(dtype) == 2 && (!masked || shared)) continue;
-#endif
-                        routings(kernels, s, dtype, masked, shared,
-                                 prefix + std::to_string(s.B) + "x" + std::to_string(s.N) + (masked ? " masked" : "") +
-                                     (shared ? " shared " : " "));
-                    }
+                    for (const bool shared : {false, true})
+                        if (!emulated || !half || (masked && !shared)) run(s, masked, shared);
+            for (const Shape& s : large) {
+                if (!half) run(s, false, false);
+                run(s, true, dtype != Dtype::bfloat16);
+            }
         }
     };
     std::string sets = cpu::instruction_sets();

@@ -1,0 +1,119 @@
+// Products of matrices.
+//
+// grid: a block for 64 × 64 entries of a result, a thread for 4 × 4 of them; 16 instead of 64 where there are no more
+// rows or columns. A block goes along k by 16, through shared memory. Where the results alone would make few blocks,
+// the sums are cut into pieces, each a result of its own, to be added in their order.
+
+#include "product.h"
+
+namespace capsops::cuda {
+namespace {
+
+constexpr int depth_step = 16;
+
+// Of a factor, what a thread brings to shared memory: [depth_step, 16 · per], a little wider against bank conflicts.
+template <int per, class A, class T> struct Share {
+    static constexpr int width = 16 * per + 4;
+    const T* x;
+    Axis depth;
+    bool along_depth;  // neighbouring threads read along k, or else along the other index
+    int m, k;
+    int64_t at[per];
+    bool in[per];
+
+    __device__ Share(const Factor& f, int64_t z, int64_t first, int64_t count)
+        : x(static_cast<const T*>(f.x)), depth(f.depth), along_depth(f.depth.stride == 1) {
+        const int t = static_cast<int>(threadIdx.x);
+        m = along_depth ? t / depth_step : t % (16 * per);
+        k = along_depth ? t % depth_step : t / (16 * per);
+#pragma unroll
+        for (int e = 0; e < per; ++e) {
+            const int64_t own = first + m + (along_depth ? 16 * e : 0);
+            in[e] = own < count;
+            at[e] = z * f.batch + f.outer.offset(own);
+        }
+    }
+    __device__ void bring(int64_t first, int64_t end, A* to) const {
+#pragma unroll
+        for (int e = 0; e < per; ++e) {
+            const int own_m = m + (along_depth ? 16 * e : 0), own_k = k + (along_depth ? 0 : depth_step / per * e);
+            A number = A(0);
+            if (in[e] && first + own_k < end)
+                number = x ? static_cast<A>(x[at[e] + depth.offset(first + own_k)]) : A(1);
+            to[own_k * width + own_m] = number;
+        }
+    }
+};
+
+template <int per_row, int per_column, class A, class R, class O>
+__global__ void __launch_bounds__(most_threads, sizeof(A) == 8 ? 1 : 2) product_kernel(Product p) {
+    using Left = Share<per_row, A, A>;
+    using Right = Share<per_column, A, R>;
+    struct alignas(per_row == 4 ? 16 : sizeof(A)) Rows {
+        A x[per_row];
+    };
+    A* const left = reinterpret_cast<A*>(shared_memory());
+    A* const right = left + depth_step * Left::width;
+    const int64_t across = blocks_along(p.columns), down = blocks_along(p.rows), block = blockIdx.x / across;
+    const int64_t first_column = blockIdx.x % across * 16 * per_column, first_row = block % down * 16 * per_row;
+    const int64_t z = block / down % p.batches, piece = block / down / p.batches;
+    const int64_t length = ceil_div(p.depth, p.pieces), end = at_most((piece + 1) * length, p.depth);
+    const Left own_left(p.left, z, first_row, p.rows);
+    const Right own_right(p.right, z, first_column, p.columns);
+    const int r0 = static_cast<int>(threadIdx.x) / 16 * per_row, c0 = static_cast<int>(threadIdx.x) % 16;
+    A sum[per_row][per_column] = {};
+    for (int64_t first = piece * length; first < end; first += depth_step) {
+        own_left.bring(first, end, left);
+        own_right.bring(first, end, right);
+        __syncthreads();
+#pragma unroll 4
+        for (int k = 0; k < depth_step; ++k) {
+            const Rows rows = *reinterpret_cast<const Rows*>(left + k * Left::width + r0);
+#pragma unroll
+            for (int c = 0; c < per_column; ++c) {
+                const A x = right[k * Right::width + c0 + 16 * c];
+#pragma unroll
+                for (int r = 0; r < per_row; ++r) sum[r][c] += rows.x[r] * x;
+            }
+        }
+        __syncthreads();
+    }
+#pragma unroll
+    for (int r = 0; r < per_row; ++r) {
+#pragma unroll
+        for (int c = 0; c < per_column; ++c) {
+            const int64_t m = first_row + r0 + r, n = first_column + c0 + 16 * c;
+            if (m >= p.rows || n >= p.columns) continue;
+            O& to = static_cast<O*>(p.out)[z * p.batch + piece * p.piece + p.row.offset(m) + p.column.offset(n)];
+            const A before = p.bias ? static_cast<const A*>(p.bias)[m] : p.add ? static_cast<A>(to) : A(0);
+            to = static_cast<O>(before + sum[r][c]);
+        }
+    }
+}
+
+template <class A, class R, class O> Status launch_product(const Product& p, const Place& place) {
+    const auto run = [&]<int per_row, int per_column>() {
+        constexpr int64_t width = Share<per_row, A, A>::width + Share<per_column, A, R>::width;
+        const int64_t blocks = blocks_along(p.columns) * blocks_along(p.rows) * p.batches * p.pieces;
+        return launch(product_kernel<per_row, per_column, A, R, O>, dim3{static_cast<unsigned>(blocks)}, most_threads,
+                      depth_step * width * static_cast<int64_t>(sizeof(A)), place, p);
+    };
+    if (per_thread(p.rows) == 1)
+        return per_thread(p.columns) == 1 ? run.template operator()<1, 1>() : run.template operator()<1, 4>();
+    return per_thread(p.columns) == 1 ? run.template operator()<4, 1>() : run.template operator()<4, 4>();
+}
+
+}  // namespace
+
+Status multiply_matrices(const Product& p, const Place& place) {
+    if (p.rows * p.columns * p.batches == 0) return Status::ok;
+    if (p.right_type == p.out_type)
+        return p.out_type == Dtype::float64 ? launch_product<double, double, double>(p, place)
+                                            : launch_product<float, float, float>(p, place);
+    if (p.right_type == Dtype::bfloat16) return launch_product<float, bfloat16, float>(p, place);
+    if (p.right_type == Dtype::float16) return launch_product<float, float16, float>(p, place);
+    return p.out_type == Dtype::bfloat16 ? launch_product<float, float, bfloat16>(p, place)
+                                         : launch_product<float, float, float16>(p, place);
+}
+
+}  // namespace capsops::cuda

@@ -1,0 +1,274 @@
+// The loops of stream.cuh where the votes of one batch item do not fit into a block: of any size, with the votes in
+// memory. A tile of input capsules after another, all batch items of a tile together:
+//
+//   û = u W                          a product of matrices, [B, tile, J, D]
+//   reduce   s += Σ_i c û            with the couplings that the policy makes of û
+//   emit     g_u = g_û Wᵀ;  g_W = Σ_b uᵀ g_û      with the gradient that the policy makes of û
+//
+// The tile has as many capsules as `staged_bytes` hold, from the shape alone. What is summed over all capsules is
+// summed in pieces of a tile, and these in their order, in double.
+//
+// A policy says
+//
+//   staged_numbers(J, D)                  numbers of a pair of batch item and input capsule that it keeps besides û
+//   stage_couplings(t, scratch, c, place)
+//   stage_gradient(t, scratch, g, params, pieces, place)    params [pieces, param_count]: sums over the tile
+//
+// Pairs that are masked have votes of 0.
+#pragma once
+
+#include "product.h"
+#include "rows.cuh"
+
+namespace capsops::cuda {
+
+#if defined(CAPSOPS_EMULATION)
+constexpr int64_t staged_bytes = 40 << 10;  // so that small shapes have several tiles
+#else
+constexpr int64_t staged_bytes = 32 << 20;
+#endif
+
+// Input capsules first … first + count − 1. A pair is b · count + i.
+template <class A> struct StagedVotes {
+    const uint8_t* mask;  // [B, N], or null
+    int64_t B, N, K, J, D, first, count;
+    A* u;      // [B, count, K]; 0 where masked
+    A* votes;  // [B, count, J, D]
+
+    // numbers: of a pair.
+    StagedVotes(const Capsules& c, int64_t numbers) : mask(c.mask), B(c.B), N(c.N), K(c.K), J(c.J), D(c.D), first(0) {
+        const int64_t bytes = at_least(B * numbers * static_cast<int64_t>(sizeof(A)), 1);
+        count = at_least(at_most(staged_bytes / bytes, N), 1);
+    }
+    __host__ __device__ int64_t pairs() const { return B * count; }
+    // In [B, N].
+    __device__ int64_t of_all(int64_t pair) const { return pair / count * N + first + pair % count; }
+    __device__ bool there(int64_t pair) const { return !mask || mask[of_all(pair)]; }
+};
+
+// What a policy makes of votes to weigh them with.
+template <class A> struct Couplings {
+    const A* c;      // [pairs, J], or [pairs, J, D] if elementwise; null: all are `equal`
+    const A* prior;  // [N, J], added; or null
+    A equal;
+    bool elementwise;
+
+    __device__ A of(const StagedVotes<A>& t, int64_t pair, int64_t j) const {
+        const A own = c ? c[pair * t.J + j] : equal;
+        return prior ? own + prior[(t.first + pair % t.count) * t.J + j] : own;
+    }
+};
+
+// A sum over all tiles. Of a tile it gets `count` rows of `size` numbers.
+template <class A> struct RunningSum {
+    int64_t size, count;
+    A* rows;
+    double* total;
+
+    RunningSum(Workspace& w, int64_t size_, int64_t count_)
+        : size(size_), count(count_), rows(w.take<A>(size * count)), total(w.take<double>(size)) {}
+    Status start(const Place& place) const {
+        return launch(add_rows<double>, blocks_for(size), most_threads, 0, place, nullptr, 0, 0, size, total);
+    }
+    Status add(const Place& place) const {
+        return launch(add_to_total<A>, blocks_for(size), most_threads, 0, place, rows, count, size, total);
+    }
+    template <class To> Status write(To* to, const Place& place) const {
+        return launch(copy_numbers<double, To>, blocks_for(size), most_threads, 0, place, total, to, size);
+    }
+};
+
+// Of x [B, N, size] the rows of the tile, to [B, count, size]; 0 where masked.
+template <class A, class T> __global__ void stage_rows(StagedVotes<A> t, const T* x, int64_t size, A* to) {
+    for (int64_t m = first_index(); m < t.pairs() * size; m += index_stride()) {
+        const int64_t pair = m / size;
+        to[m] = t.there(pair) ? static_cast<A>(x[t.of_all(pair) * size + m % size]) : A(0);
+    }
+}
+
+// The capsules' matrices as factors of products over the pairs: one product for each input capsule, or, where they
+// share a matrix, one for all.
+template <class T> struct Matrices {
+    using A = Accumulation<T>;
+    int64_t batches, rows, row, batch;  // row, batch: pairs from a row, or product, to the next
+    int64_t K, JD;
+    const T* weight;
+    int64_t weight_stride;
+    Dtype storage;
+
+    Matrices(const Capsules& c, const StagedVotes<A>& t)
+        : batches(c.weight_stride ? t.count : 1),
+          rows(c.weight_stride ? t.B : t.pairs()),
+          row(c.weight_stride ? t.count : 1),
+          batch(c.weight_stride ? 1 : 0),
+          K(c.K),
+          JD(c.J * c.D),
+          weight(static_cast<const T*>(c.weight) + t.first * c.weight_stride),
+          weight_stride(c.weight_stride),
+          storage(c.dtype) {}
+
+    Product votes(const A* u, A* to) const {
+        return {.left = {u, {row * K}, {1}, batch * K},
+                .right = {weight, {1}, {JD}, weight_stride},
+                .out = to,
+                .right_type = storage,
+                .out_type = dtype_of<A>,
+                .row = {row * JD},
+                .column = {1},
+                .batch = batch * JD,
+                .rows = rows,
+                .columns = JD,
+                .depth = K,
+                .batches = batches};
+    }
+    // to: pieces of [B, tile, K], `piece` apart.
+    Product capsule_gradients(const A* g, A* to, int64_t pieces, int64_t piece) const {
+        return {.left = {g, {row * JD}, {1}, batch * JD},
+                .right = {weight, {JD}, {1}, weight_stride},
+                .out = to,
+                .right_type = storage,
+                .out_type = dtype_of<A>,
+                .row = {row * K},
+                .column = {1},
+                .batch = batch * K,
+                .piece = piece,
+                .rows = rows,
+                .columns = K,
+                .depth = JD,
+                .batches = batches,
+                .pieces = pieces};
+    }
+    // to: as the matrices; or pieces of a shared one.
+    Product weight_gradients(const A* u, const A* g, void* to, Dtype type, int64_t pieces) const {
+        return {.left = {u, {1}, {row * K}, batch * K},
+                .right = {g, {1}, {row * JD}, batch * JD},
+                .out = to,
+                .right_type = dtype_of<A>,
+                .out_type = type,
+                .row = {JD},
+                .column = {1},
+                .batch = weight_stride,
+                .piece = K * JD,
+                .rows = K,
+                .columns = JD,
+                .depth = rows,
+                .batches = batches,
+                .pieces = pieces};
+    }
+};
+
+// g_u of a tile, from its pieces.
+template <class A, class T>
+__global__ void write_capsule_gradients(StagedVotes<A> t, const A* sums, int64_t pieces, int64_t piece, T* g_u) {
+    for (int64_t x = first_index(); x < t.pairs() * t.K; x += index_stride()) {
+        const int64_t pair = x / t.K;
+        double sum = 0;
+        for (int64_t m = 0; m < pieces && t.there(pair); ++m) sum += static_cast<double>(sums[m * piece + x]);
+        g_u[t.of_all(pair) * t.K + x % t.K] = static_cast<T>(static_cast<A>(sum));
+    }
+}
+
+// sums [count, B, J, D] = Σ_i c û over each of `count` runs of the tile's capsules.
+template <class A> __global__ void weigh_votes(StagedVotes<A> t, Couplings<A> c, int64_t count, A* sums) {
+    const int64_t JD = t.J * t.D, size = t.B * JD, run = ceil_div(t.count, count);
+    for (int64_t x = first_index(); x < count * size; x += index_stride()) {
+        const int64_t begin = x / size * run, end = at_most(begin + run, t.count), b = x % size / JD, jd = x % JD;
+        const int64_t j = jd / t.D;
+        A sum = 0;
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t pair = b * t.count + i;
+            if (!t.there(pair)) continue;
+            sum += (c.elementwise ? c.c[pair * JD + jd] : c.of(t, pair, j)) * t.votes[pair * JD + jd];
+        }
+        sums[x] = sum;
+    }
+}
+
+// ---- the loops ---------------------------------------------------------------------------------------------
+
+// Calls step() for every tile, with its capsules in t.u and, if wanted, its votes.
+template <class T, class Step>
+Status for_tiles(const Capsules& c, StagedVotes<Accumulation<T>>& t, bool wants_votes, Step step) {
+    using A = Accumulation<T>;
+    const int64_t most = t.count;
+    for (; t.first < t.N; t.first += most) {
+        t.count = at_most(most, t.N - t.first);
+        CAPSOPS_TRY(launch(stage_rows<A, T>, blocks_for(t.pairs() * t.K), most_threads, 0, c.place, t,
+                           static_cast<const T*>(c.u), t.K, t.u));
+        if (wants_votes) CAPSOPS_TRY(multiply_matrices(Matrices<T>(c, t).votes(t.u, t.votes), c.place));
+        CAPSOPS_TRY(step());
+    }
+    return Status::ok;
+}
+
+template <class T, class Policy>
+Status reduce_staged(const Capsules& c, const Policy& policy, Workspace& whole, Accumulation<T>* out) {
+    using A = Accumulation<T>;
+    const int64_t JD = c.J * c.D, own = policy.staged_numbers(c.J, c.D);
+    Workspace w(&whole);
+    StagedVotes<A> t(c, c.K + JD + own);
+    t.u = w.take<A>(t.pairs() * c.K);
+    t.votes = w.take<A>(t.pairs() * JD);
+    A* scratch = w.take<A>(t.pairs() * own);
+    // Some ten thousand threads, and no short run.
+    const int64_t runs = at_least(at_most((int64_t{1} << 16) / at_least(c.B * JD, 1), t.count / 16), 1);
+    const RunningSum<A> sum(w, c.B * JD, runs);
+    if (c.place.needed) return Status::ok;
+    CAPSOPS_TRY(sum.start(c.place));
+    CAPSOPS_TRY((for_tiles<T>(c, t, true, [&] {
+        Couplings<A> couplings{};
+        CAPSOPS_TRY(policy.stage_couplings(t, scratch, couplings, c.place));
+        CAPSOPS_TRY(launch(weigh_votes<A>, blocks_for(runs * sum.size), most_threads, 0, c.place, t, couplings, runs,
+                           sum.rows));
+        return sum.add(c.place);
+    })));
+    return sum.write(out, c.place);
+}
+
+template <class T, class Policy, class Add>
+Status emit_staged(const Capsules& c, const Policy& policy, const CapsuleGradients& gradients, int64_t param_count,
+                   Workspace& whole, Add add) {
+    using A = Accumulation<T>;
+    const int64_t JD = c.J * c.D, KJD = c.K * JD, own = policy.staged_numbers(c.J, c.D);
+    const bool shared = c.weight_stride == 0;
+    Workspace w(&whole);
+    StagedVotes<A> t(c, 2 * c.K + 2 * JD + own);
+    const int64_t pairs = t.pairs();
+    t.u = w.take<A>(pairs * c.K);
+    t.votes = w.take<A>(pairs * JD);
+    A* g = w.take<A>(pairs * JD);
+    A* scratch = w.take<A>(pairs * own);
+    const Matrices<T> m(c, t);
+    const int64_t u_pieces = pieces_for(m.batches * blocks_along(m.rows) * blocks_along(c.K), JD);
+    A* g_u = w.take<A>(gradients.u ? u_pieces * pairs * c.K : 0);
+    const bool sums = shared && gradients.weight;
+    const RunningSum<A> g_weight(w, sums ? KJD : 0, pieces_for(blocks_along(c.K) * blocks_along(JD), pairs));
+    const RunningSum<A> params(w, param_count, pieces_for(ceil_div(param_count, 4096), pairs * c.D));
+    A* all_params = w.take<A>(param_count);
+    if (c.place.needed) return Status::ok;
+    CAPSOPS_TRY(g_weight.start(c.place));
+    CAPSOPS_TRY(params.start(c.place));
+    CAPSOPS_TRY((for_tiles<T>(c, t, Policy::needs_votes, [&] {
+        CAPSOPS_TRY(policy.stage_gradient(t, scratch, g, params.rows, params.count, c.place));
+        if (param_count) CAPSOPS_TRY(params.add(c.place));
+        const Matrices<T> tile(c, t);
+        if (gradients.u) {
+            CAPSOPS_TRY(multiply_matrices(tile.capsule_gradients(g, g_u, u_pieces, pairs * c.K), c.place));
+            CAPSOPS_TRY(launch(write_capsule_gradients<A, T>, blocks_for(t.pairs() * c.K), most_threads, 0, c.place, t,
+                               g_u, u_pieces, pairs * c.K, static_cast<T*>(gradients.u)));
+        }
+        if (!gradients.weight) return Status::ok;
+        if (!shared) {
+            T* const to = static_cast<T*>(gradients.weight) + t.first * c.weight_stride;
+            return multiply_matrices(tile.weight_gradients(t.u, g, to, c.dtype, 1), c.place);
+        }
+        CAPSOPS_TRY(
+            multiply_matrices(tile.weight_gradients(t.u, g, g_weight.rows, dtype_of<A>, g_weight.count), c.place));
+        return g_weight.add(c.place);
+    })));
+    if (sums) CAPSOPS_TRY(g_weight.write(static_cast<T*>(gradients.weight), c.place));
+    CAPSOPS_TRY(params.write(all_params, c.place));
+    return add(all_params, 1);
+}
+
+}  // namespace capsops::cuda
