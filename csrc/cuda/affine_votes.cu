@@ -33,7 +33,7 @@ Status affine_votes(const Capsules& c, void* votes) {
 
 Status affine_votes_backward(const Capsules& c, const void* g_votes, const CapsuleGradients& gradients) {
     return for_storage(c.dtype, [&]<class T>() {
-        return for_width(c.D, [&]<int width>() {
+        return for_width<T>(c.D, [&]<int width>() {
             Workspace w(c.place);
             const StoredGradient<T, width> policy{static_cast<const T*>(g_votes)};
             return emit<width, T>(c, policy, 0, gradients, 0, w, [](auto*, int64_t) { return Status::ok; });

@@ -8,7 +8,7 @@ namespace capsops::cuda {
 
 Status attention_routing(const Capsules& c, const void* attn_weight, const void* attn_bias, void* v, void* s) {
     return for_storage(c.dtype, [&]<class T>() {
-        return for_width(c.D, [&]<int width>() {
+        return for_width<T>(c.D, [&]<int width>() {
             using A = Accumulation<T>;
             Workspace w(c.place);
             const Attention<A, width> policy{static_cast<const A*>(attn_weight), static_cast<const A*>(attn_bias)};

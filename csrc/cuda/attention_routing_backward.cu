@@ -10,7 +10,7 @@ Status attention_routing_backward(const Capsules& c, const void* attn_weight, co
                                   const void* g_v, const CapsuleGradients& gradients, void* g_attn_weight,
                                   void* g_attn_bias) {
     return for_storage(c.dtype, [&]<class T>() {
-        return for_width(c.D, [&]<int width>() {
+        return for_width<T>(c.D, [&]<int width>() {
             using A = Accumulation<T>;
             const int64_t rows = c.B * c.J, JJ = c.J * c.J;
             Workspace w(c.place);

@@ -275,18 +275,20 @@ template <class A, int width> struct AttentionGradient {
         attention.couple(at, own.attention, v, c);
         if (at.J == 2) {
             // dz_j = −dz_k = c_j c_k (q_j − q_k).
-            A product = 0, sum = 0;
+            A own_product = 0, other_product = 0, sum = 0;
 #pragma unroll
             for (int d = 0; d < width; ++d) {
-                const A difference = own.g_s[d] * v[d] - own.other[d] * at.of(d, 1 - at.j);
+                const A other = at.of(d, 1 - at.j);
+                const A difference = own.g_s[d] * v[d] - own.other[d] * other;
                 dz[d] = at.there ? c[d] * (A(1) - c[d]) * difference : A(0);
                 g[d] = at.there ? c[d] * own.g_s[d] - own.attention.own * dz[d] : A(0);
-                product += dz[d] * v[d];
+                own_product += dz[d] * v[d];
+                other_product += dz[d] * other;
                 sum += dz[d];
             }
             if (wants_params) {
-                param(at.j, at.slot) += product;
-                param(1 - at.j, at.slot) -= product;
+                param(at.j, at.slot) += own_product;
+                param(1 - at.j, at.slot) += other_product;
                 param(2, at.slot) += sum;
             }
             return;

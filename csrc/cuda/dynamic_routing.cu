@@ -23,7 +23,7 @@ __global__ void finish_iteration(A* s, const A* bias, A* v, A* V, int64_t rows, 
 
 Status dynamic_routing(const Capsules& c, const void* bias, int iterations, bool leaky, void* v, void* s) {
     return for_storage(c.dtype, [&]<class T>() {
-        return for_width(c.D, [&]<int width>() {
+        return for_width<T>(c.D, [&]<int width>() {
             using A = Accumulation<T>;
             const int64_t rows = c.B * c.J, size = rows * c.D;
             Workspace w(c.place);

@@ -36,7 +36,7 @@ __global__ void earlier_gradient(const A* H, A* g_V, const A* s, A* g_s, int64_t
 Status dynamic_routing_backward(const Capsules& c, int iterations, bool leaky, bool detach, const void* s_,
                                 const void* g_v, const CapsuleGradients& gradients, void* g_bias) {
     return for_storage(c.dtype, [&]<class T>() {
-        return for_width(c.D, [&]<int width>() {
+        return for_width<T>(c.D, [&]<int width>() {
             using A = Accumulation<T>;
             const int64_t rows = c.B * c.J, size = rows * c.D;
             const int last = iterations - 1;

@@ -33,7 +33,7 @@ struct dim3 {
 
 namespace emulation {
 
-enum class State { runs, waits, done };
+enum class State { runs, waits_for_warp, waits_for_block, done };
 
 // Where a thread of control goes on. Not ucontext_t: swapcontext makes two system calls, and took half of the time.
 using Point = void* [5];  // of __builtin_setjmp
@@ -51,6 +51,7 @@ struct Fiber {
     std::unique_ptr<char[]> stack;
     dim3 index;
     State state;
+    double shown;  // to its warp
     void* fake_stack;
 };
 
@@ -88,9 +89,18 @@ CAPSOPS_SWITCHES void to_scheduler() {
 #endif
 }
 
-inline void wait() {
-    block.current->state = State::waits;
+inline void wait(State for_others) {
+    block.current->state = for_others;
     to_scheduler();
+}
+
+// The other thread's number, of the same warp.
+inline double exchange(double own, unsigned lane_mask) {
+    block.current->shown = own;
+    wait(State::waits_for_warp);
+    const double other = block.fibers[block.current->index.x ^ lane_mask]->shown;
+    wait(State::waits_for_warp);
+    return other;
 }
 
 inline void run_fiber() {
@@ -131,12 +141,22 @@ CAPSOPS_SWITCHES void resume(Fiber& fiber) {
     block.current = nullptr;
 }
 
-// Lets the threads go on that wait, if all do; else false.
-inline bool release() {
-    for (int t = 0; t < block.threads; ++t)
-        if (block.fibers[t]->state != State::waits) return false;
-    for (int t = 0; t < block.threads; ++t) block.fibers[t]->state = State::runs;
+// Lets threads go on that wait for one another, if all do; else false.
+inline bool release(int first, int count, State waiting) {
+    for (int t = first; t < first + count; ++t)
+        if (block.fibers[t]->state != waiting) return false;
+    for (int t = first; t < first + count; ++t) block.fibers[t]->state = State::runs;
     return true;
+}
+
+// Each warp goes as far as it can before the next begins: what one does too early is seen.
+inline void run_warp(int first, bool backward) {
+    do {
+        for (int m = 0; m < warp; ++m) {
+            Fiber& fiber = *block.fibers[first + (backward ? warp - 1 - m : m)];
+            if (fiber.state == State::runs) resume(fiber);
+        }
+    } while (release(first, warp, State::waits_for_warp));
 }
 
 inline void run_block(bool backward) {
@@ -149,16 +169,13 @@ inline void run_block(bool backward) {
         fiber.index.x = t;
         fiber.state = State::runs;
     }
-    for (;;) {
-        bool done = true;
-        for (int m = 0; m < block.threads; ++m) {
-            Fiber& fiber = *block.fibers[backward ? block.threads - 1 - m : m];
-            if (fiber.state == State::runs) resume(fiber);
-            done = done && fiber.state == State::done;
-        }
-        if (done) return;
-        if (!release()) fail("not all threads reach a barrier");
-    }
+    do {
+        for (int first = 0; first < block.threads; first += warp)
+            run_warp(backward ? block.threads - warp - first : first, backward);
+        if (block.fibers[0]->state == State::done) break;
+    } while (release(0, block.threads, State::waits_for_block));
+    for (int t = 0; t < block.threads; ++t)
+        if (block.fibers[t]->state != State::done) fail("not all threads reach a barrier");
 }
 
 // order: 0, or 1 for the other way round.
@@ -186,5 +203,13 @@ void launch(Kernel kernel, int order, dim3 blocks, dim3 threads, size_t memory, 
 #define gridDim (emulation::block.blocks)
 
 inline void __syncthreads() {
-    emulation::wait();
+    emulation::wait(emulation::State::waits_for_block);
+}
+
+inline void __syncwarp() {
+    emulation::wait(emulation::State::waits_for_warp);
+}
+
+template <class X> X __shfl_xor_sync(unsigned, X x, int lane_mask) {
+    return static_cast<X>(emulation::exchange(static_cast<double>(x), static_cast<unsigned>(lane_mask)));
 }

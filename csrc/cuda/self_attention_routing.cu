@@ -8,7 +8,7 @@ namespace capsops::cuda {
 
 Status self_attention_routing(const Capsules& c, const void* prior, double scale, void* v, void* total, void* s) {
     return for_storage(c.dtype, [&]<class T>() {
-        return for_width(c.D, [&]<int width>() {
+        return for_width<T>(c.D, [&]<int width>() {
             using A = Accumulation<T>;
             const int64_t rows = c.B * c.J, size = rows * c.D;
             Workspace w(c.place);

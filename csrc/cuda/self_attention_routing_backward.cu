@@ -10,7 +10,7 @@ Status self_attention_routing_backward(const Capsules& c, const void* prior, dou
                                        const void* s, const void* g_v, const CapsuleGradients& gradients,
                                        void* g_prior) {
     return for_storage(c.dtype, [&]<class T>() {
-        return for_width(c.D, [&]<int width>() {
+        return for_width<T>(c.D, [&]<int width>() {
             using A = Accumulation<T>;
             const int64_t rows = c.B * c.J, size = rows * c.D;
             Workspace w(c.place);
