@@ -22,8 +22,10 @@ template <class A, int width> struct RowSoftmax {
     }
     __device__ RowSoftmax(const At<A, width>& at_, bool leaky, bool with_gradient) : at(at_) {
         largest = leaky ? A(0) : dot_of(0, 0);
+#pragma unroll 1
         for (int64_t k = 0; k < at.J; ++k) largest = larger(dot_of(0, k), largest);
         A sum = leaky ? exponential(-largest) : A(0);
+#pragma unroll 1
         for (int64_t k = 0; k < at.J; ++k) {
             const A e = exponential(dot_of(0, k) - largest);
             sum += e;

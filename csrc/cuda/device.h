@@ -19,10 +19,6 @@ constexpr int warp_size = 32, most_threads = 256;
 // Shared memory that every GPU gives a block without being asked.
 constexpr int64_t shared_bytes = 48 << 10;
 
-// Blocks that a multiprocessor should have room for, and so how many registers a thread may take: with double's it
-// would not have enough.
-template <class A> constexpr int blocks_of = sizeof(A) == 4 ? 2 : 1;
-
 constexpr int whole_warps(int64_t threads) {
     return static_cast<int>(ceil_div(at_least(threads, 1), warp_size) * warp_size);
 }

@@ -26,13 +26,16 @@
 
 namespace capsops::cuda {
 
+// Numbers of u that a thread loads at once, and whose rows of W it loads before it needs them.
+template <class T> constexpr int u_piece = sizeof(T) == 8 ? 2 : 4;
+
 // The capsules, cut into tiles and runs. From the shape alone, so that sums have one order.
 template <class T, int width> struct Stream {
     const T* u;           // [B, N, K]
     const T* weight;      // [N, K, J, D], or [K, J, D] if weight_stride is 0
     const uint8_t* mask;  // [B, N], or null
     int64_t B, N, K, J, D, weight_stride;
-    bool aligned, aligned_u;  // rows of W, and of u, are whole aligned pieces of 16 bytes
+    bool aligned, aligned_u;  // rows of W are whole aligned pieces of 16 bytes, and those of u of u_piece numbers
     int parts, row;           // threads of a vote, and of the votes of one batch item
     int items, tiles, team;   // batch items of a tile; tiles; threads of a team
     int teams, threads;
@@ -50,7 +53,7 @@ template <class T, int width> struct Stream {
           D(c.D),
           weight_stride(c.weight_stride),
           aligned(c.D % width == 0 && reinterpret_cast<uintptr_t>(c.weight) % 16 == 0),
-          aligned_u(c.K * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(c.u) % 16 == 0),
+          aligned_u(c.K % u_piece<T> == 0 && reinterpret_cast<uintptr_t>(c.u) % 16 == 0),
           parts(static_cast<int>(at_most(ceil_div(D, width), most_threads + 1))),
           row(static_cast<int>(at_most(at_least(J * parts, 1), most_threads + 1))) {
         const int64_t bytes = numbers * static_cast<int64_t>(sizeof(Accumulation<T>));
@@ -155,9 +158,8 @@ template <class T, int width> struct Thread {
     }
 };
 
-// 16 bytes, which a thread loads at once.
-template <class T> struct alignas(16) Piece {
-    static constexpr int size = 16 / static_cast<int>(sizeof(T));
+// Numbers that a thread loads at once.
+template <class T, int size> struct alignas(size * sizeof(T)) Piece {
     T x[size];
 
     __device__ static Piece load(const T* from) { return *reinterpret_cast<const Piece*>(from); }
@@ -168,10 +170,10 @@ template <class T> struct alignas(16) Piece {
 template <int width, class T>
 __device__ inline void read_row(const T* from, int count, bool aligned, Accumulation<T> (&to)[width]) {
     if (aligned) {
-        constexpr int piece = Piece<T>::size;
+        constexpr int piece = 16 / static_cast<int>(sizeof(T));
 #pragma unroll
         for (int d = 0; d < width; d += piece) {
-            const Piece<T> x = Piece<T>::load(from + d);
+            const auto x = Piece<T, piece>::load(from + d);
 #pragma unroll
             for (int m = 0; m < piece; ++m) to[d + m] = x[m];
         }
@@ -199,11 +201,12 @@ __device__ inline void make_vote(const Stream<T, width>& s, const At<Accumulatio
         for (int d = 0; d < width; ++d) v[d] += a * row[d];
     };
     if (s.aligned_u) {
+        constexpr int piece = u_piece<T>;
 #pragma unroll 1
-        for (int64_t k = 0; k < s.K; k += Piece<T>::size) {
-            const Piece<T> a = Piece<T>::load(u + k);
+        for (int64_t k = 0; k < s.K; k += piece) {
+            const auto a = Piece<T, piece>::load(u + k);
 #pragma unroll
-            for (int m = 0; m < Piece<T>::size; ++m) add(a[m], k + m);
+            for (int m = 0; m < piece; ++m) add(a[m], k + m);
         }
     } else {
 #pragma unroll 2
@@ -239,8 +242,12 @@ template <int width, class A> __device__ inline A dot(const A (&x)[width], const
 
 // ---- reduce ------------------------------------------------------------------------------------------------
 
+// Blocks that a multiprocessor should have room for, and so how many registers a thread may take: one where its numbers
+// are double, or the policy keeps two states of the output capsules.
+template <class A, class Own> constexpr int blocks_of = sizeof(A) == 4 && sizeof(Own) <= 64 ? 2 : 1;
+
 template <int width, class T, class Policy>
-__global__ void __launch_bounds__(most_threads, blocks_of<Accumulation<T>>)
+__global__ void __launch_bounds__(most_threads, blocks_of<Accumulation<T>, typename Policy::Own>)
     reduce_kernel(Stream<T, width> s, Policy policy, Accumulation<T>* partial /* [runs, B, J, D] */) {
     using A = Accumulation<T>;
     Thread<T, width> thread(s);
