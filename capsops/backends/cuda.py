@@ -45,7 +45,7 @@ def unfit(index: int) -> str | None:
             + _version(runtime)
         )
     major, minor = torch.cuda.get_device_capability(index)
-    built = [divmod(int(a), 10) for a in architectures.split(";")]
+    built = [divmod(int(a), 10) for a in architectures.split()]
     # Machine code runs on GPUs of the same major version from its minor one on; the last is there as PTX too, which
     # the driver compiles for whatever comes after it.
     if any(a == major and b <= minor for a, b in built) or (major, minor) >= built[-1]:

@@ -50,7 +50,7 @@ def main() -> int:
     if built.cuda_architectures is None:
         print("the extension has no CUDA kernels (no nvcc, or CAPSOPS_CUDA=0)")
         return int(os.environ.get("CAPSOPS_CUDA") == "1")
-    missing = {f"sm_{a}" for a in built.cuda_architectures.split(";")}
+    missing = {f"sm_{a}" for a in built.cuda_architectures.split()}
     seen: dict[str, list[dict[str, int]]] = {}
     failed = False
     for architecture, name, used in kernels(extension):
