@@ -216,21 +216,17 @@ template <class A, int width> struct Attention {
         }
         at.show(width, c);
         if (!at.there) return;
-        A largest[width], sum[width];
+        // c_j = 1 / Σ_k e^(z_k − z_j): without the largest, for `exponential` has a bound.
+        A sum[width];
 #pragma unroll
-        for (int d = 0; d < width; ++d) largest[d] = c[d], sum[d] = A(0);
+        for (int d = 0; d < width; ++d) sum[d] = A(0);
 #pragma unroll 1
         for (int64_t k = 0; k < at.J; ++k) {
 #pragma unroll
-            for (int d = 0; d < width; ++d) largest[d] = larger(at.of(width + d, k), largest[d]);
-        }
-#pragma unroll 1
-        for (int64_t k = 0; k < at.J; ++k) {
-#pragma unroll
-            for (int d = 0; d < width; ++d) sum[d] += exponential(at.of(width + d, k) - largest[d]);
+            for (int d = 0; d < width; ++d) sum[d] += exponential(at.of(width + d, k) - c[d]);
         }
 #pragma unroll
-        for (int d = 0; d < width; ++d) c[d] = exponential(c[d] - largest[d]) * reciprocal(sum[d]);
+        for (int d = 0; d < width; ++d) c[d] = reciprocal(sum[d]);
     }
 
     static int64_t staged_numbers(int64_t J, int64_t D) { return J * D; }

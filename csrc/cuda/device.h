@@ -103,6 +103,11 @@ template <class Function> inline Status for_storage(Dtype dtype, Function functi
     return Status::unsupported;
 }
 
+// Calls function.operator()<accumulation type>() and returns its status.
+template <class Function> inline Status for_accumulation(Dtype dtype, Function function) {
+    return dtype == Dtype::float64 ? function.template operator()<double>() : function.template operator()<float>();
+}
+
 // Takes memory from the workspace of an operator, or counts what it would take.
 class Workspace {
   public:

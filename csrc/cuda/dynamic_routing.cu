@@ -2,8 +2,9 @@
 // V, the sum of the output capsules so far, is kept; the logits are recomputed from it. Saves s of every iteration,
 // [iterations, B, J, D].
 
-#include "couplings.cuh"
+#include "agreement.h"
 #include "operators.h"
+#include "rows.cuh"
 
 namespace capsops::cuda {
 namespace {
@@ -22,26 +23,18 @@ __global__ void finish_iteration(A* s, const A* bias, A* v, A* V, int64_t rows, 
 }  // namespace
 
 Status dynamic_routing(const Capsules& c, const void* bias, int iterations, bool leaky, void* v, void* s) {
-    return for_storage(c.dtype, [&]<class T>() {
-        return for_width<T>(c.D, [&]<int width>() {
-            using A = Accumulation<T>;
-            const int64_t rows = c.B * c.J, size = rows * c.D;
-            Workspace w(c.place);
-            A* V = w.take<A>(size);
-            for (int t = 0; t < iterations; ++t) {
-                A* sum = static_cast<A*>(s) + t * size;
-                if (t == 0) {
-                    const Equal<A, width> equal{equal_coupling<A>(c.J, leaky)};
-                    CAPSOPS_TRY((reduce<width, T>(c, equal, 0, w, sum)));
-                } else {
-                    const Agreement<A, width, false> agreement{V, nullptr, nullptr, leaky};
-                    CAPSOPS_TRY((reduce<width, T>(c, agreement, 2, w, sum)));
-                }
-                CAPSOPS_TRY(launch(finish_iteration<A>, blocks_for(rows), most_threads, 0, c.place, sum,
-                                   static_cast<const A*>(bias), static_cast<A*>(v), V, rows, c.J, c.D, t == 0));
-            }
-            return Status::ok;
-        });
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const int64_t rows = c.B * c.J, size = rows * c.D;
+        Workspace w(c.place);
+        A* V = w.take<A>(size);
+        for (int t = 0; t < iterations; ++t) {
+            A* sum = static_cast<A*>(s) + t * size;
+            CAPSOPS_TRY(t == 0 ? sum_votes(c, equal_coupling<double>(c.J, leaky), w, sum)
+                               : sum_agreeing(c, V, nullptr, leaky, w, sum));
+            CAPSOPS_TRY(launch(finish_iteration<A>, blocks_for(rows), most_threads, 0, c.place, sum,
+                               static_cast<const A*>(bias), static_cast<A*>(v), V, rows, c.J, c.D, t == 0));
+        }
+        return Status::ok;
     });
 }
 

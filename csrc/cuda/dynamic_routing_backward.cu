@@ -1,8 +1,9 @@
 // The gradient of routing by agreement; the steps are those of csrc/cpu/dynamic_routing_backward.cpp. With detached
 // logits one emitting pass; with the full gradient R − 1 reducing passes before it.
 
-#include "couplings.cuh"
+#include "agreement.h"
 #include "operators.h"
+#include "rows.cuh"
 
 namespace capsops::cuda {
 namespace {
@@ -35,43 +36,37 @@ __global__ void earlier_gradient(const A* H, A* g_V, const A* s, A* g_s, int64_t
 
 Status dynamic_routing_backward(const Capsules& c, int iterations, bool leaky, bool detach, const void* s_,
                                 const void* g_v, const CapsuleGradients& gradients, void* g_bias) {
-    return for_storage(c.dtype, [&]<class T>() {
-        return for_width<T>(c.D, [&]<int width>() {
-            using A = Accumulation<T>;
-            const int64_t rows = c.B * c.J, size = rows * c.D;
-            const int last = iterations - 1;
-            const A* s = static_cast<const A*>(s_);
-            Workspace w(c.place);
-            A* V = w.take<A>(iterations * size);
-            A* g_s = w.take<A>(iterations * size);
-            A* H = w.take<A>(size);
-            A* g_V = w.take<A>(size);
-            CAPSOPS_TRY(launch(states<A>, blocks_for(rows), most_threads, 0, c.place, s, static_cast<const A*>(g_v), V,
-                               g_s, H, rows, c.D, iterations));
-            for (int t = last; !detach && t > 0; --t) {
-                const Agreement<A, width, true> adjoint{V + t * size, g_s + t * size, nullptr, leaky};
-                CAPSOPS_TRY((reduce<width, T>(c, adjoint, 2, w, H)));
-                CAPSOPS_TRY(launch(earlier_gradient<A>, blocks_for(rows), most_threads, 0, c.place,
-                                   static_cast<const A*>(H), g_V, s + (t - 1) * size, g_s + (t - 1) * size, rows, c.D,
-                                   t == last));
-            }
-            const int first = detach ? last : 0;
-            if (g_bias)
-                CAPSOPS_TRY(launch(add_rows<A>, blocks_for(c.J * c.D), most_threads, 0, c.place,
-                                   static_cast<const A*>(g_s + first * size), (iterations - first) * c.B, c.J * c.D,
-                                   c.J * c.D, static_cast<A*>(g_bias)));
-            if (!gradients.u && !gradients.weight) return Status::ok;
-            const AgreementGradient<A, width> policy{.x = V,
-                                                     .g = g_s,
-                                                     .size = size,
-                                                     .first = first,
-                                                     .iterations = iterations,
-                                                     .equal_first = true,
-                                                     .leaky = leaky,
-                                                     .detach = detach,
-                                                     .equal = equal_coupling<A>(c.J, leaky)};
-            return emit<width, T>(c, policy, 2, gradients, 0, w, [](A*, int64_t) { return Status::ok; });
-        });
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const int64_t rows = c.B * c.J, size = rows * c.D;
+        const int last = iterations - 1;
+        const A* s = static_cast<const A*>(s_);
+        Workspace w(c.place);
+        A* V = w.take<A>(iterations * size);
+        A* g_s = w.take<A>(iterations * size);
+        A* H = w.take<A>(size);
+        A* g_V = w.take<A>(size);
+        CAPSOPS_TRY(launch(states<A>, blocks_for(rows), most_threads, 0, c.place, s, static_cast<const A*>(g_v), V, g_s,
+                           H, rows, c.D, iterations));
+        for (int t = last; !detach && t > 0; --t) {
+            CAPSOPS_TRY(sum_adjoint(c, V + t * size, g_s + t * size, leaky, w, H));
+            CAPSOPS_TRY(launch(earlier_gradient<A>, blocks_for(rows), most_threads, 0, c.place,
+                               static_cast<const A*>(H), g_V, s + (t - 1) * size, g_s + (t - 1) * size, rows, c.D,
+                               t == last));
+        }
+        const int first = detach ? last : 0;
+        if (g_bias)
+            CAPSOPS_TRY(launch(add_rows<A>, blocks_for(c.J * c.D), most_threads, 0, c.place,
+                               static_cast<const A*>(g_s + first * size), (iterations - first) * c.B, c.J * c.D,
+                               c.J * c.D, static_cast<A*>(g_bias)));
+        if (!gradients.u && !gradients.weight) return Status::ok;
+        const AgreementTerms terms{.x = V,
+                                   .g = g_s,
+                                   .first = first,
+                                   .iterations = iterations,
+                                   .equal_first = true,
+                                   .leaky = leaky,
+                                   .detach = detach};
+        return emit_agreement(c, terms, gradients, w);
     });
 }
 

@@ -26,8 +26,8 @@
 
 namespace capsops::cuda {
 
-// Numbers of u that a thread loads at once, and whose rows of W it loads before it needs them.
-template <class T> constexpr int u_piece = sizeof(T) == 8 ? 2 : 4;
+// Numbers of u that a thread loads at once, and with them their rows of W: more would not leave it enough registers.
+constexpr int u_piece = 2;
 
 // The capsules, cut into tiles and runs. From the shape alone, so that sums have one order.
 template <class T, int width> struct Stream {
@@ -53,7 +53,7 @@ template <class T, int width> struct Stream {
           D(c.D),
           weight_stride(c.weight_stride),
           aligned(c.D % width == 0 && reinterpret_cast<uintptr_t>(c.weight) % 16 == 0),
-          aligned_u(c.K % u_piece<T> == 0 && reinterpret_cast<uintptr_t>(c.u) % 16 == 0),
+          aligned_u(c.K % u_piece == 0 && reinterpret_cast<uintptr_t>(c.u) % 16 == 0),
           parts(static_cast<int>(at_most(ceil_div(D, width), most_threads + 1))),
           row(static_cast<int>(at_most(at_least(J * parts, 1), most_threads + 1))) {
         const int64_t bytes = numbers * static_cast<int64_t>(sizeof(Accumulation<T>));
@@ -201,12 +201,11 @@ __device__ inline void make_vote(const Stream<T, width>& s, const At<Accumulatio
         for (int d = 0; d < width; ++d) v[d] += a * row[d];
     };
     if (s.aligned_u) {
-        constexpr int piece = u_piece<T>;
 #pragma unroll 1
-        for (int64_t k = 0; k < s.K; k += piece) {
-            const auto a = Piece<T, piece>::load(u + k);
+        for (int64_t k = 0; k < s.K; k += u_piece) {
+            const auto a = Piece<T, u_piece>::load(u + k);
 #pragma unroll
-            for (int m = 0; m < piece; ++m) add(a[m], k + m);
+            for (int m = 0; m < u_piece; ++m) add(a[m], k + m);
         }
     } else {
 #pragma unroll 2
