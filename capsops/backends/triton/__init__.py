@@ -31,7 +31,9 @@ DEVICE_TYPES = ("cuda", "xpu")
 _TILE, _WARPS = 2048, 4
 # Programs that a pass is cut into at most, by the shape alone so that sums have one order; and the bytes of partial
 # sums that it leaves at most.
-_PROGRAMS, _PARTIAL_BYTES = 2048, 1 << 24
+_PROGRAMS, _PARTIAL_BYTES = 2048, 1 << 25
+# Numbers that Triton lets a tile have.
+_MOST_NUMBERS = 1 << 20
 # Output capsules that attention routing mixes in the registers of one program.
 _MOST_MIXED = 64
 
@@ -108,6 +110,11 @@ class _Stream:
         P = u.shape[2] if u.dim() == 4 else 1
         JP, PP, DP = _padded(J), _padded(P), _padded(D)
         row = JP * PP * DP
+        if row > _MOST_NUMBERS:
+            raise ValueError(
+                f"a vote of {J} output capsules with {P * D} components has {row} numbers, padded to powers of two; "
+                f"Triton takes at most {_MOST_NUMBERS}"
+            )
         BB = min(_padded(B), max(_TILE // row, 1))
         NB = min(_padded(N), max(_TILE // (row * BB), 1))
         warps = min(max(row * BB * NB // _TILE, 1) * _WARPS, 16)
@@ -169,7 +176,7 @@ class _Stream:
         run, runs = self.runs(most)
         partial = self.u.new_empty(runs, B, J, row, dtype=self.wide)
         if partial.numel():
-            reduce_kernel[(runs, self.batch_tiles)](
+            reduce_kernel[(runs * self.batch_tiles,)](
                 self.u, self.weight, self.mask, _stacked(states), _stacked(scalars), attn_weight, attn_bias, prior,
                 activation, partial, B, N, run, **self.constants(), routing=routing, leaky=leaky,
             )  # fmt: skip
@@ -201,8 +208,10 @@ class _Stream:
         from .stream import emit_kernel
 
         B, N, _, K, J, D = self.sizes
+        in_pieces = g_weight is not None and (self.shared or self.batch_tiles > 1)
+        matrices = 1 if self.shared else self.tile["NB"]
         params = J * (J + 1) if g_attn_weight is not None or g_attn_bias is not None else 0
-        left = (K * J * D if self.shared else 0) + params
+        left = matrices * K * J * D * in_pieces + params
         run, programs = self.runs(min(_PROGRAMS, max(_PARTIAL_BYTES // max(4 * left, 1), 1)))
         if B == 0:
             programs = 0
@@ -210,8 +219,7 @@ class _Stream:
         def partial(wanted: bool, *size: int) -> Tensor | None:
             return self.u.new_empty(programs, *size, dtype=self.wide) if wanted else None
 
-        in_pieces = g_weight is not None and (self.shared or self.batch_tiles > 1)
-        sums = partial(in_pieces, 1 if self.shared else self.tile["NB"], K, J, D)
+        sums = partial(in_pieces, matrices, K, J, D)
         own_weight = partial(g_attn_weight is not None, J, J)
         own_bias = partial(g_attn_bias is not None, J)
         if programs:
@@ -304,7 +312,7 @@ def _primary(features: Tensor, u: Tensor | None, g_u: Tensor | None, g: Tensor |
         return
     KP = _padded(K)
     CB = max(1024 // KP, 1)
-    primary_capsules_kernel[(B * outer, -(-inner // CB))](
+    primary_capsules_kernel[(B * outer * -(-inner // CB),)](
         features, u, g_u, g, outer, inner, C * pixels, *strides,
         K=K, CB=CB, KP=KP, A=_language(features.dtype), sabour=kind == "sabour",
     )  # fmt: skip

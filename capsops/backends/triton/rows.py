@@ -85,8 +85,9 @@ def primary_capsules_kernel(
     outer, inner, batch_stride, outer_stride, inner_stride, component_stride,
     K: tl.constexpr, CB: tl.constexpr, KP: tl.constexpr, A: tl.constexpr, sabour: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    capsule = tl.program_id(1).to(tl.int64) * CB + tl.arange(0, CB)[:, None]
+    blocks = tl.cdiv(inner, CB)
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    capsule = tl.program_id(0).to(tl.int64) % blocks * CB + tl.arange(0, CB)[:, None]
     k = tl.arange(0, KP)[None, :]
     inside = (capsule < inner) & (k < K)
     strided = row // outer * batch_stride + row % outer * outer_stride + capsule * inner_stride + k * component_stride

@@ -125,9 +125,12 @@ def reduce_kernel(
     NB: tl.constexpr, BB: tl.constexpr, JP: tl.constexpr, DP: tl.constexpr, PP: tl.constexpr, A: tl.constexpr,
     routing: tl.constexpr, leaky: tl.constexpr,
 ):  # fmt: skip
-    first = tl.program_id(0).to(tl.int64) * run
+    # Tiles of the batch next to one another, for they read the same matrices.
+    tiles = tl.cdiv(B, BB)
+    program = (tl.program_id(0) // tiles).to(tl.int64)
+    first = program * run
     end = tl.minimum(first + run, N)
-    b = tl.program_id(1).to(tl.int64) * BB + axis(BB, 1)
+    b = (tl.program_id(0) % tiles).to(tl.int64) * BB + axis(BB, 1)
     j, p, d = axis(JP, 2), axis(PP, 3), axis(DP, 4)
     em: tl.constexpr = routing == "em" or routing == "em_adjoint"
     total = tl.zeros([NB, BB, JP, PP, DP], A)
@@ -169,7 +172,7 @@ def reduce_kernel(
             total += w * z
             squares += w * z * z
     row: tl.constexpr = 2 * P * D + 1 if em else P * D
-    to = partial + ((tl.program_id(0).to(tl.int64) * B + b) * J + j) * row
+    to = partial + ((program * B + b) * J + j) * row
     exists = (b < B) & (j < J)
     tl.store(to + p * D + d, tl.sum(total, 0, keep_dims=True), mask=exists & (p < P) & (d < D))
     if em:
