@@ -71,7 +71,7 @@ def floor(case: Case, direction: str) -> Floor:
     """See the module's docstring."""
     s, (forward, backward) = case.shape, case.routing.passes
     there = (s.N + 1) / (2 * s.N) if s.masked else 1  # from one to N, on average
-    operands = 4 * (round(there * s.u_numbers) + s.weight_numbers)
+    operands = case.itemsize * (round(there * s.u_numbers) + s.weight_numbers)
     votes = round(there * 2 * s.vote_numbers * s.K)
     mixing = round(there * 2 * s.B * s.N * s.J * s.J * s.D) if case.routing.name == "attention" else 0
     saved = votes - votes // s.N if s.shared and case.routing.name not in ("attention", "em") else 0
@@ -157,7 +157,6 @@ def environment(machine: Machine) -> dict[str, Any]:
     import torch
 
     import capsops
-    from capsops.backends import cpu
 
     info = capsops.info()
     return {
@@ -175,7 +174,7 @@ def environment(machine: Machine) -> dict[str, Any]:
             "torch": torch.__version__,
             "numpy": numpy.__version__,
             "capsops": capsops.__version__,
-            "capsops_built_by": cpu.built(),
+            "capsops_built_by": info.extension,
             "capsops_backend_forced": info.forced,
             "compiler": _first_line(["c++", "--version"]),  # torch.compile's
             "system": f"{platform.system()} {platform.machine()}",
