@@ -158,7 +158,7 @@ class Goal:
         return self.measured <= self.wanted if self.at_most else self.measured >= self.wanted
 
     def cells(self) -> list[str]:
-        sign = {(False, True): "≥ ", (True, True): "≤ ", (True, False): "< "}[self.at_most, self.unit != "MB"]
+        sign = "≤ " if self.at_most else "≥ "
         measured = f"not measured: {self.why}" if self.measured is None else _number(self.measured, self.unit)
         reached = {None: "–", True: "yes", False: "no"}[self.reached]
         return [self.what, self.where, measured, sign + _number(self.wanted, self.unit), reached]
@@ -247,11 +247,11 @@ def report(rows: Sequence[Row], steps: Sequence[Row], environment: Mapping[str, 
         lines += ["", "## Goals", "", *table(header, [goal.cells() for goal in goals(rows, steps)])]
         lines += [
             "",
-            "float32 unless it says otherwise, TF32 off. Medians of rounds in which capsops and its peers take turns in "
-            "one process, on random inputs that no cache holds, with the quartiles in brackets; behind a peer's time, "
-            "that time over capsops'. The times are of calls from Python, one behind the other. The floor is the least "
-            "time that the compulsory bytes and operations take at the rates above, and its share the floor over "
-            "capsops' time. Memory is the peak beyond the inputs and the results.",
+            "float32 unless it says otherwise, TF32 off. Medians of rounds in which capsops and its peers take turns, "
+            "on random inputs that no cache holds; in brackets the quartiles, behind a peer's time that time over "
+            "capsops'. Calls from Python, one behind the other. The floor is the least time that the compulsory bytes "
+            "and operations take at the rates above, and its share the floor over capsops' time. Memory is the peak "
+            "beyond the inputs and the results.",
         ]
     lines += _backends(rows)
     by_family: dict[str, list[Row]] = {}
@@ -260,7 +260,9 @@ def report(rows: Sequence[Row], steps: Sequence[Row], environment: Mapping[str, 
     peers = (OTHER, PUBLISHED, BEST_EAGER, BEST_COMPILED)
     for name, group in by_family.items():
         size = f"{group[0]['size']} to {group[-1]['size']}" if len({r["N"] for r in group}) > 1 else group[0]["size"]
-        lines += ["", f"## {name}: {size}", "", *times(group, peers), "", *memory(group, peers)]
+        lines += ["", f"## {name}: {size}", "", *times(group, peers)]
+        if any(row["extra_MB"] for row in group):
+            lines += ["", *memory(group, peers)]
     if steps:
         lines += ["", "## A training step of CardioCaps", "", *_steps(steps)]
     lines += _checks(environment.get("checks", {}))
@@ -322,8 +324,19 @@ def _backends(rows: Sequence[Row]) -> list[str]:
     for key, by in sorted(both.items(), key=lambda item: (DIRECTIONS.index(item[0][2]), votes(item[1]))):
         cuda, triton = float(by["cuda"]["median_s"]), float(by["triton"]["median_s"])
         faster = "cuda" if cuda <= triton else "triton"
-        cells.append([*key, f"{votes(by):,}", f"{cuda * 1e3:.3g}", f"{triton * 1e3:.3g}", f"{triton / cuda:.3g}", faster])
-    header = ("shape", "routing", "direction", "numbers in the votes", "cuda, ms", "triton, ms", "triton / cuda", "faster")
+        cells.append(
+            [*key, f"{votes(by):,}", f"{cuda * 1e3:.3g}", f"{triton * 1e3:.3g}", f"{triton / cuda:.3g}", faster]
+        )
+    header = (
+        "shape",
+        "routing",
+        "direction",
+        "numbers in the votes",
+        "cuda, ms",
+        "triton, ms",
+        "triton / cuda",
+        "faster",
+    )
     return ["", "## Which backend is the faster", "", *table(header, cells)]
 
 
@@ -331,7 +344,15 @@ def _steps(steps: Sequence[Row]) -> list[str]:
     from .tables import table
 
     parts = ("step", "forward", "backward", "optimiser", "routing_forward", "routing_backward")
-    header = ("preset", "batch", "routing", "by", *(f"{p.replace('_', ' ')}, ms" for p in parts), "routing's share", "peak MB")
+    header = (
+        "preset",
+        "batch",
+        "routing",
+        "by",
+        *(f"{p.replace('_', ' ')}, ms" for p in parts),
+        "routing's share",
+        "peak MB",
+    )
     cells = []
     for s in steps:
         name = [s["preset"], str(s.get("batch") or "–"), s["routing"], s["way"]]
@@ -346,7 +367,12 @@ def _steps(steps: Sequence[Row]) -> list[str]:
 def _checks(checks: Mapping[str, Any]) -> list[str]:
     if not checks:
         return []
-    return ["", "## Checks", "", *(f"* {name}: {outcome}" for found in checks.values() for name, outcome in found.items())]
+    return [
+        "",
+        "## Checks",
+        "",
+        *(f"* {name}: {outcome}" for found in checks.values() for name, outcome in found.items()),
+    ]
 
 
 def fastest(rows: Sequence[Row]) -> str:
