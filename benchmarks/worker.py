@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
@@ -104,8 +105,10 @@ def _context(method: str) -> ForkServerContext | SpawnContext:
     """Processes are forked from one that has imported everything but started no thread: quick, and as good as new."""
     if method == "spawn":
         return multiprocessing.get_context("spawn")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # read by what is imported, which would start some
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "torch._inductor.config", "benchmarks.race"])
+    compiler = ["torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.codegen.cuda_combined_scheduling"]
+    context.set_forkserver_preload([*compiler, "benchmarks.race"])
     return context
 
 
