@@ -85,6 +85,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--overwrite", action="store_true", help="replace these parts of an earlier run")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="default %(default)s")
     parser.add_argument("--quick", action="store_true", help="toy sizes and few rounds; the numbers mean nothing")
+    parser.add_argument("--commit", help="of the sources, where they are no repository")
     for name, seconds, what in (
         ("--budget", 480, "for measuring; what is left over then is named in the report"),
         ("--test-limit", 540, "for the tests"),
@@ -309,6 +310,7 @@ class Measurement:
     ) -> None:
         self.device, self.results, self.red, self.failed = device, results, red, failed
         self.quick, self.compile, self.seconds = arguments.quick, not arguments.no_compile, arguments.budget
+        self.commit = arguments.commit
         self.gates: dict[tuple[object, ...], str] = {}  # what is wrong with the forms of a kind of case
         self.where: dict[str, Any] = {}
 
@@ -359,6 +361,7 @@ class Measurement:
     def _record(self, environment: dict[str, Any], found: dict[str, float]) -> None:
         """Where this run measures; and if another did elsewhere, that too."""
         old = self.results.environment
+        environment["commit"] = self.commit or environment["commit"]
         for name in ("machine", "commit"):
             before = old.get(name, environment[name])
             before = before["device"] if name == "machine" else before

@@ -107,11 +107,12 @@ PEERS = (PUBLISHED, BEST_EAGER, BEST_COMPILED)
 def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder for the block to fill, which then takes the place of `folder`; if the block fails, nothing changes.
 
-    Raises OutputError: `folder` holds results and is not to be overwritten, or anything that is no result of a run, or
-    it cannot be written.
+    Folders in it that hold results of their own (`benchmarks.gpu`) stay. Raises OutputError: `folder` holds results and
+    is not to be overwritten, or anything that is no result of a run, or it cannot be written.
     """
     with output_errors(folder):
-        present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        kept = {path.parent.name for path in folder.glob("*/environment.json")}
+        present = sorted({path.name for path in folder.iterdir()} - kept) if folder.exists() else []
         strange = [name for name in present if name not in FILES]
         if strange:
             raise OutputError(f"{folder} holds {strange[0]}, which no run has written; name another folder with --out")
@@ -130,9 +131,12 @@ def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
                 if old.exists():
                     old.rename(folder)
                 raise
+            for name in kept:
+                (old / name).rename(folder / name)
         finally:
-            for path in (new, old):
-                shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
+            if not any((old / name).exists() for name in kept):
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def write(
