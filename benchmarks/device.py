@@ -212,12 +212,12 @@ def environment(device: Device, found: dict[str, float]) -> Iterator[dict[str, A
     import capsops
 
     info = capsops.info()
-    here: dict[str, Any] = {"device": machine._cpu_model(), "driver": "", "cuda": ""}
+    here: dict[str, Any] = {"device": machine.cpu_model(), "driver": "", "cuda": ""}
     if device.on_gpu:
         of = torch.cuda.get_device_properties(0)
         here = {
             "device": of.name,
-            "driver": machine._first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or "",
+            "driver": machine.first_line(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or "",
             "cuda": torch.version.cuda or torch.version.hip or "",
             "compute_capability": f"{of.major}.{of.minor}",
             "multiprocessors": of.multi_processor_count,
@@ -227,7 +227,7 @@ def environment(device: Device, found: dict[str, float]) -> Iterator[dict[str, A
         "machine": {
             **here,
             "cache_bytes": device.cache_bytes(),
-            "cpu": machine._cpu_model(),
+            "cpu": machine.cpu_model(),
             "cores": os.cpu_count(),
             "rates": found,
             **{name: rate for name, rate in asdict(best(found)).items() if not name.endswith("_by")},

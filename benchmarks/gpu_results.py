@@ -281,11 +281,12 @@ def _head(environment: Mapping[str, Any]) -> list[str]:
     if "machine" not in environment:
         return ["Nothing was measured."]
     here, versions, rates = environment["machine"], environment["versions"], environment["machine"]["rates"]
-    gpu = f", driver {here['driver']}, CUDA {here['cuda']}" if here["cuda"] else ""
+    on_gpu = "compute_capability" in here
+    gpu = f", driver {here['driver'] or 'unknown'}, CUDA {here['cuda'] or 'unknown'}" if on_gpu else ""
     lines = [
         f"{here['device']}{gpu}; torch {versions['torch']}, Triton {versions['triton'] or 'none'}, Python "
         f"{versions['python']}, nvcc {versions['nvcc'] or 'none'}; capsops {versions['capsops']} "
-        f"({versions['capsops_built_by']}); commit {environment['commit']}; {environment['date']}.",
+        f"({versions['capsops_built_by']}); commit {environment['commit'] or 'unknown'}; {environment['date']}.",
         "",
         f"Measured there: copying {rates['copy'] / 1e9:,.0f} GB/s, read and written bytes together; products of large "
         "matrices, in TFLOP/s: "

@@ -161,7 +161,7 @@ def environment(machine: Machine) -> dict[str, Any]:
     info = capsops.info()
     return {
         "machine": {
-            "cpu": _cpu_model(),
+            "cpu": cpu_model(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "instruction_set": getattr(info, "instruction_set", None) or torch.backends.cpu.get_cpu_capability(),
@@ -176,7 +176,7 @@ def environment(machine: Machine) -> dict[str, Any]:
             "capsops": capsops.__version__,
             "capsops_built_by": info.extension,
             "capsops_backend_forced": info.forced,
-            "compiler": _first_line(["c++", "--version"]),  # torch.compile's
+            "compiler": first_line(["c++", "--version"]),  # torch.compile's
             "system": f"{platform.system()} {platform.machine()}",
         },
         "commit": commit(),
@@ -186,12 +186,13 @@ def environment(machine: Machine) -> dict[str, Any]:
 def commit() -> str | None:
     """Of the repository that the benchmarks are in; with a plus where files differ from it."""
     root = Path(__file__).resolve().parent
-    name = _first_line(["git", "-C", str(root), "rev-parse", "HEAD"])
-    changed = _first_line(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
+    name = first_line(["git", "-C", str(root), "rev-parse", "HEAD"])
+    changed = first_line(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
     return f"{name}+" if name and changed else name
 
 
-def _first_line(command: list[str]) -> str | None:
+def first_line(command: list[str]) -> str | None:
+    """Of what a program prints; None where it fails."""
     try:
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
@@ -199,7 +200,8 @@ def _first_line(command: list[str]) -> str | None:
     return next(iter(out.splitlines()), None)
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """By its name."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next(

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -327,8 +328,47 @@ class Pretend(Device):
     def extra_bytes(self, call: Any) -> int:
         return sum(x.nbytes for x in call())
 
+    def start_peak(self) -> None:
+        pass
+
+    def peak_bytes(self) -> int:
+        return 12_000_000
+
     def recover(self) -> bool:
         return self.answers
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_whole_program_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = SimpleNamespace(name="Pretend 100", major=9, minor=0, multi_processor_count=1, total_memory=1 << 30)
+    monkeypatch.setattr(gpu, "Device", lambda kind: Pretend())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: card)
+    monkeypatch.setattr(Pretend, "why_not", lambda self: {"cuda": None, "triton": "it is not installed"})
+    folder = tmp_path / "results"
+    parts = [f"--only={part}" for part in ("paper", "training-step", "sanitizer")]
+    monkeypatch.setattr(gpu, "find_tool", lambda name: None)
+    assert gpu.main(["--quick", "--no-compile", "--no-build", *parts, "--out", str(folder)]) == 0
+    rows = rows_of(folder)
+    assert {row["device"] for row in rows} == {"Pretend 100"}
+    chosen = [row for row in rows if row["contestant"] == CAPSOPS]
+    others = [row for row in rows if row["contestant"] == OTHER]
+    assert len(chosen) == len(others) == 2 * len([c for c in for_gpus(QUICK_CASES) if c.shape.name == "paper"])
+    assert {row["backend"] for row in chosen} == {"cpu"}
+    assert {row["backend"] for row in others} == {"reference"}
+    assert all(float(row["extra_MB"]) > 0 for row in chosen)
+    with (folder / "training_step.csv").open() as file:
+        steps = list(csv.DictReader(file))
+    assert [(step["way"], step["peak_MB"]) for step in steps] == [
+        (way, "12.0") for way in ("fused", "naive", "fused, TF32")
+    ]
+    text = (folder / "results.md").read_text()
+    assert text.splitlines()[2].startswith("Pretend 100, driver ")
+    assert "tf32" in text
+    assert "Backend triton: it is not installed." in text
+    assert "| memory beyond inputs and results | paper, " in text
+    assert "compute-sanitizer memcheck: not run: it was not found" in text
 
 
 def contest(case: Case, device: Device, excluded: Sequence[str] = ()) -> list[race.Timing]:
