@@ -10,7 +10,7 @@ most promising of them. Symbols as in `capsops`: u [B, N, K], weight [N, K, J, D
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,12 +27,14 @@ Votes = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Form:
-    """kind: "capsops", "published", "eager" or "compiled". layout: the order in which the weight is stored."""
+    """kind: "capsops", "published", "eager" or "compiled". layout: the order in which the weight is stored. backend: of
+    capsops, if not the one it chooses."""
 
     name: str
     kind: str
     function: Callable[..., Outputs]
     layout: str = "NKJD"
+    backend: str = ""
 
     def stored(self, weight: Tensor) -> Tensor:
         """A weight [N, K, J, D] or [K, J, D] as this form stores it: a contiguous leaf."""
@@ -334,13 +336,17 @@ def em_broadcast(votes: Tensor, activation: Tensor, beta_u: Tensor, beta_a: Tens
 # Who takes part where
 
 
-def contestants(case: Case) -> list[Form]:
-    """capsops first, then the PyTorch forms that are raced, then the compiled ones, the published one last."""
+def contestants(case: Case, backends: Sequence[str] = ("",)) -> list[Form]:
+    """capsops first, by each of the backends, then the PyTorch forms that are raced, then the compiled ones, the
+    published one last. In low precision capsops alone."""
+    ours = [replace(_capsops(case), name=f"capsops {b}".strip(), backend=b) for b in backends]
+    if case.dtype != "float32":
+        return ours
     published, eager = _pytorch(case)
     chosen = [form for form in eager if form.name in (_COMPILED_LADDER if case.ladder else _COMPILED)]
     if case.ladder:
         eager = [form for form in eager if form.name in _EAGER_LADDER]
-    return [_capsops(case), *eager, *(form.compiled() for form in chosen), published]
+    return [*ours, *eager, *(form.compiled() for form in chosen), published]
 
 
 def reference(case: Case) -> Form:

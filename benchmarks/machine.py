@@ -71,7 +71,7 @@ def floor(case: Case, direction: str) -> Floor:
     """See the module's docstring."""
     s, (forward, backward) = case.shape, case.routing.passes
     there = (s.N + 1) / (2 * s.N) if s.masked else 1  # from one to N, on average
-    operands = 4 * (round(there * s.u_numbers) + s.weight_numbers)
+    operands = case.itemsize * (round(there * s.u_numbers) + s.weight_numbers)
     votes = round(there * 2 * s.vote_numbers * s.K)
     mixing = round(there * 2 * s.B * s.N * s.J * s.J * s.D) if case.routing.name == "attention" else 0
     saved = votes - votes // s.N if s.shared and case.routing.name not in ("attention", "em") else 0
@@ -157,12 +157,11 @@ def environment(machine: Machine) -> dict[str, Any]:
     import torch
 
     import capsops
-    from capsops.backends import cpu
 
     info = capsops.info()
     return {
         "machine": {
-            "cpu": _cpu_model(),
+            "cpu": cpu_model(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "instruction_set": getattr(info, "instruction_set", None) or torch.backends.cpu.get_cpu_capability(),
@@ -175,9 +174,9 @@ def environment(machine: Machine) -> dict[str, Any]:
             "torch": torch.__version__,
             "numpy": numpy.__version__,
             "capsops": capsops.__version__,
-            "capsops_built_by": cpu.built(),
+            "capsops_built_by": info.extension,
             "capsops_backend_forced": info.forced,
-            "compiler": _first_line(["c++", "--version"]),  # torch.compile's
+            "compiler": first_line(["c++", "--version"]),  # torch.compile's
             "system": f"{platform.system()} {platform.machine()}",
         },
         "commit": commit(),
@@ -187,12 +186,13 @@ def environment(machine: Machine) -> dict[str, Any]:
 def commit() -> str | None:
     """Of the repository that the benchmarks are in; with a plus where files differ from it."""
     root = Path(__file__).resolve().parent
-    name = _first_line(["git", "-C", str(root), "rev-parse", "HEAD"])
-    changed = _first_line(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
+    name = first_line(["git", "-C", str(root), "rev-parse", "HEAD"])
+    changed = first_line(["git", "-C", str(root), "status", "--porcelain", "--untracked-files=no"])
     return f"{name}+" if name and changed else name
 
 
-def _first_line(command: list[str]) -> str | None:
+def first_line(command: list[str]) -> str | None:
+    """Of what a program prints; None where it fails."""
     try:
         out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
@@ -200,7 +200,8 @@ def _first_line(command: list[str]) -> str | None:
     return next(iter(out.splitlines()), None)
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """By its name."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     return next(

@@ -82,10 +82,10 @@ def _microseconds(call: Callable[[], object], rounds: int, calls: int) -> float:
 
 
 def _in_extension(call: Callable[[], object], rounds: int, calls: int) -> float:
-    from capsops.backends import cpu
+    from capsops.backends import extension
 
-    extension = cpu._C
-    cpu._C = timed = _Timed(extension)  # type: ignore[assignment]
+    kernels = extension._C
+    extension._C = timed = _Timed(kernels)  # type: ignore[assignment]
     times = []
     try:
         for _ in range(rounds + 1):
@@ -94,7 +94,7 @@ def _in_extension(call: Callable[[], object], rounds: int, calls: int) -> float:
                 call()
             times.append(timed.seconds / calls * 1e6)
     finally:
-        cpu._C = extension
+        extension._C = kernels
     return statistics.median(times[1:])
 
 

@@ -50,7 +50,7 @@ def speed(rows: Sequence[Row]) -> Figure | None:
     """Bars: time over capsops' time, by shape, routing and direction."""
     from matplotlib.ticker import LogLocator, NullLocator
 
-    chosen = [row for row in rows if row["family"] != "ladder"]
+    chosen = [row for row in rows if row["family"] != "ladder" and not row["routing"].endswith("float16")]
     keys = list(dict.fromkeys((row["shape"], row["routing"], row["direction"]) for row in chosen))
     if not keys:
         return None
@@ -148,7 +148,10 @@ def _find(rows: Sequence[Row], key: tuple[str, str, str], form: str) -> Row | No
     found = [
         r
         for r in rows
-        if (r["shape"], r["routing"], r["direction"]) == key and r["contestant"] in names and r["status"] == "ok"
+        if (r["shape"], r["routing"], r["direction"]) == key
+        and r["contestant"] in names
+        and r["status"] == "ok"
+        and r["ratio_to_capsops"]
     ]
     return min(found, key=lambda r: float(r["median_s"])) if found else None
 
@@ -177,7 +180,8 @@ def _figure(width: float, height: float, rows: Sequence[Row]) -> Figure:
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     r = rows[0]
-    where = f"{r['cpu']}, threads: {r['threads']}, torch {r['torch']}, float32, commit {r['commit'][:9]}"
+    device = r.get("device") or f"{r['cpu']}, threads: {r['threads']}"
+    where = f"{device}, torch {r['torch']}, float32, commit {r['commit'][:9]}"
     figure.supxlabel(where, fontsize=7, color=_GREY)
     return figure
 

@@ -5,7 +5,8 @@ each other over a few rounds, and so are the compiled ones; the winners, capsops
 In a round each finalist has one call. What takes seconds is cut short: large shapes first thin the eager field at a
 sixteenth of the capsules, a form of more than a second is judged by its first call, and for a peer that takes longer
 than a finalist's time that call is the only one. A call never finds its inputs in a cache: as many sets of inputs as
-fill the last-level cache twice are taken in turn.
+fill the last-level cache twice are taken in turn. On a GPU (`device`) a round is several calls, the field is not
+thinned, and a form's memory is measured in the same process.
 """
 
 from __future__ import annotations
@@ -15,18 +16,21 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 from torch import Tensor
 
 from . import forms, gate, worker
+from .device import CPU, Device
 from .forms import Form
-from .machine import last_level_cache
 from .shapes import Case
 
 OK, OUT_OF_MEMORY, TOO_SLOW, FAILED = "ok", "out of memory", "too slow", "failed"
+LEFT_OUT = "left out"  # by a budget of time
 CAPSOPS, PUBLISHED, BEST_EAGER, BEST_COMPILED = "capsops", "published", "best eager", "best compiled"
+OTHER = "capsops, other backend"  # than the one it chooses
 RACED = "raced"  # and lost
 
 # A form this many times slower than the best of its kind in its first call is not raced further.
@@ -51,7 +55,8 @@ class Budget:
 
 @dataclass
 class Timing:
-    """A form's seconds per call, of each round; without any if it could not be measured. N: of the measured shape."""
+    """A form's seconds per call, of each round; without any if it could not be measured. N: of the measured shape.
+    extra: peak bytes beyond inputs and results, where they are measured with the time."""
 
     form: str
     role: str
@@ -59,6 +64,7 @@ class Timing:
     seconds: list[float] = field(default_factory=list)
     status: str = OK
     reason: str = ""
+    extra: int | None = None
 
     @property
     def median(self) -> float:
@@ -72,38 +78,52 @@ class Timing:
         return low, high
 
 
-def run(case: Case, direction: str, budget: Budget) -> list[Timing]:
+def run(case: Case, direction: str, budget: Budget, device: Device = CPU) -> list[Timing]:
     """All forms at a case, in one process; without those that end it, in another.
 
     Raises GateError, MeasurementError.
     """
     out: dict[str, Timing] = {}
+    where = (device,) if device.on_gpu else ()
+    chosen = ""
     while True:
         timings: list[Timing] = []
         current = ""
         try:
-            for event in worker.events(contest, case, direction, budget, sorted(out), limit=budget.limit):
+            for event in worker.events(contest, case, direction, budget, sorted(out), *where, limit=budget.limit):
                 if isinstance(event, Timing):
                     timings.append(event)
                 else:
                     current = event
-        except (worker.OutOfMemory, worker.TooSlow) as end:
-            status = OUT_OF_MEMORY if isinstance(end, worker.OutOfMemory) else TOO_SLOW
+                    chosen = chosen or current
+        except (worker.OutOfMemory, worker.TooSlow, worker.Broken) as end:
+            reasons = {
+                worker.OutOfMemory: (OUT_OF_MEMORY, "the process was killed"),
+                worker.TooSlow: (TOO_SLOW, f"no result within {budget.limit:.0f} s"),
+            }
+            status, reason = reasons.get(type(end), (FAILED, str(end)))
             if current in ("", CAPSOPS) or current in out:
-                raise worker.MeasurementError(f"{case}, {direction}: {current or 'the inputs'}: {status}") from None
-            role = PUBLISHED if current == PUBLISHED else RACED
-            reason = f"no result within {budget.limit:.0f} s" if status == TOO_SLOW else "the process was killed"
-            out[current] = Timing(current, role, case.shape.N, status=status, reason=reason)
+                what = status if status != FAILED else reason
+                raise worker.MeasurementError(f"{case}, {direction}: {current or 'the inputs'}: {what}") from None
+            out[current] = Timing(current, _role(current, chosen), case.shape.N, status=status, reason=reason)
         else:
             return [*timings, *out.values()]
+
+
+def _role(name: str, chosen: str) -> str:
+    """Of a form before the race. chosen: the name of capsops by the backend that it chooses."""
+    if name == chosen:
+        return CAPSOPS
+    return OTHER if name.startswith(CAPSOPS) else PUBLISHED if name == PUBLISHED else RACED
 
 
 class Pool:
     """Sets of inputs that fill the last-level cache twice, each in every order of the weight that is asked for."""
 
-    def __init__(self, case: Case) -> None:
-        size = 4 * (case.shape.u_numbers + case.shape.weight_numbers)
-        self._sets = [case.inputs(seed) for seed in range(max(1, min(256, math.ceil(2 * last_level_cache() / size))))]
+    def __init__(self, case: Case, device: Device = CPU) -> None:
+        size = case.itemsize * (case.shape.u_numbers + case.shape.weight_numbers)
+        sets = max(1, min(256, math.ceil(2 * device.cache_bytes() / size)))
+        self._sets = [case.inputs(seed, device=device.type) for seed in range(sets)]
         self._stored: dict[tuple[int, str], Tensor] = {}
         self._turn = itertools.cycle(range(len(self._sets)))
 
@@ -130,26 +150,38 @@ class Pool:
         return {**inputs, "weight": self._stored[key]}
 
 
-def contest(case: Case, direction: str, budget: Budget, excluded: list[str]) -> Iterator[str | Timing]:
-    """Yields the name of each form before it runs for the first time, and a Timing for each."""
-    prepare()
-    field_ = [f for f in forms.contestants(case) if f.name not in excluded and (budget.compile or f.kind != "compiled")]
-    if case.shape.weight_numbers > _LARGE:
+def contest(
+    case: Case, direction: str, budget: Budget, excluded: list[str], device: Device = CPU
+) -> Iterator[str | Timing]:
+    """Yields the name of each form before it runs for the first time, and a Timing for each.
+
+    Raises GateError; worker.Broken, from a GPU that a form has put out of action.
+    """
+    prepare(device)
+    every = forms.contestants(case, device.backends(case))
+    chosen = every[0].name
+    field_ = [f for f in every if f.name not in excluded and (budget.compile or f.kind != "compiled")]
+    if case.shape.weight_numbers > _LARGE and not device.on_gpu:
         losers = _thin([form for form in field_ if form.kind == "eager"], case, direction)
         yield from losers.values()
         field_ = [form for form in field_ if form.name not in losers]
 
-    pool, gradients = Pool(case), case.output_gradients()
+    pool, gradients = Pool(case, device), case.output_gradients(device=device.type)
+    first: dict[str, float] = {}
+    extra: dict[str, int | None] = {}
+
+    def call(form: Form) -> Callable[[], list[Tensor]]:
+        return partial(gate.call, form, pool.next(form), direction, gradients)
+
+    def calls(form: Form) -> tuple[int, int]:
+        """Of a round: those that are timed, and those that lead."""
+        seconds = first.get(form.name)
+        return (1, 0) if seconds is None else (device.calls(seconds), device.lead(seconds))
 
     def timed(form: Form) -> float:
-        inputs = pool.next(form)
-        start = time.perf_counter()
-        results = gate.call(form, inputs, direction, gradients)
-        seconds = time.perf_counter() - start
-        del results
-        return seconds
+        many, lead = calls(form)
+        return device.timed([call(form) for _ in range(many + lead)], lead=bool(lead))
 
-    first: dict[str, float] = {}
     expected: list[Tensor] = []
     for form in field_:
         yield form.name
@@ -157,54 +189,78 @@ def contest(case: Case, direction: str, budget: Budget, excluded: list[str]) -> 
         try:
             start = time.perf_counter()
             results = gate.call(form, inputs, direction, gradients)
-            first[form.name] = time.perf_counter() - start
-            if form.kind == "compiled":  # the first call compiled
-                first[form.name] = timed(form)
-            if first[form.name] < _SURE:  # where start-up matters
-                first[form.name] = min(timed(form) for _ in range(3))
+            device.synchronize()
+            seconds = time.perf_counter() - start
+            if form.kind == "compiled" or device.on_gpu:  # the first call compiled
+                seconds = timed(form)
+            if seconds < _SURE:  # where start-up matters
+                seconds = min(timed(form) for _ in range(3))
+            extra[form.name] = device.extra_bytes(call(form))
+            first[form.name] = seconds
         except Exception as error:
-            if form.kind == CAPSOPS:
+            if form.kind == CAPSOPS and not device.on_gpu:
                 raise
             status = OUT_OF_MEMORY if worker.is_out_of_memory(error) else FAILED
             reason = "an allocation failed" if status == OUT_OF_MEMORY else f"{type(error).__name__}: {error}"[:500]
-            yield Timing(form.name, PUBLISHED if form.kind == PUBLISHED else RACED, case.shape.N, [], status, reason)
+            if not device.recover():
+                raise worker.Broken(reason) from None
+            yield Timing(form.name, _role(form.name, chosen), case.shape.N, [], status, reason)
             continue
         results = gate.comparable(form, inputs, results, direction)
         expected = expected or results
         difference = gate.error(results, expected)
-        if not difference < gate.TOLERANCE_SIDE_BY_SIDE:
+        if not difference < (gate.TOLERANCE_SIDE_BY_SIDE if case.dtype == "float32" else gate.TOLERANCE_LOW):
             raise gate.GateError(f"gate: {case}, {direction}: {form.name} differs from capsops by {difference:.1e}")
         del results
     expected.clear()
 
     field_ = [form for form in field_ if form.name in first]
-    finalists = {form: form.kind for form in field_ if form.kind in (CAPSOPS, PUBLISHED)}
+
+    def rounds_of(form: Form, seconds: float, most: int = 200) -> int:
+        return _rounds(first[form.name] * sum(calls(form)), seconds, most)
+
+    def timing(form: Form, role: str, seconds: list[float]) -> Timing:
+        return Timing(form.name, role, case.shape.N, seconds, extra=extra[form.name])
+
+    finalists = {form: _role(form.name, chosen) for form in field_ if form.kind in (CAPSOPS, PUBLISHED)}
     for kind, role in (("eager", BEST_EAGER), ("compiled", BEST_COMPILED)):
         runners = [form for form in field_ if form.kind == kind]
         if not runners:
             continue
         best = min(first[form.name] for form in runners)
         quick = [form for form in runners if first[form.name] <= _HOPELESS * best]
-        rounds = {f: _rounds(first[f.name], budget.race, 20) for f in quick if len(quick) > 1 and first[f.name] < 1}
+        rounds = {f: rounds_of(f, budget.race, 20) for f in quick if len(quick) > 1 and first[f.name] < 1}
         raced = _interleaved(rounds, timed)
-        timings = {f: Timing(f.name, RACED, case.shape.N, raced.get(f) or [first[f.name]]) for f in runners}
+        timings = {f: timing(f, RACED, raced.get(f) or [first[f.name]]) for f in runners}
         winner = min(quick, key=lambda form: timings[form].median)
         first[winner.name] = timings[winner].median
         finalists[winner] = role
         yield from (timing for form, timing in timings.items() if form is not winner)
 
     for form in [f for f in finalists if first[f.name] > budget.final and f.kind != CAPSOPS]:
-        yield Timing(form.name, finalists.pop(form), case.shape.N, [first[form.name]])  # that call is enough
+        yield timing(form, finalists.pop(form), [first[form.name]])  # that call is enough
     pool.keep(finalists)
-    rounds = {form: _rounds(first[form.name], budget.final) for form in finalists}
+    rounds = {form: rounds_of(form, budget.final) for form in finalists}
     for form, seconds in _interleaved(rounds, timed).items():
-        yield Timing(form.name, finalists[form], case.shape.N, seconds)
+        yield timing(form, finalists[form], seconds)
 
 
-def prepare() -> None:
+def warm(case: Case, direction: str, names: list[str], device: Device) -> Iterator[str]:
+    """Compiles forms and leaves what was compiled in torch's caches on disk, for `contest`. Yields their names."""
+    prepare(device)
+    for form in forms.contestants(case, device.backends(case)):
+        if form.name in names:
+            inputs = case.inputs(device=device.type)
+            inputs["weight"] = form.stored(inputs["weight"])
+            gate.call(form, inputs, direction, case.output_gradients(device=device.type))
+            yield form.name
+
+
+def prepare(device: Device = CPU) -> None:
     """What every measuring process does first."""
     import torch._inductor.config
 
+    device.prepare()
     gc.disable()
     torch._inductor.config.compile_threads = 1  # no processes beside this one
 

@@ -78,15 +78,25 @@ ROUTINGS = {
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: a routing at a shape, in some directions."""
+    """One comparison: a routing at a shape, in some directions. dtype: of everything but the mask, by torch's name."""
 
     shape: Shape
     routing: Routing
     directions: tuple[str, ...] = DIRECTIONS
     ladder: bool = False
+    dtype: str = "float32"
 
     def __str__(self) -> str:
-        return f"{self.shape.name}, {self.routing.name}"
+        return f"{self.shape.name}, {self.label}"
+
+    @property
+    def label(self) -> str:
+        """The routing, and a dtype that is not the usual one."""
+        return self.routing.name + f", {self.dtype}" * (self.dtype != "float32")
+
+    @property
+    def itemsize(self) -> int:
+        return {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}[self.dtype]
 
     def at(self, N: int) -> Case:
         """The same with another number of input capsules."""
@@ -97,7 +107,7 @@ class Case:
         s = self.shape
         return self.at(max(1, min(s.N, (1 << 20) * s.N // max(s.vote_numbers, 1))))
 
-    def inputs(self, seed: int = 0, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    def inputs(self, seed: int = 0, dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, Tensor]:
         """Fresh random inputs: u (for em pose), weight [N, K, J, D] or [K, J, D], and what else the routing takes.
 
         Everything but the mask needs gradients. The scale is such that uniform routing gives ‖s‖ ≈ 1 (for em, votes of
@@ -106,13 +116,13 @@ class Case:
         import torch
 
         s, routing = self.shape, self.routing.name
-        g = torch.Generator().manual_seed(crc32(repr((self.shape, routing, seed)).encode()))
+        g = torch.Generator(device).manual_seed(crc32(repr((self.shape, routing, seed)).encode()))
 
         def normal(*size: int, scale: float = 1.0) -> Tensor:
-            return torch.randn(*size, generator=g).mul_(scale)
+            return torch.randn(*size, generator=g, device=device).mul_(scale)
 
         def uniform(*size: int, low: float = 0.0) -> Tensor:
-            return torch.rand(*size, generator=g).mul_(1 - low).add_(low)
+            return torch.rand(*size, generator=g, device=device).mul_(1 - low).add_(low)
 
         matrix = (s.K, s.J, s.D) if s.shared else (s.N, s.K, s.J, s.D)
         if routing == "em":
@@ -132,20 +142,22 @@ class Case:
             tensors |= {"attn_weight": normal(s.J, s.J, scale=s.J**-0.5), "attn_bias": normal(s.J)}
         if routing == "self-attention":
             tensors |= {"prior": normal(s.N, s.J, scale=1 / s.J)}
-        tensors = {name: x.to(dtype or x.dtype).requires_grad_() for name, x in tensors.items()}
+        kind = dtype or getattr(torch, self.dtype)
+        tensors = {name: x.to(kind).requires_grad_() for name, x in tensors.items()}
         if s.masked:
-            lengths = torch.randint(1, s.N + 1, (s.B,), generator=g)
-            tensors["mask"] = torch.arange(s.N) < lengths[:, None]
+            lengths = torch.randint(1, s.N + 1, (s.B,), generator=g, device=device)
+            tensors["mask"] = torch.arange(s.N, device=device) < lengths[:, None]
         return tensors
 
-    def output_gradients(self, dtype: torch.dtype | None = None) -> list[Tensor]:
+    def output_gradients(self, dtype: torch.dtype | None = None, device: str = "cpu") -> list[Tensor]:
         """One fixed random gradient for every output."""
         import torch
 
         s = self.shape
         g = torch.Generator().manual_seed(1)
         sizes = [(s.B, s.J, s.rows, s.D) if s.rows else (s.B, s.J, s.D)] + [(s.B, s.J)] * (self.routing.name == "em")
-        return [torch.randn(*size, generator=g).to(dtype) for size in sizes]
+        kind = dtype or getattr(torch, self.dtype)
+        return [torch.randn(*size, generator=g).to(device, kind) for size in sizes]
 
 
 PAPER = Shape("paper", B=8, N=460_800, K=8, J=2, D=16)  # CardioCaps
@@ -198,6 +210,21 @@ QUICK_CASES = _all(
         replace(EM, B=2, N=18, J=5),
     ],
 )
+
+
+def for_gpus(cases: Sequence[Case]) -> list[Case]:
+    """The same for a GPU: what decides most comes first, in case time runs out; and the paper's attention routing in
+    bfloat16 too."""
+    first = [("paper", "attention"), ("mnist", "dynamic"), ("paper", "dynamic"), ("recommender", "dynamic, detached")]
+    last = [QUARTER.name]
+
+    def rank(case: Case) -> int:
+        name = (case.shape.name, case.routing.name)
+        return first.index(name) if name in first else len(first) + case.ladder + 2 * (case.shape.name in last)
+
+    ranked = sorted(cases, key=rank)  # stable
+    low = [replace(c, dtype="bfloat16") for c in cases if (c.shape.name, c.routing.name) == first[0]]
+    return ranked[:1] + low + ranked[1:]
 
 
 def families(cases: Sequence[Case]) -> list[str]:

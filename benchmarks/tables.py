@@ -18,31 +18,20 @@ from cardiocaps.files import output_errors, write_csv, write_json, write_text
 
 from . import machine as machine_
 from .machine import Machine
-from .race import BEST_COMPILED, BEST_EAGER, CAPSOPS, OK, PUBLISHED, Timing
+from .race import BEST_COMPILED, BEST_EAGER, CAPSOPS, OK, OTHER, PUBLISHED, Timing
 from .shapes import DIRECTIONS, Case, family
 
 RESULTS = "results.csv"
 FILES = (RESULTS, "results.md", "environment.json", "overhead.csv", "training_step.csv", "speed.png", "scaling.png")
 
-COLUMNS = (
-    *(
-        "family",
-        "shape",
-        "size",
-        "B",
-        "N",
-        "K",
-        "rows",
-        "J",
-        "D",
-        "routing",
-        "direction",
-        "form",
-        "contestant",
-        "status",
-    ),
+MEASURED = (
+    *("family", "shape", "size", "B", "N", "K", "rows", "J", "D"),
+    *("routing", "direction", "form", "contestant", "status"),
     *("median_s", "quartile1_s", "quartile3_s", "rounds", "timed_at_N", "ratio_to_capsops"),
     *("GB_per_s", "GFLOP_per_s", "floor_s", "share_of_floor", "extra_MB", "reason"),
+)
+COLUMNS = (
+    *MEASURED,
     *("cpu", "cores", "threads", "instruction_set", "python", "torch", "capsops", "compiler", "commit"),
 )
 
@@ -57,20 +46,32 @@ def rows(
 ) -> list[dict[str, Any]]:
     """A comparison as rows. extra: peak bytes by form. Rates and the share of the floor are of the compulsory bytes and
     operations, whatever a form really moves."""
-    shape, floor = case.shape, machine_.floor(case, direction)
-    ours = next(timing.median for timing in timings if timing.role == CAPSOPS)
     hardware, versions = environment["machine"], environment["versions"]
     where = {name: hardware[name] for name in ("cpu", "cores", "threads", "instruction_set")}
     where |= {name: versions[name] for name in ("python", "torch", "capsops", "compiler")}
+    return measured(case, direction, timings, extra, machine, {**where, "commit": environment["commit"]})
+
+
+def measured(
+    case: Case,
+    direction: str,
+    timings: Sequence[Timing],
+    extra: Mapping[str, int | None],
+    machine: Machine,
+    where: Mapping[str, Any],
+) -> list[dict[str, Any]]:
+    """As `rows`, with the columns of `where` at the end. A comparison in which capsops failed has no ratios."""
+    shape, floor = case.shape, machine_.floor(case, direction)
+    ours = next((timing.median for timing in timings if timing.role == CAPSOPS and timing.seconds), None)
     out = []
-    order = (CAPSOPS, PUBLISHED, BEST_EAGER, BEST_COMPILED)
+    order = (CAPSOPS, OTHER, PUBLISHED, BEST_EAGER, BEST_COMPILED)
     for timing in sorted(timings, key=lambda t: order.index(t.role) if t.role in order else len(order)):
         row: dict[str, Any] = {
             "family": family(case),
             "shape": shape.name,
             "size": str(shape),
             **{name: getattr(shape, name) for name in ("B", "N", "K", "rows", "J", "D")},
-            "routing": case.routing.name,
+            "routing": case.label,
             "direction": direction,
             "form": timing.form,
             "contestant": timing.role,
@@ -80,7 +81,6 @@ def rows(
             "floor_s": f"{floor.seconds(machine):.6g}",
             "reason": timing.reason,
             **where,
-            "commit": environment["commit"],
         }
         if timing.seconds:
             median = timing.median
@@ -89,7 +89,7 @@ def rows(
                 "median_s": f"{median:.6g}",
                 "quartile1_s": f"{low:.6g}",
                 "quartile3_s": f"{high:.6g}",
-                "ratio_to_capsops": f"{median / ours:.4g}",
+                "ratio_to_capsops": "" if ours is None else f"{median / ours:.4g}",
                 "GB_per_s": f"{floor.bytes / median / 1e9:.4g}",
                 "GFLOP_per_s": f"{floor.operations / median / 1e9:.4g}",
                 "share_of_floor": f"{floor.seconds(machine) / median:.4g}",
@@ -100,15 +100,19 @@ def rows(
     return out
 
 
+PEERS = (PUBLISHED, BEST_EAGER, BEST_COMPILED)
+
+
 @contextmanager
 def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder for the block to fill, which then takes the place of `folder`; if the block fails, nothing changes.
 
-    Raises OutputError: `folder` holds results and is not to be overwritten, or anything that is no result of a run, or
-    it cannot be written.
+    Folders in it that hold results of their own (`benchmarks.gpu`) stay. Raises OutputError: `folder` holds results and
+    is not to be overwritten, or anything that is no result of a run, or it cannot be written.
     """
     with output_errors(folder):
-        present = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+        kept = {path.parent.name for path in folder.glob("*/environment.json")}
+        present = sorted({path.name for path in folder.iterdir()} - kept) if folder.exists() else []
         strange = [name for name in present if name not in FILES]
         if strange:
             raise OutputError(f"{folder} holds {strange[0]}, which no run has written; name another folder with --out")
@@ -127,9 +131,12 @@ def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
                 if old.exists():
                     old.rename(folder)
                 raise
+            for name in kept:
+                (old / name).rename(folder / name)
         finally:
-            for path in (new, old):
-                shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
+            if not any((old / name).exists() for name in kept):
+                shutil.rmtree(old, ignore_errors=True)
 
 
 def write(
@@ -178,7 +185,7 @@ def markdown(
         by_shape.setdefault(row["family"], []).append(row)
     for name, group in by_shape.items():
         size = f"{group[0]['size']} to {group[-1]['size']}" if len({r["N"] for r in group}) > 1 else group[0]["size"]
-        lines += ["", f"## {name}: {size}", "", *_times(group), "", *_memory(group)]
+        lines += ["", f"## {name}: {size}", "", *times(group), "", *memory(group)]
     if overhead:
         lines += ["", "## A call at a tiny shape, in microseconds", ""]
         header = ("routing", "direction", "form", "a call", "in the kernel", "besides")
@@ -187,7 +194,7 @@ def markdown(
             [r["routing"], r["direction"], r["form"], *("–" if r[k] is None else f"{r[k]:.1f}" for k in keys)]
             for r in overhead
         ]
-        lines += _table(header, cells)
+        lines += table(header, cells)
     if steps:
         lines += ["", "## A training step of CardioCaps, in seconds", ""]
         parts = ("step", "forward", "backward", "optimiser", "routing_forward", "routing_backward")
@@ -196,11 +203,11 @@ def markdown(
             [r["preset"], str(r["batch"]), r["routing"], *(f"{r[p]:.4g}" for p in parts), f"{r['routing_share']:.2%}"]
             for r in steps
         ]
-        lines += _table(header, cells)
+        lines += table(header, cells)
     return "\n".join(lines) + "\n"
 
 
-def _comparisons(group: Sequence[Mapping[str, Any]]) -> Iterator[tuple[list[str], dict[str, Mapping[str, Any]]]]:
+def comparisons(group: Sequence[Mapping[str, Any]]) -> Iterator[tuple[list[str], dict[str, Mapping[str, Any]]]]:
     """For each routing and direction (on the ladder also N): what names it, and the rows by contestant."""
     keys = dict.fromkeys((row["routing"], row["N"], row["direction"]) for row in group)
     ladder = group[0]["family"] == "ladder"
@@ -211,43 +218,44 @@ def _comparisons(group: Sequence[Mapping[str, Any]]) -> Iterator[tuple[list[str]
         yield [routing, f"{N:,}" if ladder else direction], chosen
 
 
-def _times(group: Sequence[Mapping[str, Any]]) -> list[str]:
+def times(group: Sequence[Mapping[str, Any]], peers: Sequence[str] = PEERS) -> list[str]:
+    """The times of a family, a line for each routing and direction."""
+
     def cell(row: Mapping[str, Any] | None, *, peer: bool = True) -> str:
         if row is None:
             return "–"
-        if row["status"] != OK:
+        if row["status"] != OK or not row["median_s"]:
             return str(row["status"])
         low, high = _milliseconds(row["quartile1_s"]), _milliseconds(row["quartile3_s"])
         spread = f" ({low}–{high})" if row["rounds"] > 2 else ""
-        ratio = f", ×{float(row['ratio_to_capsops']):.3g}" if peer else ""
-        name = f": {row['form'].removeprefix('compiled ')}" if row["form"] not in (PUBLISHED, CAPSOPS) else ""
+        ratio = f", ×{float(row['ratio_to_capsops']):.3g}" if peer and row["ratio_to_capsops"] else ""
+        short = row["form"].removeprefix("compiled ").removeprefix("capsops").strip()
+        name = f": {short}" if short not in ("", PUBLISHED) else ""
         return f"{_milliseconds(row['median_s'])}{spread}{ratio}{name}"
 
     second = "N" if group[0]["family"] == "ladder" else "direction"
-    header = ("routing", second, "capsops, ms", "share of floor", *(f"{peer}, ms" for peer in _PEERS))
+    header = ("routing", second, "capsops, ms", "share of floor", *(f"{peer}, ms" for peer in peers))
     cells = [
         [
             *names,
             cell(by.get(CAPSOPS), peer=False),
             f"{float(by[CAPSOPS]['share_of_floor']):.0%}" if by.get(CAPSOPS, {}).get("share_of_floor") else "–",
-            *(cell(by.get(peer)) for peer in _PEERS),
+            *(cell(by.get(peer)) for peer in peers),
         ]
-        for names, by in _comparisons(group)
+        for names, by in comparisons(group)
     ]
-    return _table(header, cells)
+    return table(header, cells)
 
 
-def _memory(group: Sequence[Mapping[str, Any]]) -> list[str]:
+def memory(group: Sequence[Mapping[str, Any]], peers: Sequence[str] = PEERS) -> list[str]:
+    """The memory of a family, likewise."""
     second = "N" if group[0]["family"] == "ladder" else "direction"
-    header = ("routing", second, "capsops, extra MB", *(f"{peer}, extra MB" for peer in _PEERS))
+    header = ("routing", second, "capsops, extra MB", *(f"{peer}, extra MB" for peer in peers))
     cells = [
-        [*names, *(f"{float(x):,.1f}" if (x := by.get(who, {}).get("extra_MB")) else "–" for who in (CAPSOPS, *_PEERS))]
-        for names, by in _comparisons(group)
+        [*names, *(f"{float(x):,.1f}" if (x := by.get(who, {}).get("extra_MB")) else "–" for who in (CAPSOPS, *peers))]
+        for names, by in comparisons(group)
     ]
-    return _table(header, cells)
-
-
-_PEERS = (PUBLISHED, BEST_EAGER, BEST_COMPILED)
+    return table(header, cells)
 
 
 def _milliseconds(seconds: str) -> str:
@@ -255,6 +263,6 @@ def _milliseconds(seconds: str) -> str:
     return f"{x:,.0f}" if x >= 1000 else f"{x:.3g}"
 
 
-def _table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
+def table(header: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
     lines = [header, ["---"] * len(header), *cells]
     return [f"| {' | '.join(line)} |" for line in lines]

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import resource
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
+from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
 from cardiocaps.errors import CardioCapsError
+
+from .device import Device
 
 # Left to the rest of the machine when a measurement takes all the memory it can.
 _SPARE = 1 << 30
@@ -23,6 +26,10 @@ class MeasurementError(CardioCapsError):
     """A measurement failed for a reason that has nothing to do with its speed."""
 
     exit_code = 3
+
+
+class Broken(MeasurementError):
+    """The form that ran last has put the GPU out of action for its process."""
 
 
 class OutOfMemory(Exception):
@@ -39,8 +46,10 @@ def events(work: Callable[..., Iterator[Any]], *arguments: object, limit: float 
     limit: seconds between two events. Raises TooSlow, OutOfMemory, whatever CardioCapsError the work raises, and
     MeasurementError for anything else.
     """
-    receiver, sender = _context().Pipe(duplex=False)
-    process = _context().Process(target=_serve, args=(sender, work, arguments), daemon=True)
+    on_gpu = any(isinstance(x, Device) and x.on_gpu for x in arguments)
+    context = _context(_method if on_gpu else "forkserver")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(sender, work, arguments, not on_gpu), daemon=True)
     process.start()
     sender.close()
     try:
@@ -66,19 +75,49 @@ def events(work: Callable[..., Iterator[Any]], *arguments: object, limit: float 
         receiver.close()
 
 
+# How processes that use a GPU are started.
+_method = "forkserver"
+
+
+def start_on(device: Device) -> None:
+    """Find out how processes that use a device can be started: where CUDA refuses a forked one, each imports everything
+    itself. Raises MeasurementError where neither works."""
+    global _method
+    for _method in ("forkserver", "spawn"):
+        try:
+            list(events(_touch, device))
+        except MeasurementError:
+            if _method == "spawn":
+                raise
+        else:
+            return
+
+
+def _touch(device: Device) -> Iterator[None]:
+    import torch
+
+    torch.ones(1, device=device.type).sum().item()
+    yield
+
+
 @cache
-def _context() -> ForkServerContext:
+def _context(method: str) -> ForkServerContext | SpawnContext:
     """Processes are forked from one that has imported everything but started no thread: quick, and as good as new."""
+    if method == "spawn":
+        return multiprocessing.get_context("spawn")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # read by what is imported, which would start some
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "torch._inductor.config", "benchmarks.race"])
+    compiler = ["torch._dynamo", "torch._inductor.compile_fx", "torch._inductor.codegen.cuda_combined_scheduling"]
+    context.set_forkserver_preload([*compiler, "benchmarks.race"])
     return context
 
 
-def _serve(sender: Connection, work: Callable[..., Iterator[Any]], arguments: tuple[object, ...]) -> None:
+def _serve(sender: Connection, work: Callable[..., Iterator[Any]], arguments: tuple[object, ...], limit: bool) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process ends it
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # if the system has to kill a process, this one
-    _limit_memory()
+    if limit:
+        _limit_memory()
     try:
         for event in work(*arguments):
             sender.send(("event", event))
@@ -101,8 +140,11 @@ def _limit_memory() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that an allocation failed; torch has no class for it on a CPU."""
+    """Whether an exception says that an allocation failed; torch has a class for it on a GPU alone."""
     text = str(error)
-    return isinstance(error, MemoryError) or any(
-        part in text for part in ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory")
+    words = ("can't allocate memory", "not enough memory", "bad_alloc", "Cannot allocate memory", "CUDA out of memory")
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(part in text for part in words)
     )

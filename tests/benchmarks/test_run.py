@@ -150,6 +150,14 @@ def test_files_are_swapped_whole(tmp_path: Path) -> None:
     assert content(folder) == {"results.csv": b"whole"}
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
+    (folder / "a gpu").mkdir()
+    (folder / "a gpu" / "environment.json").write_text("its own")
+    with tables.replacing(folder, overwrite=True) as new:
+        (new / "results.csv").write_text("again")
+    assert (folder / "results.csv").read_text() == "again"
+    assert (folder / "a gpu" / "environment.json").read_text() == "its own"
+    assert [path.name for path in tmp_path.iterdir()] == ["results"]
+
 
 def test_floors_of_the_paper() -> None:
     case = CASES[0]
