@@ -63,9 +63,11 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(worker, "events", events)
     monkeypatch.setattr(gpu, "draw", lambda results: None)
     monkeypatch.setattr(Device, "cache_bytes", lambda self: 1 << 14)
-    threads = torch.get_num_threads()
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = torch.get_num_threads(), products.allow_tf32, convolutions.allow_tf32
     torch.set_num_threads(1)
     yield
+    threads, products.allow_tf32, convolutions.allow_tf32 = before
     torch.set_num_threads(threads)
 
 

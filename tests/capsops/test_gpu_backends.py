@@ -179,8 +179,9 @@ def test_strided_and_misaligned_inputs(backend: str, routing: Routing) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_squash(backend: str, kind: str, dtype: torch.dtype) -> None:
     lengths = torch.tensor([0.0, 1e-20, 1e-4, 0.03, 0.99, 1.01, 3.0, 400.0, 6e4], dtype=torch.float64)
-    s = torch.nn.functional.normalize(torch.randn(9, 5, dtype=torch.float64), dim=-1) * lengths[:, None]
-    s = s.to(dtype)
+    generator = torch.Generator().manual_seed(3)
+    s = torch.nn.functional.normalize(torch.randn(9, 5, generator=generator, dtype=torch.float64), dim=-1)
+    s = (s * lengths[:, None]).to(dtype)
     results = []
     for name, x in (("reference", s.double()), ("reference", s.clone()), (backend, s.to(device_of(backend)))):
         x = x.requires_grad_()
@@ -189,11 +190,12 @@ def test_squash(backend: str, kind: str, dtype: torch.dtype) -> None:
             (g,) = torch.autograd.grad(v, x, torch.linspace(1, 2, 5, dtype=v.dtype, device=v.device).expand_as(v))
         results.append([v.detach().double().cpu(), g.double().cpu()])
     exact, naive, got = results
-    eps = torch.finfo(dtype).eps
     for x, plain, y in zip(got, naive, exact, strict=True):
-        assert torch.isfinite(x).all()
-        allowed = 4 * (plain - y).abs() + 8 * eps * y.abs() + torch.finfo(dtype).tiny
-        assert ((x - y).abs() <= allowed.clamp(min=8 * eps * float(y.abs().max()) * 1e-3)).all()
+        # A few digits of the largest component, or of what plain PyTorch loses.
+        largest = y.abs().amax(dim=-1, keepdim=True)
+        error = (plain - y).abs().amax(dim=-1, keepdim=True)
+        allowed = 2 * error + 16 * torch.finfo(dtype).eps * largest + torch.finfo(dtype).tiny
+        assert ((x - y).abs() <= allowed).all()
 
 
 @by_backend

@@ -85,7 +85,7 @@ def make_votes(
 ):  # fmt: skip
     """û = u W, [NB, BB, JP, PP, DP]."""
     v = tl.zeros([i.shape[0], b.shape[1], j.shape[2], p.shape[3], d.shape[4]], A)
-    for k in tl.range(0, K, loop_unroll_factor=8):
+    for k in tl.range(0, K, loop_unroll_factor=4):
         v += capsule(u, i, b, p, k, there, N, K, P, A) * matrix(weight, i, j, d, k, end, K, J, D, shared, A)
     return v
 
