@@ -40,10 +40,7 @@ def unfit(index: int) -> str | None:
         return "torch sees no GPU"
     driver, runtime = extension._C.cuda_driver(), extension._C.cuda_runtime
     if driver // 1000 < runtime // 1000:
-        return (
-            f"its driver takes programs up to CUDA {_version(driver)}, and the kernels were built by CUDA "
-            + _version(runtime)
-        )
+        return f"its driver runs CUDA up to {_version(driver)}, and the kernels were built by CUDA {_version(runtime)}"
     major, minor = torch.cuda.get_device_capability(index)
     built = [divmod(int(a), 10) for a in architectures.split()]
     # Machine code runs on GPUs of the same major version from its minor one on; the last is there as PTX too, which

@@ -404,13 +404,13 @@ __global__ void __launch_bounds__(most_threads, 1) emit_kernel(Stream<T, width> 
 
 // ---- the loops, as the operators call them -------------------------------------------------------------------
 
-// Calls function.operator()<width>(): few registers for short votes, and for double.
+// Calls function.operator()<width>(): few registers for double, and for short votes of float32.
 template <class T, class Function> inline Status for_width(int64_t D, Function function) {
-    if constexpr (sizeof(T) == 8) {
-        return function.template operator()<8>();
-    } else {
-        return D <= 8 ? function.template operator()<8>() : function.template operator()<16>();
+    if constexpr (sizeof(T) == 8) return function.template operator()<8>();
+    if constexpr (sizeof(T) == 4) {
+        if (D <= 8) return function.template operator()<8>();
     }
+    if constexpr (sizeof(T) < 8) return function.template operator()<16>();
 }
 
 // out [B, J, D] = Σ_i policy(û_bi). numbers: that a thread of the policy has in shared memory.

@@ -65,8 +65,8 @@ def test_runs_from_the_oldest_architecture_on(monkeypatch: pytest.MonkeyPatch, c
         ({"capability": (7, 5)}, r"Invented GPU has compute capability 7.5, and the kernels were built for 80 90 100"),
         ({"capability": (9, 0), "built": "80"}, None),  # by the PTX of 80
         ({"capability": (8, 0), "built": "86 100"}, "has compute capability 8.0"),
-        ({"driver": 12080}, r"takes programs up to CUDA 12.8, and the kernels were built by CUDA 13.0"),
-        ({"driver": 0}, "takes programs up to CUDA 0.0"),
+        ({"driver": 12080}, r"runs CUDA up to 12.8, and the kernels were built by CUDA 13.0"),
+        ({"driver": 0}, "runs CUDA up to 0.0"),
         ({"hip": "7.0"}, "it needs an NVIDIA GPU"),
         ({"gpu": False}, "torch sees no GPU"),
     ],

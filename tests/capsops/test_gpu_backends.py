@@ -30,11 +30,7 @@ SMALL = [(1, 1, 1, 1, 1), (2, 5, 3, 3, 5), (3, 7, 2, 2, 4), (5, 3, 2, 9, 1)]
 FEW = ("attention", "dynamic3", "dynamic2-leaky-bias", "self-attention-prior", "em3", "votes")
 
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
-by_operator = pytest.mark.parametrize(
-    "routing", [r for r in OPERATORS if GPU or r.name != "em3-rows3"], ids=lambda r: r.name
-)
 by_some = pytest.mark.parametrize("routing", [r for r in OPERATORS if GPU or r.name in FEW], ids=lambda r: r.name)
-by_shape = pytest.mark.parametrize("shape", SHAPES if GPU else SMALL, ids=str)
 by_sharing = pytest.mark.parametrize("shared", [False, True], ids=["matrices", "shared"])
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
@@ -62,8 +58,13 @@ def _agrees(routing: Routing, got: list[torch.Tensor], naive: list[torch.Tensor]
 
 
 @by_backend
-@by_operator
-@by_shape
+@pytest.mark.parametrize(
+    ("routing", "shape"),
+    [(r, shape) for r in OPERATORS for shape in SHAPES]
+    if GPU
+    else [(r, shape) for r in OPERATORS for shape in SMALL if r.name in FEW or shape == SMALL[1]],
+    ids=lambda x: getattr(x, "name", str(x)),
+)
 @by_sharing
 def test_agrees_with_the_reference(backend: str, routing: Routing, shape: tuple[int, ...], shared: bool) -> None:
     if not _can(backend, routing):

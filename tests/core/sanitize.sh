@@ -12,7 +12,7 @@ sanitizers=${1:-address,undefined}
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
 cxx=${CXX:-g++}
-options=(-std=c++20 -O1 -g -fno-omit-frame-pointer -fopenmp -fno-math-errno -fno-trapping-math -fno-strict-aliasing
+options=(-std=c++20 -O1 -g1 -fno-omit-frame-pointer -fopenmp -fno-math-errno -fno-trapping-math -fno-strict-aliasing
     -ffp-contract=fast -Wno-psabi -Wno-ignored-attributes -fsanitize="$sanitizers" -fno-sanitize-recover=all)
 
 jobs=()
