@@ -65,19 +65,31 @@ def _scores(data: EchoDataModule, probability: Any, label: Any, clip: Any, boots
 
 def score_network(trainer: Trainer, network: Classifier, data: EchoDataModule, bootstrap: int) -> Scores:
     """The network on every test frame, in evaluation mode and in one process."""
+    from cardiocaps.metrics import regression_report
+
+    out = predict(trainer, network, data, "test")
+    columns = {name: out[name] for name in ("frame", "target", "regression") if name in out}
+    scores = _scores(data, out["probability"], out["label"], out["clip"], bootstrap, **columns)
+    if "regression" not in out:
+        return scores
+    return replace(scores, regression=regression_report(out["regression"], out["target"]))
+
+
+def predict(trainer: Trainer, network: Classifier, data: EchoDataModule, split: str) -> dict[str, Any]:
+    """What the network says of every frame of a split: arrays [n] by the names of `Classifier.predict_step`.
+
+    Raises CheckpointError where it is not finite.
+    """
     import numpy as np
     import torch
 
-    from cardiocaps.metrics import regression_report
-
+    data.predicted = split
     batches = trainer.predict(network, datamodule=data, return_predictions=True)
     assert batches is not None
     out: dict[str, Any] = {name: torch.cat([b[name].cpu() for b in batches]).numpy() for name in batches[0]}
-    if not all(np.isfinite(out[name]).all() for name in ("probability", "regression")):
+    if not all(np.isfinite(out[name]).all() for name in ("probability", "regression") if name in out):
         raise CheckpointError("the network's output is not finite: its training diverged")
-    columns = {"frame": out["frame"], "target": out["target"], "regression": out["regression"]}
-    scores = _scores(data, out["probability"].astype("float64"), out["label"], out["clip"], bootstrap, **columns)
-    return replace(scores, regression=regression_report(out["regression"], out["target"]))
+    return {**out, "probability": out["probability"].astype("float64")}
 
 
 def score_pixels(data: EchoDataModule, bootstrap: int) -> Scores:
@@ -200,13 +212,10 @@ def evaluate_network(
     Raises:
         CheckpointError: the checkpoint is missing, damaged or of another configuration. OutputError.
     """
-    import torch
-
-    from cardiocaps.learning import Classifier, load_weights, read_checkpoint
+    from cardiocaps.learning import best_network
     from cardiocaps.train import make_trainer
 
-    network = Classifier(config, torch.ones(2), 0.0)
-    load_weights(network, read_checkpoint(run.best), run.best)
+    network = best_network(config, run)
     machine.lay_out(network.model)
     scores = score_network(make_trainer(config, machine), network, data, config.bootstrap)
     pixels = score_pixels(data, config.bootstrap)

@@ -18,7 +18,7 @@ from cardiocaps.machine import Gpu, Machine, compilation_errors, decide, machine
 from cardiocaps.train import make_trainer
 
 NEW, OLD = Gpu("NVIDIA A100", bfloat16=True), Gpu("Tesla T4", bfloat16=False)
-ON_CPU = Machine(device="cpu", gpu=None, precision="32", tf32=False, channels_last=True, compile=False)
+ON_CPU = Machine(device="cpu", gpu=None, precision="32", tf32=False, channels_last=True, compile=False, backend="auto")
 ON_GPU = replace(ON_CPU, device="cuda", gpu="NVIDIA A100")
 
 
