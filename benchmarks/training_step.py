@@ -57,7 +57,8 @@ def _step(preset: str, steps: int, routing: str, way: str, device: Device) -> di
     import capsops
     from cardiocaps.config import PRESETS
     from cardiocaps.losses import CardioCapsLoss, class_weights
-    from cardiocaps.models.cardiocaps import CLASSES, IN_CHANNELS, RECONSTRUCTED_CHANNELS, CardioCaps
+    from cardiocaps.models.cardiocaps import CardioCaps
+    from cardiocaps.models.prediction import CLASSES, IN_CHANNELS, RECONSTRUCTED_CHANNELS
 
     device.prepare()
     if device.on_gpu:
@@ -90,7 +91,7 @@ def _step(preset: str, steps: int, routing: str, way: str, device: Device) -> di
             at = [device.mark()]
             out = model(image, label)
             losses: dict[str, Tensor] = loss(
-                out.lengths, label, out.reconstruction, image[:, :RECONSTRUCTED_CHANNELS], out.regression, width
+                out.scores, label, out.reconstruction, image[:, :RECONSTRUCTED_CHANNELS], out.regression, width
             )
             at.append(device.mark())
             losses["loss"].backward()

@@ -25,7 +25,8 @@ from cardiocaps.config import TrainConfig
 from cardiocaps.errors import CardioCapsError, CheckpointError
 from cardiocaps.files import replacing, write_csv
 from cardiocaps.losses import CardioCapsLoss, class_weights
-from cardiocaps.models.cardiocaps import RECONSTRUCTED_CHANNELS, CardioCaps, Prediction
+from cardiocaps.models.cardiocaps import CardioCaps
+from cardiocaps.models.prediction import RECONSTRUCTED_CHANNELS, Prediction
 from cardiocaps.program import Interrupted, Interruption, say
 from cardiocaps.run_folder import RunFolder
 
@@ -66,8 +67,9 @@ class Classifier(LightningModule):
 
     def _losses(self, batch: Mapping[str, Tensor], label: Tensor | None) -> tuple[Prediction, dict[str, Tensor]]:
         out: Prediction = self.model(batch["image"], label)
-        image = batch["image"][:, :RECONSTRUCTED_CHANNELS]
-        return out, self.loss(out.lengths, batch["label"], out.reconstruction, image, out.regression, batch["target"])
+        image = None if out.reconstruction is None else batch["image"][:, :RECONSTRUCTED_CHANNELS]
+        target = None if out.regression is None else batch["target"]
+        return out, self.loss(out.scores, batch["label"], out.reconstruction, image, out.regression, target)
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
         return self._losses(batch, batch["label"] if self.config.decoder_mask == "label" else None)[1]
@@ -77,10 +79,12 @@ class Classifier(LightningModule):
         return {**losses, "probability": out.probability}
 
     def predict_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
-        """The batch without its image, with probability [B] and regression [B]."""
+        """The batch without its image, with probability [B] and, of a network that regresses, regression [B]."""
         out: Prediction = self.model(batch["image"])
         rest = {name: x for name, x in batch.items() if name != "image"}
-        return {**rest, "probability": out.probability.float(), "regression": out.regression.float()}
+        if out.regression is not None:
+            rest["regression"] = out.regression.float()
+        return {**rest, "probability": out.probability}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         assert self.config.learning_rate is not None

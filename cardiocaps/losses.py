@@ -1,5 +1,9 @@
-"""The training loss: weighted margin loss, reconstruction loss and the regression auxiliary loss (CardioCaps,
-eq. 1 and 2).
+"""The training losses: CardioCaps' (weighted margin loss, reconstruction loss and the regression auxiliary loss, eq. 1
+and 2), and those of the networks it is compared with, spread loss and cross-entropy, with the same class weights.
+
+Every loss is a module called with (scores, labels, reconstruction, image, prediction, target), the last four optional,
+and returns a dict of scalars, of which "loss" is what is minimised; its attribute `parts` names them all. Class weights
+multiply the loss of a sample by the weight of its class, and do not divide the mean.
 
 Inputs are converted to float32 before anything is computed: the squares of small margins vanish in half
 precision. Autocast does not lower any of the operations used here. No function asks the device for a value,
@@ -7,7 +11,7 @@ so that a training step on a GPU is never held up; what can only be seen in the 
 an infinite target) is checked on CPU tensors.
 """
 
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -33,24 +37,40 @@ def margin_loss(
     of range (CPU tensors; on a GPU such a label trips the device's own assertion). Source: Sabour et al.
     2017, eq. 4; CardioCaps, eq. 1 and 2.
     """
-    if lengths.ndim != 2 or lengths.numel() == 0 or not lengths.is_floating_point():
-        raise ValueError(f"lengths: must be a non-empty floating [B, J] tensor, is {_describe(lengths)}")
-    batch, classes = lengths.shape
-    if labels.shape != (batch,) or labels.dtype != torch.int64:
-        raise ValueError(f"labels: must be an int64 [B] = [{batch}] tensor, is {_describe(labels)}")
-    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
-        worst = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
-        raise ValueError(f"labels: must lie in 0 … {classes - 1}, one is {worst}")
-    if class_weight is not None and class_weight.shape != (classes,):
-        raise ValueError(f"class_weight: must be [J] = [{classes}], is {_describe(class_weight)}")
+    _check_scores("lengths", lengths, labels, class_weight)
     lengths = _at_least_float32(lengths)
     present = torch.zeros_like(lengths).scatter(1, labels[:, None], 1.0)
     too_short = (m_plus - lengths).clamp(min=0).square()
     too_long = (lengths - m_minus).clamp(min=0).square()
     loss = (present * too_short + lam * (1 - present) * too_long).sum(dim=1)
-    if class_weight is not None:
-        loss = loss * class_weight.to(loss.dtype)[labels]
-    return loss.mean()
+    return _weighted_mean(loss, labels, class_weight)
+
+
+def spread_loss(
+    activations: Tensor, labels: Tensor, *, margin: float = 0.9, class_weight: Tensor | None = None
+) -> Tensor:
+    """Spread loss: Σ_{i≠t} max(0, margin − (a_t − a_i))² with t the sample's class, averaged over the batch.
+
+    `activations` [B, J] floating; the rest, what is returned and what is raised as in `margin_loss`. Source: Hinton et
+    al. 2018, eq. 3.
+    """
+    _check_scores("activations", activations, labels, class_weight)
+    activations = _at_least_float32(activations)
+    too_close = (margin - (activations.gather(1, labels[:, None]) - activations)).clamp(min=0).square()
+    others = torch.ones_like(activations).scatter(1, labels[:, None], 0.0)
+    return _weighted_mean((too_close * others).sum(dim=1), labels, class_weight)
+
+
+def cross_entropy_loss(logits: Tensor, labels: Tensor, *, class_weight: Tensor | None = None) -> Tensor:
+    """Cross-entropy averaged over the batch.
+
+    `logits` [B, J] floating; the rest, what is returned and what is raised as in `margin_loss`. Not
+    `torch.nn.functional.cross_entropy` with its `weight`, which divides by the weights of the batch: a batch of one
+    class only would then weigh as much as one of the other.
+    """
+    _check_scores("logits", logits, labels, class_weight)
+    loss = nn.functional.cross_entropy(_at_least_float32(logits), labels, reduction="none")
+    return _weighted_mean(loss, labels, class_weight)
 
 
 def class_weights(counts: Tensor, mode: ClassWeight = "balanced") -> Tensor:
@@ -111,14 +131,29 @@ def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
     return error.square().sum() / measured.sum().clamp(min=1)
 
 
-class CardioCapsLoss(nn.Module):
+class _ClassWeighted(nn.Module):
+    """What all losses have: `class_weight` [J] as `class_weights` returns it, or None for two classes of weight one.
+    It is a persistent buffer."""
+
+    class_weight: Tensor
+
+    def __init__(self, class_weight: Tensor | None = None) -> None:
+        super().__init__()
+        if class_weight is None:
+            class_weight = torch.ones(2)
+        if class_weight.ndim != 1 or not bool((class_weight.isfinite() & (class_weight >= 0)).all()):
+            raise ValueError(f"class_weight: must be a finite, non-negative [J] tensor, is {class_weight.tolist()}")
+        self.register_buffer("class_weight", class_weight.detach().clone().float())
+
+
+class CardioCapsLoss(_ClassWeighted):
     """The whole loss: margin · class weight + reconstruction + λ_reg · regression (eq. 2).
 
     `class_weight` [J] as `class_weights` returns it; None stands for two classes of weight one. It is a
     persistent buffer.
     """
 
-    class_weight: Tensor
+    parts: ClassVar[tuple[str, ...]] = ("loss", "margin", "reconstruction", "regression")
 
     def __init__(
         self,
@@ -130,36 +165,31 @@ class CardioCapsLoss(nn.Module):
         m_minus: float = 0.1,
         lam: float = 0.5,
     ) -> None:
-        super().__init__()
-        if class_weight is None:
-            class_weight = torch.ones(2)
-        if class_weight.ndim != 1 or not bool((class_weight.isfinite() & (class_weight >= 0)).all()):
-            raise ValueError(f"class_weight: must be a finite, non-negative [J] tensor, is {class_weight.tolist()}")
-        self.register_buffer("class_weight", class_weight.detach().clone().float())
+        super().__init__(class_weight)
         self.reconstruction_weight = reconstruction_weight
         self.regression_weight = regression_weight
         self.m_plus, self.m_minus, self.lam = m_plus, m_minus, lam
 
     def forward(
         self,
-        lengths: Tensor,
+        scores: Tensor,
         labels: Tensor,
         reconstruction: Tensor | None = None,
         image: Tensor | None = None,
         prediction: Tensor | None = None,
         target: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Scalars `loss` (the total), `margin`, `reconstruction` (with its weight) and `regression` (before
-        λ_reg, so in the target's unit squared). A model without decoder or regression head gives None for the
-        pair: its part is zero. Shapes and errors as in `margin_loss`, `reconstruction_loss` and
-        `regression_loss`.
+        """Scalars `loss` (the total), `margin`, `reconstruction` (with its weight) and `regression` (before λ_reg, so in
+        the target's unit squared); `scores` are the lengths of the class capsules. A model without decoder or
+        regression head gives None for the pair: its part is zero. Shapes and errors as in `margin_loss`,
+        `reconstruction_loss` and `regression_loss`.
         """
         if (reconstruction is None) != (image is None):
             raise ValueError("reconstruction, image: give both or neither")
         if (prediction is None) != (target is None):
             raise ValueError("prediction, target: give both or neither")
         margin = margin_loss(
-            lengths,
+            scores,
             labels,
             m_plus=self.m_plus,
             m_minus=self.m_minus,
@@ -177,6 +207,86 @@ class CardioCapsLoss(nn.Module):
             parts["regression"] = regression_loss(prediction, target)
         total = margin + parts["reconstruction"] + self.regression_weight * parts["regression"]
         return {"loss": total, **parts}
+
+
+class SpreadLoss(_ClassWeighted):
+    """Spread loss of activations (`spread_loss`), of which the margin grows in training (Hinton et al. 2018).
+
+    The margin goes from 0.2 in the first epoch to 0.9 after half of them, in equal steps; see `begin_epoch`. In
+    evaluation mode it is 0.9, so that the validation losses of all epochs can be compared. `class_weight` as in
+    `CardioCapsLoss`. A reconstruction or a regression has no part in it.
+    """
+
+    parts: ClassVar[tuple[str, ...]] = ("loss",)
+    first_margin: ClassVar[float] = 0.2
+    last_margin: ClassVar[float] = 0.9
+
+    def __init__(self, class_weight: Tensor | None = None) -> None:
+        super().__init__(class_weight)
+        self._training_margin = self.first_margin
+
+    @property
+    def margin(self) -> float:
+        """Now, in this mode."""
+        return self._training_margin if self.training else self.last_margin
+
+    def begin_epoch(self, epoch: int, epochs: int) -> None:
+        """Set the margin for training in `epoch`, 0 … epochs − 1; it depends on these two alone. Raises ValueError."""
+        if not 0 <= epoch < epochs:
+            raise ValueError(f"epoch: must lie in 0 … epochs - 1 = {epochs - 1}, is {epoch}")
+        grown = min(1.0, 2 * epoch / epochs)
+        self._training_margin = self.first_margin + grown * (self.last_margin - self.first_margin)
+
+    def forward(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        reconstruction: Tensor | None = None,
+        image: Tensor | None = None,
+        prediction: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The scalar `loss`. Shapes and errors as in `spread_loss`."""
+        return {"loss": spread_loss(scores, labels, margin=self.margin, class_weight=self.class_weight)}
+
+
+class CrossEntropyLoss(_ClassWeighted):
+    """Cross-entropy of logits (`cross_entropy_loss`). `class_weight` as in `CardioCapsLoss`. A reconstruction or a
+    regression has no part in it."""
+
+    parts: ClassVar[tuple[str, ...]] = ("loss",)
+
+    def forward(
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        reconstruction: Tensor | None = None,
+        image: Tensor | None = None,
+        prediction: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The scalar `loss`. Shapes and errors as in `cross_entropy_loss`."""
+        return {"loss": cross_entropy_loss(scores, labels, class_weight=self.class_weight)}
+
+
+def _check_scores(name: str, scores: Tensor, labels: Tensor, class_weight: Tensor | None) -> None:
+    if scores.ndim != 2 or scores.numel() == 0 or not scores.is_floating_point():
+        raise ValueError(f"{name}: must be a non-empty floating [B, J] tensor, is {_describe(scores)}")
+    batch, classes = scores.shape
+    if labels.shape != (batch,) or labels.dtype != torch.int64:
+        raise ValueError(f"labels: must be an int64 [B] = [{batch}] tensor, is {_describe(labels)}")
+    if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
+        worst = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
+        raise ValueError(f"labels: must lie in 0 … {classes - 1}, one is {worst}")
+    if class_weight is not None and class_weight.shape != (classes,):
+        raise ValueError(f"class_weight: must be [J] = [{classes}], is {_describe(class_weight)}")
+
+
+def _weighted_mean(loss: Tensor, labels: Tensor, class_weight: Tensor | None) -> Tensor:
+    """Of the samples' losses [B]."""
+    if class_weight is not None:
+        loss = loss * class_weight.to(loss.dtype)[labels]
+    return loss.mean()
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

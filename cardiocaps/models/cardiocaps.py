@@ -7,33 +7,23 @@ decoder 32 → 512 → 1024 → 3·256·256; regression from the reconstruction.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
 from capsops.functional import float32
 from capsops.nn import CapsuleLayer, PrimaryCapsules
 from cardiocaps.config import Preset
+from cardiocaps.models.decoder import Decoder, seen_class
+from cardiocaps.models.prediction import (
+    CLASSES,
+    IN_CHANNELS,
+    RECONSTRUCTED_CHANNELS,
+    Prediction,
+    check_image,
+    share,
+)
 
-CLASSES = 2
-IN_CHANNELS = 9
-RECONSTRUCTED_CHANNELS = 3
-
-
-class Prediction(NamedTuple):
-    """What the network says of a batch."""
-
-    capsules: Tensor  # [B, 2, D] class capsules
-    lengths: Tensor  # [B, 2] their lengths: the class scores
-    reconstruction: Tensor  # [B, 3, S, S] of the first three input channels, in [0, 1]
-    regression: Tensor  # [B] cm or percent
-
-    @property
-    def probability(self) -> Tensor:
-        """Of class 1, [B]: l₁ / (l₀ + l₁); one half where both lengths are zero."""
-        lengths = self.lengths.float() + torch.finfo(torch.float32).tiny
-        return lengths[:, 1] / lengths.sum(dim=1)
+AFFINE = ("matrices", "convolution", "constant")
 
 
 class CardioCaps(nn.Module):
@@ -44,13 +34,18 @@ class CardioCaps(nn.Module):
         routing: "attention" (the paper's), "dynamic" (DR-CapsNet) or "uniform".
         iterations: of dynamic routing, whose logits are detached as in the published code.
         primary_layout: see `capsops.nn.PrimaryCapsules`.
+        affine: what makes the votes (table III of the paper): "matrices", learned, one for each primary capsule and
+            class; "convolution", a learned 1×1 convolution, that is one matrix for all primary capsules; "constant",
+            ones that are not learned. Constant votes are the same for every class: dynamic and uniform routing then
+            give class capsules that are equal to one another, and no image is told from any other. Attention routing
+            can still weigh the classes differently.
         regression_start: bias that the regression head starts with, best the mean of the targets.
         device: where the parameters are made; "meta" makes none.
 
-    Shape: image [B, 9, S, S] in [0, 1] and, in training, label [B] int64 -> `Prediction`.
+    Shape: image [B, 9, S, S] in [0, 1] and, in training, label [B] int64 -> `Prediction`, in all its parts.
 
     Raises:
-        ValueError: an image of another shape, or a preset whose convolutions leave nothing.
+        ValueError: an image of another shape, a preset whose convolutions leave nothing, an unknown affine map.
     """
 
     def __init__(
@@ -60,11 +55,14 @@ class CardioCaps(nn.Module):
         routing: str = "attention",
         iterations: int = 3,
         primary_layout: str = "channels",
+        affine: str = "matrices",
         regression_start: float = 0.0,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.size = sizes.size
+        if affine not in AFFINE:
+            raise ValueError(f"CardioCaps: affine is {affine!r}; allowed are {', '.join(map(repr, AFFINE))}")
         side = _after(
             _after(sizes.size, sizes.conv_kernel, sizes.conv_stride), sizes.primary_kernel, sizes.primary_stride
         )
@@ -91,35 +89,29 @@ class CardioCaps(nn.Module):
                 iterations=iterations,
                 bias=routing == "attention",
                 detach=routing == "dynamic",
+                shared=affine != "matrices",
             )
-            pixels = RECONSTRUCTED_CHANNELS * sizes.size**2
-            first, second = sizes.decoder
-            self.decoder = nn.Sequential(
-                nn.Linear(CLASSES * sizes.out_dim, first),
-                nn.ReLU(),
-                nn.Linear(first, second),
-                nn.ReLU(),
-                nn.Linear(second, pixels),
-                nn.Sigmoid(),
-            )
-            self.regression = nn.Linear(pixels, 1)
+            if affine == "constant":
+                # In no checkpoint either: nothing that is loaded can change what is constant.
+                ones = torch.ones_like(self.classes.weight, requires_grad=False)
+                del self.classes.weight
+                self.classes.register_buffer("weight", ones, persistent=False)
+            self.decoder = Decoder(sizes.out_dim, sizes.decoder, sizes.size)
+            self.regression = nn.Linear(RECONSTRUCTED_CHANNELS * sizes.size**2, 1)
             nn.init.constant_(self.regression.bias, regression_start)
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
-        """The decoder sees the capsule of `label` (Sabour et al. 2017), or without one that of the predicted class."""
-        expected = [IN_CHANNELS, self.size, self.size]
-        if image.dim() != 4 or [*image.shape[1:]] != expected:
-            raise ValueError(f"CardioCaps: image has shape {list(image.shape)}; expected [B, {str(expected)[1:]}")
+        """The decoder sees the capsule of `label`, or without one that of the predicted class."""
+        check_image("CardioCaps", image, self.size)
         capsules = self.classes(self.primary(self.conv(image)))
         lengths = capsules.norm(dim=2)
-        seen = lengths.argmax(dim=1) if label is None else label
-        mask = nn.functional.one_hot(seen, CLASSES).to(capsules.dtype)
-        pixels = self.decoder((capsules * mask[:, :, None]).flatten(1))
+        reconstruction = self.decoder(capsules, seen_class(lengths, label))
         return Prediction(
+            scores=lengths,
+            probability=share(lengths),
             capsules=capsules,
-            lengths=lengths,
-            reconstruction=pixels.view(-1, RECONSTRUCTED_CHANNELS, self.size, self.size),
-            regression=self._regressed(pixels),
+            reconstruction=reconstruction,
+            regression=self._regressed(reconstruction.flatten(1)),
         )
 
     def _regressed(self, pixels: Tensor) -> Tensor:

@@ -1,4 +1,5 @@
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -6,7 +7,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from cardiocaps.losses import CardioCapsLoss, class_weights, margin_loss, reconstruction_loss, regression_loss
+from cardiocaps.losses import (
+    CardioCapsLoss,
+    CrossEntropyLoss,
+    SpreadLoss,
+    class_weights,
+    cross_entropy_loss,
+    margin_loss,
+    reconstruction_loss,
+    regression_loss,
+    spread_loss,
+)
 
 NAN = math.nan
 
@@ -39,6 +50,69 @@ def test_margin_loss_takes_its_constants() -> None:
     assert loss.item() == pytest.approx(0.2**2 + 2 * 0.3**2, rel=1e-6)
 
 
+def test_spread_loss_by_hand() -> None:
+    activations = torch.tensor([[0.8, 0.3, 0.7], [0.95, 0.05, 0.9]])
+    # Hinton et al. 2018, eq. 3, margin 0.4:  (0.4 - 0.5)+^2 + (0.4 - 0.1)^2 = 0.09
+    #                                         (0.4 + 0.05)^2 + (0.4 - 0.85)+^2 = 0.2025
+    expected = {None: (0.09 + 0.2025) / 2, (2.0, 1.0, 10.0): (2 * 0.09 + 10 * 0.2025) / 2}
+    for weight, value in expected.items():
+        loss = spread_loss(
+            activations,
+            torch.tensor([0, 2]),
+            margin=0.4,
+            class_weight=None if weight is None else torch.tensor(weight),
+        )
+        assert loss.item() == pytest.approx(value, rel=1e-5)
+
+
+def test_the_margin_of_the_spread_loss_grows_until_half_of_the_epochs() -> None:
+    loss, scores, label = SpreadLoss(), torch.tensor([[0.5, 0.5]]), torch.tensor([0])
+    assert loss.margin == 0.2
+    margins = []
+    for epoch in range(8):
+        loss.begin_epoch(epoch, 8)
+        margins.append(loss.margin)
+        assert loss(scores, label)["loss"].item() == pytest.approx(loss.margin**2)
+        loss.eval()
+        assert loss(scores, label)["loss"].item() == pytest.approx(0.9**2)
+        loss.train()
+    assert margins == pytest.approx([0.2, 0.375, 0.55, 0.725, 0.9, 0.9, 0.9, 0.9])
+    loss.begin_epoch(1, 8)
+    assert loss.margin == margins[1], "after a resume as in a run that was not cut off"
+    for epoch in (-1, 8):
+        with pytest.raises(ValueError, match=f"epoch: must lie in 0 … epochs - 1 = 7, is {epoch}"):
+            loss.begin_epoch(epoch, 8)
+
+
+def test_cross_entropy_multiplies_by_the_class_weight_and_divides_by_the_batch() -> None:
+    logits = torch.tensor([[0.0, 0.0], [0.0, math.log(3.0)]])
+    labels, weight = torch.tensor([1, 1]), torch.tensor([0.5, 3.0])
+    by_hand = 3 * (math.log(2) + math.log(4 / 3)) / 2
+    assert cross_entropy_loss(logits, labels, class_weight=weight).item() == pytest.approx(by_hand, rel=1e-6)
+    assert CrossEntropyLoss(weight)(logits, labels)["loss"].item() == pytest.approx(by_hand, rel=1e-6)
+    unweighted = torch.nn.functional.cross_entropy(logits, labels)
+    torch.testing.assert_close(CrossEntropyLoss()(logits, labels)["loss"], unweighted)
+
+
+@pytest.mark.parametrize("kind", [CardioCapsLoss, SpreadLoss, CrossEntropyLoss])
+def test_every_loss_is_called_alike(kind: type[CardioCapsLoss | SpreadLoss | CrossEntropyLoss]) -> None:
+    loss = kind(torch.tensor([0.6, 3.0]))
+    parts = loss(*_batch().values())
+    assert tuple(parts) == kind.parts and parts["loss"].shape == ()
+    assert list(loss.state_dict()) == ["class_weight"]
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**31), st.sampled_from([spread_loss, cross_entropy_loss]))
+@settings(max_examples=30, deadline=None)
+def test_a_loss_is_the_mean_over_the_batch(batch: int, classes: int, seed: int, loss: Callable[..., Tensor]) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    scores = torch.rand(batch, classes, generator=generator, dtype=torch.float64)
+    labels = torch.randint(classes, (batch,), generator=generator)
+    weight = torch.rand(classes, generator=generator, dtype=torch.float64)
+    singles = [loss(scores[i : i + 1], labels[i : i + 1], class_weight=weight) for i in range(batch)]
+    torch.testing.assert_close(loss(scores, labels, class_weight=weight), torch.stack(singles).mean())
+
+
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 2**31))
 @settings(max_examples=30, deadline=None)
 def test_margin_loss_is_the_mean_over_the_batch(batch: int, classes: int, seed: int) -> None:
@@ -59,6 +133,8 @@ def test_gradients() -> None:
     labels = torch.tensor([0, 1, 1, 0])
     weight = torch.tensor([0.6, 3.0], dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: margin_loss(x, labels, class_weight=weight), draw(4, 2))
+    assert torch.autograd.gradcheck(lambda x: spread_loss(x, labels, class_weight=weight), draw(4, 2))
+    assert torch.autograd.gradcheck(lambda x: cross_entropy_loss(x, labels, class_weight=weight), draw(4, 2))
     assert torch.autograd.gradcheck(reconstruction_loss, (draw(2, 3, 4, 4), draw(2, 3, 4, 4)))
     target = torch.tensor([4.0, NAN, 5.0, NAN], dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda x: regression_loss(x, target), draw(4))
@@ -110,7 +186,7 @@ def test_a_diverged_prediction_is_not_hidden() -> None:
 def _batch() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
     return {
-        "lengths": torch.rand(4, 2, generator=generator),
+        "scores": torch.rand(4, 2, generator=generator),
         "labels": torch.tensor([0, 1, 1, 0]),
         "reconstruction": torch.rand(4, 3, 8, 8, generator=generator),
         "image": torch.rand(4, 3, 8, 8, generator=generator),
@@ -122,7 +198,7 @@ def _batch() -> dict[str, Tensor]:
 def test_the_total_is_the_sum_of_its_parts() -> None:
     batch, weight = _batch(), torch.tensor([0.6, 3.0])
     parts = CardioCapsLoss(weight, reconstruction_weight=0.001, regression_weight=0.25)(**batch)
-    margin = margin_loss(batch["lengths"], batch["labels"], class_weight=weight)
+    margin = margin_loss(batch["scores"], batch["labels"], class_weight=weight)
     reconstruction = reconstruction_loss(batch["reconstruction"], batch["image"], weight=0.001)
     regression = regression_loss(batch["prediction"], batch["target"])
     expected = {
@@ -138,13 +214,13 @@ def test_the_total_is_the_sum_of_its_parts() -> None:
 
 def test_a_model_without_decoder_or_regression_has_the_margin_loss_alone() -> None:
     batch = _batch()
-    parts = CardioCapsLoss()(batch["lengths"], batch["labels"])
-    torch.testing.assert_close(parts["loss"], margin_loss(batch["lengths"], batch["labels"]))
+    parts = CardioCapsLoss()(batch["scores"], batch["labels"])
+    torch.testing.assert_close(parts["loss"], margin_loss(batch["scores"], batch["labels"]))
     assert parts["reconstruction"].item() == parts["regression"].item() == 0
     with pytest.raises(ValueError, match="both or neither"):
-        CardioCapsLoss()(batch["lengths"], batch["labels"], batch["reconstruction"])
+        CardioCapsLoss()(batch["scores"], batch["labels"], batch["reconstruction"])
     with pytest.raises(ValueError, match="both or neither"):
-        CardioCapsLoss()(batch["lengths"], batch["labels"], target=batch["target"])
+        CardioCapsLoss()(batch["scores"], batch["labels"], target=batch["target"])
 
 
 def test_class_weight_is_a_buffer_that_a_checkpoint_restores() -> None:
@@ -191,6 +267,9 @@ def _margin(lengths: Tensor, labels: Tensor, weight: Tensor | None = None) -> Te
         (lambda: _margin(torch.rand(2, 2), torch.tensor([0, 2])), r"labels: must lie in 0 … 1, one is 2"),
         (lambda: _margin(torch.rand(2, 2), torch.tensor([-1, 5])), r"labels: must lie in 0 … 1, one is -1"),
         (lambda: _margin(torch.rand(1, 2), torch.tensor([0]), torch.ones(3)), r"class_weight: .*\[3\]"),
+        (lambda: spread_loss(torch.rand(4), torch.zeros(4).long()), r"activations: .*is float32 \[4\]"),
+        (lambda: cross_entropy_loss(torch.rand(4), torch.zeros(4).long()), r"logits: .*is float32 \[4\]"),
+        (lambda: cross_entropy_loss(torch.rand(1, 2), torch.tensor([2])), r"labels: must lie in 0 … 1, one is 2"),
         (lambda: reconstruction_loss(torch.rand(2, 12), torch.rand(2, 3, 2, 2)), r"reconstruction: "),
         (lambda: reconstruction_loss(torch.rand(2, 12), torch.rand(2, 12)), r"image: "),
         (lambda: regression_loss(torch.rand(3, 1), torch.rand(3)), r"prediction: .*\[3, 1\]"),
