@@ -117,8 +117,25 @@ PAPER_NAMES = {
     "roc_auc": "ROC AUC (hard labels)",
     "pr_auc": "PR AUC (precision)",
 }
-MODEL_NAMES = {"attention": "CardioCaps", "dynamic": "DR-CapsNet", "uniform": "uniform routing"}
+ROUTING_NAMES = {"attention": "CardioCaps", "dynamic": "DR-CapsNet", "uniform": "uniform routing"}
+MODEL_NAMES = {
+    "em-capsnet": "EM-CapsNet",
+    "efficient-capsnet": "Efficient-CapsNet",
+    "cnn-1": "CNN-(1)",
+    "cnn-2": "CNN-(2)",
+    "resnet18": "ResNet18",
+    "unet": "U-Net",
+    "vit": "ViT",
+}
 PIXELS_NAME = f"logistic regression, {PIXEL_SIDE}×{PIXEL_SIDE} pixels"
+
+
+def network_name(config: TrainConfig) -> str:
+    """What tables call the network of a run."""
+    if config.model != "cardiocaps":
+        return MODEL_NAMES[config.model]
+    name = ROUTING_NAMES[config.routing]
+    return name if config.affine == "matrices" else f"{name}, {config.affine} affine map"
 
 
 def _reports(network: Scores, pixels: Scores, config: TrainConfig) -> tuple[str, Report, Report]:
@@ -142,7 +159,7 @@ def print_table(network: Scores, pixels: Scores, config: TrainConfig) -> None:
         error = f"{network.regression.mae:.2f} {unit_of_target}"
         regression = [(f"mean absolute error of {config.regression_target}", error, "")]
     first = "with 95 % interval" if config.bootstrap else ""
-    _print(title, (first, MODEL_NAMES[config.routing], PIXELS_NAME), rows, published, regression)
+    _print(title, (first, network_name(config), PIXELS_NAME), rows, published, regression)
     for note in (*ours.notes, *(f"{metric}: {why}" for metric, why in ours.undefined.items())):
         say(f"note: {note}")
 
@@ -158,8 +175,7 @@ def print_means(runs: Sequence[tuple[Scores, Scores, TrainConfig]]) -> None:
         return f"{fmean(values):.3f} ± {stdev(values):.3f}"
 
     rows = [(text, over_runs(key, 0), over_runs(key, 1)) for key, text in METRIC_NAMES.items()]
-    name = MODEL_NAMES[runs[0][2].routing]
-    _print(f"Mean over {len(runs)} runs ± standard deviation", ("", name, PIXELS_NAME), rows)
+    _print(f"Mean over {len(runs)} runs ± standard deviation", ("", network_name(runs[0][2]), PIXELS_NAME), rows)
 
 
 def _print(title: str, head: Sequence[str], *sections: Sequence[Sequence[str]]) -> None:
@@ -200,7 +216,11 @@ def write_results(run: RunFolder, network: Scores, pixels: Scores, config: Train
     plots.roc_curve(scores, truth, run.roc_curve, report=report)
     plots.precision_recall_curve(scores, truth, run.precision_recall_curve, report=report)
     # Last, for its presence says that the run is complete.
-    results = {"cardiocaps": network.as_dict(), "pixel_logistic_regression": pixels.as_dict(), "use": DISCLAIMER}
+    results = {
+        "network": {"name": network_name(config), **network.as_dict()},
+        "pixel_logistic_regression": pixels.as_dict(),
+        "use": DISCLAIMER,
+    }
     write_json(run.metrics_json, results)
 
 

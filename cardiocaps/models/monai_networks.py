@@ -1,0 +1,131 @@
+"""ResNet18, U-Net and ViT as MONAI has them, to classify (table V of the paper)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cardiocaps.config import Preset
+from cardiocaps.models.prediction import CLASSES, IN_CHANNELS, Prediction, check_image, of_logits
+from cardiocaps.optional import needed
+
+# Images up to this size get a ResNet18 of half the channels.
+_SMALL = 64
+
+
+class ResNet18(nn.Module):
+    """ResNet18 (He et al. 2016), from random weights; its widths are halved for images of 64 pixels.
+
+    Args:
+        sizes: of the image.
+        device: where the parameters are made; "meta" makes none.
+
+    Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
+
+    Raises:
+        ValueError: an image of another shape. ConfigError: MONAI is not installed.
+    """
+
+    def __init__(self, sizes: Preset, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.size = sizes.size
+        nets: Any = needed("monai.networks.nets", "monai", "model: 'resnet18'")
+        with torch.device(device or torch.get_default_device()):
+            # The last two keywords make it the usual network, of stride 32, where MONAI's own is for volumes.
+            self.network = nets.resnet18(
+                spatial_dims=2,
+                n_input_channels=IN_CHANNELS,
+                num_classes=CLASSES,
+                widen_factor=0.5 if sizes.size <= _SMALL else 1.0,
+                conv1_t_stride=2,
+                bias_downsample=False,
+            )
+
+    def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
+        check_image("ResNet18", image, self.size)
+        return of_logits(self.network(image))
+
+
+class UNet(nn.Module):
+    """U-Net (Ronneberger et al. 2015) with a head that averages the 32 maps of the decoder and classifies.
+
+    Four levels of 32 to 256 channels. Batch normalisation, for instance normalisation would take from a map the mean
+    that the head looks at.
+
+    Args:
+        sizes: of the image, a multiple of 8 pixels.
+        device: where the parameters are made; "meta" makes none.
+
+    Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
+
+    Raises:
+        ValueError: an image of another shape, or sizes that are no multiple of 8. ConfigError: MONAI is not installed.
+    """
+
+    def __init__(self, sizes: Preset, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.size = sizes.size
+        if sizes.size % 8:
+            raise ValueError(f"UNet: images have {sizes.size} pixels along a side; it must be a multiple of 8")
+        nets: Any = needed("monai.networks.nets", "monai", "model: 'unet'")
+        maps = 32
+        with torch.device(device or torch.get_default_device()):
+            self.network = nets.UNet(
+                spatial_dims=2,
+                in_channels=IN_CHANNELS,
+                out_channels=maps,
+                channels=(32, 64, 128, 256),
+                strides=(2, 2, 2),
+                norm="batch",
+                bias=False,  # batch normalisation has one
+            )
+            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(maps, CLASSES))
+
+    def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
+        check_image("UNet", image, self.size)
+        return of_logits(self.head(self.network(image)))
+
+
+class ViT(nn.Module):
+    """Vision transformer (Dosovitskiy et al. 2021) of the paper's sizes: patches of 4 pixels, width 16, depth 2, 4
+    heads. Its perceptrons have four times the width, as usual.
+
+    Args:
+        sizes: of the image, a multiple of 4 pixels.
+        device: where the parameters are made; "meta" makes none.
+
+    Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
+
+    Raises:
+        ValueError: an image of another shape, or sizes that are no multiple of 4. ConfigError: MONAI or einops, which
+            MONAI's needs, is not installed.
+    """
+
+    def __init__(self, sizes: Preset, *, device: torch.device | str | None = None) -> None:
+        super().__init__()
+        self.size = sizes.size
+        patch, width = 4, 16
+        if sizes.size % patch:
+            raise ValueError(f"ViT: images have {sizes.size} pixels along a side; it must be a multiple of {patch}")
+        needed("einops", "einops", "model: 'vit'")
+        nets: Any = needed("monai.networks.nets", "monai", "model: 'vit'")
+        with torch.device(device or torch.get_default_device()):
+            self.network = nets.ViT(
+                in_channels=IN_CHANNELS,
+                img_size=sizes.size,
+                patch_size=patch,
+                hidden_size=width,
+                mlp_dim=4 * width,
+                num_layers=2,
+                num_heads=4,
+                classification=True,
+                num_classes=CLASSES,
+                spatial_dims=2,
+                post_activation="",  # or MONAI would put a hyperbolic tangent on the logits
+            )
+
+    def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
+        check_image("ViT", image, self.size)
+        return of_logits(self.network(image)[0])
