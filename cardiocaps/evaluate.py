@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DISCLAIMER = "Research use only. Not a medical device."
 
-# Side of the downsized frames that the logistic regression sees, in pixels.
+# Side of the downsized frames that the classical classifiers see, in pixels.
 PIXEL_SIDE = 32
 
 
@@ -94,11 +94,12 @@ def predict(trainer: Trainer, network: Classifier, data: EchoDataModule, split: 
 
 def score_pixels(data: EchoDataModule, bootstrap: int) -> Scores:
     """Logistic regression on downsized grey frames: what the label owes to mere brightness and position."""
-    from cardiocaps.models.pixel_logistic import fit_and_score
+    from cardiocaps.models.pixel_classifiers import fit
 
     train, train_label, _ = data.pixels("train", PIXEL_SIDE)
     test, label, clip = data.pixels("test", PIXEL_SIDE)
-    return _scores(data, fit_and_score(train, train_label, test), label, clip, bootstrap)
+    classifier = fit("logistic-regression", "class-weight", train, train_label, seed=0)
+    return _scores(data, classifier.probability(test), label, clip, bootstrap)
 
 
 METRIC_NAMES = {
