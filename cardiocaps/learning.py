@@ -52,7 +52,7 @@ class Classifier(LightningModule):
         super().__init__()
         self.config = config
         self.model = build(config, target_mean)
-        self.loss = make_loss(config, class_weights(class_counts, config.class_weight))
+        self.loss: Any = make_loss(config, class_weights(class_counts, config.class_weight))
 
     def _losses(self, batch: Mapping[str, Tensor], label: Tensor | None) -> tuple[Prediction, dict[str, Tensor]]:
         out: Prediction = self.model(batch["image"], label)
@@ -173,8 +173,8 @@ class History(Callback):
     `rows` is written to metrics.csv after every epoch.
     """
 
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
+    def __init__(self, run: RunFolder, parts: Sequence[str]) -> None:
+        self.run, self.parts = run, parts
         self.rows: list[dict[str, float]] = []
         self._sums: Tensor | None = None  # float64 [parts + 1], the last is the number of frames
         self._seconds = 0.0
@@ -198,11 +198,9 @@ class History(Callback):
     def _elapsed(self) -> float:
         return self._seconds + time.monotonic() - self._since
 
-    def _add(
-        self, sums: Tensor | None, names: Sequence[str], outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]
-    ) -> Tensor:
+    def _add(self, sums: Tensor | None, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         n = len(batch["label"])
-        parts = torch.stack([outputs[name].detach().double() for name in names]) * n
+        parts = torch.stack([outputs[name].detach().double() for name in self.parts]) * n
         added = torch.cat([parts, parts.new_full((1,), n)])
         return added if sums is None else sums.to(added.device) + added
 
@@ -212,7 +210,7 @@ class History(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._sums = self._add(self._sums, pl_module.loss.parts, outputs, batch)
+        self._sums = self._add(self._sums, outputs, batch)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._validation: Tensor | None = None
@@ -227,7 +225,7 @@ class History(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        self._validation = self._add(self._validation, pl_module.loss.parts, outputs, batch)
+        self._validation = self._add(self._validation, outputs, batch)
         self._seen.append((outputs["probability"].float().cpu(), batch["label"].cpu(), batch["clip"].cpu()))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -237,7 +235,7 @@ class History(Callback):
         for stage, sums in (("train", self._sums), ("val", self._validation)):
             assert sums is not None
             *parts, n = sums.tolist()
-            row |= {f"{stage}_{name}": part / n for name, part in zip(pl_module.loss.parts, parts, strict=True)}
+            row |= {f"{stage}_{name}": part / n for name, part in zip(self.parts, parts, strict=True)}
         if not all(math.isfinite(x) for x in row.values()):
             raise CardioCapsError(
                 f"the loss is not finite in epoch {row['epoch']:.0f}: a smaller --learning-rate may help; "

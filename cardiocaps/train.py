@@ -168,7 +168,7 @@ def train(
     # It would cost time and change no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     network = Classifier(config, data.train_class_counts(), data.train_target_mean())
-    history, start, ended = History(folder), None, False
+    history, start, ended = History(folder, network.loss.parts), None, False
     assert config.patience is not None and config.epochs is not None
     if config.resume and folder.last.exists():
         start = folder.last

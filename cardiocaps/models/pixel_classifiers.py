@@ -39,6 +39,12 @@ class PixelClassifier:
     model: Any  # with scikit-learn's interface
     pixels: int
 
+    @property
+    def parameters(self) -> int | None:
+        """Numbers that were fitted; None for trees, which have none to count."""
+        coefficients = getattr(self.model[-1], "coef_", None)
+        return None if coefficients is None else int(coefficients.size + self.model[-1].intercept_.size)
+
     def probability(self, pixels: ArrayLike) -> Floats:
         """Probability of class 1 [m] for `pixels` [m, p]. Raises ValueError for another p, and as `fit`."""
         values = _pixels(pixels, "pixels")
