@@ -27,6 +27,7 @@ MAY_DIFFER_ON_RESUME = (
     "device",
     "channels_last",
     "compile",
+    "backend",
     "threads",
     "workers",
     "progress",
@@ -35,7 +36,15 @@ MAY_DIFFER_ON_RESUME = (
 """Settings that may change when a run goes on: they decide how long and where it runs, not what it
 computes, but for the rounding."""
 
-_NEWER: Mapping[str, Any] = {"tf32": False, "channels_last": False, "compile": False}
+_NEWER: Mapping[str, Any] = {
+    "tf32": False,
+    "channels_last": False,
+    "compile": False,
+    "model": "cardiocaps",
+    "affine": "matrices",
+    "backend": "auto",
+    "split_seed": None,
+}
 """Settings that the folders of older runs have no word of, and what those ran with."""
 
 _LARGEST_FILE = 1 << 16
@@ -153,6 +162,13 @@ class TrainConfig:
         "data",
         "the data set's own column, or groups stratified by label; auto: the column where there is one",
     )
+    split_seed: int | None = _option(
+        None,
+        "data",
+        "seed of the stratified groups, and of the paper protocol's split; none: the run's",
+        low=0,
+        high=2**32 - 1,
+    )
     frames_per_clip: int | None = _option(
         None, "data", "frames taken from a video; none: the preset's", low=1, high=10_000
     )
@@ -167,10 +183,18 @@ class TrainConfig:
     max_bad_share: float = _option(0.05, "data", "share of unusable videos above which the run stops", low=0, high=1)
 
     preset: Literal["tiny", "small", "paper"] = _option("tiny", "model", "size of the network and its training")
-    routing: Literal["attention", "dynamic", "uniform"] = _option("attention", "model", "routing algorithm")
-    iterations: int = _option(3, "model", "iterations of dynamic routing", low=1, high=10)
+    model: Literal["cardiocaps", "em-capsnet", "efficient-capsnet", "cnn-1", "cnn-2", "resnet18", "unet", "vit"] = (
+        _option("cardiocaps", "model", "the network: CardioCaps, or one that the paper compares it with")
+    )
+    routing: Literal["attention", "dynamic", "uniform"] = _option("attention", "model", "CardioCaps' routing algorithm")
+    affine: Literal["matrices", "convolution", "constant"] = _option(
+        "matrices",
+        "model",
+        "CardioCaps' votes: by learned matrices, by a 1x1 convolution that all capsules share, or by ones",
+    )
+    iterations: int = _option(3, "model", "iterations of dynamic and EM routing", low=1, high=10)
     primary_layout: Literal["channels", "legacy"] = _option(
-        "channels", "model", "a capsule is the neurons of one location, or as in the published code"
+        "channels", "model", "CardioCaps' capsules: the neurons of one location, or as in the published code"
     )
     decoder_mask: Literal["label", "predicted"] = _option(
         "label", "model", "class capsule that the decoder sees in training"
@@ -210,10 +234,15 @@ class TrainConfig:
     tf32: bool = _option(False, "machine", "on a GPU, float32 products and convolutions in TensorFloat-32")
     channels_last: bool = _option(True, "machine", "images and feature maps in channels_last order")
     compile: bool = _option(False, "machine", "train the network through torch.compile")
+    backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = _option(
+        "auto",
+        "machine",
+        "kernels of the routing; auto: the first that can; reference: plain PyTorch, which holds the votes",
+    )
     threads: int | None = _option(None, "machine", "threads of the CPU; none: torch decides", low=1, high=1024)
     workers: int = _option(0, "machine", "processes that load data; 0: the main one", low=0, high=256)
 
-    out: Path | None = _option(None, "run", "folder of the run; none: runs/PRESET-ROUTING-seedSEED")
+    out: Path | None = _option(None, "run", "folder of the run; none: runs/PRESET-NETWORK-seedSEED")
     overwrite: bool = _option(False, "run", "replace the folder of an earlier run")
     resume: Path | None = _option(
         None,
@@ -228,6 +257,11 @@ class TrainConfig:
             object.__setattr__(self, name, option.check(getattr(self, name), where=name))
         if self.protocol == "paper" and self.split != "auto":
             raise ConfigError(f"split: {self.split!r} has no meaning with protocol 'paper' (split by frame); give auto")
+        if self.model != "cardiocaps":
+            for name in ("routing", "affine", "primary_layout"):
+                if getattr(self, name) != options()[name].default:
+                    given = getattr(self, name)
+                    raise ConfigError(f"{name}: {given!r} is for model 'cardiocaps'; the model is {self.model!r}")
         if self.resume is not None:
             if self.overwrite:
                 raise ConfigError("overwrite: a run that is resumed cannot be overwritten; give one of the two")
@@ -252,8 +286,13 @@ class TrainConfig:
             learning_rate=_first(self.learning_rate, preset.learning_rate),
             epochs=_first(self.epochs, preset.epochs),
             patience=_first(self.patience, preset.patience),
-            out=self.out or self.resume or Path("runs", f"{self.preset}-{self.routing}-seed{self.seed}"),
+            out=self.out or self.resume or Path("runs", f"{self.preset}-{self._network_name()}-seed{self.seed}"),
         )
+
+    def _network_name(self) -> str:
+        if self.model != "cardiocaps":
+            return self.model
+        return self.routing if self.affine == "matrices" else f"{self.routing}-{self.affine}"
 
     def as_dict(self) -> dict[str, bool | int | float | str | None]:
         """Plain values, paths as text: what a checkpoint can hold and `TrainConfig(**values)` takes back."""
@@ -400,8 +439,14 @@ def command_line(prog: str = "cardiocaps.train", description: str | None = None)
     parser.add_argument(
         "--config", type=Path, metavar="FILE", default=None, help="YAML file with any of the settings below"
     )
+    add_options(parser, list(options()))
+    return parser
+
+
+def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
+    """Give a parser the named settings, in their sections of the help. What is not typed has no default there."""
     groups: dict[str, Any] = {}
-    for option in options().values():
+    for option in (options()[name] for name in names):
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
         group = groups[option.group]
@@ -414,7 +459,6 @@ def command_line(prog: str = "cardiocaps.train", description: str | None = None)
         text = option.help if option.default is None else f"{option.help} (default: {option.default})"
         metavar = {int: "N", float: "X", Path: "PATH", str: f"{{{','.join(option.choices)}}}"}[option.kind]
         group.add_argument(option.flag, type=option.from_text, metavar=metavar, help=text.replace("%", "%%"))
-    return parser
 
 
 def from_command_line(argv: Sequence[str] | None = None, prog: str = "cardiocaps.train") -> TrainConfig:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 DISCLAIMER = "Research use only. Not a medical device."
 
-# Side of the downsized frames that the logistic regression sees, in pixels.
+# Side of the downsized frames that the classical classifiers see, in pixels.
 PIXEL_SIDE = 32
 
 
@@ -65,28 +65,41 @@ def _scores(data: EchoDataModule, probability: Any, label: Any, clip: Any, boots
 
 def score_network(trainer: Trainer, network: Classifier, data: EchoDataModule, bootstrap: int) -> Scores:
     """The network on every test frame, in evaluation mode and in one process."""
+    from cardiocaps.metrics import regression_report
+
+    out = predict(trainer, network, data, "test")
+    columns = {name: out[name] for name in ("frame", "target", "regression") if name in out}
+    scores = _scores(data, out["probability"], out["label"], out["clip"], bootstrap, **columns)
+    if "regression" not in out:
+        return scores
+    return replace(scores, regression=regression_report(out["regression"], out["target"]))
+
+
+def predict(trainer: Trainer, network: Classifier, data: EchoDataModule, split: str) -> dict[str, Any]:
+    """What the network says of every frame of a split: arrays [n] by the names of `Classifier.predict_step`.
+
+    Raises CheckpointError where it is not finite.
+    """
     import numpy as np
     import torch
 
-    from cardiocaps.metrics import regression_report
-
+    data.predicted = split
     batches = trainer.predict(network, datamodule=data, return_predictions=True)
     assert batches is not None
     out: dict[str, Any] = {name: torch.cat([b[name].cpu() for b in batches]).numpy() for name in batches[0]}
-    if not all(np.isfinite(out[name]).all() for name in ("probability", "regression")):
+    if not all(np.isfinite(out[name]).all() for name in ("probability", "regression") if name in out):
         raise CheckpointError("the network's output is not finite: its training diverged")
-    columns = {"frame": out["frame"], "target": out["target"], "regression": out["regression"]}
-    scores = _scores(data, out["probability"].astype("float64"), out["label"], out["clip"], bootstrap, **columns)
-    return replace(scores, regression=regression_report(out["regression"], out["target"]))
+    return {**out, "probability": out["probability"].astype("float64")}
 
 
 def score_pixels(data: EchoDataModule, bootstrap: int) -> Scores:
     """Logistic regression on downsized grey frames: what the label owes to mere brightness and position."""
-    from cardiocaps.models.pixel_logistic import fit_and_score
+    from cardiocaps.models.pixel_classifiers import fit
 
     train, train_label, _ = data.pixels("train", PIXEL_SIDE)
     test, label, clip = data.pixels("test", PIXEL_SIDE)
-    return _scores(data, fit_and_score(train, train_label, test), label, clip, bootstrap)
+    classifier = fit("logistic-regression", "class-weight", train, train_label, seed=0)
+    return _scores(data, classifier.probability(test), label, clip, bootstrap)
 
 
 METRIC_NAMES = {
@@ -105,8 +118,25 @@ PAPER_NAMES = {
     "roc_auc": "ROC AUC (hard labels)",
     "pr_auc": "PR AUC (precision)",
 }
-MODEL_NAMES = {"attention": "CardioCaps", "dynamic": "DR-CapsNet", "uniform": "uniform routing"}
+ROUTING_NAMES = {"attention": "CardioCaps", "dynamic": "DR-CapsNet", "uniform": "uniform routing"}
+MODEL_NAMES = {
+    "em-capsnet": "EM-CapsNet",
+    "efficient-capsnet": "Efficient-CapsNet",
+    "cnn-1": "CNN-(1)",
+    "cnn-2": "CNN-(2)",
+    "resnet18": "ResNet18",
+    "unet": "U-Net",
+    "vit": "ViT",
+}
 PIXELS_NAME = f"logistic regression, {PIXEL_SIDE}×{PIXEL_SIDE} pixels"
+
+
+def network_name(config: TrainConfig) -> str:
+    """What tables call the network of a run."""
+    if config.model != "cardiocaps":
+        return MODEL_NAMES[config.model]
+    name = ROUTING_NAMES[config.routing]
+    return name if config.affine == "matrices" else f"{name}, {config.affine} affine map"
 
 
 def _reports(network: Scores, pixels: Scores, config: TrainConfig) -> tuple[str, Report, Report]:
@@ -130,7 +160,7 @@ def print_table(network: Scores, pixels: Scores, config: TrainConfig) -> None:
         error = f"{network.regression.mae:.2f} {unit_of_target}"
         regression = [(f"mean absolute error of {config.regression_target}", error, "")]
     first = "with 95 % interval" if config.bootstrap else ""
-    _print(title, (first, MODEL_NAMES[config.routing], PIXELS_NAME), rows, published, regression)
+    _print(title, (first, network_name(config), PIXELS_NAME), rows, published, regression)
     for note in (*ours.notes, *(f"{metric}: {why}" for metric, why in ours.undefined.items())):
         say(f"note: {note}")
 
@@ -146,8 +176,7 @@ def print_means(runs: Sequence[tuple[Scores, Scores, TrainConfig]]) -> None:
         return f"{fmean(values):.3f} ± {stdev(values):.3f}"
 
     rows = [(text, over_runs(key, 0), over_runs(key, 1)) for key, text in METRIC_NAMES.items()]
-    name = MODEL_NAMES[runs[0][2].routing]
-    _print(f"Mean over {len(runs)} runs ± standard deviation", ("", name, PIXELS_NAME), rows)
+    _print(f"Mean over {len(runs)} runs ± standard deviation", ("", network_name(runs[0][2]), PIXELS_NAME), rows)
 
 
 def _print(title: str, head: Sequence[str], *sections: Sequence[Sequence[str]]) -> None:
@@ -188,7 +217,11 @@ def write_results(run: RunFolder, network: Scores, pixels: Scores, config: Train
     plots.roc_curve(scores, truth, run.roc_curve, report=report)
     plots.precision_recall_curve(scores, truth, run.precision_recall_curve, report=report)
     # Last, for its presence says that the run is complete.
-    results = {"cardiocaps": network.as_dict(), "pixel_logistic_regression": pixels.as_dict(), "use": DISCLAIMER}
+    results = {
+        "network": {"name": network_name(config), **network.as_dict()},
+        "pixel_logistic_regression": pixels.as_dict(),
+        "use": DISCLAIMER,
+    }
     write_json(run.metrics_json, results)
 
 
@@ -200,13 +233,10 @@ def evaluate_network(
     Raises:
         CheckpointError: the checkpoint is missing, damaged or of another configuration. OutputError.
     """
-    import torch
-
-    from cardiocaps.learning import Classifier, load_weights, read_checkpoint
+    from cardiocaps.learning import best_network
     from cardiocaps.train import make_trainer
 
-    network = Classifier(config, torch.ones(2), 0.0)
-    load_weights(network, read_checkpoint(run.best), run.best)
+    network = best_network(config, run)
     machine.lay_out(network.model)
     scores = score_network(make_trainer(config, machine), network, data, config.bootstrap)
     pixels = score_pixels(data, config.bootstrap)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,16 +24,15 @@ from torch import Tensor
 from cardiocaps.config import TrainConfig
 from cardiocaps.errors import CardioCapsError, CheckpointError
 from cardiocaps.files import replacing, write_csv
-from cardiocaps.losses import CardioCapsLoss, class_weights
-from cardiocaps.models.cardiocaps import CardioCaps
+from cardiocaps.losses import SpreadLoss, class_weights
+from cardiocaps.models import build, make_loss
 from cardiocaps.models.prediction import RECONSTRUCTED_CHANNELS, Prediction
 from cardiocaps.program import Interrupted, Interruption, say
 from cardiocaps.run_folder import RunFolder
 
-LOSS_PARTS = ("loss", "margin", "reconstruction", "regression")
-
 # Settings that the meaning of a network's parameters depends on; the others only say how it is trained.
-_SHAPING = ("routing", "iterations", "primary_layout", "regression_target")
+_SHAPING = ("model", "routing", "affine", "iterations", "primary_layout", "regression_target")
+_SHAPE_OF_OLDER = {"model": "cardiocaps", "affine": "matrices"}  # checkpoints, which have no word of these
 _TRAINING_DEFAULTS = ("frames_per_clip", "batch_size", "learning_rate", "epochs", "patience")
 
 # Longest stretch of work, in seconds, that a killed run can lose.
@@ -41,7 +40,7 @@ _SAVE_EVERY = 600.0
 
 
 class Classifier(LightningModule):
-    """CardioCaps with its loss and optimiser.
+    """A network with its loss and optimiser.
 
     Args:
         config: of the run, resolved.
@@ -52,18 +51,8 @@ class Classifier(LightningModule):
     def __init__(self, config: TrainConfig, class_counts: Tensor, target_mean: float) -> None:
         super().__init__()
         self.config = config
-        self.model = CardioCaps(
-            config.network,
-            routing=config.routing,
-            iterations=config.iterations,
-            primary_layout=config.primary_layout,
-            regression_start=target_mean,
-        )
-        self.loss = CardioCapsLoss(
-            class_weights(class_counts, config.class_weight),
-            reconstruction_weight=config.reconstruction_weight,
-            regression_weight=config.regression_weight,
-        )
+        self.model = build(config, target_mean)
+        self.loss: Any = make_loss(config, class_weights(class_counts, config.class_weight))
 
     def _losses(self, batch: Mapping[str, Tensor], label: Tensor | None) -> tuple[Prediction, dict[str, Tensor]]:
         out: Prediction = self.model(batch["image"], label)
@@ -72,6 +61,10 @@ class Classifier(LightningModule):
         return out, self.loss(out.scores, batch["label"], out.reconstruction, image, out.regression, target)
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
+        if isinstance(self.loss, SpreadLoss):
+            assert self.config.epochs is not None
+            # At every step, for a run that goes on in mid-epoch is not told that an epoch begins.
+            self.loss.begin_epoch(self.current_epoch, self.config.epochs)
         return self._losses(batch, batch["label"] if self.config.decoder_mask == "label" else None)[1]
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
@@ -106,6 +99,8 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
 def check_configuration(checkpoint: Mapping[str, Any], config: TrainConfig) -> None:
     """Raise CheckpointError where a checkpoint belongs to a network of another configuration."""
     has = checkpoint.get("cardiocaps")
+    if isinstance(has, dict):
+        has = {**_SHAPE_OF_OLDER, **has}
     if not isinstance(has, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise CheckpointError("the checkpoint was not written by cardiocaps.train")
     different = [f"{n} is {has.get(n)!r}, the run's is {x!r}" for n, x in _shape(config).items() if has.get(n) != x]
@@ -145,6 +140,13 @@ def load_weights(network: Classifier, checkpoint: Mapping[str, Any], path: Path)
         raise CheckpointError(f"{path} does not fit the network: {reason}") from error
 
 
+def best_network(config: TrainConfig, run: RunFolder) -> Classifier:
+    """The network of a run's least validation loss. Raises CheckpointError where it is missing or does not fit."""
+    network = Classifier(config, torch.ones(2), 0.0)
+    load_weights(network, read_checkpoint(run.best), run.best)
+    return network
+
+
 def check_resumable_state(checkpoint: Mapping[str, Any], path: Path) -> None:
     """Raise CheckpointError where a checkpoint lacks what training needs besides the weights."""
     needed = ("epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks", "optimizer_states")
@@ -171,8 +173,8 @@ class History(Callback):
     `rows` is written to metrics.csv after every epoch.
     """
 
-    def __init__(self, run: RunFolder) -> None:
-        self.run = run
+    def __init__(self, run: RunFolder, parts: Sequence[str]) -> None:
+        self.run, self.parts = run, parts
         self.rows: list[dict[str, float]] = []
         self._sums: Tensor | None = None  # float64 [parts + 1], the last is the number of frames
         self._seconds = 0.0
@@ -198,7 +200,7 @@ class History(Callback):
 
     def _add(self, sums: Tensor | None, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
         n = len(batch["label"])
-        parts = torch.stack([outputs[name].detach().double() for name in LOSS_PARTS]) * n
+        parts = torch.stack([outputs[name].detach().double() for name in self.parts]) * n
         added = torch.cat([parts, parts.new_full((1,), n)])
         return added if sums is None else sums.to(added.device) + added
 
@@ -233,7 +235,7 @@ class History(Callback):
         for stage, sums in (("train", self._sums), ("val", self._validation)):
             assert sums is not None
             *parts, n = sums.tolist()
-            row |= {f"{stage}_{name}": part / n for name, part in zip(LOSS_PARTS, parts, strict=True)}
+            row |= {f"{stage}_{name}": part / n for name, part in zip(self.parts, parts, strict=True)}
         if not all(math.isfinite(x) for x in row.values()):
             raise CardioCapsError(
                 f"the loss is not finite in epoch {row['epoch']:.0f}: a smaller --learning-rate may help; "
@@ -288,7 +290,7 @@ class Checkpoints(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.history.is_best:
-            trainer.save_checkpoint(self.run.best)
+            trainer.save_checkpoint(self.run.best, weights_only=True)
         self._save_last(trainer)
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import nn
 
+import capsops
 from cardiocaps.config import TrainConfig
 from cardiocaps.errors import ConfigError
 
@@ -33,6 +34,7 @@ class Machine:
     tf32: bool
     channels_last: bool
     compile: bool
+    backend: str  # of capsops; "auto": the first that can
 
     @property
     def pin_memory(self) -> bool:
@@ -40,10 +42,15 @@ class Machine:
         return self.device == "cuda"
 
     def __str__(self) -> str:
+        flags = {
+            "TF32": self.tf32,
+            "channels_last": self.channels_last,
+            "compiled": self.compile,
+            f"routing on {self.backend}": self.backend != "auto",
+        }
         number = {"32": "float32", "bf16": "bfloat16 autocast"}[self.precision]
-        flags = (("TF32", self.tf32), ("channels_last", self.channels_last), ("compiled", self.compile))
         where = "cpu" if self.gpu is None else f"{self.device} ({self.gpu})"
-        return ", ".join([where, number, *(name for name, on in flags if on)])
+        return ", ".join([where, number, *(name for name, on in flags.items() if on)])
 
     def lay_out(self, network: nn.Module) -> None:
         """Put the weights of the convolutions in the order of the images, which `EchoDataModule` makes."""
@@ -78,6 +85,7 @@ def decide(config: TrainConfig, gpu: Gpu | None) -> Machine:
         tf32=config.tf32 and gpu is not None,
         channels_last=config.channels_last,
         compile=config.compile,
+        backend=config.backend,
     )
 
 
@@ -91,10 +99,10 @@ def visible_gpu() -> Gpu | None:
 @contextmanager
 def machine_for(config: TrainConfig) -> Iterator[Machine]:
     """The machine of a run. Inside the block torch, which keeps these for the whole process, has the run's number of
-    threads and its choice about TF32; after it, those of before.
+    threads and its choice about TF32, and capsops its backend; after it, those of before.
 
     Raises:
-        ConfigError: see `decide`.
+        ConfigError: see `decide`; and where the block meets a backend that is asked for and cannot run.
     """
     # Without it, matrix products on a GPU may differ in the last digits from run to run. Read when CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -107,7 +115,10 @@ def machine_for(config: TrainConfig) -> Iterator[Machine]:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
-        yield machine
+        with nullcontext() if config.backend == "auto" else capsops.use_backend(config.backend):
+            yield machine
+    except capsops.BackendError as error:
+        raise ConfigError(f"backend: {config.backend!r} is asked for, but {error}") from error
     finally:
         products.allow_tf32, convolutions.allow_tf32, threads = before
         torch.set_num_threads(threads)

@@ -6,18 +6,22 @@ weighted samples; the estimate itself is the case in which all weights are one.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 THRESHOLD = 0.5
-"""Abnormal where the probability is above it: l1 / (l0 + l1) > 1/2 is l1 > l0."""
+"""Abnormal where the probability is above it, unless another threshold is given: l1 / (l0 + l1) > 1/2 is l1 > l0."""
 
 LEVEL = 0.95
 """Coverage of the intervals."""
+
+PUBLISHED = ("accuracy", "f1", "roc_auc", "pr_auc")
+"""The four columns of the paper's tables, by the definitions of its published code; see `Report`."""
 
 METRICS = (
     "auroc",
@@ -57,10 +61,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Report:
-    """What `evaluate` found. `metrics` has a key for each of METRICS; `paper` the definitions of the published
-    code of CardioCaps: `accuracy`, `f1` (weighted), `roc_auc` (of hard labels: balanced accuracy) and `pr_auc`
+    """What `evaluate` found. `metrics` has a key for each of METRICS, and with `confusion` (rows truth, columns
+    prediction) holds for decisions at `threshold`; `paper` the definitions of the published code of CardioCaps,
+    always at 0.5: `accuracy`, `f1` (weighted), `roc_auc` (of hard labels: balanced accuracy) and `pr_auc`
     (precision of the positive class). `undefined` gives the reason for every NaN, `notes` what limits the
-    intervals. `confusion`: rows truth, columns prediction.
+    intervals.
     """
 
     n: int
@@ -73,6 +78,7 @@ class Report:
     notes: tuple[str, ...]
     bootstrap: int
     seed: int
+    threshold: float = THRESHOLD
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; NaN becomes None."""
@@ -80,7 +86,7 @@ class Report:
             "n": self.n,
             "positives": self.positives,
             "groups": self.groups,
-            "threshold": THRESHOLD,
+            "threshold": self.threshold,
             "metrics": {
                 name: {"value": _finite(e.value), "low": _finite(e.low), "high": _finite(e.high)}
                 for name, e in self.metrics.items()
@@ -91,6 +97,44 @@ class Report:
             "notes": list(self.notes),
             "bootstrap": {"resamples": self.bootstrap, "seed": self.seed, "level": LEVEL},
         }
+
+
+@dataclass(frozen=True)
+class MeanEstimate:
+    """A metric's mean over runs, its standard deviation (that of a sample, n - 1) and the bootstrap interval of the
+    mean; NaN where undefined, and the deviation of a single run."""
+
+    value: float
+    sd: float = math.nan
+    low: float = math.nan
+    high: float = math.nan
+
+    def __str__(self) -> str:
+        if math.isnan(self.value):
+            return "undefined"
+        deviation = "" if math.isnan(self.sd) else f" ± {self.sd:.3f}"
+        interval = "" if math.isnan(self.low) else f" ({self.low:.3f} to {self.high:.3f})"
+        return f"{self.value:.3f}{deviation}{interval}"
+
+
+@dataclass(frozen=True)
+class RunsReport:
+    """What `evaluate_runs` found: a mean over the runs for each of METRICS and, in `paper`, of PUBLISHED; the runs'
+    own reports, which have no intervals. `undefined` and `notes` as in `Report`. `paired`: all runs were tested on
+    the same videos."""
+
+    metrics: Mapping[str, MeanEstimate]
+    paper: Mapping[str, MeanEstimate]
+    runs: tuple[Report, ...]
+    paired: bool
+    undefined: Mapping[str, str]
+    notes: tuple[str, ...]
+
+    @property
+    def confusion(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Counts summed over the runs, each at its own threshold: rows truth, columns prediction."""
+        (tn, fp), (fn, tp) = np.sum([run.confusion for run in self.runs], axis=0).tolist()
+        return (tn, fp), (fn, tp)
 
 
 @dataclass(frozen=True)
@@ -120,6 +164,7 @@ def evaluate(
     label: ArrayLike,
     groups: ArrayLike | None = None,
     *,
+    threshold: float = THRESHOLD,
     bootstrap: int = 1000,
     seed: int = 0,
 ) -> Report:
@@ -127,34 +172,28 @@ def evaluate(
     intervals.
 
     `groups` [n], integers or text: what is resampled as a whole, that is, the video; None: every sample by
-    itself. `bootstrap`: number of resamples, 0 for none. Where only one class is present, the metrics that
-    need both are NaN, with the reason in `undefined`. Raises ValueError for lengths that differ, no sample,
-    probabilities outside [0, 1] and labels other than 0, 1.
+    itself. `threshold`: class 1 is predicted above it; the definitions of the published code stay at 0.5.
+    `bootstrap`: number of resamples, 0 for none. Where only one class is present, the metrics that need both are
+    NaN, with the reason in `undefined`. Raises ValueError for lengths that differ, no sample, probabilities and a
+    threshold outside [0, 1] and labels other than 0, 1.
     """
     p, y = _checked(probability, label)
-    if bootstrap < 0:
-        raise ValueError(f"bootstrap: must be 0 or more, is {bootstrap}")
+    _check_decision(threshold, bootstrap)
     group = _group_index(groups, p.size)
-    sample = _Sample.of(p, y, group)
+    sample = _Sample.of(p, y, group, threshold)
     count = sample.size.size
-    value = {name: float(v[0]) for name, v in sample.scores(np.ones((1, count))).items()}
+    value = sample.estimate()
 
     strata = _strata(y, group, count)
     low, high = dict.fromkeys(METRICS, math.nan), dict.fromkeys(METRICS, math.nan)
     if bootstrap:
-        drawn = _drawn(sample, strata, bootstrap, np.random.default_rng(seed))
-        tail = 100 * (1 - LEVEL) / 2
+        drawn = _drawn(sample, strata, bootstrap, np.random.default_rng(seed), p.size)
         for name in METRICS:
             if not math.isnan(value[name]):
-                low[name], high[name] = (float(q) for q in np.percentile(drawn[name], (tail, 100 - tail)))
+                low[name], high[name] = _interval(drawn[name])
 
-    (tn, fp), (fn, tp) = confusion(p, y).tolist()
-    paper = {
-        "accuracy": value["accuracy"],
-        "f1": value["f1_weighted"],
-        "roc_auc": (value["sensitivity"] + value["specificity"]) / 2,
-        "pr_auc": tp / (tp + fp) if tp + fp else 0.0,
-    }
+    (tn, fp), (fn, tp) = confusion(p, y, threshold).tolist()
+    paper = _published(p, y)
     one_class = f"every label is {int(y[0])}, the metric needs both classes"
     reasons = {
         "auroc": one_class,
@@ -165,11 +204,6 @@ def evaluate(
         "paper.roc_auc": one_class,
     }
     values = value | {f"paper.{name}": v for name, v in paper.items()}
-    notes = [
-        f"of {count} videos only {members.size} {kind}: the intervals are too narrow"
-        for kind, members in strata.items()
-        if bootstrap and members.size < _FEW
-    ]
     return Report(
         n=p.size,
         positives=int(y.sum()),
@@ -178,10 +212,130 @@ def evaluate(
         paper=paper,
         confusion=((tn, fp), (fn, tp)),
         undefined={name: reason for name, reason in reasons.items() if math.isnan(values[name])},
-        notes=tuple(notes),
+        notes=tuple(_few(strata, count)) if bootstrap else (),
         bootstrap=bootstrap,
         seed=seed,
+        threshold=float(threshold),
     )
+
+
+def evaluate_runs(
+    probabilities: Sequence[ArrayLike],
+    labels: Sequence[ArrayLike],
+    groups: Sequence[ArrayLike | None] | None = None,
+    thresholds: Sequence[float] | None = None,
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> RunsReport:
+    """Metrics averaged over several runs of one system, each argument with one entry for a run, as `evaluate` takes
+    them (thresholds: None for 0.5 in all).
+
+    The interval is that of the average: a resample draws videos, gives the same ones to every run that was tested
+    on those videos, and averages the metric over the runs. It so tells how the videos' choice moves the result,
+    while `sd` tells how the seed does. Runs with other videos, or other labels of them, draw by themselves. A metric
+    that is undefined in one run is undefined. Raises ValueError as `evaluate`, for no run, and for sequences of
+    different lengths.
+    """
+    count = len(probabilities)
+    groups = [None] * count if groups is None else groups
+    thresholds = [THRESHOLD] * count if thresholds is None else thresholds
+    if not count:
+        raise ValueError("probabilities: must have at least one run, is empty")
+    for name, values in (("labels", labels), ("groups", groups), ("thresholds", thresholds)):
+        if len(values) != count:
+            raise ValueError(f"{name}: must have one entry for each of {count} runs, has {len(values)}")
+    runs = tuple(
+        evaluate(p, y, group, threshold=threshold, bootstrap=0, seed=seed)
+        for p, y, group, threshold in zip(probabilities, labels, groups, thresholds, strict=True)
+    )
+    _check_decision(THRESHOLD, bootstrap)
+
+    undefined: dict[str, str] = {}
+    for number, run in enumerate(runs, start=1):
+        for name, reason in run.undefined.items():
+            undefined.setdefault(name, reason if count == 1 else f"run {number} of {count}: {reason}")
+    videos: dict[Any, int] = {}  # the videos of the runs seen so far, and which stream of random numbers draws them
+    samples, notes = [], []
+    most = max(run.n for run in runs)
+    for p, y, group, threshold in zip(probabilities, labels, groups, thresholds, strict=True):
+        checked, truth = _checked(p, y)
+        index = _group_index(group, checked.size)
+        names = np.unique(np.arange(checked.size) if group is None else np.asarray(group))
+        sample = _Sample.of(checked, truth, index, threshold)
+        strata = _strata(truth, index, names.size)
+        same = (tuple(names.tolist()), *((kind, tuple(members.tolist())) for kind, members in strata.items()))
+        stream = videos.setdefault(same, len(videos))
+        samples.append((sample, strata, stream))
+        if bootstrap:
+            notes += _few(strata, names.size)
+    intervals = dict.fromkeys(METRICS, (math.nan, math.nan))
+    if bootstrap:
+        drawn = [
+            # The numbers of a stream begin anew for every run, and so draw the same videos.
+            _drawn(sample, strata, bootstrap, np.random.default_rng([seed, stream] if stream else seed), most)
+            for sample, strata, stream in samples
+        ]
+        for name in METRICS:
+            if name not in undefined:
+                intervals[name] = _interval(np.mean([values[name] for values in drawn], axis=0))
+    return RunsReport(
+        metrics={
+            name: MeanEstimate(*_mean_and_deviation([run.metrics[name].value for run in runs]), *intervals[name])
+            for name in METRICS
+        },
+        paper={name: MeanEstimate(*_mean_and_deviation([run.paper[name] for run in runs])) for name in PUBLISHED},
+        runs=runs,
+        paired=len(videos) == 1,
+        undefined=undefined,
+        notes=tuple(dict.fromkeys(notes)),
+    )
+
+
+def choose_threshold(probability: ArrayLike, label: ArrayLike) -> float:
+    """The threshold with the largest Youden index (sensitivity + specificity - 1; Youden 1950) for `probability` [n]
+    against `label` [n]: the middle between two neighbouring probabilities, of equally good ones the nearest to 0.5,
+    then the smaller. THRESHOLD where all probabilities are equal.
+
+    Raises ValueError as `evaluate`, and where only one class is present.
+    """
+    p, y = _checked(probability, label)
+    positives = int(y.sum())
+    if positives in (0, y.size):
+        raise ValueError(f"label: must hold both classes for a threshold to be chosen, every one is {int(y[0])}")
+    falling, tp, fp = threshold_counts(p, y)
+    upper, lower = falling[1:-1], falling[2:]
+    if not lower.size:
+        return THRESHOLD
+    middle = lower + (upper - lower) / 2
+    middle = np.where(middle < upper, middle, lower)  # between neighbouring floats there is no other
+    # The index times the number of samples of each class, in integers, so that ties are exact.
+    index = tp[1:-1] * (y.size - positives) - fp[1:-1] * positives
+    best = middle[index == index.max()]
+    return float(min(best, key=lambda threshold: (abs(threshold - THRESHOLD), threshold)))
+
+
+def reliability(probability: ArrayLike, label: ArrayLike, bins: int = 10) -> tuple[Floats, Floats, Integers]:
+    """Mean predicted probability [b], observed share of class 1 [b] and number of samples [b] in bins of equal mass,
+    b ≤ `bins`: equal probabilities share a bin, so there can be fewer.
+
+    Raises ValueError as `evaluate`, and for `bins` below 1.
+    """
+    p, y = _checked(probability, label)
+    if bins < 1:
+        raise ValueError(f"bins: must be 1 or more, is {bins}")
+    order = np.sort(p)
+    edges = np.unique(order[[p.size * k // bins for k in range(1, bins)]])
+    member = np.unique(np.searchsorted(edges, p, side="right"), return_inverse=True)[1]
+    size = np.bincount(member)
+    return np.bincount(member, weights=p) / size, np.bincount(member, weights=y) / size, size.astype(np.int64)
+
+
+def expected_calibration_error(probability: ArrayLike, label: ArrayLike, bins: int = 10) -> float:
+    """Mean distance between predicted probability and observed share over the bins of `reliability`, weighted by
+    their samples (Naeini et al. 2015, with bins of equal mass). Raises ValueError as `reliability`."""
+    predicted, observed, size = reliability(probability, label, bins)
+    return float((size * np.abs(predicted - observed)).sum() / size.sum())
 
 
 def by_video(probability: ArrayLike, label: ArrayLike, clip: ArrayLike) -> tuple[Floats, Integers]:
@@ -201,10 +355,10 @@ def by_video(probability: ArrayLike, label: ArrayLike, clip: ArrayLike) -> tuple
     return np.clip(np.bincount(group, weights=p) / size, 0.0, 1.0), (positive > 0).astype(np.int64)
 
 
-def confusion(probability: ArrayLike, label: ArrayLike) -> Integers:
-    """Counts [[tn, fp], [fn, tp]]: rows are the true class, columns the predicted one (probability > 0.5)."""
+def confusion(probability: ArrayLike, label: ArrayLike, threshold: float = THRESHOLD) -> Integers:
+    """Counts [[tn, fp], [fn, tp]]: rows are the true class, columns the predicted one (probability > threshold)."""
     p, y = _checked(probability, label)
-    return np.bincount(2 * y + (p > THRESHOLD), minlength=4).reshape(2, 2).astype(np.int64)
+    return np.bincount(2 * y + (p > threshold), minlength=4).reshape(2, 2).astype(np.int64)
 
 
 def threshold_counts(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, Integers, Integers]:
@@ -269,10 +423,10 @@ class _Sample:
     size: Floats  # [g]
 
     @classmethod
-    def of(cls, p: Floats, y: Integers, group: Integers) -> "_Sample":
+    def of(cls, p: Floats, y: Integers, group: Integers, threshold: float = THRESHOLD) -> "_Sample":
         count = int(group.max()) + 1
         order = np.argsort(-p, kind="stable")
-        cell = 4 * group + 2 * y + (p > THRESHOLD)
+        cell = 4 * group + 2 * y + (p > threshold)
         return cls(
             group=group[order],
             positive=y[order].astype(np.float64),
@@ -281,6 +435,10 @@ class _Sample:
             squared=np.bincount(group, weights=np.square(p - y), minlength=count).astype(np.float64),
             size=np.bincount(group, minlength=count).astype(np.float64),
         )
+
+    def estimate(self) -> dict[str, float]:
+        """Every metric of the samples as they are."""
+        return {name: float(v[0]) for name, v in self.scores(np.ones((1, self.size.size))).items()}
 
     def scores(self, weight: Floats) -> dict[str, Floats]:
         """Every metric, [r], for the group weights `weight` [r, g]; NaN where it is undefined."""
@@ -322,6 +480,38 @@ class _Sample:
         return auroc, average_precision
 
 
+def _published(p: Floats, y: Integers) -> dict[str, float]:
+    """The metrics of PUBLISHED, of decisions at THRESHOLD."""
+    _, fp, _, tp = confusion(p, y).ravel().tolist()
+    value = _Sample.of(p, y, np.arange(p.size)).estimate()
+    return {
+        "accuracy": value["accuracy"],
+        "f1": value["f1_weighted"],
+        "roc_auc": (value["sensitivity"] + value["specificity"]) / 2,
+        "pr_auc": tp / (tp + fp) if tp + fp else 0.0,
+    }
+
+
+def _few(strata: Mapping[str, Integers], count: int) -> list[str]:
+    return [
+        f"of {count} videos only {members.size} {kind}: the intervals are too narrow"
+        for kind, members in strata.items()
+        if members.size < _FEW
+    ]
+
+
+def _interval(drawn: Floats) -> tuple[float, float]:
+    """The middle LEVEL of the resamples."""
+    tail = 100 * (1 - LEVEL) / 2
+    low, high = np.percentile(drawn, (tail, 100 - tail))
+    return float(low), float(high)
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    # Not with np.std: of equal values it need not be zero.
+    return fmean(values), stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+
+
 def _strata(y: Integers, group: Integers, count: int) -> dict[str, Integers]:
     """Groups by the classes they hold. Under the paper's protocol one video can have frames of both."""
     positive = np.bincount(group, weights=y, minlength=count) > 0
@@ -335,10 +525,11 @@ def _strata(y: Integers, group: Integers, count: int) -> dict[str, Integers]:
 
 
 def _drawn(
-    sample: _Sample, strata: Mapping[str, Integers], resamples: int, rng: np.random.Generator
+    sample: _Sample, strata: Mapping[str, Integers], resamples: int, rng: np.random.Generator, samples: int
 ) -> dict[str, Floats]:
-    """Every metric of each resample, [resamples], computed so many at a time as fit in a few small arrays."""
-    rows = max(1, _CHUNK // sample.group.size)
+    """Every metric of each resample, [resamples], computed so many at a time as fit in a few small arrays. `samples`:
+    of this run, or the most of the runs that are to draw the same."""
+    rows = max(1, _CHUNK // samples)
     parts = [sample.scores(_resamples(strata, min(rows, resamples - done), rng)) for done in range(0, resamples, rows)]
     return {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
 
@@ -366,6 +557,13 @@ def _checked(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, Integers
     if wrong.any():
         raise ValueError(f"label: must be 0 or 1, one is {y[wrong][0]} (at {wrong.argmax()})")
     return p, y.astype(np.int64)
+
+
+def _check_decision(threshold: float, bootstrap: int) -> None:
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold: must lie in [0, 1], is {threshold}")
+    if bootstrap < 0:
+        raise ValueError(f"bootstrap: must be 0 or more, is {bootstrap}")
 
 
 def _vector(values: ArrayLike, name: str) -> Floats:

@@ -14,17 +14,18 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cardiocaps.files import write_bytes
-from cardiocaps.metrics import THRESHOLD, Report, evaluate, threshold_counts
+from cardiocaps.metrics import Report, evaluate, threshold_counts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
 
 FOOTER = "Research use only. Not a medical device."
 CLASSES = ("normal", "abnormal")
 
-_BLUE, _VERMILION, _GREEN, _INK, _GREY = "#0072B2", "#D55E00", "#009E73", "#222222", "#767676"
-_STYLES = {"train": (_BLUE, "-", "training"), "val": (_VERMILION, "--", "validation")}
+BLUE, VERMILION, GREEN, INK, GREY = "#0072B2", "#D55E00", "#009E73", "#222222", "#767676"
+_STYLES = {"train": (BLUE, "-", "training"), "val": (VERMILION, "--", "validation")}
 _NOT_CURVES = {"epoch", "seconds"}
 _LOSSES = {"loss", "margin", "reconstruction", "regression"}
 _LABELS = {
@@ -57,28 +58,28 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         if any(np.isfinite(_column(history, k)).any() for k in keys.values())
     }
     if not drawn:
-        _save(_message("Learning curves", "No epoch has been finished."), path)
+        save(message("Learning curves", "No epoch has been finished."), path)
         return
     columns = min(3, len(drawn))
     rows = math.ceil(len(drawn) / columns)
-    figure = _figure(4.6 * columns, 3.3 * rows + 0.7, "Learning curves")
+    figure = new_figure(4.6 * columns, 3.3 * rows + 0.7, "Learning curves")
     epoch = [float(row.get("epoch", i)) for i, row in enumerate(history)]
     loss = _column(history, series.get("loss", {}).get("val", ""))
     best = epoch[int(np.nanargmin(loss))] if np.isfinite(loss).any() else None
     for place, (name, keys) in enumerate(drawn.items(), start=1):
         axes = figure.add_subplot(rows, columns, place)
         for part, key in keys.items():
-            colour, style, label = _STYLES.get(part, (_GREEN, "-", ""))
+            colour, style, label = _STYLES.get(part, (GREEN, "-", ""))
             axes.plot(epoch, _column(history, key), style, color=colour, label=label, marker="o", markersize=3)
         if best is not None:
-            axes.axvline(best, color=_GREY, linewidth=1, linestyle=":", label="least validation loss")
-        _dress(axes, "Epoch", _LABELS.get(name, name.replace("_", " ").capitalize()))
+            axes.axvline(best, color=GREY, linewidth=1, linestyle=":", label="least validation loss")
+        dress(axes, "Epoch", _LABELS.get(name, name.replace("_", " ").capitalize()))
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         if name in _LOSSES and all(np.nanmin(_column(history, key)) > 0 for key in keys.values()):
             axes.set_yscale("log")  # the first epoch dwarfs the others
         if place == 1:
             axes.legend(frameon=False, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def confusion_matrix(
@@ -91,10 +92,19 @@ def confusion_matrix(
     matrix = np.asarray(counts)
     if matrix.shape != (len(classes), len(classes)) or (matrix < 0).any():
         raise ValueError(f"counts: must be [{len(classes)}, {len(classes)}] and not negative, is {matrix.tolist()}")
+    figure = new_figure(5.0, 4.6, title)
+    axes = figure.add_subplot()
+    image = draw_confusion(axes, matrix, classes)
+    bar = figure.colorbar(image, ax=axes, fraction=0.045, format=lambda x, _: f"{x:.0%}")
+    bar.set_label("Share of the true class")
+    bar.outline.set_visible(False)
+    save(figure, path)
+
+
+def draw_confusion(axes: "Axes", matrix: "np.ndarray[Any, Any]", classes: Sequence[str] = CLASSES) -> "AxesImage":
+    """Counts `matrix` [J, J] in `axes`, coloured by their share of the row. Returns the image, for a colour bar."""
     total = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, total, out=np.zeros(matrix.shape), where=total > 0)
-    figure = _figure(5.0, 4.6, title)
-    axes = figure.add_subplot()
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(matrix):
         percent = f"{share[row, column]:.1%}" if total[row, 0] else "no sample"
@@ -105,7 +115,7 @@ def confusion_matrix(
             ha="center",
             va="center",
             fontsize=13,
-            color="white" if share[row, column] > 0.55 else _INK,
+            color="white" if share[row, column] > 0.55 else INK,
         )
     axes.set_xticks(range(len(classes)), classes)
     axes.set_yticks(range(len(classes)), classes, rotation=90, va="center")
@@ -113,10 +123,7 @@ def confusion_matrix(
     axes.set_ylabel("True class")
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
-    bar = figure.colorbar(image, ax=axes, fraction=0.045, format=lambda x, _: f"{x:.0%}")
-    bar.set_label("Share of the true class")
-    bar.outline.set_visible(False)
-    _save(figure, path)
+    return image
 
 
 def roc_curve(
@@ -134,28 +141,28 @@ def roc_curve(
     """
     report = report or evaluate(probability, label, bootstrap=0)
     if "auroc" in report.undefined:
-        _save(_message(title, f"Undefined: {report.undefined['auroc']}."), path)
+        save(message(title, f"Undefined: {report.undefined['auroc']}."), path)
         return
     _, tp, fp = threshold_counts(probability, label)
-    figure = _figure(5.0, 5.2, title)
+    figure = new_figure(5.0, 5.2, title)
     axes = figure.add_subplot()
-    axes.plot([0, 1], [0, 1], ":", color=_GREY, linewidth=1, label="chance: 0.500")
-    axes.plot(fp / fp[-1], tp / tp[-1], color=_BLUE, linewidth=2, label=f"AUROC {report.metrics['auroc']}")
+    axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=1, label="chance: 0.500")
+    axes.plot(fp / fp[-1], tp / tp[-1], color=BLUE, linewidth=2, label=f"AUROC {report.metrics['auroc']}")
     sensitivity, specificity = report.metrics["sensitivity"].value, report.metrics["specificity"].value
     axes.plot(
         [1 - specificity],
         [sensitivity],
         "o",
-        color=_VERMILION,
+        color=VERMILION,
         markersize=8,
         clip_on=False,
         zorder=3,
-        label=f"probability > {THRESHOLD}: sensitivity {sensitivity:.3f},\nspecificity {specificity:.3f}",
+        label=f"probability > {report.threshold:.3g}: sensitivity {sensitivity:.3f},\nspecificity {specificity:.3f}",
     )
-    _dress(axes, "1 − specificity (false positive rate)", "Sensitivity (true positive rate)")
-    _unit_square(axes)
+    dress(axes, "1 − specificity (false positive rate)", "Sensitivity (true positive rate)")
+    unit_square(axes)
     axes.legend(frameon=False, fontsize=9, loc="lower right")
-    _save(figure, path)
+    save(figure, path)
 
 
 def precision_recall_curve(
@@ -170,20 +177,20 @@ def precision_recall_curve(
     `roc_curve`."""
     report = report or evaluate(probability, label, bootstrap=0)
     if "average_precision" in report.undefined:
-        _save(_message(title, f"Undefined: {report.undefined['average_precision']}."), path)
+        save(message(title, f"Undefined: {report.undefined['average_precision']}."), path)
         return
     _, tp, fp = threshold_counts(probability, label)
     recall, precision = tp[1:] / tp[-1], tp[1:] / (tp[1:] + fp[1:])
     prevalence = report.positives / report.n
-    figure = _figure(5.0, 5.2, title)
+    figure = new_figure(5.0, 5.2, title)
     axes = figure.add_subplot()
-    axes.axhline(prevalence, color=_GREY, linestyle=":", linewidth=1, label=f"prevalence: {prevalence:.3f}")
+    axes.axhline(prevalence, color=GREY, linestyle=":", linewidth=1, label=f"prevalence: {prevalence:.3f}")
     # Average precision is the area under these steps, not under straight lines between the points.
     axes.step(
         np.concatenate(([0], recall)),
         np.concatenate((precision[:1], precision)),
         where="pre",
-        color=_BLUE,
+        color=BLUE,
         linewidth=2,
         label=f"average precision {report.metrics['average_precision']}",
     )
@@ -194,40 +201,43 @@ def precision_recall_curve(
         axes.plot(
             *([x] for x in at),
             "o",
-            color=_VERMILION,
+            color=VERMILION,
             markersize=8,
             clip_on=False,
             zorder=3,
-            label=f"probability > {THRESHOLD}: recall {at[0]:.3f},\nprecision {at[1]:.3f}",
+            label=f"probability > {report.threshold:.3g}: recall {at[0]:.3f},\nprecision {at[1]:.3f}",
         )
-    _dress(axes, "Recall (sensitivity)", "Precision (positive predictive value)")
-    _unit_square(axes)
+    dress(axes, "Recall (sensitivity)", "Precision (positive predictive value)")
+    unit_square(axes)
     axes.legend(frameon=False, fontsize=9, loc="best")
-    _save(figure, path)
+    save(figure, path)
 
 
-def _figure(width: float, height: float, title: str) -> "Figure":
+def new_figure(width: float, height: float, title: str) -> "Figure":
+    """A figure of `width` by `height` inches with its title and the footer, on a canvas of its own."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=13, color=_INK)
-    figure.supxlabel(FOOTER, fontsize=7, color=_GREY)
+    figure.suptitle(title, fontsize=13, color=INK)
+    figure.supxlabel(FOOTER, fontsize=7, color=GREY)
     return figure
 
 
-def _message(title: str, text: str) -> "Figure":
+def message(title: str, text: str) -> "Figure":
+    """A figure that holds nothing but a sentence."""
     import textwrap
 
-    figure = _figure(5.0, 3.0, title)
+    figure = new_figure(5.0, 3.0, title)
     axes = figure.add_subplot()
     axes.axis("off")
-    axes.text(0.5, 0.5, textwrap.fill(text, 48), ha="center", va="center", fontsize=11, color=_INK)
+    axes.text(0.5, 0.5, textwrap.fill(text, 48), ha="center", va="center", fontsize=11, color=INK)
     return figure
 
 
-def _dress(axes: "Axes", x: str, y: str) -> None:
+def dress(axes: "Axes", x: str, y: str) -> None:
+    """Names of the axes, a faint grid, no frame above and on the right."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(color="#E3E3E3", linewidth=0.6)
@@ -235,7 +245,8 @@ def _dress(axes: "Axes", x: str, y: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _unit_square(axes: "Axes") -> None:
+def unit_square(axes: "Axes") -> None:
+    """Both axes from 0 to 1 at one scale."""
     axes.set_xlim(0, 1)
     axes.set_ylim(0, 1.005)
     axes.set_aspect("equal")
@@ -246,7 +257,8 @@ def _column(history: Sequence[Mapping[str, Any]], key: str) -> "np.ndarray[Any, 
     return np.array([math.nan if value in (None, "") else float(value) for value in values])
 
 
-def _save(figure: "Figure", path: Path) -> None:
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG, whole or not at all. Raises OutputError."""
     content = io.BytesIO()
     figure.savefig(content, format="png", metadata={"Software": None})
     write_bytes(path, content.getvalue())

@@ -12,7 +12,7 @@ from typing import Any
 
 from cardiocaps import __version__
 from cardiocaps.errors import ConfigError, OutputError
-from cardiocaps.files import output_errors, write_json
+from cardiocaps.files import output_errors, write_json, write_text
 
 _KIND = "cardiocaps run"
 
@@ -149,9 +149,10 @@ class RunFolder:
     def precision_recall_curve(self) -> Path:
         return self.plots / "precision_recall_curve.png"
 
-    def write_environment(self, device: str) -> None:
-        """Write `environment.json`. Raises OutputError."""
+    def begin(self, config: str, device: str) -> None:
+        """Write the configuration, in YAML, and `environment.json`. Raises OutputError."""
         write_json(self.environment, environment(device))
+        write_text(self.config, config)
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from cardiocaps.program import Interruption, execute, say
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import Callback
 
     from cardiocaps.data.datamodule import EchoDataModule
     from cardiocaps.data.echonet import Study
@@ -39,7 +40,7 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
     """
     quiet()
     from cardiocaps.evaluate import evaluate_network
-    from cardiocaps.files import exclusive, write_text
+    from cardiocaps.files import exclusive
     from cardiocaps.machine import machine_for
     from cardiocaps.run_folder import RunFolder
 
@@ -52,8 +53,7 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
         folder = RunFolder.open(config.out) if config.resume else RunFolder.create(config.out, config.overwrite)
         with exclusive(folder.path):
             if not config.resume:
-                write_text(folder.config, config.to_yaml())
-                folder.write_environment(machine.device)
+                folder.begin(config.to_yaml(), machine.device)
             try:
                 data = decode(config, machine, study or read_study(config))
             except CardioCapsError:
@@ -86,7 +86,7 @@ def read_study(config: TrainConfig) -> Study:
         root,
         protocol=config.protocol,
         split=config.split,
-        seed=config.seed,
+        seed=config.seed if config.split_seed is None else config.split_seed,
         max_bad_share=config.max_bad_share,
         limit=config.limit,
     )
@@ -104,6 +104,7 @@ def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModul
         frame_choice=config.frame_choice,
         target=config.regression_target,
         seed=config.seed,
+        split_seed=config.split_seed,
         cache_dir=config.cache_dir,
         num_workers=config.workers,
         max_bad_share=config.max_bad_share,
@@ -134,9 +135,17 @@ def make_trainer(config: TrainConfig, machine: Machine, **options: Any) -> Train
 
 
 def train(
-    config: TrainConfig, machine: Machine, folder: RunFolder, data: EchoDataModule, interruption: Interruption
-) -> None:
-    """Train from the beginning or from last.ckpt, to best.ckpt, metrics.csv and the learning curves."""
+    config: TrainConfig,
+    machine: Machine,
+    folder: RunFolder,
+    data: EchoDataModule,
+    interruption: Interruption,
+    callbacks: Sequence[Callback] = (),
+) -> list[dict[str, float]]:
+    """Train from the beginning or from last.ckpt, to best.ckpt, metrics.csv and the learning curves.
+
+    Returns the rows of metrics.csv. Further `callbacks` may keep a state in the checkpoints.
+    """
     import torch
     from lightning.pytorch import seed_everything
     from lightning.pytorch.callbacks import RichProgressBar
@@ -159,7 +168,7 @@ def train(
     # It would cost time and change no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     network = Classifier(config, data.train_class_counts(), data.train_target_mean())
-    history, start, ended = History(folder), None, False
+    history, start, ended = History(folder, network.loss.parts), None, False
     assert config.patience is not None and config.epochs is not None
     if config.resume and folder.last.exists():
         start = folder.last
@@ -170,7 +179,9 @@ def train(
         if epochs and not folder.best.exists():
             raise CheckpointError(f"{folder.best} does not exist, though {epochs} epochs have ended")
         ended = epochs >= config.epochs or Patience.is_over(checkpoint, config.patience)
-        history.load_state_dict(checkpoint["callbacks"][history.state_key])
+        for callback in (history, *callbacks):
+            if callback.state_key in checkpoint["callbacks"]:
+                callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
     elif config.resume:
         say("this run has no checkpoint yet; it starts from the beginning")
     if ended:
@@ -183,7 +194,13 @@ def train(
             config,
             machine,
             max_epochs=config.epochs,
-            callbacks=[history, Patience(config.patience), Checkpoints(folder, history, interruption), *bar],
+            callbacks=[
+                history,
+                Patience(config.patience),
+                Checkpoints(folder, history, interruption),
+                *bar,
+                *callbacks,
+            ],
             plugins=[CheckpointFiles()],
         )
         with compilation_errors():
@@ -191,6 +208,7 @@ def train(
     with output_errors(folder.plots):
         folder.plots.mkdir(exist_ok=True)
     plots.learning_curves(history.rows, folder.learning_curves)
+    return history.rows
 
 
 def _in_epoch(checkpoint: dict[str, Any]) -> bool:

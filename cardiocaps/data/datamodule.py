@@ -136,7 +136,8 @@ class EchoDataModule(LightningDataModule):
         frames_per_clip: at most so many frames of each clip.
         frame_choice: ``spread`` or ``first``; default ``first`` in the paper protocol, else ``spread``.
         target: ``width`` (cm) or ``ef`` (percent).
-        seed: of order, augmentation and the paper protocol's split.
+        seed: of order and augmentation.
+        split_seed: of the paper protocol's split; default: `seed`.
         cache_dir: see `cache.default_folder`.
         num_workers: loader processes, which live as long as their loader.
         max_bad_share: largest share of unusable rows or videos.
@@ -160,6 +161,7 @@ class EchoDataModule(LightningDataModule):
         frame_choice: str | None = None,
         target: str = "width",
         seed: int = 10,
+        split_seed: int | None = None,
         cache_dir: Path | str | None = None,
         num_workers: int = 0,
         max_bad_share: float = 0.05,
@@ -175,14 +177,16 @@ class EchoDataModule(LightningDataModule):
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         if num_workers < 0:
             raise ConfigError(f"num_workers must be at least 0, got {num_workers}")
-        if seed < 0:
-            raise ConfigError(f"seed must be at least 0, got {seed}")
+        for name, value in (("seed", seed), ("split_seed", split_seed)):
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} must be at least 0, got {value}")
         if not isinstance(study, Study):
-            study = read_folder(study, seed=seed, max_bad_share=max_bad_share)
+            study = read_folder(study, seed=seed if split_seed is None else split_seed, max_bad_share=max_bad_share)
         choice = frame_choice or ("first" if study.protocol == "paper" else "spread")
         cache.choose_frames(1, frames_per_clip, choice)
         self.study = study
         self.size, self.batch_size, self.target, self.seed = size, batch_size, target, seed
+        self.split_seed = seed if split_seed is None else split_seed
         self.num_workers, self.augment_full = num_workers, augment_full
         self.pin_memory, self.channels_last = pin_memory, channels_last
         self._cache_options: dict[str, Any] = {
@@ -193,6 +197,7 @@ class EchoDataModule(LightningDataModule):
             "max_bad_share": max_bad_share,
             "progress": progress,
         }
+        self.predicted = "test"  # the split that `predict_dataloader` gives
         self._datasets: dict[str, FrameDataset] = {}
 
     def prepare_data(self) -> None:
@@ -206,7 +211,7 @@ class EchoDataModule(LightningDataModule):
         cached = cache.build(self.study, **self._cache_options)
         self.study = cached.study
         counts = [len(cached.numbers[clip.path]) for clip in self.study.clips]
-        items = splits.frame_items([clip.split for clip in self.study.clips], counts, self.seed)
+        items = splits.frame_items([clip.split for clip in self.study.clips], counts, self.split_seed)
         datasets = {
             split: FrameDataset(
                 cached,
@@ -232,7 +237,7 @@ class EchoDataModule(LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader("test")
+        return self._loader(self.predicted)
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
         """Make the views where the batch is, so that only uint8 frames travel to the device."""
@@ -246,6 +251,10 @@ class EchoDataModule(LightningDataModule):
     def clips(self, split: str) -> tuple[Clip, ...]:
         """The clips that a batch's ``clip`` counts."""
         return self._dataset(split).clips
+
+    def labels(self, split: str) -> NDArray[np.int64]:
+        """int64 [n], of every frame of a split."""
+        return self._dataset(split).labels.copy()
 
     def train_class_counts(self) -> Tensor:
         """int64 [2]: training frames of normal and of abnormal clips."""
@@ -272,7 +281,7 @@ class EchoDataModule(LightningDataModule):
             image = (dataset.pixels(i) * luma).sum(0) / 255
             scaled = interpolate(image[None, None], (side, side), mode="bilinear", antialias=True)
             grey[i] = scaled.flatten().numpy()
-        return grey, dataset.labels.copy(), dataset.items[:, 0].copy()
+        return grey, self.labels(split), dataset.items[:, 0].copy()
 
     def _dataset(self, split: str) -> FrameDataset:
         if split not in splits.SPLITS:

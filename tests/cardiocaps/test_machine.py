@@ -13,12 +13,13 @@ from torch import Tensor
 from cardiocaps.config import TrainConfig
 from cardiocaps.data.views import base_side, three_views
 from cardiocaps.errors import ConfigError
-from cardiocaps.learning import LOSS_PARTS, Classifier
+from cardiocaps.learning import Classifier
+from cardiocaps.losses import CardioCapsLoss
 from cardiocaps.machine import Gpu, Machine, compilation_errors, decide, machine_for, visible_gpu
 from cardiocaps.train import make_trainer
 
 NEW, OLD = Gpu("NVIDIA A100", bfloat16=True), Gpu("Tesla T4", bfloat16=False)
-ON_CPU = Machine(device="cpu", gpu=None, precision="32", tf32=False, channels_last=True, compile=False)
+ON_CPU = Machine(device="cpu", gpu=None, precision="32", tf32=False, channels_last=True, compile=False, backend="auto")
 ON_GPU = replace(ON_CPU, device="cuda", gpu="NVIDIA A100")
 
 
@@ -160,7 +161,7 @@ def test_a_step_asks_the_device_for_nothing(routing: str) -> None:
     batch["image"] = three_views(base, 64, torch.empty(4, 3, 4, device="meta"), torch.empty(4, 2, device="meta"))
     losses = net.training_step(batch, 0)
     losses["loss"].backward()
-    assert all(losses[part].device.type == "meta" for part in LOSS_PARTS)
+    assert all(losses[part].device.type == "meta" for part in CardioCapsLoss.parts)
     assert all(p.grad is not None and p.grad.device.type == "meta" for p in net.parameters())
     assert net.predict_step(batch, 0)["probability"].device.type == "meta"
 
@@ -187,7 +188,7 @@ def test_losses_under_autocast_are_float32() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = net.training_step(a_batch(), 0)
         prediction = net.predict_step(a_batch(), 0)
-    for part in LOSS_PARTS:
+    for part in CardioCapsLoss.parts:
         assert losses[part].dtype == torch.float32
         torch.testing.assert_close(losses[part], plain[part], rtol=0.05, atol=1e-3)
     assert prediction["regression"].dtype == prediction["probability"].dtype == torch.float32

@@ -14,9 +14,13 @@ from cardiocaps import metrics
 from cardiocaps.metrics import (
     METRICS,
     by_video,
+    choose_threshold,
     confusion,
     evaluate,
+    evaluate_runs,
+    expected_calibration_error,
     regression_report,
+    reliability,
     threshold_counts,
 )
 
@@ -241,6 +245,146 @@ def test_as_dict_is_json() -> None:
     assert without["low"] is None and without["high"] is None and without["value"] > 0.5
 
 
+def test_a_threshold_moves_the_decisions_and_not_what_was_published() -> None:
+    p, y = [0.9, 0.3, 0.2, 0.1], [1, 1, 0, 0]
+    report = evaluate(p, y, bootstrap=0, threshold=0.25)
+    assert report.confusion == ((2, 0), (0, 2)) and report.metrics["accuracy"].value == 1
+    assert report.paper == evaluate(p, y, bootstrap=0).paper and report.paper["accuracy"] == 0.75
+    assert report.threshold == report.as_dict()["threshold"] == 0.25
+    assert confusion(p, y, 0.25).tolist() == [[2, 0], [0, 2]]
+    # A probability that equals the threshold is not above it.
+    assert evaluate(p, y, bootstrap=0, threshold=0.3).metrics["sensitivity"].value == 0.5
+
+
+@pytest.mark.parametrize(
+    ("p", "y", "expected"),
+    [
+        ([0.1, 0.2, 0.4, 0.9], [0, 0, 1, 1], 0.3),
+        ([0.1, 0.2, 0.7, 0.9], [0, 0, 1, 0], 0.45),
+        # 0.25 and 0.65 have the same index, 1/2: the nearer to one half
+        ([0.1, 0.4, 0.5, 0.8], [0, 1, 0, 1], 0.65),
+        # 0.35 and 0.65 have the same index and the same distance: the smaller
+        ([0.2, 0.5, 0.5, 0.8], [0, 0, 1, 1], 0.35),
+        ([0.3, 0.3, 0.3], [0, 1, 0], 0.5),
+        # worse than chance: still between two probabilities, where it does least harm
+        ([0.9, 0.8, 0.1], [0, 0, 1], 0.85),
+    ],
+)
+def test_the_threshold_has_the_largest_youden_index(p: list[float], y: list[int], expected: float) -> None:
+    assert choose_threshold(p, y) == pytest.approx(expected)
+
+
+@given(_samples)
+@settings(max_examples=50, deadline=None)
+def test_no_other_threshold_has_a_larger_youden_index(pairs: list[tuple[float, int]]) -> None:
+    p, y = _split(pairs)
+    assume(np.unique(p).size > 1)
+
+    def youden(threshold: float) -> float:
+        metric = evaluate(p, y, bootstrap=0, threshold=threshold).metrics
+        return metric["sensitivity"].value + metric["specificity"].value
+
+    distinct = np.unique(p)
+    chosen = choose_threshold(p, y)
+    assert youden(chosen) == pytest.approx(max(youden(t) for t in (distinct[1:] + distinct[:-1]) / 2))
+
+
+def test_a_threshold_between_neighbouring_floats_parts_them() -> None:
+    low = 0.7
+    high = float(np.nextafter(low, 1))
+    assert choose_threshold([low, high], [0, 1]) == low
+    with pytest.raises(ValueError, match=r"label: must hold both classes.*every one is 0"):
+        choose_threshold([0.1, 0.2], [0, 0])
+
+
+def test_the_mean_and_deviation_over_runs_by_hand() -> None:
+    y = [1, 1, 0, 0]
+    runs = [[0.9, 0.8, 0.1, 0.2], [0.9, 0.4, 0.6, 0.2], [0.9, 0.8, 0.6, 0.2]]
+    report = evaluate_runs(runs, [y] * 3, bootstrap=0)
+    accuracy = report.metrics["accuracy"]  # 1, 1/2, 3/4
+    assert (accuracy.value, accuracy.sd) == pytest.approx((0.75, 0.25))
+    assert math.isnan(accuracy.low) and math.isnan(accuracy.high)
+    assert report.metrics["auroc"].value == pytest.approx((1 + 0.75 + 1) / 3)
+    assert report.paper["accuracy"].value == 0.75 and report.paper["pr_auc"].value == pytest.approx(
+        (1 + 1 / 2 + 2 / 3) / 3
+    )
+    assert report.confusion == ((4, 2), (1, 5)) and report.paired and len(report.runs) == 3
+    at = evaluate_runs(runs, [y] * 3, thresholds=[0.5, 0.3, 0.7], bootstrap=0).metrics["accuracy"]
+    assert at.value == pytest.approx((1 + 0.75 + 1) / 3)
+
+
+def test_a_single_run_has_no_deviation_and_the_interval_of_evaluate() -> None:
+    p, y, clip = _videos()
+    single, report = evaluate_runs([p], [y], [clip], bootstrap=200, seed=3), evaluate(p, y, clip, bootstrap=200, seed=3)
+    for name in METRICS:
+        estimate = single.metrics[name]
+        assert math.isnan(estimate.sd)
+        assert (estimate.value, estimate.low, estimate.high) == (
+            report.metrics[name].value,
+            report.metrics[name].low,
+            report.metrics[name].high,
+        )
+
+
+def test_runs_on_the_same_videos_share_the_resampled_videos() -> None:
+    p, y, clip = _videos()
+    one = evaluate(p, y, clip, bootstrap=300).metrics
+    shuffled = np.random.default_rng(0).permutation(p.size)
+    twice = evaluate_runs([p, p[shuffled]], [y, y[shuffled]], [clip, clip[shuffled]], bootstrap=300)
+    assert twice.paired
+    for name in METRICS:  # the mean of two equal runs varies as one run
+        estimate = twice.metrics[name]
+        assert (estimate.low, estimate.high) == pytest.approx((one[name].low, one[name].high))
+        assert estimate.sd == pytest.approx(0, abs=1e-12)
+
+
+def test_the_interval_of_paired_runs_is_that_of_a_plain_bootstrap_of_their_mean() -> None:
+    (p, y, clip), (q, _, _) = _videos(0), _videos(1)
+    rng = np.random.default_rng(1)
+    frames = {c: np.flatnonzero(clip == c) for c in range(40)}
+    values = []
+    for _ in range(400):
+        drawn = np.concatenate((rng.choice(np.arange(10), 10), rng.choice(np.arange(10, 40), 30)))
+        index = np.concatenate([frames[c] for c in drawn])
+        values.append(np.mean([sklearn_metrics.roc_auc_score(y[index], x[index]) for x in (p, q)]))
+    auroc = evaluate_runs([p, q], [y, y], [clip, clip], bootstrap=2000).metrics["auroc"]
+    assert (auroc.low, auroc.high) == pytest.approx(np.percentile(values, (2.5, 97.5)), abs=0.03)
+
+
+def test_runs_on_other_videos_draw_by_themselves() -> None:
+    p, y, clip = _videos()
+    one = evaluate(p, y, clip, bootstrap=1000).metrics["auroc"]
+    apart = evaluate_runs([p] * 4, [y] * 4, [clip + 100 * i for i in range(4)], bootstrap=1000)
+    auroc = apart.metrics["auroc"]
+    assert not apart.paired and auroc.value == pytest.approx(one.value)
+    # Independent draws of four runs: the mean's interval is half as wide.
+    assert auroc.high - auroc.low == pytest.approx((one.high - one.low) / 2, rel=0.2)
+    other_labels = evaluate_runs([p, p], [y, 1 - y], [clip, clip], bootstrap=5)
+    assert not other_labels.paired
+
+
+def test_a_run_of_one_class_leaves_the_mean_undefined_with_its_reason() -> None:
+    report = evaluate_runs([[0.1, 0.9], [0.2, 0.7]], [[0, 1], [0, 0]], [["a", "b"], ["c", "d"]], bootstrap=20)
+    assert report.undefined["auroc"] == "run 2 of 2: every label is 0, the metric needs both classes"
+    auroc = report.metrics["auroc"]
+    assert all(math.isnan(x) for x in (auroc.value, auroc.sd, auroc.low, auroc.high)) and str(auroc) == "undefined"
+    assert report.metrics["accuracy"].value == 0.75
+    assert str(report.metrics["accuracy"]).startswith("0.750 ± 0.354 (0.")
+    assert any("only 1 are abnormal" in note for note in report.notes)
+
+
+def test_reliability_has_bins_of_equal_mass_and_keeps_ties_together() -> None:
+    predicted, observed, size = reliability([0.1, 0.2, 0.6, 0.8], [0, 1, 1, 1], bins=2)
+    assert predicted.tolist() == pytest.approx([0.15, 0.7])
+    assert observed.tolist() == [0.5, 1] and size.tolist() == [2, 2]
+    assert expected_calibration_error([0.1, 0.2, 0.6, 0.8], [0, 1, 1, 1], bins=2) == pytest.approx((0.35 + 0.3) / 2)
+    assert reliability([0.4] * 7, [0, 0, 0, 1, 1, 1, 1], bins=5)[2].tolist() == [7]
+    rng = np.random.default_rng(0)
+    p = rng.random(20_000)
+    assert expected_calibration_error(p, rng.random(20_000) < p) < 0.02
+    assert reliability(p, p > 0.5)[2].tolist() == [2000] * 10
+
+
 def test_by_video_is_the_mean_over_its_frames() -> None:
     p, y = by_video([0.2, 0.9, 0.4, 0.7], [0, 1, 0, 1], ["b", "a", "b", "a"])
     assert p.tolist() == pytest.approx([0.8, 0.3]) and y.tolist() == [1, 0]
@@ -299,6 +443,13 @@ def test_regression_report_without_what_it_needs() -> None:
         (lambda: evaluate([0.1, 0.2], [0, 1], [1]), "groups: .*length 2"),
         (lambda: evaluate([0.1, 0.2], [0, 1], [1.0, NAN]), "groups: must be integers or text"),
         (lambda: evaluate([0.1, 0.2], [0, 1], bootstrap=-1), "bootstrap: .*-1"),
+        (lambda: evaluate([0.1], [0], threshold=1.5), r"threshold: must lie in \[0, 1\], is 1\.5"),
+        (lambda: evaluate([0.1], [0], threshold=NAN), "threshold: .*nan"),
+        (lambda: evaluate_runs([], []), "probabilities: must have at least one run"),
+        (lambda: evaluate_runs([[0.1]], []), "labels: must have one entry for each of 1 runs, has 0"),
+        (lambda: evaluate_runs([[0.1]], [[0]], thresholds=[0.1, 0.2]), "thresholds: .* has 2"),
+        (lambda: evaluate_runs([[0.1]], [[0]], bootstrap=-1), "bootstrap: .*-1"),
+        (lambda: reliability([0.1], [0], bins=0), "bins: must be 1 or more, is 0"),
         (lambda: by_video([0.1], [0], [[1]]), "clip: "),
         (lambda: confusion([2.0], [0]), "probability: "),
         (lambda: regression_report([1.0], [1.0, 2.0]), "target: must have the length of prediction, 1"),

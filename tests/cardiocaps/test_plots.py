@@ -37,13 +37,13 @@ def _scores() -> tuple[Any, Any]:
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are drawn, caught on their way to the disk."""
     caught: list[Any] = []
-    save = plots._save
+    save = plots.save
 
     def catch(figure: Any, path: Path) -> None:
         caught.append(figure)
         save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", catch)
+    monkeypatch.setattr(plots, "save", catch)
     return caught
 
 

@@ -124,7 +124,7 @@ def test_open_says_what_is_missing(tmp_path: Path) -> None:
 def test_the_environment_says_what_ran_and_not_who_or_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATIENT", "a-secret-of-the-environment")
     folder = RunFolder.create(tmp_path / "a")
-    folder.write_environment("cpu")
+    folder.begin("", "cpu")
     text = folder.environment.read_text()
     written = json.loads(text)
     assert written["packages"]["torch"] == torch.__version__

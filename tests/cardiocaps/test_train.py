@@ -108,13 +108,13 @@ def test_run_folder_is_complete(finished: Path) -> None:
     assert [row["epoch"] for row in history] == ["1", "2", "3"]
     assert float(history[-1]["train_loss"]) < float(history[0]["train_loss"])
     results = json.loads((finished / "metrics.json").read_text())
-    assert 0 <= results["cardiocaps"]["video"]["metrics"]["auroc"]["value"] <= 1
-    assert results["pixel_logistic_regression"]["video"]["n"] == results["cardiocaps"]["video"]["n"]
+    assert 0 <= results["network"]["video"]["metrics"]["auroc"]["value"] <= 1
+    assert results["pixel_logistic_regression"]["video"]["n"] == results["network"]["video"]["n"]
     assert "not a medical device" in results["use"].lower()
     assert json.loads((finished / "environment.json").read_text())["device"] in ("cpu", "cuda")
     predictions = list(csv.DictReader((finished / "predictions.csv").open()))
-    assert len(predictions) == results["cardiocaps"]["frame"]["n"]
-    assert len({row["video"] for row in predictions}) == results["cardiocaps"]["video"]["n"]
+    assert len(predictions) == results["network"]["frame"]["n"]
+    assert len({row["video"] for row in predictions}) == results["network"]["video"]["n"]
 
 
 def test_checkpoints_hold_no_paths(finished: Path, phantom: Path) -> None:
@@ -303,7 +303,7 @@ def test_finished_run_resumed_is_evaluated_again(
 def test_evaluate_several_runs_gives_their_mean(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    value = json.loads((finished / "metrics.json").read_text())["cardiocaps"]["video"]["metrics"]["auroc"]["value"]
+    value = json.loads((finished / "metrics.json").read_text())["network"]["video"]["metrics"]["auroc"]["value"]
     assert evaluate.main([str(finished), str(finished)]) == 0
     out = capsys.readouterr().out
     assert "Mean over 2 runs" in out

@@ -1,0 +1,248 @@
+"""`python -m cardiocaps.experiments table1 … | all`: train every system that a table or a figure of the paper compares,
+under the same conditions, and write the table.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cardiocaps.config import CommandLine, TrainConfig, add_options, options
+from cardiocaps.errors import CardioCapsError
+from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED, SYSTEMS, configure, keys_of, trained_as
+from cardiocaps.files import output_errors
+from cardiocaps.program import Interruption, execute, say
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from cardiocaps.data.datamodule import EchoDataModule
+    from cardiocaps.experiments.exhibits import Exhibit
+    from cardiocaps.experiments.folder import ExperimentFolder
+    from cardiocaps.experiments.jobs import Job
+
+# What a system decides itself, and what one run has that many do not.
+_NOT_COMMON = {
+    *("model", "routing", "affine", "class_weight", "regression_weight", "backend"),
+    *("seed", "split_seed", "out", "overwrite", "resume"),
+}
+
+
+def parser() -> CommandLine:
+    parser = CommandLine(
+        prog="python -m cardiocaps.experiments",
+        description="Train every system that the named tables and figures compare, each with several seeds, and write "
+        "them. What is finished is not done again: after whatever stopped it, the same command goes on.",
+        epilog="Research use only. Not a medical device.",
+    )
+    parser.add_argument(
+        "exhibits",
+        metavar="EXHIBIT",
+        nargs="+",
+        choices=[*EXHIBITS, "all"],
+        help=f"what to write: {', '.join(EXHIBITS)}, or all",
+    )
+    number = options()["phantom_videos"]  # an integer's reader; the bounds are ours
+    parser.add_argument(
+        "--seeds",
+        metavar="N",
+        type=replace(number, low=1, high=100).from_text,
+        default=3,
+        help=f"seeds for each system, from {FIRST_SEED} on (default: 3)",
+    )
+    parser.add_argument(
+        "--jobs",
+        metavar="N",
+        type=replace(number, low=1, high=256).from_text,
+        default=1,
+        help="systems trained at a time, each with its share of the CPU (default: 1)",
+    )
+    parser.add_argument(
+        "--out",
+        metavar="PATH",
+        type=options()["data"].from_text,
+        help="folder of the experiments (default: experiments/PRESET)",
+    )
+    add_options(parser, [name for name in options() if name not in _NOT_COMMON])
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0; 1 where a system failed; else as `cardiocaps.train.main`."""
+    given = vars(parser().parse_args(argv))
+    names, seeds, at_once, out = (given.pop(name) for name in ("exhibits", "seeds", "jobs", "out"))
+    exhibits = list(EXHIBITS) if "all" in names else list(dict.fromkeys(names))
+
+    def body(_: Interruption) -> None:
+        config = TrainConfig(**{name: value for name, value in given.items() if value is not None}, seed=FIRST_SEED)
+        run(exhibits, config, seeds, at_once, out or Path("experiments", config.preset))
+
+    return execute(body)
+
+
+def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out: Path) -> None:
+    """Do the jobs that these exhibits need and that `out` does not hold yet, and write the exhibits to `out`/tables.
+
+    Raises:
+        CardioCapsError: the settings, the data or the folder cannot be used; or, at the end, some systems failed.
+    """
+    from cardiocaps.experiments.folder import ExperimentFolder
+    from cardiocaps.experiments.jobs import Job
+    from cardiocaps.experiments.results import is_finished
+    from cardiocaps.experiments.runner import run_jobs
+    from cardiocaps.files import exclusive
+    from cardiocaps.train import quiet
+
+    quiet()
+    exhibits = [EXHIBITS[name] for name in names]
+    threads = config.threads or max(1, (os.cpu_count() or 1) // at_once)
+    folder = ExperimentFolder(out)
+
+    def job(key: str, seed: int) -> Job:
+        own = configure(config, SYSTEMS[key], seed, folder.job(key, seed))
+        return Job(SYSTEMS[key], seed, replace(own, threads=threads, progress=False))
+
+    # Seed by seed: whoever stops early has all systems with the first seeds.
+    jobs = [job(key, FIRST_SEED + i) for i in range(seeds) for key in keys_of(exhibits, config.protocol)]
+    folder.claim(config)
+    with exclusive(folder.path):
+        data = _prepare(jobs, config, folder)
+        left = [job for job in jobs if not is_finished(job.folder)]
+        say(f"{len(jobs)} jobs, {len(jobs) - len(left)} of them finished; {at_once} at a time, {threads} threads each")
+        with _display(len(left), config.progress) as display:
+            errors = run_jobs(left, at_once, display)
+        pace = f"Times: {at_once} at once, {threads} threads each." if at_once > 1 else f"Times: {threads} threads."
+        _write(exhibits, jobs, errors, config, data, folder, pace)
+    say(f"tables and figures: {folder.tables}")
+    if errors:
+        failed = "".join(f"\n  {name}: {why}" for name, why in errors.items())
+        raise CardioCapsError(f"{len(errors)} of {len(jobs)} jobs failed; the same command tries them again{failed}")
+
+
+def _prepare(jobs: Sequence[Job], config: TrainConfig, folder: ExperimentFolder) -> Mapping[str, str]:
+    """Read and decode, once, what the jobs need; what the data of each protocol are, in a sentence.
+
+    Raises:
+        DataError: the data cannot be used. ConfigError: they have changed since the first jobs.
+    """
+    from cardiocaps.machine import machine_for
+    from cardiocaps.train import decode, read_study
+
+    said: dict[str, str] = {}
+    for job in jobs:
+        if job.config.protocol not in said:
+            watched = replace(job.config, progress=config.progress)
+            with machine_for(watched) as machine:
+                data = decode(watched, machine, read_study(watched))
+            folder.claim_data(data.study)
+            said[job.config.protocol] = _described(watched, data)
+    return said
+
+
+def _described(config: TrainConfig, data: EchoDataModule) -> str:
+    """Without the data's place, which may name people."""
+    if config.data is None:
+        what = f"The synthetic phantom ({config.phantom_videos} videos, seed {config.phantom_seed}), no patients' data"
+    else:
+        what = "A folder in the layout of EchoNet-LVH"
+    parts = []
+    for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
+        labels = data.labels(split)
+        unit, n, positives = "frames", len(labels), int(labels.sum())
+        if config.protocol == "video":
+            clips = data.clips(split)
+            unit, n, positives = "videos", len(clips), sum(clip.label for clip in clips)
+        parts.append(f"{name} {n} {unit}, {positives} abnormal")
+    return f"{what}; preset {config.preset}, protocol {config.protocol}: {'; '.join(parts)}."
+
+
+def _write(
+    exhibits: Sequence[Exhibit],
+    jobs: Sequence[Job],
+    errors: Mapping[str, str],
+    config: TrainConfig,
+    data: Mapping[str, str],
+    folder: ExperimentFolder,
+    pace: str,
+) -> None:
+    """Every exhibit from the jobs that are finished, and the index."""
+    from cardiocaps.experiments.results import is_finished, read_result
+    from cardiocaps.experiments.summaries import Row
+    from cardiocaps.experiments.tables import write_exhibit, write_index
+    from cardiocaps.run_folder import environment
+
+    def row(key: str) -> Row:
+        own = [job for job in jobs if job.system.key == trained_as(key, config.protocol)]
+        results = tuple(read_result(job.folder) for job in own if is_finished(job.folder))
+        failed = [f"seed {job.seed}: {errors[job.name]}" for job in own if job.name in errors]
+        return Row(key, SYSTEMS[key].title, results, "; ".join(failed) or None)
+
+    with output_errors(folder.tables):
+        folder.tables.mkdir(exist_ok=True)
+    for exhibit in exhibits:
+        keys = {"cardiocaps", *exhibit.systems}
+        protocols = dict.fromkeys(str(SYSTEMS[key].settings.get("protocol", config.protocol)) for key in keys)
+        what = " ".join(data[protocol] for protocol in protocols if protocol in data)
+        rows = [row(key) for key in exhibit.systems]
+        write_exhibit(exhibit, rows, folder.tables, data=f"{what} {pace}", bootstrap=config.bootstrap)
+    command = " ".join(["python -m cardiocaps.experiments", *sys.argv[1:]])
+    write_index(exhibits, folder.tables, data=data[config.protocol], command=command, environment=environment("cpu"))
+
+
+class Lines:
+    """A line for each job that ends: for a log, or whoever wants no bars."""
+
+    def __init__(self, jobs: int) -> None:
+        self.jobs, self.done = jobs, 0
+
+    def started(self, job: Job) -> None:
+        pass
+
+    def progress(self, job: Job, done: float, doing: str) -> None:
+        pass
+
+    def ended(self, job: Job, seconds: float, error: str | None) -> None:
+        self.done += 1
+        say(f"[{self.done}/{self.jobs}] {job.name}  {seconds:.0f} s{'' if error is None else f'  failed: {error}'}")
+
+
+class Bars(Lines):
+    """A bar over all jobs, and one in each that runs; the lines above them."""
+
+    def __init__(self, jobs: int, bars: Progress) -> None:
+        super().__init__(jobs)
+        self.bars, self.tasks = bars, {}  # type: ignore[var-annotated]
+        self.all = bars.add_task("jobs", total=jobs, doing="")
+
+    def started(self, job: Job) -> None:
+        self.tasks[job.name] = self.bars.add_task(job.name, total=1.0, doing="starting")
+
+    def progress(self, job: Job, done: float, doing: str) -> None:
+        self.bars.update(self.tasks[job.name], completed=done, doing=doing)
+
+    def ended(self, job: Job, seconds: float, error: str | None) -> None:
+        self.bars.remove_task(self.tasks.pop(job.name))
+        super().ended(job, seconds, error)
+        self.bars.update(self.all, completed=self.done)
+
+
+@contextmanager
+def _display(jobs: int, progress: bool) -> Iterator[Lines]:
+    if not progress or not sys.stderr.isatty() or not jobs:
+        yield Lines(jobs)
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[doing]}")
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
+        yield Bars(jobs, bars)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

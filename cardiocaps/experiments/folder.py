@@ -1,0 +1,109 @@
+"""The folder of an experiment: where jobs, tables and figures lie, and with which settings they were made."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cardiocaps import __version__
+from cardiocaps.config import TrainConfig
+from cardiocaps.errors import ConfigError, OutputError
+from cardiocaps.files import output_errors, write_json
+
+if TYPE_CHECKING:
+    from cardiocaps.data.echonet import Study
+
+_KIND = "cardiocaps experiments"
+
+# What may be another from call to call: where it runs and how it is shown. (Other devices and numbers of threads round
+# in other ways, which is nothing that tables must be kept apart for.)
+_MAY_DIFFER = {
+    "device",
+    "threads",
+    "workers",
+    "cache_dir",
+    "progress",
+    "bootstrap",
+    "out",
+    "resume",
+    "overwrite",
+    "seed",
+}
+
+
+@dataclass(frozen=True)
+class ExperimentFolder:
+    """`path`/jobs/SYSTEM/seedN are runs, `path`/tables what is made of them."""
+
+    path: Path
+
+    @property
+    def marker(self) -> Path:
+        return self.path / "experiments.json"
+
+    @property
+    def tables(self) -> Path:
+        return self.path / "tables"
+
+    def job(self, key: str, seed: int) -> Path:
+        return self.path / "jobs" / key / f"seed{seed}"
+
+    def claim(self, config: TrainConfig) -> None:
+        """Make the folder, or find it with the same settings.
+
+        Raises:
+            ConfigError: it holds experiments with other settings, which are named. OutputError: it holds anything else,
+                or cannot be written.
+        """
+        settings = {name: value for name, value in config.resolved().as_dict().items() if name not in _MAY_DIFFER}
+        found = self._read()
+        if found is None:
+            with output_errors(self.path):
+                if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                    raise OutputError(f"{self.path} is not empty and no folder of experiments; choose another --out")
+                self.path.mkdir(parents=True, exist_ok=True)
+            write_json(self.marker, {"kind": _KIND, "version": __version__, "settings": settings})
+            return
+        before = found.get("settings") or {}
+        different = [
+            f"{name} is {settings.get(name)!r}, was {before.get(name)!r}"
+            for name in dict.fromkeys((*before, *settings))
+            if settings.get(name) != before.get(name)
+        ]
+        if different:
+            raise ConfigError(
+                f"out: {self.path} holds experiments with other settings ({'; '.join(different)}); "
+                "give these, or choose another --out"
+            )
+
+    def claim_data(self, study: Study) -> None:
+        """Remember which clips, labels and splits the experiments are about.
+
+        Raises:
+            ConfigError: they were about others, so that the data have changed since. OutputError.
+        """
+        clips = sorted((clip.name, clip.label, clip.split) for clip in study.clips)
+        digest = hashlib.sha256(json.dumps(clips).encode()).hexdigest()
+        found = self._read()
+        assert found is not None
+        before = found.setdefault("data", {}).setdefault(study.protocol, digest)
+        if before != digest:
+            raise ConfigError(
+                f"out: the experiments in {self.path} were done on other clips, labels or splits than the data now "
+                "have; choose another --out"
+            )
+        write_json(self.marker, found)
+
+    def _read(self) -> dict[str, Any] | None:
+        if not self.marker.is_file():
+            return None
+        try:
+            content = json.loads(self.marker.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"out: {self.marker} cannot be read: {error}") from error
+        if not isinstance(content, dict) or content.get("kind") != _KIND:
+            raise ConfigError(f"out: {self.marker} is not a file of this program")
+        return content

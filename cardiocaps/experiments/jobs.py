@@ -1,0 +1,199 @@
+"""One job: a system trained with one seed in a folder of its own, and what it says of validation and test.
+
+A network's folder is that of a run of `cardiocaps.train`: `cardiocaps.evaluate` takes it too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cardiocaps.config import TrainConfig
+from cardiocaps.experiments.exhibits import System
+from cardiocaps.program import Interruption
+
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
+
+    from cardiocaps.data.datamodule import EchoDataModule
+    from cardiocaps.machine import Machine
+    from cardiocaps.run_folder import RunFolder
+
+Watch = Callable[[float, str], None]
+"""Told how much of a job is done, from 0 to 1, and what is being done."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A system, its seed, and the resolved settings of its run."""
+
+    system: System
+    seed: int
+    config: TrainConfig
+
+    @property
+    def name(self) -> str:
+        return f"{self.system.key} seed {self.seed}"
+
+    @cached_property
+    def folder(self) -> Path:
+        assert self.config.out is not None
+        return self.config.out
+
+    @property
+    def log(self) -> Path:
+        """What the job printed. Beside its folder, which is a run's."""
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def is_network(self) -> bool:
+        return "classifier" not in self.system.settings
+
+
+def run(job: Job, watch: Watch, interruption: Interruption) -> None:
+    """Do a job, or what is left of it; nothing if it is finished.
+
+    Raises:
+        CardioCapsError: see cardiocaps.errors. What was reached is saved, and another call goes on from there.
+    """
+    from cardiocaps.experiments.results import is_finished
+    from cardiocaps.files import exclusive
+    from cardiocaps.machine import machine_for
+    from cardiocaps.run_folder import RunFolder
+    from cardiocaps.train import decode, quiet, read_study
+
+    quiet()
+    if is_finished(job.folder):
+        return
+    watch(0.0, "reading")
+    begun = (job.folder / "config.yaml").is_file()
+    folder = RunFolder.open(job.folder) if begun else RunFolder.create(job.folder, overwrite=True)
+    with exclusive(folder.path), machine_for(job.config) as machine:
+        if not begun:
+            folder.begin(job.config.to_yaml(), machine.device)
+        data = decode(job.config, machine, read_study(job.config))
+        config = replace(job.config, resume=folder.path) if begun else job.config
+        if job.is_network:
+            _network(job, config, machine, folder, data, watch, interruption)
+        else:
+            _pixels(job, config, machine, data, watch)
+
+
+def _network(
+    job: Job,
+    config: TrainConfig,
+    machine: Machine,
+    folder: RunFolder,
+    data: EchoDataModule,
+    watch: Watch,
+    interruption: Interruption,
+) -> None:
+    from statistics import median
+
+    from cardiocaps.evaluate import predict
+    from cardiocaps.learning import best_network
+    from cardiocaps.peak_memory import PeakMemory
+    from cardiocaps.train import make_trainer, train
+
+    memory = PeakMemory(machine.device)
+    history = train(config, machine, folder, data, interruption, callbacks=[_progress(watch), memory])
+    watch(1.0, "evaluating")
+    network = best_network(config, folder)
+    machine.lay_out(network.model)
+    trainer = make_trainer(config, machine)
+    scores = {split: predict(trainer, network, data, split) for split in ("val", "test")}
+    seconds = [row["seconds"] for row in history]
+    best = min(history, key=lambda row: row["val_loss"])
+    _write(
+        job,
+        machine,
+        data,
+        scores,
+        parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
+        epochs=len(history),
+        best_epoch=int(best["epoch"]),
+        seconds_per_epoch=median(seconds),
+        seconds=sum(seconds),
+        peak_memory=memory.peak,
+    )
+    folder.last.unlink(missing_ok=True)
+
+
+def _pixels(job: Job, config: TrainConfig, machine: Machine, data: EchoDataModule, watch: Watch) -> None:
+    import torch
+
+    from cardiocaps.evaluate import PIXEL_SIDE
+    from cardiocaps.models.pixel_classifiers import fit
+
+    pixels = {split: data.pixels(split, PIXEL_SIDE) for split in ("train", "val", "test")}
+    watch(0.5, "fitting")
+    begin = time.monotonic()
+    assert config.patience is not None
+    model = fit(
+        job.system.settings["classifier"],
+        job.system.settings["sampling"],
+        *pixels["train"][:2],
+        *pixels["val"][:2],
+        seed=job.seed,
+        threads=torch.get_num_threads(),
+        patience=config.patience,
+    )
+    seconds = time.monotonic() - begin
+    watch(1.0, "evaluating")
+    scores = {
+        split: {"probability": model.probability(pixels[split][0]), "label": pixels[split][1], "clip": pixels[split][2]}
+        for split in ("val", "test")
+    }
+    _write(
+        job,
+        machine,
+        data,
+        scores,
+        parameters=model.parameters,
+        epochs=None,
+        best_epoch=None,
+        seconds_per_epoch=None,
+        seconds=seconds,
+        peak_memory=None,
+    )
+
+
+def _write(
+    job: Job, machine: Machine, data: EchoDataModule, scores: Mapping[str, Mapping[str, Any]], **measured: Any
+) -> None:
+    from cardiocaps.experiments.results import Predictions, Result, write_result
+
+    def predictions(split: str) -> Predictions:
+        out = scores[split]
+        names = [clip.name for clip in data.clips(split)]
+        return Predictions(out["probability"], out["label"], out["clip"], tuple(names[i] for i in out["clip"]))
+
+    result = Result(
+        system=job.system.key,
+        seed=job.seed,
+        unit="frame" if job.config.protocol == "paper" else "video",
+        validation=predictions("val"),
+        test=predictions("test"),
+        device=machine.gpu or machine.device,
+        **measured,
+    )
+    write_result(job.folder, result)
+
+
+def _progress(watch: Watch) -> Callback:
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.callbacks import Callback as LightningCallback
+
+    class Progress(LightningCallback):
+        """Tells `watch` where training is."""
+
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            assert trainer.max_epochs is not None
+            done = trainer.current_epoch + (trainer.fit_loop.batch_idx + 1) / trainer.num_training_batches
+            watch(done / trainer.max_epochs, f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
+
+    return Progress()

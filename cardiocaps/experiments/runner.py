@@ -1,0 +1,151 @@
+"""Many jobs, some at a time, each in a process of its own: one that fails or is killed takes no other along."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+import traceback
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Protocol
+
+from cardiocaps.errors import CardioCapsError
+from cardiocaps.experiments.jobs import Job, run
+from cardiocaps.program import Interruption
+
+_PATIENCE = 60.0  # seconds that a job gets to save, once it has been told to stop
+
+
+class Display(Protocol):
+    """Who is told how the jobs get on."""
+
+    def started(self, job: Job) -> None: ...
+
+    def progress(self, job: Job, done: float, doing: str) -> None: ...
+
+    def ended(self, job: Job, seconds: float, error: str | None) -> None: ...
+
+
+@dataclass
+class _Running:
+    job: Job
+    process: BaseProcess
+    since: float = field(default_factory=time.monotonic)
+    error: str | None = None
+
+
+def run_jobs(jobs: Sequence[Job], at_once: int, display: Display) -> Mapping[str, str]:
+    """Run the jobs, `at_once` of them at a time; errors by job name, of those that failed.
+
+    An exception, such as a signal makes, stops them: they save where they are before it goes on.
+    """
+    # A server that has imported what is heavy, and computed nothing, forks a process for each job in no time.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["cardiocaps.experiments.preload"])
+    waiting, errors = deque(jobs), {}
+    running: dict[Connection, _Running] = {}
+    with _stopped_at_exit(running):
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.popleft()
+                mine, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_work, args=(job, theirs))
+                process.start()
+                theirs.close()
+                running[mine] = _Running(job, process)
+                display.started(job)
+            for connection in wait(list(running), timeout=1.0):
+                assert isinstance(connection, Connection)
+                one = running[connection]
+                try:
+                    done, text = connection.recv()
+                except EOFError:
+                    one.process.join()
+                    del running[connection]
+                    connection.close()
+                    error = _why_it_ended(one)
+                    if error is not None:
+                        errors[one.job.name] = error
+                    display.ended(one.job, time.monotonic() - one.since, error)
+                    continue
+                if done is None:
+                    one.error = text
+                else:
+                    display.progress(one.job, done, text)
+    return errors
+
+
+def _why_it_ended(one: _Running) -> str | None:
+    """None where a job is finished, else what kept it from that."""
+    from cardiocaps.experiments.results import is_finished
+
+    code = one.process.exitcode
+    if code == 0 and is_finished(one.job.folder):
+        return None
+    if one.error is not None:
+        return one.error
+    if code is not None and code < 0:
+        hint = " (out of memory?)" if -code == signal.SIGKILL else ""
+        return f"killed by {signal.Signals(-code).name}{hint}"
+    return f"ended with status {code}; see {one.job.log}"
+
+
+@contextmanager
+def _stopped_at_exit(running: Mapping[Connection, _Running]) -> Iterator[None]:
+    """However the block ends, no process outlives it; those that still run are told, and given time to save."""
+    try:
+        yield
+    finally:
+        for one in running.values():
+            if one.process.is_alive():
+                one.process.terminate()
+        until = time.monotonic() + _PATIENCE
+        for one in running.values():
+            one.process.join(max(0.0, until - time.monotonic()))
+            if one.process.is_alive():
+                one.process.kill()
+
+
+def _work(job: Job, connection: Connection) -> None:
+    """The body of a job's process."""
+    _obey_the_parent()
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with job.log.open("a", encoding="utf-8") as log:
+        for stream in (1, 2):
+            os.dup2(log.fileno(), stream)
+    last = 0.0
+
+    def watch(done: float, doing: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if done in (0.0, 1.0) or now - last > 0.25:
+            last = now
+            connection.send((done, doing))
+
+    try:
+        with Interruption().watched() as interruption:
+            run(job, watch, interruption)
+    except CardioCapsError as error:
+        connection.send((None, str(error)))
+        sys.exit(error.exit_code)
+    except BaseException as error:
+        traceback.print_exc()
+        connection.send((None, f"{type(error).__name__}: {error}".splitlines()[0]))
+        sys.exit(1)
+
+
+def _obey_the_parent() -> None:
+    """Leave interrupts to the parent, who passes them on, and end with it, however it ends."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

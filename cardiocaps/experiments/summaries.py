@@ -1,0 +1,141 @@
+"""A row of a table in numbers: metrics over the seeds, by the published definitions too, and what it cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+import numpy as np
+
+from cardiocaps.experiments.reported import Reported, reported
+from cardiocaps.experiments.results import Predictions, Result
+from cardiocaps.metrics import (
+    THRESHOLD,
+    Floats,
+    Integers,
+    MeanEstimate,
+    RunsReport,
+    by_video,
+    choose_threshold,
+    evaluate_runs,
+    expected_calibration_error,
+)
+
+CALIBRATION_BINS = 10
+
+
+@dataclass(frozen=True)
+class Row:
+    """A system in an exhibit, and its results."""
+
+    system: str  # its key
+    title: str
+    results: tuple[Result, ...]  # one a seed, in the order of the seeds; may be empty
+    error: str | None  # why there are none, or fewer than asked for
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a row's results say. Made by `summarise`."""
+
+    row: Row
+    unit: str  # what a sample is: "video" or "frame"
+    thresholds: tuple[float, ...]  # of each result
+    report: RunsReport  # by the unit, decisions at the thresholds
+    published: RunsReport  # by frame, decisions at 0.5
+    calibration_error: MeanEstimate
+    reported: Reported | None  # the paper's own figures
+    notes: tuple[str, ...]
+
+    @property
+    def system(self) -> str:
+        return self.row.system
+
+    @property
+    def title(self) -> str:
+        return self.row.title
+
+    @property
+    def seeds(self) -> int:
+        return len(self.row.results)
+
+    @property
+    def threshold(self) -> MeanEstimate:
+        return mean_and_deviation(self.thresholds)
+
+    @property
+    def parameters(self) -> int | None:
+        """Trainable numbers."""
+        return next((r.parameters for r in self.row.results if r.parameters is not None), None)
+
+    @property
+    def peak_memory(self) -> int | None:
+        """Bytes, the most of all seeds."""
+        return max((r.peak_memory for r in self.row.results if r.peak_memory is not None), default=None)
+
+    def cost(self, name: str) -> MeanEstimate:
+        """`epochs`, `best_epoch`, `seconds_per_epoch` or `seconds`, over the seeds that have it."""
+        return mean_and_deviation([x for x in (getattr(r, name) for r in self.row.results) if x is not None])
+
+
+def mean_and_deviation(values: Sequence[float]) -> MeanEstimate:
+    """NaN where there is no value, and the deviation of a single one."""
+    if not values:
+        return MeanEstimate(math.nan)
+    return MeanEstimate(fmean(values), stdev(values) if len(values) > 1 else math.nan)
+
+
+def lambda_of(system: str) -> float:
+    """λ_reg of a key such as "cardiocaps-lambda-0.05". Raises ValueError for another key."""
+    _, _, number = system.partition("-lambda-")
+    try:
+        return float(number)
+    except ValueError:
+        raise ValueError(f"system: must end in -lambda-NUMBER, is {system!r}") from None
+
+
+def samples(predictions: Predictions, unit: str) -> tuple[Floats, Integers, tuple[str, ...]]:
+    """Probability [m], label [m] and video [m] of a split's videos, sorted by name, or of its frames."""
+    if unit == "frame":
+        return predictions.probability, predictions.label, predictions.video
+    probability, label = by_video(predictions.probability, predictions.label, predictions.video)
+    return probability, label, tuple(np.unique(predictions.video).tolist())
+
+
+def summarise(row: Row, exhibit: str, bootstrap: int) -> Summary:
+    """The numbers of a row that has results. Raises ValueError where they are by different units."""
+    units = {result.unit for result in row.results}
+    if len(units) != 1:
+        raise ValueError(f"row: the results of {row.system!r} must be by one unit, are by {sorted(units)}")
+    unit = units.pop()
+    thresholds, notes = [], []
+    for result in row.results:
+        probability, label, _ = samples(result.validation, unit)
+        if label.min() == label.max():
+            notes.append(f"seed {result.seed}: every validation {unit} has label {label[0]}, so the threshold is 0.5")
+            thresholds.append(THRESHOLD)
+        else:
+            thresholds.append(choose_threshold(probability, label))
+    probabilities, labels, videos = zip(*(samples(result.test, unit) for result in row.results), strict=True)
+    report = evaluate_runs(probabilities, labels, videos, thresholds, bootstrap=bootstrap)
+    notes += [f"{name} is undefined: {reason}" for name, reason in report.undefined.items()]
+    notes += report.notes
+    if not report.paired:
+        notes.append("the seeds were tested on different videos, which were resampled by themselves")
+    if row.error:
+        notes.append(f"only {len(row.results)} of the seeds: {row.error}")
+    tests = [result.test for result in row.results]
+    return Summary(
+        row=row,
+        unit=unit,
+        thresholds=tuple(thresholds),
+        report=report,
+        published=evaluate_runs([t.probability for t in tests], [t.label for t in tests], bootstrap=0),
+        calibration_error=mean_and_deviation(
+            [expected_calibration_error(p, y, CALIBRATION_BINS) for p, y in zip(probabilities, labels, strict=True)]
+        ),
+        reported=reported(exhibit, row.system),
+        notes=tuple(notes),
+    )

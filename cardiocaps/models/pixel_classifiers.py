@@ -1,0 +1,189 @@
+"""Classical classifiers on pixels: the floor that a network must clear before its accuracy means anything.
+
+They see downsized grey frames, 32×32 numbers each: SMOTE draws between nearest neighbours, and among the 589,824 raw
+numbers of a network's input a few hundred frames are all about equally far from one another.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from cardiocaps.errors import DataError
+from cardiocaps.optional import needed
+
+CLASSIFIERS = ("logistic-regression", "random-forest", "xgboost")
+SAMPLINGS = ("oversampling", "undersampling", "class-weight")
+"""What balances the classes: SMOTE (Chawla et al. 2002), random undersampling, or weights of the classes."""
+
+C = 0.01
+"""Inverse strength of the L2 penalty, fixed beforehand: with about as many pixels as frames, and far fewer
+videos than either, the data separate perfectly at scikit-learn's default of 1."""
+
+TREES = 300
+"""Of a random forest, and the most of XGBoost."""
+
+NEIGHBOURS = 5
+"""Of a frame of the rarer class, towards which SMOTE draws new ones; fewer where the class has no more."""
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class PixelClassifier:
+    """A fitted classifier of pixels. Made by `fit`."""
+
+    model: Any  # with scikit-learn's interface
+    pixels: int
+
+    @property
+    def parameters(self) -> int | None:
+        """Numbers that were fitted; None for trees, which have none to count."""
+        coefficients = getattr(self.model[-1], "coef_", None)
+        return None if coefficients is None else int(coefficients.size + self.model[-1].intercept_.size)
+
+    def probability(self, pixels: ArrayLike) -> Floats:
+        """Probability of class 1 [m] for `pixels` [m, p]. Raises ValueError for another p, and as `fit`."""
+        values = _pixels(pixels, "pixels")
+        if values.shape[1] != self.pixels:
+            raise ValueError(f"pixels: must have as many as in training, {self.pixels}; has {values.shape[1]}")
+        # XGBoost's are float32.
+        return np.clip(self.model.predict_proba(values)[:, 1].astype(np.float64), 0.0, 1.0)
+
+
+def fit(
+    classifier: str,
+    sampling: str,
+    pixels: ArrayLike,
+    labels: ArrayLike,
+    validation_pixels: ArrayLike | None = None,
+    validation_labels: ArrayLike | None = None,
+    *,
+    seed: int,
+    threads: int | None = None,
+    patience: int = 20,
+) -> PixelClassifier:
+    """Fit one of CLASSIFIERS, balanced by one of SAMPLINGS, to `pixels` [n, p] and `labels` [n] in {0, 1}.
+
+    Pixels are real numbers in any unit: for logistic regression each is standardised with the training mean and
+    deviation, and trees are indifferent to units. XGBoost alone looks at the validation frames [m, p], [m]: it stops
+    when their log loss, with classes weighted to balance as they are in training, has not fallen for `patience` trees.
+    The others have no such choice to make. Deterministic for a seed, which logistic regression with class weights does
+    not use. `threads`: None for all of the machine's.
+
+    Raises:
+        ValueError: unknown names, shapes that do not fit, values that are not finite, other labels, training labels of
+            one class only, XGBoost without validation frames.
+        DataError: SMOTE with a single frame of the rarer class.
+        ConfigError: a package that is not installed.
+    """
+    _check_choice("classifier", classifier, CLASSIFIERS)
+    _check_choice("sampling", sampling, SAMPLINGS)
+    train = _pixels(pixels, "pixels")
+    y = _labels(labels, len(train), "labels")
+    if len(np.unique(y)) != 2:
+        raise ValueError(f"labels: must be 0 and 1, both present, are {np.unique(y).tolist()}")
+
+    steps, options = [], {}
+    if sampling != "class-weight":
+        steps.append(("sampling", _sampler(sampling, y, seed)))
+    if classifier == "logistic-regression":
+        from sklearn.preprocessing import StandardScaler
+
+        steps.append(("scale", StandardScaler()))
+    if classifier == "xgboost":
+        if validation_pixels is None or validation_labels is None:
+            raise ValueError("validation_pixels: xgboost needs validation frames to know when to stop, got none")
+        validation = _pixels(validation_pixels, "validation_pixels")
+        truth = _labels(validation_labels, len(validation), "validation_labels")
+        if validation.shape[1] != train.shape[1]:
+            raise ValueError(f"validation_pixels: must have {train.shape[1]} pixels, has {validation.shape[1]}")
+        options = {
+            "classifier__eval_set": [(validation, truth)],
+            "classifier__sample_weight_eval_set": [_balanced(truth)],
+            "classifier__verbose": False,
+        }
+    weighted = sampling == "class-weight"
+    steps.append(("classifier", _classifier(classifier, y if weighted else None, seed, threads, patience)))
+    if weighted:
+        from sklearn.pipeline import Pipeline
+    else:
+        # imbalanced-learn's leaves the sampling out when it predicts.
+        Pipeline = needed("imblearn.pipeline", "imbalanced-learn", f"sampling: {sampling!r}").Pipeline
+    model = Pipeline(steps)
+    model.fit(train, y, **options)
+    return PixelClassifier(model, train.shape[1])
+
+
+def _sampler(sampling: str, y: Integers, seed: int) -> Any:
+    what = f"sampling: {sampling!r}"
+    if sampling == "undersampling":
+        return needed("imblearn.under_sampling", "imbalanced-learn", what).RandomUnderSampler(random_state=seed)
+    rarer = int(np.bincount(y).min())
+    if rarer < 2:
+        raise DataError(
+            f"{what} (SMOTE) draws between frames of the rarer class and needs two of them, there is {rarer}"
+        )
+    smote = needed("imblearn.over_sampling", "imbalanced-learn", what).SMOTE
+    return smote(k_neighbors=min(NEIGHBOURS, rarer - 1), random_state=seed)
+
+
+def _classifier(name: str, weighted: Integers | None, seed: int, threads: int | None, patience: int) -> Any:
+    """The classifier before it is fitted; `weighted`: the labels whose classes are to be weighted to balance."""
+    class_weight = None if weighted is None else "balanced"
+    jobs = -1 if threads is None else threads
+    if name == "logistic-regression":
+        from sklearn.linear_model import LogisticRegression
+
+        return LogisticRegression(C=C, class_weight=class_weight, max_iter=1000)
+    if name == "random-forest":
+        from sklearn.ensemble import RandomForestClassifier
+
+        return RandomForestClassifier(TREES, class_weight=class_weight, random_state=seed, n_jobs=jobs)
+    negatives, positives = (1, 1) if weighted is None else np.bincount(weighted)
+    return needed("xgboost", "xgboost", "classifier: 'xgboost'").XGBClassifier(
+        n_estimators=TREES,
+        learning_rate=0.1,
+        max_depth=4,
+        # A share of frames and pixels for each tree, without which the seed would decide nothing.
+        subsample=0.8,
+        colsample_bytree=0.8,
+        scale_pos_weight=float(negatives / positives),
+        eval_metric="logloss",
+        early_stopping_rounds=patience,
+        random_state=seed,
+        n_jobs=jobs,
+    )
+
+
+def _balanced(y: Integers) -> Floats:
+    """Weights [n] with which each class that occurs has the same sum."""
+    weight: Floats = 1 / np.bincount(y, minlength=2)[y]
+    return weight
+
+
+def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name}: must be one of {', '.join(allowed)}, is {value!r}")
+
+
+def _labels(values: ArrayLike, n: int, name: str) -> Integers:
+    labels = np.asarray(values)
+    if labels.shape != (n,):
+        raise ValueError(f"{name}: must have shape [{n}], has {list(labels.shape)}")
+    if not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"{name}: must be 0 or 1, are {np.unique(labels)[:5].tolist()}")
+    return labels.astype(np.int64)
+
+
+def _pixels(values: ArrayLike, name: str) -> Floats:
+    array = np.asarray(values)
+    if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "biuf":
+        raise ValueError(f"{name}: must be a non-empty numeric [n, p] array, is {array.dtype} {list(array.shape)}")
+    pixels = array.astype(np.float64)
+    if not np.isfinite(pixels).all():
+        raise ValueError(f"{name}: must be finite, one value is {pixels[~np.isfinite(pixels)][0]}")
+    return pixels

@@ -1,0 +1,78 @@
+"""The figures against the lines of the paper's tables, as its text has them."""
+
+import math
+
+import pytest
+
+from cardiocaps.experiments.reported import TABLES, reported
+from cardiocaps.metrics import PUBLISHED
+
+# The paper's lines: a table, its systems in the order of the columns, and the four metrics.
+LINES = {
+    "table1": (
+        "dr-margin dr-weighted-margin dr",
+        "0.5707 0.4981 0.7763",
+        "0.6310 0.5687 0.8066",
+        "0.5441 0.3988 0.8656",
+        "0.1786 0.0911 0.4044",
+    ),
+    "table2": (
+        "dr-margin dr cardiocaps",
+        "0.5707 0.7763 0.8496",
+        "0.6310 0.8066 0.8573",
+        "0.5441 0.8656 0.7697",
+        "0.1786 0.4044 0.5046",
+    ),
+    "table3": (
+        "cardiocaps cardiocaps-convolution cardiocaps-constant",
+        "0.8496 0.6721 0.7654",
+        "0.8573 0.7005 0.7516",
+        "0.8573 0.4867 0.4953",
+        "0.5046 0.1381 0.1417",
+    ),
+    "table4": (
+        "logistic-regression-oversampling logistic-regression-undersampling logistic-regression-class-weight "
+        "random-forest-oversampling random-forest-undersampling random-forest-class-weight "
+        "xgboost-oversampling xgboost-undersampling xgboost-class-weight cardiocaps",
+        "0.8292±0.0149 0.7758±0.0122 0.8292±0.0186 0.8428±0.0077 0.7768±0.0023 "
+        "0.8460±0.0027 0.8365±0.0005 0.7808±0.0027 0.8502±0.0025 0.8551±0.0054",
+        "0.3982±0.0574 0.5192±0.0182 0.3873±0.0637 0.4736±0.0027 0.5530±0.0034 "
+        "0.2670±0.0224 0.3606±0.0188 0.5494±0.0022 0.4560±0.0124 0.8563±0.0011",
+        "0.6417±0.0320 0.7836±0.0134 0.6344±0.0342 0.6876±0.0028 0.8304±0.0025 "
+        "0.5746±0.0090 0.6178±0.0101 0.8206±0.0003 0.6710±0.0096 0.7326±0.0371",
+        "0.4286±0.0580 0.3857±0.0167 0.4273±0.0727 0.4852±0.0250 0.3976±0.0029 "
+        "0.4832±0.0242 0.4450±0.0057 0.4008±0.0120 0.5100±0.0100 0.5273±0.0227",
+    ),
+    "table5": (
+        "cnn-1 cnn-2 resnet18 unet vit cardiocaps",
+        "0.7736±0.0091 0.7745±0.0018 0.8130±0.0023 0.8379±0.0100 0.7631±0.0041 0.8551±0.0054",
+        "0.8031±0.0077 0.8050±0.0016 0.8336±0.0021 0.8114±0.0334 0.7915±0.0043 0.8563±0.0011",
+        "0.8249±0.0127 0.8609±0.0047 0.8201±0.0050 0.6577±0.1577 0.7553±0.0195 0.7326±0.0371",
+        "0.3934±0.0119 0.4017±0.0027 0.4394±0.0040 0.2310±0.2310 0.3636±0.0103 0.5273±0.0227",
+    ),
+    "table6": (
+        "em-capsnet efficient-capsnet cardiocaps",
+        "0.8478±0.0000 0.5316±0.0054 0.8551±0.0054",
+        "0.7780±0.0000 0.5934±0.0496 0.8563±0.0011",
+        "0.5000±0.0000 0.5284±0.0143 0.7326±0.0371",
+        "0.0000±0.0000 0.1666±0.0050 0.5273±0.0227",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_figures_are_those_of_the_papers_lines(name: str) -> None:
+    systems, *lines = (line.split() for line in LINES[name])
+    assert list(TABLES[name]) == systems
+    for metric, line in zip(PUBLISHED, lines, strict=True):
+        for system, cell in zip(systems, line, strict=True):
+            figure = TABLES[name][system][metric]
+            value, _, sd = cell.partition("±")
+            assert figure.value == float(value), (system, metric)
+            assert figure.sd == float(sd) if sd else math.isnan(figure.sd), (system, metric)
+            assert str(figure) == cell.replace("±", " ± ")
+
+
+def test_a_figure_with_confusion_matrices_has_the_numbers_of_its_table() -> None:
+    assert reported("fig4", "cardiocaps") is reported("table2", "cardiocaps") is not None
+    assert reported("leakage", "cardiocaps") is None and reported("table6", "vit") is None
