@@ -7,8 +7,6 @@ decoder 32 → 512 → 1024 → 3·256·256; regression from the reconstruction.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
@@ -38,10 +36,11 @@ class CardioCaps(nn.Module):
         primary_layout: see `capsops.nn.PrimaryCapsules`.
         affine: what makes the votes (table III of the paper): "matrices", learned, one for each primary capsule and
             class; "convolution", a learned 1×1 convolution, that is one matrix for all primary capsules; "constant",
-            one number everywhere, that is not learned: the deviation that learned matrices start with, for with ones
-            the squash is saturated from the beginning. Constant votes are the same for every class: dynamic and
-            uniform routing then give class capsules that are equal to one another, and no image is told from any
-            other. Attention routing can still weigh the classes differently.
+            2 / N everywhere, that is not learned: routed uniformly, a class capsule is then the mean of its votes before
+            the squash. (With ones it is their sum, and of thousands of capsules the squash is saturated for good.)
+            Constant votes are the same for every class: dynamic and uniform routing then give class capsules that are
+            equal to one another, and no image is told from any other. Attention routing can still weigh the classes
+            differently.
         regression_start: bias that the regression head starts with, best the mean of the targets.
         device: where the parameters are made; "meta" makes none.
 
@@ -95,8 +94,8 @@ class CardioCaps(nn.Module):
                 shared=affine != "matrices",
             )
             if affine == "constant":
-                start = CLASSES / math.sqrt(self.classes.in_capsules * sizes.out_dim)
-                constant = torch.full_like(self.classes.weight, start, requires_grad=False)
+                value = CLASSES / self.classes.in_capsules
+                constant = torch.full_like(self.classes.weight, value, requires_grad=False)
                 del self.classes.weight
                 # In no checkpoint: nothing that is loaded can change it.
                 self.classes.register_buffer("weight", constant, persistent=False)
