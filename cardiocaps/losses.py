@@ -179,8 +179,8 @@ class CardioCapsLoss(_ClassWeighted):
         prediction: Tensor | None = None,
         target: Tensor | None = None,
     ) -> dict[str, Tensor]:
-        """Scalars `loss` (the total), `margin`, `reconstruction` (with its weight), `regression` (before λ_reg, so in
-        the target's unit squared); `scores` are the lengths of the class capsules. A model without decoder or
+        """Scalars `loss` (the total), `margin`, `reconstruction` (with its weight) and `regression` (before λ_reg, so
+        in the target's unit squared); `scores` are the lengths of the class capsules. A model without decoder or
         regression head gives None for the pair: its part is zero. Shapes and errors as in `margin_loss`,
         `reconstruction_loss` and `regression_loss`.
         """

@@ -1,0 +1,186 @@
+"""What holds of every network: shapes, sizes to the digit, that it learns, what it refuses."""
+
+from __future__ import annotations
+
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cardiocaps.config import PRESETS
+from cardiocaps.errors import ConfigError
+from cardiocaps.losses import CardioCapsLoss, CrossEntropyLoss, SpreadLoss
+from cardiocaps.models import MODELS, build, make_loss
+from cardiocaps.models.prediction import RECONSTRUCTED_CHANNELS, Prediction, of_logits, share
+
+# Of the trainable parameters at the paper's size.
+PARAMETERS = {
+    "cardiocaps": 325_722_375,
+    "em-capsnet": 0,
+    "efficient-capsnet": 0,
+    "cnn-1": (9 * 81 + 1) * 32 + (32 * 81 + 1) * 64 + 65 * 32 + 33 * 16 + 17 * 8 + 9 * 2,
+    "cnn-2": (9 * 81 + 1) * 32 + (32 * 81 + 1) * 64 + 65 * 32 + (32 * 120 * 120 + 1) * 16 + 17 * 8 + 9 * 2,
+    "resnet18": 0,
+    "unet": 0,
+    "vit": 0,
+}
+
+
+def settings(model: str, preset: str = "tiny") -> Any:
+    return SimpleNamespace(
+        model=model,
+        network=PRESETS[preset],
+        routing="attention",
+        iterations=3,
+        primary_layout="channels",
+        affine="matrices",
+        reconstruction_weight=0.0005,
+        regression_weight=0.05,
+    )
+
+
+def batch(items: int = 8, size: int = 64) -> dict[str, Tensor]:
+    """Images of noise, with a bright patch where the label is 1."""
+    rng = torch.Generator().manual_seed(1)
+    label = torch.arange(items) % 2
+    image = torch.rand(items, 9, size, size, generator=rng) / 2
+    image[:, :, 8:24, 8:24] += 0.5 * label[:, None, None, None]
+    return {"image": image, "label": label, "target": 4 + label.float()}
+
+
+def losses(net: nn.Module, loss: nn.Module, items: dict[str, Tensor]) -> dict[str, Tensor]:
+    out: Prediction = net(items["image"], items["label"])
+    image = None if out.reconstruction is None else items["image"][:, :RECONSTRUCTED_CHANNELS]
+    target = None if out.regression is None else items["target"]
+    result: dict[str, Tensor] = loss(out.scores, items["label"], out.reconstruction, image, out.regression, target)
+    return result
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_at_the_papers_size(model: str) -> None:
+    net = build(settings(model, "paper"), device="meta")
+    assert sum(p.numel() for p in net.parameters()) == PARAMETERS[model]
+    out = net(torch.empty(2, 9, 256, 256, device="meta"))
+    assert out.scores.shape == (2, 2) and out.probability.shape == (2,)
+    assert out.reconstruction is None or out.reconstruction.shape == (2, 3, 256, 256)
+    assert (out.reconstruction is None) == (model not in ("cardiocaps", "efficient-capsnet"))
+    assert (out.regression is None) == (model != "cardiocaps")
+
+
+@pytest.mark.parametrize("preset", ["tiny", "small"])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_prediction(model: str, preset: str) -> None:
+    torch.manual_seed(0)
+    net = build(settings(model, preset), device="cpu").eval()
+    size = PRESETS[preset].size
+    assert net.size == size
+    with torch.inference_mode():
+        out = net(torch.rand(3, 9, size, size))
+    assert out.scores.shape == (3, 2) and out.scores.isfinite().all()
+    assert out.probability.shape == (3,) and out.probability.dtype == torch.float32
+    assert ((out.probability > 0) & (out.probability < 1)).all()
+    assert torch.equal(out.probability > 0.5, out.scores[:, 1] > out.scores[:, 0])
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_it_learns(model: str) -> None:
+    """The loss of a small batch falls to half of what it was; on the way every parameter has a gradient."""
+    torch.manual_seed(0)
+    net, loss, items = build(settings(model), 4.5), make_loss(settings(model), torch.tensor([0.6, 3.0])), batch()
+    optimiser = torch.optim.Adam(net.parameters(), lr=3e-3)
+    if isinstance(loss, SpreadLoss):
+        loss.begin_epoch(9, 10)
+    history = []
+    for step in range(30):
+        optimiser.zero_grad()
+        parts = losses(net, loss, items)
+        assert tuple(parts) == loss.parts
+        parts["loss"].backward()
+        history.append(parts["loss"].item())
+        if step == 0:
+            for name, p in net.named_parameters():
+                assert p.grad is not None and p.grad.isfinite().all() and p.grad.abs().max() > 0, name
+        optimiser.step()
+    print(model, history[0], history[-1])
+    assert min(history[-5:]) < history[0] / 2
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_step_asks_the_device_for_nothing(model: str) -> None:
+    """Meta tensors stand in for a GPU's: they have no values to ask for, and cannot be mixed with the CPU's."""
+    net, loss = build(settings(model), device="meta"), make_loss(settings(model), None).to("meta")
+    parts = losses(net, loss, {name: x.to("meta") for name, x in batch().items()})
+    parts["loss"].backward()
+    assert all(p.grad is not None and p.grad.device.type == "meta" for p in net.parameters())
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_channels_last_and_autocast_change_the_rounding_only(model: str) -> None:
+    results = []
+    for last, half in ((False, False), (True, False), (True, True)):
+        torch.manual_seed(0)
+        net, items = build(settings(model), 4.5), batch()
+        if last:
+            net.to(memory_format=torch.channels_last)
+            items["image"] = items["image"].contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            parts = losses(net, make_loss(settings(model), None), items)
+        assert parts["loss"].dtype == torch.float32
+        results.append(parts["loss"])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(results[2], results[0], rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("shape", [(1, 3, 64, 64), (1, 9, 64, 32), (9, 64, 64)])
+def test_wrong_image(model: str, shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r": image has shape \[.*\]; expected \[B, 9, 64, 64\]$"):
+        build(settings(model), device="meta")(torch.empty(shape, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("model", "package"), [("resnet18", "monai"), ("unet", "monai"), ("vit", "monai"), ("vit", "einops")]
+)
+def test_a_missing_package_is_named(model: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
+        monkeypatch.setitem(sys.modules, name, None)
+    expected = rf"^model: '{model}' needs the package {package}.*; pip install 'capsops\[experiments\]'$"
+    with pytest.raises(ConfigError, match=expected):
+        build(settings(model), device="meta")
+
+
+def test_the_loss_of_a_model() -> None:
+    for model in MODELS:
+        kind = {"cardiocaps": CardioCapsLoss, "efficient-capsnet": CardioCapsLoss, "em-capsnet": SpreadLoss}
+        loss = make_loss(settings(model), torch.tensor([0.6, 3.0]))
+        assert type(loss) is kind.get(model, CrossEntropyLoss)
+        assert loss.class_weight.tolist() == pytest.approx([0.6, 3.0])
+    weighted = settings("cardiocaps")
+    weighted.reconstruction_weight, weighted.regression_weight = 0.25, 0.5
+    loss = make_loss(weighted, None)
+    assert (loss.reconstruction_weight, loss.regression_weight) == (0.25, 0.5)
+
+
+def test_settings_reach_cardiocaps() -> None:
+    config = settings("cardiocaps")
+    config.routing, config.iterations, config.primary_layout, config.affine = "dynamic", 2, "legacy", "convolution"
+    net = build(config, 55.0)
+    assert (net.classes.routing, net.classes.iterations, net.classes.shared) == ("dynamic", 2, True)
+    assert net.primary.layout == "legacy"
+    assert net.regression.bias.item() == 55
+
+
+@pytest.mark.parametrize("make", [build, lambda config: make_loss(config, None)])
+def test_unknown_model(make: Any) -> None:
+    with pytest.raises(ConfigError, match=r"^model: 'resnet' is not allowed; give one of cardiocaps, em-capsnet, "):
+        make(settings("resnet"))
+
+
+def test_probability() -> None:
+    scores = torch.tensor([[0.2, 0.6], [0.0, 0.5], [0.0, 0.0]], dtype=torch.bfloat16)
+    assert share(scores).tolist() == pytest.approx([0.75, 1.0, 0.5], rel=1e-2)
+    out = of_logits(torch.tensor([[0.0, 0.0], [1.0, 3.0], [0.0, 1000.0]]))
+    assert out.probability.tolist() == pytest.approx([0.5, 1 / (1 + torch.e**-2), 1.0])
