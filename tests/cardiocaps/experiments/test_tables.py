@@ -189,7 +189,7 @@ def test_where_the_papers_order_does_not_hold_it_is_named(tmp_path: Path) -> Non
     assert {(a.title, b.title) for a, b in wrong} == {("EM", "Efficient"), ("Ours", "Efficient"), ("Ours", "EM")}
     markdown, _ = _write("table6", rows, tmp_path)
     assert "holds for 0 of 3 pairs, and for 3 it does not: " in markdown
-    assert "Efficient lies above EM and Ours" in markdown and "EM is level with Ours" in markdown
+    assert "*Efficient* lies above *EM* and *Ours*" in markdown and "*EM* is level with *Ours*" in markdown
 
 
 def test_rows_that_the_paper_has_level_are_in_no_order() -> None:
@@ -386,3 +386,10 @@ def test_the_costs_of_seeds_that_have_none_are_left_out() -> None:
     assert summary.peak_memory == 7
     without = summarise(Row("vit", "ViT", (result(parameters=None, epochs=None),), None), "table5", 0)
     assert without.parameters is None and math.isnan(without.cost("epochs").value)
+
+
+def test_seeds_with_other_test_videos_are_noted(tmp_path: Path) -> None:
+    results = (result("vit", 10), result("vit", 11, test=predictions(11, first=500)))
+    markdown, _ = _write("table5", [Row("vit", "ViT", results, None)], tmp_path)
+    assert "* ViT: the seeds were tested on different videos" in markdown
+    assert "the same videos for every seed" not in markdown
