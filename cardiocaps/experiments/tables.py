@@ -119,7 +119,7 @@ def _order_sentence(summaries: Sequence[Summary]) -> str:
             ("is level with", [a for a in better if _accuracy(a).value == _accuracy(ours).value]),
         ):
             if group:
-                clauses.append(f"{worse} {verb} {_and([a.title for a in group])}")
+                clauses.append(f"*{worse}* {verb} {_and([f'*{a.title}*' for a in group])}")
     within = sum(abs(_accuracy(a).value - _accuracy(b).value) < _accuracy(a).sd + _accuracy(b).sd for a, b in wrong)
     close = f" In {within} of them the difference is smaller than the two deviations over the seeds." if within else ""
     return (
@@ -191,9 +191,10 @@ def _how(summaries: Sequence[Summary], bootstrap: int) -> str:
     text = "Mean over the seeds ± standard deviation" if any(s.seeds > 1 for s in summaries) else "Of a single seed"
     if bootstrap:
         text += (
-            f", and in brackets the 95 % bootstrap interval of the mean over {bootstrap:,} resamples of the test "
-            "videos, the same videos for every seed"
+            f", and in brackets the 95 % bootstrap interval of the mean over {bootstrap:,} resamples of the test videos"
         )
+        if all(s.report.paired for s in summaries):
+            text += ", the same videos for every seed"
     if units == {"video"}:
         text += ". A sample is a video, with the mean probability of its frames"
     elif units == {"frame"}:
