@@ -9,11 +9,11 @@ import multiprocessing
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -27,7 +27,19 @@ from cardiocaps.experiments.results import is_finished, read_result
 from cardiocaps.experiments.runner import run_jobs
 
 ROOT = Path(__file__).parents[3]
-FAST = ["--epochs", "1", "--frames-per-clip", "2", "--seeds", "1", "--bootstrap", "20", "--no-progress", "--threads", "1"]
+FAST = [
+    "--epochs",
+    "1",
+    "--frames-per-clip",
+    "2",
+    "--seeds",
+    "1",
+    "--bootstrap",
+    "20",
+    "--no-progress",
+    "--threads",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +98,7 @@ def test_every_row_has_figures(everything: Path) -> None:
 
 
 def test_tables_do_not_say_where_the_data_are(everything: Path, phantom: Path) -> None:
-    secrets = [str(phantom), str(everything), str(Path.home()), str(ROOT), socket.gethostname()]
+    secrets = [str(phantom), str(everything), f"{Path.home()}/", str(ROOT)]
     for path in (everything / "tables").iterdir():
         assert not [secret for secret in secrets if secret.encode() in path.read_bytes()], path
 
@@ -112,7 +124,7 @@ def test_what_is_finished_is_not_done_again(
     before = [path.stat().st_mtime_ns for path in files]
     table = (everything / "tables" / "table5.csv").read_text()
     assert program.main(["table5", "fig3", *arguments, "--out", str(everything)]) == 0
-    assert "8 jobs, 8 of them finished" in capsys.readouterr().out
+    assert "9 jobs, 9 of them finished" in capsys.readouterr().out
     assert sorted(everything.glob("jobs/*/*/*")) == files
     assert [path.stat().st_mtime_ns for path in files] == before
     assert (everything / "tables" / "table5.csv").read_text() == table
@@ -147,12 +159,18 @@ def test_stopped_by_a_signal(everything: Path, arguments: list[str], tmp_path: P
 
 
 def _job(key: str, arguments: list[str], out: Path) -> Job:
-    values = dict(zip(arguments[:-1], arguments[1:], strict=True))
+    values = dict(pairwise(arguments))
     config = TrainConfig(
-        data=Path(values["--data"]), cache_dir=Path(values["--cache-dir"]), epochs=1, frames_per_clip=2, seed=FIRST_SEED,
-        threads=1, progress=False,
+        data=Path(values["--data"]),
+        cache_dir=Path(values["--cache-dir"]),
+        epochs=1,
+        frames_per_clip=2,
+        seed=FIRST_SEED,
+        threads=1,
+        progress=False,
     )
-    return Job(SYSTEMS[key], FIRST_SEED, configure(config, SYSTEMS[key], FIRST_SEED, out / "jobs" / key / f"seed{FIRST_SEED}"))
+    folder = out / "jobs" / key / f"seed{FIRST_SEED}"
+    return Job(SYSTEMS[key], FIRST_SEED, configure(config, SYSTEMS[key], FIRST_SEED, folder))
 
 
 class _Killing:
@@ -269,9 +287,7 @@ def test_data_without_abnormal_videos(
         ([], "EXHIBIT"),
     ],
 )
-def test_mistakes_in_the_command_line(
-    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_mistakes_in_the_command_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         program.main(arguments)
     assert stop.value.code == 2
