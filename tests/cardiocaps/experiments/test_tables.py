@@ -192,6 +192,13 @@ def test_where_the_papers_order_does_not_hold_it_is_named(tmp_path: Path) -> Non
     assert "*Efficient* lies above *EM* and *Ours*" in markdown and "*EM* is level with *Ours*" in markdown
 
 
+def test_a_very_different_order_is_not_told_pair_by_pair(tmp_path: Path) -> None:
+    networks = ("cnn-1", "cnn-2", "resnet18", "unet", "vit")
+    rows = [*(_of_accuracy(key, 9, key) for key in networks), _of_accuracy("cardiocaps", 5, "Ours")]
+    markdown, _ = _write("table5", rows, tmp_path)
+    assert "holds for 0 of 15 pairs; the first is *cnn-1* and not *Ours*." in markdown
+
+
 def test_rows_that_the_paper_has_level_are_in_no_order() -> None:
     rows = [_of_accuracy("logistic-regression-oversampling", 8), _of_accuracy("logistic-regression-class-weight", 6)]
     assert disagreements(_summaries("table4", *rows)) == (0, [])
@@ -218,8 +225,9 @@ def test_the_sweep_is_in_the_order_of_lambda_with_the_papers_statements(tmp_path
     assert axes.get_xscale() == "log"
     assert {0.05, 0.5} <= {line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"}
     assert lambda_of("cardiocaps-lambda-1e-4") == 1e-4
-    with pytest.raises(ValueError, match="-lambda-NUMBER, is 'cardiocaps'"):
-        lambda_of("cardiocaps")
+    assert lambda_of("cardiocaps") == 0.05
+    with pytest.raises(ValueError, match="-lambda-NUMBER, is 'resnet18'"):
+        lambda_of("resnet18")
 
 
 def test_leakage_compares_the_two_protocols(tmp_path: Path) -> None:
