@@ -7,6 +7,8 @@ decoder 32 → 512 → 1024 → 3·256·256; regression from the reconstruction.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -36,9 +38,10 @@ class CardioCaps(nn.Module):
         primary_layout: see `capsops.nn.PrimaryCapsules`.
         affine: what makes the votes (table III of the paper): "matrices", learned, one for each primary capsule and
             class; "convolution", a learned 1×1 convolution, that is one matrix for all primary capsules; "constant",
-            ones that are not learned. Constant votes are the same for every class: dynamic and uniform routing then
-            give class capsules that are equal to one another, and no image is told from any other. Attention routing
-            can still weigh the classes differently.
+            one number everywhere, that is not learned: the deviation that learned matrices start with, for with ones
+            the squash is saturated from the beginning. Constant votes are the same for every class: dynamic and
+            uniform routing then give class capsules that are equal to one another, and no image is told from any
+            other. Attention routing can still weigh the classes differently.
         regression_start: bias that the regression head starts with, best the mean of the targets.
         device: where the parameters are made; "meta" makes none.
 
@@ -92,10 +95,11 @@ class CardioCaps(nn.Module):
                 shared=affine != "matrices",
             )
             if affine == "constant":
-                # In no checkpoint either: nothing that is loaded can change what is constant.
-                ones = torch.ones_like(self.classes.weight, requires_grad=False)
+                start = CLASSES / math.sqrt(self.classes.in_capsules * sizes.out_dim)
+                constant = torch.full_like(self.classes.weight, start, requires_grad=False)
                 del self.classes.weight
-                self.classes.register_buffer("weight", ones, persistent=False)
+                # In no checkpoint: nothing that is loaded can change it.
+                self.classes.register_buffer("weight", constant, persistent=False)
             self.decoder = Decoder(sizes.out_dim, sizes.decoder, sizes.size)
             self.regression = nn.Linear(RECONSTRUCTED_CHANNELS * sizes.size**2, 1)
             nn.init.constant_(self.regression.bias, regression_start)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from capsops.functional import em_routing
-from capsops.nn import ConvCapsules
+from capsops.nn import ConvCapsules, EMCapsules
 from cardiocaps.config import Preset
 from cardiocaps.models.prediction import CLASSES, IN_CHANNELS, Prediction, check_image, share
 
@@ -82,6 +82,7 @@ class EMCapsNet(nn.Module):
                     iterations=iterations,
                     inverse_temperature=_inverse_temperature(3 * 3 * self.types, self.types),
                 )
+                assert isinstance(layer.capsules, EMCapsules)
                 _start(layer.capsules.weight, layer.capsules.beta_u)
                 grids.append(layer)
             self.grids = nn.ModuleList(grids)

@@ -125,6 +125,10 @@ class ViT(nn.Module):
                 spatial_dims=2,
                 post_activation="",  # or MONAI would put a hyperbolic tangent on the logits
             )
+        for block in self.network.blocks:
+            block.norm_cross_attn = nn.Identity()  # of cross-attention, which is not there: it would never learn
+            # torch's own, which does not hold the weights of 4097 tokens for each other.
+            block.attn.use_flash_attention = True
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
         check_image("ViT", image, self.size)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cardiocaps.config import PRESETS
-from cardiocaps.models.cardiocaps import AFFINE, CardioCaps
+from cardiocaps.models.cardiocaps import CardioCaps
 
 
 def test_paper_preset_has_the_papers_sizes() -> None:
@@ -49,14 +49,16 @@ def test_constant_votes_are_not_learned(routing: str) -> None:
     """Nor changed by a checkpoint. Without attention both class capsules are the same, whatever the image."""
     torch.manual_seed(0)
     net = CardioCaps(PRESETS["tiny"], routing=routing, affine="constant")
-    optimiser = torch.optim.Adam(net.parameters(), lr=0.1)
-    net(torch.rand(2, 9, 64, 64)).scores[:, 0].sum().backward()
+    optimiser = torch.optim.Adam(net.parameters(), lr=0.001)
+    before = net(torch.rand(2, 9, 64, 64)).scores
+    assert before.min() > 0 and before.max() < 0.5, "where the squash is not saturated"
+    before[:, 0].sum().backward()
     optimiser.step()
     other = CardioCaps(PRESETS["tiny"], routing=routing, affine="constant").to(memory_format=torch.channels_last)
     other.load_state_dict(net.state_dict())
     out = other(torch.rand(3, 9, 64, 64))
     for x in (net, other):
-        assert torch.equal(x.classes.weight, torch.ones(8, 2, 16))
+        torch.testing.assert_close(x.classes.weight, torch.full((8, 2, 16), 2 / (1152 * 16) ** 0.5))
     if routing == "attention":
         assert not torch.allclose(out.capsules[:, 0], out.capsules[:, 1])
     else:
@@ -83,10 +85,19 @@ def test_paper_preset_runs_forward() -> None:
 @pytest.mark.parametrize("name", ["tiny", "small"])
 @pytest.mark.parametrize("routing", ["attention", "dynamic", "uniform"])
 @pytest.mark.parametrize("layout", ["channels", "legacy"])
-@pytest.mark.parametrize("affine", AFFINE)
-def test_every_parameter_learns(name: str, routing: str, layout: str, affine: str) -> None:
+def test_every_parameter_learns(name: str, routing: str, layout: str) -> None:
     torch.manual_seed(0)
-    net = CardioCaps(PRESETS[name], routing=routing, primary_layout=layout, affine=affine)
+    check_gradients(CardioCaps(PRESETS[name], routing=routing, primary_layout=layout))
+
+
+@pytest.mark.parametrize("routing", ["attention", "dynamic"])
+@pytest.mark.parametrize("affine", ["convolution", "constant"])
+def test_every_parameter_learns_with_other_affine_maps(routing: str, affine: str) -> None:
+    torch.manual_seed(0)
+    check_gradients(CardioCaps(PRESETS["tiny"], routing=routing, affine=affine))
+
+
+def check_gradients(net: CardioCaps) -> None:
     out = net(torch.rand(2, 9, net.size, net.size), torch.tensor([0, 1]))
     (out.scores.sum() + out.reconstruction.square().mean() + out.regression.square().sum()).backward()
     for parameter, p in net.named_parameters():
