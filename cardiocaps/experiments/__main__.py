@@ -113,11 +113,11 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
     with exclusive(folder.path):
         data = _prepare(jobs, config, folder)
         left = [job for job in jobs if not is_finished(job.folder)]
-        say(f"{len(jobs)} jobs, {len(jobs) - len(left)} of them finished; {at_once} at a time, {threads} threads each")
+        pace = f"{_count(at_once, 'job')} at a time, {_count(threads, 'thread')} each"
+        say(f"{_count(len(jobs), 'job')}, {len(jobs) - len(left)} of them finished; {pace}")
         with _display(len(left), config.progress) as display:
             errors = run_jobs(left, at_once, display)
-        pace = f"Times: {at_once} at once, {threads} threads each." if at_once > 1 else f"Times: {threads} threads."
-        _write(exhibits, jobs, errors, config, data, folder, pace)
+        _write(exhibits, jobs, errors, config, data, folder, f"Times: {pace}.")
     say(f"tables and figures: {folder.tables}")
     if errors:
         failed = "".join(f"\n  {name}: {why}" for name, why in errors.items())
@@ -142,6 +142,10 @@ def _prepare(jobs: Sequence[Job], config: TrainConfig, folder: ExperimentFolder)
             folder.claim_data(data.study)
             said[job.config.protocol] = _described(watched, data)
     return said
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def _described(config: TrainConfig, data: EchoDataModule) -> str:

@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 
+from cardiocaps.config import TrainConfig
 from cardiocaps.experiments.reported import Reported, reported
 from cardiocaps.experiments.results import Predictions, Result
 from cardiocaps.metrics import (
@@ -88,7 +89,10 @@ def mean_and_deviation(values: Sequence[float]) -> MeanEstimate:
 
 
 def lambda_of(system: str) -> float:
-    """λ_reg of a key such as "cardiocaps-lambda-0.05". Raises ValueError for another key."""
+    """λ_reg of a key such as "cardiocaps-lambda-0.1"; CardioCaps itself has the default. Raises ValueError for another
+    key."""
+    if system == "cardiocaps":
+        return TrainConfig.regression_weight
     _, _, number = system.partition("-lambda-")
     try:
         return float(number)

@@ -1,0 +1,64 @@
+"""The systems and the exhibits: all that the paper compares, under the same conditions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cardiocaps.config import TrainConfig
+from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED, LAMBDAS, SYSTEMS, configure, keys_of, trained_as
+
+BASE = TrainConfig(seed=FIRST_SEED)
+NETWORKS = [key for key, system in SYSTEMS.items() if "classifier" not in system.settings]
+
+
+def _configured(key: str, seed: int = FIRST_SEED, base: TrainConfig = BASE) -> TrainConfig:
+    return configure(base, SYSTEMS[key], seed, Path("folder"))
+
+
+def test_every_row_of_the_paper_is_there() -> None:
+    rows = {name: len(exhibit.systems) for name, exhibit in EXHIBITS.items()}
+    assert [rows[f"table{i}"] for i in range(1, 7)] == [3, 3, 3, 10, 6, 3]
+    assert [rows[f"fig{i}"] for i in range(3, 7)] == [3, 3, 3, len(LAMBDAS)]
+    assert all(key in SYSTEMS for exhibit in EXHIBITS.values() for key in exhibit.systems)
+    assert set(keys_of(EXHIBITS.values(), "video")) == set(SYSTEMS) - {"cardiocaps-video-protocol"}
+    assert all(system.key == key for key, system in SYSTEMS.items())
+
+
+def test_the_losses_of_table_1() -> None:
+    margin, weighted, new = (_configured(key) for key in EXHIBITS["table1"].systems)
+    assert {c.routing for c in (margin, weighted, new)} == {"dynamic"}
+    assert (margin.class_weight, margin.regression_weight) == ("none", 0)
+    assert (weighted.class_weight, weighted.regression_weight) == ("balanced", 0)
+    assert (new.class_weight, new.regression_weight) == ("balanced", 0.05)
+
+
+def test_the_sweep_has_the_default_once() -> None:
+    weights = [_configured(key).regression_weight for key in EXHIBITS["fig6"].systems]
+    assert weights == list(LAMBDAS)
+    assert EXHIBITS["fig6"].systems[LAMBDAS.index(0.05)] == "cardiocaps"
+
+
+@pytest.mark.parametrize("key", NETWORKS)
+def test_nothing_but_the_system_differs(key: str) -> None:
+    """Data, splits, class weights, early stopping and optimiser are those of CardioCaps."""
+    ours, its = _configured("cardiocaps", 12).as_dict(), _configured(key, 12).as_dict()
+    different = {name for name in ours if ours[name] != its[name]}
+    allowed = set(SYSTEMS[key].settings) | ({"limit"} if key == "cardiocaps-paper-protocol" else set())
+    assert different <= allowed
+    assert its["split_seed"] == FIRST_SEED and its["seed"] == 12
+
+
+def test_protocols() -> None:
+    assert trained_as("cardiocaps-video-protocol", "video") == "cardiocaps"
+    assert trained_as("cardiocaps-paper-protocol", "video") == "cardiocaps-paper-protocol"
+    assert trained_as("cardiocaps-paper-protocol", "paper") == "cardiocaps"
+    paper = _configured("cardiocaps-paper-protocol")
+    assert (paper.protocol, paper.limit) == ("paper", 300)
+    stratified = _configured("cardiocaps-paper-protocol", base=replace(BASE, split="stratified", limit=40))
+    assert (stratified.split, stratified.limit) == ("auto", 40)
+    published = TrainConfig(seed=FIRST_SEED, protocol="paper")
+    assert _configured("cardiocaps-video-protocol", base=published).protocol == "video"
+    assert _configured("cardiocaps", base=published).limit is None

@@ -1,0 +1,310 @@
+"""The program: everything for one epoch, what is finished and what was cut off, what fails, what is refused."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from cardiocaps.config import TrainConfig
+from cardiocaps.data.phantom import write_phantom
+from cardiocaps.experiments import __main__ as program
+from cardiocaps.experiments.jobs import Job
+from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED, SYSTEMS, configure, keys_of
+from cardiocaps.experiments.results import is_finished, read_result
+from cardiocaps.experiments.runner import run_jobs
+
+ROOT = Path(__file__).parents[3]
+FAST = [
+    "--epochs",
+    "1",
+    "--frames-per-clip",
+    "2",
+    "--seeds",
+    "1",
+    "--bootstrap",
+    "20",
+    "--no-progress",
+    "--threads",
+    "1",
+]
+
+
+@pytest.fixture(scope="module")
+def phantom(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("phantom")
+    write_phantom(folder, 20, 10, processes=2)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def arguments(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    return ["--data", str(phantom), "--cache-dir", str(tmp_path_factory.mktemp("cache")), *FAST]
+
+
+@pytest.fixture(scope="module")
+def everything(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("experiments") / "all"
+    assert program.main(["all", *arguments, "--jobs", "2", "--out", str(out)]) == 0
+    return out
+
+
+def _start(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "cardiocaps.experiments", *arguments]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+    for _ in range(2400):
+        if condition():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.025)
+    raise AssertionError("nothing happened within a minute")
+
+
+def _predictions(out: Path, key: str) -> str:
+    return (out / "jobs" / key / f"seed{FIRST_SEED}" / "predictions.csv").read_text()
+
+
+def test_every_row_has_figures(everything: Path) -> None:
+    for key in keys_of(EXHIBITS.values(), "video"):
+        result = read_result(everything / "jobs" / key / f"seed{FIRST_SEED}")
+        assert (result.system, result.seed) == (key, FIRST_SEED)
+        assert result.unit == ("frame" if key == "cardiocaps-paper-protocol" else "video")
+        if "classifier" not in SYSTEMS[key].settings:
+            assert result.parameters and result.epochs == 1 and result.seconds_per_epoch
+            assert sys.platform != "linux" or result.peak_memory
+    for name, exhibit in EXHIBITS.items():
+        assert {f"{name}.md", f"{name}.csv", f"{name}.png"} <= {path.name for path in (everything / "tables").iterdir()}
+        rows = list(csv.DictReader((everything / "tables" / f"{name}.csv").open()))
+        assert [row["system"] for row in rows] == list(exhibit.systems)
+        for row in rows:
+            assert 0 <= float(row["auroc"]) <= 1
+            assert 0 <= float(row["accuracy"]) <= 1
+    assert "Research use only" in (everything / "tables" / "README.md").read_text()
+
+
+def test_tables_do_not_say_where_the_data_are(everything: Path, phantom: Path) -> None:
+    secrets = [str(phantom), str(everything), f"{Path.home()}/", str(ROOT)]
+    for path in (everything / "tables").iterdir():
+        assert not [secret for secret in secrets if secret.encode() in path.read_bytes()], path
+
+
+def test_all_systems_saw_the_same_samples(everything: Path) -> None:
+    def samples(key: str) -> set[tuple[str, str]]:
+        return {(row["video"], row["label"]) for row in csv.DictReader(io.StringIO(_predictions(everything, key)))}
+
+    keys = set(keys_of(EXHIBITS.values(), "video")) - {"cardiocaps-paper-protocol"}
+    assert len({frozenset(samples(key)) for key in keys}) == 1
+
+
+def test_a_job_is_a_run(everything: Path) -> None:
+    from cardiocaps import evaluate
+
+    assert evaluate.main([str(everything / "jobs" / "unet" / f"seed{FIRST_SEED}")]) == 0
+
+
+def test_what_is_finished_is_not_done_again(
+    everything: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = sorted(everything.glob("jobs/*/*/*"))
+    before = [path.stat().st_mtime_ns for path in files]
+    table = (everything / "tables" / "table5.csv").read_text()
+    assert program.main(["table5", "fig3", *arguments, "--out", str(everything)]) == 0
+    assert "9 jobs, 9 of them finished" in capsys.readouterr().out
+    assert sorted(everything.glob("jobs/*/*/*")) == files
+    assert [path.stat().st_mtime_ns for path in files] == before
+    assert (everything / "tables" / "table5.csv").read_text() == table
+
+
+def test_killed_and_begun_again(everything: Path, arguments: list[str], tmp_path: Path) -> None:
+    """kill -9 loses no finished job, leaves no process behind, and changes no number."""
+    out = tmp_path / "out"
+    process = _start("table6", *arguments, "--out", str(out))
+    first, second = (out / "jobs" / key / f"seed{FIRST_SEED}" for key in ("cardiocaps", "em-capsnet"))
+    _wait_for((second / "run.json").exists, process)
+    process.kill()
+    process.communicate()
+    assert is_finished(first) and not is_finished(second)
+    finished = (first / "result.json").stat().st_mtime_ns
+    assert program.main(["table6", *arguments, "--out", str(out)]) == 0
+    assert (first / "result.json").stat().st_mtime_ns == finished
+    for key in EXHIBITS["table6"].systems:
+        assert _predictions(out, key) == _predictions(everything, key), key
+
+
+def test_stopped_by_a_signal(everything: Path, arguments: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = _start("table6", *arguments, "--out", str(out))
+    _wait_for((out / "jobs" / "cardiocaps" / f"seed{FIRST_SEED}" / "run.json").exists, process)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "stopped by SIGTERM" in errors
+    assert program.main(["table6", *arguments, "--out", str(out)]) == 0
+    assert _predictions(out, "em-capsnet") == _predictions(everything, "em-capsnet")
+
+
+def _job(key: str, arguments: list[str], out: Path) -> Job:
+    values = dict(pairwise(arguments))
+    config = TrainConfig(
+        data=Path(values["--data"]),
+        cache_dir=Path(values["--cache-dir"]),
+        epochs=1,
+        frames_per_clip=2,
+        seed=FIRST_SEED,
+        threads=1,
+        progress=False,
+    )
+    folder = out / "jobs" / key / f"seed{FIRST_SEED}"
+    return Job(SYSTEMS[key], FIRST_SEED, configure(config, SYSTEMS[key], FIRST_SEED, folder))
+
+
+class _Killing:
+    """A display that kills the process of the first job that gets somewhere."""
+
+    def __init__(self) -> None:
+        self.victim: str | None = None
+        self.ends: dict[str, str | None] = {}
+
+    def started(self, job: Job) -> None:
+        pass
+
+    def progress(self, job: Job, done: float, doing: str) -> None:
+        if self.victim is None:
+            self.victim = job.name
+            (process,) = multiprocessing.active_children()
+            assert process.pid is not None
+            os.kill(process.pid, signal.SIGKILL)
+
+    def ended(self, job: Job, seconds: float, error: str | None) -> None:
+        self.ends[job.name] = error
+
+
+def test_a_killed_job_takes_no_other_along(everything: Path, arguments: list[str], tmp_path: Path) -> None:
+    jobs = [_job(key, arguments, tmp_path) for key in ("cnn-2", "vit")]
+    display = _Killing()
+    errors = run_jobs(jobs, 1, display)
+    killed = "killed by SIGKILL (out of memory?)"
+    assert display.victim == "cnn-2 seed 10"
+    assert errors == {"cnn-2 seed 10": killed}
+    assert display.ends == {"cnn-2 seed 10": killed, "vit seed 10": None}
+    assert run_jobs(jobs[:1], 1, display) == {}
+    for key in ("cnn-2", "vit"):
+        assert _predictions(tmp_path, key) == _predictions(everything, key)
+
+
+def test_a_failed_row_is_reported_and_the_others_are_done(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert program.main(["leakage", *arguments, "--out", str(out)]) == 0
+    taken = out / "jobs" / "em-capsnet" / f"seed{FIRST_SEED}"
+    taken.mkdir(parents=True)
+    (taken / "somebody's file").touch()
+    assert program.main(["table6", *arguments, "--out", str(out)]) == 1
+    errors = capsys.readouterr().err
+    assert "error: 1 of 3 jobs failed" in errors and "em-capsnet seed 10: --overwrite does not delete" in errors
+    rows = {row["system"]: row for row in csv.DictReader((out / "tables" / "table6.csv").open())}
+    assert rows["efficient-capsnet"]["auroc"] and not rows["em-capsnet"]["auroc"]
+    assert "failed: seed 10: --overwrite does not delete" in (out / "tables" / "table6.md").read_text()
+    assert (taken / "somebody's file").exists()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--epochs", "2"], "epochs is 2, was 1"),
+        (["--preset", "small"], "preset is 'small', was 'tiny'"),
+        (["--learning-rate", "0.1"], "learning_rate is 0.1, was 0.001"),
+    ],
+)
+def test_other_settings_are_refused(
+    changed: list[str], message: str, everything: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.main(["table6", *arguments, *changed, "--out", str(everything)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_data_are_refused(
+    everything: Path, phantom: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(everything, out)
+    content = json.loads((out / "experiments.json").read_text())
+    content["data"]["video"] = "of another day"
+    (out / "experiments.json").write_text(json.dumps(content))
+    assert program.main(["table6", *arguments, "--out", str(out)]) == 2
+    assert "other clips, labels or splits" in capsys.readouterr().err
+
+
+def test_a_folder_of_something_else_is_refused(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "thesis.tex").touch()
+    assert program.main(["table6", *arguments, "--out", str(tmp_path)]) == 4
+    assert "not empty and no folder of experiments" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_data_without_abnormal_videos(
+    phantom: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    normal = tmp_path / "normal"
+    shutil.copytree(phantom, normal)
+    table = normal / "MeasurementsList.csv"
+    rows = list(csv.DictReader(table.open()))
+    for row in rows:
+        row["CalcValue"] = "0.5"
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert program.main(["table6", *arguments, "--data", str(normal), "--out", str(tmp_path / "out")]) == 3
+    assert "each split needs clips of both classes" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["table7"], "table7"),
+        (["table1", "--preset", "huge"], "huge"),
+        (["table1", "--seeds", "0"], "an integer from 1 to 100"),
+        (["table1", "--model", "vit"], "unknown option --model"),
+        ([], "EXHIBIT"),
+    ],
+)
+def test_mistakes_in_the_command_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        program.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_bars(arguments: list[str], tmp_path: Path) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    shown = io.StringIO()
+    with Progress(console=Console(file=shown, width=120, force_terminal=True)) as progress:
+        bars = program.Bars(2, progress)
+        job = _job("vit", arguments, tmp_path)
+        bars.started(job)
+        bars.progress(job, 0.5, "epoch 1/2")
+        assert [task.completed for task in progress.tasks] == [0, 0.5]
+        bars.ended(job, 3.0, "it broke")
+        assert [(task.description, task.completed) for task in progress.tasks] == [("jobs", 1)]
+    assert "vit seed 10" in shown.getvalue()

@@ -1,0 +1,403 @@
+import csv
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cardiocaps.errors import ConfigError
+from cardiocaps.experiments.exhibits import Exhibit
+from cardiocaps.experiments.results import Predictions, Result
+from cardiocaps.experiments.summaries import Summary, lambda_of, summarise
+from cardiocaps.experiments.tables import Row, disagreements, write_exhibit, write_index
+from cardiocaps.metrics import METRICS, by_video, choose_threshold, evaluate
+from tests.cardiocaps.experiments.invented import exhibit, predictions, result, row
+
+DATA = "Invented numbers."
+
+
+def _write(name: str, rows: Sequence[Row], folder: Path, bootstrap: int = 40) -> tuple[str, list[dict[str, str]]]:
+    """The Markdown and the rows of the CSV."""
+    shown = exhibit(name, list(rows))
+    write_exhibit(shown, rows, folder, data=DATA, bootstrap=bootstrap)
+    with (folder / f"{name}.csv").open(encoding="utf-8", newline="") as file:
+        return (folder / f"{name}.md").read_text(), list(csv.DictReader(file))
+
+
+def _cells(markdown: str, system: str) -> list[list[str]]:
+    """The cells of a system's lines, table by table."""
+    lines = [line for line in markdown.splitlines() if line.startswith(f"| {system} |")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def _of_accuracy(system: str, right: int, title: str | None = None) -> Row:
+    """A row that is right, at 0.5, for so many of ten frames, each of its own video."""
+    label = np.array([0] * 5 + [1] * 5)
+    probability = np.where(np.arange(10) < right, label, 1 - label) * 0.8 + 0.1
+    split = Predictions(probability, label, np.arange(10), tuple("abcdefghij"))
+    return Row(system, title or system, (result(system, validation=split, test=split),), None)
+
+
+def test_the_csv_has_the_numbers_of_the_metrics(tmp_path: Path) -> None:
+    given = row("cardiocaps", "CardioCaps")
+    _, (cells,) = _write("table6", [given], tmp_path, bootstrap=0)
+    reports = []
+    for r in given.results:
+        p, y = by_video(r.test.probability, r.test.label, r.test.video)
+        threshold = choose_threshold(*by_video(r.validation.probability, r.validation.label, r.validation.video))
+        reports.append(evaluate(p, y, threshold=threshold, bootstrap=0))
+    for name in METRICS:
+        values = [report.metrics[name].value for report in reports]
+        assert float(cells[name]) == pytest.approx(np.mean(values)), name
+        assert float(cells[f"{name}_sd"]) == pytest.approx(np.std(values, ddof=1)), name
+        assert cells[f"{name}_low"] == cells[f"{name}_high"] == ""
+    assert float(cells["threshold"]) == pytest.approx(np.mean([report.threshold for report in reports]))
+    counts = np.sum([report.confusion for report in reports], axis=0).ravel()
+    assert [int(cells[name]) for name in ("tn", "fp", "fn", "tp")] == counts.tolist()
+    frames = [evaluate(r.test.probability, r.test.label, bootstrap=0) for r in given.results]
+    assert float(cells["published_accuracy"]) == pytest.approx(np.mean([f.paper["accuracy"] for f in frames]))
+    assert float(cells["published_f1_abnormal"]) == pytest.approx(np.mean([f.metrics["f1"].value for f in frames]))
+    assert (cells["reported_accuracy"], cells["reported_accuracy_sd"]) == ("0.8551", "0.0054")
+    assert (cells["parameters"], cells["peak_memory"], cells["unit"]) == ("123456", str(300 * 2**20), "video")
+    assert float(cells["seconds_per_epoch"]) == pytest.approx((4.5 + 5.5 + 3.5) / 3)
+    assert (cells["test_videos"], cells["test_frames"], cells["seeds"]) == ("40", "160", "3")
+
+
+def test_the_markdown_has_the_numbers_of_the_csv(tmp_path: Path) -> None:
+    markdown, (_, cells) = _write("table6", [row("em-capsnet", "EM", 0.5), row("cardiocaps", "Ours")], tmp_path)
+    ranking, decisions, published, cost = _cells(markdown, "Ours")
+
+    def text(name: str) -> str:
+        value, sd, low, high = (float(cells[f"{name}{end}"]) for end in ("", "_sd", "_low", "_high"))
+        assert low <= value <= high
+        return f"{value:.3f} ± {sd:.3f} ({low:.3f}–{high:.3f})"
+
+    assert ranking == ["Ours", text("auroc"), text("average_precision"), text("brier")]
+    assert decisions[2:] == [text(n) for n in ("f1", "f1_weighted", "accuracy", "sensitivity", "specificity")]
+    assert published[1] == f"{float(cells['published_accuracy']):.3f} ± {float(cells['published_accuracy_sd']):.3f}"
+    assert published[2] == "0.8551 ± 0.0054" and published[-1] == "0.5273 ± 0.0227"
+    assert cost[1:3] == ["3", "123,456"] and "300" in cost
+    assert "reported on EchoNet-LVH" in markdown and "Youden" in markdown
+    assert "40 videos in the test split (160 frames; 10 videos abnormal)" in markdown and DATA in markdown
+    assert markdown.endswith("\n\nResearch use only. Not a medical device.\n")
+
+
+def test_every_line_of_a_table_has_as_many_cells_as_its_head(tmp_path: Path) -> None:
+    failed = Row("unet", "U | Net", (), "no\nmemory | at all")
+    markdown, _ = _write("table5", [row("cnn-1", "CNN-(1)"), failed, row("cardiocaps", "CardioCaps")], tmp_path)
+    for block in markdown.split("\n\n"):
+        if block.startswith("|"):
+            counts = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+            assert len(counts) == 1, block
+
+
+def test_a_failed_row_says_why_and_is_not_drawn(tmp_path: Path, figures: list[Any]) -> None:
+    failed = Row("unet", "U-Net", (), "model: 'unet' needs the package monai")
+    markdown, rows = _write("table5", [row("cnn-1", "CNN-(1)", 0.5), failed], tmp_path)
+    assert all(cells[1] == "failed: model: 'unet' needs the package monai" for cells in _cells(markdown, "U-Net"))
+    assert rows[1]["error"] == "model: 'unet' needs the package monai"
+    assert set(rows[1]) == set(rows[0]) and rows[1]["auroc"] == rows[1]["parameters"] == ""
+    assert "U-Net" not in _texts(figures[0]) and "CNN-(1)" in _texts(figures[0])
+
+
+def test_an_exhibit_without_any_result_has_a_table_and_no_figure(tmp_path: Path) -> None:
+    _write("table5", [row("cnn-1", "CNN-(1)")], tmp_path)
+    markdown, rows = _write("table5", [Row("cnn-1", "CNN-(1)", (), "killed"), Row("vit", "ViT", (), None)], tmp_path)
+    assert not (tmp_path / "table5.png").exists()
+    assert "No system of this exhibit has results." in markdown and "| CNN-(1) | failed: killed |" in markdown
+    assert "| ViT | failed: no result |" in markdown and len(rows) == 2
+
+
+def test_fewer_seeds_than_asked_for_are_noted(tmp_path: Path) -> None:
+    markdown, (cells,) = _write("table5", [row("vit", "ViT", seeds=2, error="seed 12: killed")], tmp_path)
+    assert "* ViT: only 2 of the seeds: seed 12: killed" in markdown
+    assert cells["seeds"] == "2" and cells["auroc"]
+
+
+def test_a_single_seed_has_no_deviation(tmp_path: Path) -> None:
+    markdown, (cells,) = _write("table5", [row("vit", "ViT", seeds=1)], tmp_path)
+    assert all(cells[f"{name}_sd"] == "" for name in (*METRICS, "threshold", "published_accuracy", "epochs"))
+    assert cells["auroc_low"] and markdown.count("Of a single seed")
+    assert not any("±" in cell for cells in _cells(markdown, "ViT")[:2] for cell in cells)
+
+
+def test_a_test_split_of_one_class_is_undefined_with_its_reason(tmp_path: Path, figures: list[Any]) -> None:
+    split = predictions(3)
+    one_class = replace(split, label=np.zeros_like(split.label))
+    given = Row("vit", "ViT", (result("vit", test=one_class),), None)
+    markdown, (cells,) = _write(
+        "table5",
+        [
+            given,
+        ],
+        tmp_path,
+    )
+    assert cells["auroc"] == cells["auroc_low"] == cells["published_roc_auc"] == "" and cells["specificity"]
+    assert "* ViT: auroc is undefined: every label is 0, the metric needs both classes" in markdown
+    assert _cells(markdown, "ViT")[0][1] == "–"
+    assert "undefined" in _texts(figures[0])
+
+
+def test_a_validation_split_of_one_class_leaves_the_threshold_at_one_half(tmp_path: Path) -> None:
+    split = predictions(3)
+    one_class = replace(split, label=np.ones_like(split.label))
+    markdown, (cells,) = _write("table5", [Row("vit", "ViT", (result("vit", validation=one_class),), None)], tmp_path)
+    assert cells["threshold"] == "0.5"
+    assert "seed 10: every validation video has label 1, so the threshold is 0.5" in markdown
+
+
+def test_under_the_paper_protocol_a_sample_is_a_frame(tmp_path: Path) -> None:
+    # One video with frames of both labels, which is no error there.
+    label = np.array([0, 1, 0, 1])
+    split = Predictions(np.array([0.1, 0.9, 0.2, 0.4]), label, np.array([0, 1, 2, 3]), ("a", "a", "b", "b"))
+    given = Row("cardiocaps", "Ours", (result(unit="frame", validation=split, test=split),), None)
+    markdown, (cells,) = _write("table6", [given], tmp_path)
+    assert cells["unit"] == "frame" and float(cells["auroc"]) == 1 and int(cells["tn"]) + int(cells["tp"]) == 4
+    assert "A sample is a frame" in markdown
+
+
+def test_results_of_two_units_make_no_row() -> None:
+    mixed = Row("cardiocaps", "Ours", (result(), result(unit="frame")), None)
+    with pytest.raises(ValueError, match=r"results of 'cardiocaps' must be by one unit, are by \['frame', 'video'\]"):
+        summarise(mixed, "table6", 0)
+
+
+def _summaries(exhibit_name: str, *rows: Row) -> list[Summary]:
+    return [summarise(r, exhibit_name, 0) for r in rows]
+
+
+def test_the_papers_order_is_said_to_hold_where_it_does(tmp_path: Path) -> None:
+    # By the paper: cardiocaps, then em-capsnet, then efficient-capsnet.
+    rows = [_of_accuracy("em-capsnet", 7), _of_accuracy("efficient-capsnet", 6), _of_accuracy("cardiocaps", 9)]
+    assert disagreements(_summaries("table6", *rows)) == (3, [])
+    markdown, _ = _write("table6", rows, tmp_path)
+    assert "On these data the paper's order of the rows by accuracy holds (3 of 3 pairs)." in markdown
+
+
+def test_where_the_papers_order_does_not_hold_it_is_named(tmp_path: Path) -> None:
+    rows = [
+        _of_accuracy("em-capsnet", 7, "EM"),
+        _of_accuracy("efficient-capsnet", 8, "Efficient"),
+        _of_accuracy("cardiocaps", 7, "Ours"),
+    ]
+    pairs, wrong = disagreements(_summaries("table6", *rows))
+    assert pairs == 3
+    assert {(a.title, b.title) for a, b in wrong} == {("EM", "Efficient"), ("Ours", "Efficient"), ("Ours", "EM")}
+    markdown, _ = _write("table6", rows, tmp_path)
+    assert "holds for 0 of 3 pairs, and for 3 it does not: " in markdown
+    assert "*Efficient* lies above *EM* and *Ours*" in markdown and "*EM* is level with *Ours*" in markdown
+
+
+def test_a_very_different_order_is_not_told_pair_by_pair(tmp_path: Path) -> None:
+    networks = ("cnn-1", "cnn-2", "resnet18", "unet", "vit")
+    rows = [*(_of_accuracy(key, 9, key) for key in networks), _of_accuracy("cardiocaps", 5, "Ours")]
+    markdown, _ = _write("table5", rows, tmp_path)
+    assert "holds for 0 of 15 pairs; the first is *cnn-1* and not *Ours*." in markdown
+
+
+def test_rows_that_the_paper_has_level_are_in_no_order() -> None:
+    rows = [_of_accuracy("logistic-regression-oversampling", 8), _of_accuracy("logistic-regression-class-weight", 6)]
+    assert disagreements(_summaries("table4", *rows)) == (0, [])
+
+
+def test_f1_of_classical_classifiers_is_marked_as_another(tmp_path: Path) -> None:
+    rows = [row("xgboost-class-weight", "XGBoost"), row("cardiocaps", "Ours")]
+    markdown, _ = _write("table4", rows, tmp_path)
+    published = _cells(markdown, "XGBoost")[2]
+    assert "0.4560 ± 0.0124 †" in published and "† The paper's F1 of this row" in markdown
+    assert "0.8563 ± 0.0011" in _cells(markdown, "Ours")[2]
+
+
+def test_the_sweep_is_in_the_order_of_lambda_with_the_papers_statements(tmp_path: Path, figures: list[Any]) -> None:
+    rows = [
+        row(f"cardiocaps-lambda-{x}", f"λ = {x}", skill) for x, skill in (("1.0", 0.2), ("0.0001", 3.0), ("0.05", 1))
+    ]
+    markdown, cells = _write("fig6", rows, tmp_path)
+    assert [c["lambda"] for c in cells] == ["1.0", "0.0001", "0.05"]
+    assert "AUROC at 0.0001" in markdown and "The paper names 0.05 and 0.5" in markdown
+    axes = figures[0].axes[0]
+    auroc = axes.containers[0].lines[0]
+    assert auroc.get_ydata().tolist() == [float(cells[i]["auroc"]) for i in (1, 2, 0)]
+    assert axes.get_xscale() == "log"
+    assert {0.05, 0.5} <= {line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"}
+    assert lambda_of("cardiocaps-lambda-1e-4") == 1e-4
+    assert lambda_of("cardiocaps") == 0.05
+    with pytest.raises(ValueError, match="-lambda-NUMBER, is 'resnet18'"):
+        lambda_of("resnet18")
+
+
+def test_leakage_compares_the_two_protocols(tmp_path: Path) -> None:
+    rows = [row("cardiocaps", "By video", 0.5), row("cardiocaps-paper-protocol", "By frame", 3.0, unit="frame")]
+    markdown, (video, frame) = _write("leakage", rows, tmp_path)
+    assert f"AUROC from {float(video['auroc']):.3f} to {float(frame['auroc']):.3f}" in markdown
+    assert "but a frame for By frame" in markdown
+
+
+def test_confusion_matrices_are_summed_over_the_seeds(tmp_path: Path, figures: list[Any]) -> None:
+    markdown, (cells, _) = _write("fig3", [row("dr", "DR"), row("dr-margin", "Margin", 0.3)], tmp_path)
+    tn, fp = int(cells["tn"]), int(cells["fp"])
+    assert tn + fp == 3 * 30
+    assert f"| DR | {tn} ({tn / 90:.1%}) | {fp} ({fp / 90:.1%}) |" in markdown
+    assert f"{tn}\n{tn / 90:.1%}" in _texts(figures[0]) and "videos over 3 seeds" in _texts(figures[0])
+
+
+def test_calibration_and_efficiency_show_their_numbers(tmp_path: Path, figures: list[Any]) -> None:
+    rows = [row("cardiocaps", "Ours"), row("random-forest-class-weight", "Forest", seconds_per_epoch=None)]
+    markdown, cells = _write("calibration", rows, tmp_path)
+    assert f"{float(cells[0]['calibration_error']):.3f} ± {float(cells[0]['calibration_error_sd']):.3f}" in markdown
+    assert f"ECE {float(cells[0]['calibration_error']):.3f}" in _texts(figures[0])
+    markdown, _ = _write("efficiency", rows, tmp_path)
+    assert markdown.index("## Cost") < markdown.index("## Results")
+    assert _cells(markdown, "Ours")[0][6] == "1.00" and _cells(markdown, "Forest")[0][5:7] == ["–", "–"]
+    assert "not measured" in _texts(figures[1]) and "300" in _texts(figures[1])
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The figures that are drawn, caught on their way to the disk."""
+    from cardiocaps.experiments import figures as module
+
+    caught: list[Any] = []
+    save = module.save
+
+    def catch(figure: Any, path: Path) -> None:
+        caught.append(figure)
+        save(figure, path)
+
+    monkeypatch.setattr(module, "save", catch)
+    return caught
+
+
+def _texts(figure: Any) -> str:
+    from matplotlib.text import Text
+
+    return "\n".join(text.get_text() for text in figure.findobj(Text))
+
+
+def test_the_dots_of_a_table_are_its_numbers(tmp_path: Path, figures: list[Any]) -> None:
+    _, rows = _write("table6", [row("em-capsnet", "EM", 0.5), row("cardiocaps", "Ours")], tmp_path)
+    panels = {axes.get_title(): axes for axes in figures[0].findobj(lambda x: hasattr(x, "get_title"))}
+    auroc = panels["AUROC"]
+    means = [container.lines[0].get_xdata()[0] for container in auroc.containers]
+    assert means == [float(cells["auroc"]) for cells in rows]
+    # The paper's figures are hollow, and in the published panels alone.
+    hollow = [line.get_xdata()[0] for line in panels["PR AUC (precision)"].lines if line.get_marker() == "D"]
+    assert hollow == [0.0, 0.5273]
+    assert not any(line.get_marker() == "D" for line in auroc.lines)
+    assert "reported on EchoNet-LVH" in _texts(figures[0]) and "Research use only" in _texts(figures[0])
+
+
+NAMES = ("table1", "table4", "fig3", "fig6", "calibration", "efficiency", "leakage")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_on_a_figure_is_cut_or_covered(name: str, tmp_path: Path, figures: list[Any]) -> None:
+    systems = {
+        "table4": [f"{c}-{s}" for c in ("logistic-regression", "xgboost") for s in ("oversampling", "class-weight")],
+        "fig6": [f"cardiocaps-lambda-{x}" for x in ("0.0001", "0.001", "0.01", "0.05", "0.1", "0.5", "1.0")],
+    }.get(name, ["dr", "cardiocaps", "vit"])
+    long = "A system with a rather long name, and an addition to it"
+    rows = [row(system, long, 0.2 + k) for k, system in enumerate(systems)]
+    _write(name, rows, tmp_path, bootstrap=10)
+    (figure,) = figures
+    figure.canvas.draw()
+    whole = figure.bbox
+    labels = []
+    for axes in figure.findobj(lambda x: hasattr(x, "get_xticklabels")):
+        ticks = [
+            text
+            for axis, place in ((axes.xaxis, 0), (axes.yaxis, 1))
+            for text in axis.get_ticklabels()
+            # Those beyond the ends of the axis are there and not drawn.
+            if min(axis.get_view_interval()) <= text.get_position()[place] <= max(axis.get_view_interval())
+        ]
+        for text in (axes.title, axes.xaxis.label, axes.yaxis.label, *ticks):
+            if text.get_text() and text.get_visible() and axes.axison:
+                labels.append(text.get_window_extent())
+    assert len(labels) > 10
+    for box in labels:
+        assert box.x0 >= -1 and box.y0 >= -1 and box.x1 <= whole.x1 + 1 and box.y1 <= whole.y1 + 1
+    for i, one in enumerate(labels):
+        for other in labels[:i]:
+            width = min(one.x1, other.x1) - max(one.x0, other.x0)
+            height = min(one.y1, other.y1) - max(one.y0, other.y0)
+            assert width <= 1 or height <= 1, (one, other)
+
+
+def test_the_files_are_the_same_each_time(tmp_path: Path) -> None:
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        folder.mkdir()
+        _write("table6", [row("em-capsnet", "EM", 0.5), row("cardiocaps", "Ours")], folder)
+    for name in ("table6.md", "table6.csv", "table6.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_rows_of_another_exhibit_are_refused(tmp_path: Path) -> None:
+    shown = Exhibit("table5", "Table V", ("vit",))
+    with pytest.raises(ValueError, match="rows: must be of vit, are of unet"):
+        write_exhibit(shown, [row("unet", "U-Net")], tmp_path, data=DATA, bootstrap=0)
+    with pytest.raises(ValueError, match="rows: must be of vit, are of none"):
+        write_exhibit(shown, [], tmp_path, data=DATA, bootstrap=0)
+
+
+def test_the_index_leads_to_every_file_and_begins_with_cardiocaps(tmp_path: Path) -> None:
+    for name, rows in (
+        ("table6", [row("em-capsnet", "EM", 0.5), row("cardiocaps", "Ours")]),
+        ("table5", [Row("vit", "ViT", (), "killed"), row("cardiocaps", "Ours")]),
+    ):
+        _write(name, rows, tmp_path)
+    shown = [Exhibit(name, f"The {name}", ()) for name in ("table5", "table6", "fig3")]
+    environment = {"commit": "abc123", "packages": {"torch": "2.13", "monai": None}, "gpu": None, "cpu_count": 2}
+    write_index(shown, tmp_path, data=DATA, command="python -m cardiocaps.experiments", environment=environment)
+    text = (tmp_path / "README.md").read_text()
+    main = [line for line in text.splitlines() if line.startswith("| ")][2:5]
+    assert [line.split(" | ")[0] for line in main] == ["| Ours", "| EM", "| ViT"]
+    assert "0.8551 ± 0.0054" in main[0] and "failed: killed" in main[2]
+    for link in re.findall(r"\]\((.+?)\)", text):
+        assert (tmp_path / link).is_file()
+    assert "[table5](table5.md)" in text and "| The fig3 | – | – | – |" in text
+    for part in ("| commit | abc123 |", "| torch | 2.13 |", "| monai | – |", "| cpu count | 2 |", DATA):
+        assert part in text
+    assert "python -m cardiocaps.experiments\n" in text
+    assert text.endswith("Research use only. Not a medical device.\n")
+
+
+def test_an_index_of_nothing_and_of_a_damaged_table(tmp_path: Path) -> None:
+    shown = [Exhibit("table5", "Table V", ())]
+    write_index(shown, tmp_path, data=DATA, command="c", environment={})
+    assert "| Table V | – | – | – |" in (tmp_path / "README.md").read_text()
+    (tmp_path / "table5.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ConfigError, match=r"table5\.csv is damaged"):
+        write_index(shown, tmp_path, data=DATA, command="c", environment={})
+
+
+def test_matplotlib_and_scikit_learn_are_imported_late() -> None:
+    import subprocess
+    import sys
+
+    program = (
+        "import sys; from cardiocaps.experiments import tables, results, reported, exhibits\n"
+        "heavy = {'matplotlib', 'sklearn', 'torch', 'lightning'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_costs_of_seeds_that_have_none_are_left_out() -> None:
+    results: tuple[Result, ...] = (result(peak_memory=None), result(peak_memory=7), result(peak_memory=5))
+    summary = summarise(Row("vit", "ViT", results, None), "table5", 0)
+    assert summary.peak_memory == 7
+    without = summarise(Row("vit", "ViT", (result(parameters=None, epochs=None),), None), "table5", 0)
+    assert without.parameters is None and math.isnan(without.cost("epochs").value)
+
+
+def test_seeds_with_other_test_videos_are_noted(tmp_path: Path) -> None:
+    results = (result("vit", 10), result("vit", 11, test=predictions(11, first=500)))
+    markdown, _ = _write("table5", [Row("vit", "ViT", results, None)], tmp_path)
+    assert "* ViT: the seeds were tested on different videos" in markdown
+    assert "the same videos for every seed" not in markdown
