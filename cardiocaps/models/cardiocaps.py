@@ -36,8 +36,8 @@ class CardioCaps(nn.Module):
         primary_layout: see `capsops.nn.PrimaryCapsules`.
         affine: what makes the votes (table III of the paper): "matrices", learned, one for each primary capsule and
             class; "convolution", a learned 1×1 convolution, that is one matrix for all primary capsules; "constant",
-            2 / N everywhere, that is not learned: routed uniformly, a class capsule is then the mean of its votes before
-            the squash. (With ones it is their sum, and of thousands of capsules the squash is saturated for good.)
+            2 / N everywhere, that is not learned: routed uniformly, a class capsule is then the mean of its votes,
+            squashed. (With ones it is their sum, and of thousands of capsules the squash is saturated for good.)
             Constant votes are the same for every class: dynamic and uniform routing then give class capsules that are
             equal to one another, and no image is told from any other. Attention routing can still weigh the classes
             differently.
