@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cardiocaps.config import CommandLine, TrainConfig, add_options, options
 from cardiocaps.errors import CardioCapsError
@@ -80,13 +80,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body(_: Interruption) -> None:
         config = TrainConfig(**{name: value for name, value in given.items() if value is not None}, seed=FIRST_SEED)
-        run(exhibits, config, seeds, at_once, out or Path("experiments", config.preset))
+        typed = [*names, "--seeds", str(seeds), "--jobs", str(at_once), *_as_typed(given)]
+        command = " ".join(["python -m cardiocaps.experiments", *typed])
+        run(exhibits, config, seeds, at_once, out or Path("experiments", config.preset), command)
 
     return execute(body)
 
 
-def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out: Path) -> None:
-    """Do the jobs that these exhibits need and that `out` does not hold yet, and write the exhibits to `out`/tables.
+def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out: Path, command: str) -> None:
+    """Do the jobs that these exhibits need and that `out` does not hold yet, and write the exhibits to `out`/tables,
+    with the `command` that makes them.
 
     Raises:
         CardioCapsError: the settings, the data or the folder cannot be used; or, at the end, some systems failed.
@@ -117,11 +120,23 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
         say(f"{_count(len(jobs), 'job')}, {len(jobs) - len(left)} of them finished; {pace}")
         with _display(len(left), config.progress) as display:
             errors = run_jobs(left, at_once, display)
-        _write(exhibits, jobs, errors, config, data, folder, f"Times: {pace}.")
+        _write(exhibits, jobs, errors, config, data, folder, f"Times: {pace}.", command)
     say(f"tables and figures: {folder.tables}")
     if errors:
         failed = "".join(f"\n  {name}: {why}" for name, why in errors.items())
         raise CardioCapsError(f"{len(errors)} of {len(jobs)} jobs failed; the same command tries them again{failed}")
+
+
+def _as_typed(given: Mapping[str, Any]) -> Iterator[str]:
+    """The settings of a command line, without paths: they say nothing to others, and may say who ran it."""
+    for name, value in given.items():
+        option = options()[name]
+        if value is None or (option.kind is Path and name != "data"):
+            continue
+        if option.kind is bool:
+            yield option.flag if value else option.flag.replace("--", "--no-", 1)
+        else:
+            yield f"{option.flag} {'FOLDER' if option.kind is Path else value}"
 
 
 def _prepare(jobs: Sequence[Job], config: TrainConfig, folder: ExperimentFolder) -> Mapping[str, str]:
@@ -173,6 +188,7 @@ def _write(
     data: Mapping[str, str],
     folder: ExperimentFolder,
     pace: str,
+    command: str,
 ) -> None:
     """Every exhibit from the jobs that are finished, and the index."""
     from cardiocaps.experiments.results import is_finished, read_result
@@ -194,7 +210,6 @@ def _write(
         what = " ".join(data[protocol] for protocol in protocols if protocol in data)
         rows = [row(key) for key in exhibit.systems]
         write_exhibit(exhibit, rows, folder.tables, data=f"{what} {pace}", bootstrap=config.bootstrap)
-    command = " ".join(["python -m cardiocaps.experiments", *sys.argv[1:]])
     write_index(exhibits, folder.tables, data=data[config.protocol], command=command, environment=environment("cpu"))
 
 
