@@ -81,7 +81,8 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         assert self.config.learning_rate is not None
-        return torch.optim.Adam(self.parameters(), lr=self.config.learning_rate)
+        # One kernel for all: on a CPU the default takes a tenth of a step of preset tiny.
+        return torch.optim.Adam(self.parameters(), lr=self.config.learning_rate, fused=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["cardiocaps"] = _shape(self.config)

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -56,8 +57,15 @@ class Cached:
 
     def frames(self, clip: Clip) -> NDArray[np.uint8]:
         """The clip's frames, uint8 [T, 3, S, S], memory-mapped."""
-        mapped: NDArray[np.uint8] = np.load(self.files[clip.path], mmap_mode="r", allow_pickle=False)
-        return mapped
+        file = self.files[clip.path]
+        return _mapped(file, file.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=16_384)
+def _mapped(file: Path, mtime_ns: int) -> NDArray[np.uint8]:
+    """A cached file that has been there, in this form, since `mtime_ns`. Opening one costs more than copying a frame."""
+    mapped: NDArray[np.uint8] = np.load(file, mmap_mode="r", allow_pickle=False)
+    return mapped
 
 
 def default_folder() -> Path:

@@ -84,15 +84,16 @@ def three_views(base: Tensor, size: int, jitter: Tensor, tone: Tensor | None = N
         raise ValueError(f"base must be uint8 [B, 3, S, S], got {base.dtype} {list(base.shape)}")
     if jitter.shape != (len(base), 3, 4):
         raise ValueError(f"jitter must be [{len(base)}, 3, 4], got {list(jitter.shape)}")
-    pixels = base.float() / 255
+    # In place where that is possible: fresh memory for a batch of frames costs more than the arithmetic.
+    pixels = base.float().div_(255)
     small = interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
     full = _sample(small, jitter[:, :1], 1.0, size)
     zoomed = _sample(pixels, jitter[:, 1:], size / side, size)
     views = torch.cat([full, zoomed], dim=1)
     if tone is not None:
         gain, gamma = tone.view(-1, 2, 1, 1, 1).unbind(1)
-        views = gain * views.clamp_min(0) ** gamma
-    return views.clamp(0, 1)
+        views = views.clamp_(min=0).pow_(gamma).mul_(gain)
+    return views.clamp_(0, 1)
 
 
 def _sample(image: Tensor, jitter: Tensor, window: float, size: int) -> Tensor:
