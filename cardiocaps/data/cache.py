@@ -63,7 +63,7 @@ class Cached:
 
 @lru_cache(maxsize=16_384)
 def _mapped(file: Path, mtime_ns: int) -> NDArray[np.uint8]:
-    """A cached file that has been there, in this form, since `mtime_ns`. Opening one costs more than copying a frame."""
+    """A cached file as it has been since `mtime_ns`. To open one costs more than to copy a frame."""
     mapped: NDArray[np.uint8] = np.load(file, mmap_mode="r", allow_pickle=False)
     return mapped
 
