@@ -157,15 +157,16 @@ class TrainConfig:
         "data",
         "video: one label per video, split by video; paper: row by row, split by frame, which leaks",
     )
-    split: Literal["auto", "column", "stratified"] = _option(
+    split: Literal["auto", "column", "stratified", "frames"] = _option(
         "auto",
         "data",
-        "the data set's own column, or groups stratified by label; auto: the column where there is one",
+        "the data set's own column, or groups stratified by label; auto: the column where there is one; "
+        "frames: at random over all videos' frames, which leaks",
     )
     split_seed: int | None = _option(
         None,
         "data",
-        "seed of the stratified groups, and of the paper protocol's split; none: the run's",
+        "seed of the stratified groups, or of a split by frame; none: the run's",
         low=0,
         high=2**32 - 1,
     )
@@ -275,6 +276,11 @@ class TrainConfig:
         """The preset's network sizes (its training values are only defaults: read those from this
         configuration)."""
         return PRESETS[self.preset]
+
+    @property
+    def splits_frames(self) -> bool:
+        """Whether frames of one video are in every split, so that no video is new in the test."""
+        return self.protocol == "paper" or self.split == "frames"
 
     def resolved(self) -> "TrainConfig":
         """The same with the preset's values and the run's folder in place of None."""

@@ -140,8 +140,8 @@ def network_name(config: TrainConfig) -> str:
 
 
 def _reports(network: Scores, pixels: Scores, config: TrainConfig) -> tuple[str, Report, Report]:
-    """The unit of a protocol and the two reports by it: videos, but frames in the paper's, which splits frames."""
-    unit = "frame" if config.protocol == "paper" else "video"
+    """The unit of a run and the two reports by it: videos, but frames where these were split."""
+    unit = "frame" if config.splits_frames else "video"
     return unit, getattr(network, unit), getattr(pixels, unit)
 
 

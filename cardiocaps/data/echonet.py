@@ -27,7 +27,7 @@ from cardiocaps.data.video import Header, VideoError, regular_file
 from cardiocaps.errors import ConfigError, DataError
 
 PROTOCOLS = ("video", "paper")
-SPLIT_RULES = ("auto", "column", "stratified")
+SPLIT_RULES = ("auto", "column", "stratified", "frames")
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Study:
         rule = {
             "column": "by video, the table's own column",
             "stratified": "by video, drawn at random in each class",
-            "frames": "over frames, as the published code did: it leaks",
+            "frames": "over frames: it leaks",
         }[self.split_rule]
         lines = [f"{len(self.clips)} clips, protocol {self.protocol}, split {rule}"]
         for split in splits.SPLITS if self.split_rule != "frames" else ():
@@ -105,7 +105,8 @@ def read_folder(
             as the published code did; warns that it leaks.
         thresholds: measurement -> smallest abnormal value in cm.
         split: ``column`` (the table's own), ``stratified`` (60/20/20 by video), ``auto`` (the first where
-            there is one). The paper protocol splits frames and takes only ``auto``.
+            there is one), ``frames`` (60/32/8 over the frames of all videos; warns that it leaks). The paper
+            protocol splits frames and takes only ``auto``.
         seed: of the stratified split.
         max_bad_share: largest share of rows, and of videos, that may be unusable.
         limit: at most so many clips, evenly over splits and classes.
@@ -142,8 +143,10 @@ def read_folder(
         if split_rule == "column":
             chosen, unknown = splits.from_column({n: [row.split for row in rows] for n, rows in usable.items()})
             problems += unknown
-        else:
+        elif split_rule == "stratified":
             chosen = splits.stratified({n: _label(rows, thresholds) for n, rows in usable.items()}, seed)
+    if split_rule == "frames":
+        splits.warn_of_leak("the paper protocol" if protocol == "paper" else "a split by frame")
     refuse_many(len(problems), len(by_name), max_bad_share, f"videos of {root}", problems)
 
     if protocol == "paper":

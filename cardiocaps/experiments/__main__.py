@@ -140,7 +140,7 @@ def _as_typed(given: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _prepare(jobs: Sequence[Job], config: TrainConfig, folder: ExperimentFolder) -> Mapping[str, str]:
-    """Read and decode, once, what the jobs need; what the data of each protocol are, in a sentence.
+    """Read and decode, once, what the jobs need; what the data of each protocol and split are, in a sentence.
 
     Raises:
         DataError: the data cannot be used. ConfigError: they have changed since the first jobs.
@@ -150,13 +150,18 @@ def _prepare(jobs: Sequence[Job], config: TrainConfig, folder: ExperimentFolder)
 
     said: dict[str, str] = {}
     for job in jobs:
-        if job.config.protocol not in said:
+        if _data_of(job) not in said:
             watched = replace(job.config, progress=config.progress)
             with machine_for(watched) as machine:
                 data = decode(watched, machine, read_study(watched))
             folder.claim_data(data.study)
-            said[job.config.protocol] = _described(watched, data)
+            said[_data_of(job)] = _described(watched, data)
     return said
+
+
+def _data_of(job: Job) -> str:
+    """What tells a job's data from those of others."""
+    return f"protocol {job.config.protocol}, split {job.config.split}"
 
 
 def _count(n: int, what: str) -> str:
@@ -173,11 +178,12 @@ def _described(config: TrainConfig, data: EchoDataModule) -> str:
     for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
         labels = data.labels(split)
         unit, n, positives = "frames", len(labels), int(labels.sum())
-        if config.protocol == "video":
+        if not config.splits_frames:
             clips = data.clips(split)
             unit, n, positives = "videos", len(clips), sum(clip.label for clip in clips)
         parts.append(f"{name} {n} {unit}, {positives} abnormal")
-    return f"{what}; preset {config.preset}, protocol {config.protocol}: {'; '.join(parts)}."
+    rule = ", split by frame" if config.split == "frames" else ""
+    return f"{what}; preset {config.preset}, protocol {config.protocol}{rule}: {'; '.join(parts)}."
 
 
 def _write(
@@ -205,12 +211,11 @@ def _write(
     with output_errors(folder.tables):
         folder.tables.mkdir(exist_ok=True)
     for exhibit in exhibits:
-        keys = {"cardiocaps", *exhibit.systems}
-        protocols = dict.fromkeys(str(SYSTEMS[key].settings.get("protocol", config.protocol)) for key in keys)
-        what = " ".join(data[protocol] for protocol in protocols if protocol in data)
+        keys = {trained_as(key, config.protocol) for key in exhibit.systems}
+        what = " ".join(dict.fromkeys(data[_data_of(job)] for job in jobs if job.system.key in keys))
         rows = [row(key) for key in exhibit.systems]
         write_exhibit(exhibit, rows, folder.tables, data=f"{what} {pace}", bootstrap=config.bootstrap)
-    write_index(exhibits, folder.tables, data=data[config.protocol], command=command, environment=environment("cpu"))
+    write_index(exhibits, folder.tables, data=data[_data_of(jobs[0])], command=command, environment=environment("cpu"))
 
 
 class Lines:

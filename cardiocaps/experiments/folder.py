@@ -89,7 +89,7 @@ class ExperimentFolder:
         digest = hashlib.sha256(json.dumps(clips).encode()).hexdigest()
         found = self._read()
         assert found is not None
-        before = found.setdefault("data", {}).setdefault(study.protocol, digest)
+        before = found.setdefault("data", {}).setdefault(f"{study.protocol}, split by {study.split_rule}", digest)
         if before != digest:
             raise ConfigError(
                 f"out: the experiments in {self.path} were done on other clips, labels or splits than the data now "

@@ -175,7 +175,7 @@ def _write(
     result = Result(
         system=job.system.key,
         seed=job.seed,
-        unit="frame" if job.config.protocol == "paper" else "video",
+        unit="frame" if job.config.splits_frames else "video",
         validation=predictions("val"),
         test=predictions("test"),
         device=machine.gpu or machine.device,

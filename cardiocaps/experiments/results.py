@@ -79,7 +79,7 @@ class Result:
 
     system: str  # its key
     seed: int
-    unit: str  # "video", or "frame" under the paper protocol, where frames of one video are in every split
+    unit: str  # "video", or "frame" where frames of one video are in every split
     validation: Predictions
     test: Predictions
     parameters: int | None  # trainable numbers; None for what has none to count, such as forests

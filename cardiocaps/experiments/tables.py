@@ -156,8 +156,9 @@ def _finding(exhibit: Exhibit, summaries: Sequence[Summary]) -> str:
             for a, b in [(by_unit["video"].report.metrics[name], by_unit["frame"].report.metrics[name])]
         ]
         return (
-            "On these data the paper's protocol, in which frames of one video are in every split, changes "
-            f"{_and(changes)}; its numbers are by frame, for no video is new to the network."
+            "On these data a split over frames, which puts frames of one video into every split, changes "
+            f"{_and(changes)}; its numbers are by frame, for no video is new to the network. The paper's protocol also "
+            "has labels by row, of which the same frames can have two."
         )
     return _order_sentence(summaries)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -342,9 +343,13 @@ def test_options(options: list[str], arguments: list[str], tmp_path: Path) -> No
     assert (tmp_path / "run" / "metrics.json").exists()
 
 
-def test_paper_protocol_warns_and_runs(arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize("option", [("--protocol", "paper"), ("--split", "frames")])
+def test_a_split_over_frames_warns_and_runs(
+    option: tuple[str, str], arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.warns(UserWarning, match="leak"):
-        assert train.main([*arguments, "--epochs", "1", "--protocol", "paper", "--out", str(tmp_path / "run")]) == 0
+        assert train.main([*arguments, "--epochs", "1", *option, "--out", str(tmp_path / "run")]) == 0
+    assert re.search(r"test split, \d+ frames", capsys.readouterr().out)
 
 
 def test_existing_run_is_not_overwritten(

@@ -72,7 +72,7 @@ def test_nothing_there_is_named(tmp_path: Path) -> None:
     "arguments, reason",
     [
         ({"protocol": "row"}, "protocol must be one of video, paper, got 'row'"),
-        ({"split": "random"}, "split must be one of auto, column, stratified, got 'random'"),
+        ({"split": "random"}, "split must be one of auto, column, stratified, frames, got 'random'"),
         ({"protocol": "paper", "split": "column"}, "split must be auto in the paper protocol"),
         ({"limit": 0}, "limit must be at least 1, got 0"),
         ({"max_bad_share": -1}, "max_bad_share must be from 0 to 1, got -1"),
@@ -200,3 +200,14 @@ def test_the_paper_protocol_has_a_clip_per_row(shared_folder: Path) -> None:
     assert (septum.width, ventricle.width) == (1.4, 4.55)
     assert study.clips_in("train") == study.clips_in("test") == study.clips
     assert "it leaks" in study.summary()
+
+
+def test_a_split_by_frame_leaks_with_the_labels_of_videos(shared_folder: Path) -> None:
+    with pytest.warns(UserWarning, match="a split by frame leaks") as caught:
+        study = read_folder(shared_folder, split="frames")
+    assert {Path(warning.filename).name for warning in caught} == {"test_echonet.py"}
+    assert {clip.split for clip in study.clips} == {"mixed"}
+    by_video = {clip.name: clip.label for clip in read_folder(shared_folder).clips}
+    assert {clip.name: clip.label for clip in study.clips} == by_video
+    with pytest.raises(ConfigError, match="split must be auto in the paper protocol"):
+        read_folder(shared_folder, protocol="paper", split="frames")

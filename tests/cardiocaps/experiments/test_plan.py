@@ -59,6 +59,8 @@ def test_protocols() -> None:
     assert (paper.protocol, paper.limit) == ("paper", 300)
     stratified = _configured("cardiocaps-paper-protocol", base=replace(BASE, split="stratified", limit=40))
     assert (stratified.split, stratified.limit) == ("auto", 40)
+    frames = _configured("cardiocaps-frames")
+    assert (frames.protocol, frames.split, frames.limit, frames.splits_frames) == ("video", "frames", None, True)
     published = TrainConfig(seed=FIRST_SEED, protocol="paper")
     assert _configured("cardiocaps-video-protocol", base=published).protocol == "video"
     assert _configured("cardiocaps", base=published).limit is None

@@ -27,6 +27,7 @@ from cardiocaps.experiments.results import is_finished, read_result
 from cardiocaps.experiments.runner import run_jobs
 
 ROOT = Path(__file__).parents[3]
+BY_FRAME = {"cardiocaps-frames", "cardiocaps-paper-protocol"}
 FAST = [
     "--epochs",
     "1",
@@ -83,7 +84,7 @@ def test_every_row_has_figures(everything: Path) -> None:
     for key in keys_of(EXHIBITS.values(), "video"):
         result = read_result(everything / "jobs" / key / f"seed{FIRST_SEED}")
         assert (result.system, result.seed) == (key, FIRST_SEED)
-        assert result.unit == ("frame" if key == "cardiocaps-paper-protocol" else "video")
+        assert result.unit == ("frame" if key in BY_FRAME else "video")
         if "classifier" not in SYSTEMS[key].settings:
             assert result.parameters and result.epochs == 1 and result.seconds_per_epoch
             assert sys.platform != "linux" or result.peak_memory
@@ -111,7 +112,7 @@ def test_all_systems_saw_the_same_samples(everything: Path) -> None:
     def samples(key: str) -> set[tuple[str, str]]:
         return {(row["video"], row["label"]) for row in csv.DictReader(io.StringIO(_predictions(everything, key)))}
 
-    keys = set(keys_of(EXHIBITS.values(), "video")) - {"cardiocaps-paper-protocol"}
+    keys = set(keys_of(EXHIBITS.values(), "video")) - BY_FRAME
     assert len({frozenset(samples(key)) for key in keys}) == 1
 
 
