@@ -189,11 +189,13 @@ def environment(device: str) -> dict[str, Any]:
 def _refuse_deletion(path: Path) -> None:
     """Raise OutputError unless `path` may be deleted: a run's own folder, with nobody standing in it."""
     folder = RunFolder(path)
-    # A run that failed before it wrote its configuration has left no more than what `create` makes.
-    begun = {item.name for item in path.iterdir()} <= {folder.marker.name, folder.plots.name}
+    # A run that ended before it wrote its configuration has left what comes before it, the last of it perhaps torn.
+    first = (folder.marker, folder.plots, folder.environment)
+    begun = all(item in first or item.suffix == ".part" for item in path.iterdir())
+    torn = begun and folder.marker.is_file() and not folder.marker.stat().st_size
     if path.is_symlink():
         reason = "it is a link"
-    elif not folder.is_run() or not (begun or folder.config.is_file()):
+    elif not torn and not (folder.is_run() and (begun or folder.config.is_file())):
         reason = "it is not recognisably the folder of a run (config.yaml and run.json)"
     elif Path.cwd().resolve().is_relative_to(path.resolve()):
         reason = "the working folder lies in it"

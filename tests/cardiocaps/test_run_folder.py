@@ -50,6 +50,22 @@ def test_a_run_that_failed_at_once_can_be_overwritten(tmp_path: Path) -> None:
     RunFolder.create(tmp_path / "a", overwrite=True)
 
 
+@pytest.mark.parametrize("last", ["run.json", "plots", "environment.json", "config.yaml"])
+def test_a_run_that_was_killed_at_its_beginning_can_be_overwritten(last: str, tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "a")
+    if last in ("environment.json", "config.yaml"):
+        folder.begin("seed: 1\n", "cpu")
+        folder.config.rename(folder.path / "config.yaml.0123abcd.part")
+    if last == "environment.json":
+        folder.environment.rename(folder.path / "environment.json.0123abcd.part")
+        (folder.path / "config.yaml.0123abcd.part").unlink()
+    if last == "run.json":
+        folder.plots.rmdir()
+        folder.marker.write_text("")
+    RunFolder.create(folder.path, overwrite=True)
+    assert _names(folder.path) == {"run.json", "plots"}
+
+
 def _photos(folder: Path) -> None:
     (folder / "photo.jpg").touch()
 

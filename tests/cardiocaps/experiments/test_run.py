@@ -32,7 +32,7 @@ FAST = [
     "--epochs",
     "1",
     "--frames-per-clip",
-    "2",
+    "4",
     "--seeds",
     "1",
     "--bootstrap",
@@ -98,7 +98,7 @@ def test_every_row_has_figures(everything: Path) -> None:
     index = (everything / "tables" / "README.md").read_text()
     assert "Research use only" in index
     assert (
-        "python -m cardiocaps.experiments all --seeds 1 --jobs 2 --data FOLDER --frames-per-clip 2 --epochs 1" in index
+        "python -m cardiocaps.experiments all --seeds 1 --jobs 2 --data FOLDER --frames-per-clip 4 --epochs 1" in index
     )
 
 
@@ -169,7 +169,7 @@ def _job(key: str, arguments: list[str], out: Path) -> Job:
         data=Path(values["--data"]),
         cache_dir=Path(values["--cache-dir"]),
         epochs=1,
-        frames_per_clip=2,
+        frames_per_clip=4,
         seed=FIRST_SEED,
         threads=1,
         progress=False,
@@ -250,7 +250,7 @@ def test_other_data_are_refused(
     out = tmp_path / "out"
     shutil.copytree(everything, out)
     content = json.loads((out / "experiments.json").read_text())
-    content["data"]["video"] = "of another day"
+    content["data"] = dict.fromkeys(content["data"], "of another day")
     (out / "experiments.json").write_text(json.dumps(content))
     assert program.main(["table6", *arguments, "--out", str(out)]) == 2
     assert "other clips, labels or splits" in capsys.readouterr().err
