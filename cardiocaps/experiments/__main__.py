@@ -4,7 +4,6 @@ under the same conditions, and write the table.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,16 +93,22 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
     Raises:
         CardioCapsError: the settings, the data or the folder cannot be used; or, at the end, some systems failed.
     """
+    import torch
+
     from cardiocaps.experiments.folder import ExperimentFolder
     from cardiocaps.experiments.jobs import Job
     from cardiocaps.experiments.results import is_finished
     from cardiocaps.experiments.runner import run_jobs
+    from cardiocaps.experiments.tables import write_index
     from cardiocaps.files import exclusive
+    from cardiocaps.machine import decide, visible_gpu
+    from cardiocaps.run_folder import environment
     from cardiocaps.train import quiet
 
     quiet()
     exhibits = [EXHIBITS[name] for name in names]
-    threads = config.threads or max(1, (os.cpu_count() or 1) // at_once)
+    device = decide(config, visible_gpu()).device
+    threads = config.threads or max(1, torch.get_num_threads() // at_once)
     folder = ExperimentFolder(out)
 
     def job(key: str, seed: int) -> Job:
@@ -120,7 +125,14 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
         say(f"{_count(len(jobs), 'job')}, {len(jobs) - len(left)} of them finished; {pace}")
         with _display(len(left), config.progress) as display:
             errors = run_jobs(left, at_once, display)
-        _write(exhibits, jobs, errors, config, data, folder, f"Times: {pace}.", command)
+        _write(exhibits, jobs, errors, config, data, folder, f"Times: {pace}.")
+        write_index(
+            exhibits,
+            folder.tables,
+            data=data[_data_of(jobs[0])],
+            command=command,
+            environment=environment(device),
+        )
     say(f"tables and figures: {folder.tables}")
     if errors:
         failed = "".join(f"\n  {name}: {why}" for name, why in errors.items())
@@ -194,13 +206,11 @@ def _write(
     data: Mapping[str, str],
     folder: ExperimentFolder,
     pace: str,
-    command: str,
 ) -> None:
-    """Every exhibit from the jobs that are finished, and the index."""
+    """Every exhibit from the jobs that are finished."""
     from cardiocaps.experiments.results import is_finished, read_result
     from cardiocaps.experiments.summaries import Row
-    from cardiocaps.experiments.tables import write_exhibit, write_index
-    from cardiocaps.run_folder import environment
+    from cardiocaps.experiments.tables import write_exhibit
 
     def row(key: str) -> Row:
         own = [job for job in jobs if job.system.key == trained_as(key, config.protocol)]
@@ -215,7 +225,6 @@ def _write(
         what = " ".join(dict.fromkeys(data[_data_of(job)] for job in jobs if job.system.key in keys))
         rows = [row(key) for key in exhibit.systems]
         write_exhibit(exhibit, rows, folder.tables, data=f"{what} {pace}", bootstrap=config.bootstrap)
-    write_index(exhibits, folder.tables, data=data[_data_of(jobs[0])], command=command, environment=environment("cpu"))
 
 
 class Lines:

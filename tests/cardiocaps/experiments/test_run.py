@@ -17,6 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 
 from cardiocaps.config import TrainConfig
 from cardiocaps.data.phantom import write_phantom
@@ -280,6 +281,14 @@ def test_data_without_abnormal_videos(
         writer.writerows(rows)
     assert program.main(["table6", *arguments, "--data", str(normal), "--out", str(tmp_path / "out")]) == 3
     assert "each split needs clips of both classes" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there(arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    assert program.main(["table6", *arguments, "--device", "cuda", "--out", str(out)]) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err
+    assert not out.exists()
 
 
 @pytest.mark.parametrize(
