@@ -191,7 +191,7 @@ class TrainConfig:
     affine: Literal["matrices", "convolution", "constant"] = _option(
         "matrices",
         "model",
-        "CardioCaps' votes: by learned matrices, by a 1x1 convolution that all capsules share, or by ones",
+        "CardioCaps' votes: by learned matrices, by a 1x1 convolution that all capsules share, or by one constant",
     )
     iterations: int = _option(3, "model", "iterations of dynamic and EM routing", low=1, high=10)
     primary_layout: Literal["channels", "legacy"] = _option(

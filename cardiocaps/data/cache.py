@@ -1,6 +1,6 @@
 """Decoded frames on disk, so that a video is decoded once and not once an epoch.
 
-One ``.npy`` per video, uint8 [T, 3, S, S], read through a memory map. Its name is a hash of the video's
+One ``.npy`` per video, uint8 [T, 3, S, S], read a frame at a time. Its name is a hash of the video's
 bytes and of the settings, so a changed video or setting never meets an old file. ``index.json`` remembers
 each video's size, time of change, hash and header: a second run reads no video at all. The files are pixels
 of the data set: they are as confidential as the videos, and a new cache folder is readable by its owner
@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -54,18 +53,18 @@ class Cached:
     study: Study
     files: Mapping[Path, Path]  # video -> .npy
     numbers: Mapping[Path, NDArray[np.int64]]  # video -> number in the video of each cached frame
+    size: int  # side of the frames in pixels
 
-    def frames(self, clip: Clip) -> NDArray[np.uint8]:
-        """The clip's frames, uint8 [T, 3, S, S], memory-mapped."""
-        file = self.files[clip.path]
-        return _mapped(file, file.stat().st_mtime_ns)
+    def frame(self, clip: Clip, index: int) -> NDArray[np.uint8]:
+        """A cached frame, uint8 [3, S, S], by its place among those of the clip.
 
-
-@lru_cache(maxsize=16_384)
-def _mapped(file: Path, mtime_ns: int) -> NDArray[np.uint8]:
-    """A cached file as it has been since `mtime_ns`. To open one costs more than to copy a frame."""
-    mapped: NDArray[np.uint8] = np.load(file, mmap_mode="r", allow_pickle=False)
-    return mapped
+        Read, not mapped: a map for each of thousands of videos would take a file descriptor each, and what of it is in
+        memory would count as the program's.
+        """
+        count = 3 * self.size**2
+        with self.files[clip.path].open("rb", buffering=0) as file:
+            file.seek((index - len(self.numbers[clip.path])) * count, io.SEEK_END)
+            return np.fromfile(file, np.uint8, count).reshape(3, self.size, self.size)
 
 
 def default_folder() -> Path:
@@ -174,7 +173,7 @@ def build(
             usable.check_splits()
         except DataError as error:
             raise DataError(f"{error}; {len(bad)} of {len(names)} videos were left out:\n{summarise(bad)}") from None
-    return Cached(usable, files, numbers)
+    return Cached(usable, files, numbers, size)
 
 
 def _examine(path: Path, known: Entry | None) -> Entry:

@@ -51,8 +51,8 @@ class FrameDataset(Dataset[dict[str, Any]]):
 
     def pixels(self, index: int) -> Tensor:
         """uint8 [3, S, S]"""
-        clip, frame = self.items[index]
-        return torch.from_numpy(np.array(self.cached.frames(self.clips[clip])[frame]))
+        clip, frame = (int(value) for value in self.items[index])
+        return torch.from_numpy(self.cached.frame(self.clips[clip], frame))
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key

@@ -15,7 +15,7 @@ from cardiocaps.config import CommandLine, TrainConfig, add_options, options
 from cardiocaps.errors import CardioCapsError
 from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED, SYSTEMS, configure, keys_of, trained_as
 from cardiocaps.files import output_errors
-from cardiocaps.program import Interruption, execute, say
+from cardiocaps.program import Interrupted, Interruption, execute, say
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -113,7 +113,7 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
 
     def job(key: str, seed: int) -> Job:
         own = configure(config, SYSTEMS[key], seed, folder.job(key, seed))
-        return Job(SYSTEMS[key], seed, replace(own, threads=threads, progress=False))
+        return Job(SYSTEMS[key], seed, replace(own, threads=threads, progress=False), at_once)
 
     # Seed by seed: whoever stops early has all systems with the first seeds.
     jobs = [job(key, FIRST_SEED + i) for i in range(seeds) for key in keys_of(exhibits, config.protocol)]
@@ -123,8 +123,11 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
         left = [job for job in jobs if not is_finished(job.folder)]
         pace = f"{_count(at_once, 'job')} at a time, {_count(threads, 'thread')} each"
         say(f"{_count(len(jobs), 'job')}, {len(jobs) - len(left)} of them finished; {pace}")
-        with _display(len(left), config.progress) as display:
-            errors = run_jobs(left, at_once, display)
+        try:
+            with _display(len(left), config.progress) as display:
+                errors = run_jobs(left, at_once, display)
+        except Interrupted as stop:
+            raise Interrupted(stop.signum, "what was done is saved, and the same command goes on") from None
         _write(exhibits, jobs, errors, config, data, folder, f"Times: {pace}.")
         write_index(
             exhibits,

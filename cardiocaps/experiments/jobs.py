@@ -34,6 +34,7 @@ class Job:
     system: System
     seed: int
     config: TrainConfig
+    at_once: int = 1  # how many jobs share the machine
 
     @property
     def name(self) -> str:
@@ -80,7 +81,7 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
         if job.is_network:
             _network(job, config, machine, folder, data, watch, interruption)
         else:
-            _pixels(job, config, machine, data, watch)
+            _pixels(job, config, data, watch)
 
 
 def _network(
@@ -110,9 +111,9 @@ def _network(
     best = min(history, key=lambda row: row["val_loss"])
     _write(
         job,
-        machine,
         data,
         scores,
+        device=machine.gpu or machine.device,
         parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
         epochs=len(history),
         best_epoch=int(best["epoch"]),
@@ -123,36 +124,43 @@ def _network(
     folder.last.unlink(missing_ok=True)
 
 
-def _pixels(job: Job, config: TrainConfig, machine: Machine, data: EchoDataModule, watch: Watch) -> None:
+def _pixels(job: Job, config: TrainConfig, data: EchoDataModule, watch: Watch) -> None:
     import torch
+    from threadpoolctl import threadpool_limits
 
     from cardiocaps.evaluate import PIXEL_SIDE
     from cardiocaps.models.pixel_classifiers import fit
 
     pixels = {split: data.pixels(split, PIXEL_SIDE) for split in ("train", "val", "test")}
     watch(0.5, "fitting")
-    begin = time.monotonic()
     assert config.patience is not None
-    model = fit(
-        job.system.settings["classifier"],
-        job.system.settings["sampling"],
-        *pixels["train"][:2],
-        *pixels["val"][:2],
-        seed=job.seed,
-        threads=torch.get_num_threads(),
-        patience=config.patience,
-    )
-    seconds = time.monotonic() - begin
-    watch(1.0, "evaluating")
-    scores = {
-        split: {"probability": model.probability(pixels[split][0]), "label": pixels[split][1], "clip": pixels[split][2]}
-        for split in ("val", "test")
-    }
+    threads = torch.get_num_threads()
+    with threadpool_limits(threads):  # of what has no option for it: linear algebra, neighbours
+        begin = time.monotonic()
+        model = fit(
+            job.system.settings["classifier"],
+            job.system.settings["sampling"],
+            *pixels["train"][:2],
+            *pixels["val"][:2],
+            seed=job.seed,
+            threads=threads,
+            patience=config.patience,
+        )
+        seconds = time.monotonic() - begin
+        watch(1.0, "evaluating")
+        scores = {
+            split: {
+                "probability": model.probability(pixels[split][0]),
+                "label": pixels[split][1],
+                "clip": pixels[split][2],
+            }
+            for split in ("val", "test")
+        }
     _write(
         job,
-        machine,
         data,
         scores,
+        device="cpu",
         parameters=model.parameters,
         epochs=None,
         best_epoch=None,
@@ -162,15 +170,16 @@ def _pixels(job: Job, config: TrainConfig, machine: Machine, data: EchoDataModul
     )
 
 
-def _write(
-    job: Job, machine: Machine, data: EchoDataModule, scores: Mapping[str, Mapping[str, Any]], **measured: Any
-) -> None:
+def _write(job: Job, data: EchoDataModule, scores: Mapping[str, Mapping[str, Any]], **measured: Any) -> None:
+    import torch
+
     from cardiocaps.experiments.results import Predictions, Result, write_result
 
     def predictions(split: str) -> Predictions:
         out = scores[split]
         names = [clip.name for clip in data.clips(split)]
-        return Predictions(out["probability"], out["label"], out["clip"], tuple(names[i] for i in out["clip"]))
+        video = tuple(names[i] for i in out["clip"])
+        return Predictions(out["probability"], out["label"], out["clip"], video, out.get("frame"))
 
     result = Result(
         system=job.system.key,
@@ -178,7 +187,8 @@ def _write(
         unit="frame" if job.config.splits_frames else "video",
         validation=predictions("val"),
         test=predictions("test"),
-        device=machine.gpu or machine.device,
+        at_once=job.at_once,
+        threads=torch.get_num_threads(),
         **measured,
     )
     write_result(job.folder, result)

@@ -31,6 +31,8 @@ _NUMBERS: dict[str, tuple[type, bool]] = {  # of result.json: its type, and whet
     "seconds_per_epoch": (float, True),
     "seconds": (float, False),
     "peak_memory": (int, True),
+    "at_once": (int, False),
+    "threads": (int, False),
 }
 _TEXTS = ("system", "unit", "device")
 
@@ -89,6 +91,8 @@ class Result:
     seconds: float  # of training in all
     peak_memory: int | None  # bytes beyond what the process held before the network was built
     device: str  # "cpu", or the GPU's name
+    at_once: int  # how many jobs shared the machine
+    threads: int  # of each of them
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:

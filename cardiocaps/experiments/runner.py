@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections import deque
@@ -142,10 +143,15 @@ def _work(job: Job, connection: Connection) -> None:
 
 
 def _obey_the_parent() -> None:
-    """Leave interrupts to the parent, who passes them on, and end with it, however it ends."""
+    """Leave interrupts to the program, who passes them on, and end with it, however it ends."""
     for signum in (signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
-    if sys.platform == "linux":
-        import ctypes
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+def _end_with_the_parent() -> None:
+    # The process that forked this one is the server, which lives as long as any job.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)

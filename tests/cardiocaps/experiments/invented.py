@@ -33,6 +33,8 @@ def result(system: str = "cardiocaps", seed: int = 10, skill: float = 1.5, **cha
         "seconds": 70.25,
         "peak_memory": 300 * 2**20,
         "device": "cpu",
+        "at_once": 1,
+        "threads": 2,
     }
     return Result(**{**values, **changed})
 

@@ -68,11 +68,12 @@ def _start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
-def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None) -> None:
+    """Until the condition holds; `process` must not end before."""
     for _ in range(2400):
         if condition():
             return
-        assert process.poll() is None, process.communicate()
+        assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.025)
     raise AssertionError("nothing happened within a minute")
 
@@ -152,6 +153,18 @@ def test_killed_and_begun_again(everything: Path, arguments: list[str], tmp_path
         assert _predictions(out, key) == _predictions(everything, key), key
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks for a process in /proc")
+def test_a_job_that_says_nothing_ends_with_the_program() -> None:
+    command = [sys.executable, "-m", "tests.cardiocaps.experiments.waiting_job"]
+    process = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    job = Path("/proc", process.stdout.readline().strip())
+    assert job.is_dir() and job.name.isdigit()
+    process.kill()
+    process.communicate()
+    _wait_for(lambda: not job.is_dir(), process=None)
+
+
 def test_stopped_by_a_signal(everything: Path, arguments: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = _start("table6", *arguments, "--out", str(out))
@@ -159,7 +172,7 @@ def test_stopped_by_a_signal(everything: Path, arguments: list[str], tmp_path: P
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
-    assert "stopped by SIGTERM" in errors
+    assert "stopped by SIGTERM; what was done is saved, and the same command goes on" in errors
     assert program.main(["table6", *arguments, "--out", str(out)]) == 0
     assert _predictions(out, "em-capsnet") == _predictions(everything, "em-capsnet")
 

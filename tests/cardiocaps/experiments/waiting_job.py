@@ -1,0 +1,20 @@
+"""A program with a job that does nothing and says nothing: `python -m tests.cardiocaps.experiments.waiting_job` prints
+the number of the job's process."""
+
+import multiprocessing
+import os
+import time
+
+from cardiocaps.experiments.runner import _obey_the_parent
+
+
+def job() -> None:
+    _obey_the_parent()
+    print(os.getpid(), flush=True)
+    time.sleep(600)
+
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("forkserver").Process(target=job)
+    process.start()
+    process.join()
