@@ -21,6 +21,6 @@ def needed(module: str, package: str, what: str) -> ModuleType:
     """
     try:
         return import_module(module)
-    except ImportError as error:
+    except Exception as error:  # XGBoost has one of its own for a library that does not load
         reason = "" if find_spec(module.partition(".")[0]) is None else f", which cannot be imported ({error})"
         raise ConfigError(f"{what} needs the package {package}{reason}; pip install 'capsops[experiments]'") from error

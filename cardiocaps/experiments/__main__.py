@@ -4,6 +4,7 @@ under the same conditions, and write the table.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cardiocaps.config import CommandLine, TrainConfig, add_options, options
-from cardiocaps.errors import CardioCapsError
+from cardiocaps.errors import CardioCapsError, ConfigError, DataError
 from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED, SYSTEMS, configure, keys_of, trained_as
 from cardiocaps.files import output_errors
 from cardiocaps.program import Interrupted, Interruption, execute, say
@@ -99,15 +100,16 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
     from cardiocaps.experiments.jobs import Job
     from cardiocaps.experiments.results import is_finished
     from cardiocaps.experiments.runner import run_jobs
-    from cardiocaps.experiments.tables import write_index
+    from cardiocaps.experiments.tables import count
     from cardiocaps.files import exclusive
     from cardiocaps.machine import decide, visible_gpu
-    from cardiocaps.run_folder import environment
     from cardiocaps.train import quiet
 
     quiet()
+    if config.split == "frames" and "leakage" in names:
+        raise ConfigError("split: 'frames' is a row of leakage itself; allowed are 'auto', 'column', 'stratified'")
+    decide(config, visible_gpu())
     exhibits = [EXHIBITS[name] for name in names]
-    device = decide(config, visible_gpu()).device
     threads = config.threads or max(1, torch.get_num_threads() // at_once)
     folder = ExperimentFolder(out)
 
@@ -117,25 +119,20 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
 
     # Seed by seed: whoever stops early has all systems with the first seeds.
     jobs = [job(key, FIRST_SEED + i) for i in range(seeds) for key in keys_of(exhibits, config.protocol)]
-    folder.claim(config)
+    folder.make()
     with exclusive(folder.path):
-        data = _prepare(jobs, config, folder)
-        left = [job for job in jobs if not is_finished(job.folder)]
-        pace = f"{_count(at_once, 'job')} at a time, {_count(threads, 'thread')} each"
-        say(f"{_count(len(jobs), 'job')}, {len(jobs) - len(left)} of them finished; {pace}")
+        folder.claim(config)
+        data, unusable = _prepare(jobs, config, folder)
+        finished = [job for job in jobs if is_finished(job.folder)]
+        left = [job for job in jobs if job not in finished and job.name not in unusable]
+        pace = f"{count(at_once, 'job')} at a time, {count(threads, 'thread')} each"
+        say(f"{count(len(jobs), 'job')}, {len(finished)} of them finished; {pace}")
         try:
             with _display(len(left), config.progress) as display:
-                errors = run_jobs(left, at_once, display)
+                errors = {**unusable, **run_jobs(left, at_once, display)}
         except Interrupted as stop:
             raise Interrupted(stop.signum, "what was done is saved, and the same command goes on") from None
-        _write(exhibits, jobs, errors, config, data, folder, f"Times: {pace}.")
-        write_index(
-            exhibits,
-            folder.tables,
-            data=data[_data_of(jobs[0])],
-            command=command,
-            environment=environment(device),
-        )
+        _write(exhibits, jobs, errors, config, data, folder, command)
     say(f"tables and figures: {folder.tables}")
     if errors:
         failed = "".join(f"\n  {name}: {why}" for name, why in errors.items())
@@ -154,33 +151,43 @@ def _as_typed(given: Mapping[str, Any]) -> Iterator[str]:
             yield f"{option.flag} {'FOLDER' if option.kind is Path else value}"
 
 
-def _prepare(jobs: Sequence[Job], config: TrainConfig, folder: ExperimentFolder) -> Mapping[str, str]:
-    """Read and decode, once, what the jobs need; what the data of each protocol and split are, in a sentence.
+def _prepare(
+    jobs: Sequence[Job], config: TrainConfig, folder: ExperimentFolder
+) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Read and decode, once, what the jobs need.
+
+    Returns:
+        What the data of each protocol and split are, in a sentence; and, by the name of a job, why its data cannot be
+        used.
 
     Raises:
-        DataError: the data cannot be used. ConfigError: they have changed since the first jobs.
+        DataError: the data of the first job, which are most jobs', cannot be used. ConfigError: the data have changed
+            since they were first used here.
     """
     from cardiocaps.machine import machine_for
     from cardiocaps.train import decode, read_study
 
     said: dict[str, str] = {}
+    refused: dict[str, DataError] = {}
     for job in jobs:
-        if _data_of(job) not in said:
+        if _data_of(job) not in {**said, **refused}:
             watched = replace(job.config, progress=config.progress)
-            with machine_for(watched) as machine:
-                data = decode(watched, machine, read_study(watched))
+            try:
+                with machine_for(watched) as machine:
+                    data = decode(watched, machine, read_study(watched))
+            except DataError as error:
+                if job is jobs[0]:
+                    raise
+                refused[_data_of(job)] = error
+                continue
             folder.claim_data(data.study)
             said[_data_of(job)] = _described(watched, data)
-    return said
+    return said, {job.name: str(refused[_data_of(job)]) for job in jobs if _data_of(job) in refused}
 
 
 def _data_of(job: Job) -> str:
     """What tells a job's data from those of others."""
     return f"protocol {job.config.protocol}, split {job.config.split}"
-
-
-def _count(n: int, what: str) -> str:
-    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def _described(config: TrainConfig, data: EchoDataModule) -> str:
@@ -208,26 +215,57 @@ def _write(
     config: TrainConfig,
     data: Mapping[str, str],
     folder: ExperimentFolder,
-    pace: str,
+    command: str,
 ) -> None:
-    """Every exhibit from the jobs that are finished."""
+    """Every exhibit from the jobs that are finished, and the index of all that are there."""
+    import json
+
     from cardiocaps.experiments.results import is_finished, read_result
     from cardiocaps.experiments.summaries import Row
-    from cardiocaps.experiments.tables import write_exhibit
+    from cardiocaps.experiments.tables import write_exhibit, write_index
+    from cardiocaps.run_folder import RunFolder
+
+    finished = [job for job in jobs if is_finished(job.folder)]
 
     def row(key: str) -> Row:
         own = [job for job in jobs if job.system.key == trained_as(key, config.protocol)]
-        results = tuple(read_result(job.folder) for job in own if is_finished(job.folder))
-        failed = [f"seed {job.seed}: {errors[job.name]}" for job in own if job.name in errors]
+        results = tuple(read_result(job.folder) for job in own if job in finished)
+        why = {job.seed: _without_paths(errors[job.name], config, folder) for job in own if job.name in errors}
+        failed = [f"seed {seed}: {error}" for seed, error in why.items()]
         return Row(key, SYSTEMS[key].title, results, "; ".join(failed) or None)
 
     with output_errors(folder.tables):
         folder.tables.mkdir(exist_ok=True)
     for exhibit in exhibits:
         keys = {trained_as(key, config.protocol) for key in exhibit.systems}
-        what = " ".join(dict.fromkeys(data[_data_of(job)] for job in jobs if job.system.key in keys))
+        described = [data[_data_of(job)] for job in jobs if job.system.key in keys and _data_of(job) in data]
         rows = [row(key) for key in exhibit.systems]
-        write_exhibit(exhibit, rows, folder.tables, data=f"{what} {pace}", bootstrap=config.bootstrap)
+        write_exhibit(exhibit, rows, folder.tables, data=" ".join(dict.fromkeys(described)), bootstrap=config.bootstrap)
+    written = [e for e in EXHIBITS.values() if e in exhibits or (folder.tables / f"{e.name}.csv").is_file()]
+    write_index(
+        written,
+        folder.tables,
+        data=next(iter(data.values())),
+        commands=folder.remember(command),
+        environments=[json.loads(RunFolder(job.folder).environment.read_text(encoding="utf-8")) for job in finished],
+    )
+
+
+def _without_paths(text: str, config: TrainConfig, folder: ExperimentFolder) -> str:
+    """An error for tables, which are shown to others: without where it was, which may say who ran it."""
+    from cardiocaps.data.cache import default_folder
+
+    places = {
+        "OUT": folder.path,
+        "DATA": config.data,
+        "CACHE": config.cache_dir or default_folder(),
+        "HOME": Path.home(),
+    }
+    for name, place in places.items():
+        for form in () if place is None else (place.resolve(), place.absolute(), place):
+            if len(form.parts) > 1:  # not the root of the file system, nor a name without a path
+                text = re.sub(rf"(?<![\w/.-]){re.escape(str(form))}(?![\w.-])", name, text)
+    return text
 
 
 class Lines:

@@ -48,23 +48,31 @@ class ExperimentFolder:
     def tables(self) -> Path:
         return self.path / "tables"
 
+    @property
+    def jobs(self) -> Path:
+        return self.path / "jobs"
+
     def job(self, key: str, seed: int) -> Path:
-        return self.path / "jobs" / key / f"seed{seed}"
+        return self.jobs / key / f"seed{seed}"
+
+    def make(self) -> None:
+        """Make the folder, if it is not there. Raises OutputError: it holds anything else, or cannot be written."""
+        with output_errors(self.path):
+            foreign = self.path.exists() and not self.marker.is_file()
+            if foreign and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise OutputError(f"{self.path} is not empty and no folder of experiments; choose another --out")
+            self.path.mkdir(parents=True, exist_ok=True)
 
     def claim(self, config: TrainConfig) -> None:
-        """Make the folder, or find it with the same settings.
+        """Remember the settings, or find them the same. Until a job has begun they may still be others, for who
+        mistyped them.
 
         Raises:
-            ConfigError: it holds experiments with other settings, which are named. OutputError: it holds anything else,
-                or cannot be written.
+            ConfigError: it holds experiments with other settings, which are named. OutputError: it cannot be written.
         """
         settings = {name: value for name, value in config.resolved().as_dict().items() if name not in _MAY_DIFFER}
         found = self._read()
-        if found is None:
-            with output_errors(self.path):
-                if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                    raise OutputError(f"{self.path} is not empty and no folder of experiments; choose another --out")
-                self.path.mkdir(parents=True, exist_ok=True)
+        if found is None or not self.jobs.is_dir():
             write_json(self.marker, {"kind": _KIND, "version": __version__, "settings": settings})
             return
         before = found.get("settings") or {}
@@ -96,6 +104,14 @@ class ExperimentFolder:
                 "have; choose another --out"
             )
         write_json(self.marker, found)
+
+    def remember(self, command: str) -> tuple[str, ...]:
+        """Every command that has written tables here, in the order of the first times; `command` is one of them now."""
+        found = self._read()
+        assert found is not None
+        found["commands"] = list(dict.fromkeys([*found.get("commands", ()), command]))
+        write_json(self.marker, found)
+        return tuple(found["commands"])
 
     def _read(self) -> dict[str, Any] | None:
         if not self.marker.is_file():

@@ -17,7 +17,10 @@ import cardiocaps.metrics
 import cardiocaps.peak_memory
 import cardiocaps.plots
 
-with suppress(ImportError):  # a job that needs one of them says so
+# Those that may be missing or broken; a job that needs one says so.
+with suppress(Exception):
     import imblearn.over_sampling
+with suppress(Exception):
     import monai.networks.nets
+with suppress(Exception):
     import xgboost

@@ -12,7 +12,7 @@ from typing import Any
 from cardiocaps.errors import ConfigError
 from cardiocaps.evaluate import DISCLAIMER, METRIC_NAMES, PAPER_NAMES
 from cardiocaps.experiments.exhibits import Exhibit
-from cardiocaps.experiments.reported import BINARY_F1, CONFUSION_OF, LAMBDAS, ON
+from cardiocaps.experiments.reported import BINARY_F1, CONFUSION_OF, LAMBDAS, ON, reported
 from cardiocaps.experiments.summaries import CALIBRATION_BINS, Row, Summary, lambda_of, summarise
 from cardiocaps.files import write_csv, write_text
 from cardiocaps.metrics import METRICS, PUBLISHED, MeanEstimate
@@ -23,6 +23,9 @@ _PROBABILITIES = ("auroc", "average_precision", "brier")
 _DECISIONS = ("f1", "f1_weighted", "accuracy", "sensitivity", "specificity")
 _DASH = "–"
 _MAIN = "cardiocaps"
+
+# A split by video, and the same by frame.
+LEAK = ("cardiocaps-video-protocol", "cardiocaps-frames")
 
 # With more pairs of rows in another order than the paper's, naming them all helps nobody.
 _NAMED_PAIRS = 4
@@ -50,7 +53,7 @@ def write_exhibit(exhibit: Exhibit, rows: Sequence[Row], folder: Path, *, data: 
     if not rows or foreign:
         raise ValueError(f"rows: must be of {', '.join(exhibit.systems)}, are of {', '.join(foreign) or 'none'}")
     summaries = [summarise(row, exhibit.name, bootstrap) for row in rows if row.results]
-    write_csv(folder / f"{exhibit.name}.csv", _csv_rows(rows, summaries))
+    write_csv(folder / f"{exhibit.name}.csv", _csv_rows(exhibit, rows, summaries))
     picture = folder / f"{exhibit.name}.png"
     if summaries:
         draw_exhibit(exhibit, summaries, picture)
@@ -60,14 +63,20 @@ def write_exhibit(exhibit: Exhibit, rows: Sequence[Row], folder: Path, *, data: 
 
 
 def write_index(
-    exhibits: Sequence[Exhibit], folder: Path, *, data: str, command: str, environment: Mapping[str, Any]
+    exhibits: Sequence[Exhibit],
+    folder: Path,
+    *,
+    data: str,
+    commands: Sequence[str],
+    environments: Sequence[Mapping[str, Any]],
 ) -> None:
     """Write README.md into the folder of the exhibits' files: CardioCaps against the other systems, links to every
     table and figure, and what they were made with.
 
     Args:
         exhibits: those whose files are there, or are missing and named as such. data: as `write_exhibit`.
-        command: with which all of it is made again. environment: as `cardiocaps.run_folder.environment`.
+        commands: with which all of it is made again. environments: of the jobs, each as
+            `cardiocaps.run_folder.environment`.
 
     Raises:
         ConfigError: a table that cannot be read. OutputError.
@@ -80,8 +89,8 @@ def write_index(
         "## Tables and figures",
         _table(("", "table", "numbers", "figure"), [_links(exhibit, folder) for exhibit in exhibits]),
         "## How it was made",
-        f"```\n{command}\n```",
-        _table(("", ""), _environment_rows(environment)),
+        "\n".join(["```", *commands, "```"]),
+        _table(("", ""), _environment_rows(environments)),
         DISCLAIMER,
     ]
     write_text(folder / "README.md", "\n\n".join(part for part in parts if part) + "\n")
@@ -148,12 +157,13 @@ def _finding(exhibit: Exhibit, summaries: Sequence[Summary]) -> str:
         said = " and ".join(f"{value:g}" for value in LAMBDAS)
         found = f"On these data the largest mean is that of {ours}. " if best else ""
         return f"{found}The paper names {said} as the best λ_reg, in different places."
-    if exhibit.name == "leakage" and len({s.unit for s in summaries}) == 2:
-        by_unit = {s.unit: s for s in reversed(summaries)}
+    by_key = {s.system: s for s in summaries}
+    if exhibit.name == "leakage" and {*LEAK} <= by_key.keys():
+        video, frame = (by_key[key].report.metrics for key in LEAK)
         changes = [
             f"{METRIC_NAMES[name]} from {a.value:.3f} to {b.value:.3f}"
             for name in ("auroc", "average_precision", "accuracy")
-            for a, b in [(by_unit["video"].report.metrics[name], by_unit["frame"].report.metrics[name])]
+            for a, b in [(video[name], frame[name])]
         ]
         return (
             "On these data a split over frames, which puts frames of one video into every split, changes "
@@ -280,7 +290,7 @@ def _published(rows: Sequence[Row], found: Mapping[str, Summary]) -> list[str]:
         "class."
     )
     if with_paper:
-        text += f" The columns in italics are the paper's own figures, {ON}, and so on other data than ours."
+        text += f" The columns in italics are the paper's own figures, {ON}."
     if marked:
         text += " † The paper's F1 of this row is that of the abnormal class; those of the other rows are weighted."
     heading = "## As published, beside what the paper reports" if with_paper else "## As published"
@@ -292,6 +302,9 @@ def _has_binary_f1(summary: Summary) -> bool:
 
 
 def _cost(rows: Sequence[Row], found: Mapping[str, Summary]) -> str:
+    """With, above it, what the times depend on."""
+    shared = dict.fromkeys((r.at_once, r.threads) for row in rows for r in row.results)
+    pace = _and([f"{count(jobs, 'job')} at a time with {count(threads, 'thread')} each" for jobs, threads in shared])
     ours = found[_MAIN].cost("seconds_per_epoch").value if _MAIN in found else math.nan
 
     def relative(summary: Summary) -> str:
@@ -310,7 +323,7 @@ def _cost(rows: Sequence[Row], found: Mapping[str, Summary]) -> str:
     ]
     if ours > 0 and len(found) > 1:
         columns.insert(5, ("relative to CardioCaps", relative))
-    return _rows_table(rows, found, columns)
+    return f"Trained {pace}.\n\n{_rows_table(rows, found, columns)}"
 
 
 def _calibration(rows: Sequence[Row], found: Mapping[str, Summary]) -> str:
@@ -356,12 +369,12 @@ def _split_sizes(summaries: Sequence[Summary]) -> str:
     return " ".join(f"{_and(titles)}: {sentence}." for sentence, titles in sentences.items())
 
 
-def _csv_rows(rows: Sequence[Row], summaries: Sequence[Summary]) -> list[dict[str, Any]]:
+def _csv_rows(exhibit: Exhibit, rows: Sequence[Row], summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     found = {s.system: s for s in summaries}
-    return [_csv_row(row, found.get(row.system)) for row in rows]
+    return [_csv_row(exhibit, row, found.get(row.system)) for row in rows]
 
 
-def _csv_row(row: Row, summary: Summary | None) -> dict[str, Any]:
+def _csv_row(exhibit: Exhibit, row: Row, summary: Summary | None) -> dict[str, Any]:
     """Every column, empty where there is no number; a failed row has the columns of the others."""
     nothing = MeanEstimate(math.nan)
     cells: dict[str, Any] = {
@@ -370,7 +383,7 @@ def _csv_row(row: Row, summary: Summary | None) -> dict[str, Any]:
         "seeds": len(row.results),
         "error": row.error or "",
         "unit": summary.unit if summary else "",
-        "lambda": lambda_of(row.system) if "-lambda-" in row.system else "",
+        "lambda": lambda_of(row.system) if exhibit.name == "fig6" else "",
         "test_videos": row.results[0].test.videos if summary else "",
         "test_frames": row.results[0].test.label.size if summary else "",
     }
@@ -382,8 +395,9 @@ def _csv_row(row: Row, summary: Summary | None) -> dict[str, Any]:
     means["calibration_error"] = summary.calibration_error if summary else nothing
     means |= {f"published_{name}": summary.published.paper[name] if summary else nothing for name in PUBLISHED}
     means["published_f1_abnormal"] = summary.published.metrics["f1"] if summary else nothing
+    of_paper = reported(exhibit.name, row.system)
     for name in PUBLISHED:
-        figure = summary.reported[name] if summary and summary.reported else None
+        figure = of_paper[name] if of_paper else None
         means[f"reported_{name}"] = MeanEstimate(figure.value, figure.sd) if figure else nothing
     for name in ("epochs", "best_epoch", "seconds_per_epoch", "seconds"):
         means[name] = summary.cost(name) if summary else nothing
@@ -419,18 +433,20 @@ def _main_table(tables: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
     ordered = sorted(rows.values(), key=lambda row: row["system"] != _MAIN)
 
     def cells(row: Mapping[str, str]) -> tuple[str, ...]:
-        if not row["auroc"] and not row["accuracy"]:
-            return (row["title"], f"failed: {row['error'] or 'no result'}", "", "", "", "", "")
-        measured = [_of_csv(row, name) for name in ("auroc", "average_precision", "f1", "accuracy")]
         paper = _of_csv(row, "reported_accuracy", 4)
-        return (row["title"], *measured, _of_csv(row, "published_accuracy"), paper)
+        if not row["auroc"] and not row["accuracy"]:
+            return (row["title"], "0", f"failed: {row['error'] or 'no result'}", "", "", "", "", paper)
+        measured = [_of_csv(row, name) for name in ("auroc", "average_precision", "f1", "accuracy")]
+        return (row["title"], row["seeds"], *measured, _of_csv(row, "published_accuracy"), paper)
 
-    head = ("system", *(METRIC_NAMES[name] for name in ("auroc", "average_precision", "f1", "accuracy")))
+    head = ("system", "seeds", *(METRIC_NAMES[name] for name in ("auroc", "average_precision", "f1", "accuracy")))
     table = _table((*head, "accuracy as published", f"*accuracy, {ON}*"), [cells(row) for row in ordered])
-    text = (
-        "Mean over the seeds ± standard deviation and, in brackets, its 95 % bootstrap interval over the test videos. "
-        "The last column is the paper's, on other data. The tables below say how each number is defined."
-    )
+    text = "Mean over the seeds"
+    if any(row["auroc_sd"] for row in ordered):
+        text += " ± standard deviation"
+    if any(row["auroc_low"] for row in ordered):
+        text += " and, in brackets, its 95 % bootstrap interval over the test videos"
+    text += ". The last column is the paper's. The tables below say how each number is defined."
     return f"## CardioCaps against the other systems\n\n{text}\n\n{table}"
 
 
@@ -451,14 +467,17 @@ def _links(exhibit: Exhibit, folder: Path) -> tuple[str, ...]:
     return exhibit.title, link("md", exhibit.name), link("csv", "CSV"), link("png", "PNG")
 
 
-def _environment_rows(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
-    rows = []
-    for name, value in environment.items():
-        if isinstance(value, Mapping):
-            rows += [(str(key), _DASH if item is None else str(item)) for key, item in value.items()]
-        elif value is not None:
-            rows.append((name.replace("_", " "), str(value)))
-    return rows
+def _environment_rows(environments: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """A line for each thing that was there; where it was not the same for all jobs, everything that it was."""
+    rows: dict[str, dict[str, None]] = {}
+    for environment in environments:
+        for name, value in environment.items():
+            if isinstance(value, Mapping):
+                for key, item in value.items():
+                    rows.setdefault(str(key), {})[_DASH if item is None else str(item)] = None
+            elif value is not None:
+                rows.setdefault(name.replace("_", " "), {})[str(value)] = None
+    return [(name, "; ".join(values)) for name, values in rows.items()]
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
@@ -480,6 +499,11 @@ def _plus_minus(estimate: MeanEstimate, digits: int = 3) -> str:
         return _DASH
     deviation = "" if math.isnan(estimate.sd) else f" ± {estimate.sd:.{digits}f}"
     return f"{estimate.value:.{digits}f}{deviation}"
+
+
+def count(n: int, what: str) -> str:
+    """For example "1 job", "2 jobs"."""
+    return f"{n} {what}{'' if n == 1 else 's'}"
 
 
 def _and(items: Sequence[str]) -> str:

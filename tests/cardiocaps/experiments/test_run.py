@@ -20,7 +20,9 @@ import pytest
 import torch
 
 from cardiocaps.config import TrainConfig
+from cardiocaps.data import Study
 from cardiocaps.data.phantom import write_phantom
+from cardiocaps.errors import DataError
 from cardiocaps.experiments import __main__ as program
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED, SYSTEMS, configure, keys_of
@@ -239,7 +241,10 @@ def test_a_failed_row_is_reported_and_the_others_are_done(
     assert "error: 1 of 3 jobs failed" in errors and "em-capsnet seed 10: --overwrite does not delete" in errors
     rows = {row["system"]: row for row in csv.DictReader((out / "tables" / "table6.csv").open())}
     assert rows["efficient-capsnet"]["auroc"] and not rows["em-capsnet"]["auroc"]
-    assert "failed: seed 10: --overwrite does not delete" in (out / "tables" / "table6.md").read_text()
+    table = (out / "tables" / "table6.md").read_text()
+    assert "failed: seed 10: --overwrite does not delete OUT/jobs/em-capsnet/seed10:" in table
+    assert "| fig6 | –" not in (index := (out / "tables" / "README.md").read_text())
+    assert all(f"({name}.md)" in index and f"experiments {name} " in index for name in ("leakage", "table6"))
     assert (taken / "somebody's file").exists()
 
 
@@ -256,6 +261,45 @@ def test_other_settings_are_refused(
 ) -> None:
     assert program.main(["table6", *arguments, *changed, "--out", str(everything)]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_mistyped_settings_bind_nobody_before_a_job_has_begun(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = ["--out", str(tmp_path / "out")]
+    assert program.main(["fig3", *arguments, "--data", str(tmp_path / "phantmo"), *out]) == 3
+    (tmp_path / "empty").mkdir()
+    assert program.main(["fig3", *arguments, "--data", str(tmp_path / "empty"), *out]) == 3
+    capsys.readouterr()
+    assert program.main(["table4", *arguments, *out]) == 0
+
+
+def test_only_the_rows_whose_data_cannot_be_used_fail(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from cardiocaps import train
+
+    read = train.read_study
+
+    def read_study(config: TrainConfig) -> Study:
+        if config.protocol == "paper":
+            raise DataError(f"{config.data} has no such rows")
+        return read(config)
+
+    monkeypatch.setattr(train, "read_study", read_study)
+    out = tmp_path / "out"
+    assert program.main(["leakage", *arguments, "--out", str(out)]) == 1
+    errors = capsys.readouterr().err
+    assert "1 of 3 jobs failed" in errors and f"paper-protocol seed 10: {arguments[1]} has no such rows" in errors
+    table = (out / "tables" / "leakage.md").read_text()
+    assert "failed: seed 10: DATA has no such rows" in table and "changes AUROC from" in table
+
+
+def test_a_split_that_leakage_compares(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program.main(["leakage", *arguments, "--split", "frames", "--out", str(tmp_path / "out")]) == 2
+    assert "split: 'frames' is a row of leakage itself; allowed are 'auto'" in capsys.readouterr().err
 
 
 def test_other_data_are_refused(

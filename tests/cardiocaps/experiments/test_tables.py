@@ -230,11 +230,26 @@ def test_the_sweep_is_in_the_order_of_lambda_with_the_papers_statements(tmp_path
         lambda_of("resnet18")
 
 
-def test_leakage_compares_the_two_protocols(tmp_path: Path) -> None:
-    rows = [row("cardiocaps", "By video", 0.5), row("cardiocaps-paper-protocol", "By frame", 3.0, unit="frame")]
-    markdown, (video, frame) = _write("leakage", rows, tmp_path)
-    assert f"AUROC from {float(video['auroc']):.3f} to {float(frame['auroc']):.3f}" in markdown
-    assert "but a frame for By frame" in markdown
+def test_leakage_compares_a_split_by_video_with_one_by_frame(tmp_path: Path) -> None:
+    video = row("cardiocaps-video-protocol", "By video", 0.5)
+    frame = row("cardiocaps-frames", "By frame", 3.0, unit="frame")
+    paper = row("cardiocaps-paper-protocol", "The paper's", 2.0, unit="frame")
+    markdown, cells = _write("leakage", [video, frame, paper], tmp_path)
+    assert f"AUROC from {float(cells[0]['auroc']):.3f} to {float(cells[1]['auroc']):.3f}" in markdown
+    assert "but a frame for By frame and The paper's" in markdown
+    markdown, _ = _write("leakage", [video, Row(frame.system, frame.title, (), "killed"), paper], tmp_path)
+    assert "AUROC from" not in markdown
+
+
+def test_a_failed_row_keeps_the_figures_of_the_paper(tmp_path: Path) -> None:
+    _, (cells,) = _write("table5", [Row("vit", "ViT", (), "killed")], tmp_path)
+    assert (cells["reported_accuracy"], cells["error"]) == ("0.7631", "killed")
+
+
+def test_times_say_what_shared_the_machine(tmp_path: Path) -> None:
+    rows = [row("cardiocaps", "Ours"), row("vit", "ViT", at_once=4, threads=1)]
+    markdown, _ = _write("table5", rows, tmp_path)
+    assert "Trained 1 job at a time with 2 threads each and 4 jobs at a time with 1 thread each." in markdown
 
 
 def test_confusion_matrices_are_summed_over_the_seeds(tmp_path: Path, figures: list[Any]) -> None:
@@ -352,27 +367,31 @@ def test_the_index_leads_to_every_file_and_begins_with_cardiocaps(tmp_path: Path
         _write(name, rows, tmp_path)
     shown = [Exhibit(name, f"The {name}", ()) for name in ("table5", "table6", "fig3")]
     environment = {"commit": "abc123", "packages": {"torch": "2.13", "monai": None}, "gpu": None, "cpu_count": 2}
-    write_index(shown, tmp_path, data=DATA, command="python -m cardiocaps.experiments", environment=environment)
+    environments = [environment, environment, {**environment, "commit": "def456"}]
+    commands = ["python -m cardiocaps.experiments table5", "python -m cardiocaps.experiments table6"]
+    write_index(shown, tmp_path, data=DATA, commands=commands, environments=environments)
     text = (tmp_path / "README.md").read_text()
     main = [line for line in text.splitlines() if line.startswith("| ")][2:5]
     assert [line.split(" | ")[0] for line in main] == ["| Ours", "| EM", "| ViT"]
-    assert "0.8551 ± 0.0054" in main[0] and "failed: killed" in main[2]
+    assert "| Ours | 3 |" in main[0] and "0.8551 ± 0.0054" in main[0]
+    assert "| ViT | 0 | failed: killed |" in main[2] and "0.7631 ± 0.0041" in main[2]
     for link in re.findall(r"\]\((.+?)\)", text):
         assert (tmp_path / link).is_file()
     assert "[table5](table5.md)" in text and "| The fig3 | – | – | – |" in text
-    for part in ("| commit | abc123 |", "| torch | 2.13 |", "| monai | – |", "| cpu count | 2 |", DATA):
+    for part in ("| commit | abc123; def456 |", "| torch | 2.13 |", "| monai | – |", "| cpu count | 2 |", DATA):
         assert part in text
-    assert "python -m cardiocaps.experiments\n" in text
+    assert "\n".join(["```", *commands, "```"]) in text
+    assert "Mean over the seeds ± standard deviation and, in brackets, its 95 %" in text
     assert text.endswith("Research use only. Not a medical device.\n")
 
 
 def test_an_index_of_nothing_and_of_a_damaged_table(tmp_path: Path) -> None:
     shown = [Exhibit("table5", "Table V", ())]
-    write_index(shown, tmp_path, data=DATA, command="c", environment={})
+    write_index(shown, tmp_path, data=DATA, commands=["c"], environments=[])
     assert "| Table V | – | – | – |" in (tmp_path / "README.md").read_text()
     (tmp_path / "table5.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ConfigError, match=r"table5\.csv is damaged"):
-        write_index(shown, tmp_path, data=DATA, command="c", environment={})
+        write_index(shown, tmp_path, data=DATA, commands=["c"], environments=[])
 
 
 def test_matplotlib_and_scikit_learn_are_imported_late() -> None:
