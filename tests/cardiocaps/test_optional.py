@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from pathlib import Path
 
@@ -21,9 +22,11 @@ def test_what_is_missing_is_named() -> None:
     assert str(error.value) == "model: 'x' needs the package no-such-package; pip install 'capsops[experiments]'"
 
 
-def test_what_cannot_be_imported_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "half_a_package.py").write_text("import no_such_package\n")
+@pytest.mark.parametrize("content", ["import no_such_package", "raise ValueError('no_such_package does not load')"])
+def test_what_cannot_be_imported_says_why(content: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "half_a_package.py").write_text(f"{content}\n")
     monkeypatch.syspath_prepend(tmp_path)
+    importlib.invalidate_caches()
     expected = (
         r"^model: 'x' needs the package half-a-package, which cannot be imported \(.*no_such_package.*\); pip inst"
     )
