@@ -121,8 +121,6 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except CardioCapsError:
-        raise
     # A truncated or foreign file can make torch raise almost anything; what it then says helps nobody.
     except Exception as error:
         raise CheckpointError(f"{path} is damaged, or no checkpoint of this program") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,9 +18,14 @@ from typing import TextIO
 
 from cardiocaps.errors import CardioCapsError
 
+_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 
-class Interrupted(CardioCapsError):
-    """The program was told to stop by a signal. Its exit status is 128 + the signal's number."""
+
+class Interrupted(BaseException):
+    """The program was told to stop by a signal. Its exit status is 128 + the signal's number.
+
+    No Exception, as KeyboardInterrupt is none: who goes on after any failure should not go on after this.
+    """
 
     def __init__(self, signum: int, where: str) -> None:
         super().__init__(f"stopped by {signal.Signals(signum).name}; {where}")
@@ -29,8 +35,6 @@ class Interrupted(CardioCapsError):
 class Interruption:
     """SIGTERM, SIGINT and SIGHUP raise `Interrupted`: at once, or, while a network is trained, after batch and save."""
 
-    _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-
     def __init__(self) -> None:
         self.signum: int | None = None
         self.deferred = False
@@ -38,7 +42,7 @@ class Interruption:
     @contextmanager
     def watched(self) -> Iterator[Interruption]:
         """Handle the signals inside the block, and as before after it."""
-        before = {signum: signal.getsignal(signum) for signum in self._SIGNALS}
+        before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
         # Who started the program with a signal ignored (nohup) wants it ignored.
         self._watched = [signum for signum, handler in before.items() if handler != signal.SIG_IGN]
         self.defer(False)
@@ -60,6 +64,27 @@ class Interruption:
             raise Interrupted(signum, "nothing is half-written")
 
 
+@contextmanager
+def held() -> Iterator[None]:
+    """Signals that Python handles wait for the end of the block, which an exception in its midst would leave with a
+    process that nobody knows of or a lock that nobody opens."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are handled in the main thread alone
+        return
+    arrived: list[int] = []
+    before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+    handled = {signum: handler for signum, handler in before.items() if callable(handler)}
+    try:
+        for signum in handled:
+            signal.signal(signum, lambda signum, _: arrived.append(signum))
+        yield
+    finally:
+        for signum, handler in handled.items():
+            signal.signal(signum, handler)
+        for signum in arrived:
+            signal.raise_signal(signum)
+
+
 def execute(body: Callable[[Interruption], None]) -> int:
     """Run a program's body; an error that a user can cause becomes one line on standard error. The exit status."""
     sys.stdout, sys.stderr = _writable(sys.stdout), _writable(sys.stderr)
@@ -67,7 +92,7 @@ def execute(body: Callable[[Interruption], None]) -> int:
     try:
         with Interruption().watched() as interruption:
             body(interruption)
-    except CardioCapsError as error:
+    except (CardioCapsError, Interrupted) as error:
         say(f"error: {error}", sys.stderr)
         return error.exit_code
     finally:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from cardiocaps.config import TrainConfig, from_command_line
 from cardiocaps.errors import CardioCapsError, CheckpointError
-from cardiocaps.program import Interruption, execute, say
+from cardiocaps.program import Interrupted, Interruption, execute, say
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -56,7 +56,7 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
                 folder.begin(config.to_yaml(), machine.device)
             try:
                 data = decode(config, machine, study or read_study(config))
-            except CardioCapsError:
+            except (CardioCapsError, Interrupted):
                 if not config.resume:
                     folder.discard()
                 raise

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,6 +30,7 @@ from cardiocaps.data.measurements import Problem, refuse_many, summarise
 from cardiocaps.data.video import RESIZE_VERSION, Header, VideoError, probe, read_frames
 from cardiocaps.errors import ConfigError, DataError
 from cardiocaps.files import output_errors, write_bytes
+from cardiocaps.parallel import in_parallel
 
 FRAME_CHOICES = ("spread", "first")
 _FPS_TOLERANCE = 0.05  # tables round frame rates
@@ -146,24 +148,27 @@ def build(
     numbers: dict[Path, NDArray[np.int64]] = {}
     bad: list[Problem] = []
     notes: list[Problem] = []
+    decoded: dict[Path, tuple[Entry, Path, NDArray[np.int64]] | str] = {}
     try:
-        with ThreadPoolExecutor(workers) as pool:
-            results = _shown(pool.map(decode, names), len(names), progress)
-            for (path, name), result in zip(names.items(), results, strict=True):
-                if isinstance(result, str):
-                    bad.append(Problem(name, result))
-                    continue
-                index[path], file, chosen = result
-                differs, note = _disagreement(study.claims[name], index[path].header)
-                if differs:
-                    bad.append(Problem(name, f"table and file disagree: table says {differs}"))
-                    continue
-                if note:
-                    notes.append(Problem(name, f"frame rates disagree (kept): table says {note}"))
-                files[path], numbers[path] = file, chosen
+        with in_parallel(partial(ThreadPoolExecutor, workers), decode, names) as results:
+            decoded.update(_shown(results, len(names), progress))
     finally:
+        index.update((path, result[0]) for path, result in decoded.items() if not isinstance(result, str))
         if index != known:
             _save_index(folder / _INDEX, index)
+    for path, name in names.items():
+        result = decoded[path]
+        if isinstance(result, str):
+            bad.append(Problem(name, result))
+            continue
+        entry, file, chosen = result
+        differs, note = _disagreement(study.claims[name], entry.header)
+        if differs:
+            bad.append(Problem(name, f"table and file disagree: table says {differs}"))
+            continue
+        if note:
+            notes.append(Problem(name, f"frame rates disagree (kept): table says {note}"))
+        files[path], numbers[path] = file, chosen
     refuse_many(len(bad), len(names), max_bad_share, f"videos of {study.root}", bad)
     clips = tuple(clip for clip in study.clips if clip.path in files)
     notes += _repeats(clips, index)

@@ -19,7 +19,7 @@ from typing import Protocol
 
 from cardiocaps.errors import CardioCapsError
 from cardiocaps.experiments.jobs import Job, run
-from cardiocaps.program import Interruption
+from cardiocaps.program import Interrupted, Interruption, held
 
 _PATIENCE = 60.0  # seconds that a job gets to save, once it has been told to stop
 
@@ -56,11 +56,12 @@ def run_jobs(jobs: Sequence[Job], at_once: int, display: Display) -> Mapping[str
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.popleft()
-                mine, theirs = context.Pipe(duplex=False)
-                process = context.Process(target=_work, args=(job, theirs))
-                process.start()
-                theirs.close()
-                running[mine] = _Running(job, process)
+                with held():
+                    mine, theirs = context.Pipe(duplex=False)
+                    process = context.Process(target=_work, args=(job, theirs))
+                    process.start()
+                    theirs.close()
+                    running[mine] = _Running(job, process)
                 display.started(job)
             for connection in wait(list(running), timeout=1.0):
                 assert isinstance(connection, Connection)
@@ -133,7 +134,7 @@ def _work(job: Job, connection: Connection) -> None:
     try:
         with Interruption().watched() as interruption:
             run(job, watch, interruption)
-    except CardioCapsError as error:
+    except (CardioCapsError, Interrupted) as error:
         connection.send((None, str(error)))
         sys.exit(error.exit_code)
     except BaseException as error:

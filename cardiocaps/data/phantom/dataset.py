@@ -8,8 +8,7 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from cardiocaps.errors import ConfigError, OutputError
 from cardiocaps.files import exclusive, output_errors, replacing, write_bytes
+from cardiocaps.parallel import in_parallel
 
 if TYPE_CHECKING:
     from cardiocaps.data.phantom.patients import Patient
@@ -176,29 +176,23 @@ def _make_videos(out: Path, patients: list[Patient], progress: bool, processes: 
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    processes = min(processes, (len(patients) + 7) // 8)  # a process costs as much as several videos to start
     with Progress(*columns, disable=not progress) as bar:
         task = bar.add_task("making videos", total=len(patients))
-        for _ in _made(out, patients, processes):
-            bar.advance(task)
-
-
-def _made(out: Path, patients: list[Patient], processes: int) -> Iterator[None]:
-    processes = min(processes, (len(patients) + 7) // 8)  # a process costs as much as several videos to start
-    if processes <= 1:
-        yield from map(partial(_make_video, out), patients)
-        return
-    pool = ProcessPoolExecutor(processes, get_context("spawn"), _obey_the_parent)
-    try:
-        waiting = [pool.submit(_make_video, out, patient) for patient in patients]
-        for done in as_completed(waiting):
-            done.result()
-            yield
-    except BrokenProcessPool as error:
-        raise OutputError(
-            f"{out}: a process that makes videos was killed (out of memory?); run again to go on"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+        if processes <= 1:
+            for patient in patients:
+                _make_video(out, patient)
+                bar.advance(task)
+            return
+        pool = partial(ProcessPoolExecutor, processes, get_context("spawn"), _obey_the_parent)
+        try:
+            with in_parallel(pool, partial(_make_video, out), patients) as made:
+                for _ in made:
+                    bar.advance(task)
+        except BrokenProcessPool as error:
+            raise OutputError(
+                f"{out}: a process that makes videos was killed (out of memory?); run again to go on"
+            ) from error
 
 
 def _obey_the_parent() -> None:

@@ -1,0 +1,114 @@
+"""One function over many items: every result, no item more than needed, and a signal at any moment."""
+
+from __future__ import annotations
+
+import concurrent.futures.thread
+import linecache
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
+from multiprocessing import get_context
+from types import FrameType
+
+import pytest
+
+from cardiocaps import parallel, program
+from cardiocaps.parallel import in_parallel
+from cardiocaps.program import Interrupted, Interruption
+
+THREADS = partial(ThreadPoolExecutor, 2)
+PROCESSES = partial(ProcessPoolExecutor, 2, get_context("spawn"))
+
+
+@pytest.mark.parametrize("pool", [THREADS, PROCESSES], ids=["threads", "processes"])
+def test_every_item_with_its_result(pool: partial[Executor]) -> None:
+    with in_parallel(pool, abs, range(-20, 0)) as results:
+        assert sorted(results) == [(item, -item) for item in range(-20, 0)]
+    with in_parallel(pool, abs, []) as results:
+        assert not list(results)
+
+
+def test_what_the_function_raises() -> None:
+    with in_parallel(THREADS, lambda item: 1 // item, [0]) as results, pytest.raises(ZeroDivisionError):
+        next(results)
+
+
+def test_the_rest_is_dropped() -> None:
+    begun = []
+
+    def slow(item: int) -> None:
+        begun.append(item)
+        time.sleep(0.05)
+
+    with pytest.raises(KeyError), in_parallel(THREADS, slow, range(100)) as results:
+        next(results)
+        raise KeyError
+    assert len(begun) < 10
+    assert threading.active_count() == 1 + _others()
+
+
+def _others() -> int:
+    """Threads that pytest or a library keeps."""
+    return sum("ThreadPoolExecutor" not in thread.name for thread in threading.enumerate()) - 1
+
+
+def test_a_signal_at_any_line() -> None:
+    process = get_context("spawn").Process(target=_interrupted_at_every_line)
+    process.start()
+    process.join(120)
+    hangs = process.is_alive()
+    process.kill()
+    assert not hangs
+    assert process.exitcode == 0
+
+
+def _interrupted_at_every_line() -> None:
+    with Interruption().watched():
+        lines = sum(1 for _ in _interruptions())
+    assert lines > 200, lines
+    until = time.monotonic() + 10
+    while threading.active_count() > 1:
+        assert time.monotonic() < until, threading.enumerate()
+        time.sleep(0.01)
+
+
+def _interruptions() -> Iterator[int]:
+    """Interrupts at the first line, at the second, ..., up to the last."""
+    line = 1
+    while _interrupted(line):
+        yield line
+        line += 1
+
+
+def _interrupted(line: int) -> bool:
+    """Whether there was a line of that number, where a signal came."""
+    files = {module.__file__ for module in (parallel, program, concurrent.futures._base, concurrent.futures.thread)}
+    files |= {queue.__file__, threading.__file__}
+    seen = 0
+
+    def trace(frame: FrameType, event: str, _: object) -> object:
+        nonlocal seen
+        if frame.f_code.co_filename not in files:
+            return None
+        # The line of a `with` is met again at its end, before it gives back what it took, where no real signal comes.
+        text = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+        seen += event == "line" and not text.lstrip().startswith("with ")
+        if seen == line:
+            sys.settrace(None)
+            signal.raise_signal(signal.SIGTERM)
+        return trace
+
+    try:
+        sys.settrace(trace)  # type: ignore[arg-type]
+        with in_parallel(THREADS, abs, range(5)) as results:
+            assert sum(1 for _ in results) == 5
+    except Interrupted:
+        return True
+    finally:
+        sys.settrace(None)
+    return False

@@ -1,0 +1,71 @@
+"""Signals: at once, or held until a block ends."""
+
+from __future__ import annotations
+
+import signal
+import threading
+
+import pytest
+
+from cardiocaps.program import Interrupted, Interruption, execute, held
+
+
+def test_a_signal_is_no_failure_that_others_pass_over() -> None:
+    def body(_: Interruption) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception:
+            pytest.fail("the signal was taken for a failure")
+
+    assert execute(body) == 128 + signal.SIGTERM
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_held_until_the_block_ends(signum: signal.Signals) -> None:
+    reached = False
+    with Interruption().watched():
+        before = signal.getsignal(signum)
+        with pytest.raises(Interrupted) as caught, held():
+            signal.raise_signal(signum)
+            reached = True
+        assert signal.getsignal(signum) is before
+    assert reached
+    assert caught.value.signum == signum
+
+
+def test_held_without_a_program() -> None:
+    """A library's caller has Python's own handlers."""
+    reached = False
+    with pytest.raises(KeyboardInterrupt), held():
+        signal.raise_signal(signal.SIGINT)
+        reached = True
+    assert reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_held_leaves_alone_what_nobody_handles() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with held():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_held_in_another_thread() -> None:
+    entered = []
+
+    def work() -> None:
+        with held():
+            entered.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert entered == [signal.default_int_handler]
+
+
+def test_what_the_block_raises_comes_first() -> None:
+    with pytest.raises(ValueError, match="own"), held():
+        raise ValueError("own")
