@@ -194,9 +194,9 @@ def _markdown(exhibit: Exhibit, rows: Sequence[Row], summaries: Sequence[Summary
         if exhibit.name in CONFUSION_OF:
             parts += ["## Confusion matrices", _confusions(rows, found)]
         if exhibit.name == "efficiency":
-            parts += [*cost, *results, *_published(rows, found)]
+            parts += [*cost, *results, *_published(exhibit.name, rows, found)]
         else:
-            parts += [*results, *_published(rows, found), *cost]
+            parts += [*results, *_published(exhibit.name, rows, found), *cost]
         noted = {note: [s.title for s in summaries if note in s.notes] for s in summaries for note in s.notes}
         notes = [
             f"* {'All' if len(titles) == len(summaries) > 1 else _escaped(_and(titles))}: {note}"
@@ -230,7 +230,8 @@ def _how(summaries: Sequence[Summary], bootstrap: int) -> str:
     )
 
 
-Column = tuple[str, Callable[[Summary], str]]
+# The cells: of a row's results, or, by system, what is known without them.
+Column = tuple[str, Callable[[Summary], str] | Mapping[str, str]]
 
 
 def _columns(names: Sequence[str], bootstrap: int) -> list[Column]:
@@ -247,42 +248,44 @@ def _columns(names: Sequence[str], bootstrap: int) -> list[Column]:
 
 def _rows_table(rows: Sequence[Row], found: Mapping[str, Summary], columns: Sequence[Column]) -> str:
     """A line for each row; one without results has its error in the first column of numbers."""
+
+    def text(row: Row, cell: Callable[[Summary], str] | Mapping[str, str]) -> str:
+        if isinstance(cell, Mapping):
+            return cell[row.system]
+        return cell(found[row.system]) if row.system in found else ""
+
     lines = []
     for row in rows:
-        summary = found.get(row.system)
-        if summary is None:
-            lines.append((row.title, _failure(row), *[""] * (len(columns) - 1)))
-        else:
-            lines.append((row.title, *(cell(summary) for _, cell in columns)))
+        cells = [text(row, cell) for _, cell in columns]
+        if row.system not in found:
+            cells[0] = _failure(row)
+        lines.append((row.title, *cells))
     return _table(("system", *(name for name, _ in columns)), lines)
 
 
-def _published(rows: Sequence[Row], found: Mapping[str, Summary]) -> list[str]:
+def _published(exhibit: str, rows: Sequence[Row], found: Mapping[str, Summary]) -> list[str]:
     """The section with the published definitions and, where the paper has figures, those."""
-    with_paper = any(s.reported for s in found.values())
-    marked = any(_has_binary_f1(s) for s in found.values())
+    papers = {row.system: reported(exhibit, row.system) for row in rows}
+    with_paper = any(papers.values())
+    binary = {system for system, figures in papers.items() if figures and system.startswith(BINARY_F1)}
 
-    def of_paper(name: str) -> Column:
-        def cell(summary: Summary) -> str:
-            if summary.reported is None:
-                return _DASH
-            mark = " †" if name == "f1" and _has_binary_f1(summary) else ""
-            return f"{summary.reported[name]}{mark}"
+    def ours(name: str) -> Callable[[Summary], str]:
+        return lambda summary: _plus_minus(summary.published.paper[name])
 
-        return f"*{PAPER_NAMES[name]}, {ON}*", cell
-
-    def of_ours(name: str) -> Column:
-        return PAPER_NAMES[name], lambda summary: _plus_minus(summary.published.paper[name])
+    def theirs(name: str) -> dict[str, str]:
+        marks = dict.fromkeys(binary, " †") if name == "f1" else {}
+        return {
+            system: f"{figures[name]}{marks.get(system, '')}" if figures else _DASH
+            for system, figures in papers.items()
+        }
 
     columns: list[Column] = []
     for name in PUBLISHED:
-        columns.append(of_ours(name))
-        if name == "f1":
-            columns[-1] = ("F1 (weighted)", columns[-1][1])
-            if marked:
-                columns.append(("F1 (abnormal)", lambda summary: _plus_minus(summary.published.metrics["f1"])))
+        columns.append(("F1 (weighted)" if name == "f1" else PAPER_NAMES[name], ours(name)))
+        if name == "f1" and binary:
+            columns.append(("F1 (abnormal)", lambda summary: _plus_minus(summary.published.metrics["f1"])))
         if with_paper:
-            columns.append(of_paper(name))
+            columns.append((f"*{PAPER_NAMES[name]}, {ON}*", theirs(name)))
     text = (
         "By the definitions of the published code, by frame, of decisions at 0.5: its “ROC AUC” is that of hard "
         "labels, which is the mean of sensitivity and specificity, and its “PR AUC” the precision of the abnormal "
@@ -290,14 +293,10 @@ def _published(rows: Sequence[Row], found: Mapping[str, Summary]) -> list[str]:
     )
     if with_paper:
         text += f" The columns in italics are the paper's own figures, {ON}."
-    if marked:
+    if binary:
         text += " † The paper's F1 of this row is that of the abnormal class; those of the other rows are weighted."
     heading = "## As published, beside what the paper reports" if with_paper else "## As published"
     return [heading, text, _rows_table(rows, found, columns)]
-
-
-def _has_binary_f1(summary: Summary) -> bool:
-    return summary.reported is not None and summary.system.startswith(BINARY_F1)
 
 
 def _cost(rows: Sequence[Row], found: Mapping[str, Summary]) -> str:

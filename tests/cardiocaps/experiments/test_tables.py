@@ -101,6 +101,8 @@ def test_a_failed_row_says_why_and_is_not_drawn(tmp_path: Path, figures: list[An
     assert all(cells[1] == "failed: model: 'unet' needs the package monai" for cells in _cells(markdown, "U-Net"))
     assert rows[1]["error"] == "model: 'unet' needs the package monai"
     assert set(rows[1]) == set(rows[0]) and rows[1]["auroc"] == rows[1]["parameters"] == ""
+    published = markdown[markdown.index("## As published") :]
+    assert _cells(published, "U-Net")[0][2] == "0.8379 ± 0.0100", "the paper's own figure is known all the same"
     assert "U-Net" not in _texts(figures[0]) and "CNN-(1)" in _texts(figures[0])
 
 
