@@ -1,7 +1,11 @@
-"""One function over many items, several at a time, which a signal may stop at any moment."""
+"""Work in several threads or processes, which a signal may stop at any moment."""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack, contextmanager
@@ -38,3 +42,20 @@ def in_parallel(
 def _close(pool: Executor) -> None:
     with held():
         pool.shutdown(cancel_futures=True)
+
+
+def obey_the_parent() -> None:
+    """In a process that this one's program started: leave interrupts to the program, who passes them on, and end with
+    it, however it ends."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    # Not what the system says of the parent: for the child of a fork server that is the server, which lives as long as
+    # any job.
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -72,8 +72,7 @@ def held() -> Iterator[None]:
         yield  # signals are handled in the main thread alone
         return
     arrived: list[int] = []
-    before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
-    handled = {signum: handler for signum, handler in before.items() if callable(handler)}
+    handled = {signum: handler for signum in _SIGNALS if callable(handler := signal.getsignal(signum))}
     try:
         for signum in handled:
             signal.signal(signum, lambda signum, _: arrived.append(signum))

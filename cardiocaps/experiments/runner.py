@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import time
 import traceback
 from collections import deque
@@ -19,6 +18,7 @@ from typing import Protocol
 
 from cardiocaps.errors import CardioCapsError
 from cardiocaps.experiments.jobs import Job, run
+from cardiocaps.parallel import obey_the_parent
 from cardiocaps.program import Interrupted, Interruption, held
 
 _PATIENCE = 60.0  # seconds that a job gets to save, once it has been told to stop
@@ -117,7 +117,7 @@ def _stopped_at_exit(running: Mapping[Connection, _Running]) -> Iterator[None]:
 
 def _work(job: Job, connection: Connection) -> None:
     """The body of a job's process."""
-    _obey_the_parent()
+    obey_the_parent()
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("a", encoding="utf-8") as log:
         for stream in (1, 2):
@@ -141,18 +141,3 @@ def _work(job: Job, connection: Connection) -> None:
         traceback.print_exc()
         connection.send((None, f"{type(error).__name__}: {error}".splitlines()[0]))
         sys.exit(1)
-
-
-def _obey_the_parent() -> None:
-    """Leave interrupts to the program, who passes them on, and end with it, however it ends."""
-    for signum in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
-
-
-def _end_with_the_parent() -> None:
-    # The process that forked this one is the server, which lives as long as any job.
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGKILL)

@@ -19,8 +19,8 @@ import torch
 from cardiocaps import evaluate, train
 from cardiocaps.data.phantom import write_phantom
 from cardiocaps.files import exclusive
+from tests.cardiocaps.programs import ROOT, start, wait_for
 
-ROOT = Path(__file__).parents[2]
 FAST = [
     "--frames-per-clip",
     "4",
@@ -75,20 +75,6 @@ def _same(run: Path, other: Path) -> None:
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def _start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "cardiocaps.train", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def _wait_for(condition, process: subprocess.Popen[str]) -> None:
-    for _ in range(1200):
-        if condition():
-            return
-        assert process.poll() is None, process.stderr.read()
-        time.sleep(0.05)
-    raise AssertionError("nothing happened within a minute")
-
-
 def test_run_folder_is_complete(finished: Path) -> None:
     names = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
     assert names == {
@@ -137,8 +123,8 @@ def test_other_seed_other_numbers(finished: Path, arguments: list[str], tmp_path
 
 def test_killed_run_resumes_as_if_nothing_had_happened(finished: Path, arguments: list[str], tmp_path: Path) -> None:
     run = tmp_path / "killed"
-    process = _start(*arguments, "--out", str(run))
-    _wait_for((run / "last.ckpt").exists, process)
+    process = start("cardiocaps.train", *arguments, "--out", str(run))
+    wait_for((run / "last.ckpt").exists, process)
     time.sleep(0.3)  # into the second epoch
     process.kill()
     process.communicate()
@@ -189,8 +175,8 @@ def test_stopped_at_any_step_resumes_as_if_nothing_had_happened(
 
 def test_terminated_run_saves_in_mid_epoch_and_resumes(finished: Path, arguments: list[str], tmp_path: Path) -> None:
     run = tmp_path / "terminated"
-    process = _start(*arguments, "--out", str(run))
-    _wait_for((run / "last.ckpt").exists, process)
+    process = start("cardiocaps.train", *arguments, "--out", str(run))
+    wait_for((run / "last.ckpt").exists, process)
     first = (run / "last.ckpt").stat().st_mtime_ns
     time.sleep(0.3)
     process.terminate()
@@ -204,8 +190,10 @@ def test_terminated_run_saves_in_mid_epoch_and_resumes(finished: Path, arguments
 
 def test_terminated_before_training(tmp_path: Path) -> None:
     run = tmp_path / "early"
-    process = _start("--phantom-dir", str(tmp_path / "phantom"), "--phantom-videos", "2000", "--out", str(run))
-    _wait_for((tmp_path / "phantom").exists, process)
+    process = start(
+        "cardiocaps.train", "--phantom-dir", str(tmp_path / "phantom"), "--phantom-videos", "2000", "--out", str(run)
+    )
+    wait_for((tmp_path / "phantom").exists, process)
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM

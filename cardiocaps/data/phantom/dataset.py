@@ -6,8 +6,6 @@ import csv
 import io
 import json
 import os
-import signal
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -20,7 +18,7 @@ from numpy.typing import NDArray
 
 from cardiocaps.errors import ConfigError, OutputError
 from cardiocaps.files import exclusive, output_errors, replacing, write_bytes
-from cardiocaps.parallel import in_parallel
+from cardiocaps.parallel import in_parallel, obey_the_parent
 
 if TYPE_CHECKING:
     from cardiocaps.data.phantom.patients import Patient
@@ -184,7 +182,7 @@ def _make_videos(out: Path, patients: list[Patient], progress: bool, processes: 
                 _make_video(out, patient)
                 bar.advance(task)
             return
-        pool = partial(ProcessPoolExecutor, processes, get_context("spawn"), _obey_the_parent)
+        pool = partial(ProcessPoolExecutor, processes, get_context("spawn"), obey_the_parent)
         try:
             with in_parallel(pool, partial(_make_video, out), patients) as made:
                 for _ in made:
@@ -193,16 +191,6 @@ def _make_videos(out: Path, patients: list[Patient], progress: bool, processes: 
             raise OutputError(
                 f"{out}: a process that makes videos was killed (out of memory?); run again to go on"
             ) from error
-
-
-def _obey_the_parent() -> None:
-    """Leave interrupts to the parent, and end with it, however it ends."""
-    for signum in (signal.SIGINT, signal.SIGHUP):
-        signal.signal(signum, signal.SIG_IGN)
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _make_video(out: Path, patient: Patient) -> None:

@@ -11,8 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,8 +26,8 @@ from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED, SYSTEMS, configure, keys_of
 from cardiocaps.experiments.results import is_finished, read_result
 from cardiocaps.experiments.runner import run_jobs
+from tests.cardiocaps.programs import ROOT, start, wait_for
 
-ROOT = Path(__file__).parents[3]
 BY_FRAME = {"cardiocaps-frames", "cardiocaps-paper-protocol"}
 FAST = [
     "--epochs",
@@ -63,21 +61,6 @@ def everything(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -
     out = tmp_path_factory.mktemp("experiments") / "all"
     assert program.main(["all", *arguments, "--jobs", "2", "--out", str(out)]) == 0
     return out
-
-
-def _start(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "cardiocaps.experiments", *arguments]
-    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def _wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None) -> None:
-    """Until the condition holds; `process` must not end before."""
-    for _ in range(2400):
-        if condition():
-            return
-        assert process is None or process.poll() is None, process.communicate()
-        time.sleep(0.025)
-    raise AssertionError("nothing happened within a minute")
 
 
 def _predictions(out: Path, key: str) -> str:
@@ -142,9 +125,9 @@ def test_what_is_finished_is_not_done_again(
 def test_killed_and_begun_again(everything: Path, arguments: list[str], tmp_path: Path) -> None:
     """kill -9 loses no finished job, leaves no process behind, and changes no number."""
     out = tmp_path / "out"
-    process = _start("table6", *arguments, "--out", str(out))
+    process = start("cardiocaps.experiments", "table6", *arguments, "--out", str(out))
     first, second = (out / "jobs" / key / f"seed{FIRST_SEED}" for key in ("cardiocaps", "em-capsnet"))
-    _wait_for((second / "run.json").exists, process)
+    wait_for((second / "run.json").exists, process)
     process.kill()
     process.communicate()
     assert is_finished(first) and not is_finished(second)
@@ -164,13 +147,13 @@ def test_a_job_that_says_nothing_ends_with_the_program() -> None:
     assert job.is_dir() and job.name.isdigit()
     process.kill()
     process.communicate()
-    _wait_for(lambda: not job.is_dir(), process=None)
+    wait_for(lambda: not job.is_dir(), process=None)
 
 
 def test_stopped_by_a_signal(everything: Path, arguments: list[str], tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = _start("table6", *arguments, "--out", str(out))
-    _wait_for((out / "jobs" / "cardiocaps" / f"seed{FIRST_SEED}" / "run.json").exists, process)
+    process = start("cardiocaps.experiments", "table6", *arguments, "--out", str(out))
+    wait_for((out / "jobs" / "cardiocaps" / f"seed{FIRST_SEED}" / "run.json").exists, process)
     process.terminate()
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM

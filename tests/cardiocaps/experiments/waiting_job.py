@@ -5,11 +5,11 @@ import multiprocessing
 import os
 import time
 
-from cardiocaps.experiments.runner import _obey_the_parent
+from cardiocaps.parallel import obey_the_parent
 
 
 def job() -> None:
-    _obey_the_parent()
+    obey_the_parent()
     print(os.getpid(), flush=True)
     time.sleep(600)
 
