@@ -19,6 +19,7 @@ from typing import TextIO
 from cardiocaps.errors import CardioCapsError
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+_REMIND_EVERY = 0.2  # seconds
 
 
 class Interrupted(BaseException):
@@ -33,7 +34,11 @@ class Interrupted(BaseException):
 
 
 class Interruption:
-    """SIGTERM, SIGINT and SIGHUP raise `Interrupted`: at once, or, while a network is trained, after batch and save."""
+    """SIGTERM, SIGINT and SIGHUP raise `Interrupted`: at once, or, while a network is trained, after batch and save.
+
+    What a signal's handler raises can get lost: Python's compiler, which every import may call, destructors and some C
+    extensions drop it. So it is raised again, by SIGALRM, until it has left the block or is on its way out.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
@@ -42,14 +47,19 @@ class Interruption:
     @contextmanager
     def watched(self) -> Iterator[Interruption]:
         """Handle the signals inside the block, and as before after it."""
-        before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+        before = {signum: signal.getsignal(signum) for signum in (*_SIGNALS, signal.SIGALRM)}
+        unraisable = sys.unraisablehook
         # Who started the program with a signal ignored (nohup) wants it ignored.
-        self._watched = [signum for signum, handler in before.items() if handler != signal.SIG_IGN]
+        self._watched = [signum for signum in _SIGNALS if before[signum] != signal.SIG_IGN]
+        signal.signal(signal.SIGALRM, self._remind)
+        sys.unraisablehook = lambda lost: None if isinstance(lost.exc_value, Interrupted) else unraisable(lost)
         self.defer(False)
         try:
             yield self
         finally:
-            for signum in self._watched:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            sys.unraisablehook = unraisable
+            for signum in (*self._watched, signal.SIGALRM):
                 signal.signal(signum, before[signum])
 
     def defer(self, deferred: bool) -> None:
@@ -61,7 +71,15 @@ class Interruption:
     def _receive(self, signum: int, _: FrameType | None) -> None:
         again, self.signum = self.signum is not None, signum
         if not self.deferred or again:
+            signal.setitimer(signal.ITIMER_REAL, _REMIND_EVERY, _REMIND_EVERY)
             raise Interrupted(signum, "nothing is half-written")
+
+    def _remind(self, _: int, __: FrameType | None) -> None:
+        error = sys.exception()
+        while error is not None and not isinstance(error, Interrupted):
+            error = error.__context__
+        if error is None and self.signum is not None and not self.deferred:
+            raise Interrupted(self.signum, "nothing is half-written")
 
 
 @contextmanager
@@ -72,7 +90,8 @@ def held() -> Iterator[None]:
         yield  # signals are handled in the main thread alone
         return
     arrived: list[int] = []
-    handled = {signum: handler for signum in _SIGNALS if callable(handler := signal.getsignal(signum))}
+    signals = (*_SIGNALS, signal.SIGALRM)
+    handled = {signum: handler for signum in signals if callable(handler := signal.getsignal(signum))}
     try:
         for signum in handled:
             signal.signal(signum, lambda signum, _: arrived.append(signum))

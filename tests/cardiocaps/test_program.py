@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import pytest
 
@@ -18,6 +21,61 @@ def test_a_signal_is_no_failure_that_others_pass_over() -> None:
             pytest.fail("the signal was taken for a failure")
 
     assert execute(body) == 128 + signal.SIGTERM
+
+
+def test_a_signal_that_gets_lost_comes_again() -> None:
+    """As in Python's compiler, which drops what a signal's handler raises."""
+
+    def body(_: Interruption) -> None:
+        for _ in range(2):
+            with suppress(BaseException):
+                signal.raise_signal(signal.SIGTERM)
+                pytest.fail("nothing was raised")
+        time.sleep(60)
+
+    begin = time.monotonic()
+    assert execute(body) == 128 + signal.SIGTERM
+    assert time.monotonic() - begin < 30
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_a_destructor_drops_it_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    class Reference:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def body(_: Interruption) -> None:
+        Reference()
+        time.sleep(60)
+
+    assert execute(body) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "error: stopped by SIGTERM; nothing is half-written\n"
+
+
+def test_what_is_tidied_on_the_way_out_is_not_disturbed() -> None:
+    tidied = []
+
+    @contextmanager
+    def tidy() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            time.sleep(0.7)
+            tidied.append("context")
+
+    def body(_: Interruption) -> None:
+        with tidy():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except Interrupted as error:
+                time.sleep(0.7)
+                tidied.append("other error")
+                raise RuntimeError("on the way out") from error
+
+    with pytest.raises(RuntimeError, match="on the way out"):
+        execute(body)
+    assert tidied == ["other error", "context"]
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
