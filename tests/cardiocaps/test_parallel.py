@@ -63,8 +63,7 @@ def test_a_signal_at_any_line() -> None:
 
 
 def _interrupted_at_every_line() -> None:
-    with Interruption().watched():
-        lines = sum(1 for _ in _interruptions())
+    lines = sum(1 for _ in _interruptions())
     assert lines > 200, lines
     until = time.monotonic() + 10
     while threading.active_count() > 1:
@@ -99,11 +98,13 @@ def _interrupted(line: int) -> bool:
         return trace
 
     try:
-        sys.settrace(trace)  # type: ignore[arg-type]
-        with in_parallel(THREADS, abs, range(5)) as results:
-            assert sum(1 for _ in results) == 5
+        with Interruption().watched():
+            try:
+                sys.settrace(trace)  # type: ignore[arg-type]
+                with in_parallel(THREADS, abs, range(5)) as results:
+                    assert sum(1 for _ in results) == 5
+            finally:
+                sys.settrace(None)
     except Interrupted:
         return True
-    finally:
-        sys.settrace(None)
     return False
