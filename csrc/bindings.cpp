@@ -200,7 +200,7 @@ PYBIND11_MODULE(_C, m) {
         [](const Place& place, const Capsules& c, Address activation, Address beta_u, Address beta_a,
            const std::vector<double>& lambdas, Address mean, Address out_activation, Address state) {
             return kernels(place, c).em_routing(on(place, c), at(activation), at(beta_u), at(beta_a), lambdas.data(),
-                                                static_cast<int>(lambdas.size()), at(mean), at(out_activation),
+                                                static_cast<int64_t>(lambdas.size()), at(mean), at(out_activation),
                                                 at(state));
         },
         release());
@@ -210,7 +210,7 @@ PYBIND11_MODULE(_C, m) {
            const std::vector<double>& lambdas, Address state, Address g_mean, Address g_out_activation, Address g_u,
            Address g_weight, Address g_activation, Address g_beta_u, Address g_beta_a) {
             return kernels(place, c).em_routing_backward(on(place, c), at(activation), at(beta_u), lambdas.data(),
-                                                         static_cast<int>(lambdas.size()), at(state), at(g_mean),
+                                                         static_cast<int64_t>(lambdas.size()), at(state), at(g_mean),
                                                          at(g_out_activation), {at(g_u), at(g_weight)},
                                                          at(g_activation), at(g_beta_u), at(g_beta_a));
         },

@@ -14,11 +14,14 @@ enum class Dtype : int { float32, float64, bfloat16, float16 };
 
 // "storage" is one of Dtype; "accumulation" is float64 for float64 and float32 for all others.
 
-enum class Status : int { ok, out_of_memory, unsupported, launch_failed };
+// invalid_argument: a size, a stride or a pointer that no caller with correct tensors passes; nothing was read or
+// written. interrupted: Place::stop asked for it; the outputs are incomplete.
+enum class Status : int { ok, out_of_memory, unsupported, launch_failed, invalid_argument, interrupted };
 
 // Where an operator runs: on so many threads of the CPU, or on a GPU.
 struct Place {
     int threads;                // of the CPU
+    bool (*stop)() = nullptr;   // asked now and then, by the calling thread of the CPU alone: whether to give up
     int device = -1;            // index of the GPU; -1: the CPU
     void* stream = nullptr;     // cudaStream_t
     void* workspace = nullptr;  // memory of the GPU, aligned to 256 bytes
@@ -105,10 +108,10 @@ struct Kernels {
 
     Status (*dynamic_routing)(const Capsules& c,
                               const void* bias,  // [J, D] accumulation, or null
-                              int iterations, bool leaky,
+                              int64_t iterations, bool leaky,
                               void* v,   // [B, J, D] accumulation
                               void* s);  // [iterations, B, J, D] accumulation, bias included
-    Status (*dynamic_routing_backward)(const Capsules& c, int iterations, bool leaky, bool detach,
+    Status (*dynamic_routing_backward)(const Capsules& c, int64_t iterations, bool leaky, bool detach,
                                        const void* s,    // [iterations, B, J, D] accumulation, from forward
                                        const void* g_v,  // [B, J, D] accumulation
                                        const CapsuleGradients& gradients,
@@ -136,7 +139,7 @@ struct Kernels {
                          const void* beta_u,                  // [J] accumulation
                          const void* beta_a,                  // [J] accumulation
                          const double* inverse_temperatures,  // [iterations]
-                         int iterations,
+                         int64_t iterations,
                          void* mean,            // [B, J, H] accumulation
                          void* out_activation,  // [B, J] accumulation
                          void* state);          // [iterations, B, J, 3H + 2] accumulation
@@ -144,7 +147,7 @@ struct Kernels {
                                   const void* activation,              // [B, N] accumulation
                                   const void* beta_u,                  // [J] accumulation
                                   const double* inverse_temperatures,  // [iterations]
-                                  int iterations,
+                                  int64_t iterations,
                                   const void* state,             // as from forward
                                   const void* g_mean,            // [B, J, H] accumulation
                                   const void* g_out_activation,  // [B, J] accumulation

@@ -31,14 +31,15 @@ template <class A> struct DynamicSum {
 
 template <class A> constexpr bool takes_registers<DynamicSum<A>> = true;
 
-Status dynamic_routing(const Capsules& c, const void* bias, int iterations, bool leaky, void* v, void* s) {
+Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, bool leaky, void* v, void* s) {
+    if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A>(c, true));
         const int64_t rows = c.B * o.J, size = rows * o.H;
         A* out = static_cast<A*>(v);
         Buffer<A> sum(o.state_size()), total(size), V(o.state_size());
         fill(total.get(), size, A(0));
-        for (int t = 0; t < iterations; ++t) {
+        for (int64_t t = 0; t < iterations; ++t) {
             A* s_t = static_cast<A*>(s) + t * size;
             if (t == 0) {
                 contract(o, sum.get());

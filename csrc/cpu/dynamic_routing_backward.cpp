@@ -37,7 +37,7 @@ template <class A> struct DynamicGradient {
     const A* g_s;  // [iterations, B, J, D]
     int64_t size;  // of one iteration
     int64_t J;
-    int iterations;
+    int64_t iterations;
     bool leaky, detach;
 
     static constexpr int64_t term_size = sizeof(Term<A>) / sizeof(A);
@@ -48,12 +48,12 @@ template <class A> struct DynamicGradient {
     void emit(Tile<A>& t, A*, A* scratch) const {
         Lanes<A>* coupling = reinterpret_cast<Lanes<A>*>(scratch);
         Term<A>* const terms = reinterpret_cast<Term<A>*>(coupling + 2 * iterations * J);
-        int count = 0;
+        int64_t count = 0;
         const auto add = [&](const A* state) {
             terms[count++] = {coupling, state};
             coupling += J;
         };
-        for (int iteration = detach ? iterations - 1 : 0; iteration < iterations; ++iteration) {
+        for (int64_t iteration = detach ? iterations - 1 : 0; iteration < iterations; ++iteration) {
             const A* g = g_s + iteration * size;
             const A* v = V + iteration * size;
             const Dynamic<A> dynamic{v, leaky};
@@ -76,9 +76,9 @@ template <class A> struct DynamicGradient {
 
     template <int rows, int E> CAPSOPS_INLINE void emit(Votes<A, rows, E>& votes, const int64_t* b, Totals) const {
         constexpr int n = Lanes<A>::count;
-        const auto at = [&](const A* x, int t, int r, int v)
+        const auto at = [&](const A* x, int64_t t, int r, int v)
                             __attribute__((always_inline)) { return load(x + t * size + (b[r] * 2 * E + v) * n); };
-        const int last = iterations - 1;
+        const int64_t last = iterations - 1;
         if (detach || last == 0) {
             const Lanes<A> c =
                 last ? Dynamic<A>{V + last * size, leaky}.couplings(votes, b) : Lanes<A>(equal_coupling<A>(2, leaky));
@@ -91,7 +91,7 @@ template <class A> struct DynamicGradient {
         for_each_vector(votes, Lanes<A>(equal_coupling<A>(2, leaky)),
                         [&](int r, int v, Lanes<A> a)
                             __attribute__((always_inline)) { sum.of[r][v] = a * at(g_s, 0, r, v); });
-        for (int t = 1; t <= last; ++t) {
+        for (int64_t t = 1; t <= last; ++t) {
             Lanes<A> c, delta;
             DynamicAdjoint<A>{{V + t * size, leaky}, g_s + t * size}.couplings(votes, b, &c, &delta);
             for_each_vector(votes, c, [&](int r, int v, Lanes<A> a) __attribute__((always_inline)) {
@@ -110,26 +110,27 @@ template <class A> struct DynamicGradient {
 template <class A> constexpr bool takes_registers<AdjointSum<A>> = true;
 template <class A> constexpr bool takes_registers<DynamicGradient<A>> = true;
 
-Status dynamic_routing_backward(const Capsules& c, int iterations, bool leaky, bool detach, const void* s_,
+Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leaky, bool detach, const void* s_,
                                 const void* g_v_, const CapsuleGradients& gradients, void* g_bias_) {
+    if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A>(c, true));
         const int64_t rows = c.B * o.J, compact = rows * o.H, size = o.state_size();
         const A* s = static_cast<const A*>(s_);
-        const int last = iterations - 1;
+        const int64_t last = iterations - 1;
 
         // V[t], the sum of v over the iterations before t.
         Buffer<A> V(iterations * size), v(compact), total(compact);
         fill(V.get(), size, A(0));
         fill(total.get(), compact, A(0));
-        for (int t = 1; t < iterations; ++t) {
+        for (int64_t t = 1; t < iterations; ++t) {
             squash_outputs(s + (t - 1) * compact, v.get(), rows, o.H, SquashKind::sabour);
             for (int64_t x = 0; x < compact; ++x) total.get()[x] += v.get()[x];
             o.pack(total.get(), V.get() + t * size);
         }
 
         Buffer<A> g_s(iterations * compact), g_s_packed(iterations * size);
-        const auto through_squash = [&](const A* g_v, int t) {
+        const auto through_squash = [&](const A* g_v, int64_t t) {
             A* g = g_s.get() + t * compact;
             squash_outputs_backward(g_v, s + t * compact, g, rows, o.H, SquashKind::sabour);
             o.pack(g, g_s_packed.get() + t * size);
@@ -138,7 +139,7 @@ Status dynamic_routing_backward(const Capsules& c, int iterations, bool leaky, b
         if (!detach) {
             Buffer<A> sum(size), H(compact), g_V(compact);
             fill(g_V.get(), compact, A(0));
-            for (int t = last; t > 0; --t) {
+            for (int64_t t = last; t > 0; --t) {
                 const Dynamic<A> dynamic{V.get() + t * size, leaky};
                 reduce(o, AdjointSum<A>{{dynamic, g_s_packed.get() + t * size}, o.J, o.D}, sum.get());
                 o.unpack(sum.get(), H.get());

@@ -101,7 +101,7 @@ template <class A> struct Gaussians {
     Buffer<A> mean, quadratic, constant;  // [iterations] of states, states, and scalars
     const A* saved;                       // [iterations, rows, 3H + 2]
 
-    Gaussians(const Operands<A>& o, int iterations, const A* saved)
+    Gaussians(const Operands<A>& o, int64_t iterations, const A* saved)
         : o(o),
           rows(o.c.B * o.J),
           mean(iterations * o.state_size()),
@@ -110,14 +110,14 @@ template <class A> struct Gaussians {
           saved(saved) {}
 
     // Nothing is written through it where it was saved by a forward pass.
-    Gaussian<A> at(int t, int64_t row) const {
+    Gaussian<A> at(int64_t t, int64_t row) const {
         const int64_t H = o.H;
         A* g = const_cast<A*>(saved) + (t * rows + row) * (3 * H + 2);
         return {g, g + H, g + 2 * H, g[3 * H], g[3 * H + 1]};
     }
 
     // Takes over the saved iteration t.
-    void load_iteration(int t) {
+    void load_iteration(int64_t t) {
         const int64_t H = o.H;
         Buffer<A> means(rows * H), quadratics(rows * H), constants(rows);
         for (int64_t row = 0; row < rows; ++row) {
@@ -131,7 +131,7 @@ template <class A> struct Gaussians {
     }
 
     // The logits of iteration t come from the iteration before.
-    Quadratic<A> logits(int t) const {
+    Quadratic<A> logits(int64_t t) const {
         if (t == 0) return {nullptr, nullptr, nullptr, nullptr};
         const int64_t x = (t - 1) * o.state_size();
         return {constant.get() + (t - 1) * o.scalars_size(), mean.get() + x, nullptr, quadratic.get() + x};

@@ -27,7 +27,9 @@ template <class A> struct EmSum {
 }  // namespace
 
 Status em_routing(const Capsules& c, const void* activation, const void* beta_u_, const void* beta_a_,
-                  const double* inverse_temperatures, int iterations, void* mean_, void* out_activation, void* state) {
+                  const double* inverse_temperatures, int64_t iterations, void* mean_, void* out_activation,
+                  void* state) {
+    if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A>(c, false));
         const int64_t J = o.J, size = o.state_size();
@@ -40,7 +42,7 @@ Status em_routing(const Capsules& c, const void* activation, const void* beta_u_
         fill(shift.get(), c.B * o.JH, A(0));
         fill(packed_shift.get(), size, A(0));
 
-        const auto maximise_all = [&](int t) {
+        const auto maximise_all = [&](int64_t t) {
             bool precise = true;
             for (int64_t b = 0; b < c.B; ++b)
                 for (int64_t j = 0; j < J; ++j) {
@@ -57,7 +59,7 @@ Status em_routing(const Capsules& c, const void* activation, const void* beta_u_
             std::memcpy(packed_shift.get(), gaussians.mean.get() + t * size, sizeof(A) * static_cast<size_t>(size));
             return precise;
         };
-        for (int t = 0; t < iterations; ++t) {
+        for (int64_t t = 0; t < iterations; ++t) {
             const EmSum<A> policy{
                 {gaussians.logits(t), static_cast<const A*>(activation), c.N}, moments, packed_shift.get()};
             for (int pass = 0; pass < 2; ++pass) {

@@ -44,7 +44,7 @@ template <class A> struct EmAdjointSum {
 template <class A> struct EmGradient {
     static constexpr bool needs_votes = true;
     const EmAdjoint<A>* adjoints;  // [iterations]
-    int iterations;
+    int64_t iterations;
     int64_t J, N;
     A* g_activation;  // [B, N], or null
 
@@ -57,7 +57,7 @@ template <class A> struct EmGradient {
         const A* votes = t.votes;
         A* const g_votes = t.g_votes;
         const int64_t JD = t.JD;
-        for (int iteration = 0; iteration < iterations; ++iteration) {
+        for (int64_t iteration = 0; iteration < iterations; ++iteration) {
             const EmAdjoint<A>& adjoint = adjoints[iteration];
             const Quadratic<A> e = adjoint.e;
             const Lanes<A> a = adjoint(t, r, delta);
@@ -94,15 +94,16 @@ template <class A> struct EmGradient {
 }  // namespace
 
 Status em_routing_backward(const Capsules& c, const void* activation, const void* beta_u_,
-                           const double* inverse_temperatures, int iterations, const void* state, const void* g_mean_,
-                           const void* g_out_activation, const CapsuleGradients& gradients, void* g_activation_,
-                           void* g_beta_u_, void* g_beta_a_) {
+                           const double* inverse_temperatures, int64_t iterations, const void* state,
+                           const void* g_mean_, const void* g_out_activation, const CapsuleGradients& gradients,
+                           void* g_activation_, void* g_beta_u_, void* g_beta_a_) {
+    if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A>(c, false));
         const int64_t rows = c.B * o.J, J = o.J, H = o.H, size = o.state_size();
         const A* beta_u = static_cast<const A*>(beta_u_);
         Gaussians<A> gaussians(o, iterations, static_cast<const A*>(state));
-        for (int t = 0; t < iterations; ++t) gaussians.load_iteration(t);
+        for (int64_t t = 0; t < iterations; ++t) gaussians.load_iteration(t);
 
         Buffer<A> linears(rows * H), quadratics(rows * H), constants(rows), first(H), second(H);
         Buffer<A> linear(iterations * size), quadratic(iterations * size), constant(iterations * o.scalars_size());
@@ -117,7 +118,7 @@ Status em_routing_backward(const Capsules& c, const void* activation, const void
             g_logit.get()[r] = static_cast<const A*>(g_out_activation)[r] * a * rest;
         }
 
-        const auto adjoint_of = [&](int t) {
+        const auto adjoint_of = [&](int64_t t) {
             const int64_t x = t * size;
             const Quadratic<A> e{constant.get() + t * o.scalars_size(), gaussians.mean.get() + x, linear.get() + x,
                                  quadratic.get() + x};
@@ -125,7 +126,7 @@ Status em_routing_backward(const Capsules& c, const void* activation, const void
         };
         const Moments<A> moments(o);
         Buffer<A> sums(o.state_rows * moments.row_size());
-        for (int t = iterations - 1; t >= 0; --t) {
+        for (int64_t t = iterations - 1; t >= 0; --t) {
             for (int64_t r = 0; r < rows; ++r)
                 maximise_backward(gaussians.at(t, r), g_mean.get() + r * H, g_variance.get() + r * H, g_logit.get()[r],
                                   H, A(em_epsilon), beta_u[r % J], static_cast<A>(inverse_temperatures[t]),
@@ -149,7 +150,7 @@ Status em_routing_backward(const Capsules& c, const void* activation, const void
         A* g_activation = static_cast<A*>(g_activation_);
         if (g_activation) fill(g_activation, c.B * c.N, A(0));
         Buffer<EmAdjoint<A>> adjoints(iterations);
-        for (int t = 0; t < iterations; ++t) new (adjoints.get() + t) EmAdjoint<A>(adjoint_of(t));
+        for (int64_t t = 0; t < iterations; ++t) new (adjoints.get() + t) EmAdjoint<A>(adjoint_of(t));
         emit(o, EmGradient<A>{adjoints.get(), iterations, J, c.N, g_activation}, gradients, static_cast<A*>(nullptr));
     });
 }

@@ -11,12 +11,12 @@
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
-// Uninitialised memory on a cache line. Its lack is a std::bad_alloc, which becomes a status: so none is taken inside a
-// parallel region.
+// Uninitialised memory on a cache line. Throws std::bad_alloc where there is none, or where the size is negative or its
+// bytes do not fit into 64 bits; for_accumulation turns that into a status. Never take one inside a parallel region: no
+// exception may leave it.
 template <class A> class Buffer {
   public:
-    explicit Buffer(int64_t size)
-        : data_(static_cast<A*>(::operator new(sizeof(A) * static_cast<size_t>(at_least(size, 1)), line))) {}
+    explicit Buffer(int64_t size) : data_(static_cast<A*>(::operator new(bytes(size), line))) {}
     ~Buffer() { ::operator delete(data_, line); }
     Buffer(const Buffer&) = delete;
     Buffer& operator=(const Buffer&) = delete;
@@ -24,6 +24,14 @@ template <class A> class Buffer {
 
   private:
     static constexpr std::align_val_t line{64};
+
+    static size_t bytes(int64_t size) {
+        int64_t count;
+        if (size < 0 || __builtin_mul_overflow(at_least(size, 1), static_cast<int64_t>(sizeof(A)), &count))
+            throw std::bad_alloc();
+        return static_cast<size_t>(count);
+    }
+
     A* data_;
 };
 

@@ -140,7 +140,7 @@ inline void reduce(const Operands<A>& o, const Policy& policy, A* out /* [state_
             const RowsMemory<A> memory(o, o.c.place.threads);
             sum_over_tasks(o.c, 1, policy.row_size(), 0, out, [&](const Tasks& tasks, int64_t task, A* sum, A*) {
                 const auto visit = [&](const Rows<A>& x) {
-                    for_each_group<register_rows<A, E>>(0, x.count, [&]<int rows>(int r) {
+                    for_each_group<register_rows<A, E>>(0, x.count, [&]<int rows>(int64_t r) {
                         const Votes<A, rows, E> votes(x.u + r, x.weight, o.K);
                         policy.accumulate(votes, x.b + r, sum);
                     });
@@ -186,10 +186,10 @@ inline void emit_rows(const Operands<A>& o, const Tasks& tasks, int64_t task, co
     auto totals = policy.totals();
     const auto visit = [&](const Rows<A>& x) {
         if (x.count == 0) return writer.put_nothing(x.i);
-        for_each_group<register_rows<A, E>>(0, x.count, [&]<int rows>(int r) {
+        for_each_group<register_rows<A, E>>(0, x.count, [&]<int rows>(int64_t r) {
             Votes<A, rows, E> votes(x.u + r, x.weight, o.K);
             policy.emit(votes, x.b + r, totals);
-            writer.put({r, r + rows, x.i, x.weight, r == 0, r + rows == x.count}, x.u + r, votes, x.b + r);
+            writer.put({0, rows, x.i, x.weight, r == 0, r + rows == x.count}, x.u + r, votes, x.b + r);
         });
     };
     for_each_capsule(o, tasks, task, memory, visit, [&](int64_t b, int64_t i) { writer.put_absent(b, i); });

@@ -120,7 +120,7 @@ template <class A> struct Term {
 };
 
 // The gradient of the votes as a sum of terms.
-template <class A> inline void combine(const Tile<A>& t, const Term<A>* terms, int count) {
+template <class A> inline void combine(const Tile<A>& t, const Term<A>* terms, int64_t count) {
     constexpr int n = Tile<A>::size;
     const bool items = t.layout == Layout::items;
     const int64_t J = t.J, D = t.D, JD = t.JD;
@@ -131,7 +131,7 @@ template <class A> inline void combine(const Tile<A>& t, const Term<A>* terms, i
             A* to = t.g_votes + r * JD + j * D;
             for_each_group<4>(0, D / n, [=]<int vectors>(int64_t begin) {
                 Lanes<A> sum[vectors];
-                for (int m = 0; m < count; ++m) {
+                for (int64_t m = 0; m < count; ++m) {
                     const Lanes<A> a = items ? terms[m].coupling[j] : Lanes<A>(lane(terms[m].coupling, j, r));
                     const A* x = terms[m].state + from + begin * n;
 #pragma GCC unroll 4

@@ -151,7 +151,7 @@ template <class Policy> constexpr bool takes_registers = false;
 template <class A> struct Rows {
     int64_t i;
     const A* weight;
-    int count;
+    int64_t count;
     const int64_t* b;   // [count]
     const A* const* u;  // [count], each [K]
 };
@@ -196,7 +196,7 @@ inline void for_each_capsule(const Operands<A>& o, const Tasks& tasks, int64_t t
         rows.i = i;
         if (first || !o.shared()) rows.weight = o.load_weight(i, memory.weight(thread));
         if (!c.mask && o.direct_u && !first) {
-            for (int r = 0; r < rows.count; ++r) u[r] += o.K;
+            for (int64_t r = 0; r < rows.count; ++r) u[r] += o.K;
         } else {
             rows.count = 0;
             for (int64_t b = b0; b < b1; ++b) {

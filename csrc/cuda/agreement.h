@@ -25,7 +25,7 @@ Status sum_adjoint(const Capsules& c,
 struct AgreementTerms {
     const void* x;  // [iterations, B, J, D], the states of the logits
     const void* g;  // [iterations, B, J, D], the gradients of the sums
-    int first, iterations;
+    int64_t first, iterations;
     bool equal_first;  // whether the couplings of iteration 0 are equal
     bool leaky;
     bool detach;                  // δ is left out

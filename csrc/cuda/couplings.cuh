@@ -100,7 +100,7 @@ template <class A, int width> struct AgreementGradient {
     const A* x;    // [iterations, B, J, D], the states of the logits
     const A* g;    // [iterations, B, J, D], the gradients of the sums
     int64_t size;  // of one iteration
-    int first, iterations;
+    int64_t first, iterations;
     bool equal_first;  // whether the couplings of iteration 0 are equal
     bool leaky, detach;
     A equal;
@@ -116,7 +116,7 @@ template <class A, int width> struct AgreementGradient {
 #pragma unroll
         for (int d = 0; d < width; ++d) out[d] = A(0);
         if (rest) load(rest, at, out);
-        for (int t = first; t < iterations; ++t) {
+        for (int64_t t = first; t < iterations; ++t) {
             A own_x[width], own_g[width], c = equal, delta = 0;
             load(g + t * size, at, own_g);
             if (t > 0 || !equal_first) {
@@ -147,7 +147,7 @@ template <class A, int width> struct AgreementGradient {
     static constexpr bool needs_votes = true;
     static int64_t staged_numbers(int64_t J, int64_t) { return 2 * J; }
     Status stage_gradient(const StagedVotes<A>& t, A* scratch, A* to, A*, int64_t, const Place& place) const {
-        for (int m = first; m < iterations; ++m) {
+        for (int64_t m = first; m < iterations; ++m) {
             const A *own_x = x + m * size, *own_g = g + m * size;
             Couplings<A> c{.equal = equal};
             A* delta = nullptr;

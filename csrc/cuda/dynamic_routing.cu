@@ -22,12 +22,13 @@ __global__ void finish_iteration(A* s, const A* bias, A* v, A* V, int64_t rows, 
 
 }  // namespace
 
-Status dynamic_routing(const Capsules& c, const void* bias, int iterations, bool leaky, void* v, void* s) {
+Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, bool leaky, void* v, void* s) {
+    if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const int64_t rows = c.B * c.J, size = rows * c.D;
         Workspace w(c.place);
         A* V = w.take<A>(size);
-        for (int t = 0; t < iterations; ++t) {
+        for (int64_t t = 0; t < iterations; ++t) {
             A* sum = static_cast<A*>(s) + t * size;
             CAPSOPS_TRY(t == 0 ? sum_votes(c, equal_coupling<double>(c.J, leaky), w, sum)
                                : sum_agreeing(c, V, nullptr, leaky, w, sum));

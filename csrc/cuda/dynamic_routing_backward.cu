@@ -10,12 +10,12 @@ namespace {
 
 // V[t], the sum of v over the iterations before t, and the gradient of the last s: a thread for each output capsule.
 template <class A>
-__global__ void states(const A* s, const A* g_v, A* V, A* g_s, A* v, int64_t rows, int64_t D, int iterations) {
+__global__ void states(const A* s, const A* g_v, A* V, A* g_s, A* v, int64_t rows, int64_t D, int64_t iterations) {
     const int64_t size = rows * D, last = (iterations - 1) * size;
     for (int64_t r = first_index(); r < rows; r += index_stride()) {
         const int64_t row = r * D;
         for (int64_t d = 0; d < D; ++d) V[row + d] = A(0);
-        for (int t = 1; t < iterations; ++t) {
+        for (int64_t t = 1; t < iterations; ++t) {
             squash_vector<A>(s + (t - 1) * size + row, v + row, D, SquashKind::sabour);
             for (int64_t d = row; d < row + D; ++d) V[t * size + d] = V[(t - 1) * size + d] + v[d];
         }
@@ -34,11 +34,12 @@ __global__ void earlier_gradient(const A* H, A* g_V, const A* s, A* g_s, int64_t
 
 }  // namespace
 
-Status dynamic_routing_backward(const Capsules& c, int iterations, bool leaky, bool detach, const void* s_,
+Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leaky, bool detach, const void* s_,
                                 const void* g_v, const CapsuleGradients& gradients, void* g_bias) {
+    if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const int64_t rows = c.B * c.J, size = rows * c.D;
-        const int last = iterations - 1;
+        const int64_t last = iterations - 1;
         const A* s = static_cast<const A*>(s_);
         Workspace w(c.place);
         A* V = w.take<A>(iterations * size);
@@ -47,13 +48,13 @@ Status dynamic_routing_backward(const Capsules& c, int iterations, bool leaky, b
         A* g_V = w.take<A>(size);
         CAPSOPS_TRY(launch(states<A>, blocks_for(rows), most_threads, 0, c.place, s, static_cast<const A*>(g_v), V, g_s,
                            H, rows, c.D, iterations));
-        for (int t = last; !detach && t > 0; --t) {
+        for (int64_t t = last; !detach && t > 0; --t) {
             CAPSOPS_TRY(sum_adjoint(c, V + t * size, g_s + t * size, leaky, w, H));
             CAPSOPS_TRY(launch(earlier_gradient<A>, blocks_for(rows), most_threads, 0, c.place,
                                static_cast<const A*>(H), g_V, s + (t - 1) * size, g_s + (t - 1) * size, rows, c.D,
                                t == last));
         }
-        const int first = detach ? last : 0;
+        const int64_t first = detach ? last : 0;
         if (g_bias)
             CAPSOPS_TRY(launch(add_rows<A>, blocks_for(c.J * c.D), most_threads, 0, c.place,
                                static_cast<const A*>(g_s + first * size), (iterations - first) * c.B, c.J * c.D,

@@ -16,8 +16,8 @@ Status attention_routing(const Capsules& c, const void* attn_weight, const void*
 Status attention_routing_backward(const Capsules& c, const void* attn_weight, const void* attn_bias, const void* s,
                                   const void* g_v, const CapsuleGradients& gradients, void* g_attn_weight,
                                   void* g_attn_bias);
-Status dynamic_routing(const Capsules& c, const void* bias, int iterations, bool leaky, void* v, void* s);
-Status dynamic_routing_backward(const Capsules& c, int iterations, bool leaky, bool detach, const void* s,
+Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, bool leaky, void* v, void* s);
+Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leaky, bool detach, const void* s,
                                 const void* g_v, const CapsuleGradients& gradients, void* g_bias);
 Status self_attention_routing(const Capsules& c, const void* prior, double scale, void* v, void* total, void* s);
 Status self_attention_routing_backward(const Capsules& c, const void* prior, double scale, const void* total,
