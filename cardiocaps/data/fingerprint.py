@@ -1,0 +1,148 @@
+"""What a run was trained on, kept so that a change of the table or of the folder is noticed later.
+
+For every video the split, the label and the targets, under a digest of its name. Neither names nor measured values are
+kept; but who already knows a name can find out whether it is among them, so the record is as confidential as
+predictions.csv. Patients are kept as which videos belong together, for a digest of a short identifier could be undone
+by trying all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import unicodedata
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cardiocaps.data.echonet import Clip, Study
+from cardiocaps.data.labels import THRESHOLDS
+from cardiocaps.data.measurements import FILE_NAME
+from cardiocaps.errors import ConfigError
+
+_KIND, _VERSION = "cardiocaps data", 1
+_FIELDS = ("split", "label", "measurements")
+_TEXT = {"fingerprint": str, "table": str, "protocol": str, "split_rule": str, "label_rule": dict, "videos": dict}
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """What a study consists of, in the order of its clips."""
+
+    videos: Mapping[str, tuple[str, str, str, str]]  # digest of the name -> split, label, digest of targets, patient
+    label_rule: Mapping[str, float]  # measurement -> smallest abnormal value in cm
+    table: str  # SHA-256 of the table's bytes; "" where it cannot be read
+    protocol: str
+    split_rule: str
+
+    @classmethod
+    def of(cls, study: Study) -> Fingerprint:
+        """The fingerprint of a study. A video with several clips (paper protocol) has a label and targets of each."""
+        clips: dict[str, list[Clip]] = {}
+        for clip in study.clips:
+            clips.setdefault(_digest(unicodedata.normalize("NFC", clip.name)), []).append(clip)
+        patients: dict[str, str] = {}
+        videos = {}
+        for name, own in clips.items():
+            patient = getattr(own[0], "patient", None)
+            number = patients.setdefault(patient, str(len(patients))) if patient else "-"
+            # Six digits, for the last ones of an average depend on the machine.
+            targets = " ".join(f"{clip.width:.6g} {clip.ef:.6g}" for clip in own)
+            videos[name] = own[0].split, "".join(str(clip.label) for clip in own), _digest(targets), number
+        return cls(videos, label_rule(study), _file_digest(study.root / FILE_NAME), study.protocol, study.split_rule)
+
+    @cached_property
+    def digest(self) -> str:
+        """16 hexadecimal digits: equal where `differences` finds nothing."""
+        return _digest(json.dumps([list(self.videos.items()), sorted(self.label_rule.items())]))
+
+    def differences(self, now: Fingerprint) -> list[str]:
+        """What has changed from this study to another, in words without names; empty where nothing has.
+
+        Other bytes of the table are no difference by themselves: they may be a new column or line ends.
+        """
+        both = [name for name in self.videos if name in now.videos]
+        found = [
+            _count(sum(self.videos[name][place] != now.videos[name][place] for name in both), f"changed {{}} {field}")
+            for place, field in enumerate(_FIELDS)
+        ]
+        patients = [_first_of_patient(of.videos[name][3] for name in both) for of in (self, now)]
+        found += [
+            _count(sum(x != y for x, y in zip(*patients, strict=True)), "changed {} patient"),
+            _count(len(now.videos) - len(both), "{be} added"),
+            _count(len(self.videos) - len(both), "{be} removed"),
+        ]
+        if both != [name for name in now.videos if name in self.videos]:
+            found.append("the videos are in another order")
+        rules = [
+            f"{calc} is {now.label_rule.get(calc)}, was {self.label_rule.get(calc)}"
+            for calc in dict.fromkeys((*self.label_rule, *now.label_rule))
+            if self.label_rule.get(calc) != now.label_rule.get(calc)
+        ]
+        if rules:
+            found.append(f"the thresholds of the labels changed ({', '.join(rules)})")
+        return [text for text in found if text]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON, a line a video."""
+        return {
+            "kind": _KIND,
+            "version": _VERSION,
+            "fingerprint": self.digest,
+            "table": self.table,
+            "protocol": self.protocol,
+            "split_rule": self.split_rule,
+            "label_rule": {calc: None if math.isinf(cm) else cm for calc, cm in self.label_rule.items()},
+            "videos": {name: " ".join(values) for name, values in self.videos.items()},
+        }
+
+    @classmethod
+    def from_dict(cls, content: Any, where: str) -> Fingerprint:
+        """What `as_dict` gave. Raises ConfigError, beginning with `where`, for anything else."""
+        if not isinstance(content, dict) or content.get("kind") != _KIND:
+            raise ConfigError(f"{where} is no record of a run's data")
+        if content.get("version") != _VERSION:
+            raise ConfigError(f"{where} was written by another version of this program")
+        if not all(isinstance(content.get(name), kind) for name, kind in _TEXT.items()):
+            raise ConfigError(f"{where} is damaged")
+        videos = {name: tuple(str(text).split(" ")) for name, text in content["videos"].items()}
+        rule = {calc: math.inf if cm is None else cm for calc, cm in content["label_rule"].items()}
+        if not all(len(v) == 4 for v in videos.values()) or not all(type(cm) in (int, float) for cm in rule.values()):
+            raise ConfigError(f"{where} is damaged")
+        found = cls(videos, rule, content["table"], content["protocol"], content["split_rule"])  # type: ignore[arg-type]
+        if found.digest != content["fingerprint"]:
+            raise ConfigError(f"{where} is damaged: its videos do not have the fingerprint that it names")
+        return found
+
+
+def label_rule(study: Study) -> Mapping[str, float]:
+    """The rule that a study's labels follow: measurement -> smallest abnormal value in cm."""
+    rule: Mapping[str, float] = getattr(study, "label_rule", THRESHOLDS)
+    return dict(rule)
+
+
+def _first_of_patient(patients: Iterable[str]) -> list[int]:
+    """For each video the place of its patient's first video, which two studies can be compared by; -1 for none."""
+    first: dict[str, int] = {}
+    return [-1 if patient == "-" else first.setdefault(patient, i) for i, patient in enumerate(patients)]
+
+
+def _count(n: int, what: str) -> str:
+    """`3 videos changed their split`; "" for none."""
+    text = what.format("its" if n == 1 else "their", be="was" if n == 1 else "were")
+    return f"{n} video{'' if n == 1 else 's'} {text}" if n else ""
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+
+
+def _file_digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return ""

@@ -1,0 +1,128 @@
+"""What a run remembers of its study: every change is said in words, and nobody is named."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cardiocaps.data.echonet import Clip, Study
+from cardiocaps.data.fingerprint import Fingerprint
+from cardiocaps.errors import ConfigError
+from cardiocaps.files import write_json
+
+
+def _clip(name: str, split: str, label: int, width: float) -> Clip:
+    return Clip(name, Path(f"/data/{name}.avi"), split, label, width, math.nan, {"LVIDd": width})
+
+
+CLIPS = tuple(
+    _clip(f"Doe^Jane{i}", split, i % 2, 4 + i / 10)
+    for i, split in enumerate(("train", "train", "train", "val", "val", "test", "test"))
+)
+
+
+def _study(clips: tuple[Clip, ...] = CLIPS, root: Path = Path("/nowhere")) -> Study:
+    return Study(root, "video", "column", clips, (), {}, 0)
+
+
+def _changed(place: int, **values: object) -> tuple[Clip, ...]:
+    clip = replace(CLIPS[place], **values)  # type: ignore[arg-type]
+    return (*CLIPS[:place], clip, *CLIPS[place + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("clips", "expected"),
+    [
+        (CLIPS, []),
+        (_changed(0, split="test"), ["1 video changed its split"]),
+        (_changed(3, label=0), ["1 video changed its label"]),
+        (_changed(6, width=4.6001), ["1 video changed its measurements"]),
+        (_changed(6, ef=60.0), ["1 video changed its measurements"]),
+        (_changed(6, width=4.6 + 1e-12), []),  # the last digits of an average
+        (_changed(2, name="another"), ["1 video was added", "1 video was removed"]),
+        (CLIPS[2:], ["2 videos were removed"]),
+        ((*CLIPS, _clip("more", "val", 0, 5.0)), ["1 video was added"]),
+        (CLIPS[::-1], ["the videos are in another order"]),
+        (
+            tuple(replace(c, split={"train": "test", "test": "train"}.get(c.split, c.split)) for c in CLIPS[:-1]),
+            ["4 videos changed their split", "1 video was removed"],
+        ),
+        (_changed(0, path=Path("/elsewhere/x.avi")), []),  # data may move
+    ],
+)
+def test_what_changed_is_said(clips: tuple[Clip, ...], expected: list[str]) -> None:
+    before, now = Fingerprint.of(_study()), Fingerprint.of(_study(clips))
+    assert before.differences(now) == expected
+    assert (before.digest == now.digest) == (not expected)
+
+
+def test_names_composed_and_decomposed_are_one() -> None:
+    one, other = (Fingerprint.of(_study(_changed(0, name=name))) for name in ("J\u00fcrgen", "Ju\u0308rgen"))
+    assert one.differences(other) == []
+
+
+def test_a_threshold_that_changed_is_named() -> None:
+    before = Fingerprint.of(_study())
+    now = replace(before, label_rule={**before.label_rule, "IVSd": math.inf})
+    assert before.differences(now) == ["the thresholds of the labels changed (IVSd is inf, was 1.1)"]
+    assert now.digest != before.digest
+
+
+def test_patients_are_compared_by_who_belongs_together() -> None:
+    def grouped(*patients: str) -> Fingerprint:
+        before = Fingerprint.of(_study())
+        videos = {
+            name: (*values[:3], patient)
+            for (name, values), patient in zip(before.videos.items(), patients, strict=True)
+        }
+        return replace(before, videos=videos)
+
+    before = grouped("0", "0", "1", "1", "2", "-", "3")
+    assert before.differences(grouped("5", "5", "4", "4", "2", "-", "8")) == []
+    assert before.differences(grouped("0", "0", "1", "1", "1", "-", "3")) == ["1 video changed its patient"]
+
+
+def test_the_paper_protocols_clips_of_one_video() -> None:
+    clips = tuple(replace(clip, name="one", split="mixed") for clip in CLIPS)
+    before = Fingerprint.of(_study(clips))
+    assert len(before.videos) == 1
+    now = Fingerprint.of(_study((*clips[:-1], replace(clips[-1], label=1))))
+    assert before.differences(now) == ["1 video changed its label"]
+
+
+def test_it_comes_back_from_json_and_names_nobody(tmp_path: Path) -> None:
+    (tmp_path / "MeasurementsList.csv").write_text("a table")
+    before = Fingerprint.of(_study(root=tmp_path))
+    before = replace(before, label_rule={**before.label_rule, "RVDd": math.inf})
+    write_json(tmp_path / "data.json", before.as_dict())
+    text = (tmp_path / "data.json").read_text()
+    assert Fingerprint.from_dict(json.loads(text), "data.json") == before
+    assert len(before.table) == 64
+    assert not any(part in text for part in ("Doe", "Jane", str(tmp_path), "4.1"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: [], "is no record of a run's data"),
+        (lambda d: {**d, "kind": "x"}, "is no record of a run's data"),
+        (lambda d: {**d, "version": 99}, "another version"),
+        (lambda d: {**d, "videos": []}, "is damaged"),
+        (lambda d: {**d, "label_rule": {"IVSd": "x"}}, "is damaged"),
+        (lambda d: {**d, "videos": {"a": 1}}, "is damaged"),
+        (lambda d: {**d, "videos": dict(list(d["videos"].items())[1:])}, "do not have the fingerprint"),
+        (lambda d: {name: x for name, x in d.items() if name != "table"}, "is damaged"),
+    ],
+)
+def test_damage_is_noticed(damage: Callable[[dict[str, object]], object], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^data.json .*{message}"):
+        Fingerprint.from_dict(damage(Fingerprint.of(_study()).as_dict()), "data.json")
+
+
+def test_the_same_digest_on_every_machine() -> None:
+    assert Fingerprint.of(_study()).digest == "9816ab3e3f34da18"
