@@ -224,7 +224,7 @@ class EchoDataModule(LightningDataModule):
             )
             for split in splits.SPLITS
         }
-        splits.check_classes({split: dataset.labels for split, dataset in datasets.items()}, "frames")
+        splits.check_classes({split: datasets[split].labels for split in self.study.needed_splits}, "frames")
         self._datasets = datasets
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
@@ -41,6 +41,9 @@ class Clip:
     width: float  # cm; NaN where not measured
     ef: float  # percent (Teichholz); NaN where not measured
     measurements: Mapping[str, float]  # Calc -> cm, the mean where measured on several frames
+    # The same key, made up for this study, for videos of one patient; None where the table names no patients. To be
+    # counted and drawn by, never to be shown or written.
+    patient: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Study:
     problems: tuple[Problem, ...]
     claims: Mapping[str, Header]  # video name -> what the table says about the video
     unlisted: int  # videos in the folder that the table does not name
+    label_rule: Mapping[str, float]  # Calc -> smallest abnormal value in cm, of every type
+    needed_splits: tuple[str, ...] = splits.SPLITS  # those without which the study is of no use
 
     def clips_in(self, split: str) -> tuple[Clip, ...]:
         """The clips that have frames in a split, in the order that a batch's ``clip`` counts them."""
@@ -62,8 +67,8 @@ class Study:
         return tuple(clip for clip in self.clips if clip.split in (split, splits.MIXED))
 
     def check_splits(self) -> None:
-        """Raise DataError unless each split (all clips, in the paper protocol) has clips of both classes."""
-        splits.check_classes({s: [clip.label for clip in self.clips_in(s)] for s in splits.SPLITS})
+        """Raise DataError unless each needed split (all clips, in the paper protocol) has clips of both classes."""
+        splits.check_classes({s: [clip.label for clip in self.clips_in(s)] for s in self.needed_splits})
 
     def summary(self) -> str:
         """A few lines of text: clips and abnormal ones per split, problems by kind."""
@@ -96,6 +101,7 @@ def read_folder(
     seed: int = 10,
     max_bad_share: float = 0.05,
     limit: int | None = None,
+    needed_splits: Sequence[str] = splits.SPLITS,
 ) -> Study:
     """Read a folder in EchoNet-LVH's layout.
 
@@ -110,10 +116,11 @@ def read_folder(
         seed: of the stratified split.
         max_bad_share: largest share of rows, and of videos, that may be unusable.
         limit: at most so many clips, evenly over splits and classes.
+        needed_splits: each of these needs clips of both classes; for evaluation alone, ``("test",)``.
 
     Raises:
-        DataError: folder, table or videos missing or unusable, a video in two splits, a split without both
-            classes.
+        DataError: folder, table or videos missing or unusable, a video in two splits, a needed split without
+            both classes.
         ConfigError: an argument that is not allowed.
     """
     root = Path(root)
@@ -125,6 +132,8 @@ def read_folder(
         raise ConfigError(f"split must be auto in the paper protocol, which splits frames, got {split!r}")
     if limit is not None and limit < 1:
         raise ConfigError(f"limit must be at least 1, got {limit}")
+    if not needed_splits or not set(needed_splits) <= set(splits.SPLITS):
+        raise ConfigError(f"needed_splits must name some of {', '.join(splits.SPLITS)}, got {tuple(needed_splits)!r}")
     check_thresholds(thresholds)
 
     found = _find_videos(root)
@@ -167,6 +176,8 @@ def read_folder(
         problems=(*table.problems, *problems),
         claims={clip.name: by_name[clip.name][0].claim for clip in clips},
         unlisted=unlisted,
+        label_rule=dict(thresholds),
+        needed_splits=tuple(needed_splits),
     )
     study.check_splits()
     return study

@@ -110,8 +110,8 @@ def frame_items(clip_splits: Sequence[str], counts: Sequence[int], seed: int) ->
 
 
 def check_classes(labels: Mapping[str, Sequence[int] | NDArray[np.int64]], what: str = "clips") -> None:
-    """Raise DataError unless each split holds both classes: without that no score means anything."""
-    counts = {split: [int(np.sum(np.asarray(labels[split]) == c)) for c in (0, 1)] for split in SPLITS}
+    """Raise DataError unless each split in `labels` holds both classes: without that no score means anything."""
+    counts = {split: [int(np.sum(np.asarray(values) == c)) for c in (0, 1)] for split, values in labels.items()}
     if any(min(count) == 0 for count in counts.values()):
         table = "; ".join(f"{split}: {normal} normal, {high} abnormal" for split, (normal, high) in counts.items())
         raise DataError(f"each split needs {what} of both classes, this data has {table}")

@@ -75,6 +75,8 @@ def test_nothing_there_is_named(tmp_path: Path) -> None:
         ({"split": "random"}, "split must be one of auto, column, stratified, frames, got 'random'"),
         ({"protocol": "paper", "split": "column"}, "split must be auto in the paper protocol"),
         ({"limit": 0}, "limit must be at least 1, got 0"),
+        ({"needed_splits": ()}, r"needed_splits must name some of train, val, test, got \(\)"),
+        ({"needed_splits": ("holdout",)}, r"needed_splits must name some of train, val, test, got \('holdout',\)"),
         ({"max_bad_share": -1}, "max_bad_share must be from 0 to 1, got -1"),
         ({"thresholds": {}}, "thresholds must name"),
     ],
@@ -178,6 +180,18 @@ def test_conflicting_splits_and_single_classes_stop_the_run(tmp_path: Path) -> N
     write_table(root, [*rows, measurement("0X0000000000000000", split="test")])
     with pytest.raises(DataError, match="video 0X0000000000000000 stands in the splits test and train at once"):
         read_folder(root)
+
+
+def test_a_table_with_a_test_split_alone_can_be_evaluated(tmp_path: Path) -> None:
+    root = write_folder(tmp_path)
+    write_table(root, [measurement(f"0X{i:016X}", "IVSd", 1.4 if i % 2 else 0.8, split="test") for i in range(8)])
+    with pytest.raises(DataError, match="train: 0 normal, 0 abnormal; val: 0 normal, 0 abnormal; test: 4 normal"):
+        read_folder(root)
+    study = read_folder(root, needed_splits=("test",))
+    assert [len(study.clips_in(split)) for split in ("train", "val", "test")] == [0, 0, 8]
+    write_table(root, [measurement(f"0X{i:016X}", "IVSd", 0.8, split="test") for i in range(8)])
+    with pytest.raises(DataError, match="this data has test: 8 normal, 0 abnormal"):
+        read_folder(root, needed_splits=["test"])
 
 
 def test_a_limit_keeps_splits_and_classes(tmp_path: Path, shared_folder: Path) -> None:
