@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from cardiocaps.data.echonet import Clip, Study
-from cardiocaps.data.labels import THRESHOLDS
 from cardiocaps.data.measurements import FILE_NAME
 from cardiocaps.errors import ConfigError
 
@@ -47,12 +46,14 @@ class Fingerprint:
         patients: dict[str, str] = {}
         videos = {}
         for name, own in clips.items():
-            patient = getattr(own[0], "patient", None)
+            patient = own[0].patient
             number = patients.setdefault(patient, str(len(patients))) if patient else "-"
             # Six digits, for the last ones of an average depend on the machine.
             targets = " ".join(f"{clip.width:.6g} {clip.ef:.6g}" for clip in own)
             videos[name] = own[0].split, "".join(str(clip.label) for clip in own), _digest(targets), number
-        return cls(videos, label_rule(study), _file_digest(study.root / FILE_NAME), study.protocol, study.split_rule)
+        return cls(
+            videos, dict(study.label_rule), _file_digest(study.root / FILE_NAME), study.protocol, study.split_rule
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -116,12 +117,6 @@ class Fingerprint:
         if found.digest != content["fingerprint"]:
             raise ConfigError(f"{where} is damaged: its videos do not have the fingerprint that it names")
         return found
-
-
-def label_rule(study: Study) -> Mapping[str, float]:
-    """The rule that a study's labels follow: measurement -> smallest abnormal value in cm."""
-    rule: Mapping[str, float] = getattr(study, "label_rule", THRESHOLDS)
-    return dict(rule)
 
 
 def _first_of_patient(patients: Iterable[str]) -> list[int]:

@@ -12,6 +12,7 @@ import pytest
 
 from cardiocaps.data.echonet import Clip, Study
 from cardiocaps.data.fingerprint import Fingerprint
+from cardiocaps.data.labels import THRESHOLDS
 from cardiocaps.errors import ConfigError
 from cardiocaps.files import write_json
 
@@ -27,7 +28,7 @@ CLIPS = tuple(
 
 
 def _study(clips: tuple[Clip, ...] = CLIPS, root: Path = Path("/nowhere")) -> Study:
-    return Study(root, "video", "column", clips, (), {}, 0)
+    return Study(root, "video", "column", clips, (), {}, 0, THRESHOLDS)
 
 
 def _changed(place: int, **values: object) -> tuple[Clip, ...]:
