@@ -15,8 +15,10 @@ import statistics
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +127,44 @@ class Device:
     def lead(self, seconds: float) -> int:
         """Calls besides, that are not timed, before those of a round."""
         return 1 if self.on_gpu and seconds < _LONG else 0
+
+    # Kernels
+
+    def profiled(self, call: Callable[[], object], calls: int) -> list[tuple[str, float, float]]:
+        """Of each kernel on a GPU, or operator on a CPU, by torch's profiler: its name, launches a call, microseconds a
+        call; the longest first."""
+        from torch.autograd import DeviceType
+        from torch.profiler import ProfilerActivity, profile
+
+        activity, where = (
+            (ProfilerActivity.CUDA, DeviceType.CUDA) if self.on_gpu else (ProfilerActivity.CPU, DeviceType.CPU)
+        )
+        self.synchronize()
+        with profile(activities=[activity]) as profiler:
+            for _ in range(calls):
+                call()
+            self.synchronize()
+        time_of = attrgetter("self_device_time_total" if self.on_gpu else "self_cpu_time_total")
+        found = [
+            (event.key, event.count / calls, time_of(event) / calls)
+            for event in profiler.key_averages()
+            if event.device_type == where
+        ]
+        return sorted((row for row in found if row[2] > 0), key=lambda row: -row[2])
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """What a profiler that waits for a mark looks at."""
+        if not self.on_gpu:
+            yield
+            return
+        import torch
+
+        torch.cuda.profiler.start()
+        try:
+            yield
+        finally:
+            torch.cuda.profiler.stop()
 
     # Memory
 

@@ -1,4 +1,5 @@
-"""What `python -m benchmarks.gpu` leaves: results.csv, training_step.csv, environment.json, checks.log, and results.md.
+"""What `python -m benchmarks.gpu` leaves: results.csv, training_step.csv, kernels.csv, environment.json, checks.log,
+results.md.
 
 Every file is written whole under a temporary name and renamed, after every case: a run that is killed loses the case it
 was at. A later run adds the parts that are not there yet. results.md is made from the other files, and from nothing
@@ -29,17 +30,21 @@ CAPSOPS, OTHER, PUBLISHED = "capsops", "capsops, other backend", "published"
 BEST_EAGER, BEST_COMPILED = "best eager", "best compiled"
 RED = "gate red"
 
-RESULTS, STEPS, ENVIRONMENT, REPORT, LOG = (
+RESULTS, STEPS, KERNELS, ENVIRONMENT, REPORT, LOG = (
     "results.csv",
     "training_step.csv",
+    "kernels.csv",
     "environment.json",
     "results.md",
     "checks.log",
 )
-TESTS, SANITIZER, TRAINING_STEP = "tests", "sanitizer", "training-step"
-PARTS = (TESTS, *families(CASES), TRAINING_STEP, SANITIZER)
+TESTS, TRAINING_STEP, PROFILER, COMPILED = "tests", "training-step", "profiler", "compiled"
+SANITIZER, NCU, TRITON_TESTS = "sanitizer", "ncu", "tests-triton"
+# In the order in which they run.
+PARTS = (TESTS, *families(CASES), TRAINING_STEP, PROFILER, COMPILED, SANITIZER, NCU, TRITON_TESTS)
 
 WHERE = ("backend", "copy_GB_per_s", "device", "driver", "cuda", "python", "torch", "triton", "capsops", "commit")
+KERNEL_COLUMNS = ("source", "shape", "routing", "direction", "backend", "kernel", "metric", "unit", "value")
 _WHOLE = ("B", "N", "K", "rows", "J", "D", "rounds")
 
 Row = Mapping[str, Any]
@@ -52,6 +57,7 @@ class Results:
     path: Path
     rows: list[dict[str, Any]] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
+    kernels: list[dict[str, Any]] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
 
     @staticmethod
@@ -59,7 +65,7 @@ class Results:
         """Raises DataError: a file cannot be read. A file that is not there is empty."""
         results = Results(path)
         try:
-            for name, rows in ((RESULTS, results.rows), (STEPS, results.steps)):
+            for name, rows in ((RESULTS, results.rows), (STEPS, results.steps), (KERNELS, results.kernels)):
                 if (path / name).exists():
                     with (path / name).open(newline="", encoding="utf-8") as file:
                         rows += csv.DictReader(file)
@@ -82,7 +88,7 @@ class Results:
         with output_errors(path):
             path.mkdir(parents=True, exist_ok=True)
         with exclusive(path):
-            files = [name for name in (RESULTS, ENVIRONMENT, REPORT, STEPS) if (path / name).exists()]
+            files = [name for name in (RESULTS, ENVIRONMENT, REPORT, STEPS, KERNELS) if (path / name).exists()]
             results = Results.read(path) if (path / ENVIRONMENT).exists() else Results(path)
             if files and "finished" not in results.environment:
                 raise OutputError(f"{path} holds {files[0]} of another program; name another folder with --out")
@@ -92,7 +98,12 @@ class Results:
                     f"{path} holds results of {', '.join(present)}; --overwrite replaces them, --only chooses others"
                 )
             if overwrite:
-                results.rows = [row for row in results.rows if row["family"] not in parts]
+                results.rows = [
+                    row
+                    for row in results.rows
+                    if (COMPILED if row["form"].startswith("compiled") else row["family"]) not in parts
+                ]
+                results.kernels = [row for row in results.kernels if row["source"] not in parts]
                 results.steps = [] if TRAINING_STEP in parts else results.steps
                 for part in parts:
                     results.checks.pop(part, None)
@@ -114,9 +125,13 @@ class Results:
         self.environment["finished"] = [*self.finished, part]
         self.save()
 
-    def has(self, family: str, shape: str, routing: str, direction: str) -> bool:
-        key = (family, shape, routing, direction)
-        return any((r["family"], r["shape"], r["routing"], r["direction"]) == key for r in self.rows)
+    def has(self, shape: str, routing: str, direction: str, compiled: bool = False) -> bool:
+        """Whether there are rows of a case, those of its compiled forms or the others."""
+        return any(
+            (r["shape"], r["routing"], r["direction"], r["form"].startswith("compiled"))
+            == (shape, routing, direction, compiled)
+            for r in self.rows
+        )
 
     def save(self) -> None:
         """All files that there is something for. Raises OutputError."""
@@ -126,14 +141,19 @@ class Results:
             write_csv(self.path / RESULTS, self.rows, (*MEASURED, *WHERE))
         if self.steps:
             write_csv(self.path / STEPS, self.steps)
+        if self.kernels:
+            write_csv(self.path / KERNELS, self.kernels, KERNEL_COLUMNS)
         write_json(self.path / ENVIRONMENT, self.environment)
-        write_text(self.path / REPORT, report(self.rows, self.steps, self.environment))
+        write_text(self.path / REPORT, self.report())
 
-    def log(self, title: str, text: str) -> None:
-        """Append to checks.log. Raises OutputError."""
-        path = self.path / LOG
-        before = path.read_text(encoding="utf-8") if path.exists() else ""
-        write_text(path, f"{before}== {title}\n{text.rstrip()}\n")
+    def report(self) -> str:
+        """results.md."""
+        return report(self.rows, self.steps, self.environment, self.kernels)
+
+    @property
+    def log(self) -> Path:
+        """What the programs printed that were run."""
+        return self.path / LOG
 
 
 # ---- goals -----------------------------------------------------------------------------------------------------------
@@ -237,7 +257,9 @@ def goals(rows: Sequence[Row], steps: Sequence[Row]) -> list[Goal]:
 # ---- the report ------------------------------------------------------------------------------------------------------
 
 
-def report(rows: Sequence[Row], steps: Sequence[Row], environment: Mapping[str, Any]) -> str:
+def report(
+    rows: Sequence[Row], steps: Sequence[Row], environment: Mapping[str, Any], kernels: Sequence[Row] = ()
+) -> str:
     """results.md."""
     from .tables import memory, table, times
 
@@ -265,7 +287,7 @@ def report(rows: Sequence[Row], steps: Sequence[Row], environment: Mapping[str, 
             lines += ["", *memory(group, peers)]
     if steps:
         lines += ["", "## A training step of CardioCaps", "", *_steps(steps)]
-    lines += _checks(environment.get("checks", {}))
+    lines += [*_profiles(kernels), *_counts(kernels), *_checks(environment.get("checks", {}))]
     missing = [row for row in rows if row["status"] != OK]
     if missing:
         header = ("shape", "routing", "direction", "form", "status", "reason")
@@ -365,6 +387,73 @@ def _steps(steps: Sequence[Row]) -> list[str]:
     return table(header, cells)
 
 
+def _profiles(kernels: Sequence[Row]) -> list[str]:
+    """Microseconds of each kernel, by torch's profiler."""
+    from .tables import table
+
+    names = ("shape", "routing", "direction", "backend", "kernel")
+    calls: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in kernels:
+        if row["source"] == PROFILER:
+            calls.setdefault(tuple(row[name] for name in names), {})[row["metric"]] = float(row["value"])
+    if not calls:
+        return []
+    total: dict[tuple[str, ...], float] = {}
+    for key, found in calls.items():
+        total[key[:4]] = total.get(key[:4], 0.0) + found["time a call"]
+    cells = [
+        [
+            *key[:4],
+            _short(key[4]),
+            f"{found['launches a call']:g}",
+            f"{found['time a call']:.4g}",
+            f"{found['time a call'] / total[key[:4]]:.0%}",
+        ]
+        for key, found in calls.items()
+        if found["time a call"] >= 0.01 * total[key[:4]]
+    ]
+    header = (*names, "launches a call", "µs a call", "share")
+    return ["", "## Microseconds a kernel", "", *table(header, cells)]
+
+
+# Of ncu's report: section and metric, and what it is called here.
+_COUNTS = {
+    "GPU Speed Of Light Throughput: Duration": "time",
+    "GPU Speed Of Light Throughput: Compute (SM) Throughput": "arithmetic, %",
+    "GPU Speed Of Light Throughput: DRAM Throughput": "memory, %",
+    "GPU Speed Of Light Throughput: L1/TEX Cache Throughput": "L1, %",
+    "GPU Speed Of Light Throughput: L2 Cache Throughput": "L2, %",
+    "Launch Statistics: Registers Per Thread": "registers",
+    "Occupancy: Achieved Occupancy": "occupancy, %",
+    "Scheduler Statistics: Eligible Warps Per Scheduler": "eligible warps",
+    "Scheduler Statistics: No Eligible": "no eligible warp, %",
+    "Warp State Statistics: Warp Cycles Per Issued Instruction": "cycles an instruction",
+}
+
+
+def _counts(kernels: Sequence[Row]) -> list[str]:
+    """What limits each kernel, by ncu."""
+    from .tables import table
+
+    names = ("shape", "routing", "direction", "kernel")
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in kernels:
+        if row["source"] == NCU and row["metric"] in _COUNTS:
+            value = f"{row['value']} {row['unit']}" if _COUNTS[row["metric"]] == "time" else row["value"]
+            found.setdefault(tuple(row[name] for name in names), {})[_COUNTS[row["metric"]]] = value
+    if not found:
+        return []
+    header = (*names, *_COUNTS.values())
+    cells = [[*key[:3], _short(key[3]), *(of.get(name, "–") for name in _COUNTS.values())] for key, of in found.items()]
+    return ["", "## What limits the kernels, by Nsight Compute", "", *table(header, cells)]
+
+
+def _short(kernel: str) -> str:
+    """A kernel's name without what stands in every one, and not too long for a table."""
+    name = kernel.replace("capsops::", "").replace("void ", "").replace("|", "/")
+    return name if len(name) <= 90 else f"{name[:87]}…"
+
+
 def _checks(checks: Mapping[str, Any]) -> list[str]:
     if not checks:
         return []
@@ -399,7 +488,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = Results.read(folder)
         if not results.environment:
             raise DataError(f"{folder} holds no {ENVIRONMENT}; `python -m benchmarks.gpu` writes one")
-        write_text(folder / REPORT, report(results.rows, results.steps, results.environment))
+        write_text(folder / REPORT, results.report())
         say(f"written: {folder / REPORT}")
 
     return execute(body)

@@ -16,7 +16,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -78,8 +78,10 @@ class Timing:
         return low, high
 
 
-def run(case: Case, direction: str, budget: Budget, device: Device = CPU) -> list[Timing]:
-    """All forms at a case, in one process; without those that end it, in another.
+def run(
+    case: Case, direction: str, budget: Budget, device: Device = CPU, without: Collection[str] = ()
+) -> list[Timing]:
+    """All forms at a case but those named in `without`, in one process; without those that end it, in another.
 
     Raises GateError, MeasurementError.
     """
@@ -90,7 +92,9 @@ def run(case: Case, direction: str, budget: Budget, device: Device = CPU) -> lis
         timings: list[Timing] = []
         current = ""
         try:
-            for event in worker.events(contest, case, direction, budget, sorted(out), *where, limit=budget.limit):
+            for event in worker.events(
+                contest, case, direction, budget, sorted({*out, *without}), *where, limit=budget.limit
+            ):
                 if isinstance(event, Timing):
                     timings.append(event)
                 else:

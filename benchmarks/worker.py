@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cardiocaps.errors import CardioCapsError
+from cardiocaps.parallel import obey_the_parent
 
 from .device import Device
 
@@ -113,7 +114,7 @@ def _context(method: str) -> ForkServerContext | SpawnContext:
 
 
 def _serve(sender: Connection, work: Callable[..., Iterator[Any]], arguments: tuple[object, ...], limit: bool) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # whoever started this process ends it
+    obey_the_parent()
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # if the system has to kill a process, this one
     if limit:

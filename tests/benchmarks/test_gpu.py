@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,13 +18,14 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import forms, gpu, gpu_results, race, worker
+from benchmarks import forms, gpu, gpu_checks, gpu_kernels, gpu_results, race, worker
 from benchmarks.device import Device
+from benchmarks.gpu_checks import Done
 from benchmarks.gpu_results import BEST_COMPILED, CAPSOPS, OTHER, PUBLISHED, Goal, Results, goals
 from benchmarks.shapes import BOTH, CASES, FORWARD, QUICK_CASES, Case, for_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
-QUICK = ("--device", "cpu", "--quick", "--no-compile", "--skip-tests")
+QUICK = ("--device", "cpu", "--quick", "--without", "compiled")
 PART = ("--only", "recommender")
 
 
@@ -36,13 +38,25 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+# What machines with a GPU seldom have, though cardiocaps needs it.
+MISSING = ("lightning", "decord", "monai", "av", "imblearn", "xgboost", "pydicom")
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The rehearsal: the one command for a machine with a GPU, here on the CPU, without what is missing there."""
+    blocker = tmp_path_factory.mktemp("blocker")
+    (blocker / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({MISSING!r}))\n")
+    python = tmp_path_factory.mktemp("bin") / "python3"
+    python.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} "$@"\n')
+    python.chmod(0o755)
     folder = tmp_path_factory.mktemp("gpu") / "results"
-    command = [sys.executable, "-m", "benchmarks.gpu", *QUICK, *PART, "--out", str(folder)]
-    command += ["--only", "training-step", "--only", "sanitizer"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, check=False)
+    command = [str(ROOT / "benchmarks" / "gpu_slot.sh"), str(folder), "9", "--device", "cpu", "--quick", *PART]
+    command += [x for part in ("training-step", "profiler", "sanitizer", "ncu") for x in ("--only", part)]
+    paths = [str(blocker), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    environment["PATH"] = os.pathsep.join([str(python.parent), os.environ["PATH"]])
+    done = subprocess.run(command, cwd=folder.parent, env=environment, text=True, capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "recommender, dynamic, detached, forward + backward: capsops" in done.stderr
     return folder
@@ -72,7 +86,7 @@ def one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_files_are_complete_and_well_formed(finished: Path) -> None:
-    names = {"results.csv", "results.md", "environment.json", "training_step.csv", "speed.png"}
+    names = {"results.csv", "results.md", "environment.json", "training_step.csv", "kernels.csv", "speed.png"}
     assert content(finished).keys() == names
     rows = rows_of(finished)
     assert {(row["routing"], row["direction"]) for row in rows} == {("dynamic, detached", d) for d in (FORWARD, BOTH)}
@@ -90,7 +104,7 @@ def test_files_are_complete_and_well_formed(finished: Path) -> None:
     assert [step["way"] for step in steps] == ["fused", "naive"]
     assert all(0 < float(step["routing_share"]) < 1 and float(step["step"]) > 0 for step in steps)
     environment = json.loads((finished / "environment.json").read_text())
-    assert environment["finished"] == ["recommender", "training-step", "sanitizer"]
+    assert environment["finished"] == ["recommender", "training-step", "profiler", "sanitizer", "ncu"]
     assert environment["quick"] is True
     text = (finished / "results.md").read_text()
     assert text.index("## Goals") < text.index("## recommender") < text.index("## A training step")
@@ -184,7 +198,7 @@ def test_what_fails_is_reported_and_the_rest_goes_on(tmp_path: Path, monkeypatch
 @pytest.mark.usefixtures("one_process")
 def test_what_there_is_no_time_for_is_named_and_measured_later(tmp_path: Path) -> None:
     out = ("--out", str(tmp_path / "results"))
-    assert gpu.main([*QUICK, *PART, "--budget", "0.001", *out]) == 0
+    assert gpu.main([*QUICK, *PART, "--minutes", "0.00001", *out]) == 0
     assert [row["status"] for row in rows_of(tmp_path / "results")] == ["left out"] * 2
     assert "recommender" in (tmp_path / "results" / "results.md").read_text().split("Not measured to their end:")[1]
     assert gpu.main([*QUICK, *PART, *out]) == 0
@@ -202,7 +216,7 @@ def test_without_a_gpu_it_says_so(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("wrong", [["--only", "imagenet"], ["--device", "tpu"], ["--budget", "0"], ["--budget", "x"]])
+@pytest.mark.parametrize("wrong", [["--only", "imagenet"], ["--device", "tpu"], ["--minutes", "0"], ["--minutes", "x"]])
 def test_a_wrong_option_is_refused(wrong: list[str], tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as stop:
         gpu.main(["--out", str(tmp_path), *wrong])
@@ -212,7 +226,7 @@ def test_a_wrong_option_is_refused(wrong: list[str], tmp_path: Path) -> None:
 def test_help_answers_without_torch() -> None:
     code = "import sys, benchmarks.gpu as m\ntry: m.main(['--help'])\nfinally: assert 'torch' not in sys.modules"
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, text=True, capture_output=True, check=True).stdout
-    assert "training-step" in out
+    assert all(part in "".join(out.split()) for part in gpu_results.PARTS)
 
 
 def test_no_figures_without_matplotlib(
@@ -350,8 +364,8 @@ def test_the_whole_program_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(Pretend, "why_not", lambda self: {"cuda": None, "triton": "it is not installed"})
     folder = tmp_path / "results"
     parts = [f"--only={part}" for part in ("paper", "training-step", "sanitizer")]
-    monkeypatch.setattr(gpu, "find_tool", lambda name: None)
-    assert gpu.main(["--quick", "--no-compile", "--no-build", *parts, "--out", str(folder)]) == 0
+    monkeypatch.setattr(gpu_checks, "find_tool", lambda name: None)
+    assert gpu.main(["--quick", "--no-build", *parts, "--out", str(folder)]) == 0
     rows = rows_of(folder)
     assert {row["device"] for row in rows} == {"Pretend 100"}
     chosen = [row for row in rows if row["contestant"] == CAPSOPS]
@@ -445,13 +459,13 @@ def test_what_is_built(
 ) -> None:
     commands: list[tuple[Sequence[str], Any]] = []
 
-    def run(command: Sequence[str], limit: float, settings: Any = None) -> gpu._Done:
+    def run(command: Sequence[str], limit: float, log: Path, title: str, settings: Any = None) -> Done:
         commands.append((command, settings))
-        return gpu._Done(0, "a warning\n" + json.dumps([9, 0, why]))
+        return Done(0, "a warning\n" + json.dumps([9, 0, why]))
 
-    monkeypatch.setattr(gpu, "_run", run)
-    monkeypatch.setattr(gpu, "find_tool", lambda name: nvcc)
-    assert expected in gpu.build(Results(tmp_path), rebuild=False)
+    monkeypatch.setattr(gpu_checks, "run_program", run)
+    monkeypatch.setattr(gpu_checks, "find_tool", lambda name: nvcc)
+    assert expected in gpu_checks.build(Results(tmp_path), limit=60, rebuild=False)
     assert len(commands) == 1 + builds
     if builds:
         assert commands[1][0][1:] == ["setup.py", "build_ext", "--inplace"]
@@ -466,20 +480,172 @@ def test_what_is_built(
         (255, "========= Error: Device not supported", "did not run to its end (exit status 255)"),
         (0, "========= Target application terminated before first instrumented API call", "did not run to its end"),
         (None, "", "not at its end after 240 s"),
+        (None, "========= Invalid __global__ read of size 4 bytes\n", "ERRORS: Invalid __global__ read"),
     ],
 )
 def test_what_compute_sanitizer_says(status: int | None, output: str, expected: str) -> None:
-    assert gpu.sanitized(status, output, 240).startswith(expected)
+    assert gpu_checks.sanitized(status, output, 240).startswith(expected)
 
 
-def test_a_test_run_that_hangs_is_stopped_and_counts_as_failed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = gpu._run
-    monkeypatch.setattr(gpu, "_run", lambda command, limit: real([sys.executable, "-c", SLEEP], limit))
+def test_sanitizers_watch_our_kernels_alone_and_share_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[list[str], float]] = []
+
+    def run(command: list[str], limit: float, log: Path, title: str, settings: Any = None) -> Done:
+        calls.append((command, limit))
+        return Done(0, "every operator ran: 3 calls\n========= ERROR SUMMARY: 0 errors")
+
+    monkeypatch.setattr(gpu_checks, "run_program", run)
+    monkeypatch.setattr(gpu_checks, "find_tool", lambda name: f"/cuda/{name}")
     results = Results(tmp_path)
-    assert len(gpu.test(results, 2)) == 1
-    (outcome,) = results.checks["tests"].values()
-    assert outcome == "not at their end after 2 s, and stopped: begun"
-    assert "begun" in (tmp_path / "checks.log").read_text()
+    assert gpu_checks.sanitize(results, Pretend(), 60) == []
+    assert [command[2] for command, _ in calls] == ["memcheck", "racecheck", "synccheck"]
+    assert all(command[command.index("--kernel-name") + 1] == "kns=capsops" for command, _ in calls)
+    assert [limit for _, limit in calls] == pytest.approx([20, 30, 60], rel=0.05)
+    assert "sanitizer" in results.finished
 
 
-SLEEP = "import time\nprint('begun')\ntime.sleep(60)"
+@pytest.mark.parametrize(
+    ("part", "printed", "red"),
+    [("tests", "begun", True), ("tests-triton", "....s. [ 12%]", False), ("tests-triton", "..F.s. [ 12%]", True)],
+)
+def test_a_test_run_that_is_stopped(
+    part: str, printed: str, red: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleep = f"import time\nprint({printed!r})\ntime.sleep(60)"
+    real = gpu_checks.run_program
+    monkeypatch.setattr(
+        gpu_checks,
+        "run_program",
+        lambda command, limit, log, title: real([sys.executable, "-c", sleep], limit, log, title),
+    )
+    results = Results(tmp_path)
+    assert bool(gpu_checks.test(results, part, 2)) == red
+    (outcome,) = results.checks[part].values()
+    assert outcome == f"not at their end after 2 s, and stopped: {printed}"
+    assert (tmp_path / "checks.log").read_text() == f"== {part}\n{printed}\n"
+    assert part not in results.finished
+
+
+def test_programs_end_with_the_one_that_started_them(tmp_path: Path) -> None:
+    """Even where it is killed, and with what they have started themselves."""
+    grandchild = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
+    log = tmp_path / "log"
+    program = (
+        "import sys; from pathlib import Path; from benchmarks.gpu_checks import run_program\n"
+        f"run_program([sys.executable, '-c', {child!r}], 60, Path({str(log)!r}), 'a program')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while not log.exists() or len(log.read_text().splitlines()) < 2:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        sleeper = int(log.read_text().splitlines()[1])
+        assert Path(f"/proc/{sleeper}").exists()
+    finally:
+        process.kill()
+        process.wait()
+    while _runs(sleeper):
+        assert time.monotonic() < deadline, "the program outlived the one that started it"
+        time.sleep(0.05)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+# ---- stages --------------------------------------------------------------------------------------
+
+
+def test_what_a_stage_leaves_goes_to_those_after_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    clock = gpu.Clock(540, list(gpu.STAGES))
+    assert clock.begin("build") == pytest.approx(540 * 0.16)
+    now[0] = 10  # the extension was there
+    assert clock.begin("tests") == pytest.approx(530 * 12 / 84)
+    now[0] = 500
+    assert clock.begin("ncu") == pytest.approx(40 * 6 / 12)
+    now[0] = 539
+    assert clock.begin("tests-triton") == pytest.approx(1)
+    now[0] = 600
+    assert clock.left() < 0
+    assert gpu.Clock(60, ["sanitizer"]).begin("sanitizer") == pytest.approx(60)
+
+
+@pytest.mark.usefixtures("one_process")
+def test_compiled_forms_come_after_the_eager_ones(results: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are timed beside capsops, whose rows are there already."""
+    excluded: list[list[str]] = []
+
+    def run(
+        case: Case, direction: str, budget: race.Budget, device: Device, without: Sequence[str]
+    ) -> list[race.Timing]:
+        assert budget.compile
+        excluded.append(list(without))
+        roles = {"capsops": CAPSOPS, "compiled bmm": BEST_COMPILED}
+        return [
+            race.Timing(form, role, case.shape.N, [0.001 * (1 + n)]) for n, (form, role) in enumerate(roles.items())
+        ]
+
+    before = rows_of(results)
+    monkeypatch.setattr(race, "run", run)
+    command = ["--device", "cpu", "--quick", "--only", "compiled", "--out", str(results)]
+    assert gpu.main(command) == 0
+    rows = rows_of(results)
+    assert rows[: len(before)] == before
+    added = rows[len(before) :]
+    assert [(row["shape"], row["direction"], row["form"]) for row in added] == [
+        ("recommender", direction, "compiled bmm") for direction in (FORWARD, BOTH)
+    ]
+    assert {row["ratio_to_capsops"] for row in added} == {"2"}
+    assert PUBLISHED in excluded[0] and not any(name.startswith(("compiled", "capsops")) for name in excluded[0])
+    assert gpu.main([*command, "--overwrite"]) == 0
+    assert [(row["form"], row["median_s"]) for row in rows_of(results)] == [
+        (row["form"], row["median_s"]) for row in rows
+    ]
+
+
+# ---- kernels -------------------------------------------------------------------------------------
+
+NCU_OUTPUT = """==PROF== Connected to process 7
+"ID","Process ID","Process Name","Host Name","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","7","python3","host","REDUCE","GPU Speed Of Light Throughput","Duration","us","26.50"
+"0","7","python3","host","REDUCE","Occupancy","Achieved Occupancy","%","61.2"
+"1","7","python3","host","REDUCE","Occupancy","Achieved Occupancy","%","60.0"
+"2","7","python3","host","capsops::emit_kernel(Args)","Launch Statistics","Registers Per Thread","register","1,064"
+"2","7","python3","host","capsops::emit_kernel(Args)","","","",""
+""".replace("REDUCE", "void capsops::reduce_kernel<float>(Args)")
+
+
+def test_kernels_are_counted_once_a_case_and_nobody_is_named() -> None:
+    rows = gpu_kernels.read_ncu(NCU_OUTPUT, CASES[0])
+    assert [(row["kernel"].split("(")[0], row["metric"], row["value"]) for row in rows] == [
+        ("void capsops::reduce_kernel<float>", "GPU Speed Of Light Throughput: Duration", "26.50"),
+        ("void capsops::reduce_kernel<float>", "Occupancy: Achieved Occupancy", "61.2"),
+        ("capsops::emit_kernel", "Launch Statistics: Registers Per Thread", "1064"),
+    ]
+    assert "host" not in str(rows)
+    assert gpu_kernels.read_ncu("==ERROR== no permission\n", CASES[0]) == []
+    text = "\n".join(gpu_results._counts(rows))
+    assert "| reduce_kernel<float>(Args) | 26.50 us |" in text
+    assert "| 61.2 |" in text
+
+
+def test_every_case_that_ncu_looks_at_exists() -> None:
+    assert set(gpu_kernels.NCU_CASES) <= {str(case) for case in for_gpus(CASES)}
+    command = gpu_kernels.ncu_command("ncu", CASES[0], Path("report"))
+    assert command[command.index("--clock-control") + 1] == "none"
+
+
+def test_the_profile_names_the_operators_of_capsops(finished: Path) -> None:
+    with (finished / "kernels.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["direction"] for row in rows} == {FORWARD, BOTH}
+    times = {row["kernel"]: float(row["value"]) for row in rows if row["metric"] == "time a call"}
+    assert times["capsops::dynamic_routing"] > 0
+    assert "## Microseconds a kernel" in (finished / "results.md").read_text()
