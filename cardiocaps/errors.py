@@ -29,3 +29,12 @@ class CheckpointError(CardioCapsError):
     """A checkpoint is damaged or belongs to another configuration."""
 
     exit_code = 5
+
+
+def printable(text: object) -> str:
+    """Text of a user (a name, a path) as a message may show it: on one line, and without a code that a terminal obeys.
+
+    Whatever is no printable character stands there as its escape: line breaks, escape codes, marks that turn the
+    direction of writing, bytes that are no text.
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))

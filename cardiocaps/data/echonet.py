@@ -6,6 +6,7 @@ video) is found when the frames are cached.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,15 +20,19 @@ from cardiocaps.data.measurements import (
     SUFFIXES,
     Problem,
     Row,
+    Table,
+    plain_name,
     read_measurements,
     refuse_many,
     summarise,
 )
 from cardiocaps.data.video import Header, VideoError, regular_file
-from cardiocaps.errors import ConfigError, DataError
+from cardiocaps.errors import ConfigError, DataError, printable
 
 PROTOCOLS = ("video", "paper")
 SPLIT_RULES = ("auto", "column", "stratified", "frames")
+
+_UNMEASURED = "no measurement of a type that is used"
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Study:
     unlisted: int  # videos in the folder that the table does not name
     label_rule: Mapping[str, float]  # Calc -> smallest abnormal value in cm, of every type
     needed_splits: tuple[str, ...] = splits.SPLITS  # those without which the study is of no use
+    group_column: str | None = None  # the table's column that says whose video it is
+    group_kind: str = ""  # "patient", or "study" (a patient's on one day), where there is such a column
 
     def clips_in(self, split: str) -> tuple[Clip, ...]:
         """The clips that have frames in a split, in the order that a batch's ``clip`` counts them."""
@@ -71,7 +78,7 @@ class Study:
         splits.check_classes({s: [clip.label for clip in self.clips_in(s)] for s in self.needed_splits})
 
     def summary(self) -> str:
-        """A few lines of text: clips and abnormal ones per split, problems by kind."""
+        """A few lines of text: clips and abnormal ones per split, the rule of the labels, problems by kind."""
         rule = {
             "column": "by video, the table's own column",
             "stratified": "by video, drawn at random in each class",
@@ -84,12 +91,28 @@ class Study:
         if self.split_rule == "frames":
             lines.append(f"  all   {len(self.clips):6d} clips, {sum(clip.label for clip in self.clips)} abnormal")
         else:
-            lines.append("  (the table names no patients: videos of one patient may stand in different splits)")
+            lines.append(f"  ({self._whose()})")
+        limits = ", ".join(f"{calc} {cm:g}" for calc, cm in self.label_rule.items())
+        lines.append(f"abnormal from these lengths in cm on: {limits}")
         if self.unlisted:
             lines.append(f"videos in the folder that the table does not name: {self.unlisted}")
-        if self.problems:
-            lines += [f"{len(self.problems)} problems:", summarise(self.problems)]
+        for what, harmless in (("problems", False), ("notes", True)):
+            found = [problem for problem in self.problems if problem.harmless == harmless]
+            if found:
+                lines += [f"{len(found)} {what}:", summarise(found)]
         return "\n".join(lines)
+
+    def _whose(self) -> str:
+        """Whether videos of one patient can stand in different splits, as far as the table says."""
+        unknown = "videos of one patient may stand in different splits"
+        if self.group_column is None:
+            return f"the table names no patients: {unknown}"
+        names = {clip.name: clip for clip in self.clips}
+        groups = {name: clip.patient or name for name, clip in names.items()}
+        apart = splits.divided({name: clip.split for name, clip in names.items()}, groups)
+        of = f"{len(set(groups.values()))} {_plural(self.group_kind)} of the column {self.group_column}"
+        said = f"{len(apart)} of {of} stand in several splits" if apart else f"each of {of} stands in one split"
+        return f"{said}; the table names no patients: {unknown}" if self.group_kind == "study" else said
 
 
 def read_folder(
@@ -102,6 +125,9 @@ def read_folder(
     max_bad_share: float = 0.05,
     limit: int | None = None,
     needed_splits: Sequence[str] = splits.SPLITS,
+    group_column: str | None = None,
+    allow_split_patients: bool = False,
+    follow_links: bool = False,
 ) -> Study:
     """Read a folder in EchoNet-LVH's layout.
 
@@ -110,17 +136,20 @@ def read_folder(
         protocol: ``video``: a clip per video, abnormal where any measurement is. ``paper``: a clip per row,
             as the published code did; warns that it leaks.
         thresholds: measurement -> smallest abnormal value in cm.
-        split: ``column`` (the table's own), ``stratified`` (60/20/20 by video), ``auto`` (the first where
-            there is one), ``frames`` (60/32/8 over the frames of all videos; warns that it leaks). The paper
-            protocol splits frames and takes only ``auto``.
+        split: ``column`` (the table's own), ``stratified`` (60/20/20 by video, or by patient where the table
+            names them), ``auto`` (the first where there is one), ``frames`` (60/32/8 over the frames of all
+            videos; warns that it leaks). The paper protocol splits frames and takes only ``auto``.
         seed: of the stratified split.
         max_bad_share: largest share of rows, and of videos, that may be unusable.
         limit: at most so many clips, evenly over splits and classes.
         needed_splits: each of these needs clips of both classes; for evaluation alone, ``("test",)``.
+        group_column: the table's column that says whose video it is; see `read_measurements`.
+        allow_split_patients: keep the table's own split although videos of one patient stand in several.
+        follow_links: the table and the videos may be links that leave the folder.
 
     Raises:
-        DataError: folder, table or videos missing or unusable, a video in two splits, a needed split without
-            both classes.
+        DataError: folder, table or videos missing or unusable, a video or (unless allowed) a patient in two
+            splits, a needed split without both classes.
         ConfigError: an argument that is not allowed.
     """
     root = Path(root)
@@ -137,13 +166,17 @@ def read_folder(
     check_thresholds(thresholds)
 
     found = _find_videos(root)
-    table = read_measurements(root / FILE_NAME, max_bad_share=max_bad_share)
-    unlisted = len(set(found) - set(table.names))
-    by_name: dict[str, list[Row]] = {name: [] for name in table.names}
+    table = read_measurements(
+        root / FILE_NAME, max_bad_share=max_bad_share, group_column=group_column, follow_links=follow_links
+    )
+    unlisted = len(found.keys() - table.lines.keys())
+    by_name: dict[str, list[Row]] = {name: [] for name in table.lines}
     for row in table.rows:
         by_name[row.name].append(row)
-    videos, problems = _locate(root, by_name, found)
+    videos, problems = _locate(root, table, by_name, found, follow_links)
     usable = {name: by_name[name] for name in videos}
+    patients, kind, notes = _whose_videos(table, usable, group_column is not None)
+    notes += [note for name, rows in usable.items() if (note := _backwards(name, rows))]
 
     split_rule, chosen = "frames", dict.fromkeys(usable, splits.MIXED)
     if protocol == "video":
@@ -152,18 +185,30 @@ def read_folder(
         if split_rule == "column":
             chosen, unknown = splits.from_column({n: [row.split for row in rows] for n, rows in usable.items()})
             problems += unknown
+            if kind and not allow_split_patients:
+                _refuse_divided(chosen, patients, table)
         elif split_rule == "stratified":
-            chosen = splits.stratified({n: _label(rows, thresholds) for n, rows in usable.items()}, seed)
+            labels = {n: _label(rows, thresholds) for n, rows in usable.items()}
+            chosen = splits.stratified(labels, seed, groups=patients if kind else None)
     if split_rule == "frames":
         splits.warn_of_leak("the paper protocol" if protocol == "paper" else "a split by frame")
-    refuse_many(len(problems), len(by_name), max_bad_share, f"videos of {root}", problems)
+    bad = [problem for problem in problems if not problem.harmless]
+    refuse_many(len(bad), len(by_name), max_bad_share, f"videos of {root}", bad)
 
     if protocol == "paper":
         groups = [[row] for row in splits.paper_rows(table.rows, table.total) if row.name in chosen]
     else:
         groups = [usable[name] for name in chosen]
     clips = [
-        _clip(rows, videos[rows[0].name], chosen[rows[0].name], protocol, by_name[rows[0].name], thresholds)
+        _clip(
+            rows,
+            videos[rows[0].name],
+            chosen[rows[0].name],
+            protocol,
+            by_name[rows[0].name],
+            thresholds,
+            patients.get(rows[0].name),
+        )
         for rows in groups
     ]
     if limit is not None and limit < len(clips):
@@ -173,11 +218,13 @@ def read_folder(
         protocol=protocol,
         split_rule=split_rule,
         clips=tuple(clips),
-        problems=(*table.problems, *problems),
-        claims={clip.name: by_name[clip.name][0].claim for clip in clips},
+        problems=(*table.problems, *problems, *notes),
+        claims={clip.name: table.claims[clip.name] for clip in clips},
         unlisted=unlisted,
         label_rule=dict(thresholds),
         needed_splits=tuple(needed_splits),
+        group_column=table.group_column if kind else None,
+        group_kind=kind,
     )
     study.check_splits()
     return study
@@ -188,43 +235,106 @@ def _find_videos(root: Path) -> dict[str, list[Path]]:
     if not root.is_dir():
         what = "not a folder" if root.exists() else "no such folder"
         address = " (addresses are not read)" if re.match(r"\w+:/", str(root)) else ""
-        raise DataError(f"{root}: {what}{address}")
+        raise DataError(f"{printable(root)}: {what}{address}")
     found: dict[str, list[Path]] = {}
     try:
         folders = [root, *sorted(path for path in root.glob("Batch*") if path.is_dir())]
         for folder in folders:
             for path in sorted(folder.iterdir()):
                 if path.suffix.lower() in SUFFIXES:
-                    found.setdefault(path.stem, []).append(path)
+                    found.setdefault(plain_name(path.stem), []).append(path)
         empty = next(root.iterdir(), None) is None
     except OSError as error:
-        raise DataError(f"{root}: {error.strerror}") from None
+        raise DataError(f"{printable(root)}: {error.strerror}") from None
     if empty:
-        raise DataError(f"{root}: the folder is empty")
+        raise DataError(f"{printable(root)}: the folder is empty")
     if not (root / FILE_NAME).exists():
-        raise DataError(f"{root}: no {FILE_NAME}")
+        raise DataError(f"{printable(root)}: no {FILE_NAME}")
     if not found:
-        raise DataError(f"{root}: no .avi or .mp4 file, neither directly nor in a Batch* folder")
+        raise DataError(f"{printable(root)}: no .avi or .mp4 file, neither directly nor in a Batch* folder")
     return found
 
 
 def _locate(
-    root: Path, by_name: Mapping[str, Sequence[Row]], found: Mapping[str, Sequence[Path]]
+    root: Path,
+    table: Table,
+    by_name: Mapping[str, Sequence[Row]],
+    found: Mapping[str, Sequence[Path]],
+    follow_links: bool,
 ) -> tuple[dict[str, Path], list[Problem]]:
     """The real path of each video in the table that has usable rows and one plausible file."""
     videos: dict[str, Path] = {}
+    names: dict[Path, str] = {}
     problems: list[Problem] = []
     for name, rows in by_name.items():
         paths = found.get(name, ())
         try:
+            if name in table.unmeasured:
+                raise VideoError(_UNMEASURED)
             if not rows:
                 raise VideoError("no usable row in the table")
             if len(paths) != 1:
                 raise VideoError(f"several files: {len(paths)} of this name" if paths else "no video file")
-            videos[name] = regular_file(paths[0], root)
+            if len({row.group for row in rows} - {0}) > 1:
+                raise VideoError(f"its rows name several {_plural(table.group_kind)}")
+            path = regular_file(paths[0], root, follow_links)
+            if path in names:
+                raise VideoError(f"a link to the file of another video: {names[path]}")
+            videos[name], names[path] = path, name
         except VideoError as error:
-            problems.append(Problem(name, str(error)))
+            # Without a file of that name, the cell may hold anything.
+            where = name if paths else f"line {table.lines[name]}"
+            problems.append(Problem(where, str(error), harmless=str(error) == _UNMEASURED))
     return videos, problems
+
+
+def _whose_videos(
+    table: Table, usable: Mapping[str, Sequence[Row]], asked: bool
+) -> tuple[dict[str, str], str, list[Problem]]:
+    """Video -> a key for its patient (or study), of which kind these are, and what is worth knowing about them.
+
+    A video of which the table does not say whose it is counts as a patient of its own. A column that was not `asked`
+    for is not used where it says the same of all videos.
+    """
+    if table.group_column is None:
+        return {}, "", []
+    kind, column = table.group_kind, f"column {table.group_column}"
+    numbers = {name: max(row.group for row in rows) for name, rows in usable.items()}
+    if len(set(numbers.values())) < 2 and not asked:
+        return {}, "", [Problem(column, "not used: it says the same of all videos", harmless=True)]
+    patients = {name: f"{kind} {n}" if n else f"video {i}" for i, (name, n) in enumerate(numbers.items())}
+    alone = sum(number == 0 for number in numbers.values())
+    note = f"blank, so that a video counts as a {kind} of its own: {alone} of {len(numbers)} videos"
+    return patients, kind, [Problem(column, note, harmless=True)] if alone else []
+
+
+def _refuse_divided(chosen: Mapping[str, str], patients: Mapping[str, str], table: Table) -> None:
+    """Raise DataError where videos of one patient stand in different splits of the table's own."""
+    apart = splits.divided(chosen, patients)
+    if not apart:
+        return
+    one, other = apart[0]
+    kinds = _plural(table.group_kind)
+    total = len({patients[name] for name in chosen})
+    raise DataError(
+        f"{FILE_NAME}: its split divides {len(apart)} of {total} {kinds} (column {table.group_column}), as one with the"
+        f" videos {one} in {chosen[one]} and {other} in {chosen[other]}; --split stratified keeps the {kinds} whole,"
+        " --allow-split-patients takes the split as it is"
+    )
+
+
+def _plural(kind: str) -> str:
+    return {"patient": "patients", "study": "studies"}[kind]
+
+
+def _backwards(name: str, rows: Iterable[Row]) -> Problem | None:
+    """A ventricle that is larger in systole than in diastole: measured wrongly, or under each other's names."""
+    means = _means(rows)
+    diastole, systole = means.get("LVIDd", math.inf), means.get("LVIDs", 0.0)
+    if systole <= diastole:
+        return None
+    detail = f"{systole:.3g} cm and {diastole:.3g} cm"
+    return Problem(name, f"LVIDs above LVIDd (kept, without ejection fraction): {detail}", harmless=True)
 
 
 def _clip(
@@ -234,6 +344,7 @@ def _clip(
     protocol: str,
     of_video: Iterable[Row],
     thresholds: Mapping[str, float],
+    patient: str | None,
 ) -> Clip:
     """A clip from its rows; the ejection fraction may need another row of the same video."""
     measurements, all_measurements = _means(rows), _means(of_video)
@@ -245,6 +356,7 @@ def _clip(
         width=rows[0].cm if protocol == "paper" else width_target(measurements),
         ef=teichholz_ef(*(all_measurements.get(calc, float("nan")) for calc in ("LVIDd", "LVIDs"))),
         measurements=measurements,
+        patient=patient,
     )
 
 

@@ -1,4 +1,4 @@
-"""What counts as abnormal, and the two regression targets.
+"""What counts as abnormal, what is possible at all, and the two regression targets.
 
 Thresholds as in the code published with CardioCaps (which compares LVID with "> 4" in one place and "≥ 4" in
 another; here ≥ everywhere). They are a research label rule, not a diagnosis.
@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from cardiocaps.errors import ConfigError
+from cardiocaps.errors import ConfigError, printable
 
 THRESHOLDS: Mapping[str, float] = MappingProxyType(
     {
@@ -28,6 +28,29 @@ THRESHOLDS: Mapping[str, float] = MappingProxyType(
 
 CALCS = tuple(THRESHOLDS)
 
+WALLS = ("IVSd", "IVSs", "LVPWd", "LVPWs")
+
+LIMITS: Mapping[str, tuple[float, float]] = MappingProxyType(
+    {
+        **dict.fromkeys(WALLS, (0.1, 6.0)),
+        "LVIDd": (0.5, 12.0),
+        "LVIDs": (0.2, 12.0),
+        "LVID": (0.2, 12.0),
+        "RVDd": (0.2, 10.0),
+    }
+)
+"""Measurement -> the smallest and the largest value in cm that a heart can have.
+
+Beyond what is normal and beyond the extremes that are reported, so that no real heart is left out:
+
+* Adults, normal (Lang and coauthors, J Am Soc Echocardiogr 2015;28:1-39, ASE and EACVI): walls 0.6 to 1.0, LVIDd 3.8 to
+  5.8, LVIDs 2.2 to 4.0, RV in the parasternal long axis 2.0 to 3.0.
+* The thickest walls: 5.5, beside an LVIDd of 3.1 (Maron, Casey, Almquist, Heart 2004;90:24).
+* Extreme dilatation begins at an LVIDd of 8.0 (Klodas and coauthors, J Am Coll Cardiol 1996;27:670-677).
+* The smallest hearts are those of preterm infants from 0.6 kg on (Abushaban and coauthors, Ann Pediatr Cardiol
+  2014;7:180-186).
+"""
+
 
 def check_thresholds(thresholds: Mapping[str, float]) -> None:
     """Raise ConfigError unless every measurement has a positive threshold in cm (infinity: never abnormal).
@@ -35,7 +58,8 @@ def check_thresholds(thresholds: Mapping[str, float]) -> None:
     To change one, pass ``{**THRESHOLDS, "IVSd": 1.2}``.
     """
     if set(thresholds) != set(CALCS):
-        raise ConfigError(f"thresholds must name {', '.join(CALCS)}, got {', '.join(sorted(thresholds)) or 'none'}")
+        got = printable(", ".join(sorted(thresholds)))[:200] or "none"
+        raise ConfigError(f"thresholds must name {', '.join(CALCS)}, got {got}")
     for calc, cm in thresholds.items():
         if not cm > 0:
             raise ConfigError(f"thresholds[{calc}] must be above 0 cm, got {cm}")

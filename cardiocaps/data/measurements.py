@@ -1,9 +1,9 @@
 """Strict reader of EchoNet-LVH's ``MeasurementsList.csv``: a row per measurement, nothing guessed.
 
 Everything is read as text (a parser that looks for numbers and missing values turns the name ``12E5`` into
-a number and ``NA`` into nothing). A table that cannot be what it should be raises; a row that cannot be
-right is left out and reported by line. What a cell holds is repeated only where it is a number: a shifted
-column could hold a patient's name.
+a number and ``NA`` into nothing), a row at a time. A table that cannot be what it should be raises; a row that
+cannot be right is left out and reported by line. What a cell holds is repeated only where it is a number or the
+name of a known column or type: a shifted column could hold a patient's name.
 """
 
 from __future__ import annotations
@@ -12,18 +12,22 @@ import csv
 import io
 import math
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+import unicodedata
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from statistics import median_low
+from typing import NamedTuple
 
-from cardiocaps.data.labels import CALCS
+from cardiocaps.data.labels import CALCS, LIMITS, WALLS
 from cardiocaps.data.video import MAX_FRAMES, MAX_SIDE, Header, VideoError, allowed_name, regular_file
-from cardiocaps.errors import ConfigError, DataError
+from cardiocaps.errors import ConfigError, DataError, printable
 
 FILE_NAME = "MeasurementsList.csv"
 SUFFIXES = (".avi", ".mp4")
-MAX_CM = 20.0
 MAX_FPS = 10_000.0
 
 # Column -> the names it goes by: the published file and its description differ.
@@ -38,26 +42,40 @@ _OPTIONAL = {
     **{name: (name,) for name in ("FPS", "Width", "Height", "X1", "X2", "Y1", "Y2")},
     "split": ("split", "Split"),
 }
-_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+# What a column of patients is called, in small letters and without _, - and spaces; a study is a patient's on one day.
+_GROUPS = {"patient": ("patientid", "patient", "subjectid", "subject"), "study": ("studyid", "study")}
+
+# No repeated part can match what another could: a long cell takes no longer than its length.
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
+_LONGEST_NUMBER = 64  # characters of a cell
+_LONGEST_TYPE = 32
+_LONGEST_NAME = 255  # of a file
+_LONGEST_LINE = 1 << 20
+_NO_TYPE = f"Calc is no type of measurement: used are {', '.join(CALCS)}"
+_LINES_NAMED = 4  # of those that contradict each other
+
+# Medians, in the table's unit, that no group of hearts has in centimetres, and any has in millimetres.
+_MILLIMETRES = {"walls": (4.0, 40.0), "diameters": (15.0, 100.0)}
 
 
 @dataclass(frozen=True)
 class Problem:
     """Something left out, or worth knowing: where (a line of the table, a video) and why.
 
-    The reason reads ``kind`` or ``kind: detail``; summaries count the kinds.
+    The reason reads ``kind`` or ``kind: detail``; summaries count the kinds. A harmless one loses nothing that
+    should be there, and does not count as bad.
     """
 
     where: str
     reason: str
+    harmless: bool = False
 
     @property
     def kind(self) -> str:
         return self.reason.partition(": ")[0]
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One measurement: its place in the table (``position`` counts data rows from 0), value and video."""
 
     position: int
@@ -65,71 +83,112 @@ class Row:
     name: str
     calc: str
     cm: float
-    frame: int
+    frame: int | None  # None where the cell is blank
     split: str  # the cell's text; "" where blank or without the column
-    claim: Header
-    points: tuple[str, ...]
+    points: str = ""  # the cells of the calipers
+    group: int = 0  # rows of one patient (or study) have the same number; 0 where the table does not say
 
 
 @dataclass(frozen=True)
 class Table:
-    """The usable rows, the names of all videos, the number of data rows, and what was left out."""
+    """What the table says, and what was left out."""
 
-    rows: tuple[Row, ...]
-    names: tuple[str, ...]
-    total: int
+    rows: tuple[Row, ...]  # the usable ones, in order
+    lines: Mapping[str, int]  # every video's name -> the line where it comes first
+    unmeasured: frozenset[str]  # videos of which no row should have been usable
+    claims: Mapping[str, Header]  # what usable rows say about a video; 0 where they do not
+    total: int  # data rows
     problems: tuple[Problem, ...]
+    group_column: str | None  # the column that names patients or studies
+    group_kind: str  # "patient" or "study"; "" without such a column
 
 
 class _RowError(Exception):
     """Why one row is left out."""
 
+    harmless = False
 
-def read_measurements(path: Path, *, max_bad_share: float = 0.05) -> Table:
-    """Read and check the table.
+
+class _Unused(_RowError):
+    """Why one row is not needed."""
+
+    harmless = True
+
+
+def read_measurements(
+    path: Path, *, max_bad_share: float = 0.05, group_column: str | None = None, follow_links: bool = False
+) -> Table:
+    """Read and check the table. Time and memory grow with its size, and no faster.
 
     Args:
         path: the CSV file (UTF-8, a byte-order mark is accepted).
-        max_bad_share: largest share of rows that may be left out.
+        max_bad_share: largest share of rows that may be left out; harmless ones do not count.
+        group_column: the column that says whose video it is; default: one with the name of such a column
+            (PatientID, patient_id, Patient, subject, study, …), where there is one.
+        follow_links: the file may be a link that leaves its folder.
 
     Raises:
-        DataError: unreadable, empty, a column missing or given twice, or too many bad rows.
-        ConfigError: ``max_bad_share`` outside [0, 1].
+        DataError: unreadable, empty, a column missing or given twice, too many bad rows, or no usable one.
+        ConfigError: ``max_bad_share`` outside [0, 1], or no column ``group_column``.
     """
-    header, records = _read_cells(path)
-    columns = _find_columns(header, path.name)
-    if not records:
-        raise DataError(f"{path.name}: a header and no rows")
+    _check_share(max_bad_share)
+    records = _records(path, follow_links)
+    _, header = next(records, (0, []))
+    if not header:
+        raise DataError(f"{printable(path.name)}: empty, expected the columns {', '.join(_REQUIRED)}")
+    reader = _Reader(header, printable(path.name), group_column)
     rows: list[Row] = []
     problems: list[Problem] = []
-    names: dict[str, None] = {}
-    for position, (line, cells) in enumerate(records):
+    total = 0
+    for line, cells in records:
+        if not cells:
+            continue
         try:
-            if len(cells) != len(header):
-                raise _RowError(f"wrong number of fields: {len(cells)} (the header has {len(header)})")
-            record = {column: cells[place] for column, place in columns.items()}
-            name = _name(record["HashedFileName"])
-            names.setdefault(name)
-            rows.append(_row(position, line, name, record))
+            rows.append(reader.row(total, line, cells))
         except _RowError as error:
-            problems.append(Problem(f"line {line}", str(error)))
+            problems.append(Problem(f"line {line}", str(error), error.harmless))
+        total += 1
+    if not total:
+        raise DataError(f"{printable(path.name)}: a header and no rows")
     contradictions = _contradictions(rows)
-    problems += [Problem(f"line {line}", reason) for line, reason in sorted(contradictions.items())]
+    problems += [contradictions[line] for line in sorted(contradictions)]
     rows = [row for row in rows if row.line not in contradictions]
-    refuse_many(len(problems), len(records), max_bad_share, f"rows of {path.name}", problems)
-    return Table(tuple(rows), tuple(names), len(records), tuple(problems))
+    bad = [problem for problem in problems if not problem.harmless]
+    note = reader.unit_note()
+    refuse_many(len(bad), total, max_bad_share, f"rows of {path.name}", bad, note)
+    if not rows:
+        first = f"; the first: {problems[0].where}: {problems[0].reason}"
+        raise DataError(f"{printable(path.name)}: none of its {total} rows can be used{first}")
+    if note:
+        problems.append(Problem("the whole table", note, harmless=True))
+    return Table(
+        rows=tuple(rows),
+        lines=reader.lines,
+        unmeasured=frozenset(reader.lines.keys() - reader.measured),
+        claims={name: claim for name, (claim, _) in reader.claims.items()},
+        total=total,
+        problems=tuple(problems),
+        group_column=reader.group_column,
+        group_kind=reader.group_kind,
+    )
 
 
-def refuse_many(bad: int, total: int, max_bad_share: float, what: str, problems: Sequence[Problem]) -> None:
+def refuse_many(
+    bad: int, total: int, max_bad_share: float, what: str, problems: Sequence[Problem], note: str = ""
+) -> None:
     """Raise DataError, with the first problems, where more than ``max_bad_share`` of ``total`` is bad."""
-    if not 0 <= max_bad_share <= 1:
-        raise ConfigError(f"max_bad_share must be from 0 to 1, got {max_bad_share}")
+    _check_share(max_bad_share)
     if bad > max_bad_share * total:
         first = "; ".join(f"{p.where}: {p.reason}" for p in problems[:4])
         raise DataError(
-            f"{bad} of {total} {what} cannot be used, max_bad_share = {max_bad_share:g} allows"
-            f" {int(max_bad_share * total)}; the first: {first}"
+            f"{bad} of {total} {printable(what)} cannot be used, max_bad_share = {max_bad_share:g} allows"
+            f" {int(max_bad_share * total)}; the first: {first}{f'. Note: {note}' if note else ''}"
         )
+
+
+def _check_share(max_bad_share: float) -> None:
+    if not 0 <= max_bad_share <= 1:
+        raise ConfigError(f"max_bad_share must be from 0 to 1, got {max_bad_share}")
 
 
 def summarise(problems: Iterable[Problem]) -> str:
@@ -142,29 +201,132 @@ def summarise(problems: Iterable[Problem]) -> str:
     return "\n".join(f"{count:6d} × {kind} (first: {first[kind]})" for kind, count in counts.most_common())
 
 
-def _read_cells(path: Path) -> tuple[list[str], list[tuple[int, list[str]]]]:
-    """The header and, with its line number, every row that is not blank."""
+def _records(path: Path, follow_links: bool) -> Iterator[tuple[int, list[str]]]:
+    """Every row, the header first, with the number of its last line; blank lines give empty rows."""
+    name = printable(path.name)
     try:
-        text = regular_file(path, path.parent).read_bytes().decode("utf-8-sig")
-        reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-        header = next(reader, [])
-        records = [(reader.line_num, cells) for cells in reader if cells]
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path.name}: not UTF-8 text, byte {error.start} is 0x{error.object[error.start]:02x}"
-        ) from None
+        with regular_file(path, path.parent, follow_links).open("rb") as file:
+            text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
+            reader = csv.reader(_short_lines(text, name), strict=True)
+            try:
+                for cells in reader:
+                    yield reader.line_num, cells
+            except UnicodeDecodeError as error:
+                place = file.tell() - len(error.object) + error.start
+                found = error.object[error.start]
+                raise DataError(f"{name}: not UTF-8 text, byte {place} is 0x{found:02x}") from None
     except csv.Error as error:
-        raise DataError(f"{path.name}, line {reader.line_num}: not a CSV table ({error})") from None
+        raise DataError(f"{name}, line {reader.line_num}: not a CSV table ({error})") from None
     except VideoError as error:
-        raise DataError(f"{path}: {error}") from None
+        raise DataError(f"{printable(path)}: {error}") from None
     except OSError as error:
-        raise DataError(f"{path}: {error.strerror}") from None
-    if not header:
-        raise DataError(f"{path.name}: empty, expected the columns {', '.join(_REQUIRED)}")
-    return header, records
+        raise DataError(f"{printable(path)}: {error.strerror}") from None
 
 
-def _find_columns(header: list[str], file: str) -> dict[str, int]:
+def _short_lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
+    """The lines, none of which may fill the memory."""
+    count = 0
+    while line := text.readline(_LONGEST_LINE):
+        count += 1
+        if len(line) == _LONGEST_LINE and line[-1] not in "\r\n":
+            raise DataError(f"{name}, line {count}: not a CSV table (longer than {_LONGEST_LINE} characters)")
+        yield line
+
+
+class _Reader:
+    """What the rows read so far have said, and how to read the next one."""
+
+    def __init__(self, header: Sequence[str], file: str, group_column: str | None) -> None:
+        self.width = len(header)
+        self.lines: dict[str, int] = {}
+        self.measured: set[str] = set()
+        self.claims: dict[str, tuple[Header, int]] = {}
+        columns = _find_columns(header, file)
+        self._name, self._calc, self._value, self._frame = (
+            columns[name] for name in ("HashedFileName", "Calc", "CalcValue", "Frame")
+        )
+        self._split = columns.get("split")
+        self._points = [columns[name] for name in ("X1", "X2", "Y1", "Y2") if name in columns]
+        self._described = {name: columns[name] for name in ("Frames", "Width", "Height", "FPS") if name in columns}
+        self._group, self.group_kind = _find_group(header, file, group_column)
+        self.group_column = None if self._group is None else printable(header[self._group])
+        # Cells that come again in row after row are checked once.
+        self._names: dict[str, str] = {}
+        self._headers: dict[tuple[str, ...], Header] = {}
+        self._groups: dict[str, int] = {"": 0}
+        self._values = {"walls": array("d"), "diameters": array("d")}
+
+    def row(self, position: int, line: int, cells: Sequence[str]) -> Row:
+        """Raises _RowError."""
+        if len(cells) != self.width:
+            raise _RowError(f"wrong number of fields: {len(cells)} (the header has {self.width})")
+        text = cells[self._name]
+        name = self._names.get(text) or self._names.setdefault(text, _name(text))
+        self.lines.setdefault(name, line)
+        calc, value, at = cells[self._calc], cells[self._value], cells[self._frame]
+        if why := _unused(calc, value, at):
+            raise _Unused(why)
+        self.measured.add(name)
+        if calc not in LIMITS:
+            raise _RowError(_wrong_type(calc))
+        cm = _number("CalcValue", value)
+        self._values["walls" if calc in WALLS else "diameters"].append(cm)
+        low, high = LIMITS[calc]
+        if not low <= cm <= high:
+            raise _RowError(f"CalcValue out of range: {cm:.6g} cm, {calc} is from {low:g} to {high:g}")
+        claim = self._claim(tuple([cells[place] for place in self._described.values()]))
+        frame = None if _blank(at) else _whole("Frame", at)
+        last = (claim.frames or MAX_FRAMES) - 1
+        if frame is not None and not 0 <= frame <= last:
+            raise _RowError(f"Frame out of range: {frame:.10g} (allowed: 0 to {last})")
+        self._describe(name, claim, line)
+        split = "" if self._split is None else cells[self._split]
+        group = "" if self._group is None else cells[self._group].strip()
+        return Row(
+            position,
+            line,
+            name,
+            calc,
+            cm,
+            frame,
+            split.strip().lower() if len(split) <= _LONGEST_TYPE else "?",
+            "\0".join([cells[place] for place in self._points]),
+            self._groups.setdefault(group, len(self._groups)),
+        )
+
+    def unit_note(self) -> str:
+        """That the values look like millimetres, where they do; a wall is about 1 cm thick, a ventricle 5 cm wide."""
+        for what, (low, high) in _MILLIMETRES.items():
+            values = self._values[what]
+            if values and low <= (middle := median_low(values)) <= high:
+                return (
+                    f"CalcValue looks like millimetres where cm are expected: the median of the {what} is {middle:.3g}"
+                )
+        return ""
+
+    def _claim(self, cells: tuple[str, ...]) -> Header:
+        """What a row says about its video."""
+        if (claim := self._headers.get(cells)) is None:
+            record = dict(zip(self._described, cells, strict=True))
+            frames = 0 if _blank(record["Frames"]) else _whole("Frames", record["Frames"])
+            if not 0 < frames <= MAX_FRAMES and not _blank(record["Frames"]):
+                raise _RowError(f"Frames out of range: {frames:.10g} (allowed: 1 to {MAX_FRAMES})")
+            width, height = (int(_claimed(column, record, MAX_SIDE)) for column in ("Width", "Height"))
+            claim = self._headers[cells] = Header(frames, width, height, _claimed("FPS", record, MAX_FPS))
+        return claim
+
+    def _describe(self, name: str, claim: Header, line: int) -> None:
+        """Remember what is said about a video; what one row leaves blank another may say."""
+        before, first = self.claims.setdefault(name, (claim, line))
+        if before is claim:
+            return
+        pairs = [(getattr(before, part), getattr(claim, part)) for part in ("frames", "width", "height", "fps")]
+        if any(one and other and one != other for one, other in pairs):
+            raise _RowError(f"Frames, Width, Height or FPS contradict another row: line {first}")
+        self.claims[name] = Header(*(one or other for one, other in pairs)), first
+
+
+def _find_columns(header: Sequence[str], file: str) -> dict[str, int]:
     places: dict[str, int] = {}
     for column, spellings in (_REQUIRED | _OPTIONAL).items():
         found = [place for place, name in enumerate(header) if name in spellings]
@@ -172,52 +334,85 @@ def _find_columns(header: list[str], file: str) -> dict[str, int]:
             raise DataError(f"{file}: column {column} ({' or '.join(spellings)}) stands there {len(found)} times")
         if found:
             places[column] = found[0]
-        elif column in _REQUIRED:
-            there = ", ".join(name[:40] for name in header[:20] if name) or "none with a name"
-            raise DataError(f"{file}: no column {' or '.join(spellings)}; columns there: {there}")
+    missing = [spellings for column, spellings in _REQUIRED.items() if column not in places]
+    if missing:
+        # Without its header the table begins with a patient: names that are not known are not shown.
+        others = len(header) - len(places)
+        there = ", ".join((*places, *([f"{others} of other names"] if others else [])))
+        one = "; one field: are they separated by commas?" if len(header) == 1 else ""
+        raise DataError(f"{file}: no column {' or '.join(missing[0])} in its first line; columns there: {there}{one}")
     return places
 
 
-def _row(position: int, line: int, name: str, record: Mapping[str, str]) -> Row:
-    calc = record["Calc"]
-    if calc not in CALCS:
-        raise _RowError(f"unknown Calc: allowed are {', '.join(CALCS)}")
-    cm = _number("CalcValue", record["CalcValue"])
-    if not 0 < cm <= MAX_CM:
-        raise _RowError(f"CalcValue out of range: {cm:g} cm, allowed above 0 and at most {MAX_CM:g}")
-    frames = _whole("Frames", record["Frames"])
-    if not 0 < frames <= MAX_FRAMES:
-        raise _RowError(f"Frames out of range: {frames} (allowed: 1 to {MAX_FRAMES})")
-    frame = _whole("Frame", record["Frame"])
-    if not 0 <= frame < frames:
-        raise _RowError(f"Frame out of range: {frame} (allowed: 0 to {frames - 1})")
-    claim = Header(
-        frames,
-        int(_claim("Width", record, MAX_SIDE)),
-        int(_claim("Height", record, MAX_SIDE)),
-        _claim("FPS", record, MAX_FPS),
-    )
-    points = tuple(record.get(column, "") for column in ("X1", "X2", "Y1", "Y2"))
-    return Row(position, line, name, calc, cm, frame, record.get("split", "").strip().lower(), claim, points)
+def _find_group(header: Sequence[str], file: str, wanted: str | None) -> tuple[int | None, str]:
+    """The place and the kind of the column that says whose video it is."""
+    if wanted is not None:
+        places = [place for place, name in enumerate(header) if name == wanted]
+        if not places:
+            raise ConfigError(f"group_column is {printable(wanted)}; expected a column of {file}, which has none of it")
+        if len(places) > 1:
+            raise DataError(f"{file}: column {printable(wanted)} stands there {len(places)} times")
+        return places[0], "patient"
+    plain = [re.sub(r"[\s_-]", "", name[:_LONGEST_TYPE]).lower() for name in header]
+    for kind, names in _GROUPS.items():
+        places = [place for place, name in enumerate(plain) if name in names]
+        if len(places) > 1:
+            found = " and ".join(printable(header[place]) for place in places[:_LINES_NAMED])
+            raise DataError(f"{file}: the columns {found} may each name the {kind}; choose with --group-column")
+        if places:
+            return places[0], kind
+    return None, ""
+
+
+def _unused(calc: str, value: str, frame: str) -> str:
+    """Why a row is not needed; "" where it is, or cannot be right."""
+    if calc in LIMITS:
+        return "nothing measured: CalcValue and Frame are blank" if _blank(value) and _blank(frame) else ""
+    if _wrong_type(calc) != _NO_TYPE or len(calc) > _LONGEST_TYPE or _is_number(calc):
+        return ""
+    whole = _blank(value) or _is_number(value)
+    return f"Calc is of a type that is not used: used are {', '.join(CALCS)}" if whole else ""
+
+
+def _wrong_type(calc: str) -> str:
+    if _blank(calc):
+        return "Calc is blank"
+    known = {name.lower(): name for name in CALCS}.get(calc[:_LONGEST_TYPE].strip().lower())
+    return f"Calc is spelled otherwise than {known}" if known else _NO_TYPE
 
 
 def _name(text: str) -> str:
     """A video's name without its suffix; the published table gives none, some copies do."""
-    stem = text[:-4] if text.lower().endswith(SUFFIXES) else text
-    if not allowed_name(stem):
+    stem = text[:-4] if text[-4:].lower() in SUFFIXES else text
+    # Cut first: to sort the marks of a letter takes the square of their number.
+    if len(stem) > _LONGEST_NAME or not allowed_name(name := plain_name(stem)):
         raise _RowError("HashedFileName not allowed (letters, digits, _ . - only)")
-    return stem
+    return name
 
 
+def plain_name(text: str) -> str:
+    """A name in the one form (NFC) of the several that Unicode has for letters with marks: file systems differ."""
+    return unicodedata.normalize("NFC", text)
+
+
+def _blank(text: str) -> bool:
+    return not text or text.isspace()
+
+
+def _is_number(text: str) -> bool:
+    return len(text) <= _LONGEST_NUMBER and _NUMBER.fullmatch(text.strip()) is not None
+
+
+@lru_cache(1 << 16)
 def _number(column: str, text: str) -> float:
-    text = text.strip()
-    if not text:
+    if _blank(text):
         raise _RowError(f"{column} is blank")
-    if not _NUMBER.fullmatch(text):
+    if not _is_number(text):
         raise _RowError(f"{column} is not a number")
     return float(text)
 
 
+@lru_cache(1 << 16)
 def _whole(column: str, text: str) -> int:
     value = _number(column, text)
     if not math.isfinite(value) or value != int(value):
@@ -225,39 +420,41 @@ def _whole(column: str, text: str) -> int:
     return int(value)
 
 
-def _claim(column: str, record: Mapping[str, str], most: float) -> float:
+def _claimed(column: str, record: Mapping[str, str], most: float) -> float:
     """An optional property of the video; 0 where the table has no such column or leaves it blank."""
     text = record.get(column, "")
-    if not text.strip():
+    if _blank(text):
         return 0.0
     value = _number(column, text)
     if not 0 < value <= most:
-        raise _RowError(f"{column} out of range: {value:g} (allowed: above 0, at most {most:g})")
+        raise _RowError(f"{column} out of range: {value:.6g} (allowed: above 0, at most {most:g})")
     return value
 
 
-def _contradictions(rows: Sequence[Row]) -> dict[int, str]:
-    """Line -> reason: repeated rows, two values for one measurement, two descriptions of one video.
+def _contradictions(rows: Iterable[Row]) -> dict[int, Problem]:
+    """Line -> problem: rows that repeat one, which is harmless, and two values for one measurement.
 
-    Of a repeated row the first is kept; of contradicting values none, since nothing says which is right.
+    Of a repeated row the first is kept; of contradicting values none, since nothing says which is right. What was
+    measured on an unknown frame contradicts nothing.
     """
-    reasons: dict[int, str] = {}
-    first: dict[str, Row] = {}
-    same: defaultdict[tuple[str, str, int], list[Row]] = defaultdict(list)
+    first_of: dict[tuple[str, str, int | None], Row] = {}
+    same: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in rows:
-        described = first.setdefault(row.name, row)
-        if described.claim != row.claim:
-            reasons[row.line] = f"Frames, Width, Height or FPS contradict another row: line {described.line}"
-        else:
-            same[row.name, row.calc, row.frame].append(row)
+        key = (row.name, row.calc, row.frame)
+        before = first_of.setdefault(key, row)
+        if before is not row:
+            same.setdefault(key, [before]).append(row)
+    problems: dict[int, Problem] = {}
     for group in same.values():
-        if len({row.cm for row in group}) > 1:
-            lines = ", ".join(str(row.line) for row in group)
-            reasons |= {row.line: f"conflicting values of one measurement: lines {lines}" for row in group}
+        if group[0].frame is not None and len({row.cm for row in group}) > 1:
+            lines = ", ".join(str(row.line) for row in group[:_LINES_NAMED])
+            more = f" and {len(group) - _LINES_NAMED} more" if len(group) > _LINES_NAMED else ""
+            reason = f"conflicting values of one measurement: lines {lines}{more}"
+            problems |= {row.line: Problem(f"line {row.line}", reason) for row in group}
             continue
-        seen: dict[tuple[str, ...], int] = {}
+        seen: dict[tuple[float, str], int] = {}
         for row in group:
-            if row.points in seen:
-                reasons[row.line] = f"duplicate row: as line {seen[row.points]}"
-            seen.setdefault(row.points, row.line)
-    return reasons
+            first = seen.setdefault((row.cm, row.points), row.line)
+            if first != row.line:
+                problems[row.line] = Problem(f"line {row.line}", f"duplicate row: as line {first}", harmless=True)
+    return problems

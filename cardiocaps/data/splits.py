@@ -1,6 +1,7 @@
 """Which video, or which frame, is trained on, validated on and tested on.
 
-EchoNet-LVH publishes no patient identifier: a split by video is the finest that can be guaranteed.
+EchoNet-LVH publishes no patient identifier: for it a split by video is the finest that can be guaranteed. Where a
+table names patients, all videos of one stand in one split.
 """
 
 from __future__ import annotations
@@ -53,8 +54,22 @@ def from_column(cells: Mapping[str, Iterable[str]]) -> tuple[dict[str, str], lis
     return chosen, problems
 
 
-def stratified(labels: Mapping[str, int], seed: int, shares: Sequence[float] = SHARES) -> dict[str, str]:
-    """Videos dealt out at random, each class in the same shares; the same for any order of the videos."""
+def stratified(
+    labels: Mapping[str, int], seed: int, shares: Sequence[float] = SHARES, groups: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Videos dealt out at random, each class in the same shares; the same for any order of the videos.
+
+    With ``groups`` (video -> patient) patients are dealt out instead, each with all of its videos; one is abnormal
+    where any of its videos is.
+    """
+    if groups is not None:
+        first: dict[str, str] = {}  # of a patient's videos, by which it is known: keys differ from table to table
+        whole: dict[str, int] = {}
+        for name in sorted(labels):
+            known = first.setdefault(groups[name], name)
+            whole[known] = max(whole.get(known, 0), labels[name])
+        dealt = stratified(whole, seed, shares)
+        return {name: dealt[first[groups[name]]] for name in labels}
     chosen: dict[str, str] = {}
     for label in sorted(set(labels.values())):
         names = sorted(name for name, other in labels.items() if other == label)
@@ -62,6 +77,17 @@ def stratified(labels: Mapping[str, int], seed: int, shares: Sequence[float] = S
         for split, part in zip(SPLITS, _cut(order, shares), strict=True):
             chosen |= {names[i]: split for i in part}
     return chosen
+
+
+def divided(chosen: Mapping[str, str], groups: Mapping[str, str]) -> list[tuple[str, str]]:
+    """For each patient (``groups``: video -> patient) whose videos stand in several splits, two of these videos."""
+    first: dict[str, str] = {}
+    apart: dict[str, tuple[str, str]] = {}
+    for name, split in chosen.items():
+        other = first.setdefault(groups[name], name)
+        if chosen[other] != split:
+            apart.setdefault(groups[name], (other, name))
+    return list(apart.values())
 
 
 def paper_rows(rows: Sequence[Row], total: int) -> list[Row]:

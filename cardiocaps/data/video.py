@@ -50,12 +50,12 @@ def allowed_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None and ".." not in name and name != "."
 
 
-def regular_file(path: Path, root: Path) -> Path:
+def regular_file(path: Path, root: Path, follow_links: bool = False) -> Path:
     """The file's real path: a non-empty regular file inside the folder ``root``.
 
     Raises:
         VideoError: missing, a folder, FIFO or device (opening one would hang), empty, or a link out of
-            ``root``.
+            ``root``, unless ``follow_links``.
     """
     try:
         real = path.resolve(strict=True)
@@ -71,8 +71,8 @@ def regular_file(path: Path, root: Path) -> Path:
         raise VideoError(f"unreadable: {getattr(error, 'strerror', None) or 'not a path'}") from None
     if not stat.S_ISREG(status.st_mode):
         raise VideoError("not a regular file")
-    if outside:
-        raise VideoError("a link that leaves the data folder")
+    if outside and not follow_links:
+        raise VideoError("a link that leaves the data folder: --follow-links allows it")
     if status.st_size == 0:
         raise VideoError("empty file")
     return real

@@ -1,17 +1,19 @@
 import math
 import os
 import shutil
+import unicodedata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cardiocaps.data import Study, read_folder
+from cardiocaps.data import Study, cache, read_folder
 from cardiocaps.data.labels import THRESHOLDS
 from cardiocaps.data.video import Header
 from cardiocaps.errors import ConfigError, DataError
 
-from .sample_videos import encode, measurement, picture, split_of, write_folder, write_table
+from .sample_videos import COLUMNS, encode, measurement, picture, split_of, write_folder, write_table
 
 
 def found(study: Study, name: str) -> list[str]:
@@ -101,19 +103,19 @@ def test_unusable_videos_are_left_out_with_a_reason(tmp_path: Path) -> None:
     paths[5].unlink()
     paths[5].mkdir()
     encode(root / "extra.avi", picture(2))
-    with pytest.raises(DataError, match=r"6 of 16 videos of .* cannot be used.*0X0+: no video file; 0X0+1: empty"):
+    with pytest.raises(DataError, match=r"6 of 16 videos of .* cannot be used.*line 2: no video file; 0X0+1: empty"):
         read_folder(root)
     study = read_folder(root, max_bad_share=0.5)
     assert [clip.name for clip in study.clips] == names[6:]
-    assert [found(study, name) for name in names[:6]] == [
+    assert [found(study, where) for where in ("line 2", *names[1:6])] == [
         ["no video file"],
         ["empty file"],
         ["not a regular file"],
-        ["a link that leaves the data folder"],
+        ["a link that leaves the data folder: --follow-links allows it"],
         ["several files: 2 of this name"],
         ["not a regular file"],
     ]
-    assert study.unlisted == 1
+    assert study.unlisted == 1 and names[0] not in study.summary()  # it could be anybody's
     assert "2 × not a regular file (first: 0X0000000000000002)" in study.summary()
     assert "videos in the folder that the table does not name: 1" in study.summary()
 
@@ -169,6 +171,196 @@ def test_without_a_split_column_classes_are_dealt_out(tmp_path: Path) -> None:
 def test_a_split_can_be_drawn_in_spite_of_the_column(shared_folder: Path) -> None:
     study = read_folder(shared_folder, split="stratified")
     assert study.split_rule == "stratified" and len(study.clips_in("train")) == 4
+
+
+WHO = ("ANNA", "ANNA", "BERT", "BERT", "CARL", "CARL", "DORA", "DORA")  # within the splits of write_folder
+
+
+def whose(root: Path, people: Sequence[str], split: bool = True, column: str = "PatientID") -> Path:
+    """Give every video of a folder of `write_folder` to somebody; odd videos are abnormal."""
+    rows = [
+        measurement(f"0X{i:016X}", "IVSd", 1.4 if i % 2 else 0.8, split=split_of(i) if split else "") | {column: who}
+        for i, who in enumerate(people)
+    ]
+    write_table(root, rows, [*COLUMNS, column])
+    return root
+
+
+def test_videos_of_a_patient_share_a_key_that_says_nothing(tmp_path: Path) -> None:
+    study = read_folder(whose(write_folder(tmp_path), WHO))
+    keys = [clip.patient for clip in study.clips]
+    assert None not in keys and [keys.index(key) for key in keys] == [0, 0, 2, 2, 4, 4, 6, 6]
+    text = study.summary()
+    assert "each of 4 patients of the column PatientID stands in one split" in text and "names no patients" not in text
+    for name in WHO:
+        assert name not in text + repr(study) + repr(keys)
+    assert not any(str(key) in text + repr(study) for key in keys)
+
+
+def test_without_patients_no_clip_has_one(shared_folder: Path) -> None:
+    study = read_folder(shared_folder)
+    assert {clip.patient for clip in study.clips} == {None} and study.group_column is None
+    assert "the table names no patients: videos of one patient may stand in different splits" in study.summary()
+
+
+def test_drawn_splits_keep_a_patient_whole(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, 20)
+    people = [f"P{i // 2 % 9}" for i in range(20)]  # each has a normal and an abnormal video, P0 two of both
+    whose(root, people, split=False)
+    different = set()
+    for seed in range(5):
+        study = read_folder(root, seed=seed)
+        assert study.split_rule == "stratified"
+        at = {}
+        for clip in study.clips:
+            assert at.setdefault(clip.patient, clip.split) == clip.split
+        assert len(at) == 9 and set(at.values()) == {"train", "val", "test"}
+        different.add(tuple(clip.split for clip in sorted(study.clips, key=lambda clip: clip.name)))
+        assert "each of 9 patients" in study.summary()
+    assert len(different) > 1
+
+
+def test_patients_of_one_video_each_change_no_split(tmp_path: Path) -> None:
+    root = whose(write_folder(tmp_path, 10), [f"P{i}" for i in range(10)], split=False)
+    one = {clip.name: clip.split for clip in read_folder(root).clips}
+    whose(root, [""] * 10, split=False, column="note")
+    assert {clip.name: clip.split for clip in read_folder(root).clips} == one
+
+
+def test_a_split_that_divides_a_patient_is_refused_unless_told(tmp_path: Path) -> None:
+    root = whose(write_folder(tmp_path), ["ANNA", "BERT", "CARL", "DORA", "ANNA", "EMIL", "FRED", "BERT"])
+    with pytest.raises(DataError) as caught:
+        read_folder(root)
+    assert str(caught.value) == (
+        "MeasurementsList.csv: its split divides 2 of 6 patients (column PatientID), as one with the videos"
+        " 0X0000000000000000 in train and 0X0000000000000004 in val; --split stratified keeps the patients whole,"
+        " --allow-split-patients takes the split as it is"
+    )
+    study = read_folder(root, allow_split_patients=True)
+    assert [clip.split for clip in study.clips] == [split_of(i) for i in range(8)]
+    assert "2 of 6 patients of the column PatientID stand in several splits" in study.summary()
+    assert len({clip.patient for clip in study.clips}) == 6
+
+
+def test_the_column_can_be_named(tmp_path: Path) -> None:
+    root = whose(write_folder(tmp_path), WHO, column="who it was")
+    assert read_folder(root).group_column is None
+    study = read_folder(root, group_column="who it was")
+    assert study.group_column == "who it was" and len({clip.patient for clip in study.clips}) == 4
+    with pytest.raises(ConfigError, match="group_column is MRN; expected a column of Meas"):
+        read_folder(root, group_column="MRN")
+
+
+def test_a_study_is_not_a_patient(tmp_path: Path) -> None:
+    study = read_folder(whose(write_folder(tmp_path), WHO, column="study"))
+    assert "each of 4 studies of the column study stands in one split; the table names no patients" in study.summary()
+    divided = ["S1", "S2", "S3", "S4", "S1", "S5", "S6", "S7"]
+    with pytest.raises(DataError, match="its split divides 1 of 7 studies"):
+        read_folder(whose(tmp_path, divided, column="study"))
+
+
+def test_a_column_that_says_the_same_of_all_is_not_used(tmp_path: Path) -> None:
+    root = whose(write_folder(tmp_path), ["EchoNet"] * 8, column="study")
+    study = read_folder(root)
+    assert study.group_column is None and {clip.patient for clip in study.clips} == {None}
+    assert found(study, "column study") == ["not used: it says the same of all videos"]
+    assert "the table names no patients" in study.summary()
+    with pytest.raises(DataError, match="its split divides 1 of 1 patients"):
+        read_folder(root, group_column="study")
+
+
+def test_a_video_of_nobody_counts_by_itself_and_one_of_two_people_is_bad(tmp_path: Path) -> None:
+    root = whose(write_folder(tmp_path), ["", "", *WHO[2:]])
+    study = read_folder(root)
+    assert len({clip.patient for clip in study.clips}) == 5 and None not in {clip.patient for clip in study.clips}
+    assert found(study, "column PatientID") == ["blank, so that a video counts as a patient of its own: 2 of 8 videos"]
+    table = root / "MeasurementsList.csv"
+    table.write_text(table.read_text() + ",0X0000000000000002,LVIDd,4.5,3,,,,,12,50,64,48,train,DORA\n")
+    study = read_folder(root, max_bad_share=0.2)
+    assert found(study, "0X0000000000000002") == ["its rows name several patients"] and len(study.clips) == 7
+
+
+def test_more_in_systole_than_in_diastole_is_reported(tmp_path: Path) -> None:
+    root = write_folder(tmp_path)
+    table = root / "MeasurementsList.csv"
+    table.write_text(table.read_text() + ",0X0000000000000002,LVIDs,5.2,7,,,,,12,50,64,48,train\n")
+    study = read_folder(root, max_bad_share=0)
+    reason = "LVIDs above LVIDd (kept, without ejection fraction): 5.2 cm and 4.6 cm"
+    assert found(study, "0X0000000000000002") == [reason]
+    assert math.isnan(study.clips[2].ef) and len(study.clips) == 8
+    assert "1 notes:\n     1 × LVIDs above LVIDd" in study.summary()
+
+
+def test_the_rule_of_the_labels_is_part_of_the_study(shared_folder: Path) -> None:
+    study = read_folder(shared_folder, thresholds={**THRESHOLDS, "IVSd": 1.3})
+    assert study.label_rule == {**THRESHOLDS, "IVSd": 1.3} and type(study.label_rule) is dict
+    assert "abnormal from these lengths in cm on: IVSd 1.3, IVSs 1.1, LVPWd 1.1, " in study.summary()
+
+
+def test_videos_without_a_used_measurement_are_no_problem(tmp_path: Path) -> None:
+    root = write_folder(tmp_path)
+    encode(root / "Batch1" / "0XE.avi", picture(2))
+    table = root / "MeasurementsList.csv"
+    table.write_text(table.read_text() + ",0XE,E/A,0.8,3,,,,,12,50,64,48,train\n")
+    study = read_folder(root, max_bad_share=0)
+    assert len(study.clips) == 8 and study.unlisted == 0
+    assert found(study, "0XE") == ["no measurement of a type that is used"]
+
+
+def annexed(root: Path, away: Path) -> Path:
+    """A folder whose table, one whole batch and one video are links to another place, as clusters have them."""
+    write_folder(root)
+    away.mkdir()
+    for name in ("MeasurementsList.csv", "Batch2", f"Batch1/0X{0:016X}.avi"):
+        (root / name).rename(away / Path(name).name)
+        (root / name).symlink_to(away / Path(name).name)
+    return root
+
+
+def test_links_that_leave_the_folder_are_followed_where_told(tmp_path: Path) -> None:
+    root = annexed(tmp_path / "data", tmp_path / "other disk")
+    with pytest.raises(DataError, match="a link that leaves the data folder: --follow-links allows it"):
+        read_folder(root)
+    study = read_folder(root, follow_links=True)
+    assert len(study.clips) == 8 and study.problems == ()
+    assert study.clips[0].path == (tmp_path / "other disk" / "0X0000000000000000.avi").resolve()
+    cached = cache.build(study, size=16, frames_per_clip=2, folder=tmp_path / "cache")
+    assert len(cached.files) == 8
+
+
+def test_two_names_of_one_file_are_one_video(tmp_path: Path) -> None:
+    root = write_folder(tmp_path, 16)
+    second = root / "Batch2" / "0X0000000000000001.avi"
+    second.unlink()
+    second.symlink_to(Path("..", "Batch1", "0X0000000000000000.avi"))
+    study = read_folder(root, max_bad_share=0.1)
+    assert len(study.clips) == 15
+    assert found(study, second.stem) == ["a link to the file of another video: 0X0000000000000000"]
+
+
+@pytest.mark.parametrize("in_table, on_disk", [("NFC", "NFD"), ("NFD", "NFC"), ("NFC", "NFC")])
+def test_letters_with_marks_meet_in_whatever_form(tmp_path: Path, in_table: Any, on_disk: Any) -> None:
+    root = write_folder(tmp_path)
+    old, name = "0X0000000000000003", "Müller-é"
+    (root / "Batch4" / f"{old}.avi").rename(root / "Batch4" / f"{unicodedata.normalize(on_disk, name)}.avi")
+    table = root / "MeasurementsList.csv"
+    table.write_text(table.read_text().replace(old, unicodedata.normalize(in_table, name)), encoding="utf-8")
+    study = read_folder(root, max_bad_share=0)
+    assert study.clips[3].name == unicodedata.normalize("NFC", name) and study.unlisted == 0
+
+
+def test_a_folder_of_any_name_is_named_without_its_codes(tmp_path: Path) -> None:
+    for kind in ("none", "file", "empty", "table"):
+        root = tmp_path / f"{kind}\x1b[31m\n\u202e"
+        if kind == "file":
+            root.touch()
+        elif kind != "none":
+            root.mkdir()
+        if kind == "table":
+            write_table(root, [measurement("0XA")])
+        with pytest.raises(DataError) as caught:
+            read_folder(root)
+        assert str(caught.value).isprintable() and rf"{kind}\x1b[31m\n\u202e" in str(caught.value)
 
 
 def test_conflicting_splits_and_single_classes_stop_the_run(tmp_path: Path) -> None:

@@ -5,13 +5,11 @@ from hypothesis import strategies as st
 
 from cardiocaps.data import splits
 from cardiocaps.data.measurements import Problem, Row
-from cardiocaps.data.video import Header
 from cardiocaps.errors import DataError
 
 
 def rows(count: int) -> list[Row]:
-    claim = Header(60, 0, 0, 0.0)
-    return [Row(i, i + 2, f"V{i}", "LVIDd", 4.0, 0, "", claim, ()) for i in range(count)]
+    return [Row(i, i + 2, f"V{i}", "LVIDd", 4.0, 0, "") for i in range(count)]
 
 
 def test_the_column_in_any_spelling() -> None:
@@ -45,6 +43,26 @@ def test_stratified_depends_on_the_seed_and_not_on_the_order() -> None:
     backwards = dict(reversed(labels.items()))
     assert splits.stratified(labels, 1) == splits.stratified(backwards, 1)
     assert splits.stratified(labels, 1) != splits.stratified(labels, 2)
+
+
+def test_patients_are_dealt_out_whole_and_by_class() -> None:
+    labels = {f"V{i:03}": int(i % 10 == 0) for i in range(400)}  # every fifth patient of two videos has an abnormal one
+    groups = {name: f"P{i // 2}" for i, name in enumerate(labels)}
+    chosen = splits.stratified(labels, 10, groups=groups)
+    assert list(chosen) == list(labels) and splits.divided(chosen, groups) == []
+    for split, share in zip(splits.SPLITS, splits.SHARES, strict=True):
+        of_split = [labels[name] for name in labels if chosen[name] == split]
+        assert (len(of_split), sum(of_split)) == (share * 400, share * 40)
+    # What the patients are called does not matter, nor in which order they come.
+    again = {name: groups[name][::-1] + "!" for name in reversed(labels)}
+    assert splits.stratified(dict(reversed(labels.items())), 10, groups=again) == chosen
+    assert splits.stratified(labels, 11, groups=groups) != chosen
+
+
+def test_patients_of_a_divided_split_are_found_once_each() -> None:
+    chosen = {"a": "train", "b": "train", "c": "val", "d": "test", "e": "val"}
+    groups = {"a": "1", "b": "2", "c": "1", "d": "1", "e": "3"}
+    assert splits.divided(chosen, groups) == [("a", "c")]
 
 
 @given(st.integers(3, 60), st.integers(0, 99))
