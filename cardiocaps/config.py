@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
 from cardiocaps import __version__
-from cardiocaps.errors import ConfigError
+from cardiocaps.errors import ConfigError, printable
 
 MAY_DIFFER_ON_RESUME = (
     "epochs",
@@ -32,6 +32,7 @@ MAY_DIFFER_ON_RESUME = (
     "workers",
     "progress",
     "cache_dir",
+    "follow_links",
 )
 """Settings that may change when a run goes on: they decide how long and where it runs, not what it
 computes, but for the rounding."""
@@ -44,10 +45,16 @@ _NEWER: Mapping[str, Any] = {
     "affine": "matrices",
     "backend": "auto",
     "split_seed": None,
+    "group_column": None,
+    "allow_split_patients": False,
+    "threshold": None,
+    "follow_links": False,
 }
 """Settings that the folders of older runs have no word of, and what those ran with."""
 
 _LARGEST_FILE = 1 << 16
+_LONGEST_TEXT = 100
+_NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 
 # Line ends of every kind among them, which YAML would not give back; and bytes that are no text.
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -135,6 +142,9 @@ def _option(default: Any, group: str, text: str, *, low: float | None = None, hi
     return field(default=default, metadata={"group": group, "help": text, "low": low, "high": high})
 
 
+_Calc = Literal["IVSd", "IVSs", "LVPWd", "LVPWs", "LVIDd", "LVIDs", "LVID", "RVDd"]
+
+
 @dataclass(frozen=True)
 class TrainConfig:
     """Settings of one training run. Every way of making one checks every value; ConfigError names the
@@ -170,6 +180,23 @@ class TrainConfig:
         low=0,
         high=2**32 - 1,
     )
+    group_column: str | None = _option(
+        None,
+        "data",
+        "the table's column that says whose video it is; none: PatientID, patient_id, Patient, subject or study, "
+        "where there is one",
+    )
+    allow_split_patients: bool = _option(
+        False, "data", "keep the data set's own split although videos of one patient stand in several"
+    )
+    threshold: Mapping[_Calc, float] | None = _option(
+        None,
+        "data",
+        "smallest abnormal value of a measurement in cm (IVSd=1.2; may be given again for others); none: as published",
+        low=0.01,
+        high=100,
+    )
+    follow_links: bool = _option(False, "data", "follow links that leave the data folder")
     frames_per_clip: int | None = _option(
         None, "data", "frames taken from a video; none: the preset's", low=1, high=10_000
     )
@@ -300,9 +327,9 @@ class TrainConfig:
             return self.model
         return self.routing if self.affine == "matrices" else f"{self.routing}-{self.affine}"
 
-    def as_dict(self) -> dict[str, bool | int | float | str | None]:
+    def as_dict(self) -> dict[str, bool | int | float | str | dict[str, float] | None]:
         """Plain values, paths as text: what a checkpoint can hold and `TrainConfig(**values)` takes back."""
-        return {name: str(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+        return {name: _path_text(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
     def to_yaml(self) -> str:
         """The configuration as a YAML file that `read_yaml` takes back."""
@@ -317,7 +344,7 @@ class Option:
     """One setting, read off its field in TrainConfig."""
 
     name: str
-    kind: type  # bool, int, float, str or Path
+    kind: type  # bool, int, float, str, Path, or dict: a number for each of some names, which are the choices
     optional: bool
     choices: tuple[str, ...]
     default: Any
@@ -332,12 +359,17 @@ class Option:
 
     @property
     def allowed(self) -> str:
-        if self.choices:
+        if self.kind is dict:
+            one, some = self.choices[0], ", ".join(self.choices)
+            what = f"numbers from {self.low:.10g} to {self.high:.10g} for some of {some} ({one}=X; in YAML {one}: X)"
+        elif self.choices:
             what = f"one of {', '.join(self.choices)}"
+        elif self.kind is str:
+            what = f"text of 1 to {_LONGEST_TEXT} characters without control characters"
         elif self.kind is bool:
             what = "true or false"
         elif self.kind is Path:
-            what = "a path without control characters"
+            what = "a path without control characters (~ is the home folder)"
         else:
             number = "an integer" if self.kind is int else "a number"
             what = f"{number} from {self.low:.10g} to {self.high:.10g}"
@@ -356,14 +388,24 @@ class Option:
         value: Any = text
         if self.kind is int and re.fullmatch(r"[-+]?[0-9]{1,20}", text):
             value = int(text)
+        if self.kind is dict:
+            name, _, number = text.partition("=")
+            value = {name: number}
         try:
             return self.check(value, where="")
         except ConfigError as error:
             message = str(error).removeprefix(": ").removesuffix(" or null")
+            if self.kind is dict:
+                message = message.replace(_shown(value), _shown(text), 1)
             raise argparse.ArgumentTypeError(message) from None
 
     def _converted(self, value: Any) -> Any:
         """`value` in the setting's own type, None where that is impossible."""
+        if self.kind is dict:
+            if not isinstance(value, Mapping) or not value or not set(value) <= set(self.choices):
+                return None
+            numbers = {name: self._inside(_as_float(value[name])) for name in self.choices if name in value}
+            return None if None in numbers.values() else numbers
         if self.choices:  # precision: 32 in YAML is a number
             text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
             return text if isinstance(text, str) and text in self.choices else None
@@ -374,14 +416,18 @@ class Option:
             if not isinstance(value, str | Path) or not str(value).strip() or _CONTROL.search(str(value)):
                 return None
             # What no file system takes (Linux: NAME_MAX, PATH_MAX) would fail later, and less clearly.
-            lengths = [len(os.fsencode(part)) for part in Path(value).parts]
-            return Path(value) if max(lengths, default=0) <= 255 and sum(lengths) < 4096 else None
-        if isinstance(value, bool):
-            return None
+            path = _path(value) if isinstance(value, str) else value
+            lengths = [4096] if path is None else [len(os.fsencode(part)) for part in path.parts]
+            return path if max(lengths, default=0) <= 255 and sum(lengths) < 4096 else None
+        if self.kind is str:
+            fits = isinstance(value, str) and 0 < len(value) <= _LONGEST_TEXT and not _CONTROL.search(value)
+            return value if fits and value.strip() else None
         if self.kind is int:
-            number: int | float | None = value if isinstance(value, int) else None
-        else:
-            number = _as_float(value)
+            return self._inside(value if isinstance(value, int) and not isinstance(value, bool) else None)
+        return self._inside(_as_float(value))
+
+    def _inside(self, number: Any) -> Any:
+        """`number` where it is within the bounds, else None."""
         inside = number is not None and _first(self.low, -math.inf) <= number <= _first(self.high, math.inf)
         return number if inside else None
 
@@ -396,10 +442,13 @@ def options() -> dict[str, Option]:
         optional = get_origin(hint) in (Union, types.UnionType)
         if optional:
             (hint,) = (part for part in get_args(hint) if part is not types.NoneType)
+        mapping = get_origin(hint) is Mapping
+        if mapping:
+            hint, _ = get_args(hint)
         choices = get_args(hint) if get_origin(hint) is Literal else ()
         table[item.name] = Option(
             name=item.name,
-            kind=str if choices else hint,
+            kind=dict if mapping else str if choices else hint,
             optional=optional,
             choices=choices,
             default=item.default,
@@ -422,12 +471,12 @@ class CommandLine(argparse.ArgumentParser):
             option = next((text for text in unknown if text.startswith("-")), None)
             if option is None:
                 self.error(f"unexpected argument {_shown(unknown[0])}; every setting is given as --option")
-            flag = option.partition("=")[0]
+            flag = option.partition("=")[0][:60]
             self.error(f"unknown option {flag}{_did_you_mean(flag, self._option_string_actions)}")
         return parsed
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"error: {printable(message)} (see {self.prog} --help)\n")
 
 
 def command_line(prog: str = "cardiocaps.train", description: str | None = None) -> CommandLine:
@@ -443,7 +492,11 @@ def command_line(prog: str = "cardiocaps.train", description: str | None = None)
     )
     parser.add_argument("--version", action="version", version=f"cardiocaps {__version__}")
     parser.add_argument(
-        "--config", type=Path, metavar="FILE", default=None, help="YAML file with any of the settings below"
+        "--config",
+        type=options()["data"].from_text,
+        metavar="FILE",
+        default=None,
+        help="YAML file with any of the settings below",
     )
     add_options(parser, list(options()))
     return parser
@@ -463,8 +516,25 @@ def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
             )
             continue
         text = option.help if option.default is None else f"{option.help} (default: {option.default})"
-        metavar = {int: "N", float: "X", Path: "PATH", str: f"{{{','.join(option.choices)}}}"}[option.kind]
-        group.add_argument(option.flag, type=option.from_text, metavar=metavar, help=text.replace("%", "%%"))
+        choices = f"{{{','.join(option.choices)}}}" if option.choices else "TEXT"
+        metavar = {int: "N", float: "X", Path: "PATH", str: choices, dict: "NAME=X"}[option.kind]
+        group.add_argument(
+            option.flag,
+            type=option.from_text,
+            action=_Collect if option.kind is dict else "store",
+            metavar=metavar,
+            help=text.replace("%", "%%"),
+        )
+
+
+class _Collect(argparse.Action):
+    """An option that may be given again for another name."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        before = getattr(namespace, self.dest, None) or {}
+        for name in before.keys() & values.keys():
+            raise argparse.ArgumentError(self, f"{name} is given twice")
+        setattr(namespace, self.dest, {**before, **values})
 
 
 def from_command_line(argv: Sequence[str] | None = None, prog: str = "cardiocaps.train") -> TrainConfig:
@@ -475,14 +545,23 @@ def from_command_line(argv: Sequence[str] | None = None, prog: str = "cardiocaps
     """
     typed = vars(command_line(prog).parse_args(argv))
     file = typed.pop("config", None)
-    settings = {**(read_yaml(file) if file is not None else {}), **typed}
+    settings = _over(read_yaml(file) if file is not None else {}, typed)
     folder: Path | None = settings.get("resume")
     if folder is None:
         return TrainConfig(**settings).resolved()
     old = read_run(folder)
-    new = replace(old, **settings).resolved()
+    new = replace(old, **_over(vars(old), settings)).resolved()
     check_resumable(old, new)
     return new
+
+
+def _over(before: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings before, with the later ones in their place; those that are a mapping name by name."""
+    both = {
+        name: {**(before.get(name) or {}), **value} if isinstance(value, dict) else value
+        for name, value in settings.items()
+    }
+    return {**before, **both}
 
 
 def read_run(folder: Path) -> TrainConfig:
@@ -490,12 +569,17 @@ def read_run(folder: Path) -> TrainConfig:
     file = folder / "config.yaml"
     if not file.is_file():
         raise ConfigError(f"{_shown(folder)} is not the folder of a run: it has no config.yaml")
-    settings = {**_NEWER, **read_yaml(file)}
+    settings = completed(read_yaml(file))
     missing = [name for name in options() if name not in settings]
     if missing:
-        raise ConfigError(f"{file} is not whole, or of another version: it has no {', '.join(missing)}")
+        raise ConfigError(f"{printable(file)} is not whole, or of another version: it has no {', '.join(missing)}")
     # The folder may have been moved, or made with --overwrite: neither is a setting of the run.
     return TrainConfig(**{**settings, "out": folder, "resume": None, "overwrite": False}).resolved()
+
+
+def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a run has kept, with those that its version had no word of as it ran with them."""
+    return {**_NEWER, **settings}
 
 
 def check_resumable(old: TrainConfig, new: TrainConfig) -> None:
@@ -527,29 +611,38 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     import yaml
 
+    file = printable(path)
     try:
         # Anything but a file of moderate size (a pipe, a checkpoint) would block or fill the memory.
         if not path.is_file():
-            raise ConfigError(f"config: {path} is not a file")
+            raise ConfigError(f"config: {file} is not a file")
         if path.stat().st_size > _LARGEST_FILE:
-            raise ConfigError(f"config: {path} is larger than a configuration can be ({_LARGEST_FILE} bytes)")
+            raise ConfigError(f"config: {file} is larger than a configuration can be ({_LARGEST_FILE} bytes)")
         content = yaml.load(path.read_bytes(), Loader=_yaml_types()[0])  # a SafeLoader
     except OSError as error:
-        raise ConfigError(f"config: cannot read {path}: {error.strerror}") from error
+        raise ConfigError(f"config: cannot read {file}: {error.strerror}") from error
     except RecursionError as error:
-        raise ConfigError(f"config: {path} is nested too deeply") from error
+        raise ConfigError(f"config: {file} is nested too deeply") from error
     # An explicit tag that does not suit its scalar (`!!bool perhaps`) fails in PyYAML with any of the others.
     except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"config: {path} is not valid YAML: {_one_line(error)}") from error
+        raise ConfigError(f"config: {file} is not valid YAML: {_yaml_problem(error)}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise ConfigError(f"config: {path} must hold lines of the form `setting: value`, is {_shown(content)}")
+        raise ConfigError(f"config: {file} must hold lines of the form `setting: value`")
     known = options()
     for key in content:
         if key not in known:
-            raise ConfigError(f"{path}: unknown setting {_shown(key)}{_did_you_mean(str(key), known)}")
-    return {key: known[key].check(value, where=f"{path}: {key}") for key, value in content.items()}
+            raise ConfigError(f"{file}: unknown setting {_shown(key)}{_did_you_mean(str(key)[:60], known)}")
+    return {key: known[key].check(value, where=f"{file}: {key}") for key, value in content.items()}
+
+
+def _yaml_problem(error: Exception) -> str:
+    """What is wrong and where, without PyYAML's picture of the place: the file may be another than was meant."""
+    problem = getattr(error, "problem", None) or getattr(error, "context", None)
+    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{_one_line(problem or error)[:200]}{place}"
 
 
 @cache
@@ -596,9 +689,10 @@ def _yaml_types() -> tuple[Any, Any]:
 
 
 def _as_float(value: Any) -> float | None:
-    if isinstance(value, str) and not re.fullmatch(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?", value):
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
-    if not isinstance(value, str | int | float):
+    # No repeated part can match what another could, and none is long.
+    if isinstance(value, str) and not (len(value) <= _LONGEST_TEXT and _NUMBER.fullmatch(value)):
         return None
     try:
         number = float(value)
@@ -617,6 +711,19 @@ def _first(value: Any, otherwise: Any) -> Any:
     return otherwise if value is None else value
 
 
+def _path(text: str) -> Path | None:
+    """The path that a user means, None where nobody has the home folder that it begins with."""
+    try:
+        return Path(text).expanduser() if text.startswith("~") else Path(text)
+    except RuntimeError:
+        return None
+
+
+def _path_text(path: Path) -> str:
+    """`path` as text that means the same path to `_path`."""
+    return f"./{path}" if str(path).startswith("~") else str(path)
+
+
 def _same_path(one: Path, other: Path) -> bool:
     return os.path.realpath(one) == os.path.realpath(other)
 
@@ -625,5 +732,5 @@ def _shown(value: Any) -> str:
     return repr(str(value)) if isinstance(value, Path) else reprlib.repr(value)
 
 
-def _one_line(error: Exception) -> str:
-    return re.sub(r"\s+", " ", str(error)).strip()
+def _one_line(text: object) -> str:
+    return printable(" ".join(str(text).split()))

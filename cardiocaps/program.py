@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from cardiocaps.errors import CardioCapsError
+from cardiocaps.errors import CardioCapsError, printable
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
 _REMIND_EVERY = 0.2  # seconds
@@ -119,15 +119,20 @@ def execute(body: Callable[[Interruption], None]) -> int:
 
 
 def say(text: str, stream: TextIO | None = None) -> None:
-    """Print a line. Where nobody reads any more (a closed pipe, a full disk), the work goes on without words."""
+    """Print a line, or several, without any code that the terminal would obey. Where nobody reads any more (a closed
+    pipe, a full disk), the work goes on without words."""
     stream = stream or sys.stdout
     try:
-        print(text, file=stream, flush=True)
+        print(_plain(text), file=stream, flush=True)
     except (OSError, ValueError):
         try:
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         except (OSError, ValueError):
             sys.stdout = _writable(None)
+
+
+def _plain(text: str) -> str:
+    return "\n".join(printable(line) for line in text.split("\n"))
 
 
 def _writable(stream: TextIO | None) -> TextIO:
@@ -141,4 +146,4 @@ def _writable(stream: TextIO | None) -> TextIO:
 
 def _note(message: Warning | str, *_: object, **__: object) -> str:
     """A warning as a line for a user, who does not look for the line of code that gave it."""
-    return f"note: {message}\n"
+    return f"note: {printable(message)}\n"

@@ -73,6 +73,7 @@ def read_study(config: TrainConfig) -> Study:
         DataError, OutputError: as `read_folder` and `write_phantom`.
     """
     from cardiocaps.data.echonet import read_folder
+    from cardiocaps.data.labels import THRESHOLDS
 
     root = config.data
     if root is None:
@@ -89,6 +90,10 @@ def read_study(config: TrainConfig) -> Study:
         seed=config.seed if config.split_seed is None else config.split_seed,
         max_bad_share=config.max_bad_share,
         limit=config.limit,
+        thresholds={**THRESHOLDS, **(config.threshold or {})},
+        group_column=config.group_column,
+        allow_split_patients=config.allow_split_patients,
+        follow_links=config.follow_links,
     )
 
 

@@ -247,7 +247,8 @@ class _Reader:
         )
         self._split = columns.get("split")
         self._points = [columns[name] for name in ("X1", "X2", "Y1", "Y2") if name in columns]
-        self._described = {name: columns[name] for name in ("Frames", "Width", "Height", "FPS") if name in columns}
+        described: tuple[str, ...] = ("Frames", "Width", "Height", "FPS")
+        self._described = {name: columns[name] for name in described if name in columns}
         self._group, self.group_kind = _find_group(header, file, group_column)
         self.group_column = None if self._group is None else printable(header[self._group])
         # Cells that come again in row after row are checked once.

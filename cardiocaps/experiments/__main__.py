@@ -5,6 +5,7 @@ under the same conditions, and write the table.
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -147,8 +148,10 @@ def _as_typed(given: Mapping[str, Any]) -> Iterator[str]:
             continue
         if option.kind is bool:
             yield option.flag if value else option.flag.replace("--", "--no-", 1)
+        elif option.kind is dict:
+            yield from (f"{option.flag} {key}={number:.10g}" for key, number in value.items())
         else:
-            yield f"{option.flag} {'FOLDER' if option.kind is Path else value}"
+            yield f"{option.flag} {'FOLDER' if option.kind is Path else shlex.quote(str(value))}"
 
 
 def _prepare(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cardiocaps import __version__
-from cardiocaps.config import TrainConfig
+from cardiocaps.config import TrainConfig, completed
 from cardiocaps.errors import ConfigError, OutputError
 from cardiocaps.files import output_errors, write_json
 
@@ -25,6 +25,7 @@ _MAY_DIFFER = {
     "threads",
     "workers",
     "cache_dir",
+    "follow_links",
     "progress",
     "bootstrap",
     "out",
@@ -75,10 +76,10 @@ class ExperimentFolder:
         if found is None or not self.jobs.is_dir():
             write_json(self.marker, {"kind": _KIND, "version": __version__, "settings": settings})
             return
-        before = found.get("settings") or {}
+        before = completed(found.get("settings") or {})
         different = [
             f"{name} is {settings.get(name)!r}, was {before.get(name)!r}"
-            for name in dict.fromkeys((*before, *settings))
+            for name in dict.fromkeys((*(found.get("settings") or {}), *settings))
             if settings.get(name) != before.get(name)
         ]
         if different:

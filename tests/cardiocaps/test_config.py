@@ -77,12 +77,16 @@ def test_the_folder_is_named_after_the_run() -> None:
 
 def _another(option: Option, value: Any) -> Any:
     """A value that is allowed and differs from `value`."""
+    if option.kind is dict:
+        return {option.choices[0]: option.low}
     if option.choices:
         return next(choice for choice in option.choices if choice != value)
     if option.kind is bool:
         return not value
     if option.kind is Path:
         return Path("some where")
+    if option.kind is str:
+        return "some text"
     return option.low if value == option.high else option.high
 
 
@@ -90,7 +94,8 @@ def test_every_setting_can_be_given_on_the_command_line() -> None:
     for name in sorted(set(options()) - {"resume"}):
         option = options()[name]
         value = _another(option, option.default)
-        argv = [option.flag, str(value)]
+        text = "=".join(map(str, *value.items())) if option.kind is dict else str(value)
+        argv = [option.flag, text]
         if option.kind is bool:
             argv = [option.flag if value else option.flag.replace("--", "--no-")]
         assert getattr(from_command_line(argv), name) == value, name
@@ -150,6 +155,19 @@ def test_help_needs_no_heavy_import() -> None:
         (["--precision", "fp16"], "--precision: 'fp16' is not allowed; give one of 32, bf16"),
         (["--tf32=1"], "--tf32/--no-tf32: ignored explicit argument '1'"),
         (["--channel-last"], "unknown option --channel-last; did you mean --channels-last?"),
+        (["--threshold", "IVSd"], "--threshold: 'IVSd' is not allowed; give numbers from 0.01 to 100 for some of IVSd"),
+        (["--threshold", "LVEDP=12"], "--threshold: 'LVEDP=12' is not allowed"),
+        (["--threshold", "IVSd=0"], "--threshold: 'IVSd=0' is not allowed"),
+        (["--threshold", "IVSd=1.2=3"], "--threshold: 'IVSd=1.2=3' is not allowed"),
+        (["--threshold", "IVSd=1.2", "--threshold", "IVSd=1.3"], "--threshold: IVSd is given twice"),
+        (["--group-column", " "], "--group-column: ' ' is not allowed; give text of 1 to 100 characters"),
+        (["--data", "~nobody-of-this-name/x"], "'~nobody-of-this-name/x' is not allowed; give a path without"),
+        (["--\x1b[31mred\n\u202e"], r"unknown option --\x1b[31mred\n\u202e (see"),
+        (["--seed\x1b[31m=1"], r"unknown option --seed\x1b[31m; did you mean --seed?"),
+        (["--progress=\x1b[31m"], r"ignored explicit argument '\x1b[31m'"),
+        (["--seed", "9" * 60_000 + "x"], "--seed: '99"),
+        (["--learning-rate", "9" * 120_000 + "x"], "--learning-rate: '99"),
+        (["--" + "x" * 120_000], "unknown option --xx"),
     ],
 )
 def test_a_mistake_on_the_command_line_is_one_line_and_status_2(
@@ -159,8 +177,8 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2(
         from_command_line(argv)
     assert stop.value.code == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1
-    assert message in error
+    assert error.startswith("error: ") and error.count("\n") == 1 and len(error) < 400
+    assert message in error and error[:-1].isprintable()
 
 
 @pytest.mark.parametrize(
@@ -191,6 +209,17 @@ def test_a_mistake_on_the_command_line_is_one_line_and_status_2(
         ('out: "a\\Nb"', "out: 'a\\x85b' is not allowed; give a path without control characters"),
         ('out: "a\\0b"', "out: 'a\\x00b' is not allowed"),
         ("1: 2", "1 is not the name of a setting"),
+        ("threshold: 1.2", "threshold: 1.2 is not allowed; give numbers from 0.01 to 100 for some of IVSd, IVSs"),
+        ("threshold: {}", "threshold: {} is not allowed"),
+        ("threshold: {EF: 50}", "threshold: {'EF': 50} is not allowed"),
+        ("threshold: {IVSd: thick}", "threshold: {'IVSd': 'thick'} is not allowed"),
+        ("threshold: {IVSd: 1.2, IVSd: 1.3}", "'IVSd' is given twice"),
+        ("group_column: [a]", "group_column: ['a'] is not allowed; give text of 1 to 100 characters"),
+        ("group_column: " + "x" * 101, "is not allowed; give text of 1 to 100 characters"),
+        ("data: ~nobody-of-this-name/x", "data: '~nobody-of-this-name/x' is not allowed"),
+        ("learning_rate: '" + "9" * 60_000 + "x'", "learning_rate: '99"),
+        ('"\\e[31m": 1', r"unknown setting '\x1b[31m'"),
+        ("\u202eseed: [", "is not valid YAML: "),
         ("[seed, 1]", "must hold lines of the form"),
         ("seed", "must hold lines of the form"),
         ("seed: [", "is not valid YAML"),
@@ -208,7 +237,70 @@ def test_a_mistake_in_the_file_is_named(text: str, message: str, tmp_path: Path)
     with pytest.raises(ConfigError) as error:
         from_command_line(["--config", str(_file(tmp_path, text))])
     assert message in str(error.value)
-    assert "\n" not in str(error.value) and len(str(error.value)) < 400 + len(str(tmp_path))
+    assert str(error.value).isprintable() and len(str(error.value)) < 400 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "0,SMITH,LVIDd,4.5\n1,SMITH,IVSd,1\n",
+        "0,SMITH: [\n",
+        "'SMITH\n",
+        "- SMITH\n",
+        "seed: {SMITH, JOHN: [}",
+        "@SMITH",
+    ],
+)
+def test_a_table_taken_for_a_configuration_is_not_shown(text: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_yaml(_file(tmp_path, text))
+    assert "SMITH" not in str(error.value)
+
+
+def test_a_file_of_any_name_is_named_without_its_codes(tmp_path: Path) -> None:
+    for text in ("seed: -1", "sed: 1", "seed: [", "[1]", "#" * (1 << 17), None):
+        path = tmp_path / "\x1b]0;title\x07\n.yaml"
+        path.unlink(missing_ok=True)
+        if text:
+            path.write_text(text)
+        with pytest.raises(ConfigError) as error:
+            read_yaml(path)
+        assert str(error.value).isprintable() and r"\x1b]0;title\x07\n.yaml" in str(error.value)
+
+
+def test_thresholds_are_given_one_by_one(tmp_path: Path) -> None:
+    assert from_command_line([]).threshold is None
+    config = from_command_line(["--threshold", "LVIDd=6", "--threshold", "IVSd=1.2"])
+    assert config.threshold == {"IVSd": 1.2, "LVIDd": 6.0}
+    file = _file(tmp_path, "threshold:\n  IVSd: 1.3\n  RVDd: 1e2\n")
+    assert from_command_line(["--config", str(file)]).threshold == {"IVSd": 1.3, "RVDd": 100.0}
+    config = from_command_line(["--config", str(file), "--threshold", "IVSd=1.2"])
+    assert config.threshold == {"IVSd": 1.2, "RVDd": 100.0}
+    assert read_yaml(_file(tmp_path, config.to_yaml()))["threshold"] == config.threshold
+    assert TrainConfig(**config.as_dict()) == config  # type: ignore[arg-type]
+    from cardiocaps.data.labels import CALCS, THRESHOLDS
+
+    assert options()["threshold"].choices == CALCS == tuple(THRESHOLDS)
+
+
+def test_a_run_goes_on_with_its_own_thresholds(tmp_path: Path) -> None:
+    _run(tmp_path / "run", "--threshold", "IVSd=1.2", "--threshold", "LVIDd=6")
+    again = from_command_line(["--resume", str(tmp_path / "run"), "--threshold", "IVSd=1.2"])
+    assert again.threshold == {"IVSd": 1.2, "LVIDd": 6.0}
+    with pytest.raises(ConfigError, match=r"threshold is \{'IVSd': 1.3, .*, was \{'IVSd': 1.2, "):
+        from_command_line(["--resume", str(tmp_path / "run"), "--threshold", "IVSd=1.3"])
+
+
+def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    read = read_yaml(_file(tmp_path, "data: ~/echo\nout: '~'\ncache_dir: a/~/b\n"))
+    assert read == {"data": tmp_path / "echo", "out": tmp_path, "cache_dir": Path("a/~/b")}
+    config = from_command_line(["--config=~/run.yaml", "--data=~/there", "--out", "./~"])
+    assert (config.data, config.out) == (tmp_path / "there", Path("~"))
+    # What was meant stays so in the record of the run, whoever reads it later.
+    monkeypatch.setenv("HOME", "/elsewhere")
+    again = read_yaml(_file(tmp_path, config.to_yaml()))
+    assert (again["data"], again["out"]) == (tmp_path / "there", Path("~"))
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 import pytest
 
-from cardiocaps.program import Interrupted, Interruption, execute, held
+from cardiocaps.errors import DataError
+from cardiocaps.program import Interrupted, Interruption, execute, held, say
 
 
 def test_a_signal_is_no_failure_that_others_pass_over() -> None:
@@ -127,3 +130,15 @@ def test_held_in_another_thread() -> None:
 def test_what_the_block_raises_comes_first() -> None:
     with pytest.raises(ValueError, match="own"), held():
         raise ValueError("own")
+
+
+def test_nothing_that_a_terminal_would_obey_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    def body(_: Interruption) -> None:
+        say("± 1\n  \x1b[31mtwo\r\n\ttabs\u202e\x9b")
+        sys.stderr.write(warnings.formatwarning("\x1b]0;title\x07\nof a window", UserWarning, "", 1))
+        raise DataError("bad \x1b[2Jname \udcff")
+
+    assert execute(body) == 3
+    out, err = capsys.readouterr()
+    assert out == "± 1\n  \\x1b[31mtwo\\r\n\\ttabs\\u202e\\x9b\n"
+    assert err.splitlines() == [r"note: \x1b]0;title\x07\nof a window", r"error: bad \x1b[2Jname \udcff"]

@@ -3,15 +3,18 @@ import os
 import shutil
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cardiocaps.config import TrainConfig
 from cardiocaps.data import Study, cache, read_folder
 from cardiocaps.data.labels import THRESHOLDS
 from cardiocaps.data.video import Header
 from cardiocaps.errors import ConfigError, DataError
+from cardiocaps.train import read_study
 
 from .sample_videos import COLUMNS, encode, measurement, picture, split_of, write_folder, write_table
 
@@ -326,6 +329,24 @@ def test_links_that_leave_the_folder_are_followed_where_told(tmp_path: Path) -> 
     assert study.clips[0].path == (tmp_path / "other disk" / "0X0000000000000000.avi").resolve()
     cached = cache.build(study, size=16, frames_per_clip=2, folder=tmp_path / "cache")
     assert len(cached.files) == 8
+
+
+def test_a_run_reads_its_data_as_its_settings_say(tmp_path: Path) -> None:
+    root = annexed(tmp_path / "data", tmp_path / "other disk")
+    people = ["ANNA", "BERT", "CARL", "DORA", "ANNA", "EMIL", "FRED", "BERT"]
+    (root / "MeasurementsList.csv").unlink()
+    whose(root, people, column="who")
+    settings = TrainConfig(
+        data=root, threshold={"IVSd": 1.35}, group_column="who", follow_links=True, allow_split_patients=True
+    )
+    study = read_study(settings)
+    assert study.label_rule == {**THRESHOLDS, "IVSd": 1.35}
+    assert study.group_column == "who" and len({clip.patient for clip in study.clips}) == 6
+    for less in ({"follow_links": False}, {"allow_split_patients": False}):
+        with pytest.raises(DataError, match="--follow-links|--allow-split-patients"):
+            read_study(replace(settings, **less))  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="train: 4 normal, 0 abnormal"):
+        read_study(replace(settings, threshold={"IVSd": 1.5}))
 
 
 def test_two_names_of_one_file_are_one_video(tmp_path: Path) -> None:
