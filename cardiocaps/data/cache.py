@@ -72,7 +72,7 @@ class Cached:
 def default_folder() -> Path:
     """``$CARDIOCAPS_CACHE``, else ``$XDG_CACHE_HOME/cardiocaps``, else ``~/.cache/cardiocaps``."""
     if chosen := os.environ.get("CARDIOCAPS_CACHE"):
-        return Path(chosen)
+        return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cardiocaps"
 
 
@@ -167,7 +167,7 @@ def build(
             bad.append(Problem(name, f"table and file disagree: table says {differs}"))
             continue
         if note:
-            notes.append(Problem(name, f"frame rates disagree (kept): table says {note}"))
+            notes.append(Problem(name, f"frame rates disagree (kept): table says {note}", harmless=True))
         files[path], numbers[path] = file, chosen
     refuse_many(len(bad), len(names), max_bad_share, f"videos of {study.root}", bad)
     clips = tuple(clip for clip in study.clips if clip.path in files)

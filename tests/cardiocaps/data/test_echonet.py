@@ -343,7 +343,7 @@ def test_a_run_reads_its_data_as_its_settings_say(tmp_path: Path) -> None:
     assert study.label_rule == {**THRESHOLDS, "IVSd": 1.35}
     assert study.group_column == "who" and len({clip.patient for clip in study.clips}) == 6
     for less in ({"follow_links": False}, {"allow_split_patients": False}):
-        with pytest.raises(DataError, match="--follow-links|--allow-split-patients"):
+        with pytest.raises(DataError, match=r"--follow-links|--allow-split-patients"):
             read_study(replace(settings, **less))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="train: 4 normal, 0 abnormal"):
         read_study(replace(settings, threshold={"IVSd": 1.5}))
