@@ -36,7 +36,7 @@ Status affine_votes_backward(const Capsules& c, const void* g_votes, const Capsu
         return for_width<T>(c.D, [&]<int width>() {
             Workspace w(c.place);
             const StoredGradient<T, width> policy{static_cast<const T*>(g_votes)};
-            return emit<width, T>(c, policy, 0, gradients, 0, w, [](auto*, int64_t) { return Status::ok; });
+            return emit<width, T>(c, policy, 0, gradients, 0, w, false, [](auto*, int64_t) { return Status::ok; });
         });
     });
 }

@@ -42,7 +42,6 @@ Status emit_agreement(const Capsules& c, const AgreementTerms& terms, const Caps
             const AgreementGradient<A, width> policy{.x = static_cast<const A*>(terms.x),
                                                      .g = static_cast<const A*>(terms.g),
                                                      .size = c.B * c.J * c.D,
-                                                     .first = terms.first,
                                                      .iterations = terms.iterations,
                                                      .equal_first = terms.equal_first,
                                                      .leaky = terms.leaky,
@@ -51,7 +50,12 @@ Status emit_agreement(const Capsules& c, const AgreementTerms& terms, const Caps
                                                      .prior = static_cast<const A*>(terms.prior),
                                                      .rest = static_cast<const A*>(terms.rest),
                                                      .g_prior = static_cast<A*>(terms.g_prior)};
-            return emit<width, T>(c, policy, 2, gradients, 0, w, [](A*, int64_t) { return Status::ok; });
+            return emit<width, T>(c, policy, 2, gradients, 0, w, terms.more, [&](const auto*, int64_t runs) {
+                // Without votes nobody has written it.
+                if (!terms.g_prior || runs > 0) return Status::ok;
+                return launch(write_zeros<A>, blocks_for(c.N * c.J), most_threads, 0, c.place,
+                              static_cast<A*>(terms.g_prior), c.N * c.J);
+            });
         });
     });
 }

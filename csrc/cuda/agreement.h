@@ -25,10 +25,11 @@ Status sum_adjoint(const Capsules& c,
 struct AgreementTerms {
     const void* x;  // [iterations, B, J, D], the states of the logits
     const void* g;  // [iterations, B, J, D], the gradients of the sums
-    int64_t first, iterations;
-    bool equal_first;  // whether the couplings of iteration 0 are equal
+    int64_t iterations;
+    bool equal_first;  // whether the couplings of the first of these iterations are equal
     bool leaky;
     bool detach;                  // δ is left out
+    bool more = false;            // the gradients of u and W are added to what is there
     const void* prior = nullptr;  // [N, J], or null
     const void* rest = nullptr;   // [B, J, D], added to the gradient of the votes; or null
     void* g_prior = nullptr;      // [N, J], or null

@@ -26,16 +26,17 @@ Status attention_routing_backward(const Capsules& c, const void* attn_weight, co
                                                wants_params,
                                                c.J,
                                                params_at};
-            const auto add = [&](const A* params, int64_t runs) {
+            const auto add = [&]<class X>(const X* params, int64_t runs) {
                 if (g_attn_weight)
-                    CAPSOPS_TRY(launch(add_rows<A>, blocks_for(JJ), most_threads, 0, c.place, params, runs, param_count,
-                                       JJ, static_cast<A*>(g_attn_weight)));
+                    CAPSOPS_TRY(launch(add_rows<X, A>, blocks_for(JJ), most_threads, 0, c.place, params, runs,
+                                       param_count, JJ, static_cast<A*>(g_attn_weight), false));
                 if (g_attn_bias)
-                    CAPSOPS_TRY(launch(add_rows<A>, blocks_for(c.J), most_threads, 0, c.place, params + JJ, runs,
-                                       param_count, c.J, static_cast<A*>(g_attn_bias)));
+                    CAPSOPS_TRY(launch(add_rows<X, A>, blocks_for(c.J), most_threads, 0, c.place, params + JJ, runs,
+                                       param_count, c.J, static_cast<A*>(g_attn_bias), false));
                 return Status::ok;
             };
-            return emit<width, T>(c, policy, params_at + (wants_params ? c.J + 1 : 0), gradients, param_count, w, add);
+            return emit<width, T>(c, policy, params_at + (wants_params ? c.J + 1 : 0), gradients, param_count, w, false,
+                                  add);
         });
     });
 }

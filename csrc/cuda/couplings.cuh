@@ -94,14 +94,14 @@ template <class A, int width, bool adjoint> struct Agreement {
     }
 };
 
-// g_û = Σ_t [c^t g^t + δ^t x^t] over the iterations from `first` on.
+// g_û = Σ_t [c^t g^t + δ^t x^t] over iterations.
 template <class A, int width> struct AgreementGradient {
     struct Own {};
     const A* x;    // [iterations, B, J, D], the states of the logits
     const A* g;    // [iterations, B, J, D], the gradients of the sums
     int64_t size;  // of one iteration
-    int64_t first, iterations;
-    bool equal_first;  // whether the couplings of iteration 0 are equal
+    int64_t iterations;
+    bool equal_first;  // whether the couplings of the first of them are equal
     bool leaky, detach;
     A equal;
     const A* prior = nullptr;  // [N, J], or null
@@ -116,7 +116,7 @@ template <class A, int width> struct AgreementGradient {
 #pragma unroll
         for (int d = 0; d < width; ++d) out[d] = A(0);
         if (rest) load(rest, at, out);
-        for (int64_t t = first; t < iterations; ++t) {
+        for (int64_t t = 0; t < iterations; ++t) {
             A own_x[width], own_g[width], c = equal, delta = 0;
             load(g + t * size, at, own_g);
             if (t > 0 || !equal_first) {
@@ -147,7 +147,7 @@ template <class A, int width> struct AgreementGradient {
     static constexpr bool needs_votes = true;
     static int64_t staged_numbers(int64_t J, int64_t) { return 2 * J; }
     Status stage_gradient(const StagedVotes<A>& t, A* scratch, A* to, A*, int64_t, const Place& place) const {
-        for (int64_t m = first; m < iterations; ++m) {
+        for (int64_t m = 0; m < iterations; ++m) {
             const A *own_x = x + m * size, *own_g = g + m * size;
             Couplings<A> c{.equal = equal};
             A* delta = nullptr;
@@ -162,7 +162,7 @@ template <class A, int width> struct AgreementGradient {
                 CAPSOPS_TRY(stage_softmax(t, scratch, delta, leaky, place));
             }
             CAPSOPS_TRY(launch_rows<A>(add_agreement_gradient<A>, t.pairs() * t.J, t.D, place, t, c, delta, own_x,
-                                       own_g, m == first ? rest : nullptr, to, m > first));
+                                       own_g, m == 0 ? rest : nullptr, to, m > 0));
         }
         return Status::ok;
     }

@@ -11,6 +11,7 @@
 #include "../dtypes.h"
 #include "../routing.h"
 #include "../sizes.h"
+#include "limits.h"
 
 namespace capsops::cuda {
 
@@ -113,7 +114,8 @@ class Workspace {
   public:
     explicit Workspace(const Place& place) : place_(place) {}
     // What a part of an operator takes, for the next part to take again: the kernels of a stream run one after another.
-    explicit Workspace(Workspace* whole) : place_(whole->place_), whole_(whole), used_(whole->used_), most_(used_) {}
+    explicit Workspace(Workspace* whole)
+        : place_(whole->place_), whole_(whole), begin_(whole->used_), used_(begin_), most_(begin_) {}
     ~Workspace() {
         if (whole_)
             whole_->most_ = at_least(whole_->most_, most_);
@@ -123,16 +125,29 @@ class Workspace {
     Workspace(const Workspace&) = delete;
 
     template <class A> A* take(int64_t count) {
-        A* const memory = reinterpret_cast<A*>(static_cast<char*>(place_.workspace) + used_);
+        const int64_t at = used_;
         used_ += ceil_div(count * static_cast<int64_t>(sizeof(A)), 256) * 256;
         most_ = at_least(most_, used_);
-        return place_.needed ? nullptr : memory;
+        if (place_.needed) return nullptr;
+        spoil(at);
+        return reinterpret_cast<A*>(static_cast<char*>(place_.workspace) + at);
+    }
+    // All that this part has taken is about to be written anew.
+    void start_over() const {
+        if (!place_.needed) spoil(begin_);
     }
 
   private:
+    // Under emulation, so that numbers which are read before they are written are seen: NaN.
+    void spoil([[maybe_unused]] int64_t from) const {
+#if defined(CAPSOPS_EMULATION)
+        if (used_ > from) std::memset(static_cast<char*>(place_.workspace) + from, 0xff, used_ - from);
+#endif
+    }
+
     const Place& place_;
     Workspace* whole_ = nullptr;
-    int64_t used_ = 0, most_ = 0;
+    int64_t begin_ = 0, used_ = 0, most_ = 0;
 };
 
 // The first status that is not ok ends a sequence of launches.

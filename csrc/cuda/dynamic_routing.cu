@@ -26,6 +26,7 @@ Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, 
     if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const int64_t rows = c.B * c.J, size = rows * c.D;
+        if (size == 0) iterations = 1;  // of nothing
         Workspace w(c.place);
         A* V = w.take<A>(size);
         for (int64_t t = 0; t < iterations; ++t) {

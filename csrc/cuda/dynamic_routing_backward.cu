@@ -1,5 +1,6 @@
 // The gradient of routing by agreement; the steps are those of csrc/cpu/dynamic_routing_backward.cpp. With detached
-// logits one emitting pass; with the full gradient R − 1 reducing passes before it.
+// logits one emitting pass; with the full gradient R − 1 reducing passes before it. Of so many iterations that their
+// states would take much memory a group at a time is emitted, the last ones first.
 
 #include "agreement.h"
 #include "operators.h"
@@ -8,18 +9,24 @@
 namespace capsops::cuda {
 namespace {
 
-// V[t], the sum of v over the iterations before t, and the gradient of the last s: a thread for each output capsule.
+// Of the iterations begin … end − 1: V, the sums of v over all iterations before each; and of the last of them g_s, the
+// gradient of s, if g_v is there. A thread for each output capsule.
 template <class A>
-__global__ void states(const A* s, const A* g_v, A* V, A* g_s, A* v, int64_t rows, int64_t D, int64_t iterations) {
-    const int64_t size = rows * D, last = (iterations - 1) * size;
+__global__ void states(const A* s, const A* g_v, A* V, A* g_s, int64_t rows, int64_t D, int64_t begin, int64_t end) {
+    const int64_t size = rows * D;
+    A* const v = g_s;  // no gradient is there yet
     for (int64_t r = first_index(); r < rows; r += index_stride()) {
         const int64_t row = r * D;
         for (int64_t d = 0; d < D; ++d) V[row + d] = A(0);
-        for (int64_t t = 1; t < iterations; ++t) {
+        for (int64_t t = 1; t < end; ++t) {
             squash_vector<A>(s + (t - 1) * size + row, v + row, D, SquashKind::sabour);
-            for (int64_t d = row; d < row + D; ++d) V[t * size + d] = V[(t - 1) * size + d] + v[d];
+            const A* const before = V + at_least(t - 1 - begin, 0) * size;
+            A* const sum = V + at_least(t - begin, 0) * size;
+            for (int64_t d = row; d < row + D; ++d) sum[d] = before[d] + v[d];
         }
-        squash_vector_backward<A>(g_v + row, s + last + row, g_s + last + row, D, SquashKind::sabour);
+        if (g_v)
+            squash_vector_backward<A>(g_v + row, s + (end - 1) * size + row, g_s + (end - 1 - begin) * size + row, D,
+                                      SquashKind::sabour);
     }
 }
 
@@ -39,35 +46,45 @@ Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leak
     if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const int64_t rows = c.B * c.J, size = rows * c.D;
+        if (size == 0) iterations = 1;  // of nothing
         const int64_t last = iterations - 1;
         const A* s = static_cast<const A*>(s_);
+        const int64_t bytes = 2 * size * static_cast<int64_t>(sizeof(A));
+        const int64_t fitting = at_least(limits.states / at_least(bytes, 1), limits.least_iterations);
+        const int64_t group = detach ? 1 : at_most(iterations, fitting);
         Workspace w(c.place);
-        A* V = w.take<A>(iterations * size);
-        A* g_s = w.take<A>(iterations * size);
+        A* V = w.take<A>(group * size);
+        A* g_s = w.take<A>(group * size);
         A* H = w.take<A>(size);
         A* g_V = w.take<A>(size);
-        CAPSOPS_TRY(launch(states<A>, blocks_for(rows), most_threads, 0, c.place, s, static_cast<const A*>(g_v), V, g_s,
-                           H, rows, c.D, iterations));
-        for (int64_t t = last; !detach && t > 0; --t) {
-            CAPSOPS_TRY(sum_adjoint(c, V + t * size, g_s + t * size, leaky, w, H));
-            CAPSOPS_TRY(launch(earlier_gradient<A>, blocks_for(rows), most_threads, 0, c.place,
-                               static_cast<const A*>(H), g_V, s + (t - 1) * size, g_s + (t - 1) * size, rows, c.D,
-                               t == last));
+        for (int64_t end = iterations; end > 0; end = detach ? 0 : end - group) {
+            const int64_t begin = at_least(end - group, 0);
+            CAPSOPS_TRY(launch(states<A>, blocks_for(rows), most_threads, 0, c.place, s,
+                               end == iterations ? static_cast<const A*>(g_v) : nullptr, V, g_s, rows, c.D, begin,
+                               end));
+            for (int64_t t = end - 1; t >= begin; --t) {
+                const A* const own_V = V + (t - begin) * size;
+                A* const own_g_s = g_s + (t - begin) * size;
+                if (t < last)
+                    CAPSOPS_TRY(launch(earlier_gradient<A>, blocks_for(rows), most_threads, 0, c.place,
+                                       static_cast<const A*>(H), g_V, s + t * size, own_g_s, rows, c.D, t == last - 1));
+                if (t > 0 && !detach) CAPSOPS_TRY(sum_adjoint(c, own_V, own_g_s, leaky, w, H));
+            }
+            if (g_bias)
+                CAPSOPS_TRY(launch(add_rows<A, A>, blocks_for(c.J * c.D), most_threads, 0, c.place,
+                                   static_cast<const A*>(g_s), (end - begin) * c.B, c.J * c.D, c.J * c.D,
+                                   static_cast<A*>(g_bias), end < iterations));
+            if (!gradients.u && !gradients.weight) continue;
+            const AgreementTerms terms{.x = V,
+                                       .g = g_s,
+                                       .iterations = end - begin,
+                                       .equal_first = begin == 0,
+                                       .leaky = leaky,
+                                       .detach = detach,
+                                       .more = end < iterations};
+            CAPSOPS_TRY(emit_agreement(c, terms, gradients, w));
         }
-        const int64_t first = detach ? last : 0;
-        if (g_bias)
-            CAPSOPS_TRY(launch(add_rows<A>, blocks_for(c.J * c.D), most_threads, 0, c.place,
-                               static_cast<const A*>(g_s + first * size), (iterations - first) * c.B, c.J * c.D,
-                               c.J * c.D, static_cast<A*>(g_bias)));
-        if (!gradients.u && !gradients.weight) return Status::ok;
-        const AgreementTerms terms{.x = V,
-                                   .g = g_s,
-                                   .first = first,
-                                   .iterations = iterations,
-                                   .equal_first = true,
-                                   .leaky = leaky,
-                                   .detach = detach};
-        return emit_agreement(c, terms, gradients, w);
+        return Status::ok;
     });
 }
 

@@ -37,10 +37,11 @@ template <class A> __global__ void multiply(const A* x, A by, A* to, int64_t siz
     for (int64_t m = first_index(); m < size; m += index_stride()) to[m] = by * x[m];
 }
 
-// to[x] = Σ over `count` rows of x [count, size], in double.
-template <class A> __global__ void add_rows(const A* x, int64_t count, int64_t stride, int64_t size, A* to) {
+// to[x] = Σ over `count` rows of x [count, size], in double; more: added to what is there.
+template <class X, class A>
+__global__ void add_rows(const X* x, int64_t count, int64_t stride, int64_t size, A* to, bool more) {
     for (int64_t m = first_index(); m < size; m += index_stride()) {
-        double sum = 0;
+        double sum = more ? static_cast<double>(to[m]) : 0;
         for (int64_t row = 0; row < count; ++row) sum += static_cast<double>(x[row * stride + m]);
         to[m] = static_cast<A>(sum);
     }
@@ -55,8 +56,16 @@ template <class A> __global__ void add_to_total(const A* x, int64_t count, int64
     }
 }
 
-template <class From, class To> __global__ void copy_numbers(const From* from, To* to, int64_t size) {
-    for (int64_t m = first_index(); m < size; m += index_stride()) to[m] = static_cast<To>(from[m]);
+// more: added to what is there.
+template <class From, class To> __global__ void copy_numbers(const From* from, To* to, int64_t size, bool more) {
+    for (int64_t m = first_index(); m < size; m += index_stride()) {
+        const From before = more ? static_cast<From>(static_cast<Accumulation<To>>(to[m])) : From(0);
+        to[m] = static_cast<To>(before + from[m]);
+    }
+}
+
+template <class T> __global__ void write_zeros(T* to, int64_t size) {
+    for (int64_t m = first_index(); m < size; m += index_stride()) to[m] = static_cast<T>(Accumulation<T>(0));
 }
 
 }  // namespace capsops::cuda

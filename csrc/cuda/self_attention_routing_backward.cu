@@ -26,7 +26,6 @@ Status self_attention_routing_backward(const Capsules& c, const void* prior, dou
                            static_cast<A>(scale), H, size));
         const AgreementTerms terms{.x = x,
                                    .g = g_s,
-                                   .first = 0,
                                    .iterations = 1,
                                    .equal_first = false,
                                    .leaky = false,

@@ -5,7 +5,7 @@
 //   reduce   s += Σ_i c û            with the couplings that the policy makes of û
 //   emit     g_u = g_û Wᵀ;  g_W = Σ_b uᵀ g_û      with the gradient that the policy makes of û
 //
-// The tile has as many capsules as `staged_bytes` hold, from the shape alone. What is summed over all capsules is
+// The tile has as many capsules as `limits` allow, from the shape alone. What is summed over all capsules is
 // summed in pieces of a tile, and these in their order, in double.
 //
 // A policy says
@@ -22,12 +22,6 @@
 
 namespace capsops::cuda {
 
-#if defined(CAPSOPS_EMULATION)
-constexpr int64_t staged_bytes = 40 << 10;  // so that small shapes have several tiles
-#else
-constexpr int64_t staged_bytes = 32 << 20;
-#endif
-
 // Input capsules first … first + count − 1. A pair is b · count + i.
 template <class A> struct StagedVotes {
     const uint8_t* mask;  // [B, N], or null
@@ -38,7 +32,7 @@ template <class A> struct StagedVotes {
     // numbers: of a pair.
     StagedVotes(const Capsules& c, int64_t numbers) : mask(c.mask), B(c.B), N(c.N), K(c.K), J(c.J), D(c.D), first(0) {
         const int64_t bytes = at_least(B * numbers * static_cast<int64_t>(sizeof(A)), 1);
-        count = at_least(at_most(staged_bytes / bytes, N), 1);
+        count = at_least(at_most(limits.tile / bytes, N), 1);
     }
     __host__ __device__ int64_t pairs() const { return B * count; }
     // In [B, N].
@@ -59,22 +53,28 @@ template <class A> struct Couplings {
     }
 };
 
+// As many pieces of a sum as there should be, if they may take so much memory. size: numbers of a piece.
+template <class A> int64_t fitting_pieces(int64_t pieces, int64_t size) {
+    return at_least(at_most(pieces, limits.pieces / at_least(size * static_cast<int64_t>(sizeof(A)), 1)), 1);
+}
+
 // A sum over all tiles. Of a tile it gets `count` rows of `size` numbers.
 template <class A> struct RunningSum {
     int64_t size, count;
-    A* rows;
     double* total;
+    A* rows = nullptr;
 
     RunningSum(Workspace& w, int64_t size_, int64_t count_)
-        : size(size_), count(count_), rows(w.take<A>(size * count)), total(w.take<double>(size)) {}
+        : size(size_), count(fitting_pieces<A>(count_, size)), total(w.take<double>(size)) {}
+    void start_tile(Workspace& tile) { rows = tile.take<A>(size * count); }
     Status start(const Place& place) const {
-        return launch(add_rows<double>, blocks_for(size), most_threads, 0, place, nullptr, 0, 0, size, total);
+        return launch(write_zeros<double>, blocks_for(size), most_threads, 0, place, total, size);
     }
     Status add(const Place& place) const {
         return launch(add_to_total<A>, blocks_for(size), most_threads, 0, place, rows, count, size, total);
     }
-    template <class To> Status write(To* to, const Place& place) const {
-        return launch(copy_numbers<double, To>, blocks_for(size), most_threads, 0, place, total, to, size);
+    template <class To> Status write(To* to, bool more, const Place& place) const {
+        return launch(copy_numbers<double, To>, blocks_for(size), most_threads, 0, place, total, to, size, more);
     }
 };
 
@@ -139,7 +139,7 @@ template <class T> struct Matrices {
                 .pieces = pieces};
     }
     // to: as the matrices; or pieces of a shared one.
-    Product weight_gradients(const A* u, const A* g, void* to, Dtype type, int64_t pieces) const {
+    Product weight_gradients(const A* u, const A* g, void* to, Dtype type, int64_t pieces, bool more) const {
         return {.left = {u, {1}, {row * K}, batch * K},
                 .right = {g, {1}, {row * JD}, batch * JD},
                 .out = to,
@@ -153,18 +153,21 @@ template <class T> struct Matrices {
                 .columns = JD,
                 .depth = rows,
                 .batches = batches,
-                .pieces = pieces};
+                .pieces = pieces,
+                .add = more};
     }
 };
 
 // g_u of a tile, from its pieces.
 template <class A, class T>
-__global__ void write_capsule_gradients(StagedVotes<A> t, const A* sums, int64_t pieces, int64_t piece, T* g_u) {
+__global__ void write_capsule_gradients(StagedVotes<A> t, const A* sums, int64_t pieces, int64_t piece, T* g_u,
+                                        bool more) {
     for (int64_t x = first_index(); x < t.pairs() * t.K; x += index_stride()) {
         const int64_t pair = x / t.K;
-        double sum = 0;
+        T& to = g_u[t.of_all(pair) * t.K + x % t.K];
+        double sum = more ? static_cast<double>(static_cast<A>(to)) : 0;
         for (int64_t m = 0; m < pieces && t.there(pair); ++m) sum += static_cast<double>(sums[m * piece + x]);
-        g_u[t.of_all(pair) * t.K + x % t.K] = static_cast<T>(static_cast<A>(sum));
+        to = static_cast<T>(static_cast<A>(sum));
     }
 }
 
@@ -186,12 +189,13 @@ template <class A> __global__ void weigh_votes(StagedVotes<A> t, Couplings<A> c,
 
 // ---- the loops ---------------------------------------------------------------------------------------------
 
-// Calls step() for every tile, with its capsules in t.u and, if wanted, its votes.
+// Calls step() for every tile, with its capsules in t.u and, if wanted, its votes. w: the memory of a tile.
 template <class T, class Step>
-Status for_tiles(const Capsules& c, StagedVotes<Accumulation<T>>& t, bool wants_votes, Step step) {
+Status for_tiles(const Capsules& c, StagedVotes<Accumulation<T>>& t, const Workspace& w, bool wants_votes, Step step) {
     using A = Accumulation<T>;
     const int64_t most = t.count;
     for (; t.first < t.N; t.first += most) {
+        w.start_over();
         t.count = at_most(most, t.N - t.first);
         CAPSOPS_TRY(launch(stage_rows<A, T>, blocks_for(t.pairs() * t.K), most_threads, 0, c.place, t,
                            static_cast<const T*>(c.u), t.K, t.u));
@@ -205,70 +209,74 @@ template <class T, class Policy>
 Status reduce_staged(const Capsules& c, const Policy& policy, Workspace& whole, Accumulation<T>* out) {
     using A = Accumulation<T>;
     const int64_t JD = c.J * c.D, own = policy.staged_numbers(c.J, c.D);
-    Workspace w(&whole);
     StagedVotes<A> t(c, c.K + JD + own);
-    t.u = w.take<A>(t.pairs() * c.K);
-    t.votes = w.take<A>(t.pairs() * JD);
-    A* scratch = w.take<A>(t.pairs() * own);
     // Some ten thousand threads, and no short run.
     const int64_t runs = at_least(at_most((int64_t{1} << 16) / at_least(c.B * JD, 1), t.count / 16), 1);
-    const RunningSum<A> sum(w, c.B * JD, runs);
+    Workspace w(&whole);
+    RunningSum<A> sum(w, c.B * JD, runs);
+    Workspace tile(&w);
+    sum.start_tile(tile);
+    t.u = tile.take<A>(t.pairs() * c.K);
+    t.votes = tile.take<A>(t.pairs() * JD);
+    A* scratch = tile.take<A>(t.pairs() * own);
     if (c.place.needed) return Status::ok;
     CAPSOPS_TRY(sum.start(c.place));
-    CAPSOPS_TRY((for_tiles<T>(c, t, true, [&] {
+    CAPSOPS_TRY((for_tiles<T>(c, t, tile, true, [&] {
         Couplings<A> couplings{};
         CAPSOPS_TRY(policy.stage_couplings(t, scratch, couplings, c.place));
-        CAPSOPS_TRY(launch(weigh_votes<A>, blocks_for(runs * sum.size), most_threads, 0, c.place, t, couplings, runs,
-                           sum.rows));
+        CAPSOPS_TRY(launch(weigh_votes<A>, blocks_for(sum.count * sum.size), most_threads, 0, c.place, t, couplings,
+                           sum.count, sum.rows));
         return sum.add(c.place);
     })));
-    return sum.write(out, c.place);
+    return sum.write(out, false, c.place);
 }
 
 template <class T, class Policy, class Add>
 Status emit_staged(const Capsules& c, const Policy& policy, const CapsuleGradients& gradients, int64_t param_count,
-                   Workspace& whole, Add add) {
+                   Workspace& whole, bool more, Add add) {
     using A = Accumulation<T>;
     const int64_t JD = c.J * c.D, KJD = c.K * JD, own = policy.staged_numbers(c.J, c.D);
     const bool shared = c.weight_stride == 0;
-    Workspace w(&whole);
     StagedVotes<A> t(c, 2 * c.K + 2 * JD + own);
     const int64_t pairs = t.pairs();
-    t.u = w.take<A>(pairs * c.K);
-    t.votes = w.take<A>(pairs * JD);
-    A* g = w.take<A>(pairs * JD);
-    A* scratch = w.take<A>(pairs * own);
-    const Matrices<T> m(c, t);
-    const int64_t u_pieces = pieces_for(m.batches * blocks_along(m.rows) * blocks_along(c.K), JD);
-    A* g_u = w.take<A>(gradients.u ? u_pieces * pairs * c.K : 0);
     const bool sums = shared && gradients.weight;
-    const RunningSum<A> g_weight(w, sums ? KJD : 0, pieces_for(blocks_along(c.K) * blocks_along(JD), pairs));
-    const RunningSum<A> params(w, param_count, pieces_for(ceil_div(param_count, 4096), pairs * c.D));
-    A* all_params = w.take<A>(param_count);
+    Workspace w(&whole);
+    RunningSum<A> g_weight(w, sums ? KJD : 0, pieces_for(blocks_along(c.K) * blocks_along(JD), pairs));
+    RunningSum<A> params(w, param_count, pieces_for(ceil_div(param_count, 4096), pairs * c.D));
+    Workspace memory(&w);
+    g_weight.start_tile(memory);
+    params.start_tile(memory);
+    t.u = memory.take<A>(pairs * c.K);
+    t.votes = memory.take<A>(pairs * JD);
+    A* g = memory.take<A>(pairs * JD);
+    A* scratch = memory.take<A>(pairs * own);
+    const Matrices<T> m(c, t);
+    const int64_t u_pieces =
+        fitting_pieces<A>(pieces_for(m.batches * blocks_along(m.rows) * blocks_along(c.K), JD), pairs * c.K);
+    A* g_u = memory.take<A>(gradients.u ? u_pieces * pairs * c.K : 0);
     if (c.place.needed) return Status::ok;
     CAPSOPS_TRY(g_weight.start(c.place));
     CAPSOPS_TRY(params.start(c.place));
-    CAPSOPS_TRY((for_tiles<T>(c, t, Policy::needs_votes, [&] {
+    CAPSOPS_TRY((for_tiles<T>(c, t, memory, Policy::needs_votes, [&] {
         CAPSOPS_TRY(policy.stage_gradient(t, scratch, g, params.rows, params.count, c.place));
         if (param_count) CAPSOPS_TRY(params.add(c.place));
         const Matrices<T> tile(c, t);
         if (gradients.u) {
             CAPSOPS_TRY(multiply_matrices(tile.capsule_gradients(g, g_u, u_pieces, pairs * c.K), c.place));
             CAPSOPS_TRY(launch(write_capsule_gradients<A, T>, blocks_for(t.pairs() * c.K), most_threads, 0, c.place, t,
-                               g_u, u_pieces, pairs * c.K, static_cast<T*>(gradients.u)));
+                               g_u, u_pieces, pairs * c.K, static_cast<T*>(gradients.u), more));
         }
         if (!gradients.weight) return Status::ok;
         if (!shared) {
             T* const to = static_cast<T*>(gradients.weight) + t.first * c.weight_stride;
-            return multiply_matrices(tile.weight_gradients(t.u, g, to, c.dtype, 1), c.place);
+            return multiply_matrices(tile.weight_gradients(t.u, g, to, c.dtype, 1, more), c.place);
         }
-        CAPSOPS_TRY(
-            multiply_matrices(tile.weight_gradients(t.u, g, g_weight.rows, dtype_of<A>, g_weight.count), c.place));
+        CAPSOPS_TRY(multiply_matrices(tile.weight_gradients(t.u, g, g_weight.rows, dtype_of<A>, g_weight.count, false),
+                                      c.place));
         return g_weight.add(c.place);
     })));
-    if (sums) CAPSOPS_TRY(g_weight.write(static_cast<T*>(gradients.weight), c.place));
-    CAPSOPS_TRY(params.write(all_params, c.place));
-    return add(all_params, 1);
+    if (sums) CAPSOPS_TRY(g_weight.write(static_cast<T*>(gradients.weight), more, c.place));
+    return add(static_cast<const double*>(params.total), 1);
 }
 
 }  // namespace capsops::cuda

@@ -39,7 +39,7 @@ template <class T, int width> struct Stream {
     int parts, row;           // threads of a vote, and of the votes of one batch item
     int items, tiles, team;   // batch items of a tile; tiles; threads of a team
     int teams, threads;
-    int64_t run, runs;  // capsules of a block; blocks
+    int64_t run = 0, runs = 0;  // capsules of a block; blocks
 
     // numbers: of the accumulation type, in shared memory, of one thread.
     Stream(const Capsules& c, int64_t numbers)
@@ -65,8 +65,12 @@ template <class T, int width> struct Stream {
         team = items * row;
         teams = static_cast<int>(at_least(at_most(fitting / team, N), 1));
         threads = whole_warps(static_cast<int64_t>(teams) * team);
+    }
+    // into runs. bytes: what a block leaves to be added up.
+    void cut(int64_t bytes) {
         constexpr int64_t most_runs = 512, least_steps = 4;
-        run = ceil_div(at_least(ceil_div(N, most_runs), at_most(least_steps * teams, N)), teams) * teams;
+        const int64_t fitting = at_least(at_most(limits.sums / at_least(bytes, 1), most_runs), 1);
+        run = ceil_div(at_least(ceil_div(N, fitting), at_most(least_steps * teams, N)), teams) * teams;
         runs = ceil_div(N, at_least(run, 1));
     }
 
@@ -283,17 +287,22 @@ __global__ void __launch_bounds__(most_threads, blocks_of<Accumulation<T>, typen
 // ---- emit --------------------------------------------------------------------------------------------------
 
 // Where gradients go. sums: [K, J, D] of each team of each block, or of each block where the matrix is shared; null if
-// g_weight can take them.
+// g_weight can take them. more: added to what is there.
 template <class T> struct GradientsOf {
     T* u;       // [B, N, K], or null
     T* weight;  // as the matrices, or null
     Accumulation<T>* sums;
+    bool more;
+
+    __device__ void write(T& to, Accumulation<T> x) const {
+        to = static_cast<T>(more ? static_cast<Accumulation<T>>(to) + x : x);
+    }
 };
 
 // g_u,bi = g_û,bi W_iᵀ: every thread has the products of its part of a vote, which the threads of a batch item add up.
 template <class T, int width>
 __device__ inline void emit_u(const Stream<T, width>& s, const At<Accumulation<T>, width>& at,
-                              const Accumulation<T> (&g)[width], int64_t first, int64_t end, T* g_u) {
+                              const Accumulation<T> (&g)[width], int64_t first, int64_t end, const GradientsOf<T>& to) {
     using A = Accumulation<T>;
     const T* w = s.weight + at.i * s.weight_stride + at.j * s.D + at.part * width;
     const int64_t JD = s.J * s.D;
@@ -305,7 +314,7 @@ __device__ inline void emit_u(const Stream<T, width>& s, const At<Accumulation<T
         }
         if (at.in_warp) {
             for (int step = s.row / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-            if (at.slot == at.row && at.in_run) g_u[(at.b * s.N + at.i) * s.K + k] = static_cast<T>(sum);
+            if (at.slot == at.row && at.in_run) to.write(to.u[(at.b * s.N + at.i) * s.K + k], sum);
         } else {
             at.shared(width + k, at.slot) = sum;
         }
@@ -319,7 +328,7 @@ __device__ inline void emit_u(const Stream<T, width>& s, const At<Accumulation<T
         if (i >= end || b >= s.B) continue;
         A sum = 0;
         for (int m = 0; m < s.row; ++m) sum += at.shared(width + k, row * s.row + m);
-        g_u[(b * s.N + i) * s.K + k] = static_cast<T>(sum);
+        to.write(to.u[(b * s.N + i) * s.K + k], sum);
     }
 }
 
@@ -366,7 +375,7 @@ __device__ inline void emit_weight(const Stream<T, width>& s, int tile, int64_t 
                     kept = total;
                 }
                 if (!shared && last && first + first_team < end)
-                    to.weight[(first + first_team) * s.weight_stride + entry] = static_cast<T>(total);
+                    to.write(to.weight[(first + first_team) * s.weight_stride + entry], total);
             }
         }
     }
@@ -394,7 +403,7 @@ __global__ void __launch_bounds__(most_threads, 1) emit_kernel(Stream<T, width> 
             make_vote(s, at, v);
             policy.gradient(at, own, v, g);
             at.show_to_all(0, g);
-            if (to.u) emit_u(s, at, g, first, end, to.u);
+            if (to.u) emit_u(s, at, g, first, end, to);
             if (to.weight) emit_weight(s, tile, first, begin, end, at.memory, to);
             __syncthreads();  // before numbers are shown that only a warp waits for
         }
@@ -415,47 +424,66 @@ template <class T, class Function> inline Status for_width(int64_t D, Function f
 
 // out [B, J, D] = Σ_i policy(û_bi). numbers: that a thread of the policy has in shared memory.
 template <int width, class T, class Policy>
-Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspace& w, Accumulation<T>* out) {
+Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspace& whole, Accumulation<T>* out) {
     using A = Accumulation<T>;
-    numbers = at_least(numbers, width);
-    const Stream<T, width> s(c, numbers);
-    if (c.rows != 1) return Status::unsupported;
-    if (!s.fits(numbers)) return reduce_staged<T>(c, policy, w, out);
     const int64_t size = c.B * c.J * c.D;
-    A* partial = w.take<A>(s.runs * size);
+    if (c.rows != 1) return Status::unsupported;
     if (size == 0) return Status::ok;
-    if (s.runs > 0) {
-        const dim3 blocks{static_cast<unsigned>(s.runs), static_cast<unsigned>(s.tiles)};
-        CAPSOPS_TRY(
-            launch(reduce_kernel<width, T, Policy>, blocks, s.threads, s.bytes(numbers), c.place, s, policy, partial));
-    }
-    return launch(add_rows<A>, blocks_for(size), most_threads, 0, c.place, partial, s.runs, size, size, out);
+    if (c.N == 0) return launch(write_zeros<A>, blocks_for(size), most_threads, 0, c.place, out, size);
+    numbers = at_least(numbers, width);
+    Stream<T, width> s(c, numbers);
+    if (!s.fits(numbers)) return reduce_staged<T>(c, policy, whole, out);
+    s.cut(size * static_cast<int64_t>(sizeof(A)));
+    Workspace w(&whole);
+    // One run has the sums of all.
+    A* const partial = s.runs == 1 ? out : w.take<A>(s.runs * size);
+    const dim3 blocks{static_cast<unsigned>(s.runs), static_cast<unsigned>(s.tiles)};
+    CAPSOPS_TRY(
+        launch(reduce_kernel<width, T, Policy>, blocks, s.threads, s.bytes(numbers), c.place, s, policy, partial));
+    if (s.runs == 1) return Status::ok;
+    return launch(add_rows<A, A>, blocks_for(size), most_threads, 0, c.place, partial, s.runs, size, size, out, false);
 }
 
-// param_count: numbers that a block leaves in params [runs, param_count], which `add` then sums.
+// The gradients where there is no vote: sums of nothing.
+template <class T, class Add> Status emit_nothing(const Capsules& c, const CapsuleGradients& gradients, Add add) {
+    const int64_t KJD = c.K * c.J * c.D;
+    const auto clear = [&](void* to, int64_t size) {
+        if (!to) return Status::ok;
+        return launch(write_zeros<T>, blocks_for(size), most_threads, 0, c.place, static_cast<T*>(to), size);
+    };
+    CAPSOPS_TRY(clear(gradients.u, c.B * c.N * c.K));
+    CAPSOPS_TRY(clear(gradients.weight, c.weight_stride ? c.N * KJD : KJD));
+    return add(static_cast<const Accumulation<T>*>(nullptr), 0);
+}
+
+// param_count: numbers that a block leaves in params [runs, param_count], which `add(params, runs)` then sums. more:
+// the gradients of u and W are added to what is there.
 template <int width, class T, class Policy, class Add>
 Status emit(const Capsules& c, Policy policy, int64_t numbers, const CapsuleGradients& gradients, int64_t param_count,
-            Workspace& w, Add add) {
+            Workspace& whole, bool more, Add add) {
     using A = Accumulation<T>;
-    numbers = at_least(numbers, width + c.K);
-    const Stream<T, width> s(c, numbers);
     if (c.rows != 1) return Status::unsupported;
-    if (!s.fits(numbers)) return emit_staged<T>(c, policy, gradients, param_count, w, add);
+    if (c.B == 0 || c.N == 0 || c.J == 0 || c.D == 0) return more ? Status::ok : emit_nothing<T>(c, gradients, add);
+    numbers = at_least(numbers, width + c.K);
+    Stream<T, width> s(c, numbers);
+    if (!s.fits(numbers)) return emit_staged<T>(c, policy, gradients, param_count, whole, more, add);
     const int64_t KJD = c.K * c.J * c.D, matrices = s.shared_weight() ? 1 : s.teams;
     const bool sums = gradients.weight && (s.shared_weight() || s.tiles > 1);
+    s.cut((matrices * KJD * sums + param_count) * static_cast<int64_t>(sizeof(A)));
+    Workspace w(&whole);
     const GradientsOf<T> to{static_cast<T*>(gradients.u), static_cast<T*>(gradients.weight),
-                            sums ? w.take<A>(s.runs * matrices * KJD) : nullptr};
+                            sums ? w.take<A>(s.runs * matrices * KJD) : nullptr, more};
     A* params = w.take<A>(s.runs * param_count);
     A* total = w.take<A>(s.shared_weight() ? KJD : 0);
     policy.cut(s.teams * s.items, s.parts);
-    if (s.runs > 0 && c.B * c.J > 0)
-        CAPSOPS_TRY(launch(emit_kernel<width, T, Policy>, dim3{static_cast<unsigned>(s.runs)}, s.threads,
-                           s.bytes(numbers), c.place, s, policy, to, params));
+    CAPSOPS_TRY(launch(emit_kernel<width, T, Policy>, dim3{static_cast<unsigned>(s.runs)}, s.threads, s.bytes(numbers),
+                       c.place, s, policy, to, params));
     if (gradients.weight && s.shared_weight()) {
-        CAPSOPS_TRY(launch(add_rows<A>, blocks_for(KJD), most_threads, 0, c.place, to.sums, s.runs, KJD, KJD, total));
-        CAPSOPS_TRY(launch(copy_numbers<A, T>, blocks_for(KJD), most_threads, 0, c.place, total, to.weight, KJD));
+        CAPSOPS_TRY(
+            launch(add_rows<A, A>, blocks_for(KJD), most_threads, 0, c.place, to.sums, s.runs, KJD, KJD, total, false));
+        CAPSOPS_TRY(launch(copy_numbers<A, T>, blocks_for(KJD), most_threads, 0, c.place, total, to.weight, KJD, more));
     }
-    return add(params, s.runs);
+    return add(static_cast<const A*>(params), s.runs);
 }
 
 }  // namespace capsops::cuda

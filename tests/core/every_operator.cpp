@@ -4,9 +4,9 @@
 //
 // With CAPSOPS_EMULATION also every CUDA kernel, run on the host (csrc/cuda/emulation.h): twice each, in a workspace of
 // exactly the size it asks for, poisoned; the results must be the same to the bit, and those of the CPU but for
-// rounding.
+// rounding. And how large a workspace they ask for at the sizes of real networks, where nothing runs.
 //
-// tests/core/sanitize.sh builds and runs it; tests/core/emulate.sh with CAPSOPS_EMULATION.
+// tests/core/sanitize.sh builds and runs it; with its argument `emulated` the CUDA kernels too.
 
 #include <algorithm>
 #include <cmath>
@@ -22,6 +22,9 @@
 #include <vector>
 
 #include "../../csrc/routing.h"
+#ifdef CAPSOPS_EMULATION
+#include "../../csrc/cuda/limits.h"
+#endif
 
 using namespace capsops;
 
@@ -189,7 +192,17 @@ struct Shape {
     int64_t B, N, K, J, D, rows;
 };
 
-void routings(const Kernels& k, const Shape& s, Dtype dtype, bool masked, bool shared, const std::string& name) {
+std::string name_of(const Shape& s) {
+    std::string name;
+    for (const int64_t size : {s.B, s.N, s.K, s.J, s.D}) name += (name.empty() ? "" : "x") + std::to_string(size);
+    return name;
+}
+
+// Which input capsules are there: all, some, or none.
+enum class Mask { all, some, none };
+
+void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool shared, const std::string& name) {
+    const bool masked = there != Mask::all;
     state = std::hash<std::string>()(name);
     const Dtype wide = accumulation(dtype);
     const int64_t H = s.rows * s.D, weights = (shared ? 1 : s.N) * s.K * s.J * s.D;
@@ -203,7 +216,8 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, bool masked, bool s
     weight.random(-largest, largest);
     activation.random(0.1, 0.9);
     std::vector<uint8_t> mask(static_cast<size_t>(s.B * s.N));
-    for (size_t x = 0; x < mask.size(); ++x) mask[x] = x % 7 != 0 && x >= static_cast<size_t>(s.N) / 2;
+    for (size_t x = 0; x < mask.size() && there == Mask::some; ++x)
+        mask[x] = x % 7 != 0 && x >= static_cast<size_t>(s.N) / 2;
 
     const auto operands = [&](int threads) {
         return Capsules{u.get(), weight.get(), masked ? mask.data() : nullptr, s.B,   s.N,           s.K, s.J,
@@ -318,6 +332,72 @@ void layers(const Kernels& k, Dtype dtype, const std::string& name) {
     }
 }
 
+#ifdef CAPSOPS_EMULATION
+// How much workspace every operator asks for is bounded as csrc/cuda/limits.h says.
+void workspaces() {
+    struct Case {
+        Shape shape;
+        bool shared, staged;
+    };
+    const Case cases[] = {
+        {{8, 460'800, 8, 2, 16, 1}, false, false},   // CardioCaps
+        {{128, 1152, 8, 10, 16, 1}, false, false},   // MNIST
+        {{1024, 1152, 8, 10, 16, 1}, false, false},  // MNIST, a large batch
+        {{256, 50, 64, 4, 64, 1}, true, false},      // a recommender
+        {{4096, 50, 64, 4, 64, 1}, true, false},     // a recommender, a large batch
+        {{256, 16, 8, 10, 16, 1}, false, false},     // Efficient-CapsNet
+        {{4, 64, 8, 64, 8, 1}, false, true},         // as many output as input capsules
+        {{4, 512, 8, 512, 8, 1}, false, true},
+        {{4, 2048, 8, 2048, 8, 1}, false, true},
+        {{4096, 1152, 512, 10, 16, 1}, false, true},  // matrices with many rows
+        {{64, 100'000, 1000, 3, 7, 1}, true, true},
+        {{64, 10'000, 16, 1000, 33, 1}, true, true},
+        {{1, 1'000'000'000, 16, 2, 16, 1}, true, false},
+    };
+    cuda::limits = {};
+    measures = emulated = true;
+    const Kernels& k = cuda::kernels;
+    void* const p = reinterpret_cast<void*>(1 << 20);  // what is wanted; nothing is read or written
+    int sizes = 0;
+    for (const Case& x : cases)
+        for (const Dtype dtype : {Dtype::float32, Dtype::float64, Dtype::bfloat16})
+            for (const bool gradient_of_weight : {false, true}) {
+                const Shape& s = x.shape;
+                const int64_t a = static_cast<int64_t>(bytes_of(accumulation(dtype)));
+                const int64_t state = a * s.B * s.J * s.D;
+                const Capsules c{p,     p,       nullptr, s.B, s.N, s.K, s.J, s.D, 1, x.shared ? 0 : s.K * s.J * s.D,
+                                 dtype, place(1)};
+                const CapsuleGradients gradients{p, gradient_of_weight ? p : nullptr};
+                const auto ask = [&](const char* op, bool params, Status status) {
+                    int64_t most = 32'000'000 + 16 * state;
+                    if (x.staged) most += 2 * a * s.B * s.K;
+                    if (x.staged && params) most += 3 * a * s.J * (s.J + 1);
+                    if (x.staged && x.shared) most += 3 * a * s.K * s.J * s.D;
+                    ++sizes;
+                    if (status == Status::ok && needed <= most) return;
+                    std::printf("%s, %s, dtype %d: a workspace of %lld bytes; expected at most %lld\n",
+                                name_of(s).c_str(), op, static_cast<int>(dtype), static_cast<long long>(needed),
+                                static_cast<long long>(most));
+                    std::exit(1);
+                };
+                ask("attention", false, k.attention_routing(c, p, p, p, p));
+                ask("attention backward", true, k.attention_routing_backward(c, p, p, p, p, gradients, p, p));
+                for (const int iterations : {1, 3, 10, 100, 10'000}) {
+                    ask("dynamic", false, k.dynamic_routing(c, p, iterations, false, p, p));
+                    for (const bool detach : {false, true})
+                        ask("dynamic backward", false,
+                            k.dynamic_routing_backward(c, iterations, false, detach, p, p, gradients, p));
+                }
+                ask("self-attention", false, k.self_attention_routing(c, p, 1, p, p, p));
+                ask("self-attention backward", false,
+                    k.self_attention_routing_backward(c, p, 1, p, p, p, gradients, p));
+                ask("votes", false, k.affine_votes(c, p));
+                ask("votes backward", false, k.affine_votes_backward(c, p, gradients));
+            }
+    std::printf("%d workspaces: none is larger than csrc/cuda/limits.h says\n", sizes);
+}
+#endif
+
 }  // namespace
 
 int main() {
@@ -329,24 +409,35 @@ int main() {
     // many parameters, when theirs are.
     const Shape large[] = {{2, 5, 3, 300, 3, 1}, {18, 3, 2, 260, 1, 1}, {2, 2, 2, 3, 1361, 1},
                            {2, 2, 2, 86, 33, 1}, {2, 5, 400, 3, 3, 1},  {2, 5, 4, 100, 3, 1}};
+    // Nothing of one size, also where one batch item would be too much for a block.
+    const Shape empty[] = {{0, 5, 3, 2, 4, 1},    {2, 0, 3, 2, 4, 1},   {0, 0, 3, 3, 4, 1},   {2, 5, 0, 3, 4, 1},
+                           {2, 5, 3, 0, 4, 1},    {2, 5, 3, 2, 0, 1},   {0, 5, 4, 100, 3, 1}, {2, 0, 4, 100, 3, 1},
+                           {0, 2, 2, 3, 1361, 1}, {0, 5, 400, 3, 3, 1}, {2, 3, 0, 260, 1, 1}, {0, 5, 2, 3, 4, 3},
+                           {2, 0, 2, 3, 4, 3}};
     const auto run_all = [&](const Kernels& kernels, const std::string& name) {
         for (const Dtype dtype : {Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16}) {
             const std::string prefix = name + std::to_string(static_cast<int>(dtype)) + " ";
             layers(kernels, dtype, prefix);
-            const auto run = [&](const Shape& s, bool masked, bool shared) {
-                routings(kernels, s, dtype, masked, shared,
-                         prefix + std::to_string(s.B) + "x" + std::to_string(s.N) + "x" + std::to_string(s.K) +
-                             (masked ? " masked" : "") + (shared ? " shared " : " "));
+            const auto run = [&](const Shape& s, Mask mask, bool shared) {
+                routings(kernels, s, dtype, mask, shared,
+                         prefix + name_of(s) +
+                             (mask == Mask::all    ? ""
+                              : mask == Mask::some ? " masked"
+                                                   : " all masked") +
+                             (shared ? " shared " : " "));
             };
+            for (const Shape& s : empty)
+                for (const bool shared : {false, true}) run(s, Mask::all, shared);
             // Fibers are slow, and the half precisions differ in how they are read and written alone.
             const bool half = bytes_of(dtype) == 2;
             for (const Shape& s : shapes)
-                for (const bool masked : {false, true})
+                for (const Mask mask : {Mask::all, Mask::some})
                     for (const bool shared : {false, true})
-                        if (!emulated || !half || (masked && !shared)) run(s, masked, shared);
+                        if (!emulated || !half || (mask == Mask::some && !shared)) run(s, mask, shared);
+            for (const Shape& s : {shapes[2], large[5]}) run(s, Mask::none, half);
             for (const Shape& s : large) {
-                if (!half) run(s, false, false);
-                run(s, true, dtype != Dtype::bfloat16);
+                if (!half) run(s, Mask::all, false);
+                run(s, Mask::some, dtype != Dtype::bfloat16);
             }
         }
     };
@@ -365,6 +456,7 @@ int main() {
 #ifdef CAPSOPS_EMULATION
     emulated = true;
     run_all(cuda::kernels, "");
+    workspaces();
 #endif
     std::printf("%d calls: all written, and the same with one thread and with three\n", calls);
 }
