@@ -274,7 +274,7 @@ def check_squash(op: str, s: Tensor, kind: str) -> None:
     _check_kind(op, "kind", kind)
 
 
-def check_primary(op: str, features: Tensor, types: int, legacy: bool, kind: str) -> tuple[int, int, int]:
+def check_primary(op: str, features: Tensor, types: int, kind: str) -> tuple[int, int, int]:
     """Check the arguments of primary_capsules and return B, N, K."""
     check_floating(op, "features", features)
     if features.dim() != 4:
@@ -286,12 +286,6 @@ def check_primary(op: str, features: Tensor, types: int, legacy: bool, kind: str
     K, pixels = C // types, height * width
     if C == 0 or C % types != 0:
         _fail(op, f"features has shape {_shape(features)}; its {C} channels must be a multiple of types, {types}")
-    if legacy and pixels % K != 0:
-        _fail(
-            op,
-            f"layout 'legacy' cuts the {pixels} pixels of a channel into capsules of {K}; "
-            f"{pixels} must be a multiple of {K}",
-        )
     return B, types * pixels, K
 
 
@@ -401,13 +395,13 @@ class Squash(torch.autograd.Function):
 
 @_operator("primary_capsules(Tensor features, int types, bool legacy, str kind) -> Tensor")
 def _primary_capsules(features: Tensor, types: int, legacy: bool, kind: str) -> Tensor:
-    return features.new_empty(check_primary("primary_capsules", features, types, legacy, kind))
+    return features.new_empty(check_primary("primary_capsules", features, types, kind))
 
 
 @_operator("primary_capsules_backward(Tensor g_u, Tensor features, int types, bool legacy, str kind) -> Tensor")
 def _primary_capsules_backward(g_u: Tensor, features: Tensor, types: int, legacy: bool, kind: str) -> Tensor:
     op = "primary_capsules_backward"
-    sizes = check_primary(op, features, types, legacy, kind)
+    sizes = check_primary(op, features, types, kind)
     check_floating(op, "features g_u", features, g_u)
     _check_shape(op, "g_u", g_u, "B, N, K", *sizes)
     # The layout of the features, for the convolution behind wants its gradient as it gave its output.

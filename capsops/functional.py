@@ -85,8 +85,9 @@ def primary_capsules(features: Tensor, types: int, *, layout: str = "channels", 
         features: [B, C, H, W], contiguous or channels_last, with C = types · K.
         types: capsule types.
         layout: "channels": the components of a capsule are K neighbouring channels at one location; the capsules run
-            over types, then rows, then columns. "legacy": they are K neighbouring pixels of one channel, as a plain
-            reshape of [B, C, H, W] gives (published CardioCaps); H · W must then be a multiple of K.
+            over types, then rows, then columns. "legacy": a plain reshape of [B, C, H, W], as in published CardioCaps:
+            they are K neighbouring pixels of one channel, and where H · W is no multiple of K, a capsule goes on in the
+            next channel. (Features that are channels_last are then copied.)
         squash: "sabour" or "efficient", see `squash`.
 
     Returns:
@@ -100,7 +101,7 @@ def primary_capsules(features: Tensor, types: int, *, layout: str = "channels", 
     if layout not in LAYOUTS:
         raise ValueError(f"{op}: layout is {layout!r}; allowed are {', '.join(map(repr, LAYOUTS))}")
     legacy = layout == "legacy"
-    _ops.check_primary(op, features, types, legacy, squash)
+    _ops.check_primary(op, features, types, squash)
     if _plain(op, features):
         with float32(features):
             return reference.primary_capsules(features, types, legacy, squash)

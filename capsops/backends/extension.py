@@ -403,12 +403,15 @@ def _primary_capsules(features: Tensor, K: int, legacy: bool, kind: str) -> tupl
     """How features [B, C, H, W] are read as capsules of K components, and the tensor that is so read."""
     B, C, height, width = features.shape
     pixels = height * width
-    if features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous():
+    last = features.is_contiguous(memory_format=torch.channels_last) and not features.is_contiguous()
+    if last and not (legacy and pixels % K):
         channel, pixel = 1, C
     else:
         features = features.contiguous()
         channel, pixel = pixels, 1
-    if legacy:
+    if legacy and pixels % K:  # capsules that go on in the next channel
+        outer, inner, strides = 1, C * pixels // K, (0, K, 1)
+    elif legacy:
         outer, inner, strides = C, pixels // K, (channel, K * pixel, pixel)
     else:
         outer, inner, strides = C // K, pixels, (K * channel, pixel, channel)

@@ -39,7 +39,7 @@ def rows(backend: str) -> int:
     for layout, memory, (B, types, K, height, width) in itertools.product(
         ("channels", "legacy"),
         (torch.contiguous_format, torch.channels_last),
-        ((1, 1, 1, 1, 1), (2, 3, 5, 5, 5), (2, 2, 8, 6, 8)),
+        ((1, 1, 1, 1, 1), (2, 3, 5, 5, 5), (2, 2, 8, 6, 8), (2, 2, 8, 6, 6)),
     ):
         features = torch.randn(B, types * K, height, width).to(device).to(memory_format=memory).requires_grad_()
         with capsops.use_backend(backend):

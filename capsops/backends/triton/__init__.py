@@ -304,7 +304,9 @@ def _primary(features: Tensor, u: Tensor | None, g_u: Tensor | None, g: Tensor |
     channel, pixel = features.stride(1), features.stride(3)
     if features.stride(3) == 1 or C == 1 or pixels == 1:
         channel, pixel = (pixels, 1) if features.is_contiguous() else (1, C)
-    if legacy:
+    if legacy and pixels % K:  # capsules that go on in the next channel
+        outer, inner, strides = 1, C * pixels // K, (0, K, 1)
+    elif legacy:
         outer, inner, strides = C, pixels // K, (channel, K * pixel, pixel)
     else:
         outer, inner, strides = C // K, pixels, (K * channel, pixel, channel)
@@ -318,20 +320,22 @@ def _primary(features: Tensor, u: Tensor | None, g_u: Tensor | None, g: Tensor |
     )  # fmt: skip
 
 
-def _dense(features: Tensor) -> Tensor:
-    """Contiguous or channels_last."""
-    return features if features.is_contiguous(memory_format=torch.channels_last) else features.contiguous()
+def _dense(features: Tensor, K: int, legacy: bool) -> Tensor:
+    """Contiguous or channels_last; contiguous where capsules go on from one channel to the next."""
+    straddling = legacy and features.shape[2] * features.shape[3] % K
+    last = features.is_contiguous(memory_format=torch.channels_last) and not straddling
+    return features if last else features.contiguous()
 
 
 def primary_capsules(u: Tensor, features: Tensor, types: int, legacy: bool, kind: str) -> None:
     with _on(features):
-        _primary(_dense(features), u, None, None, legacy, kind)
+        _primary(_dense(features, u.shape[2], legacy), u, None, None, legacy, kind)
 
 
 def primary_capsules_backward(
     g_features: Tensor, g_u: Tensor, features: Tensor, types: int, legacy: bool, kind: str
 ) -> None:
-    read = _dense(features)
+    read = _dense(features, g_u.shape[2], legacy)
     # Written with the strides that are read; g_features has them too, unless features had to be copied.
     target = g_features if g_features.stride() == read.stride() else torch.empty_like(read)
     with _on(features):
