@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Self
@@ -9,8 +10,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from . import functional
-from ._ops import SQUASH_KINDS, inverse_temperatures
+from . import _ops, functional
 from .couplings import coupling_coefficients
 from .functional import LAYOUTS
 
@@ -23,9 +23,28 @@ def _at_least_one(layer: str, **sizes: int) -> None:
             raise ValueError(f"{layer}: {name} is {value!r}; it must be an integer of at least 1")
 
 
+def _not_negative(layer: str, name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ValueError(f"{layer}: {name} is {value!r}; it must be an integer of at least 0")
+
+
+def _flags(layer: str, **flags: bool) -> None:
+    for name, flag in flags.items():
+        _ops.check_flag(layer, name, flag)
+
+
 def _one_of(layer: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ValueError(f"{layer}: {name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
+
+
+def _no_window(layer: str, kernel_size: int, padding: int, height: int, width: int) -> None:
+    """Raise ValueError where a kernel is larger than what it is to slide over."""
+    if min(height, width) + 2 * padding < kernel_size:
+        raise ValueError(
+            f"{layer}: no window of {kernel_size} × {kernel_size} fits into the grid of "
+            f"{height} × {width} with padding {padding}"
+        )
 
 
 class PrimaryCapsules(nn.Module):
@@ -36,12 +55,17 @@ class PrimaryCapsules(nn.Module):
         types: capsule types; the convolution has types · dim channels.
         dim: K, the dimension of a capsule.
         kernel_size, stride, padding: of the convolution.
-        layout: "channels": the components of a capsule are neighbouring channels at one location. "legacy": they are
-            `dim` neighbouring pixels of one channel, as a plain reshape of [B, C, H, W] gives (published CardioCaps).
+        layout: "channels": the components of a capsule are neighbouring channels at one location. "legacy": a plain
+            reshape of [B, C, H, W], as in published CardioCaps: they are `dim` neighbouring pixels of one channel, and
+            where H' · W' is no multiple of `dim`, a capsule goes on in the next channel.
         squash: "sabour" or "efficient".
 
     Shape: [B, in_channels, H, W] -> [B, N, K] with N = types · H' · W'. In layout "channels" the capsules run over
     types, then rows, then columns.
+
+    Raises:
+        ValueError: sizes that are no such integers, an unknown layout or squash; an image of another shape, dtype or
+            device, or smaller than the kernel. TypeError: no tensor.
     """
 
     def __init__(
@@ -60,25 +84,42 @@ class PrimaryCapsules(nn.Module):
     ) -> None:
         super().__init__()
         _at_least_one("PrimaryCapsules", in_channels=in_channels, types=types, dim=dim)
+        _at_least_one("PrimaryCapsules", kernel_size=kernel_size, stride=stride)
+        _not_negative("PrimaryCapsules", "padding", padding)
         _one_of("PrimaryCapsules", "layout", layout, LAYOUTS)
-        _one_of("PrimaryCapsules", "squash", squash, SQUASH_KINDS)
+        _one_of("PrimaryCapsules", "squash", squash, _ops.SQUASH_KINDS)
         self.types, self.dim, self.layout, self.squash = types, dim, layout, squash
         self.conv = nn.Conv2d(in_channels, types * dim, kernel_size, stride, padding, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.dim() != 4:
-            raise ValueError(f"PrimaryCapsules: x has shape {list(x.shape)}; expected [B, in_channels, H, W]")
+        self._check(x)
         return functional.primary_capsules(self.conv(x), self.types, layout=self.layout, squash=self.squash)
+
+    def _check(self, x: Tensor) -> None:
+        layer, conv = "PrimaryCapsules", self.conv
+        _ops.check_tensors(layer, "x", 1, x)
+        if x.dim() != 4 or x.shape[1] != conv.in_channels:
+            raise ValueError(
+                f"{layer}: x has shape {list(x.shape)}; expected [B, in_channels, H, W] with in_channels = "
+                f"{conv.in_channels}"
+            )
+        if not torch.is_autocast_enabled(x.device.type):
+            _ops.check_floating(layer, "x weight", x, conv.weight)
+        _no_window(layer, conv.kernel_size[0], int(conv.padding[0]), *x.shape[2:])
 
     def extra_repr(self) -> str:
         return f"types={self.types}, dim={self.dim}, layout={self.layout!r}, squash={self.squash!r}"
 
 
 class _Matrices(nn.Module):
-    """The sizes of a layer from N input capsules to J output capsules, and its transformation matrices."""
+    """The sizes of a layer from N input capsules to J output capsules, and its transformation matrices.
+
+    layer: what errors call it, the class that the user made.
+    """
 
     def __init__(
         self,
+        layer: str,
         in_capsules: int,
         in_dim: int,
         out_capsules: int,
@@ -90,7 +131,10 @@ class _Matrices(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"in_capsules": in_capsules, "in_dim": in_dim, "out_capsules": out_capsules, "out_dim": out_dim}
-        _at_least_one(type(self).__name__, **sizes, iterations=iterations)
+        _at_least_one(layer, **sizes)
+        _ops.check_iterations(layer, iterations)
+        _flags(layer, shared=shared)
+        self._layer = layer
         self.in_capsules, self.in_dim, self.out_capsules, self.out_dim = in_capsules, in_dim, out_capsules, out_dim
         self.iterations, self.shared = iterations, shared
         matrix = (in_dim, out_capsules, out_dim)
@@ -105,6 +149,13 @@ class _Matrices(nn.Module):
             if x is not None:
                 x.data = x.data.contiguous()
         return self
+
+    def _capsules(self, name: str, x: Tensor, axes: str) -> None:
+        """Raise ValueError for capsules of a shape that the matrices do not take."""
+        wrong_number = not self.shared and x.shape[1:2] != (self.in_capsules,)
+        if x.dim() not in (3, axes.count(",") + 1) or x.shape[-1] != self.in_dim or wrong_number:
+            wanted = f"K = {self.in_dim}" if self.shared else f"N = {self.in_capsules} and K = {self.in_dim}"
+            raise ValueError(f"{self._layer}: {name} has shape {list(x.shape)}; expected {axes} with {wanted}")
 
 
 class CapsuleLayer(_Matrices):
@@ -125,6 +176,10 @@ class CapsuleLayer(_Matrices):
     [J, D].
 
     Shape: u [B, N, K] (and mask, bool [B, N]) -> v [B, J, D].
+
+    Raises:
+        ValueError: sizes that are no such integers, an unknown routing, options that do not belong to it; an input of
+            another shape, dtype or device. TypeError: no tensor. MemoryError: no room for the work space.
     """
 
     def __init__(
@@ -142,15 +197,17 @@ class CapsuleLayer(_Matrices):
         shared: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        _layer: str = "CapsuleLayer",
     ) -> None:
-        super().__init__(in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype)
-        _one_of("CapsuleLayer", "routing", routing, ROUTINGS)
+        super().__init__(_layer, in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype)
+        _one_of(_layer, "routing", routing, ROUTINGS)
+        _flags(_layer, bias=bias, leaky=leaky, detach=detach)
         for name, flag in (("leaky", leaky), ("detach", detach)):
             if flag and routing != "dynamic":
-                raise ValueError(f"CapsuleLayer: {name} belongs to routing 'dynamic'; routing is {routing!r}")
+                raise ValueError(f"{_layer}: {name} belongs to routing 'dynamic'; routing is {routing!r}")
         if shared and bias and routing == "self-attention":
             raise ValueError(
-                "CapsuleLayer: shared matrices take any number of capsules, the prior of routing 'self-attention' does "
+                f"{_layer}: shared matrices take any number of capsules, the prior of routing 'self-attention' does "
                 "not; bias must be False"
             )
         self.routing, self.iterations = routing, 1 if routing == "uniform" else iterations
@@ -183,28 +240,44 @@ class CapsuleLayer(_Matrices):
                 nn.init.zeros_(start)
 
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
-        if self.routing == "self-attention":
-            return functional.self_attention_routing(u, self.weight, self.prior, mask=mask)
-        if self.attn_weight is not None:
-            return functional.attention_routing(u, self.weight, self.attn_weight, self.attn_bias, mask=mask)
-        return functional.dynamic_routing(
-            u, self.weight, self.iterations, bias=self.bias, leaky=self.leaky, detach=self.detach, mask=mask
-        )
+        try:
+            if self.routing == "self-attention":
+                return functional.self_attention_routing(u, self.weight, self.prior, mask=mask)
+            if self.attn_weight is not None:
+                return functional.attention_routing(u, self.weight, self.attn_weight, self.attn_bias, mask=mask)
+            return functional.dynamic_routing(
+                u, self.weight, self.iterations, bias=self.bias, leaky=self.leaky, detach=self.detach, mask=mask
+            )
+        except (TypeError, ValueError):
+            self._refuse(u, mask)
+            raise
 
     def coupling_coefficients(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
         """c [B, N, J] (attention: [B, N, J, D]) for these input capsules; see `capsops.coupling_coefficients`."""
-        return coupling_coefficients(
-            self.routing,
-            u,
-            self.weight,
-            self.attn_weight,
-            self.attn_bias,
-            iterations=self.iterations,
-            bias=self.bias,
-            leaky=self.leaky,
-            prior=self.prior,
-            mask=mask,
-        )
+        try:
+            return coupling_coefficients(
+                self.routing,
+                u,
+                self.weight,
+                self.attn_weight,
+                self.attn_bias,
+                iterations=self.iterations,
+                bias=self.bias,
+                leaky=self.leaky,
+                prior=self.prior,
+                mask=mask,
+            )
+        except (TypeError, ValueError):
+            self._refuse(u, mask)
+            raise
+
+    def _refuse(self, u: Tensor, mask: Tensor | None) -> None:
+        """Raise, in the layer's own terms, for what a routing has refused; a call that succeeds never comes here."""
+        layer, names = self._layer, "u weight mask"
+        u, weight, mask = functional.settle(layer, names, 2, u, self.weight, mask)
+        self._capsules("u", u, "[B, N, K]")
+        _ops.check_floating(layer, names, u, weight)
+        _ops.check_votes(layer, u, weight, mask)
 
     def extra_repr(self) -> str:
         parts = [
@@ -236,6 +309,10 @@ class EMCapsules(_Matrices):
 
     Shape: pose [B, N, K] and activation [B, N] (and mask, bool [B, N]) -> pose [B, J, D] and activation [B, J];
     matrices: pose [B, N, P, K] -> [B, J, P, D].
+
+    Raises:
+        ValueError: sizes that are no such integers, or no such temperatures; an input of another shape, dtype or
+            device. TypeError: no tensor. MemoryError: no room for the work space.
     """
 
     def __init__(
@@ -251,9 +328,11 @@ class EMCapsules(_Matrices):
         shared: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        _layer: str = "EMCapsules",
     ) -> None:
-        super().__init__(in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype)
-        inverse_temperatures("EMCapsules", inverse_temperature, iterations)
+        super().__init__(_layer, in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype)
+        _ops.inverse_temperatures(_layer, inverse_temperature, iterations)
+        _flags(_layer, renormalise=renormalise)
         self.inverse_temperature, self.renormalise = inverse_temperature, renormalise
         self.beta_u = nn.Parameter(torch.empty(out_capsules, device=device, dtype=dtype))
         self.beta_a = nn.Parameter(torch.empty(out_capsules, device=device, dtype=dtype))
@@ -269,32 +348,49 @@ class EMCapsules(_Matrices):
         nn.init.zeros_(self.beta_a)
 
     def forward(self, pose: Tensor, activation: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return functional.em_routing(
-            pose,
-            activation,
-            self.weight,
-            self.beta_u,
-            self.beta_a,
-            self.iterations,
-            inverse_temperature=self.inverse_temperature,
-            renormalise=self.renormalise,
-            mask=mask,
-        )
+        try:
+            return functional.em_routing(
+                pose,
+                activation,
+                self.weight,
+                self.beta_u,
+                self.beta_a,
+                self.iterations,
+                inverse_temperature=self.inverse_temperature,
+                renormalise=self.renormalise,
+                mask=mask,
+            )
+        except (TypeError, ValueError):
+            self._refuse(pose, activation, mask)
+            raise
 
     def coupling_coefficients(self, pose: Tensor, activation: Tensor, mask: Tensor | None = None) -> Tensor:
         """The responsibilities [B, N, J] of the last iteration; see `capsops.coupling_coefficients`."""
-        return coupling_coefficients(
-            "em",
-            pose,
-            self.weight,
-            activation=activation,
-            beta_u=self.beta_u,
-            beta_a=self.beta_a,
-            iterations=self.iterations,
-            inverse_temperature=self.inverse_temperature,
-            renormalise=self.renormalise,
-            mask=mask,
+        try:
+            return coupling_coefficients(
+                "em",
+                pose,
+                self.weight,
+                activation=activation,
+                beta_u=self.beta_u,
+                beta_a=self.beta_a,
+                iterations=self.iterations,
+                inverse_temperature=self.inverse_temperature,
+                renormalise=self.renormalise,
+                mask=mask,
+            )
+        except (TypeError, ValueError):
+            self._refuse(pose, activation, mask)
+            raise
+
+    def _refuse(self, pose: Tensor, activation: Tensor, mask: Tensor | None) -> None:
+        """Raise, in the layer's own terms, for what the routing has refused; a call that succeeds never comes here."""
+        names = "pose activation weight beta_u beta_a mask"
+        tensors = functional.settle(
+            self._layer, names, 5, pose, activation, self.weight, self.beta_u, self.beta_a, mask
         )
+        self._capsules("pose", tensors[0], "[B, N, (P,) K]")
+        _ops.check_em(self._layer, *tensors)
 
     def extra_repr(self) -> str:
         return (
@@ -327,6 +423,11 @@ class ConvCapsules(nn.Module):
     and W' alike. EM: pose [B, in_types, H, W, K] or [B, in_types, H, W, P, K] and activation [B, in_types, H, W] ->
     pose [B, out_types, H', W', D] or [B, out_types, H', W', P, D] and activation [B, out_types, H', W']. With a mask,
     bool [B, in_types, H, W], True where there is a capsule.
+
+    Raises:
+        ValueError: sizes that are no such integers, an unknown routing; an input of another shape, dtype or device, or
+            smaller than a window. TypeError: no tensor, or an option that the routing does not have. MemoryError: no
+            room for the work space.
     """
 
     def __init__(
@@ -344,13 +445,17 @@ class ConvCapsules(nn.Module):
         super().__init__()
         _at_least_one("ConvCapsules", in_types=in_types, in_dim=in_dim, out_types=out_types, out_dim=out_dim)
         _at_least_one("ConvCapsules", kernel_size=kernel_size, stride=stride)
-        if isinstance(padding, bool) or not isinstance(padding, int) or padding < 0:
-            raise ValueError(f"ConvCapsules: padding is {padding!r}; it must be an integer of at least 0")
+        _not_negative("ConvCapsules", "padding", padding)
         _one_of("ConvCapsules", "routing", routing, (*ROUTINGS, "em"))
         self.in_types, self.in_dim, self.out_types, self.out_dim = in_types, in_dim, out_types, out_dim
         self.kernel_size, self.stride, self.padding, self.routing = kernel_size, stride, padding, routing
         sizes = (kernel_size**2 * in_types, in_dim, out_types, out_dim)
-        self.capsules = EMCapsules(*sizes, **options) if routing == "em" else CapsuleLayer(*sizes, routing, **options)
+        kind = EMCapsules if routing == "em" else CapsuleLayer
+        _options("ConvCapsules", routing, kind, options)
+        if routing == "em":
+            self.capsules: EMCapsules | CapsuleLayer = EMCapsules(*sizes, **options, _layer="ConvCapsules")
+        else:
+            self.capsules = CapsuleLayer(*sizes, routing, **options, _layer="ConvCapsules")
 
     def forward(
         self, pose: Tensor, activation: Tensor | None = None, mask: Tensor | None = None
@@ -365,6 +470,7 @@ class ConvCapsules(nn.Module):
     def _check(self, pose: Tensor, activation: Tensor | None, mask: Tensor | None) -> tuple[int, int, int]:
         """B, H' and W'."""
         em = self.routing == "em"
+        _ops.check_tensors("ConvCapsules", "pose activation mask", 1, pose, activation, mask)
         dims, last = ((5, 6), "[B, in_types, H, W, (P,) K]") if em else ((5,), "[B, in_types, H, W, K]")
         if pose.dim() not in dims or pose.shape[1] != self.in_types or pose.shape[-1] != self.in_dim:
             raise ValueError(
@@ -381,14 +487,21 @@ class ConvCapsules(nn.Module):
                     f"ConvCapsules: {name} has shape {list(x.shape)}; expected [B, in_types, H, W] = "
                     f"{list(pose.shape[:4])}"
                 )
+        self._check_kinds(pose, activation, mask)
         B, _, height, width = pose.shape[:4]
+        _no_window("ConvCapsules", self.kernel_size, self.padding, height, width)
         rows, columns = ((n + 2 * self.padding - self.kernel_size) // self.stride + 1 for n in (height, width))
-        if rows < 1 or columns < 1:
-            raise ValueError(
-                f"ConvCapsules: no window of {self.kernel_size} × {self.kernel_size} fits into the grid of "
-                f"{height} × {width} with padding {self.padding}"
-            )
         return B, rows, columns
+
+    def _check_kinds(self, pose: Tensor, activation: Tensor | None, mask: Tensor | None) -> None:
+        """dtypes and devices."""
+        layer, names = "ConvCapsules", "pose weight activation"
+        _ops.check_floating(layer, names, *functional.settle(layer, names, 2, pose, self.capsules.weight, activation))
+        if mask is not None and (mask.dtype != torch.bool or mask.device != pose.device):
+            raise ValueError(
+                f"{layer}: mask is {mask.dtype} on {mask.device}; expected torch.bool (True where there is a capsule) "
+                f"on {pose.device}, as pose is"
+            )
 
     def _there(self, pose: Tensor, mask: Tensor | None) -> Tensor | None:
         """The mask of the receptive fields [B · H' · W', N]; None if every position of theirs holds capsules."""
@@ -421,6 +534,17 @@ class ConvCapsules(nn.Module):
         )
 
 
+def _options(layer: str, routing: str, kind: type[nn.Module], options: dict[str, Any]) -> None:
+    """Raise TypeError for options that are not among the keyword arguments of the layer that routes."""
+    parameters = inspect.signature(kind.__init__).parameters.values()
+    allowed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and not p.name.startswith("_")]
+    for name in options:
+        if name not in allowed:
+            raise TypeError(
+                f"{layer}: {name} is no option of routing {routing!r}; expected one of {', '.join(allowed)}"
+            )
+
+
 def convert_weight(weight: Tensor, layout: str = "JNDK") -> Tensor:
     """Transformation matrices of another implementation as [N, K, J, D], contiguous.
 
@@ -430,9 +554,11 @@ def convert_weight(weight: Tensor, layout: str = "JNDK") -> Tensor:
             dimension, input dimension); "JNDK" is the common one.
 
     Raises:
-        ValueError: a layout that is no such permutation, or a weight that does not have four dimensions.
+        ValueError: a layout that is no such permutation, or a weight that does not have four dimensions. TypeError: no
+            tensor.
     """
-    if sorted(layout) != sorted("JNDK"):
+    _ops.check_tensors("convert_weight", "weight", 1, weight)
+    if not isinstance(layout, str) or sorted(layout) != sorted("JNDK"):
         raise ValueError(f"convert_weight: layout is {layout!r}; it must be a permutation of 'JNDK'")
     shape, extra = list(weight.shape), weight.dim() - 4
     # Every way to leave out ones at both ends so that four dimensions are left.

@@ -106,11 +106,6 @@ def test_primary_capsules_of_no_image(layout: str) -> None:
     assert primary(torch.zeros(0, 3, 9, 17)).shape == (0, 64, 4)
 
 
-def test_primary_capsules_legacy_needs_a_multiple() -> None:
-    with pytest.raises(ValueError, match="15 pixels of a channel into capsules of 4"):
-        nn.PrimaryCapsules(1, 2, 4, kernel_size=3, stride=1, layout="legacy")(torch.randn(1, 1, 5, 7))
-
-
 @pytest.mark.parametrize(
     ("build", "message"),
     [
@@ -161,6 +156,108 @@ def test_primary_capsules_legacy_needs_a_multiple() -> None:
 def test_bad_arguments(build, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        # Options of the layer that routes inside.
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, iterations=0), ValueError, "ConvCapsules: iterations is 0"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, leaky="yes"), ValueError, "ConvCapsules: leaky is 'yes'"),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5, routing="uniform", leaky=True),
+            ValueError,
+            "ConvCapsules: leaky belongs to routing 'dynamic'",
+        ),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5, routing="self-attention", shared=True),
+            ValueError,
+            "ConvCapsules: shared matrices",
+        ),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5, routing="em", inverse_temperature=-1),
+            ValueError,
+            "ConvCapsules: inverse_temperature is -1",
+        ),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5, routing="em", bias=True),
+            TypeError,
+            "ConvCapsules: bias is no option of routing 'em'; expected one of iterations, inverse_temperature",
+        ),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, _layer="mine"), TypeError, "ConvCapsules: _layer is no option"),
+        # What the layer inside would refuse.
+        (lambda: nn.ConvCapsules(2, 4, 3, 5)(None), TypeError, "ConvCapsules: pose is a NoneType"),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 5, 4).double()),
+            ValueError,
+            "ConvCapsules: weight has dtype torch.float32, but pose has torch.float64",
+        ),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 5, 4), mask=torch.zeros(1, 2, 5, 5)),
+            ValueError,
+            "ConvCapsules: mask is torch.float32 on cpu; expected torch.bool",
+        ),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5, routing="em")(
+                torch.zeros(1, 2, 5, 5, 4), torch.zeros(1, 2, 5, 5).half()
+            ),
+            ValueError,
+            "ConvCapsules: activation has dtype torch.float16",
+        ),
+        # What functions and torch's convolution would refuse.
+        (lambda: nn.PrimaryCapsules(1, 2, 4)(None), TypeError, "PrimaryCapsules: x is a NoneType"),
+        (
+            lambda: nn.PrimaryCapsules(1, 2, 4)(torch.zeros(1, 2, 20, 20)),
+            ValueError,
+            r"PrimaryCapsules: x has shape \[1, 2, 20, 20\]; .* in_channels = 1",
+        ),
+        (
+            lambda: nn.PrimaryCapsules(1, 2, 4)(torch.zeros(1, 1, 8, 20)),
+            ValueError,
+            "PrimaryCapsules: no window of 9 × 9 fits into the grid of 8 × 20 with padding 0",
+        ),
+        (
+            lambda: nn.PrimaryCapsules(1, 2, 4)(torch.zeros(1, 1, 20, 20).double()),
+            ValueError,
+            "PrimaryCapsules: weight has dtype torch.float32, but x has torch.float64",
+        ),
+        (lambda: nn.PrimaryCapsules(1, 2, 4, kernel_size=0), ValueError, "PrimaryCapsules: kernel_size is 0"),
+        (lambda: nn.PrimaryCapsules(1, 2, 4, padding=-1), ValueError, "PrimaryCapsules: padding is -1"),
+        (lambda: nn.EMCapsules(9, 4, 3, 5, renormalise=1), ValueError, "EMCapsules: renormalise is 1"),
+        (
+            lambda: nn.EMCapsules(9, 4, 3, 5)(torch.zeros(2, 8, 4), torch.zeros(2, 8)),
+            ValueError,
+            r"EMCapsules: pose has shape \[2, 8, 4\]; expected \[B, N, \(P,\) K\] with N = 9 and K = 4",
+        ),
+        (
+            lambda: nn.EMCapsules(9, 4, 3, 5)(torch.zeros(2, 9, 4), torch.zeros(2, 8)),
+            ValueError,
+            r"EMCapsules: activation has shape \[2, 8\]; expected \[B, N\] = \[2, 9\]",
+        ),
+        (lambda: nn.convert_weight(None), TypeError, "convert_weight: weight is a NoneType"),
+    ],
+)
+def test_errors_name_what_was_called(build, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match="^" + message):
+        build()
+
+
+@pytest.mark.parametrize("routing", nn.ROUTINGS)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("method", ["forward", "coupling_coefficients"])
+def test_errors_of_a_capsule_layer_name_it(routing: str, backend: str, method: str) -> None:
+    call = getattr(nn.CapsuleLayer(9, 4, 3, 5, routing), method)
+    u = torch.zeros(2, 9, 4)
+    for arguments, error, message in (
+        ((None,), TypeError, "u is a NoneType"),
+        ((u[0],), ValueError, r"u has shape \[9, 4\]; expected \[B, N, K\] with N = 9 and K = 4"),
+        ((u[:, :8],), ValueError, r"u has shape \[2, 8, 4\]; expected \[B, N, K\] with N = 9 and K = 4"),
+        ((u[:, :, :3],), ValueError, r"u has shape \[2, 9, 3\]; expected \[B, N, K\] with N = 9 and K = 4"),
+        ((u.double(),), ValueError, "weight has dtype torch.float32, but u has torch.float64"),
+        ((u, torch.zeros(2, 8).bool()), ValueError, r"mask has shape \[2, 8\]"),
+    ):
+        with capsops.use_backend(backend), pytest.raises(error, match="^CapsuleLayer: " + message):
+            call(*arguments)
 
 
 @pytest.mark.parametrize("rows", [(), (3,)], ids=["vectors", "matrices"])
