@@ -16,6 +16,9 @@ from .functional import LAYOUTS
 
 ROUTINGS = ("attention", "dynamic", "uniform", "self-attention")
 
+# What keeps the couplings of the first step soft; see `CapsuleLayer.reset_parameters`.
+_LOGIT_SPREAD, _GROWTH = 1.5, 1.5
+
 
 def _at_least_one(layer: str, **sizes: int) -> None:
     for name, value in sizes.items():
@@ -224,13 +227,36 @@ class CapsuleLayer(_Matrices):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Matrices such that input capsules of length 1 in random directions, routed uniformly, give ‖s‖ ≈ 1.
+        """Matrices that start with soft couplings and with output capsules that are neither lost nor saturated.
 
-        That is where the squash is neither flat nor saturated: σ = J / √(N D), or 0.18 for the MNIST network of Sabour
-        et al. 2017. A shared matrix adds up coherently at worst, hence σ = J / √(N D) there too. The 1×1 convolution
-        starts as `torch.nn.Conv2d` does, bias and prior at 0 (the prior as in Mazzia et al. 2021).
+        The weights are normal with standard deviation σ, for input capsules of length up to 1 in random directions:
+
+            σ = n J / √(N D)        n is then the length of s where all couplings are 1 / J
+
+        n = 1 is where the squash is steepest; uniform routing has it always. With it votes have the length J / √N,
+        and for many output capsules their logits make the softmax a choice of one: the others get nothing, and no
+        gradient. So n is less where it has to be:
+
+        * dynamic, R iterations. V is about t f s after t iterations, f = n / (1 + n²), and while the logits û·V are
+          small, the next makes s longer by the factor 1 + t g with g = f σ² M / J. (Σ_i û_i û_iᵀ is σ² M along s, with
+          M = N + D for matrices of their own. Votes of a shared one lie in K dimensions, M = N + D + N D / K.) All
+          iterations together: the exponent g R (R − 1) / 2, and it is at most 1.5 / √ln J, for of J logits the largest
+          counts, √(2 ln J) of their standard deviations above the mean. So n solves
+              n³ / (1 + n²) = 3 N D / (M J R (R − 1) √ln J), and is 1 where that is above 1/2
+          (for R = 3, D = 16 and N ≫ D: J ≤ 10).
+        * self-attention. T = J s is not squashed; g = σ² M / √D is at most 1.5 / √ln J.
+        * attention. The logits have the standard deviation σ / √3, which is at most 1.5. With a shared matrix a logit
+          covaries with the vote it weighs in the same way for all input capsules, and s² is longer by the factor
+          1 + N σ² / (3 K): together with n² at most 2.
+
+        For J from 2 to 1,000, N from 16 to 100,000 and lengths of the input capsules from 0.3 to 1, the mean of the
+        largest coupling is then below 0.3 (of two capsules 0.6), and the median length of v below 0.95 and above 1e-4,
+        for length 1 above 1e-3. Input capsules of a shared matrix that all point in one direction give a longer s, up
+        to √N times.
+
+        The 1×1 convolution starts as `torch.nn.Conv2d` does, bias and prior at 0 (the prior as in Mazzia et al. 2021).
         """
-        nn.init.normal_(self.weight, std=self.out_capsules / math.sqrt(self.in_capsules * self.out_dim))
+        nn.init.normal_(self.weight, std=_spread(self))
         bound = 1 / math.sqrt(self.out_capsules)
         for convolution in (self.attn_weight, self.attn_bias):
             if convolution is not None:
@@ -293,6 +319,31 @@ class CapsuleLayer(_Matrices):
         return ", ".join(parts)
 
 
+def _spread(layer: CapsuleLayer) -> float:
+    """σ of the matrices; `CapsuleLayer.reset_parameters` derives it."""
+    N, K, J, D = layer.in_capsules, layer.in_dim, layer.out_capsules, layer.out_dim
+    steps = layer.iterations * (layer.iterations - 1) / 2
+    unit = J / math.sqrt(N * D)  # gives s the length 1
+    if layer.routing == "attention":
+        most = _LOGIT_SPREAD * math.sqrt(3)
+        if layer.shared:
+            q = N / (3 * K)
+            most = min(most, math.sqrt((math.sqrt(1 + 8 * q / (N * D) * J**2) - 1) / (2 * q)))
+        return min(unit, most)
+    if J == 1 or layer.routing == "uniform" or (layer.routing == "dynamic" and steps == 0):
+        return unit
+    M = N + D + (N * D / K if layer.shared else 0)
+    growth = _GROWTH / math.sqrt(math.log(J))
+    if layer.routing == "self-attention":
+        return min(unit, math.sqrt(growth * math.sqrt(D) / M))
+    wanted = growth * N * D / (M * J * steps)
+    low, high = 0.0, 1.0
+    while wanted < 0.5 and high - low > 1e-9:  # n³ / (1 + n²) grows with n
+        n = (low + high) / 2
+        low, high = (n, high) if n**3 / (1 + n**2) < wanted else (low, n)
+    return high * unit
+
+
 class EMCapsules(_Matrices):
     """Affine votes and EM routing (Hinton et al. 2018) from every input capsule to every output capsule.
 
@@ -341,7 +392,10 @@ class EMCapsules(_Matrices):
     def reset_parameters(self) -> None:
         """Matrices such that a vote's components have the variance of the pose's, σ = 1 / √K; both β at 0.
 
-        The paper gives no initial values.
+        The paper gives no initial values. The responsibilities do not depend on σ: a vote is measured in standard
+        deviations of the votes. The logit of an activation does: it is λ N / J times the cost of a vote, about
+        D (β_u + ln σ_vote). From thousands of input capsules to few output capsules it leaves the range of the logistic
+        function for any σ, and `inverse_temperature` is best taken in proportion to J / N.
         """
         nn.init.normal_(self.weight, std=1 / math.sqrt(self.in_dim))
         nn.init.zeros_(self.beta_u)

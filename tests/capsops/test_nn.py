@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,88 @@ def test_initial_lengths_lie_where_the_squash_is_steep(size: tuple[int, ...]) ->
     u = torch.nn.functional.normalize(torch.randn(8, size[0], size[1]), dim=-1)
     lengths = layer(u).norm(dim=-1)
     assert 0.35 < lengths.mean() < 0.65  # ‖s‖ = 1 gives 0.5
+
+
+def _start(layer: nn.CapsuleLayer, u: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """The mean of the largest coupling, over up to 2,000 input capsules, and the lengths of the output capsules."""
+    v = layer(u)
+    if layer.routing != "dynamic":
+        return layer.coupling_coefficients(u).amax(dim=2).mean().item(), v.norm(dim=-1)
+    # The logits are û · V with V the sum of the output capsules of the iterations before: no need of all the votes.
+    V = torch.zeros_like(v)
+    for t in range(1, layer.iterations):
+        V += capsops.dynamic_routing(u, layer.weight, t)
+    some = slice(0, 2000)
+    votes = capsops.affine_votes(u[:, some], layer.weight if layer.shared else layer.weight[some])
+    c = torch.einsum("bnjd,bjd->bnj", votes, V).softmax(dim=2)
+    return c.amax(dim=2).mean().item(), v.norm(dim=-1)
+
+
+# N, K, J, D, shared
+STARTS = [
+    (16, 8, 2, 16, False),
+    (16, 8, 10, 16, False),
+    (16, 8, 100, 16, False),
+    (16, 4, 1000, 16, False),
+    (144, 4, 40, 16, False),
+    (144, 2, 400, 16, False),
+    (1152, 8, 10, 16, False),
+    (1152, 1, 200, 8, False),
+    (10_000, 1, 40, 16, False),
+    (100_000, 1, 2, 16, False),
+    (1000, 8, 2, 16, True),
+    (1000, 8, 200, 16, True),
+    (100_000, 2, 1000, 4, True),
+]
+
+
+@pytest.mark.parametrize(
+    ("routing", "N", "K", "J", "D", "shared"),
+    [
+        (routing, *sizes)
+        for routing in ("attention", "dynamic", "self-attention")
+        for sizes in STARTS
+        # The couplings of all input capsules would otherwise take half a minute.
+        if routing == "dynamic" or sizes[0] * sizes[2] < 300_000
+    ],
+)
+@torch.no_grad()
+def test_initial_couplings_are_soft_and_lengths_in_range(
+    routing: str, N: int, K: int, J: int, D: int, shared: bool
+) -> None:
+    torch.manual_seed(0)
+    layer = nn.CapsuleLayer(N, K, J, D, routing, bias=False, shared=shared)
+    directions = torch.nn.functional.normalize(torch.randn(1, N, K), dim=-1)
+    for length, shortest in ((1.0, 1e-3), (0.3, 1e-4)):
+        largest, lengths = _start(layer, directions * length)
+        assert largest < (0.6 if J == 2 else 0.3)
+        assert shortest < lengths.median() < 0.95
+        assert lengths.quantile(0.1) > shortest / 10  # no capsule is lost
+        if length == 1:
+            assert largest * J > 1.0001  # the routing has begun to choose
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 3, 5, 10])
+def test_initial_logits_of_any_number_of_iterations(iterations: int) -> None:
+    torch.manual_seed(0)
+    layer = nn.CapsuleLayer(144, 8, 100, 16, "dynamic", iterations=iterations, bias=False)
+    u = torch.nn.functional.normalize(torch.randn(1, 144, 8), dim=-1)
+    with torch.no_grad():
+        largest, lengths = _start(layer, u)
+    assert largest < 0.1
+    assert 0.02 < lengths.median() < 0.95
+
+
+@pytest.mark.parametrize(
+    "size", [(1152, 8, 10, 16), (460_800, 8, 2, 16), (16, 8, 2, 16), (512, 8, 2, 16), (512, 4, 2, 8)]
+)
+def test_few_output_capsules_start_as_before(size: tuple[int, int, int, int]) -> None:
+    """Those that trained networks of this repository have: σ = J / √(N D)."""
+    N, _, J, D = size
+    for routing in nn.ROUTINGS:
+        if (routing, J) != ("self-attention", 10):
+            layer = nn.CapsuleLayer(*size, routing, device="meta")
+            assert nn._spread(layer) == J / math.sqrt(N * D)
 
 
 @pytest.mark.parametrize("routing", nn.ROUTINGS)
