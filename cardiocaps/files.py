@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.errors import OutputError
+from cardiocaps.errors import OutputError, printable
 
 _REASONS = {
     errno.ENOSPC: "no space left on the disk",
@@ -47,11 +47,13 @@ def output_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
-        raise OutputError(f"cannot write {path}: {reason}") from error
+        raise OutputError(f"cannot write {printable(path)}: {reason}") from error
     except RuntimeError as error:
         if not any(part in str(error) for part in _TORCH_WRITER):
             raise
-        raise OutputError(f"cannot write {path}: the file could not be completed, is the disk full?") from error
+        raise OutputError(
+            f"cannot write {printable(path)}: the file could not be completed, is the disk full?"
+        ) from error
 
 
 @contextmanager

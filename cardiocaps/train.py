@@ -90,7 +90,7 @@ def read_study(config: TrainConfig) -> Study:
         seed=config.seed if config.split_seed is None else config.split_seed,
         max_bad_share=config.max_bad_share,
         limit=config.limit,
-        thresholds={**THRESHOLDS, **(config.threshold or {})},
+        thresholds={**THRESHOLDS, **(config.threshold or {})},  # type: ignore[dict-item]
         group_column=config.group_column,
         allow_split_patients=config.allow_split_patients,
         follow_links=config.follow_links,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from cardiocaps.errors import ConfigError, OutputError
+from cardiocaps.errors import ConfigError, OutputError, printable
 from cardiocaps.files import exclusive, output_errors, replacing, write_bytes
 from cardiocaps.parallel import in_parallel, obey_the_parent
 
@@ -154,7 +154,7 @@ def _clear(out: Path) -> None:
     ours = {*markers, *parts, *folders, *videos, out / TABLE}
     for entry in (*out.iterdir(), *(entry for folder in folders for entry in folder.iterdir())):
         if entry not in ours:
-            raise OutputError(f"{entry} is no part of a phantom: {out} is not overwritten")
+            raise OutputError(f"{printable(entry)} is no part of a phantom: {out} is not overwritten")
     for path in (*videos, *parts, out / TABLE):
         path.unlink(missing_ok=True)
     for folder in folders:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cardiocaps.config import TrainConfig
+from cardiocaps.config import TrainConfig, options
+from cardiocaps.errors import ConfigError
+from cardiocaps.experiments.__main__ import _as_typed, parser
+from cardiocaps.experiments.folder import ExperimentFolder
 from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED, LAMBDAS, SYSTEMS, configure, keys_of, trained_as
 
 BASE = TrainConfig(seed=FIRST_SEED)
@@ -64,3 +69,25 @@ def test_protocols() -> None:
     published = TrainConfig(seed=FIRST_SEED, protocol="paper")
     assert _configured("cardiocaps-video-protocol", base=published).protocol == "video"
     assert _configured("cardiocaps", base=published).limit is None
+
+
+def test_settings_of_several_parts_are_typed_again_as_they_were() -> None:
+    typed = ["table6", "--threshold", "LVIDd=6", "--threshold", "IVSd=1.25", "--group-column", "who it was"]
+    given = {name: value for name, value in vars(parser().parse_args(typed)).items() if name in options()}
+    (threshold, column) = given["threshold"], given["group_column"]
+    again = list(_as_typed({"threshold": threshold, "group_column": column}))
+    assert again == ["--threshold LVIDd=6", "--threshold IVSd=1.25", "--group-column 'who it was'"]
+    assert parser().parse_args(["table6", *shlex.split(" ".join(again))]).threshold == threshold
+
+
+def test_a_folder_of_an_older_version_is_gone_on_with(tmp_path: Path) -> None:
+    folder, config = ExperimentFolder(tmp_path), TrainConfig(channels_last=False)
+    folder.claim(config)
+    folder.jobs.mkdir()
+    marker = json.loads(folder.marker.read_text())
+    for name in ("threshold", "group_column", "allow_split_patients", "tf32"):
+        del marker["settings"][name]
+    folder.marker.write_text(json.dumps(marker))
+    folder.claim(config)
+    with pytest.raises(ConfigError, match=r"threshold is \{'IVSd': 1.2\}, was None"):
+        folder.claim(replace(config, threshold={"IVSd": 1.2}))
