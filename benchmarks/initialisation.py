@@ -51,7 +51,7 @@ def accuracy(sigma: float | None, seed: int, learning_rate: float, steps: int = 
     default = layer.weight.std().item()
     if sigma is not None:
         with torch.no_grad():
-            layer.weight *= sigma / default
+            layer.weight.mul_(sigma / default)
     net = nn.Sequential(nn.Conv2d(1, 64, 3), nn.ReLU(), PrimaryCapsules(64, 16, K, kernel_size=4, stride=1), layer)
     optimiser = torch.optim.Adam(net.parameters(), learning_rate)
     for _ in range(steps):

@@ -95,10 +95,6 @@ class PrimaryCapsules(nn.Module):
         self.conv = nn.Conv2d(in_channels, types * dim, kernel_size, stride, padding, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check(x)
-        return functional.primary_capsules(self.conv(x), self.types, layout=self.layout, squash=self.squash)
-
-    def _check(self, x: Tensor) -> None:
         layer, conv = "PrimaryCapsules", self.conv
         _ops.check_tensors(layer, "x", 1, x)
         if x.dim() != 4 or x.shape[1] != conv.in_channels:
@@ -106,9 +102,13 @@ class PrimaryCapsules(nn.Module):
                 f"{layer}: x has shape {list(x.shape)}; expected [B, in_channels, H, W] with in_channels = "
                 f"{conv.in_channels}"
             )
-        if not torch.is_autocast_enabled(x.device.type):
+        try:
+            features = conv(x)
+        except RuntimeError:  # which names no layer; autocast has cast what it casts
+            _no_window(layer, conv.kernel_size[0], int(conv.padding[0]), *x.shape[2:])
             _ops.check_floating(layer, "x weight", x, conv.weight)
-        _no_window(layer, conv.kernel_size[0], int(conv.padding[0]), *x.shape[2:])
+            raise
+        return functional.primary_capsules(features, self.types, layout=self.layout, squash=self.squash)
 
     def extra_repr(self) -> str:
         return f"types={self.types}, dim={self.dim}, layout={self.layout!r}, squash={self.squash!r}"

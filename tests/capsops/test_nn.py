@@ -183,6 +183,17 @@ def test_primary_capsules_legacy() -> None:
     torch.testing.assert_close(u[:, 9], capsops.squash(features[:, 1, 0, 4:8]))
 
 
+@pytest.mark.parametrize("routing", nn.ROUTINGS)
+def test_layers_without_memory_say_what_comes_out(routing: str) -> None:
+    """On the device "meta", where autocast is unknown."""
+    with torch.device("meta"):
+        u = nn.PrimaryCapsules(3, types=2, dim=4, kernel_size=3, stride=2)(torch.zeros(2, 3, 9, 17))
+        assert u.shape == (2, 64, 4)
+        assert nn.CapsuleLayer(64, 4, 3, 5, routing)(u).shape == (2, 3, 5)
+        grid = u.reshape(2, 2, 4, 8, 4)
+        assert nn.ConvCapsules(2, 4, 3, 5, routing=routing)(grid).shape == (2, 3, 2, 6, 5)
+
+
 @pytest.mark.parametrize("layout", nn.LAYOUTS)
 def test_primary_capsules_of_no_image(layout: str) -> None:
     primary = nn.PrimaryCapsules(3, types=2, dim=4, kernel_size=3, stride=2, layout=layout)
