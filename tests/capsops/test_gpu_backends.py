@@ -6,9 +6,12 @@ programs small enough that there are several of each; the CUDA kernels are then 
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,6 +45,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     if not GPU:
         monkeypatch.setattr(triton, "_TILE", 64)
         monkeypatch.setattr(triton, "_PROGRAMS", 3)
+        monkeypatch.setattr(triton, "_SUMMED_BYTES", 100)
+        # Of three iterations two are emitted together, and then the first.
+        monkeypatch.setattr(triton, "_STATE_BYTES", 0)
+        monkeypatch.setattr(triton, "_LEAST_ITERATIONS", 2)
 
 
 def _can(backend: str, routing: Routing) -> bool:
@@ -243,6 +250,86 @@ def test_attention_to_many_output_capsules(shared: bool, monkeypatch: pytest.Mon
         exact = run(routing, arguments, torch.float64, "reference", mask=mask)
         for got, expected in zip(run(routing, arguments, torch.float64, "triton", mask=mask), exact, strict=True):
             assert relative_error(got, expected) < 1e-12
+
+
+class _Idle:
+    """A kernel that does nothing."""
+
+    def __getitem__(self, grid: object) -> Callable[..., None]:
+        return lambda *_, **__: None
+
+
+def _held_at_most(call: Callable[[], object]) -> int:
+    """The bytes that torch holds besides what it held before, at the moment when they are most."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+@pytest.mark.parametrize(
+    ("shape", "rows", "shared", "iterations", "dtype"),
+    [
+        ((128, 1152, 2, 10, 16), 0, False, 40, torch.float32),  # MNIST, but for K
+        ((128, 1152, 2, 10, 16), 0, False, 10, torch.float64),
+        ((1024, 100, 2, 10, 16), 0, False, 10, torch.float32),
+        ((2048, 50, 64, 4, 64), 0, True, 6, torch.float32),  # a recommender
+        ((4, 256, 2, 512, 8), 0, False, 3, torch.float32),  # many output capsules
+        ((64, 288, 2, 32, 4), 4, False, 10, torch.float32),  # matrix capsules
+    ],
+    ids=str,
+)
+def test_memory_of_triton(
+    shape: tuple[int, ...],
+    rows: int,
+    shared: bool,
+    iterations: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """At most 32 MB and 24 states of the output capsules, whatever the iterations. The kernels are idle."""
+    if "triton" not in BACKENDS:
+        pytest.skip("Triton does not run here")
+    monkeypatch.undo()  # the tiles and programs of a GPU
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # quicker
+    stream, row_kernels = (importlib.import_module(f"capsops.backends.triton.{name}") for name in ("stream", "rows"))
+    for name in ("reduce_kernel", "emit_kernel"):
+        monkeypatch.setattr(stream, name, _Idle())
+    for name in ("squash_kernel", "squash_backward_kernel"):
+        monkeypatch.setattr(row_kernels, name, _Idle())
+    B, N, K, J, D = shape
+
+    def zeros(*size: int) -> torch.Tensor:
+        return torch.zeros(size, dtype=dtype)
+
+    weight = zeros(*((K, J, D) if shared else (N, K, J, D)))
+    v, small, prior, mix = zeros(B, J, *[rows] * bool(rows), D), zeros(J), zeros(N, J), zeros(J, J)
+    R, no, yes = iterations, False, [True] * 5
+    if rows:
+        u, activation, out, inverse_temperatures = zeros(B, N, rows, K), zeros(B, N), zeros(B, J), [1.0] * R
+        state, floats, params = zeros(R, B, J, 3 * rows * D + 2) + 1, 2 * rows * D + 1, 0
+        inputs = (u, activation, weight, small, small, None, inverse_temperatures)
+        calls = [
+            lambda: triton.em_routing(v, out, state, *inputs),
+            lambda: triton.em_routing_backward(u, activation, weight, small, small, v, out, state, *inputs, yes),
+        ]
+    else:
+        u, s, total, bias = zeros(B, N, K), zeros(R, B, J, D), zeros(B, J, D), zeros(J, D)
+        floats, params = D, J * J * (J > triton._MOST_MIXED)
+        dynamic = (v, s, u, weight, bias, None, R, no)
+        attention = (u, weight, mix, small, None)
+        own = (u, weight, prior, None, 1.0)
+        calls = [
+            lambda: triton.dynamic_routing(v, s, *dynamic[2:]),
+            lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, False, yes),
+            lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, True, yes),
+            lambda: triton.attention_routing(v, total, *attention),
+            lambda: triton.attention_routing_backward(u, weight, mix, small, v, total, *attention, yes[:4]),
+            lambda: triton.self_attention_routing(v, total, total, *own),
+            lambda: triton.self_attention_routing_backward(u, weight, prior, v, total, total, *own, yes[:3]),
+        ]
+    allowed = 32_000_000 + 24 * B * J * floats * dtype.itemsize + 3 * 8 * params
+    assert [n for n in map(_held_at_most, calls) if n > allowed] == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux alone")

@@ -5,13 +5,17 @@ is 1 they run on the CPU too, slowly: for tests.
 
 Every function fills the outputs that come first among its arguments, as in `extension.py`. Between the passes over the
 votes plain PyTorch does what is left, on [B, J, D] numbers.
+
+Besides its operands and results an operator holds at most 32 MB and 24 times [B, J, D] numbers of the accumulation
+dtype, for any number of input capsules and of iterations; for EM routing they are [B, J, 2 P·D + 1]. For more than
+`_MOST_MIXED` output capsules attention routing also holds sums of the size of its parameters and of a shared matrix.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -29,9 +33,11 @@ DEVICE_TYPES = ("cuda", "xpu")
 
 # Numbers of a tile of votes that a program holds, and the threads (in warps of 32) for more of them.
 _TILE, _WARPS = 2048, 4
-# Programs that a pass is cut into at most, by the shape alone so that sums have one order; and the bytes of partial
-# sums that it leaves at most.
-_PROGRAMS, _PARTIAL_BYTES = 2048, 1 << 25
+# Programs that a pass is cut into at most, by the shape alone so that sums have one order; the bytes of partial sums
+# that it leaves at most, if there are several; and those of the partial sums that are added up at a time.
+_PROGRAMS, _PARTIAL_BYTES, _SUMMED_BYTES = 2048, 16_000_000, 8_000_000
+# Of a gradient through all iterations, the bytes of states that are kept together, and the iterations at least.
+_STATE_BYTES, _LEAST_ITERATIONS = 6_000_000, 4
 # Numbers that Triton lets a tile have.
 _MOST_NUMBERS = 1 << 20
 # Output capsules that attention routing mixes in the registers of one program.
@@ -150,6 +156,10 @@ class _Stream:
         run = max(-(-tiles // most), 1) * NB
         return run, -(-N // run)
 
+    def fitting(self, numbers: int) -> int:
+        """Programs that may leave so many partial sums each."""
+        return max(_PARTIAL_BYTES // max(self.wide.itemsize * numbers, 1), 1)
+
     def constants(self) -> dict[str, Any]:
         _, _, P, K, J, D = self.sizes
         sizes = {"K": K, "J": J, "D": D, "P": P, **self.tile}
@@ -158,9 +168,9 @@ class _Stream:
     def reduce(
         self,
         routing: str,
-        states: Sequence[Tensor] = (),
+        states: Sequence[Tensor] | Tensor = (),
         *,
-        scalars: Sequence[Tensor] = (),
+        scalars: Sequence[Tensor] | Tensor = (),
         attn_weight: Tensor | None = None,
         attn_bias: Tensor | None = None,
         prior: Tensor | None = None,
@@ -172,24 +182,24 @@ class _Stream:
 
         B, N, P, _, J, D = self.sizes
         row = 2 * P * D + 1 if routing.startswith("em") else P * D
-        most = max(min(_PROGRAMS // max(self.batch_tiles, 1), _PARTIAL_BYTES // max(4 * B * J * row, 1)), 1)
-        run, runs = self.runs(most)
+        most = min(_PROGRAMS // max(self.batch_tiles, 1), self.fitting(B * J * row))
+        run, runs = self.runs(max(most, 1))
         partial = self.u.new_empty(runs, B, J, row, dtype=self.wide)
         if partial.numel():
             reduce_kernel[(runs * self.batch_tiles,)](
                 self.u, self.weight, self.mask, _stacked(states), _stacked(scalars), attn_weight, attn_bias, prior,
                 activation, partial, B, N, run, **self.constants(), routing=routing, leaky=leaky,
             )  # fmt: skip
-        return partial.sum(dim=0, dtype=torch.float64).to(self.wide)
+        return partial[0] if runs == 1 else _summed(partial).to(self.wide)
 
     def emit(
         self,
         routing: str,
         g_u: Tensor | None,
         g_weight: Tensor | None,
-        states: Sequence[Tensor] = (),
+        states: Sequence[Tensor] | Tensor = (),
         *,
-        scalars: Sequence[Tensor] = (),
+        scalars: Sequence[Tensor] | Tensor = (),
         iterations: int = 1,
         attn_weight: Tensor | None = None,
         attn_bias: Tensor | None = None,
@@ -203,8 +213,9 @@ class _Stream:
         leaky: bool = False,
         detach: bool = False,
         has_rest: bool = False,
+        more: bool = False,
     ) -> None:
-        """Fill the gradients that are not None."""
+        """Fill the gradients that are not None; more: add to those of u, W and the activation."""
         from .stream import emit_kernel
 
         B, N, _, K, J, D = self.sizes
@@ -212,7 +223,7 @@ class _Stream:
         matrices = 1 if self.shared else self.tile["NB"]
         params = J * (J + 1) if g_attn_weight is not None or g_attn_bias is not None else 0
         left = matrices * K * J * D * in_pieces + params
-        run, programs = self.runs(min(_PROGRAMS, max(_PARTIAL_BYTES // max(4 * left, 1), 1)))
+        run, programs = self.runs(min(_PROGRAMS, self.fitting(left)))
         if B == 0:
             programs = 0
 
@@ -227,20 +238,40 @@ class _Stream:
                 self.u, self.weight, self.mask, _stacked(states), _stacked(scalars), attn_weight, attn_bias, prior,
                 activation, g_votes, g_u, g_weight, sums, own_weight, own_bias, g_prior, g_activation, B, N, run,
                 iterations, **self.constants(), routing=routing, leaky=leaky, detach=detach, has_rest=has_rest,
+                more=more,
             )  # fmt: skip
-        elif g_weight is not None:
+        elif g_weight is not None and not more:
             g_weight.zero_()
         for out, pieces in ((g_attn_weight, own_weight), (g_attn_bias, own_bias)):
             if out is not None and pieces is not None:
-                out.copy_(pieces.sum(dim=0, dtype=torch.float64))
+                out.copy_(_summed(pieces))
         if g_prior is not None and not programs:
             g_prior.zero_()
         if g_weight is not None and self.shared and sums is not None and programs:
-            g_weight.copy_(sums.sum(dim=(0, 1), dtype=torch.float64))
+            total = _summed(sums)[0]
+            g_weight.copy_(total.add_(g_weight) if more else total)
 
 
-def _stacked(x: Sequence[Tensor]) -> Tensor | None:
+def _stacked(x: Sequence[Tensor] | Tensor) -> Tensor | None:
+    if isinstance(x, Tensor):
+        return x
     return torch.stack(tuple(x)) if x else None
+
+
+def _summed(x: Tensor) -> Tensor:
+    """The sum over the first axis in float64, some rows at a time, for torch makes a float64 copy of what it sums."""
+    rows = max(_SUMMED_BYTES // max(8 * x[:1].numel(), 1), 1)
+    total = x[:rows].sum(dim=0, dtype=torch.float64)
+    for some in x[rows:].split(rows):
+        total += some.sum(dim=0, dtype=torch.float64)
+    return total
+
+
+def _groups(iterations: int, nbytes: int) -> Iterator[tuple[int, int]]:
+    """Begin and end of groups of iterations with so many bytes of states each, the last group first."""
+    size = max(_STATE_BYTES // max(nbytes, 1), _LEAST_ITERATIONS)
+    for end in range(iterations, 0, -size):
+        yield max(end - size, 0), end
 
 
 def _asked(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
@@ -454,24 +485,35 @@ def dynamic_routing_backward(
 ) -> None:
     with _on(u):
         stream = _Stream.of(u, weight, mask)
-        v = _squashed(s.contiguous())
-        x = [torch.zeros_like(s[0])]
-        for t in range(1, iterations):
-            x.append(x[-1] + v[t - 1])
-        g = [_gradient_of_s(g_v.to(s.dtype), s[-1])]  # from the last iteration to the first
-        g_total = torch.zeros_like(s[0])
-        for t in range(iterations - 1, 0, -1):
-            if detach:
-                break
-            g_total = g_total + stream.reduce("adjoint", [x[t], g[-1]], leaky=leaky)
-            g.append(_gradient_of_s(g_total, s[t - 1]))
-        g.reverse()
-        if wanted[2]:
-            g_bias.copy_(torch.stack(g).sum(dim=(0, 1), dtype=torch.float64))
         own_u, own_weight = _asked((g_u, g_weight), wanted[:2])
-        if own_u is not None or own_weight is not None:
-            used = x[-len(g) :]
-            stream.emit("agreement", own_u, own_weight, [*used, *g], iterations=len(g), leaky=leaky, detach=detach)
+        to_v, to_bias = g_v.to(s.dtype), s.new_zeros(g_bias.shape, dtype=torch.float64)
+        g_total = torch.zeros_like(s[0])
+        last = iterations - 1
+        groups = [(last, iterations)] if detach else _groups(iterations, 2 * s[0].nbytes)
+        for begin, end in groups:
+            # Of these iterations the sums of v before each, and the gradients of s.
+            states = s.new_empty(2, end - begin, *s.shape[1:])
+            x, g = states
+            total = torch.zeros_like(s[0])
+            for t in range(end):
+                if t >= begin:
+                    x[t - begin] = total
+                if t < last:
+                    total = total + _squashed(s[t])
+            for t in range(end - 1, begin - 1, -1):
+                own = g[t - begin]
+                own.copy_(_gradient_of_s(to_v if t == last else g_total, s[t]))
+                if wanted[2]:
+                    to_bias += own.sum(dim=0, dtype=torch.float64)
+                if t > 0 and not detach:
+                    g_total = g_total + stream.reduce("adjoint", [x[t - begin], own], leaky=leaky)
+            if own_u is not None or own_weight is not None:
+                stream.emit(
+                    "agreement", own_u, own_weight, states.flatten(0, 1), iterations=end - begin, leaky=leaky,
+                    detach=detach, more=end < iterations,
+                )  # fmt: skip
+        if wanted[2]:
+            g_bias.copy_(to_bias)
 
 
 def self_attention_routing(
@@ -583,34 +625,34 @@ def em_routing_backward(
         to_mean = g_mean.to(state.dtype).reshape(B, J, H)
         to_variance = zeros
         to_logit = g_out_activation.to(state.dtype) * probability * torch.sigmoid(-gaussians[-1].logit)
-        states: list[list[Tensor]] = []
-        scalars: list[list[Tensor]] = []
         sum_u = sum_a = zero
-        for t in range(iterations - 1, -1, -1):
-            g = gaussians[t]
-            linear, quadratic, constant, to_beta_u, to_beta_a = maximise_backward(
-                g, to_mean, to_variance, to_logit, cost, inverse_temperatures[t]
-            )
-            sum_u, sum_a = sum_u + to_beta_u, sum_a + to_beta_a
-            before, width, bias = (
-                (zeros, zeros, zero) if t == 0 else (gaussians[t - 1].mean, *gaussians[t - 1].expectation())
-            )
-            states.insert(0, [before, width, g.mean, linear, quadratic])
-            scalars.insert(0, [bias, constant])
-            if t > 0:
-                sums = stream.reduce("em_adjoint", states[0], scalars=scalars[0], activation=a)
-                to_mean, to_variance, to_logit = expect_backward(
-                    gaussians[t - 1], sums[..., -1], sums[..., :H], sums[..., H:-1]
+        wide = None if own_activation is None else torch.zeros_like(own_activation, dtype=state.dtype)
+        for begin, end in _groups(iterations, 5 * zeros.nbytes):
+            states, scalars = state.new_empty(end - begin, 5, B, J, H), state.new_empty(end - begin, 2, B, J)
+            for t in range(end - 1, begin - 1, -1):
+                g = gaussians[t]
+                linear, quadratic, constant, to_beta_u, to_beta_a = maximise_backward(
+                    g, to_mean, to_variance, to_logit, cost, inverse_temperatures[t]
                 )
+                sum_u, sum_a = sum_u + to_beta_u, sum_a + to_beta_a
+                before, width, bias = (
+                    (zeros, zeros, zero) if t == 0 else (gaussians[t - 1].mean, *gaussians[t - 1].expectation())
+                )
+                own, own_scalars = states[t - begin], scalars[t - begin]
+                torch.stack([before, width, g.mean, linear, quadratic], out=own)
+                torch.stack([bias, constant], out=own_scalars)
+                if t > 0:
+                    sums = stream.reduce("em_adjoint", own, scalars=own_scalars, activation=a)
+                    to_mean, to_variance, to_logit = expect_backward(
+                        gaussians[t - 1], sums[..., -1], sums[..., :H], sums[..., H:-1]
+                    )
+            if own_pose is not None or own_weight is not None or wide is not None:
+                stream.emit(
+                    "em", own_pose, own_weight, states.flatten(0, 1), scalars=scalars.flatten(0, 1),
+                    iterations=end - begin, activation=a, g_activation=wide, more=end < iterations,
+                )  # fmt: skip
         for out, value in ((own_beta_u, sum_u), (own_beta_a, sum_a)):
             if out is not None:
                 out.copy_(value.sum(dim=0, dtype=torch.float64))
-        if own_pose is None and own_weight is None and own_activation is None:
-            return
-        wide = None if own_activation is None else torch.zeros_like(own_activation, dtype=state.dtype)
-        stream.emit(
-            "em", own_pose, own_weight, [x for own in states for x in own],
-            scalars=[x for own in scalars for x in own], iterations=iterations, activation=a, g_activation=wide,
-        )  # fmt: skip
         if own_activation is not None and wide is not None:
             own_activation.copy_(wide)

@@ -181,9 +181,18 @@ def reduce_kernel(
 
 
 @triton.jit
+def plus(to, x, inside):
+    """*to + x."""
+    # A number may be held by several threads, of which one stores it.
+    tl.debug_barrier()
+    x += tl.load(to, mask=inside, other=0.0).to(x.dtype)
+    tl.debug_barrier()
+    return x
+
+
+@triton.jit
 def add_to(to, x, inside, again):
     """*to = x, or *to += x where this program has written there before."""
-    # A number may be held by several threads, of which one stores it.
     tl.debug_barrier()
     if again:
         x += tl.load(to, mask=inside, other=0.0)
@@ -243,19 +252,23 @@ def em_states(states, n, b, j, p, d, B, J: tl.constexpr, D: tl.constexpr, P: tl.
 def write_g_u(
     g, g_u, weight, i, b, j, p, d, end, B, N,
     K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr, A: tl.constexpr,
+    more: tl.constexpr,
 ):  # fmt: skip
     """g_u,bi = g_û,bi W_iᵀ."""
+    inside = (i < end) & (b < B) & (p < P)
     for k in tl.range(0, K, loop_unroll_factor=4):
         own = over_capsules(tl.sum(g * matrix(weight, i, j, d, k, end, K, J, D, shared, A), 4, keep_dims=True))
         to = g_u + ((b * N + i) * P + p) * K + k
-        tl.store(to, own.to(g_u.dtype.element_ty), mask=(i < end) & (b < B) & (p < P))
+        if more:
+            own = plus(to, own, inside)
+        tl.store(to, own.to(g_u.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def write_g_weight(
     g, u, g_weight, sums, n, i, b, j, p, d, there, end, program, N, again, last,
     K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, NB: tl.constexpr, shared: tl.constexpr,
-    A: tl.constexpr,
+    A: tl.constexpr, more: tl.constexpr,
 ):  # fmt: skip
     """g_W,i = Σ_b u_biᵀ g_û,bi of a tile of the batch; n: 0 … NB − 1 of the input capsules."""
     for k in tl.range(0, K, loop_unroll_factor=4):
@@ -269,6 +282,8 @@ def write_g_weight(
             if sums is not None:
                 own = add_to(sums + (((program * NB + n) * K + k) * J + j) * D + d, own, inside, again)
             to = g_weight + ((i * K + k) * J + j) * D + d
+            if more:
+                own = plus(to, own, inside & last)
             tl.store(to, own.to(g_weight.dtype.element_ty), mask=inside & last)
 
 
@@ -287,6 +302,7 @@ def emit_kernel(
     K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr,
     NB: tl.constexpr, BB: tl.constexpr, JP: tl.constexpr, DP: tl.constexpr, PP: tl.constexpr, A: tl.constexpr,
     routing: tl.constexpr, leaky: tl.constexpr, detach: tl.constexpr, has_rest: tl.constexpr,
+    more: tl.constexpr,  # added to g_u, g_weight and g_activation
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     begin = program * run
@@ -319,7 +335,11 @@ def emit_kernel(
                 a = tl.load(activation + pair, mask=there, other=0.0)
                 g, g_a = em_gradient(v, states, scalars, a, b, j, p, d, B, iterations, J, D, P)
                 if g_activation is not None:
-                    tl.store(g_activation + pair, tl.where(there, g_a, 0.0), mask=(i < end) & (b < B))
+                    exists = (i < end) & (b < B)
+                    g_a = tl.where(there, g_a, 0.0)
+                    if more:
+                        g_a = plus(g_activation + pair, g_a, exists)
+                    tl.store(g_activation + pair, g_a, mask=exists)
             elif routing == "attention":
                 g_s = state(states, 0, b, j, p, d, B, J, D, P)
                 g, dz = attention_gradient(v, g_s, attn_weight, attn_bias, j, there, J, attn_bias is not None)
@@ -332,12 +352,12 @@ def emit_kernel(
                     biases += tl.sum(tl.sum(over_components(dz), 0, keep_dims=True), 1, keep_dims=True)
             g = tl.where(there, g, 0.0)
             if g_u is not None:
-                write_g_u(g, g_u, weight, i, b, j, p, d, end, B, N, K, J, D, P, shared, A)
+                write_g_u(g, g_u, weight, i, b, j, p, d, end, B, N, K, J, D, P, shared, A, more)
             if g_weight is not None:
                 again = (first > 0) | (start > begin) if shared else first > 0
                 write_g_weight(
                     g, u, g_weight, sums, axis(NB, 0), i, b, j, p, d, there, end, program, N, again, first + BB >= B,
-                    K, J, D, P, NB, shared, A,
+                    K, J, D, P, NB, shared, A, more,
                 )  # fmt: skip
     if routing == "attention":
         m = axis(JP, 4)

@@ -1,7 +1,7 @@
 """Attention routing to more output capsules than a program can mix in registers, in plain PyTorch.
 
 Mixing J output capsules is a product with a J × J matrix: most of the work where J is large, and what PyTorch's own
-matrix product is for. The votes of a few input capsules at a time are held.
+matrix product is for. The votes of a few input capsules at a time are held, and what is made of them is made in place.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Bytes of the votes that are held at a time.
-_TILE_BYTES = 1 << 25
+# Bytes of the votes and of as many numbers made of them as are held at a time: their couplings, two gradients, and what
+# a product of matrices copies.
+_TILE_BYTES, _HELD = 24_000_000, 6
 
 
 def _tiles(u: Tensor, weight: Tensor, mask: Tensor | None, wide: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Input capsules, u [B, n, K] of them, 0 where there is none, and their matrices [n, K, J, D] or [K, J, D]."""
     B, N, _ = u.shape
     J, D = weight.shape[-2:]
-    size = max(_TILE_BYTES // max(B * J * D * wide.itemsize, 1), 1)
+    size = max(_TILE_BYTES // max(_HELD * B * J * D * wide.itemsize, 1), 1)
     for start in range(0, N, size):
         at = slice(start, start + size)
         own = u[:, at].to(wide)
@@ -31,8 +32,13 @@ def _tiles(u: Tensor, weight: Tensor, mask: Tensor | None, wide: torch.dtype) ->
 def _couplings(u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The votes [B, n, J, D] and their couplings."""
     votes = torch.einsum("bnk,nkjd->bnjd" if weight.dim() == 4 else "bnk,kjd->bnjd", u, weight)
-    z = torch.einsum("mj,bnjd->bnmd", attn_weight, votes)
-    return votes, (z if attn_bias is None else z + attn_bias[:, None]).softmax(dim=2)
+    c = torch.einsum("mj,bnjd->bnmd", attn_weight, votes)
+    if attn_bias is not None:
+        c += attn_bias[:, None]
+    c -= c.amax(dim=2, keepdim=True)
+    c.exp_()
+    c /= c.sum(dim=2, keepdim=True)
+    return votes, c
 
 
 def forward(
@@ -42,7 +48,7 @@ def forward(
     total = torch.zeros_like(s, dtype=torch.float64)
     for _, own, matrices in _tiles(u, weight, mask, s.dtype):
         votes, c = _couplings(own, matrices, attn_weight, attn_bias)
-        total += (c * votes).sum(dim=1)  # 0 where there is no capsule, for its votes are
+        total += c.mul_(votes).sum(dim=1)  # 0 where there is no capsule, for its votes are
     s.copy_(total)
 
 
@@ -67,7 +73,8 @@ def backward(
         votes, c = _couplings(own, matrices, attn_weight, attn_bias)
         g = c * g_s[:, None]
         dz = g * votes
-        dz -= c * dz.sum(dim=2, keepdim=True)
+        dz.addcmul_(c, dz.sum(dim=2, keepdim=True), value=-1)
+        del c
         to_attn_weight += torch.einsum("bnmd,bnjd->mj", dz, votes)
         to_attn_bias += dz.sum(dim=(0, 1, 3))
         g += torch.einsum("mj,bnmd->bnjd", attn_weight, dz)
