@@ -301,10 +301,10 @@ def _whose_videos(
     kind, column = table.group_kind, f"column {table.group_column}"
     numbers = {name: max(row.group for row in rows) for name, rows in usable.items()}
     if len(set(numbers.values())) < 2 and not asked:
-        return {}, "", [Problem(column, "not used: it says the same of all videos", harmless=True)]
+        return {}, "", [Problem(column, "not used, for it says the same of all videos", harmless=True)]
     patients = {name: f"{kind} {n}" if n else f"video {i}" for i, (name, n) in enumerate(numbers.items())}
     alone = sum(number == 0 for number in numbers.values())
-    note = f"blank, so that a video counts as a {kind} of its own: {alone} of {len(numbers)} videos"
+    note = f"{alone} of {len(numbers)} videos name no {kind}; each counts as one of its own"
     return patients, kind, [Problem(column, note, harmless=True)] if alone else []
 
 

@@ -300,9 +300,8 @@ class _Reader:
         for what, (low, high) in _MILLIMETRES.items():
             values = self._values[what]
             if values and low <= (middle := median_low(values)) <= high:
-                return (
-                    f"CalcValue looks like millimetres where cm are expected: the median of the {what} is {middle:.3g}"
-                )
+                found = f"the median of the {what} is {middle:.3g}"
+                return f"CalcValue looks like millimetres where cm are expected ({found})"
         return ""
 
     def _claim(self, cells: tuple[str, ...]) -> Header:

@@ -62,7 +62,7 @@ def regular_file(path: Path, root: Path, follow_links: bool = False) -> Path:
         status = real.stat()
         outside = not real.is_relative_to(root.resolve(strict=True))
     except FileNotFoundError:
-        raise VideoError("no such file") from None
+        raise VideoError("a link to nothing" if path.is_symlink() else "no such file") from None
     except (
         OSError,
         RuntimeError,

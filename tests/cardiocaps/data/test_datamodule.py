@@ -292,3 +292,13 @@ def test_the_package_starts_without_heavy_imports() -> None:
     code = f"import sys, cardiocaps.data; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_a_test_split_alone_gives_batches(tmp_path: Path, shared_cache: Path) -> None:
+    root = write_folder(tmp_path)
+    table = root / "MeasurementsList.csv"
+    table.write_text(table.read_text().replace(",train", ",test").replace(",val", ",test"))
+    data = EchoDataModule(
+        read_folder(root, needed_splits=("test",)), size=16, batch_size=5, frames_per_clip=2, cache_dir=shared_cache
+    )
+    assert len(joined(epoch_of(data, "test"))["clip"]) == 16 and len(data.labels("train")) == 0

@@ -266,7 +266,7 @@ def test_a_column_that_says_the_same_of_all_is_not_used(tmp_path: Path) -> None:
     root = whose(write_folder(tmp_path), ["EchoNet"] * 8, column="study")
     study = read_folder(root)
     assert study.group_column is None and {clip.patient for clip in study.clips} == {None}
-    assert found(study, "column study") == ["not used: it says the same of all videos"]
+    assert found(study, "column study") == ["not used, for it says the same of all videos"]
     assert "the table names no patients" in study.summary()
     with pytest.raises(DataError, match="its split divides 1 of 1 patients"):
         read_folder(root, group_column="study")
@@ -276,7 +276,7 @@ def test_a_video_of_nobody_counts_by_itself_and_one_of_two_people_is_bad(tmp_pat
     root = whose(write_folder(tmp_path), ["", "", *WHO[2:]])
     study = read_folder(root)
     assert len({clip.patient for clip in study.clips}) == 5 and None not in {clip.patient for clip in study.clips}
-    assert found(study, "column PatientID") == ["blank, so that a video counts as a patient of its own: 2 of 8 videos"]
+    assert found(study, "column PatientID") == ["2 of 8 videos name no patient; each counts as one of its own"]
     table = root / "MeasurementsList.csv"
     table.write_text(table.read_text() + ",0X0000000000000002,LVIDd,4.5,3,,,,,12,50,64,48,train,DORA\n")
     study = read_folder(root, max_bad_share=0.2)
@@ -347,6 +347,16 @@ def test_a_run_reads_its_data_as_its_settings_say(tmp_path: Path) -> None:
             read_study(replace(settings, **less))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="train: 4 normal, 0 abnormal"):
         read_study(replace(settings, threshold={"IVSd": 1.5}))
+
+
+def test_a_link_to_nothing_is_called_so(tmp_path: Path) -> None:
+    """As git-annex leaves a file that was not fetched."""
+    root = write_folder(tmp_path, 16)
+    path = root / "Batch1" / "0X0000000000000000.avi"
+    path.unlink()
+    path.symlink_to(Path("..", ".git", "annex", "objects", "SHA256E-s1--0.avi"))
+    study = read_folder(root, max_bad_share=0.1, follow_links=True)
+    assert found(study, path.stem) == ["a link to nothing"]
 
 
 def test_two_names_of_one_file_are_one_video(tmp_path: Path) -> None:
