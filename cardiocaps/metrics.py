@@ -1,13 +1,30 @@
-"""Metrics of a classifier's probabilities, with bootstrap intervals over videos, and of a regression.
+"""Metrics of a classifier's probabilities, with intervals, and of a regression.
 
-The frames of a video are not independent: the bootstrap draws whole videos, separately within each class, so
-that no resample loses a class. A resample is a weight for each video, and every metric is written for
-weighted samples; the estimate itself is the case in which all weights are one.
+The frames of a video are not independent, nor are the videos of a patient: the bootstrap draws whole groups (videos,
+or patients where they are known), separately within each class, so that no resample loses a class. A resample is a
+weight for each group, and every metric is written for weighted samples; the estimate itself is the case in which all
+weights are one.
+
+Intervals cover 95 % and are of two kinds, and each says of which:
+
+* `bootstrap`: the middle 95 % of the resamples. Too narrow for few groups, which a note then says.
+* `exact`: for sensitivity, specificity and accuracy the interval of Clopper and Pearson (1934), wherever each group
+  is a single sample. The bootstrap has no width where all samples are right, and is too narrow where most are. Groups
+  of several samples are drawn by the bootstrap; only where that has no width, since the metric is 0 or 1, is the
+  number of groups put in place of the number of samples.
+
+An AUROC of 1 (or 0) has no width under the bootstrap either, nor has the variance of Hanley and McNeil (1982). Its
+exact bound: take m disjoint pairs of a positive and a negative group. Each is in the right order with probability
+AUROC, independently of the others, so all are with probability AUROC^m, and a perfect order of all samples is no more
+probable than that. The bound is therefore that of Clopper and Pearson for m of m. No larger one holds for every
+distribution: where all of the more frequent class have one value, perfect order has exactly that probability.
+
+Other metrics of which all resamples have the same value (an F1 or an average precision of 1) get no interval.
 """
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from statistics import fmean, stdev
 from typing import Any
 
@@ -34,8 +51,17 @@ METRICS = (
     "brier",
 )
 
-_FEW = 5
-"""With fewer videos of a class, a percentile interval is too narrow to be believed."""
+BOOTSTRAP, EXACT, NO_INTERVAL = "bootstrap", "exact", "no interval"
+"""What `Estimate.method` can be, besides empty where no interval was asked for."""
+
+PROPORTIONS = ("sensitivity", "specificity", "accuracy")
+"""The metrics that count samples out of a number that is known beforehand."""
+
+_NARROW = 0.05
+"""A bootstrap interval that is too narrow by this share, or more, is noted."""
+
+_KINDS = ("are normal", "are abnormal", "have both labels")
+"""Of groups, by the labels of their samples."""
 
 _CHUNK = 1 << 21
 """Weights held at a time (resamples x samples), 16 MiB an array."""
@@ -46,17 +72,16 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric and its bootstrap interval; NaN where undefined or not asked for."""
+    """A metric, its interval and how that was found: BOOTSTRAP, EXACT, or NO_INTERVAL where it cannot be had. NaN where
+    undefined, and where no interval was asked for or can be had."""
 
     value: float
     low: float = math.nan
     high: float = math.nan
+    method: str = ""
 
     def __str__(self) -> str:
-        if math.isnan(self.value):
-            return "undefined"
-        interval = "" if math.isnan(self.low) else f" ({self.low:.3f} to {self.high:.3f})"
-        return f"{self.value:.3f}{interval}"
+        return "undefined" if math.isnan(self.value) else f"{self.value:.3f}{interval_text(self)}"
 
 
 @dataclass(frozen=True)
@@ -64,8 +89,8 @@ class Report:
     """What `evaluate` found. `metrics` has a key for each of METRICS, and with `confusion` (rows truth, columns
     prediction) holds for decisions at `threshold`; `paper` the definitions of the published code of CardioCaps,
     always at 0.5: `accuracy`, `f1` (weighted), `roc_auc` (of hard labels: balanced accuracy) and `pr_auc`
-    (precision of the positive class). `undefined` gives the reason for every NaN, `notes` what limits the
-    intervals.
+    (precision of the positive class). `undefined` gives the reason for every NaN, `no_interval` for every metric
+    without an interval, `notes` what limits the intervals. `groups` is how many of what `group_name` says were drawn.
     """
 
     n: int
@@ -79,6 +104,8 @@ class Report:
     bootstrap: int
     seed: int
     threshold: float = THRESHOLD
+    no_interval: Mapping[str, str] = field(default_factory=dict)
+    group_name: str = "video"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; NaN becomes None."""
@@ -86,14 +113,21 @@ class Report:
             "n": self.n,
             "positives": self.positives,
             "groups": self.groups,
+            "drawn": f"{self.group_name}s",
             "threshold": self.threshold,
             "metrics": {
-                name: {"value": _finite(e.value), "low": _finite(e.low), "high": _finite(e.high)}
+                name: {
+                    "value": _finite(e.value),
+                    "low": _finite(e.low),
+                    "high": _finite(e.high),
+                    "method": e.method or None,
+                }
                 for name, e in self.metrics.items()
             },
             "paper": {name: _finite(value) for name, value in self.paper.items()},
             "confusion": [list(row) for row in self.confusion],
             "undefined": dict(self.undefined),
+            "no_interval": dict(self.no_interval),
             "notes": list(self.notes),
             "bootstrap": {"resamples": self.bootstrap, "seed": self.seed, "level": LEVEL},
         }
@@ -101,33 +135,43 @@ class Report:
 
 @dataclass(frozen=True)
 class MeanEstimate:
-    """A metric's mean over runs, its standard deviation (that of a sample, n - 1) and the bootstrap interval of the
-    mean; NaN where undefined, and the deviation of a single run."""
+    """A metric's mean over runs, its standard deviation (that of a sample, n - 1), the interval of the mean and its
+    method, as in `Estimate`; NaN where undefined, and the deviation of a single run."""
 
     value: float
     sd: float = math.nan
     low: float = math.nan
     high: float = math.nan
+    method: str = ""
 
     def __str__(self) -> str:
         if math.isnan(self.value):
             return "undefined"
         deviation = "" if math.isnan(self.sd) else f" ± {self.sd:.3f}"
-        interval = "" if math.isnan(self.low) else f" ({self.low:.3f} to {self.high:.3f})"
-        return f"{self.value:.3f}{deviation}{interval}"
+        return f"{self.value:.3f}{deviation}{interval_text(self)}"
+
+
+def interval_text(estimate: Estimate | MeanEstimate, to: str = " to ") -> str:
+    """For example " (0.815 to 1.000, exact)"; empty where no interval was asked for."""
+    if estimate.method == NO_INTERVAL:
+        return f" ({NO_INTERVAL})"
+    if math.isnan(estimate.low):
+        return ""
+    return f" ({estimate.low:.3f}{to}{estimate.high:.3f}, {estimate.method})"
 
 
 @dataclass(frozen=True)
 class RunsReport:
     """What `evaluate_runs` found: a mean over the runs for each of METRICS and, in `paper`, of PUBLISHED; the runs'
-    own reports, which have no intervals. `undefined` and `notes` as in `Report`. `paired`: all runs were tested on
-    the same videos."""
+    own reports, which have no intervals. `undefined`, `no_interval` and `notes` as in `Report`. `paired`: all runs
+    were tested on the same videos."""
 
     metrics: Mapping[str, MeanEstimate]
     paper: Mapping[str, MeanEstimate]
     runs: tuple[Report, ...]
     paired: bool
     undefined: Mapping[str, str]
+    no_interval: Mapping[str, str]
     notes: tuple[str, ...]
 
     @property
@@ -139,22 +183,24 @@ class RunsReport:
 
 @dataclass(frozen=True)
 class RegressionReport:
-    """Errors in the target's unit, over the `n` samples that have a target; NaN where undefined, with the
-    reason."""
+    """Errors in the target's unit, over the `n` samples that have a target: of the predictions, and of predicting one
+    `constant` for all of them. NaN where undefined, with the reason."""
 
     n: int
     mae: float
     rmse: float
     r2: float
+    constant: float
+    constant_mae: float
+    constant_rmse: float
     undefined: Mapping[str, str]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON; NaN becomes None."""
+        names = ("mae", "rmse", "r2", "constant", "constant_mae", "constant_rmse")
         return {
             "n": self.n,
-            "mae": _finite(self.mae),
-            "rmse": _finite(self.rmse),
-            "r2": _finite(self.r2),
+            **{name: _finite(getattr(self, name)) for name in names},
             "undefined": dict(self.undefined),
         }
 
@@ -167,15 +213,17 @@ def evaluate(
     threshold: float = THRESHOLD,
     bootstrap: int = 1000,
     seed: int = 0,
+    group_name: str = "video",
 ) -> Report:
-    """All metrics of `probability` [n] of class 1 against `label` [n] in {0, 1}, with 95 % percentile
-    intervals.
+    """All metrics of `probability` [n] of class 1 against `label` [n] in {0, 1}, with 95 % intervals: see the top of
+    this module for how.
 
-    `groups` [n], integers or text: what is resampled as a whole, that is, the video; None: every sample by
-    itself. `threshold`: class 1 is predicted above it; the definitions of the published code stay at 0.5.
-    `bootstrap`: number of resamples, 0 for none. Where only one class is present, the metrics that need both are
-    NaN, with the reason in `undefined`. Raises ValueError for lengths that differ, no sample, probabilities and a
-    threshold outside [0, 1] and labels other than 0, 1.
+    `groups` [n], integers or text: what is resampled as a whole, that is, the video, or the patient where several
+    videos are of one; None: every sample by itself. `group_name`: what notes call one of them. `threshold`: class 1 is
+    predicted above it; the definitions of the published code stay at 0.5. `bootstrap`: number of resamples, 0 for no
+    intervals of any kind. Where only one class is present, the metrics that need both are NaN, with the reason in
+    `undefined`. Raises ValueError for lengths that differ, no sample, probabilities and a threshold outside [0, 1] and
+    labels other than 0, 1.
     """
     p, y = _checked(probability, label)
     _check_decision(threshold, bootstrap)
@@ -185,12 +233,14 @@ def evaluate(
     value = sample.estimate()
 
     strata = _strata(y, group, count)
-    low, high = dict.fromkeys(METRICS, math.nan), dict.fromkeys(METRICS, math.nan)
+    metrics, no_interval = {name: Estimate(value[name]) for name in METRICS}, {}
     if bootstrap:
         drawn = _drawn(sample, strata, bootstrap, np.random.default_rng(seed), p.size)
+        counts = _Counts.of(strata, sample)
         for name in METRICS:
             if not math.isnan(value[name]):
-                low[name], high[name] = _interval(drawn[name])
+                metrics[name], reason = _with_interval(name, value[name], drawn[name], counts)
+                no_interval |= {name: reason} if reason else {}
 
     (tn, fp), (fn, tp) = confusion(p, y, threshold).tolist()
     paper = _published(p, y)
@@ -208,14 +258,16 @@ def evaluate(
         n=p.size,
         positives=int(y.sum()),
         groups=count,
-        metrics={name: Estimate(value[name], low[name], high[name]) for name in METRICS},
+        metrics=metrics,
         paper=paper,
         confusion=((tn, fp), (fn, tp)),
         undefined={name: reason for name, reason in reasons.items() if math.isnan(values[name])},
-        notes=tuple(_few(strata, count)) if bootstrap else (),
+        notes=tuple(_few(strata, count, group_name)) if bootstrap else (),
         bootstrap=bootstrap,
         seed=seed,
         threshold=float(threshold),
+        no_interval=no_interval,
+        group_name=group_name,
     )
 
 
@@ -227,15 +279,16 @@ def evaluate_runs(
     *,
     bootstrap: int = 1000,
     seed: int = 0,
+    group_name: str = "video",
 ) -> RunsReport:
     """Metrics averaged over several runs of one system, each argument with one entry for a run, as `evaluate` takes
     them (thresholds: None for 0.5 in all).
 
-    The interval is that of the average: a resample draws videos, gives the same ones to every run that was tested
-    on those videos, and averages the metric over the runs. It so tells how the videos' choice moves the result,
-    while `sd` tells how the seed does. Runs with other videos, or other labels of them, draw by themselves. A metric
-    that is undefined in one run is undefined. Raises ValueError as `evaluate`, for no run, and for sequences of
-    different lengths.
+    The interval is that of the average, for videos and seeds such as these: a resample draws groups, gives the same
+    ones to every run that was tested on them, draws as many runs as there are, with replacement, and averages the
+    metric over these runs. Runs with other groups, or other labels of them, draw groups by themselves. A single run has
+    the intervals of `evaluate`. A metric that is undefined in one run is undefined. Raises ValueError as `evaluate`,
+    for no run, and for sequences of different lengths.
     """
     count = len(probabilities)
     groups = [None] * count if groups is None else groups
@@ -246,7 +299,7 @@ def evaluate_runs(
         if len(values) != count:
             raise ValueError(f"{name}: must have one entry for each of {count} runs, has {len(values)}")
     runs = tuple(
-        evaluate(p, y, group, threshold=threshold, bootstrap=0, seed=seed)
+        evaluate(p, y, group, threshold=threshold, bootstrap=0, seed=seed, group_name=group_name)
         for p, y, group, threshold in zip(probabilities, labels, groups, thresholds, strict=True)
     )
     _check_decision(THRESHOLD, bootstrap)
@@ -268,26 +321,35 @@ def evaluate_runs(
         stream = videos.setdefault(same, len(videos))
         samples.append((sample, strata, stream))
         if bootstrap:
-            notes += _few(strata, names.size)
-    intervals = dict.fromkeys(METRICS, (math.nan, math.nan))
+            notes += _few(strata, names.size, group_name)
+    summarised = {
+        name: MeanEstimate(*_mean_and_deviation([run.metrics[name].value for run in runs])) for name in METRICS
+    }
+    no_interval: dict[str, str] = {}
     if bootstrap:
         drawn = [
             # The numbers of a stream begin anew for every run, and so draw the same videos.
             _drawn(sample, strata, bootstrap, np.random.default_rng([seed, stream] if stream else seed), most)
             for sample, strata, stream in samples
         ]
-        for name in METRICS:
+        chosen = np.random.default_rng([seed, len(videos)]).integers(count, size=(bootstrap, count))
+        counts = _Counts.least([_Counts.of(strata, sample) for sample, strata, _ in samples])
+        for name, mean in summarised.items():
             if name not in undefined:
-                intervals[name] = _interval(np.mean([values[name] for values in drawn], axis=0))
+                of_runs = np.stack([values[name] for values in drawn], axis=1)
+                means = np.take_along_axis(of_runs, chosen, axis=1).mean(axis=1) if count > 1 else of_runs[:, 0]
+                found, reason = _with_interval(name, mean.value, means, counts)
+                summarised[name] = replace(mean, low=found.low, high=found.high, method=found.method)
+                no_interval |= {name: reason} if reason else {}
+        if any(mean.sd > 0 for mean in summarised.values()) and _narrowness(count) >= _NARROW:
+            notes.append(f"only {count} seeds: what bootstrap intervals owe to them is {_too_narrow(count)}")
     return RunsReport(
-        metrics={
-            name: MeanEstimate(*_mean_and_deviation([run.metrics[name].value for run in runs]), *intervals[name])
-            for name in METRICS
-        },
+        metrics=summarised,
         paper={name: MeanEstimate(*_mean_and_deviation([run.paper[name] for run in runs])) for name in PUBLISHED},
         runs=runs,
         paired=len(videos) == 1,
         undefined=undefined,
+        no_interval=no_interval,
         notes=tuple(dict.fromkeys(notes)),
     )
 
@@ -313,6 +375,15 @@ def choose_threshold(probability: ArrayLike, label: ArrayLike) -> float:
     index = tp[1:-1] * (y.size - positives) - fp[1:-1] * positives
     best = middle[index == index.max()]
     return float(min(best, key=lambda threshold: (abs(threshold - THRESHOLD), threshold)))
+
+
+def decision_threshold(probability: ArrayLike, label: ArrayLike) -> tuple[float, str | None]:
+    """The threshold of a run's decisions from its validation split, as `choose_threshold`; where that has one class
+    only, THRESHOLD and the reason. Raises ValueError as `evaluate`."""
+    _, y = _checked(probability, label)
+    if y.min() == y.max():
+        return THRESHOLD, f"every validation label is {y[0]}"
+    return choose_threshold(probability, label), None
 
 
 def reliability(probability: ArrayLike, label: ArrayLike, bins: int = 10) -> tuple[Floats, Floats, Integers]:
@@ -380,11 +451,12 @@ def threshold_counts(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, 
     )
 
 
-def regression_report(prediction: ArrayLike, target: ArrayLike) -> RegressionReport:
-    """Mean absolute error, root mean squared error and R² of `prediction` [n] over the targets that are not
-    NaN.
+def regression_report(prediction: ArrayLike, target: ArrayLike, constant: float = math.nan) -> RegressionReport:
+    """Mean absolute error, root mean squared error and R² of `prediction` [n] over the targets that are not NaN, and
+    the errors of predicting `constant`, the mean of the training targets, for each; NaN where there is none.
 
-    Raises ValueError for lengths that differ, a prediction that is not finite and an infinite target.
+    R² compares with the mean of these very targets. Raises ValueError for lengths that differ, a prediction that is not
+    finite and an infinite target.
     """
     predicted, truth = _vector(prediction, "prediction"), _vector(target, "target")
     if predicted.size != truth.size:
@@ -395,19 +467,34 @@ def regression_report(prediction: ArrayLike, target: ArrayLike) -> RegressionRep
         raise ValueError("target: must be finite, or NaN where missing; one is infinite")
     measured = ~np.isnan(truth)
     predicted, truth = predicted[measured], truth[measured]
+    errors = ("mae", "rmse", "r2", "constant_mae", "constant_rmse")
     if truth.size == 0:
-        reason = "no sample has a target"
-        return RegressionReport(0, math.nan, math.nan, math.nan, dict.fromkeys(("mae", "rmse", "r2"), reason))
-    error = predicted - truth
-    constant = bool((truth == truth[0]).all())
+        undefined = dict.fromkeys(errors, "no sample has a target")
+        return RegressionReport(n=0, constant=constant, undefined=undefined, **dict.fromkeys(errors, math.nan))
+    undefined = dict.fromkeys(errors[3:], "no training sample has a target") if math.isnan(constant) else {}
+    same = bool((truth == truth[0]).all())
+    if same:
+        undefined["r2"] = "the targets do not vary"
+    error, of_constant = predicted - truth, constant - truth
     spread = float(np.square(truth - truth.mean()).sum())
     return RegressionReport(
         n=int(truth.size),
         mae=float(np.abs(error).mean()),
         rmse=math.sqrt(float(np.square(error).mean())),
-        r2=math.nan if constant else 1 - float(np.square(error).sum()) / spread,
-        undefined={"r2": "the targets do not vary"} if constant else {},
+        r2=math.nan if same else 1 - float(np.square(error).sum()) / spread,
+        constant=constant,
+        constant_mae=float(np.abs(of_constant).mean()),
+        constant_rmse=math.sqrt(float(np.square(of_constant).mean())),
+        undefined=undefined,
     )
+
+
+def mean_by(values: ArrayLike, group: ArrayLike) -> Floats:
+    """Mean of `values` [n] over each group, in the order of the sorted values of `group` [n]. Raises ValueError for
+    lengths that differ."""
+    numbers = _vector(values, "values")
+    index = _group_index(group, numbers.size, name="group")
+    return np.bincount(index, weights=numbers) / np.bincount(index)
 
 
 @dataclass(frozen=True)
@@ -492,19 +579,75 @@ def _published(p: Floats, y: Integers) -> dict[str, float]:
     }
 
 
-def _few(strata: Mapping[str, Integers], count: int) -> list[str]:
+def _few(strata: Mapping[str, Integers], count: int, group_name: str) -> list[str]:
     return [
-        f"of {count} videos only {members.size} {kind}: the intervals are too narrow"
+        f"of {count} {group_name}s only {members.size} {kind}: bootstrap intervals are {_too_narrow(members.size)}"
         for kind, members in strata.items()
-        if members.size < _FEW
+        if _narrowness(members.size) >= _NARROW
     ]
 
 
-def _interval(drawn: Floats) -> tuple[float, float]:
-    """The middle LEVEL of the resamples."""
+def _narrowness(n: int) -> float:
+    """By what share a bootstrap percentile interval of a mean of `n` is narrower than Student's, which is right where
+    values are normally distributed (Hesterberg 2015, What Teachers Should Know About the Bootstrap)."""
+    from scipy.special import ndtri, stdtrit
+
+    upper = (1 + LEVEL) / 2
+    return 1.0 if n < 2 else 1 - float(math.sqrt((n - 1) / n) * ndtri(upper) / stdtrit(n - 1, upper))
+
+
+def _too_narrow(n: int) -> str:
+    return "without meaning" if n < 2 else f"about {100 * _narrowness(n):.0f} % too narrow"
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """By metric, how many independent trials an exact interval counts: groups, of an AUROC disjoint pairs of them.
+    `single`: each group is one sample, so that the samples themselves are the trials."""
+
+    trials: Mapping[str, int]
+    single: bool
+
+    @classmethod
+    def of(cls, strata: Mapping[str, Integers], sample: "_Sample") -> "_Counts":
+        normal, abnormal, both = (strata[kind].size if kind in strata else 0 for kind in _KINDS)
+        groups = normal + abnormal + both
+        trials = {
+            "sensitivity": abnormal + both,
+            "specificity": normal + both,
+            "accuracy": groups,
+            "auroc": min(normal + both, abnormal + both, groups // 2),
+        }
+        return cls(trials, single=bool(sample.size.max() == 1))
+
+    @classmethod
+    def least(cls, runs: Sequence["_Counts"]) -> "_Counts":
+        """Of several runs, whose mean is no share of samples, the fewest trials."""
+        if len(runs) == 1:
+            return runs[0]
+        return cls({name: min(run.trials[name] for run in runs) for name in runs[0].trials}, single=False)
+
+
+def _with_interval(name: str, value: float, drawn: Floats, counts: _Counts) -> tuple[Estimate, str | None]:
+    """A metric with its interval, or with the reason why it has none; `drawn` are its resamples."""
+    trials = counts.trials.get(name, 0)
+    if name in PROPORTIONS and counts.single:
+        return Estimate(value, *_exact(round(value * trials), trials), EXACT), None
     tail = 100 * (1 - LEVEL) / 2
-    low, high = np.percentile(drawn, (tail, 100 - tail))
-    return float(low), float(high)
+    low, high = (float(bound) for bound in np.percentile(drawn, (tail, 100 - tail)))
+    if high - low > 1e-12:  # more than rounding
+        return Estimate(value, low, high, BOOTSTRAP), None
+    if trials and value in (0.0, 1.0):
+        return Estimate(value, *_exact(int(value) * trials, trials), EXACT), None
+    return Estimate(value, method=NO_INTERVAL), "the middle 95 % of the resamples have one and the same value"
+
+
+def _exact(right: int, trials: int) -> tuple[float, float]:
+    """The interval of Clopper and Pearson (1934) for a proportion."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(right, trials).proportion_ci(LEVEL, method="exact")
+    return float(interval.low), float(interval.high)
 
 
 def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
@@ -516,12 +659,9 @@ def _strata(y: Integers, group: Integers, count: int) -> dict[str, Integers]:
     """Groups by the classes they hold. Under the paper's protocol one video can have frames of both."""
     positive = np.bincount(group, weights=y, minlength=count) > 0
     negative = np.bincount(group, weights=1 - y, minlength=count) > 0
-    strata = {
-        "are normal": np.flatnonzero(negative & ~positive),
-        "are abnormal": np.flatnonzero(positive & ~negative),
-        "have both labels": np.flatnonzero(positive & negative),
-    }
-    return {kind: members for kind, members in strata.items() if members.size}
+    members = (negative & ~positive, positive & ~negative, positive & negative)
+    strata = {kind: np.flatnonzero(of_kind) for kind, of_kind in zip(_KINDS, members, strict=True)}
+    return {kind: found for kind, found in strata.items() if found.size}
 
 
 def _drawn(

@@ -21,6 +21,7 @@ _PACKAGES = (
     "capsops",
     "lightning",
     "numpy",
+    "scipy",
     "torchmetrics",
     "scikit-learn",
     "imbalanced-learn",

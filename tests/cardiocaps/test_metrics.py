@@ -13,12 +13,15 @@ from sklearn import metrics as sklearn_metrics
 from cardiocaps import metrics
 from cardiocaps.metrics import (
     METRICS,
+    Estimate,
     by_video,
     choose_threshold,
     confusion,
+    decision_threshold,
     evaluate,
     evaluate_runs,
     expected_calibration_error,
+    mean_by,
     regression_report,
     reliability,
     threshold_counts,
@@ -142,7 +145,7 @@ def test_one_class_is_undefined_with_a_reason_and_not_zero(label: int) -> None:
         assert str(estimate) == "undefined"
     assert math.isfinite(report.metrics["accuracy"].value) and math.isfinite(report.metrics["brier"].low)
     written = json.loads(json.dumps(report.as_dict(), allow_nan=False))
-    assert written["metrics"]["auroc"] == {"value": None, "low": None, "high": None}
+    assert written["metrics"]["auroc"] == {"value": None, "low": None, "high": None, "method": None}
     assert written["paper"]["roc_auc"] is None
 
 
@@ -163,9 +166,10 @@ def test_intervals_are_reproducible_and_hold_the_value() -> None:
     report = evaluate(p, y, clip, bootstrap=300, seed=4)
     assert report == evaluate(p, y, clip, bootstrap=300, seed=4)
     assert report != evaluate(p, y, clip, bootstrap=300, seed=5)
-    assert (report.n, report.positives, report.groups, report.notes) == (320, 80, 40, ())
+    assert (report.n, report.positives, report.groups) == (320, 80, 40)
     for estimate in report.metrics.values():
-        assert estimate.low < estimate.value < estimate.high
+        assert estimate.low < estimate.value < estimate.high and estimate.method == "bootstrap"
+    assert not report.no_interval
 
 
 def test_the_interval_spans_the_middle_95_percent_of_the_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,9 +222,110 @@ def test_chunks_do_not_change_what_a_resample_is(monkeypatch: pytest.MonkeyPatch
     assert report.metrics["auroc"].low == pytest.approx(whole.metrics["auroc"].low, abs=0.03)
 
 
-def test_a_handful_of_videos_is_noted() -> None:
-    report = evaluate([0.1] * 9 + [0.9] * 2, [0] * 9 + [1] * 2, np.arange(11), bootstrap=10)
-    assert report.notes == ("of 11 videos only 2 are abnormal: the intervals are too narrow",)
+def test_proportions_of_single_samples_have_exact_intervals() -> None:
+    """The bootstrap of ten right decisions has no width, and that of nine a larger lower bound than ten exact."""
+
+    def sensitivity(right: int, n: int) -> Estimate:
+        p = np.r_[[0.9] * right, [0.1] * (n - right), 0.1]
+        return evaluate(p, [1] * n + [0], bootstrap=20).metrics["sensitivity"]
+
+    for right, n, low, high in (
+        (10, 10, 0.025 ** (1 / 10), 1.0),  # in closed form
+        (72, 72, 0.025 ** (1 / 72), 1.0),
+        (0, 10, 0.0, 1 - 0.025 ** (1 / 10)),
+        (81, 263, 0.2527, 0.3676),  # Newcombe 1998, table I, method 5
+        (15, 148, 0.0578, 0.1617),
+        (0, 20, 0.0, 0.1684),
+        (1, 29, 0.0009, 0.1776),
+    ):
+        found = sensitivity(right, n)
+        assert (found.low, found.high, found.method) == (
+            pytest.approx(low, abs=5e-5),
+            pytest.approx(high, abs=5e-5),
+            "exact",
+        )
+    assert sensitivity(9, 10).low < sensitivity(10, 10).low
+    assert str(sensitivity(10, 10)) == "1.000 (0.692 to 1.000, exact)"
+
+
+def test_every_metric_of_a_perfect_classifier_has_a_method_or_a_reason() -> None:
+    report = evaluate(np.r_[[0.1] * 72, [0.9] * 18], np.r_[[0] * 72, [1] * 18], bootstrap=50)
+    bounds = {"specificity": 72, "sensitivity": 18, "accuracy": 90, "auroc": 18}
+    for name, trials in bounds.items():
+        estimate = report.metrics[name]
+        assert estimate.method == "exact" and estimate.high == 1
+        assert estimate.low == pytest.approx(0.025 ** (1 / trials)), name
+    without = {"average_precision", "f1", "f1_weighted", "brier"}
+    assert set(report.no_interval) == without and set(METRICS) == without | set(bounds)
+    for name in without:
+        estimate = report.metrics[name]
+        assert estimate.method == "no interval" and math.isnan(estimate.low) and "(no interval)" in str(estimate)
+        assert "one and the same value" in report.as_dict()["no_interval"][name]
+    reverse = evaluate(np.r_[[0.9] * 72, [0.1] * 18], np.r_[[0] * 72, [1] * 18], bootstrap=50).metrics["auroc"]
+    assert (reverse.low, reverse.high) == (0, pytest.approx(1 - 0.025 ** (1 / 18)))
+    assert evaluate([0.5] * 9, [0, 1, 0] * 3, bootstrap=50).metrics["auroc"].method == "no interval"
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6),
+    st.integers(1, 4),
+    st.integers(1, 4),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_perfect_order_is_no_more_probable_than_the_auroc_to_the_number_of_pairs(
+    weights: list[tuple[int, int]], positives: int, negatives: int
+) -> None:
+    """What the exact bound of an AUROC rests on, for any two distributions over a few values."""
+    x, y = np.array(weights, float).T
+    assume(x.sum() > 0 and y.sum() > 0)
+    x, y = x / x.sum(), y / y.sum()
+    above = 1 - np.cumsum(x)
+    auroc = (y * (above + x / 2)).sum()
+    below = np.cumsum(y) ** negatives
+    perfect = (np.diff(below, prepend=0.0) * above**positives).sum()
+    assert perfect <= auroc ** min(positives, negatives) + 1e-12
+
+
+def test_a_perfect_order_can_be_as_probable_as_that() -> None:
+    """So no larger bound holds for all distributions: 50 of the normal have one value, 10 abnormal vary."""
+    low = evaluate(np.r_[[0.1] * 50, [0.9] * 10], np.r_[[0] * 50, [1] * 10], bootstrap=5).metrics["auroc"].low
+    rng = np.random.default_rng(0)
+    perfect = (rng.random((200_000, 10)) < low).all(axis=1).mean()  # each abnormal above with probability AUROC
+    assert perfect == pytest.approx(0.025, abs=0.001)
+
+
+def test_whole_groups_are_counted_where_the_bootstrap_of_groups_has_no_width() -> None:
+    clip = np.repeat(np.arange(30), 8)
+    y = (clip < 12).astype(int)
+    metric = evaluate(0.2 + 0.6 * y, y, clip, bootstrap=50).metrics
+    for name, groups in (("sensitivity", 12), ("specificity", 18), ("accuracy", 30), ("auroc", 12)):
+        assert metric[name].low == pytest.approx(0.025 ** (1 / groups)) and metric[name].method == "exact"
+    # Three patients with videos of both labels make one pair, and a patient by himself none.
+    both = evaluate([0.1, 0.9] * 3, [0, 1] * 3, [0, 0, 1, 1, 2, 2], bootstrap=50).metrics["auroc"]
+    assert both.low == pytest.approx(0.025)
+    alone = evaluate([0.1, 0.9], [0, 1], [0, 0], bootstrap=50)
+    assert alone.metrics["auroc"].method == "no interval" and "auroc" in alone.no_interval
+
+
+def test_small_samples_are_noted_by_their_size() -> None:
+    report = evaluate([0.1] * 40 + [0.9] * 2, [0] * 40 + [1] * 2, np.arange(42), bootstrap=10)
+    assert report.notes == ("of 42 videos only 2 are abnormal: bootstrap intervals are about 89 % too narrow",)
+    for n, words in ((1, "without meaning"), (5, "about 37 %"), (18, "about 10 %"), (34, "about 5 %")):
+        report = evaluate([0.1] * 60 + [0.9] * n, [0] * 60 + [1] * n, bootstrap=10, group_name="patient")
+        (note,) = report.notes
+        assert f"of {60 + n} patients only {n} are abnormal" in note and words in note
+    assert evaluate([0.1] * 60 + [0.9] * 40, [0] * 60 + [1] * 40, bootstrap=10).notes == ()
+
+
+def test_a_small_bootstrap_is_as_narrow_as_its_note_says() -> None:
+    rng = np.random.default_rng(0)
+    n, widths = 18, []
+    for _ in range(150):
+        x = rng.normal(size=n)
+        low, high = np.percentile(rng.choice(x, (1000, n)).mean(axis=1), (2.5, 97.5))
+        student = 2 * 2.1098 * x.std(ddof=1) / math.sqrt(n)
+        widths.append((high - low) / student)
+    assert 1 - metrics._narrowness(n) == pytest.approx(np.mean(widths), abs=0.01)
 
 
 def test_a_thousand_resamples_of_five_thousand_frames_take_less_than_two_seconds() -> None:
@@ -242,7 +347,8 @@ def test_as_dict_is_json() -> None:
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert report["bootstrap"] == {"resamples": 10, "seed": 0, "level": 0.95}
     without = evaluate(p, y, clip, bootstrap=0).as_dict()["metrics"]["auroc"]
-    assert without["low"] is None and without["high"] is None and without["value"] > 0.5
+    assert without["low"] is without["high"] is without["method"] is None and without["value"] > 0.5
+    assert evaluate(p, y, clip, bootstrap=0).no_interval == {}, "where none was asked for, none is missing"
 
 
 def test_a_threshold_moves_the_decisions_and_not_what_was_published() -> None:
@@ -297,6 +403,11 @@ def test_a_threshold_between_neighbouring_floats_parts_them() -> None:
         choose_threshold([0.1, 0.2], [0, 0])
 
 
+def test_a_validation_split_of_one_class_leaves_one_half_and_its_reason() -> None:
+    assert decision_threshold([0.1, 0.2], [0, 1]) == (pytest.approx(0.15), None)
+    assert decision_threshold([0.1, 0.2], [1, 1]) == (0.5, "every validation label is 1")
+
+
 def test_the_mean_and_deviation_over_runs_by_hand() -> None:
     y = [1, 1, 0, 0]
     runs = [[0.9, 0.8, 0.1, 0.2], [0.9, 0.4, 0.6, 0.2], [0.9, 0.8, 0.6, 0.2]]
@@ -338,7 +449,7 @@ def test_runs_on_the_same_videos_share_the_resampled_videos() -> None:
         assert estimate.sd == pytest.approx(0, abs=1e-12)
 
 
-def test_the_interval_of_paired_runs_is_that_of_a_plain_bootstrap_of_their_mean() -> None:
+def test_the_interval_of_paired_runs_is_that_of_a_plain_bootstrap_of_videos_and_runs() -> None:
     (p, y, clip), (q, _, _) = _videos(0), _videos(1)
     rng = np.random.default_rng(1)
     frames = {c: np.flatnonzero(clip == c) for c in range(40)}
@@ -346,9 +457,33 @@ def test_the_interval_of_paired_runs_is_that_of_a_plain_bootstrap_of_their_mean(
     for _ in range(400):
         drawn = np.concatenate((rng.choice(np.arange(10), 10), rng.choice(np.arange(10, 40), 30)))
         index = np.concatenate([frames[c] for c in drawn])
-        values.append(np.mean([sklearn_metrics.roc_auc_score(y[index], x[index]) for x in (p, q)]))
+        runs = [(p, q)[i] for i in rng.integers(2, size=2)]
+        values.append(np.mean([sklearn_metrics.roc_auc_score(y[index], x[index]) for x in runs]))
     auroc = evaluate_runs([p, q], [y, y], [clip, clip], bootstrap=2000).metrics["auroc"]
     assert (auroc.low, auroc.high) == pytest.approx(np.percentile(values, (2.5, 97.5)), abs=0.03)
+    assert auroc.method == "bootstrap"
+
+
+def test_the_interval_of_a_mean_covers_the_spread_of_its_runs() -> None:
+    """One run of three that learned nothing, as CNN-(1)'s did."""
+    y = np.array([0] * 72 + [1] * 18)
+    rng = np.random.default_rng(0)
+    good = [np.where(y == 1, 0.8, 0.3) + 0.15 * rng.normal(size=90).clip(-1, 1) for _ in range(2)]
+    report = evaluate_runs([*good, np.full(90, 0.5)], [y] * 3, [np.arange(90)] * 3, bootstrap=1000)
+    auroc, values = report.metrics["auroc"], [run.metrics["auroc"].value for run in report.runs]
+    assert auroc.sd > 0.2 and auroc.low <= min(values) and auroc.high >= max(values)
+    assert "only 3 seeds: what bootstrap intervals owe to them is about 63 % too narrow" in report.notes
+    alike = evaluate_runs([good[0]] * 3, [y] * 3, [np.arange(90)] * 3, bootstrap=50)
+    assert not any("seeds" in note for note in alike.notes)
+
+
+def test_runs_that_are_all_right_have_the_exact_interval_of_their_videos() -> None:
+    y = np.array([0] * 72 + [1] * 18)
+    report = evaluate_runs([0.1 + 0.8 * y, 0.2 + 0.5 * y], [y] * 2, [np.arange(90)] * 2, bootstrap=50)
+    assert report.metrics["specificity"].low == pytest.approx(0.025 ** (1 / 72))
+    assert str(report.metrics["auroc"]) == "1.000 ± 0.000 (0.815 to 1.000, exact)"
+    assert set(report.no_interval) == {"average_precision", "f1", "f1_weighted"}
+    assert str(report.metrics["f1"]) == "1.000 ± 0.000 (no interval)"
 
 
 def test_runs_on_other_videos_draw_by_themselves() -> None:
@@ -357,8 +492,8 @@ def test_runs_on_other_videos_draw_by_themselves() -> None:
     apart = evaluate_runs([p] * 4, [y] * 4, [clip + 100 * i for i in range(4)], bootstrap=1000)
     auroc = apart.metrics["auroc"]
     assert not apart.paired and auroc.value == pytest.approx(one.value)
-    # Independent draws of four runs: the mean's interval is half as wide.
-    assert auroc.high - auroc.low == pytest.approx((one.high - one.low) / 2, rel=0.2)
+    # Four runs, drawn with replacement, each with draws of its own: the expected sum of the squared weights is 7/16.
+    assert auroc.high - auroc.low == pytest.approx((one.high - one.low) * math.sqrt(7) / 4, rel=0.2)
     other_labels = evaluate_runs([p, p], [y, 1 - y], [clip, clip], bootstrap=5)
     assert not other_labels.paired
 
@@ -409,21 +544,29 @@ def test_threshold_counts_are_the_points_of_the_curve() -> None:
 
 
 def test_regression_report() -> None:
-    report = regression_report([4.0, 5.0, 9.0, 6.0], [4.0, 6.0, NAN, 4.0])
+    report = regression_report([4.0, 5.0, 9.0, 6.0], [4.0, 6.0, NAN, 4.0], constant=5.0)
     truth, predicted = [4.0, 6.0, 4.0], [4.0, 5.0, 6.0]
     assert report.n == 3
     assert report.mae == pytest.approx(1.0)
     assert report.rmse == pytest.approx(math.sqrt(5 / 3))
     assert report.r2 == pytest.approx(sklearn_metrics.r2_score(truth, predicted))
+    assert (report.constant, report.constant_mae, report.constant_rmse) == (5.0, 1.0, 1.0)
     assert not report.undefined
 
 
 def test_regression_report_without_what_it_needs() -> None:
-    nothing = regression_report([1.0], [NAN])
-    assert nothing.n == 0 and set(nothing.undefined) == {"mae", "rmse", "r2"}
+    nothing = regression_report([1.0], [NAN], constant=1.0)
+    assert nothing.n == 0 and set(nothing.undefined) == {"mae", "rmse", "r2", "constant_mae", "constant_rmse"}
     assert nothing.as_dict()["rmse"] is None
-    constant = regression_report([1.0, 2.0], [0.1, 0.1])
-    assert constant.mae == pytest.approx(1.4) and math.isnan(constant.r2) and "r2" in constant.undefined
+    same = regression_report([1.0, 2.0], [0.1, 0.1])
+    assert same.mae == pytest.approx(1.4) and math.isnan(same.r2) and math.isnan(same.constant_mae)
+    assert set(same.undefined) == {"r2", "constant_mae", "constant_rmse"}
+
+
+def test_mean_by() -> None:
+    assert mean_by([1.0, 2.0, 6.0, NAN], ["b", "a", "b", "c"]).tolist() == pytest.approx([2.0, 3.5, NAN], nan_ok=True)
+    with pytest.raises(ValueError, match=r"group: .*length 1"):
+        mean_by([1.0], [1, 2])
 
 
 @pytest.mark.parametrize(
