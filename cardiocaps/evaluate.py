@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cardiocaps.baseline import PIXEL_SIDE
 from cardiocaps.config import CommandLine, TrainConfig, options, read_run
 from cardiocaps.errors import CheckpointError
 from cardiocaps.program import Interruption, execute, say
@@ -21,67 +22,93 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from cardiocaps.data.datamodule import EchoDataModule
+    from cardiocaps.decision import Decision
     from cardiocaps.learning import Classifier
     from cardiocaps.machine import Machine
     from cardiocaps.metrics import RegressionReport, Report
+    from cardiocaps.predictions import Predictions
     from cardiocaps.run_folder import RunFolder
 
 DISCLAIMER = "Research use only. Not a medical device."
 
-# Side of the downsized frames that the classical classifiers see, in pixels.
-PIXEL_SIDE = 32
-
 
 @dataclass(frozen=True)
 class Scores:
-    """What one model says of the test split: a row for each frame, and reports by frame and by video."""
+    """What one model says of the test split, judged by its own decision: reports by video and by frame, the same at a
+    threshold of 0.5, and by either how far the regression is off."""
 
-    rows: list[dict[str, Any]]
-    frame: Report
+    test: Predictions
+    validation: Predictions | None
+    decision: Decision
     video: Report
-    regression: RegressionReport | None = None
+    frame: Report
+    video_at_half: Report
+    frame_at_half: Report
+    regression: Mapping[str, RegressionReport]  # by unit; empty for a model that does not regress
+
+    @classmethod
+    def of(cls, test: Predictions, validation: Predictions | None, decision: Decision, bootstrap: int) -> Scores:
+        """The bootstrap draws videos, or patients where the table names them."""
+        from cardiocaps.metrics import THRESHOLD, evaluate, mean_by, regression_report
+        from cardiocaps.predictions import UNITS
+
+        reports = {
+            (unit, threshold): evaluate(
+                *test.samples(unit), threshold=threshold, bootstrap=bootstrap, group_name=test.group_name
+            )
+            for unit in UNITS
+            for threshold in (decision.threshold, THRESHOLD)
+        }
+        regression = {}
+        if test.regression is not None and test.target is not None:
+            said, truth = test.regression, test.target
+            regression = {
+                "video": regression_report(mean_by(said, test.clip), mean_by(truth, test.clip), decision.target_mean),
+                "frame": regression_report(said, truth, decision.target_mean),
+            }
+        return cls(
+            test,
+            validation,
+            decision,
+            video=reports["video", decision.threshold],
+            frame=reports["frame", decision.threshold],
+            video_at_half=reports["video", THRESHOLD],
+            frame_at_half=reports["frame", THRESHOLD],
+            regression=regression,
+        )
+
+    def report(self, unit: str) -> Report:
+        """By video or by frame."""
+        return self.video if unit == "video" else self.frame
+
+    def report_at_half(self, unit: str) -> Report:
+        return self.video_at_half if unit == "video" else self.frame_at_half
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
-        reports = {"video": self.video.as_dict(), "frame": self.frame.as_dict()}
-        return reports if self.regression is None else {**reports, "regression": self.regression.as_dict()}
+        from cardiocaps.metrics import DECISIONS
+        from cardiocaps.predictions import UNITS
+
+        content: dict[str, Any] = {
+            "decision": {"threshold": self.decision.threshold, "unit": self.decision.unit, "rule": self.decision.rule}
+        }
+        content |= {unit: self.report(unit).as_dict() for unit in UNITS}
+        for unit in UNITS:
+            report = self.report_at_half(unit).as_dict()
+            metrics = {name: report["metrics"][name] for name in DECISIONS}
+            content[f"{unit}_at_0.5"] = {"metrics": metrics, "confusion": report["confusion"]}
+        return content
 
 
-def _scores(data: EchoDataModule, probability: Any, label: Any, clip: Any, bootstrap: int, **columns: Any) -> Scores:
-    """Reports of frame probabilities; the bootstrap draws videos."""
-    from cardiocaps.metrics import by_video, evaluate
-
-    names = [c.name for c in data.clips("test")]
-    video = [names[i] for i in clip]
-    table = {"video": video, **columns, "label": label, "probability": probability}
-    rows = [dict(zip(table, values, strict=True)) for values in zip(*table.values(), strict=True)]
-    # The paper protocol has several clips of one video, with labels that may differ: its unit is the clip.
-    return Scores(
-        rows=rows,
-        frame=evaluate(probability, label, video, bootstrap=bootstrap),
-        video=evaluate(*by_video(probability, label, clip), bootstrap=bootstrap),
-    )
-
-
-def score_network(trainer: Trainer, network: Classifier, data: EchoDataModule, bootstrap: int) -> Scores:
-    """The network on every test frame, in evaluation mode and in one process."""
-    from cardiocaps.metrics import regression_report
-
-    out = predict(trainer, network, data, "test")
-    columns = {name: out[name] for name in ("frame", "target", "regression") if name in out}
-    scores = _scores(data, out["probability"], out["label"], out["clip"], bootstrap, **columns)
-    if "regression" not in out:
-        return scores
-    return replace(scores, regression=regression_report(out["regression"], out["target"]))
-
-
-def predict(trainer: Trainer, network: Classifier, data: EchoDataModule, split: str) -> dict[str, Any]:
-    """What the network says of every frame of a split: arrays [n] by the names of `Classifier.predict_step`.
+def predict(trainer: Trainer, network: Classifier, data: EchoDataModule, split: str) -> Predictions:
+    """What the network says of every frame of a split, in evaluation mode and in one process.
 
     Raises CheckpointError where it is not finite.
     """
     import numpy as np
     import torch
+
+    from cardiocaps.predictions import Predictions
 
     data.predicted = split
     batches = trainer.predict(network, datamodule=data, return_predictions=True)
@@ -89,17 +116,7 @@ def predict(trainer: Trainer, network: Classifier, data: EchoDataModule, split: 
     out: dict[str, Any] = {name: torch.cat([b[name].cpu() for b in batches]).numpy() for name in batches[0]}
     if not all(np.isfinite(out[name]).all() for name in ("probability", "regression") if name in out):
         raise CheckpointError("the network's output is not finite: its training diverged")
-    return {**out, "probability": out["probability"].astype("float64")}
-
-
-def score_pixels(data: EchoDataModule, bootstrap: int) -> Scores:
-    """Logistic regression on downsized grey frames: what the label owes to mere brightness and position."""
-    from cardiocaps.models.pixel_classifiers import fit
-
-    train, train_label, _ = data.pixels("train", PIXEL_SIDE)
-    test, label, clip = data.pixels("test", PIXEL_SIDE)
-    classifier = fit("logistic-regression", "class-weight", train, train_label, seed=0)
-    return _scores(data, classifier.probability(test), label, clip, bootstrap)
+    return Predictions.of(out, data.clips(split))
 
 
 METRIC_NAMES = {
@@ -128,6 +145,16 @@ MODEL_NAMES = {
     "unet": "U-Net",
     "vit": "ViT",
 }
+TARGET_UNITS = {"width": "cm", "ef": "percentage points"}
+"""Of the errors of a regression: two ejection fractions, in percent, differ by percentage points."""
+INTERVALS = {
+    "bootstrap": "the middle 95 % of the resamples of videos, or of patients where the table names them, within each "
+    "class",
+    "exact": "Clopper and Pearson 1934: of samples, or of groups where these hold several and are all right or all "
+    "wrong; for an AUROC of 0 or 1, of disjoint pairs of a normal and an abnormal group",
+    "no interval": "the reason stands in no_interval",
+}
+_THRESHOLD_ROW = "at the threshold of validation"
 PIXELS_NAME = f"logistic regression, {PIXEL_SIDE}×{PIXEL_SIDE} pixels"
 
 
@@ -139,53 +166,122 @@ def network_name(config: TrainConfig) -> str:
     return name if config.affine == "matrices" else f"{name}, {config.affine} affine map"
 
 
-def _reports(network: Scores, pixels: Scores, config: TrainConfig) -> tuple[str, Report, Report]:
-    """The unit of a run and the two reports by it: videos, but frames where these were split."""
-    unit = "frame" if config.splits_frames else "video"
-    return unit, getattr(network, unit), getattr(pixels, unit)
+def unit_of(config: TrainConfig) -> str:
+    """What a sample of a run's results is: a video, but a frame where these were split."""
+    return "frame" if config.splits_frames else "video"
 
 
-def print_table(network: Scores, pixels: Scores, config: TrainConfig) -> None:
-    """The test results of a run side by side, for people."""
-    unit, ours, baseline = _reports(network, pixels, config)
-    title = f"{config.out}: test split, {ours.n} {unit}s, {ours.positives} abnormal"
-    rows = [(text, str(ours.metrics[key]), str(baseline.metrics[key])) for key, text in METRIC_NAMES.items()]
+def print_table(network: Scores, pixels: Scores | None, config: TrainConfig, title: str) -> None:
+    """The test results of a run side by side, for people; `title` names the run and the data."""
+    from cardiocaps.metrics import DECISIONS, METRICS, THRESHOLD
+
+    unit = unit_of(config)
+    both = [network] if pixels is None else [network, pixels]
+    reports = [scores.report(unit) for scores in both]
+    halves = [scores.report_at_half(unit) for scores in both]
+    ranks = [name for name in METRICS if name not in DECISIONS]
+
+    def metrics(of: Sequence[Report], names: Sequence[str]) -> list[tuple[str, ...]]:
+        return [(METRIC_NAMES[name], *(str(report.metrics[name]) for report in of)) for name in names]
+
+    decided = [(_THRESHOLD_ROW, *(f"{report.threshold:.3f}" for report in reports)), *metrics(reports, DECISIONS)]
+    at_half = [("at a threshold of", *(f"{THRESHOLD:.3f}" for _ in halves)), *metrics(halves, DECISIONS)]
     published = [
-        (f"as published: {text}", f"{ours.paper[key]:.3f}", f"{baseline.paper[key]:.3f}")
+        (f"as published: {text}", *(f"{report.paper[key]:.3f}" for report in reports))
         for key, text in PAPER_NAMES.items()
     ]
-    regression = []
-    if network.regression is not None and network.regression.n:
-        unit_of_target = {"width": "cm", "ef": "percent"}[config.regression_target]
-        error = f"{network.regression.mae:.2f} {unit_of_target}"
-        regression = [(f"mean absolute error of {config.regression_target}", error, "")]
-    first = "with 95 % interval" if config.bootstrap else ""
-    _print(title, (first, network_name(config), PIXELS_NAME), rows, published, regression)
-    for note in (*ours.notes, *(f"{metric}: {why}" for metric, why in ours.undefined.items())):
+    regression = _regression_rows(network, unit, config.regression_target)
+    ours = reports[0]
+    title = f"{title}: test split, {ours.n} {unit}s, {ours.positives} abnormal"
+    head = ("with 95 % interval" if config.bootstrap else "", network_name(config), *([PIXELS_NAME] if pixels else []))
+    if all(report.threshold == THRESHOLD for report in reports):
+        at_half = []
+    sections = [metrics(reports, ranks), decided, at_half, published, regression]
+    _print(title, head, *sections, caption=_methods(reports + halves))
+    for note in _notes(network, pixels, unit):
         say(f"note: {note}")
 
 
-def print_means(runs: Sequence[tuple[Scores, Scores, TrainConfig]]) -> None:
-    """Mean and standard deviation over several runs, of both models."""
-    from statistics import fmean, stdev
+def _regression_rows(network: Scores, unit: str, target: str) -> list[tuple[str, ...]]:
+    report = network.regression.get(unit)
+    if report is None or not report.n:
+        return []
+    measure = TARGET_UNITS[target]
+    rows = [
+        (f"{target}: mean absolute error, {report.n} {unit}s", f"{report.mae:.2f} {measure}"),
+        (f"{target}: error of the training mean", f"{report.constant_mae:.2f} {measure}"),
+        (f"{target}: R²", f"{report.r2:.3f}"),
+    ]
+    return [(name, "undefined" if text.startswith("nan") else text) for name, text in rows]
 
-    reports = [_reports(*run)[1:] for run in runs]
 
-    def over_runs(key: str, which: int) -> str:
-        values = [report[which].metrics[key].value for report in reports]
-        return f"{fmean(values):.3f} ± {stdev(values):.3f}"
+def _methods(reports: Sequence[Report]) -> str:
+    """What the names of methods in the cells mean."""
+    from cardiocaps.metrics import BOOTSTRAP, EXACT, NO_INTERVAL
 
-    rows = [(text, over_runs(key, 0), over_runs(key, 1)) for key, text in METRIC_NAMES.items()]
-    _print(f"Mean over {len(runs)} runs ± standard deviation", ("", network_name(runs[0][2]), PIXELS_NAME), rows)
+    used = {estimate.method for report in reports for estimate in report.metrics.values()}
+    drawn = f"{reports[0].groups} {reports[0].group_name}s"
+    means = {
+        BOOTSTRAP: f"{BOOTSTRAP}: the middle of {reports[0].bootstrap:,} resamples of the {drawn}.",
+        EXACT: f"{EXACT}: Clopper and Pearson; for an AUROC, of disjoint pairs.",
+        NO_INTERVAL: f"{NO_INTERVAL}: the middle 95 % of the resamples have one and the same value.",
+    }
+    return " ".join(text for method, text in means.items() if method in used)
 
 
-def _print(title: str, head: Sequence[str], *sections: Sequence[Sequence[str]]) -> None:
+def _notes(network: Scores, pixels: Scores | None, unit: str) -> list[str]:
+    report = network.report(unit)
+    notes = list(report.notes)
+    notes += [f"{METRIC_NAMES.get(name, name)}: {why}" for name, why in report.undefined.items()]
+    if not network.decision.is_chosen:
+        notes.append(f"the threshold is {network.decision.rule}")
+    if pixels is None:
+        notes.append("the run keeps no classifier of pixels to compare with: its folder has no pixel_baseline.json")
+    return notes
+
+
+def print_means(runs: Sequence[tuple[Scores, Scores | None, TrainConfig]]) -> None:
+    """Mean and standard deviation over several runs, of both models, with intervals that draw the runs too."""
+    from cardiocaps.metrics import METRICS, RunsReport, evaluate_runs
+
+    config = runs[0][2]
+    unit = unit_of(config)
+
+    def over_runs(scores: Sequence[Scores]) -> RunsReport:
+        probabilities, labels, groups = zip(*(one.test.samples(unit) for one in scores), strict=True)
+        return evaluate_runs(
+            probabilities,
+            labels,
+            groups,
+            [one.decision.threshold for one in scores],
+            bootstrap=config.bootstrap,
+            group_name=scores[0].test.group_name,
+        )
+
+    reports = [over_runs([network for network, _, _ in runs])]
+    pixels = [of for _, of, _ in runs if of is not None]
+    if len(pixels) == len(runs):
+        reports.append(over_runs(pixels))
+    rows = [(METRIC_NAMES[name], *(str(report.metrics[name]) for report in reports)) for name in METRICS]
+    title = f"Mean over {len(runs)} runs ± standard deviation, decisions at each run's threshold"
+    head = ("with 95 % interval" if config.bootstrap else "", network_name(config), PIXELS_NAME)
+    drawn = f"{runs[0][0].test.group_name}s"
+    caption = f"bootstrap: the middle of {config.bootstrap:,} resamples of the {drawn} and the runs."
+    _print(title, head[: len(reports) + 1], rows, caption=caption if config.bootstrap else "")
+    for note in reports[0].notes:
+        say(f"note: {note}")
+
+
+def _print(title: str, head: Sequence[str], *sections: Sequence[Sequence[str]], caption: str = "") -> None:
     from rich import box
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    table = Table(title=title, caption=DISCLAIMER, box=box.HEAVY_HEAD if unicode else box.ASCII)
+    # A Text, for a path may hold what rich takes for its markup.
+    below = Text(f"{caption}\n{DISCLAIMER}" if caption else DISCLAIMER)
+    table = Table(title=Text(title), caption=below, box=box.HEAVY_HEAD if unicode else box.ASCII)
     table.title_justify = table.caption_justify = "left"
     for column in head:
         table.add_column(column)
@@ -194,59 +290,109 @@ def _print(title: str, head: Sequence[str], *sections: Sequence[Sequence[str]]) 
             table.add_row(*row)
         table.add_section()
     # To a text first, which `say` gets out whatever has become of the terminal.
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 100
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
     text = io.StringIO()
     Console(file=text, width=width).print(table)
     say(text.getvalue().rstrip())
 
 
-def write_results(run: RunFolder, network: Scores, pixels: Scores, config: TrainConfig) -> None:
-    """metrics.json, predictions.csv and the plots of a run. Raises OutputError."""
+def write_results(
+    run: RunFolder, network: Scores, pixels: Scores | None, config: TrainConfig, **identity: str | None
+) -> None:
+    """The predictions, the decision, the plots and, last, metrics.json of a run. `identity` says what was evaluated,
+    and on what. Raises OutputError."""
     from cardiocaps import plots
-    from cardiocaps.files import output_errors, write_csv, write_json
-    from cardiocaps.metrics import by_video
+    from cardiocaps.decision import write_decision
+    from cardiocaps.files import output_errors, write_json
+    from cardiocaps.predictions import write_predictions
 
-    unit, report, _ = _reports(network, pixels, config)
-    rows = network.rows
-    probability, label, video = ([row[name] for row in rows] for name in ("probability", "label", "video"))
-    scores, truth = by_video(probability, label, video) if unit == "video" else (probability, label)
+    unit = unit_of(config)
+    report, at_half = network.report(unit), network.report_at_half(unit)
+    scores, truth, _ = network.test.samples(unit)
     with output_errors(run.plots):
         run.plots.mkdir(exist_ok=True)
-    write_csv(run.predictions_csv, rows)
-    plots.confusion_matrix(report.confusion, run.confusion_matrix)
+    write_decision(run.decision, network.decision)
+    write_predictions(run, network.test, network.validation, network.decision.threshold)
+    counts = {f"{unit}s, probability > {r.threshold:.3g}": r.confusion for r in (report, at_half)}
+    plots.confusion_matrices(counts, run.confusion_matrix)
     plots.roc_curve(scores, truth, run.roc_curve, report=report)
     plots.precision_recall_curve(scores, truth, run.precision_recall_curve, report=report)
+    regression = {
+        "target": config.regression_target,
+        "unit": TARGET_UNITS[config.regression_target],
+        **{of: of_unit.as_dict() for of, of_unit in network.regression.items()},
+    }
     # Last, for its presence says that the run is complete.
     results = {
-        "network": {"name": network_name(config), **network.as_dict()},
-        "pixel_logistic_regression": pixels.as_dict(),
+        **identity,
+        "network": {
+            "name": network_name(config),
+            **network.as_dict(),
+            **({"regression": regression} if network.regression else {}),
+        },
+        "pixel_logistic_regression": None if pixels is None else pixels.as_dict(),
+        "intervals": INTERVALS,
         "use": DISCLAIMER,
     }
     write_json(run.metrics_json, results)
 
 
 def evaluate_network(
-    config: TrainConfig, machine: Machine, run: RunFolder, data: EchoDataModule, results: RunFolder | None
-) -> tuple[Scores, Scores]:
-    """Evaluate a run's best network beside the pixels' logistic regression; print the table, write into `results`.
+    config: TrainConfig,
+    machine: Machine,
+    run: RunFolder,
+    data: EchoDataModule,
+    results: RunFolder | None,
+    *,
+    own_data: bool = True,
+) -> tuple[Scores, Scores | None]:
+    """Evaluate a run's best network beside the run's logistic regression on pixels; print the table, write into
+    `results`.
+
+    What the run keeps of its training, its threshold and that regression, is used; at the end of training, where
+    `results` is the run itself, both are made and kept. `own_data`: whether `data` is what the run was trained on, so
+    that what an older run does not keep can be made anew.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or of another configuration. OutputError.
+        CheckpointError: the checkpoint is missing, damaged or of another configuration, or what the run keeps is
+            damaged. OutputError.
     """
-    from cardiocaps.learning import best_network
+    from cardiocaps.baseline import PixelBaseline
+    from cardiocaps.decision import Decision, read_decision, training_mean
+    from cardiocaps.learning import best_network, weights_digest
     from cardiocaps.train import make_trainer
 
+    training = results is not None and results.path == run.path
+    unit = unit_of(config)
     network = best_network(config, run)
+    weights = weights_digest(network)
     machine.lay_out(network.model)
-    scores = score_network(make_trainer(config, machine), network, data, config.bootstrap)
-    pixels = score_pixels(data, config.bootstrap)
+    trainer = make_trainer(config, machine)
+    test = predict(trainer, network, data, "test")
+    decision = None if training else read_decision(run.decision, weights)
+    validation = None
+    if own_data and (results is not None or decision is None):
+        validation = predict(trainer, network, data, "val")
+        decision = decision or Decision.choose(validation, unit, weights, training_mean(data))
+    scores = Scores.of(test, validation, decision or Decision.unknown(unit, weights), config.bootstrap)
+
+    baseline = None if training else PixelBaseline.read(run.pixel_baseline)
+    if baseline is None and own_data:
+        baseline = PixelBaseline.fit(data, unit)
+        if training:
+            baseline.write(run.pixel_baseline)
+    pixels = None
+    if baseline is not None:
+        pixels = Scores.of(baseline.predict(data, "test"), None, baseline.decision, config.bootstrap)
     if results:
-        write_results(results, scores, pixels, config)
-    print_table(scores, pixels, config)
+        write_results(results, scores, pixels, config, weights=weights)
+    print_table(scores, pixels, config, str(config.out))
     return scores, pixels
 
 
-def evaluate_run(path: Path, changed: Mapping[str, Any], out: Path | None = None) -> tuple[Scores, Scores, TrainConfig]:
+def evaluate_run(
+    path: Path, changed: Mapping[str, Any], out: Path | None = None
+) -> tuple[Scores, Scores | None, TrainConfig]:
     """Evaluate the run in folder `path` with some settings `changed`; print the table, and write to `out` if given.
 
     Raises:
@@ -261,7 +407,7 @@ def evaluate_run(path: Path, changed: Mapping[str, Any], out: Path | None = None
     with machine_for(config) as machine:
         results = RunFolder.create(out) if out else None
         data = decode(config, machine, read_study(config))
-        scores, pixels = evaluate_network(config, machine, run, data, results)
+        scores, pixels = evaluate_network(config, machine, run, data, results, own_data="data" not in changed)
     if results:
         say(f"written to {results.path}")
     return scores, pixels, config

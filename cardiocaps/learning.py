@@ -7,6 +7,7 @@ what is drawn depends on (seed, epoch, item) alone.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import time
 import warnings
@@ -144,6 +145,16 @@ def best_network(config: TrainConfig, run: RunFolder) -> Classifier:
     network = Classifier(config, torch.ones(2), 0.0)
     load_weights(network, read_checkpoint(run.best), run.best)
     return network
+
+
+def weights_digest(network: Classifier) -> str:
+    """SHA-256 of a network's weights by name, in hexadecimal: equal for equal weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, weights in sorted(network.state_dict().items()):
+        array = weights.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
+        digest.update(memoryview(array.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
 def check_resumable_state(checkpoint: Mapping[str, Any], path: Path) -> None:

@@ -54,6 +54,9 @@ METRICS = (
 BOOTSTRAP, EXACT, NO_INTERVAL = "bootstrap", "exact", "no interval"
 """What `Estimate.method` can be, besides empty where no interval was asked for."""
 
+DECISIONS = ("sensitivity", "specificity", "f1", "f1_weighted", "accuracy")
+"""The metrics that a threshold moves."""
+
 PROPORTIONS = ("sensitivity", "specificity", "accuracy")
 """The metrics that count samples out of a number that is known beforehand."""
 
@@ -157,7 +160,8 @@ def interval_text(estimate: Estimate | MeanEstimate, to: str = " to ") -> str:
         return f" ({NO_INTERVAL})"
     if math.isnan(estimate.low):
         return ""
-    return f" ({estimate.low:.3f}{to}{estimate.high:.3f}, {estimate.method})"
+    method = f", {estimate.method}" if estimate.method else ""
+    return f" ({estimate.low:.3f}{to}{estimate.high:.3f}{method})"
 
 
 @dataclass(frozen=True)
@@ -233,7 +237,8 @@ def evaluate(
     value = sample.estimate()
 
     strata = _strata(y, group, count)
-    metrics, no_interval = {name: Estimate(value[name]) for name in METRICS}, {}
+    metrics = {name: Estimate(value[name]) for name in METRICS}
+    no_interval: dict[str, str] = {}
     if bootstrap:
         drawn = _drawn(sample, strata, bootstrap, np.random.default_rng(seed), p.size)
         counts = _Counts.of(strata, sample)
@@ -338,9 +343,9 @@ def evaluate_runs(
             if name not in undefined:
                 of_runs = np.stack([values[name] for values in drawn], axis=1)
                 means = np.take_along_axis(of_runs, chosen, axis=1).mean(axis=1) if count > 1 else of_runs[:, 0]
-                found, reason = _with_interval(name, mean.value, means, counts)
+                found, why = _with_interval(name, mean.value, means, counts)
                 summarised[name] = replace(mean, low=found.low, high=found.high, method=found.method)
-                no_interval |= {name: reason} if reason else {}
+                no_interval |= {name: why} if why else {}
         if any(mean.sd > 0 for mean in summarised.values()) and _narrowness(count) >= _NARROW:
             notes.append(f"only {count} seeds: what bootstrap intervals owe to them is {_too_narrow(count)}")
     return RunsReport(

@@ -82,22 +82,32 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
-def confusion_matrix(
-    counts: ArrayLike, path: Path, *, classes: Sequence[str] = CLASSES, title: str = "Confusion matrix"
+def confusion_matrices(
+    counts: Mapping[str, ArrayLike],
+    path: Path,
+    *,
+    classes: Sequence[str] = CLASSES,
+    title: str = "Confusion matrix",
 ) -> None:
-    """Draw `counts` [J, J] (rows the true class, columns the predicted one) with each row's percentages.
+    """Draw, side by side, each of the `counts` [J, J] (rows the true class, columns the predicted one) under its name,
+    with each row's percentages.
 
-    Raises ValueError for a matrix that does not fit `classes`, OutputError.
+    Raises ValueError for none, and for a matrix that does not fit `classes`; OutputError.
     """
-    matrix = np.asarray(counts)
-    if matrix.shape != (len(classes), len(classes)) or (matrix < 0).any():
-        raise ValueError(f"counts: must be [{len(classes)}, {len(classes)}] and not negative, is {matrix.tolist()}")
-    figure = new_figure(5.0, 4.6, title)
-    axes = figure.add_subplot()
-    image = draw_confusion(axes, matrix, classes)
-    bar = figure.colorbar(image, ax=axes, fraction=0.045, format=lambda x, _: f"{x:.0%}")
+    if not counts:
+        raise ValueError("counts: must have at least one matrix, is empty")
+    matrices = {name: np.asarray(matrix) for name, matrix in counts.items()}
+    for matrix in matrices.values():
+        if matrix.shape != (len(classes), len(classes)) or (matrix < 0).any():
+            raise ValueError(f"counts: must be [{len(classes)}, {len(classes)}] and not negative, is {matrix.tolist()}")
+    figure = new_figure(4.2 * len(matrices) + 0.8, 4.8, title)
+    panels = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axes, (name, matrix) in zip(panels, matrices.items(), strict=True):
+        image = draw_confusion(axes, matrix, classes)
+        axes.set_title(name, fontsize=10, color=INK)
+    bar = figure.colorbar(image, ax=panels, fraction=0.045 / len(matrices), format=lambda x, _: f"{x:.0%}")
     bar.set_label("Share of the true class")
-    bar.outline.set_visible(False)
+    bar.outline.set_visible(False)  # type: ignore[operator]
     save(figure, path)
 
 

@@ -123,7 +123,32 @@ class RunFolder:
 
     @property
     def predictions_csv(self) -> Path:
+        """Of the test split, a row a frame."""
         return self.path / "predictions.csv"
+
+    @property
+    def predictions_by_video_csv(self) -> Path:
+        """The same, a row a video, with decisions."""
+        return self.path / "predictions_by_video.csv"
+
+    @property
+    def validation_csv(self) -> Path:
+        """As `predictions_csv`, of the validation split."""
+        return self.path / "validation.csv"
+
+    @property
+    def validation_by_video_csv(self) -> Path:
+        return self.path / "validation_by_video.csv"
+
+    @property
+    def decision(self) -> Path:
+        """The threshold that was chosen on validation; see `cardiocaps.decision`."""
+        return self.path / "decision.json"
+
+    @property
+    def pixel_baseline(self) -> Path:
+        """The logistic regression on pixels that was fitted to the run's training split."""
+        return self.path / "pixel_baseline.json"
 
     @property
     def best(self) -> Path:

@@ -13,7 +13,7 @@ import numpy as np
 from cardiocaps.evaluate import METRIC_NAMES, PAPER_NAMES
 from cardiocaps.experiments.exhibits import Exhibit
 from cardiocaps.experiments.reported import BINARY_F1, CONFUSION_OF, LAMBDAS, ON
-from cardiocaps.experiments.summaries import CALIBRATION_BINS, Summary, lambda_of, samples
+from cardiocaps.experiments.summaries import CALIBRATION_BINS, Summary, lambda_of
 from cardiocaps.metrics import PUBLISHED, MeanEstimate, reliability
 from cardiocaps.plots import BLUE, GREEN, GREY, INK, VERMILION, draw_confusion, dress, new_figure, save
 
@@ -158,7 +158,9 @@ def _confusions(exhibit: Exhibit, summaries: Sequence[Summary]) -> Figure:
     for axes, summary in zip(panels, summaries, strict=True):
         image = draw_confusion(axes, np.array(summary.report.confusion))
         seeds = f" over {summary.seeds} seeds" if summary.seeds > 1 else ""
-        axes.set_title(f"{_wrapped(summary.title, 34)}\n{summary.unit}s{seeds}", fontsize=10, color=INK)
+        threshold = " ± ".join(f"{x:.2f}" for x in (summary.threshold.value, summary.threshold.sd) if math.isfinite(x))
+        title = f"{_wrapped(summary.title, 34)}\n{summary.unit}s{seeds}, threshold {threshold}"
+        axes.set_title(title, fontsize=10, color=INK)
     bar = figure.colorbar(image, ax=panels, fraction=0.045 / len(summaries), format=lambda x, _: f"{x:.0%}")
     bar.set_label("Share of the true class")
     bar.outline.set_visible(False)  # type: ignore[operator]
@@ -215,7 +217,7 @@ def _reliability(exhibit: Exhibit, summaries: Sequence[Summary]) -> Figure:
     figure = new_figure(2.75 * columns + 0.5, 3.15 * lines + 0.9, _wrapped(exhibit.title, 30 * columns))
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
     for axes, summary in zip(panels, summaries, strict=False):
-        parts = [samples(result.test, summary.unit)[:2] for result in summary.row.results]
+        parts = [result.test.samples(summary.unit)[:2] for result in summary.row.results]
         probability, label = (np.concatenate(part) for part in zip(*parts, strict=True))
         predicted, observed, size = reliability(probability, label, CALIBRATION_BINS)
         axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=1)

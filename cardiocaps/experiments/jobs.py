@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from cardiocaps.data.datamodule import EchoDataModule
     from cardiocaps.machine import Machine
+    from cardiocaps.predictions import Predictions
     from cardiocaps.run_folder import RunFolder
 
 Watch = Callable[[float, str], None]
@@ -95,8 +96,9 @@ def _network(
 ) -> None:
     from statistics import median
 
-    from cardiocaps.evaluate import predict
-    from cardiocaps.learning import best_network
+    from cardiocaps.decision import Decision, training_mean, write_decision
+    from cardiocaps.evaluate import predict, unit_of
+    from cardiocaps.learning import best_network, weights_digest
     from cardiocaps.peak_memory import PeakMemory
     from cardiocaps.train import make_trainer, train
 
@@ -107,11 +109,13 @@ def _network(
     machine.lay_out(network.model)
     trainer = make_trainer(config, machine)
     scores = {split: predict(trainer, network, data, split) for split in ("val", "test")}
+    # So that `cardiocaps.evaluate` decides as the tables do, on whatever data.
+    decision = Decision.choose(scores["val"], unit_of(config), weights_digest(network), training_mean(data))
+    write_decision(folder.decision, decision)
     seconds = [row["seconds"] for row in history]
     best = min(history, key=lambda row: row["val_loss"])
     _write(
         job,
-        data,
         scores,
         device=machine.gpu or machine.device,
         parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
@@ -128,8 +132,9 @@ def _pixels(job: Job, config: TrainConfig, data: EchoDataModule, watch: Watch) -
     import torch
     from threadpoolctl import threadpool_limits
 
-    from cardiocaps.evaluate import PIXEL_SIDE
+    from cardiocaps.baseline import PIXEL_SIDE
     from cardiocaps.models.pixel_classifiers import fit
+    from cardiocaps.predictions import Predictions
 
     pixels = {split: data.pixels(split, PIXEL_SIDE) for split in ("train", "val", "test")}
     watch(0.5, "fitting")
@@ -149,16 +154,18 @@ def _pixels(job: Job, config: TrainConfig, data: EchoDataModule, watch: Watch) -
         seconds = time.monotonic() - begin
         watch(1.0, "evaluating")
         scores = {
-            split: {
-                "probability": model.probability(pixels[split][0]),
-                "label": pixels[split][1],
-                "clip": pixels[split][2],
-            }
+            split: Predictions.of(
+                {
+                    "probability": model.probability(pixels[split][0]),
+                    "label": pixels[split][1],
+                    "clip": pixels[split][2],
+                },
+                data.clips(split),
+            )
             for split in ("val", "test")
         }
     _write(
         job,
-        data,
         scores,
         device="cpu",
         parameters=model.parameters,
@@ -170,23 +177,18 @@ def _pixels(job: Job, config: TrainConfig, data: EchoDataModule, watch: Watch) -
     )
 
 
-def _write(job: Job, data: EchoDataModule, scores: Mapping[str, Mapping[str, Any]], **measured: Any) -> None:
+def _write(job: Job, scores: Mapping[str, Predictions], **measured: Any) -> None:
     import torch
 
-    from cardiocaps.experiments.results import Predictions, Result, write_result
-
-    def predictions(split: str) -> Predictions:
-        out = scores[split]
-        names = [clip.name for clip in data.clips(split)]
-        video = tuple(names[i] for i in out["clip"])
-        return Predictions(out["probability"], out["label"], out["clip"], video, out.get("frame"))
+    from cardiocaps.evaluate import unit_of
+    from cardiocaps.experiments.results import Result, write_result
 
     result = Result(
         system=job.system.key,
         seed=job.seed,
-        unit="frame" if job.config.splits_frames else "video",
-        validation=predictions("val"),
-        test=predictions("test"),
+        unit=unit_of(job.config),
+        validation=scores["val"],
+        test=scores["test"],
         at_once=job.at_once,
         threads=torch.get_num_threads(),
         **measured,

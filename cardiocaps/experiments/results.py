@@ -1,4 +1,5 @@
-"""What a job leaves in its folder: the predictions of two splits as CSV, and at last `result.json`.
+"""What a job leaves in its folder: the predictions of two splits as CSV, by frame and by video, and at last
+`result.json`.
 
 The presence of `result.json` says that the job is finished. It holds how many rows the tables have, so that one that
 was cut short is noticed.
@@ -6,22 +7,23 @@ was cut short is noticed.
 
 import csv
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from cardiocaps.errors import ConfigError
-from cardiocaps.files import write_csv, write_json
-
-UNITS = ("video", "frame")
+from cardiocaps.files import write_json
+from cardiocaps.metrics import decision_threshold
+from cardiocaps.predictions import UNITS, Predictions, write_predictions
+from cardiocaps.run_folder import RunFolder
 
 _KIND = "cardiocaps result"
 _NAME = "result.json"
-_SPLITS = {"validation": "validation.csv", "test": "predictions.csv"}
+_SPLITS = ("validation", "test")
 _COLUMNS = ("video", "clip", "label", "probability")
 _NUMBERS: dict[str, tuple[type, bool]] = {  # of result.json: its type, and whether it may be missing
     "seed": (int, False),
@@ -35,44 +37,6 @@ _NUMBERS: dict[str, tuple[type, bool]] = {  # of result.json: its type, and whet
     "threads": (int, False),
 }
 _TEXTS = ("system", "unit", "device")
-
-
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """A system's probabilities of class 1 in one split, a row a frame: `probability` float64 [n] in [0, 1], `label`
-    int64 [n] in {0, 1}, `clip` int64 [n], `video` n names, and `frame` int64 [n], its number in the video, if known.
-
-    Raises ValueError for other shapes and values, and for none at all.
-    """
-
-    probability: NDArray[np.float64]
-    label: NDArray[np.int64]
-    clip: NDArray[np.int64]
-    video: tuple[str, ...]
-    frame: NDArray[np.int64] | None = None
-
-    def __post_init__(self) -> None:
-        probability = np.asarray(self.probability, np.float64)
-        n = probability.size
-        if probability.shape != (n,) or not n:
-            raise ValueError(f"probability: must be [n] and not empty, has shape {list(probability.shape)}")
-        wrong = ~((probability >= 0) & (probability <= 1))
-        if wrong.any():
-            raise ValueError(f"probability: must lie in [0, 1], one is {probability[wrong][0]}")
-        object.__setattr__(self, "probability", probability)
-        for name in ("label", "clip", "frame"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _integers(getattr(self, name), n, name))
-        if not np.isin(self.label, (0, 1)).all():
-            raise ValueError(f"label: must be 0 or 1, are {np.unique(self.label)[:5].tolist()}")
-        object.__setattr__(self, "video", tuple(self.video))
-        if len(self.video) != n:
-            raise ValueError(f"video: must have {n} names, has {len(self.video)}")
-
-    @property
-    def videos(self) -> int:
-        """How many videos the frames are of."""
-        return len(set(self.video))
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +58,11 @@ class Result:
     at_once: int  # how many jobs shared the machine
     threads: int  # of each of them
 
+    @property
+    def threshold(self) -> tuple[float, str | None]:
+        """Of decisions, chosen on the validation split; see `metrics.decision_threshold`."""
+        return decision_threshold(*self.validation.samples(self.unit)[:2])
+
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
             raise ValueError(f"unit: must be one of {', '.join(UNITS)}, is {self.unit!r}")
@@ -105,10 +74,9 @@ def is_finished(folder: Path) -> bool:
 
 
 def write_result(folder: Path, result: Result) -> None:
-    """Write `validation.csv`, `predictions.csv` and then `result.json` into an existing folder, each whole or not at
-    all. Raises OutputError."""
-    for split, name in _SPLITS.items():
-        write_csv(folder / name, _rows(getattr(result, split)))
+    """Write the predictions and then `result.json` into an existing folder, each whole or not at all. Raises
+    OutputError."""
+    write_predictions(RunFolder(folder), result.test, result.validation, result.threshold[0])
     rows = {split: getattr(result, split).label.size for split in _SPLITS}
     fields = {name: getattr(result, name) for name in (*_TEXTS, *_NUMBERS)}
     write_json(folder / _NAME, {"kind": _KIND, **fields, "rows": rows})
@@ -129,19 +97,12 @@ def read_result(folder: Path) -> Result:
     rows = content.get("rows")
     if not isinstance(rows, dict) or not all(type(rows.get(split)) is int for split in _SPLITS):
         raise ConfigError(f"{path} is damaged: it does not say how many rows the splits have")
-    fields |= {split: _read_predictions(folder / name, rows[split]) for split, name in _SPLITS.items()}
+    places = {"validation": RunFolder(folder).validation_csv, "test": RunFolder(folder).predictions_csv}
+    fields |= {split: _read_predictions(places[split], rows[split]) for split in _SPLITS}
     try:
         return Result(**fields)
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
-
-
-def _rows(predictions: Predictions) -> list[dict[str, Any]]:
-    columns: dict[str, Sequence[Any]] = {"video": predictions.video, "clip": predictions.clip.tolist()}
-    if predictions.frame is not None:
-        columns["frame"] = predictions.frame.tolist()
-    columns |= {"label": predictions.label.tolist(), "probability": predictions.probability.tolist()}
-    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
 
 
 def _read_predictions(path: Path, rows: int) -> Predictions:
@@ -162,6 +123,7 @@ def _read_predictions(path: Path, rows: int) -> Predictions:
             clip=_whole(row["clip"] for row in table),
             video=tuple(row["video"] for row in table),
             frame=_whole(row["frame"] for row in table) if table and "frame" in table[0] else None,
+            patient=_whole(row["patient"] for row in table) if table and "patient" in table[0] else None,
         )
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
@@ -171,13 +133,6 @@ def _read_predictions(path: Path, rows: int) -> Predictions:
 
 def _whole(values: Iterable[str]) -> NDArray[np.int64]:
     return np.array([int(value) for value in values], np.int64)
-
-
-def _integers(values: ArrayLike, n: int, name: str) -> NDArray[np.int64]:
-    array = np.asarray(values)
-    if array.shape != (n,) or array.dtype.kind not in "biu":
-        raise ValueError(f"{name}: must be integers [{n}], is {array.dtype} {list(array.shape)}")
-    return array.astype(np.int64)
 
 
 def _field(content: dict[str, Any], name: str, path: Path) -> Any:

@@ -7,22 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-import numpy as np
-
 from cardiocaps.config import TrainConfig
 from cardiocaps.experiments.reported import Reported, reported
-from cardiocaps.experiments.results import Predictions, Result
-from cardiocaps.metrics import (
-    THRESHOLD,
-    Floats,
-    Integers,
-    MeanEstimate,
-    RunsReport,
-    by_video,
-    choose_threshold,
-    evaluate_runs,
-    expected_calibration_error,
-)
+from cardiocaps.experiments.results import Result
+from cardiocaps.metrics import MeanEstimate, RunsReport, evaluate_runs, expected_calibration_error
 
 CALIBRATION_BINS = 10
 
@@ -43,6 +31,7 @@ class Summary:
 
     row: Row
     unit: str  # what a sample is: "video" or "frame"
+    drawn: str  # what the bootstrap draws: "video" or "patient"
     thresholds: tuple[float, ...]  # of each result
     report: RunsReport  # by the unit, decisions at the thresholds
     published: RunsReport  # by frame, decisions at 0.5
@@ -100,14 +89,6 @@ def lambda_of(system: str) -> float:
         raise ValueError(f"system: must end in -lambda-NUMBER, is {system!r}") from None
 
 
-def samples(predictions: Predictions, unit: str) -> tuple[Floats, Integers, tuple[str, ...]]:
-    """Probability [m], label [m] and video [m] of a split's videos, sorted by name, or of its frames."""
-    if unit == "frame":
-        return predictions.probability, predictions.label, predictions.video
-    probability, label = by_video(predictions.probability, predictions.label, predictions.video)
-    return probability, label, tuple(np.unique(predictions.video).tolist())
-
-
 def summarise(row: Row, exhibit: str, bootstrap: int) -> Summary:
     """The numbers of a row that has results. Raises ValueError where they are by different units."""
     units = {result.unit for result in row.results}
@@ -116,24 +97,25 @@ def summarise(row: Row, exhibit: str, bootstrap: int) -> Summary:
     unit = units.pop()
     thresholds, notes = [], []
     for result in row.results:
-        probability, label, _ = samples(result.validation, unit)
-        if label.min() == label.max():
-            notes.append(f"seed {result.seed}: every validation {unit} has label {label[0]}, so the threshold is 0.5")
-            thresholds.append(THRESHOLD)
-        else:
-            thresholds.append(choose_threshold(probability, label))
-    probabilities, labels, videos = zip(*(samples(result.test, unit) for result in row.results), strict=True)
-    report = evaluate_runs(probabilities, labels, videos, thresholds, bootstrap=bootstrap)
+        threshold, reason = result.threshold
+        thresholds.append(threshold)
+        if reason:
+            notes.append(f"seed {result.seed}: {reason}, so the threshold is {threshold:g}")
+    probabilities, labels, groups = zip(*(result.test.samples(unit) for result in row.results), strict=True)
+    drawn = row.results[0].test.group_name
+    report = evaluate_runs(probabilities, labels, groups, thresholds, bootstrap=bootstrap, group_name=drawn)
     notes += [f"{name} is undefined: {reason}" for name, reason in report.undefined.items()]
+    notes += [f"{name} has no interval: {reason}" for name, reason in report.no_interval.items()]
     notes += report.notes
     if not report.paired:
-        notes.append("the seeds were tested on different videos, which were resampled by themselves")
+        notes.append(f"the seeds were tested on different {drawn}s, which were resampled by themselves")
     if row.error:
         notes.append(f"only {len(row.results)} of the seeds: {row.error}")
     tests = [result.test for result in row.results]
     return Summary(
         row=row,
         unit=unit,
+        drawn=drawn,
         thresholds=tuple(thresholds),
         report=report,
         published=evaluate_runs([t.probability for t in tests], [t.label for t in tests], bootstrap=0),

@@ -15,7 +15,7 @@ from cardiocaps.experiments.exhibits import Exhibit
 from cardiocaps.experiments.reported import BINARY_F1, CONFUSION_OF, LAMBDAS, ON, reported
 from cardiocaps.experiments.summaries import CALIBRATION_BINS, Row, Summary, lambda_of, summarise
 from cardiocaps.files import write_csv, write_text
-from cardiocaps.metrics import METRICS, PUBLISHED, MeanEstimate
+from cardiocaps.metrics import EXACT, METRICS, PUBLISHED, MeanEstimate, interval_text
 
 __all__ = ["Row", "write_exhibit", "write_index"]
 
@@ -211,11 +211,7 @@ def _how(summaries: Sequence[Summary], bootstrap: int) -> str:
     units = {s.unit for s in summaries}
     text = "Mean over the seeds ± standard deviation" if any(s.seeds > 1 for s in summaries) else "Of a single seed"
     if bootstrap:
-        text += (
-            f", and in brackets the 95 % bootstrap interval of the mean over {bootstrap:,} resamples of the test videos"
-        )
-        if all(s.report.paired for s in summaries):
-            text += ", the same videos for every seed"
+        text += f", and in brackets the 95 % interval of the mean{_methods(summaries, bootstrap)}"
     if units == {"video"}:
         text += ". A sample is a video, with the mean probability of its frames"
     elif units == {"frame"}:
@@ -230,6 +226,19 @@ def _how(summaries: Sequence[Summary], bootstrap: int) -> str:
     )
 
 
+def _methods(summaries: Sequence[Summary], bootstrap: int) -> str:
+    """What the names of methods in the cells mean."""
+    drawn = _and(list(dict.fromkeys(f"{s.drawn}s" for s in summaries)))
+    text = f": bootstrap, the middle of {bootstrap:,} resamples of the test {drawn}"
+    if any(s.seeds > 1 for s in summaries):
+        text += " and of the seeds"
+        if all(s.report.paired for s in summaries):
+            text += f", the same {drawn} for every seed"
+    if any(e.method == EXACT for s in summaries for e in s.report.metrics.values()):
+        text += f"; exact, the interval of Clopper and Pearson, for an AUROC that of disjoint pairs of {drawn}"
+    return text
+
+
 # The cells: of a row's results, or, by system, what is known without them.
 Column = tuple[str, Callable[[Summary], str] | Mapping[str, str]]
 
@@ -238,8 +247,7 @@ def _columns(names: Sequence[str], bootstrap: int) -> list[Column]:
     def column(name: str) -> Column:
         def cell(summary: Summary) -> str:
             estimate = summary.report.metrics[name]
-            interval = f" ({estimate.low:.3f}{_DASH}{estimate.high:.3f})" if bootstrap else ""
-            return _plus_minus(estimate) + ("" if math.isnan(estimate.low) else interval)
+            return _plus_minus(estimate) + (interval_text(estimate, _DASH) if bootstrap else "")
 
         return METRIC_NAMES[name], cell
 
@@ -389,6 +397,7 @@ def _csv_row(exhibit: Exhibit, row: Row, summary: Summary | None) -> dict[str, A
         estimate = summary.report.metrics[name] if summary else nothing
         values = (estimate.value, estimate.sd, estimate.low, estimate.high)
         cells |= {f"{name}{end}": _number(x) for end, x in zip(("", "_sd", "_low", "_high"), values, strict=True)}
+        cells[f"{name}_method"] = estimate.method
     means = {"threshold": summary.threshold if summary else nothing}
     means["calibration_error"] = summary.calibration_error if summary else nothing
     means |= {f"published_{name}": summary.published.paper[name] if summary else nothing for name in PUBLISHED}
@@ -443,7 +452,7 @@ def _main_table(tables: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
     if any(row["auroc_sd"] for row in ordered):
         text += " ± standard deviation"
     if any(row["auroc_low"] for row in ordered):
-        text += " and, in brackets, its 95 % bootstrap interval over the test videos"
+        text += " and, in brackets, its 95 % interval and the method of it"
     text += ". The last column is the paper's. The tables below say how each number is defined."
     return f"## CardioCaps against the other systems\n\n{text}\n\n{table}"
 
@@ -452,9 +461,9 @@ def _of_csv(row: Mapping[str, str], name: str, digits: int = 3) -> str:
     def number(column: str) -> float:
         return float(row.get(column) or "nan")
 
-    low, high = number(f"{name}_low"), number(f"{name}_high")
-    interval = "" if math.isnan(low) else f" ({low:.3f}{_DASH}{high:.3f})"
-    return _plus_minus(MeanEstimate(number(name), number(f"{name}_sd")), digits) + interval
+    value, sd, low, high = (number(f"{name}{end}") for end in ("", "_sd", "_low", "_high"))
+    estimate = MeanEstimate(value, sd, low, high, row.get(f"{name}_method", ""))
+    return _plus_minus(estimate, digits) + interval_text(estimate, _DASH)
 
 
 def _links(exhibit: Exhibit, folder: Path) -> tuple[str, ...]:

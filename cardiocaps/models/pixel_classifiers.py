@@ -4,7 +4,7 @@ They see downsized grey frames, 32×32 numbers each: SMOTE draws between nearest
 numbers of a network's input a few hundred frames are all about equally far from one another.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,42 @@ class PixelClassifier:
             raise ValueError(f"pixels: must have as many as in training, {self.pixels}; has {values.shape[1]}")
         # XGBoost's are float32.
         return np.clip(self.model.predict_proba(values)[:, 1].astype(np.float64), 0.0, 1.0)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The numbers of a logistic regression on whole training frames, exactly, for JSON; `from_dict` takes them
+        back. Nothing in them is executed by who reads them. Raises ValueError for another classifier."""
+        steps = getattr(self.model, "named_steps", {})
+        if [*steps] != ["scale", "classifier"]:
+            raise ValueError(
+                f"classifier: must be a logistic regression without sampling, has steps {', '.join(steps)}"
+            )
+        scale, classifier = steps["scale"], steps["classifier"]
+        return {
+            "mean": scale.mean_.tolist(),
+            "scale": scale.scale_.tolist(),
+            "coefficients": classifier.coef_[0].tolist(),
+            "intercept": float(classifier.intercept_[0]),
+        }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "PixelClassifier":
+        """What `as_dict` gave, which says the same as the original of every frame. Raises ValueError for other
+        content."""
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import Pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        values = {name: _numbers(content, name) for name in ("mean", "scale", "coefficients", "intercept")}
+        pixels = values["mean"].size
+        right = {"mean": (pixels,), "scale": (pixels,), "coefficients": (pixels,), "intercept": ()}
+        if not pixels or any(array.shape != right[name] for name, array in values.items()):
+            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in values.items())
+            raise ValueError(f"content: must be one intercept and as many numbers of each other kind, is {shapes}")
+        scale, classifier = StandardScaler(), LogisticRegression()
+        scale.mean_, scale.scale_, scale.n_features_in_ = values["mean"], values["scale"], pixels
+        classifier.coef_, classifier.intercept_ = values["coefficients"][None], values["intercept"][None]
+        classifier.classes_, classifier.n_features_in_ = np.array([0, 1]), pixels
+        return cls(Pipeline([("scale", scale), ("classifier", classifier)]), pixels)
 
 
 def fit(
@@ -177,6 +213,16 @@ def _labels(values: ArrayLike, n: int, name: str) -> Integers:
     if not np.isin(labels, (0, 1)).all():
         raise ValueError(f"{name}: must be 0 or 1, are {np.unique(labels)[:5].tolist()}")
     return labels.astype(np.int64)
+
+
+def _numbers(content: Mapping[str, Any], name: str) -> Floats:
+    try:
+        array = np.asarray(content.get(name), np.float64)
+    except (TypeError, ValueError):
+        array = np.array(np.nan)
+    if not np.isfinite(array).all() or (name == "scale" and not (array > 0).all()):
+        raise ValueError(f"content: {name} must be finite numbers{', above 0' if name == 'scale' else ''}")
+    return array
 
 
 def _pixels(values: ArrayLike, name: str) -> Floats:

@@ -58,8 +58,8 @@ DRAWINGS: dict[str, Callable[[Path], None]] = {
     "learning curves": lambda path: plots.learning_curves(HISTORY, path),
     "no epoch": lambda path: plots.learning_curves([], path),
     "one epoch": lambda path: plots.learning_curves(HISTORY[:1], path),
-    "confusion": lambda path: plots.confusion_matrix(confusion(P, Y), path),
-    "confusion of one class": lambda path: plots.confusion_matrix([[5, 0], [0, 0]], path),
+    "confusion": lambda path: plots.confusion_matrices({"all": confusion(P, Y)}, path),
+    "confusion of one class": lambda path: plots.confusion_matrices({"all": [[5, 0], [0, 0]]}, path),
     "roc": lambda path: plots.roc_curve(P, Y, path),
     "roc of one class": lambda path: plots.roc_curve(P, 0 * Y, path),
     "precision": lambda path: plots.precision_recall_curve(P, Y, path),
@@ -111,7 +111,7 @@ def test_roc_curve_is_scikit_learns_with_the_operating_point(figures: list[Any],
     fpr, tpr, _ = roc_curve(Y, P, drop_intermediate=False)
     assert curve.get_xdata() == pytest.approx(fpr) and curve.get_ydata() == pytest.approx(tpr)
     auroc = report.metrics["auroc"]
-    assert f"AUROC {auroc.value:.3f} ({auroc.low:.3f} to {auroc.high:.3f})" in _texts(figures[0])
+    assert f"AUROC {auroc.value:.3f} ({auroc.low:.3f} to {auroc.high:.3f}, bootstrap)" in _texts(figures[0])
     assert point.get_ydata()[0] == ((P > 0.5) & (Y == 1)).sum() / Y.sum()
     assert point.get_xdata()[0] == pytest.approx(((P > 0.5) & (Y == 0)).sum() / (Y == 0).sum())
 
@@ -134,11 +134,15 @@ def test_one_class_is_called_undefined(draw: Callable[..., None], figures: list[
 
 
 def test_confusion_matrix_shows_counts_and_shares(figures: list[Any], tmp_path: Path) -> None:
-    plots.confusion_matrix([[1500, 500], [0, 0]], tmp_path / "a.png")
+    counts = {"probability > 0.31": [[1500, 500], [0, 0]], "probability > 0.5": [[1999, 1], [0, 0]]}
+    plots.confusion_matrices(counts, tmp_path / "a.png")
     text = _texts(figures[0])
-    assert "1,500\n75.0%" in text and "500\n25.0%" in text and "0\nno sample" in text
+    assert "1,500\n75.0%" in text and "500\n25.0%" in text and "0\nno sample" in text and "1,999" in text
+    assert [axes.get_title() for axes in figures[0].axes[:2]] == list(counts)
     with pytest.raises(ValueError, match=r"counts: must be \[2, 2\]"):
-        plots.confusion_matrix([[1]], tmp_path / "b.png")
+        plots.confusion_matrices({"all": [[1]]}, tmp_path / "b.png")
+    with pytest.raises(ValueError, match="counts: must have at least one matrix"):
+        plots.confusion_matrices({}, tmp_path / "b.png")
 
 
 def test_a_figure_is_the_same_bytes_each_time(tmp_path: Path) -> None:

@@ -11,10 +11,11 @@ import pytest
 
 from cardiocaps.errors import ConfigError
 from cardiocaps.experiments.exhibits import Exhibit
-from cardiocaps.experiments.results import Predictions, Result
+from cardiocaps.experiments.results import Result
 from cardiocaps.experiments.summaries import Summary, lambda_of, summarise
 from cardiocaps.experiments.tables import Row, disagreements, write_exhibit, write_index
 from cardiocaps.metrics import METRICS, by_video, choose_threshold, evaluate
+from cardiocaps.predictions import Predictions
 from tests.cardiocaps.experiments.invented import exhibit, predictions, result, row
 
 DATA = "Invented numbers."
@@ -73,8 +74,8 @@ def test_the_markdown_has_the_numbers_of_the_csv(tmp_path: Path) -> None:
 
     def text(name: str) -> str:
         value, sd, low, high = (float(cells[f"{name}{end}"]) for end in ("", "_sd", "_low", "_high"))
-        assert low <= value <= high
-        return f"{value:.3f} ± {sd:.3f} ({low:.3f}–{high:.3f})"
+        assert low <= value <= high and cells[f"{name}_method"] == "bootstrap"
+        return f"{value:.3f} ± {sd:.3f} ({low:.3f}–{high:.3f}, bootstrap)"
 
     assert ranking == ["Ours", text("auroc"), text("average_precision"), text("brier")]
     assert decisions[2:] == [text(n) for n in ("f1", "f1_weighted", "accuracy", "sensitivity", "specificity")]
@@ -149,7 +150,7 @@ def test_a_validation_split_of_one_class_leaves_the_threshold_at_one_half(tmp_pa
     one_class = replace(split, label=np.ones_like(split.label))
     markdown, (cells,) = _write("table5", [Row("vit", "ViT", (result("vit", validation=one_class),), None)], tmp_path)
     assert cells["threshold"] == "0.5"
-    assert "seed 10: every validation video has label 1, so the threshold is 0.5" in markdown
+    assert "seed 10: every validation label is 1, so the threshold is 0.5" in markdown
 
 
 def test_under_the_paper_protocol_a_sample_is_a_frame(tmp_path: Path) -> None:
