@@ -1,3 +1,4 @@
+import json
 import sys
 import time
 from typing import Any
@@ -60,6 +61,40 @@ def test_logistic_regression_with_class_weights_is_scikit_learns() -> None:
     (x, y), (test, _) = _frames(200, 0, 64), _frames(50, 1, 64)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=1000))
     assert (_logistic(x, y).probability(test) == model.fit(x, y).predict_proba(test)[:, 1]).all()
+
+
+def test_a_logistic_regression_comes_back_from_its_numbers() -> None:
+    (x, y), (test, _) = _frames(200, 0, 64), _frames(50, 1, 64)
+    fitted = _logistic(x, y)
+    again = PixelClassifier.from_dict(json.loads(json.dumps(fitted.as_dict())))
+    assert (again.probability(test) == fitted.probability(test)).all()
+    assert again.parameters == fitted.parameters == 65
+    for name in ("xgboost", "logistic-regression"):
+        other = fit(name, "undersampling", x, y, x, y, seed=0, threads=1)
+        with pytest.raises(ValueError, match="classifier: must be a logistic regression without sampling"):
+            other.as_dict()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"mean": None}, "mean must be finite numbers"),
+        ({"mean": ["x"]}, "mean must be finite numbers"),
+        ({"coefficients": [1.0, float("inf")]}, "coefficients must be finite numbers"),
+        ({"scale": [1.0, 0.0]}, "scale must be finite numbers, above 0"),
+        (
+            {"coefficients": [1.0]},
+            r"each other kind, is mean \[2\], scale \[2\], coefficients \[1\]",
+        ),
+        ({"intercept": [1.0]}, "must be one intercept"),
+        ({"mean": [], "scale": [], "coefficients": []}, "must be one intercept and as many"),
+    ],
+)
+def test_numbers_that_are_no_logistic_regression(changed: dict[str, Any], message: str) -> None:
+    good = {"mean": [0.0, 0.0], "scale": [1.0, 1.0], "coefficients": [1.0, -1.0], "intercept": 0.0}
+    assert PixelClassifier.from_dict(good).probability([[3.0, 3.0]])[0] == 0.5
+    with pytest.raises(ValueError, match=message):
+        PixelClassifier.from_dict({**good, **changed})
 
 
 def test_without_a_signal_it_finds_none() -> None:

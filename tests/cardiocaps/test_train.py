@@ -69,8 +69,8 @@ def _history(run: Path) -> list[dict[str, str]]:
 
 def _same(run: Path, other: Path) -> None:
     assert _history(run) == _history(other)
-    assert (run / "metrics.json").read_text() == (other / "metrics.json").read_text()
-    assert (run / "predictions.csv").read_text() == (other / "predictions.csv").read_text()
+    for name in ("metrics.json", "decision.json", "pixel_baseline.json", "predictions.csv", "validation_by_video.csv"):
+        assert (run / name).read_text() == (other / name).read_text(), name
     one, two = (torch.load(r / "best.ckpt", weights_only=True)["state_dict"] for r in (run, other))
     assert all(torch.equal(one[name], two[name]) for name in one)
 
@@ -80,12 +80,17 @@ def test_run_folder_is_complete(finished: Path) -> None:
     assert names == {
         "best.ckpt",
         "config.yaml",
+        "decision.json",
         "environment.json",
         "last.ckpt",
         "metrics.csv",
         "metrics.json",
+        "pixel_baseline.json",
         "predictions.csv",
+        "predictions_by_video.csv",
         "run.json",
+        "validation.csv",
+        "validation_by_video.csv",
         "plots/confusion_matrix.png",
         "plots/learning_curves.png",
         "plots/precision_recall_curve.png",
@@ -102,6 +107,161 @@ def test_run_folder_is_complete(finished: Path) -> None:
     predictions = list(csv.DictReader((finished / "predictions.csv").open()))
     assert len(predictions) == results["network"]["frame"]["n"]
     assert len({row["video"] for row in predictions}) == results["network"]["video"]["n"]
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.open()))
+
+
+def test_one_threshold_chosen_on_validation_decides_everywhere(finished: Path) -> None:
+    from cardiocaps.metrics import choose_threshold
+
+    validation, test = (_rows(finished / f"{name}_by_video.csv") for name in ("validation", "predictions"))
+    chosen = choose_threshold([float(r["probability"]) for r in validation], [int(r["label"]) for r in validation])
+    decision = json.loads((finished / "decision.json").read_text())
+    assert chosen == decision["threshold"] != 0.5 and "Youden" in decision["rule"] and decision["unit"] == "video"
+    assert {float(row["threshold"]) for row in (*validation, *test)} == {chosen}
+    network = json.loads((finished / "metrics.json").read_text())["network"]
+    assert network["decision"]["threshold"] == network["video"]["threshold"] == network["frame"]["threshold"] == chosen
+    for report, column in ((network["video"], "decision"), (network["video_at_0.5"], "decision_at_0.5")):
+        counts = [[0, 0], [0, 0]]
+        for row in test:
+            counts[int(row["label"])][int(row[column])] += 1
+        assert report["confusion"] == counts, column
+    assert set(network["video_at_0.5"]["metrics"]) == {"sensitivity", "specificity", "f1", "f1_weighted", "accuracy"}
+    methods = {m["method"] for m in network["video"]["metrics"].values()}
+    assert methods <= {"bootstrap", "exact", "no interval"} and "exact" in methods
+
+
+def test_the_error_of_the_regression_is_by_video_in_its_unit(finished: Path) -> None:
+    regression = json.loads((finished / "metrics.json").read_text())["network"]["regression"]
+    mean = json.loads((finished / "decision.json").read_text())["target_mean"]
+    rows = [row for row in _rows(finished / "predictions_by_video.csv") if row["target"] != "nan"]
+    truth = [float(row["target"]) for row in rows]
+    errors = [abs(float(row["regression"]) - float(row["target"])) for row in rows]
+    video = regression["video"]
+    assert (regression["target"], regression["unit"], video["n"]) == ("width", "cm", len(rows))
+    assert video["mae"] == pytest.approx(sum(errors) / len(rows), rel=1e-6)
+    assert video["constant"] == mean and 3 < mean < 7
+    assert video["constant_mae"] == pytest.approx(sum(abs(x - mean) for x in truth) / len(rows), rel=1e-6)
+    assert video["r2"] < 1 and regression["frame"]["n"] == 4 * video["n"]
+
+
+def test_the_table_names_thresholds_and_units(
+    finished: Path, phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    lines = (run / "config.yaml").read_text().splitlines()
+    # The head's numbers are then in percent, whatever they are.
+    changed = ["regression_target: ef" if line.startswith("regression_target") else line for line in lines]
+    (run / "config.yaml").write_text("\n".join(changed) + "\n")
+    checkpoint = torch.load(run / "best.ckpt", weights_only=True)
+    checkpoint["cardiocaps"]["regression_target"] = "ef"
+    torch.save(checkpoint, run / "best.ckpt")
+    assert evaluate.main([str(run)]) == 0
+    out = capsys.readouterr().out
+    threshold = json.loads((finished / "decision.json").read_text())["threshold"]
+    assert re.search(rf"at the threshold of validation +\S +{threshold:.3f} ", out)
+    assert re.search(r"at a threshold of +\S +0\.500 +\S +0\.500", out)
+    assert "percentage points" in out and "error of the training mean" in out and "ef: R²" in out
+    assert re.search(r"sensitivity .*\(\d\.\d{3} to \d\.\d{3}, exact\)", out) and "exact: Clopper" in out
+
+
+def _test_split_alone(folder: Path) -> Path:
+    """A phantom of another seed whose videos are all in the test split, as of another hospital."""
+    write_phantom(folder, 12, 8, processes=2)
+    table = folder / "MeasurementsList.csv"
+    rows = _rows(table)
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({**row, "split": "test"} for row in rows)
+    return folder
+
+
+def test_other_data_are_judged_by_what_the_run_keeps(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its threshold, its classifier of pixels and its mean, on a table that has nothing but a test split."""
+    from cardiocaps.baseline import PixelBaseline
+    from cardiocaps.decision import Decision
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("made anew on other data")
+
+    monkeypatch.setattr(PixelBaseline, "fit", refuse)
+    monkeypatch.setattr(Decision, "choose", refuse)
+    other, out = _test_split_alone(tmp_path / "hospital"), tmp_path / "out"
+    assert evaluate.main([str(finished), "--data", str(other), "--allow-changed-data", "--out", str(out)]) == 0
+    decision = json.loads((finished / "decision.json").read_text())
+    assert json.loads((out / "decision.json").read_text()) == decision
+    results = json.loads((out / "metrics.json").read_text())
+    assert results["network"]["video"]["n"] == 12 and results["network"]["video"]["threshold"] == decision["threshold"]
+    assert results["network"]["regression"]["video"]["constant"] == decision["target_mean"]
+    kept = json.loads((finished / "pixel_baseline.json").read_text())["decision"]["threshold"]
+    assert results["pixel_logistic_regression"]["video"]["threshold"] == kept
+    assert not (out / "validation.csv").exists()
+    named = json.loads((out / "evaluation.json").read_text())
+    assert (named["run"], named["data"], named["weights"]) == ("undisturbed", "hospital", decision["weights"])
+    title = " ".join(capsys.readouterr().out.split())
+    for part in (str(finished), decision["weights"][:12], str(other), named["fingerprint"], "test split, 12 videos"):
+        assert part in title, part
+
+
+def test_a_run_that_keeps_nothing_to_judge_by(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On its own data that is made again, and is the same; on other data there is none, and the table says so."""
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in ("decision.json", "pixel_baseline.json"):
+        (run / name).unlink()
+    assert evaluate.main([str(run), "--out", str(tmp_path / "own")]) == 0
+    assert (tmp_path / "own" / "metrics.json").read_text() == (finished / "metrics.json").read_text()
+    capsys.readouterr()
+    other = _test_split_alone(tmp_path / "hospital")
+    assert evaluate.main([str(run), "--data", str(other), "--allow-changed-data"]) == 0
+    out = capsys.readouterr().out
+    assert "note: the threshold is 0.5, for the run's folder has no threshold for this network" in out
+    assert "keeps no classifier of pixels" in out and "logistic regression" not in out
+
+
+def test_a_threshold_of_other_weights_is_not_used(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    checkpoint = torch.load(run / "best.ckpt", weights_only=True)
+    for weights in checkpoint["state_dict"].values():
+        weights.mul_(1.1)
+    torch.save(checkpoint, run / "best.ckpt")
+    assert evaluate.main([str(run), "--out", str(tmp_path / "out")]) == 0
+    old, new = (json.loads((folder / "decision.json").read_text()) for folder in (finished, tmp_path / "out"))
+    assert old["weights"] != new["weights"] and old["threshold"] != new["threshold"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("decision.json", "{", "is damaged: it is no JSON"),
+        ("decision.json", "[]", "is damaged, or no file of this program"),
+        ("decision.json", {"threshold": 2}, "threshold: must be a number from 0 to 1, is 2"),
+        ("decision.json", {"unit": "patient"}, "unit one of video and frame"),
+        ("pixel_baseline.json", {"side": 16}, "frames of another size than 32x32"),
+        ("pixel_baseline.json", {"logistic_regression": {"mean": [1]}}, "must be finite numbers"),
+        ("pixel_baseline.json", {"decision": None}, "is damaged"),
+    ],
+)
+def test_damage_of_what_the_run_keeps(
+    name: str, content: object, message: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    if isinstance(content, dict):
+        content = json.dumps({**json.loads((run / name).read_text()), **content})
+    (run / name).write_text(str(content))
+    assert evaluate.main([str(run)]) == 5
+    error = capsys.readouterr().err
+    assert name in error and message in error and "Traceback" not in error
 
 
 def test_checkpoints_hold_no_paths(finished: Path, phantom: Path) -> None:
@@ -295,8 +455,8 @@ def test_evaluate_several_runs_gives_their_mean(
     value = json.loads((finished / "metrics.json").read_text())["network"]["video"]["metrics"]["auroc"]["value"]
     assert evaluate.main([str(finished), str(finished)]) == 0
     out = capsys.readouterr().out
-    assert "Mean over 2 runs" in out
-    assert f"{value:.3f} ± 0.000" in out
+    assert "Mean over 2 runs" in out and "resamples of the videos and the runs" in out
+    assert re.search(rf"{value:.3f} ± 0\.000 \(\d\.\d{{3}} to \d\.\d{{3}}, (bootstrap|exact)\)", out)
     with pytest.raises(SystemExit, match="2"):
         evaluate.main([str(finished), str(finished), "--out", str(tmp_path / "out")])
 
@@ -305,7 +465,7 @@ def test_evaluate_repeats_the_evaluation(finished: Path, tmp_path: Path, capsys:
     before = {p: p.stat().st_mtime_ns for p in finished.rglob("*")}
     assert evaluate.main([str(finished), "--out", str(tmp_path / "evaluation")]) == 0
     assert "AUROC" in capsys.readouterr().out
-    for name in ("metrics.json", "predictions.csv"):
+    for name in ("metrics.json", "decision.json", "predictions.csv", "predictions_by_video.csv", "validation.csv"):
         assert (tmp_path / "evaluation" / name).read_text() == (finished / name).read_text()
     assert {p: p.stat().st_mtime_ns for p in finished.rglob("*")} == before
 
