@@ -313,7 +313,10 @@ def write_results(
         run.plots.mkdir(exist_ok=True)
     write_decision(run.decision, network.decision)
     write_predictions(run, network.test, network.validation, network.decision.threshold)
-    counts = {f"{unit}s, probability > {r.threshold:.3g}": r.confusion for r in (report, at_half)}
+    counts = {f"{unit}s, probability > {report.threshold:.3g}, chosen on validation": report.confusion}
+    if not network.decision.is_chosen:
+        counts = {}
+    counts[f"{unit}s, probability > {at_half.threshold:g}"] = at_half.confusion
     plots.confusion_matrices(counts, run.confusion_matrix)
     plots.roc_curve(scores, truth, run.roc_curve, report=report)
     plots.precision_recall_curve(scores, truth, run.precision_recall_curve, report=report)
@@ -345,20 +348,23 @@ def evaluate_network(
     results: RunFolder | None,
     *,
     own_data: bool = True,
+    fingerprint: str | None = None,
 ) -> tuple[Scores, Scores | None]:
     """Evaluate a run's best network beside the run's logistic regression on pixels; print the table, write into
     `results`.
 
     What the run keeps of its training, its threshold and that regression, is used; at the end of training, where
     `results` is the run itself, both are made and kept. `own_data`: whether `data` is what the run was trained on, so
-    that what an older run does not keep can be made anew.
+    that what an older run does not keep can be made anew. `fingerprint`: of the data, None to find it out.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or of another configuration, or what the run keeps is
             damaged. OutputError.
     """
     from cardiocaps.baseline import PixelBaseline
+    from cardiocaps.data.fingerprint import Fingerprint
     from cardiocaps.decision import Decision, read_decision, training_mean
+    from cardiocaps.files import write_json
     from cardiocaps.learning import best_network, weights_digest
     from cardiocaps.train import make_trainer
 
@@ -384,9 +390,16 @@ def evaluate_network(
     pixels = None
     if baseline is not None:
         pixels = Scores.of(baseline.predict(data, "test"), None, baseline.decision, config.bootstrap)
+    fingerprint = fingerprint or Fingerprint.of(data.study).digest
     if results:
-        write_results(results, scores, pixels, config, weights=weights)
-    print_table(scores, pixels, config, str(config.out))
+        write_results(results, scores, pixels, config, weights=weights, fingerprint=fingerprint)
+    if results and not training:
+        # Names, not paths: these may say who keeps them, and results are shown to others.
+        run_name, data_name = (place.resolve().name for place in (run.path, data.study.root))
+        named = {"run": run_name, "weights": weights, "data": data_name, "fingerprint": fingerprint}
+        write_json(results.evaluation, {**named, "own_data": own_data})
+    title = f"{run.path} (weights {weights[:12]}) on {data.study.root} (fingerprint {fingerprint})"
+    print_table(scores, pixels, config, title)
     return scores, pixels
 
 
@@ -398,6 +411,7 @@ def evaluate_run(
     Raises:
         CardioCapsError: the folder is no run's, its checkpoint or data cannot be used, or `out` cannot be written.
     """
+    from cardiocaps.data.splits import SPLITS
     from cardiocaps.machine import machine_for
     from cardiocaps.run_folder import RunFolder
     from cardiocaps.train import decode, read_study
@@ -406,7 +420,9 @@ def evaluate_run(
     config = replace(read_run(path), **changed)
     with machine_for(config) as machine:
         results = RunFolder.create(out) if out else None
-        data = decode(config, machine, read_study(config))
+        # What is made anew for an older run needs all splits; other data only have to be tested on.
+        needed = ("test",) if "data" in changed else SPLITS
+        data = decode(config, machine, read_study(config, needed_splits=needed))
         scores, pixels = evaluate_network(config, machine, run, data, results, own_data="data" not in changed)
     if results:
         say(f"written to {results.path}")

@@ -146,6 +146,11 @@ class RunFolder:
         return self.path / "decision.json"
 
     @property
+    def evaluation(self) -> Path:
+        """Which run was evaluated on which data; in a folder of results that is not the run's own."""
+        return self.path / "evaluation.json"
+
+    @property
     def pixel_baseline(self) -> Path:
         """The logistic regression on pixels that was fitted to the run's training split."""
         return self.path / "pixel_baseline.json"

@@ -66,8 +66,10 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
             say(f"run folder: {folder.path}")
 
 
-def read_study(config: TrainConfig) -> Study:
+def read_study(config: TrainConfig, *, needed_splits: Sequence[str] = ("train", "val", "test")) -> Study:
     """The study of a run: its folder, or the phantom, which is made if it is not there.
+
+    `needed_splits`: as `read_folder`.
 
     Raises:
         DataError, OutputError: as `read_folder` and `write_phantom`.
@@ -94,6 +96,7 @@ def read_study(config: TrainConfig) -> Study:
         group_column=config.group_column,
         allow_split_patients=config.allow_split_patients,
         follow_links=config.follow_links,
+        needed_splits=needed_splits,
     )
 
 

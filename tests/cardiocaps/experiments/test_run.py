@@ -106,7 +106,10 @@ def test_all_systems_saw_the_same_samples(everything: Path) -> None:
 def test_a_job_is_a_run(everything: Path) -> None:
     from cardiocaps import evaluate
 
-    assert evaluate.main([str(everything / "jobs" / "unet" / f"seed{FIRST_SEED}")]) == 0
+    folder = everything / "jobs" / "unet" / f"seed{FIRST_SEED}"
+    # Decided as the tables are.
+    assert json.loads((folder / "decision.json").read_text())["threshold"] == read_result(folder).threshold[0]
+    assert evaluate.main([str(folder)]) == 0
 
 
 def test_what_is_finished_is_not_done_again(
