@@ -266,7 +266,10 @@ def print_means(runs: Sequence[tuple[Scores, Scores | None, TrainConfig]]) -> No
     title = f"Mean over {len(runs)} runs ± standard deviation, decisions at each run's threshold"
     head = ("with 95 % interval" if config.bootstrap else "", network_name(config), PIXELS_NAME)
     drawn = f"{runs[0][0].test.group_name}s"
-    caption = f"bootstrap: the middle of {config.bootstrap:,} resamples of the {drawn} and the runs."
+    caption = (
+        f"bootstrap: the middle of {config.bootstrap:,} resamples of the {drawn} and the runs. exact: Clopper and "
+        "Pearson; for an AUROC, of disjoint pairs. exact/bootstrap: at either end the farther of both."
+    )
     _print(title, head[: len(reports) + 1], rows, caption=caption if config.bootstrap else "")
     for note in reports[0].notes:
         say(f"note: {note}")

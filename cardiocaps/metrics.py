@@ -12,6 +12,9 @@ Intervals cover 95 % and are of two kinds, and each says of which:
   is a single sample. The bootstrap has no width where all samples are right, and is too narrow where most are. Groups
   of several samples are drawn by the bootstrap; only where that has no width, since the metric is 0 or 1, is the
   number of groups put in place of the number of samples.
+* `exact/bootstrap`: for the mean of these three over runs on the same single samples, at either end the farther of
+  both. The bootstrap draws the runs too; the exact interval, of the mean number of right samples, a fraction as in Korn
+  and Graubard (1998), knows what rare errors leave open.
 
 An AUROC of 1 (or 0) has no width under the bootstrap either, nor has the variance of Hanley and McNeil (1982). Its
 exact bound: take m disjoint pairs of a positive and a negative group. Each is in the right order with probability
@@ -51,7 +54,7 @@ METRICS = (
     "brier",
 )
 
-BOOTSTRAP, EXACT, NO_INTERVAL = "bootstrap", "exact", "no interval"
+BOOTSTRAP, EXACT, BOTH, NO_INTERVAL = "bootstrap", "exact", "exact/bootstrap", "no interval"
 """What `Estimate.method` can be, besides empty where no interval was asked for."""
 
 DECISIONS = ("sensitivity", "specificity", "f1", "f1_weighted", "accuracy")
@@ -75,8 +78,8 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric, its interval and how that was found: BOOTSTRAP, EXACT, or NO_INTERVAL where it cannot be had. NaN where
-    undefined, and where no interval was asked for or can be had."""
+    """A metric, its interval and how that was found: BOOTSTRAP, EXACT, BOTH, or NO_INTERVAL where it cannot be had. NaN
+    where undefined, and where no interval was asked for or can be had."""
 
     value: float
     low: float = math.nan
@@ -338,7 +341,7 @@ def evaluate_runs(
             for sample, strata, stream in samples
         ]
         chosen = np.random.default_rng([seed, len(videos)]).integers(count, size=(bootstrap, count))
-        counts = _Counts.least([_Counts.of(strata, sample) for sample, strata, _ in samples])
+        counts = _Counts.of_runs([_Counts.of(strata, sample) for sample, strata, _ in samples], len(videos) == 1)
         for name, mean in summarised.items():
             if name not in undefined:
                 of_runs = np.stack([values[name] for values in drawn], axis=1)
@@ -608,10 +611,11 @@ def _too_narrow(n: int) -> str:
 @dataclass(frozen=True)
 class _Counts:
     """By metric, how many independent trials an exact interval counts: groups, of an AUROC disjoint pairs of them.
-    `single`: each group is one sample, so that the samples themselves are the trials."""
+    `single`: each group is one sample (the same for all runs), so that the samples themselves are the trials."""
 
     trials: Mapping[str, int]
     single: bool
+    runs: int = 1
 
     @classmethod
     def of(cls, strata: Mapping[str, Integers], sample: "_Sample") -> "_Counts":
@@ -626,33 +630,38 @@ class _Counts:
         return cls(trials, single=bool(sample.size.max() == 1))
 
     @classmethod
-    def least(cls, runs: Sequence["_Counts"]) -> "_Counts":
-        """Of several runs, whose mean is no share of samples, the fewest trials."""
-        if len(runs) == 1:
-            return runs[0]
-        return cls({name: min(run.trials[name] for run in runs) for name in runs[0].trials}, single=False)
+    def of_runs(cls, runs: Sequence["_Counts"], paired: bool) -> "_Counts":
+        """The fewest of each run's."""
+        trials = {name: min(run.trials[name] for run in runs) for name in runs[0].trials}
+        return cls(trials, paired and all(run.single for run in runs), len(runs))
 
 
 def _with_interval(name: str, value: float, drawn: Floats, counts: _Counts) -> tuple[Estimate, str | None]:
     """A metric with its interval, or with the reason why it has none; `drawn` are its resamples."""
     trials = counts.trials.get(name, 0)
-    if name in PROPORTIONS and counts.single:
-        return Estimate(value, *_exact(round(value * trials), trials), EXACT), None
     tail = 100 * (1 - LEVEL) / 2
     low, high = (float(bound) for bound in np.percentile(drawn, (tail, 100 - tail)))
+    if name in PROPORTIONS and counts.single:
+        exact_low, exact_high = _exact(value * trials, trials)
+        if counts.runs == 1:
+            return Estimate(value, exact_low, exact_high, EXACT), None
+        return Estimate(value, min(low, exact_low), max(high, exact_high), BOTH), None
     if high - low > 1e-12:  # more than rounding
         return Estimate(value, low, high, BOOTSTRAP), None
     if trials and value in (0.0, 1.0):
-        return Estimate(value, *_exact(int(value) * trials, trials), EXACT), None
+        return Estimate(value, *_exact(value * trials, trials), EXACT), None
     return Estimate(value, method=NO_INTERVAL), "the middle 95 % of the resamples have one and the same value"
 
 
-def _exact(right: int, trials: int) -> tuple[float, float]:
-    """The interval of Clopper and Pearson (1934) for a proportion."""
-    from scipy.stats import binomtest
+def _exact(right: float, trials: int) -> tuple[float, float]:
+    """The interval of Clopper and Pearson (1934) for a proportion, as quantiles of beta distributions, which a mean
+    number of right ones has too."""
+    from scipy.special import betaincinv
 
-    interval = binomtest(right, trials).proportion_ci(LEVEL, method="exact")
-    return float(interval.low), float(interval.high)
+    tail = (1 - LEVEL) / 2
+    low = float(betaincinv(right, trials - right + 1, tail)) if right > 0 else 0.0
+    high = float(betaincinv(right + 1, trials - right, 1 - tail)) if right < trials else 1.0
+    return low, high
 
 
 def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

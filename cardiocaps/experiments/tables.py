@@ -15,7 +15,7 @@ from cardiocaps.experiments.exhibits import Exhibit
 from cardiocaps.experiments.reported import BINARY_F1, CONFUSION_OF, LAMBDAS, ON, reported
 from cardiocaps.experiments.summaries import CALIBRATION_BINS, Row, Summary, lambda_of, summarise
 from cardiocaps.files import write_csv, write_text
-from cardiocaps.metrics import EXACT, METRICS, PUBLISHED, MeanEstimate, interval_text
+from cardiocaps.metrics import BOTH, EXACT, METRICS, PUBLISHED, MeanEstimate, interval_text
 
 __all__ = ["Row", "write_exhibit", "write_index"]
 
@@ -234,9 +234,10 @@ def _methods(summaries: Sequence[Summary], bootstrap: int) -> str:
         text += " and of the seeds"
         if all(s.report.paired for s in summaries):
             text += f", the same {drawn} for every seed"
-    if any(e.method == EXACT for s in summaries for e in s.report.metrics.values()):
+    used = {e.method for s in summaries for e in s.report.metrics.values()}
+    if used & {EXACT, BOTH}:
         text += f"; exact, the interval of Clopper and Pearson, for an AUROC that of disjoint pairs of {drawn}"
-    return text
+    return text + ("; exact/bootstrap, at either end the farther of both" if BOTH in used else "")
 
 
 # The cells: of a row's results, or, by system, what is known without them.

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
 from cardiocaps import metrics
@@ -248,6 +249,14 @@ def test_proportions_of_single_samples_have_exact_intervals() -> None:
     assert str(sensitivity(10, 10)) == "1.000 (0.692 to 1.000, exact)"
 
 
+@given(st.integers(1, 300), st.data())
+@settings(max_examples=40, deadline=None)
+def test_the_exact_interval_is_scipys(trials: int, data: st.DataObject) -> None:
+    right = data.draw(st.integers(0, trials))
+    expected = binomtest(right, trials).proportion_ci(0.95, method="exact")
+    assert metrics._exact(right, trials) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
 def test_every_metric_of_a_perfect_classifier_has_a_method_or_a_reason() -> None:
     report = evaluate(np.r_[[0.1] * 72, [0.9] * 18], np.r_[[0] * 72, [1] * 18], bootstrap=50)
     bounds = {"specificity": 72, "sensitivity": 18, "accuracy": 90, "auroc": 18}
@@ -480,10 +489,25 @@ def test_the_interval_of_a_mean_covers_the_spread_of_its_runs() -> None:
 def test_runs_that_are_all_right_have_the_exact_interval_of_their_videos() -> None:
     y = np.array([0] * 72 + [1] * 18)
     report = evaluate_runs([0.1 + 0.8 * y, 0.2 + 0.5 * y], [y] * 2, [np.arange(90)] * 2, bootstrap=50)
-    assert report.metrics["specificity"].low == pytest.approx(0.025 ** (1 / 72))
+    specificity = report.metrics["specificity"]
+    assert specificity.low == pytest.approx(0.025 ** (1 / 72)) and specificity.method == "exact/bootstrap"
     assert str(report.metrics["auroc"]) == "1.000 ± 0.000 (0.815 to 1.000, exact)"
     assert set(report.no_interval) == {"average_precision", "f1", "f1_weighted"}
     assert str(report.metrics["f1"]) == "1.000 ± 0.000 (no interval)"
+
+
+def test_the_mean_of_equal_runs_is_as_uncertain_as_one_of_them() -> None:
+    """And rare errors of one run of three leave no less open than none at all."""
+    y, video = np.array([0] * 72 + [1] * 10), np.arange(82)
+    right = 0.1 + 0.8 * y
+    wrong = np.where(video == 81, 0.1, right)
+    one = evaluate(wrong, y, video, bootstrap=200).metrics
+    thrice = evaluate_runs([wrong] * 3, [y] * 3, [video] * 3, bootstrap=200).metrics
+    for name in ("sensitivity", "specificity", "accuracy"):
+        assert thrice[name].low <= one[name].low and thrice[name].high >= one[name].high
+    some = evaluate_runs([right, right, wrong], [y] * 3, [video] * 3, bootstrap=200).metrics["sensitivity"]
+    none = evaluate_runs([right] * 3, [y] * 3, [video] * 3, bootstrap=200).metrics["sensitivity"]
+    assert one["sensitivity"].low < some.low < none.low and some.high == none.high == 1
 
 
 def test_runs_on_other_videos_draw_by_themselves() -> None:
