@@ -168,6 +168,30 @@ def test_the_table_names_thresholds_and_units(
     assert re.search(r"sensitivity .*\(\d\.\d{3} to \d\.\d{3}, exact\)", out) and "exact: Clopper" in out
 
 
+def test_patients_that_the_table_names_are_drawn_and_not_written(
+    phantom: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    data, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(phantom, data)
+    rows = _rows(data / "MeasurementsList.csv")
+    splits: dict[str, list[str]] = {}
+    for row in rows:
+        videos = splits.setdefault(row["split"], [])
+        if row["HashedFileName"] not in videos:
+            videos.append(row["HashedFileName"])
+        # Two videos each.
+        row["PatientID"] = f"Doe-{row['split']}-{videos.index(row['HashedFileName']) // 2}"
+    with (data / "MeasurementsList.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    assert train.main([*arguments, "--data", str(data), "--epochs", "1", "--out", str(run)]) == 0
+    video = json.loads((run / "metrics.json").read_text())["network"]["video"]
+    assert (video["n"], video["groups"], video["drawn"]) == (11, 6, "patients")
+    assert {row["patient"] for row in _rows(run / "predictions_by_video.csv")} == {str(i) for i in range(6)}
+    assert not [path for path in run.rglob("*") if path.is_file() and b"Doe-" in path.read_bytes()]
+
+
 def _test_split_alone(folder: Path) -> Path:
     """A phantom of another seed whose videos are all in the test split, as of another hospital."""
     write_phantom(folder, 12, 8, processes=2)
