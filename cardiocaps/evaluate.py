@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cardiocaps.baseline import PIXEL_SIDE
 from cardiocaps.config import CommandLine, TrainConfig, options, read_run
-from cardiocaps.errors import CheckpointError
+from cardiocaps.errors import CheckpointError, printable
 from cardiocaps.program import Interruption, execute, say
 
 if TYPE_CHECKING:
@@ -401,7 +401,8 @@ def evaluate_network(
         run_name, data_name = (place.resolve().name for place in (run.path, data.study.root))
         named = {"run": run_name, "weights": weights, "data": data_name, "fingerprint": fingerprint}
         write_json(results.evaluation, {**named, "own_data": own_data})
-    title = f"{run.path} (weights {weights[:12]}) on {data.study.root} (fingerprint {fingerprint})"
+    place, source = printable(run.path), printable(data.study.root)
+    title = f"{place} (weights {weights[:12]}) on {source} (fingerprint {fingerprint})"
     print_table(scores, pixels, config, title)
     return scores, pixels
 
@@ -428,7 +429,7 @@ def evaluate_run(
         data = decode(config, machine, read_study(config, needed_splits=needed))
         scores, pixels = evaluate_network(config, machine, run, data, results, own_data="data" not in changed)
     if results:
-        say(f"written to {results.path}")
+        say(f"written to {printable(results.path)}")
     return scores, pixels, config
 
 
