@@ -27,7 +27,6 @@ _PACKAGES = (
     "imbalanced-learn",
     "xgboost-cpu",
     "monai",
-    "decord",
     "av",
     "matplotlib",
 )

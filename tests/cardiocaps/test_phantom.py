@@ -398,7 +398,7 @@ def test_help_loads_nothing_heavy() -> None:
         "import sys; from cardiocaps.data.phantom.__main__ import main\n"
         "try: main(['--help'])\n"
         "except SystemExit: pass\n"
-        "heavy = {'torch', 'lightning', 'pandas', 'matplotlib', 'decord', 'av', 'scipy'}\n"
+        "heavy = {'torch', 'lightning', 'pandas', 'matplotlib', 'av', 'scipy'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -2,7 +2,7 @@
 
 import csv
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,25 @@ def picture(frames: int = 12, height: int = 48, width: int = 64, seed: int = 0) 
     return (127 + 100 * np.stack(waves, -1)).astype(np.uint8)
 
 
-def encode(path: Path, frames: Frames, codec: str = "mjpeg", fps: int = 50, **options: str) -> Path:
+def encode(
+    path: Path,
+    frames: Frames,
+    codec: str = "mjpeg",
+    fps: int = 50,
+    *,
+    pixels: str | None = None,
+    turn: Mapping[str, Any] | None = None,
+    encoder: Mapping[str, str] | None = None,
+    **options: str,
+) -> Path:
+    """Write a video. `turn`: its display matrix, as arguments of PyAV's `set_display_rotation`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with av.open(str(path), "w", options=options) as container:
-        stream = container.add_stream(codec, rate=fps)
+        stream = container.add_stream(codec, rate=fps, options=dict(encoder or {}))
         stream.height, stream.width = frames.shape[1:3]
-        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.pix_fmt = pixels or ("yuvj420p" if codec == "mjpeg" else "yuv420p")
+        if turn:
+            stream.set_display_rotation(**turn)
         if codec == "mjpeg":
             stream.codec_context.qmin = stream.codec_context.qmax = 2
         else:
@@ -50,6 +63,43 @@ def encode(path: Path, frames: Frames, codec: str = "mjpeg", fps: int = 50, **op
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+    return path
+
+
+def remux(path: Path, to: Path, keep: Iterable[int] | None = None, ticks: int = 1, hidden: int = 0) -> Path:
+    """Copy a video's packets into another container as they are.
+
+    Args:
+        keep: only these packets. ticks: show each frame for so many frames' time; AVI fills the gaps with empty chunks.
+        hidden: begin so many frames before the time 0, which makes an edit list in MP4.
+    """
+    with av.open(str(path)) as source, av.open(str(to), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        packets = [packet for packet in source.demux(stream) if packet.dts is not None]
+        packets = packets if keep is None else [packets[i] for i in keep]
+        tick = packets[0].duration
+        first = packets[0].dts + hidden * tick
+        for packet in packets:
+            assert packet.dts is not None and packet.pts is not None
+            packet.pts, packet.dts = (packet.pts - first) * ticks, (packet.dts - first) * ticks
+            packet.stream = copy
+            target.mux(packet)
+    return to
+
+
+def packets(path: Path) -> list[tuple[int, int]]:
+    """Where each packet's bytes begin and end in the file."""
+    with av.open(str(path)) as container:
+        chunk = 8 if container.format.name == "avi" else 0  # its name and length come first
+        found = [packet for packet in container.demux(container.streams.video[0]) if packet.size]
+        return [((packet.pos or 0) + chunk, (packet.pos or 0) + chunk + packet.size) for packet in found]
+
+
+def overwrite(path: Path, place: int, content: bytes) -> Path:
+    data = bytearray(path.read_bytes())
+    data[place : place + len(content)] = content
+    path.write_bytes(data)
     return path
 
 

@@ -288,7 +288,7 @@ def test_options_are_checked_before_anything_is_read(shared_folder: Path, option
 
 
 def test_the_package_starts_without_heavy_imports() -> None:
-    heavy = ("torch", "lightning", "av", "decord", "pandas", "rich")
+    heavy = ("torch", "lightning", "av", "pandas", "rich")
     code = f"import sys, cardiocaps.data; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
