@@ -30,6 +30,7 @@ MAY_DIFFER_ON_RESUME = (
     "backend",
     "threads",
     "workers",
+    "decode_workers",
     "progress",
     "cache_dir",
     "follow_links",
@@ -44,6 +45,7 @@ _NEWER: Mapping[str, Any] = {
     "model": "cardiocaps",
     "affine": "matrices",
     "backend": "auto",
+    "decode_workers": None,
     "split_seed": None,
     "group_column": None,
     "allow_split_patients": False,
@@ -269,6 +271,9 @@ class TrainConfig:
     )
     threads: int | None = _option(None, "machine", "threads of the CPU; none: torch decides", low=1, high=1024)
     workers: int = _option(0, "machine", "processes that load data; 0: the main one", low=0, high=256)
+    decode_workers: int | None = _option(
+        None, "machine", "threads that decode videos, once; none: one for each core", low=1, high=1024
+    )
 
     out: Path | None = _option(None, "run", "folder of the run; none: runs/PRESET-NETWORK-seedSEED")
     overwrite: bool = _option(False, "run", "replace the folder of an earlier run")
@@ -277,7 +282,7 @@ class TrainConfig:
         "run",
         "go on with the run in this folder and its settings; --epochs, --device and the like may differ",
     )
-    progress: bool = _option(True, "run", "progress bar")
+    progress: bool = _option(True, "run", "progress bars; without a terminal, a line every ten seconds")
     bootstrap: int = _option(1000, "run", "resamples for the intervals; 0: none", low=0, high=100_000)
 
     def __post_init__(self) -> None:

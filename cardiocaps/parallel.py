@@ -39,6 +39,13 @@ def in_parallel(
         yield ((futures[future], future.result()) for future in finished)
 
 
+def cores() -> int:
+    """How many cores this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _close(pool: Executor) -> None:
     with held():
         pool.shutdown(cancel_futures=True)

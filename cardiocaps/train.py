@@ -84,7 +84,7 @@ def read_study(config: TrainConfig, *, needed_splits: Sequence[str] = ("train", 
         root = config.phantom_dir
         if not phantom_is_complete(root, config.phantom_videos, config.phantom_seed):
             say(f"making {config.phantom_videos} phantom videos in {root}")
-            write_phantom(root, config.phantom_videos, config.phantom_seed, progress=_watched(config))
+            write_phantom(root, config.phantom_videos, config.phantom_seed, progress=config.progress)
     return read_folder(
         root,
         protocol=config.protocol,
@@ -116,7 +116,8 @@ def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModul
         cache_dir=config.cache_dir,
         num_workers=config.workers,
         max_bad_share=config.max_bad_share,
-        progress=_watched(config),
+        decode_workers=config.decode_workers,
+        progress=config.progress,
         pin_memory=machine.pin_memory,
         channels_last=machine.channels_last,
     )

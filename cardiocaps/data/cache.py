@@ -2,9 +2,9 @@
 
 One ``.npy`` per video, uint8 [T, 3, S, S], read a frame at a time. Its name is a hash of the video's
 bytes and of the settings, so a changed video or setting never meets an old file. ``index.json`` remembers
-each video's size, time of change, hash and header: a second run reads no video at all. The files are pixels
-of the data set: they are as confidential as the videos, and a new cache folder is readable by its owner
-only.
+each video's size, time of change, hashes and header: a second run reads three small parts of each video. The files
+are pixels of the data set, as confidential as the videos: only their owner can read them, nor can anyone else look
+into a folder that is a cache and no more. Whatever else may lie in their place only costs the time to write them anew.
 """
 
 from __future__ import annotations
@@ -14,37 +14,54 @@ import io
 import json
 import math
 import os
-import time
+import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cardiocaps.data.echonet import Clip, Study
 from cardiocaps.data.measurements import Problem, refuse_many, summarise
-from cardiocaps.data.video import RESIZE_VERSION, Header, VideoError, probe, read_frames
+from cardiocaps.data.video import (
+    MAX_FRAMES,
+    MAX_SIDE,
+    RESIZE_VERSION,
+    Header,
+    VideoError,
+    probe,
+    read_frames,
+    regular_file,
+)
 from cardiocaps.errors import ConfigError, DataError
-from cardiocaps.files import output_errors, write_bytes
-from cardiocaps.parallel import in_parallel
+from cardiocaps.files import output_errors, replacing
+from cardiocaps.parallel import cores, in_parallel
+from cardiocaps.progress import shown
 
 FRAME_CHOICES = ("spread", "first")
 _FPS_TOLERANCE = 0.05  # tables round frame rates
 _INDEX = "index.json"
-T = TypeVar("T")
+_MAX_INDEX = 1 << 28  # bytes; a video takes about 500
+_SAMPLE = 4096  # bytes of head, middle and tail each
+_SHA256 = re.compile("[0-9a-f]{64}")
+_BLANK = 16  # grey levels of 255, within which nothing is seen
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the index knows about a video: size in bytes, time of change, SHA-256 of its bytes, header."""
+    """What the index knows about a video: size in bytes, time of change, SHA-256 of its bytes, of their head, middle
+    and tail alone, and header."""
 
     size: int
     mtime_ns: int
     sha256: str
+    sample: str
     header: Header
 
 
@@ -99,7 +116,7 @@ def build(
     frame_choice: str = "spread",
     folder: Path | str | None = None,
     max_bad_share: float = 0.05,
-    workers: int = 2,
+    workers: int | None = None,
     progress: bool = False,
 ) -> Cached:
     """Decode what is not in the cache yet.
@@ -110,8 +127,8 @@ def build(
         frames_per_clip, frame_choice: see `choose_frames`.
         folder: of the cache; default `default_folder`.
         max_bad_share: largest share of the study's videos that may turn out unusable.
-        workers: threads; the result doesn't depend on their number.
-        progress: show a bar on standard error where it takes more than two seconds.
+        workers: threads, default one for each core; the result doesn't depend on their number.
+        progress: say on standard error how far the decoding is.
 
     Raises:
         DataError: too many unusable videos, or a split that is left without both classes.
@@ -119,27 +136,32 @@ def build(
     """
     if size < 1:
         raise ConfigError(f"size must be at least 1, got {size}")
+    workers = cores() if workers is None else workers
     if workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
     choose_frames(1, frames_per_clip, frame_choice)
     folder = default_folder() if folder is None else Path(folder)
     with output_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _keep_private(folder)
     index = _read_index(folder / _INDEX)
     known = dict(index)
+    headers = {entry.sha256: entry.header for entry in known.values()}
 
-    def decode(path: Path) -> tuple[Entry, Path, NDArray[np.int64]] | str:
+    def decode(path: Path) -> tuple[Entry, Path, NDArray[np.int64], bool] | str:
         try:
-            entry = _examine(path, known.get(path))
+            entry = _examine(path, known.get(path), headers)
             numbers = choose_frames(entry.header.frames, frames_per_clip, frame_choice)
             settings = f"{entry.sha256} {frame_choice} {frames_per_clip} {size} {RESIZE_VERSION}"
+            if entry.header.reader > 1:
+                settings += f" {entry.header.reader}"
             file = folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:40]}.npy"
-            if not _intact(file, (len(numbers), 3, size, size)):
-                frames = read_frames(path, numbers, size)
+            shape = (len(numbers), 3, size, size)
+            if not _intact(file, shape):
                 content = io.BytesIO()
-                np.save(content, frames, allow_pickle=False)
-                write_bytes(file, content.getvalue(), sync=False)
-            return entry, file, numbers
+                np.save(content, read_frames(path, numbers, size), allow_pickle=False)
+                _write(file, content.getvalue())
+            return entry, file, numbers, _blank(file, shape)
         except VideoError as error:
             return str(error)
 
@@ -148,10 +170,10 @@ def build(
     numbers: dict[Path, NDArray[np.int64]] = {}
     bad: list[Problem] = []
     notes: list[Problem] = []
-    decoded: dict[Path, tuple[Entry, Path, NDArray[np.int64]] | str] = {}
+    decoded: dict[Path, tuple[Entry, Path, NDArray[np.int64], bool] | str] = {}
     try:
         with in_parallel(partial(ThreadPoolExecutor, workers), decode, names) as results:
-            decoded.update(_shown(results, len(names), progress))
+            decoded.update(shown(results, len(names), "decoding videos") if progress else results)
     finally:
         index.update((path, result[0]) for path, result in decoded.items() if not isinstance(result, str))
         if index != known:
@@ -161,13 +183,15 @@ def build(
         if isinstance(result, str):
             bad.append(Problem(name, result))
             continue
-        entry, file, chosen = result
-        differs, note = _disagreement(study.claims[name], entry.header)
+        entry, file, chosen, blank = result
+        differs = _disagreement(study.claims[name], entry.header)
         if differs:
             bad.append(Problem(name, f"table and file disagree: table says {differs}"))
             continue
-        if note:
-            notes.append(Problem(name, f"frame rates disagree (kept): table says {note}", harmless=True))
+        notes += [Problem(name, note, harmless=True) for note in _small_disagreements(study.claims[name], entry.header)]
+        if blank:
+            reason = "blank video (kept): all that was read of it is black, or of one colour"
+            notes.append(Problem(name, reason, harmless=True))
         files[path], numbers[path] = file, chosen
     refuse_many(len(bad), len(names), max_bad_share, f"videos of {study.root}", bad)
     clips = tuple(clip for clip in study.clips if clip.path in files)
@@ -181,46 +205,75 @@ def build(
     return Cached(usable, files, numbers, size)
 
 
-def _examine(path: Path, known: Entry | None) -> Entry:
-    """The video's entry; the file is read only where its size or its time of change is new."""
+def _examine(path: Path, known: Entry | None, headers: Mapping[str, Header]) -> Entry:
+    """The video's entry; the whole file is read only where its size, its time of change or a part of it is new."""
     try:
+        regular_file(path, path.parent)
         status = path.stat()
-        if known and (known.size, known.mtime_ns) == (status.st_size, status.st_mtime_ns):
+        sample = _sample(path, status.st_size)
+        if known and (known.size, known.mtime_ns, known.sample) == (status.st_size, status.st_mtime_ns, sample):
             return known
-        header = probe(path)
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+        header = headers.get(digest) or probe(path)
     except OSError as error:
         raise VideoError(f"unreadable: {error.strerror}") from None
-    return Entry(status.st_size, status.st_mtime_ns, digest, header)
+    return Entry(status.st_size, status.st_mtime_ns, digest, sample, header)
 
 
-def _disagreement(claim: Header, header: Header) -> tuple[str, str]:
-    """How the table contradicts the file: in what makes the video unusable, and in the frame rate.
+def _sample(path: Path, size: int) -> str:
+    """SHA-256 of head, middle and tail: a program may keep a file's size and time and change what it holds."""
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        for place in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
+            file.seek(max(place, 0))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
 
-    No pixel depends on the frame rate, so a wrong one is only worth a note.
+
+def _disagreement(claim: Header, header: Header) -> str:
+    """How the table contradicts the file in what makes the video unusable.
+
+    The table may count the frames that are shown or those that the container claims, hidden ones among them, and give
+    the sides of the shown frame or of the stored one.
     """
-    differs = [
+    sides = (header.width, header.height)
+    if header.turned and (claim.width or header.height, claim.height or header.width) == sides[::-1]:
+        sides = sides[::-1]
+    frames = header.claimed if claim.frames == header.claimed else header.frames
+    return ", ".join(
         f"{said} {what}, file has {there}"
         for what, said, there in (
-            ("frames", claim.frames, header.frames),
-            ("pixels width", claim.width, header.width),
-            ("pixels height", claim.height, header.height),
+            ("frames", claim.frames, frames),
+            ("pixels width", claim.width, sides[0]),
+            ("pixels height", claim.height, sides[1]),
         )
         if said and said != there
-    ]
-    slower = claim.fps and header.fps and abs(claim.fps - header.fps) > _FPS_TOLERANCE * header.fps
-    return ", ".join(differs), f"{claim.fps:g} a second, file has {header.fps:g}" if slower else ""
+    )
+
+
+def _small_disagreements(claim: Header, header: Header) -> Iterator[str]:
+    """What is worth a note: no label depends on the number of a frame, and no pixel on the frame rate."""
+    if claim.frames and claim.frames == header.claimed:
+        yield f"frame counts disagree (kept): table and file say {claim.frames} frames, {header.frames} are shown"
+    if claim.fps and header.fps and abs(claim.fps - header.fps) > _FPS_TOLERANCE * header.fps:
+        yield f"frame rates disagree (kept): table says {claim.fps:g} a second, file has {header.fps:g}"
 
 
 def _repeats(clips: Iterable[Clip], index: Mapping[Path, Entry]) -> list[Problem]:
-    """Videos with the very bytes of a video in another split: a leak that the table cannot show."""
-    first: dict[str, Clip] = {}
-    repeated: dict[str, Problem] = {}
+    """Videos with the very bytes of another one: in another split a leak that the table cannot show, with another
+    label a contradiction."""
+    alike: dict[str, list[Clip]] = {}
+    repeated: dict[tuple[str, str], Problem] = {}
     for clip in clips:
-        other = first.setdefault(index[clip.path].sha256, clip)
-        if other.split != clip.split:
-            repeated[clip.name] = Problem(clip.name, f"same video in another split (kept): {other.name}")
+        others = alike.setdefault(index[clip.path].sha256, [])
+        for what, same in (("with another label", "label"), ("in another split", "split")):
+            for other in others:
+                if other.path != clip.path and getattr(other, same) != getattr(clip, same):
+                    reason = f"same video {what} (kept): {other.name}"
+                    repeated.setdefault((clip.name, what), Problem(clip.name, reason, harmless=True))
+                    break
+        others.append(clip)
     return list(repeated.values())
 
 
@@ -232,56 +285,99 @@ def _intact(file: Path, shape: tuple[int, ...]) -> bool:
     """
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    try:
-        with file.open("rb") as stream:
-            start = stream.read(header.tell())
-            size = stream.seek(0, io.SEEK_END)
-    except OSError:
-        return False
+    with _regular(file) as stream:
+        if stream is None:
+            return False
+        start = stream.read(header.tell())
+        size = stream.seek(0, io.SEEK_END)
     return start == header.getvalue() and size == header.tell() + math.prod(shape)
+
+
+def _blank(file: Path, shape: tuple[int, ...]) -> bool:
+    """Whether no channel of an intact array shows anything. A few rows in its midst nearly always answer that."""
+    side, size = shape[-1], math.prod(shape)
+    rows = min(side, 16)
+    with file.open("rb", buffering=0) as stream:
+        stream.seek((shape[0] // 2 * 3 + 1) * side**2 + (side - rows) // 2 * side - size, io.SEEK_END)
+        if np.ptp(np.fromfile(stream, np.uint8, rows * side)) > _BLANK:
+            return False
+        stream.seek(-size, io.SEEK_END)
+        frames = np.fromfile(stream, np.uint8, size).reshape(shape)
+    return bool((np.ptp(frames, axis=(0, 2, 3)) <= _BLANK).all())
+
+
+def _keep_private(folder: Path) -> None:
+    """Close a cache folder of the user's own to others; one that holds other things too stays as it is."""
+    status = folder.stat()
+    if status.st_uid != os.geteuid() or not status.st_mode & 0o077:
+        return
+    if all(entry.name == _INDEX or entry.suffix in (".npy", ".part") for entry in folder.iterdir()):
+        folder.chmod(0o700)
+
+
+def _write(file: Path, content: bytes) -> None:
+    """Write a file whole or not at all, for the owner's eyes. Raises OutputError."""
+    with replacing(file, sync=False) as temporary:
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(content)
+
+
+@contextmanager
+def _regular(file: Path) -> Iterator[BinaryIO | None]:
+    """A regular file of the cache, closed to others if it is the user's; None where there is none, or a FIFO, a device
+    or a link, which are not waited for or followed."""
+    try:
+        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except (OSError, ValueError):
+        yield None
+        return
+    with os.fdopen(handle, "rb") as stream:
+        status = os.fstat(handle)
+        if status.st_uid == os.geteuid() and status.st_mode & 0o077 and stat.S_ISREG(status.st_mode):
+            os.fchmod(handle, 0o600)
+        yield stream if stat.S_ISREG(status.st_mode) else None
 
 
 def _save_index(file: Path, index: Mapping[Path, Entry]) -> None:
     """Another run may have written meanwhile: its videos are kept."""
     merged = _read_index(file) | dict(index)
     text = json.dumps({str(path): asdict(entry) for path, entry in merged.items()}, indent=0)
-    write_bytes(file, text.encode(), sync=False)
+    _write(file, text.encode())
 
 
 def _read_index(file: Path) -> dict[Path, Entry]:
-    """The index; an absent or damaged one only costs time."""
+    """The index; an absent or damaged one, or a damaged entry, only costs time."""
     try:
-        entries = json.loads(file.read_text())
-        return {
-            Path(path): Entry(e["size"], e["mtime_ns"], str(e["sha256"]), Header(**e["header"]))
-            for path, e in entries.items()
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        with _regular(file) as stream:
+            content = b"" if stream is None else stream.read(_MAX_INDEX + 1)
+        entries = json.loads(content) if len(content) <= _MAX_INDEX else None
+    except (OSError, ValueError, RecursionError):
         return {}
+    if not isinstance(entries, dict):
+        return {}
+    found = ((Path(path), _entry(value)) for path, value in entries.items())
+    return {path: entry for path, entry in found if entry is not None}
 
 
-def _shown(results: Iterable[T], total: int, progress: bool) -> Iterator[T]:
-    """Pass results on; a bar appears once they have taken two seconds."""
-    if not progress:
-        yield from results
-        return
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
-    bar = Progress(
-        *Progress.get_default_columns()[:2],
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    task, start, running = bar.add_task("decoding videos", total=total), time.monotonic(), False
+def _entry(value: Any) -> Entry | None:
+    """An entry of the index, if it is one that could have been written."""
     try:
-        for result in results:
-            yield result
-            bar.advance(task)
-            if not running and time.monotonic() - start > 2:
-                bar.start()
-                running = True
-    finally:
-        if running:
-            bar.stop()
+        header = Header(**value["header"])
+        entry = Entry(**(value | {"header": header}))
+        whole = (entry.size, entry.mtime_ns, header.frames, header.width, header.height, header.claimed)
+        right = (
+            all(type(number) is int for number in whole)
+            and 1 <= header.frames <= MAX_FRAMES
+            and 1 <= header.width <= MAX_SIDE
+            and 1 <= header.height <= MAX_SIDE
+            and header.claimed >= 0
+            and type(header.fps) in (int, float)
+            and 0 <= header.fps < math.inf
+            and type(header.turned) is bool
+            and type(header.form) is str
+            and all(_SHA256.fullmatch(digest) for digest in (entry.sha256, entry.sample))
+        )
+    except (KeyError, TypeError):
+        return None
+    return entry if right else None

@@ -142,7 +142,7 @@ class EchoDataModule(LightningDataModule):
         num_workers: loader processes, which live as long as their loader.
         max_bad_share: largest share of unusable rows or videos.
         augment_full: see `views.draw_jitter`.
-        progress: show a bar while decoding.
+        decode_workers, progress: see `cache.build`.
         pin_memory: batches wait in page-locked memory, from which a GPU fetches them while it computes.
         channels_last: images in this order in memory instead of contiguous.
 
@@ -166,6 +166,7 @@ class EchoDataModule(LightningDataModule):
         num_workers: int = 0,
         max_bad_share: float = 0.05,
         augment_full: bool = True,
+        decode_workers: int | None = None,
         progress: bool = False,
         pin_memory: bool = False,
         channels_last: bool = False,
@@ -195,6 +196,7 @@ class EchoDataModule(LightningDataModule):
             "frame_choice": choice,
             "folder": cache_dir,
             "max_bad_share": max_bad_share,
+            "workers": decode_workers,
             "progress": progress,
         }
         self.predicted = "test"  # the split that `predict_dataloader` gives

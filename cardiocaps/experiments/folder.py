@@ -24,6 +24,7 @@ _MAY_DIFFER = {
     "device",
     "threads",
     "workers",
+    "decode_workers",
     "cache_dir",
     "follow_links",
     "progress",

@@ -39,7 +39,7 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
 
 
 # What machines with a GPU seldom have, though cardiocaps needs it.
-MISSING = ("lightning", "decord", "monai", "av", "imblearn", "xgboost", "pydicom")
+MISSING = ("lightning", "monai", "av", "imblearn", "xgboost", "pydicom")
 
 
 @pytest.fixture(scope="module")

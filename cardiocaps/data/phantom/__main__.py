@@ -46,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given.videos,
             given.seed,
             overwrite=given.overwrite,
-            progress=sys.stderr.isatty(),
+            progress=True,
             processes=given.processes,
         )
         seconds = time.monotonic() - start

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from cardiocaps.errors import ConfigError, OutputError, printable
 from cardiocaps.files import exclusive, output_errors, replacing, write_bytes
-from cardiocaps.parallel import in_parallel, obey_the_parent
+from cardiocaps.parallel import cores, in_parallel, obey_the_parent
+from cardiocaps.progress import shown
 
 if TYPE_CHECKING:
     from cardiocaps.data.phantom.patients import Patient
@@ -77,7 +78,7 @@ def write_phantom(
         out.mkdir(parents=True, exist_ok=True)
     # Another process may be making the same phantom: then this one finds it complete.
     with exclusive(out, wait=True):
-        return _write(out, videos, seed, settings, overwrite, progress, processes or os.cpu_count() or 1)
+        return _write(out, videos, seed, settings, overwrite, progress, processes or cores())
 
 
 def _write(out: Path, videos: int, seed: int, settings: bytes, overwrite: bool, progress: bool, processes: int) -> int:
@@ -170,27 +171,24 @@ def _torn(out: Path) -> list[Path]:
     return [path for name in names for path in out.glob(name)]
 
 
-def _make_videos(out: Path, patients: list[Patient], progress: bool, processes: int) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _make_videos(out: Path, missing: list[Patient], progress: bool, processes: int) -> None:
+    def counted(made: Iterable[object]) -> None:
+        for _ in shown(made, len(missing), "making videos") if progress else made:
+            pass
 
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    processes = min(processes, (len(patients) + 7) // 8)  # a process costs as much as several videos to start
-    with Progress(*columns, disable=not progress) as bar:
-        task = bar.add_task("making videos", total=len(patients))
-        if processes <= 1:
-            for patient in patients:
-                _make_video(out, patient)
-                bar.advance(task)
-            return
-        pool = partial(ProcessPoolExecutor, processes, get_context("spawn"), obey_the_parent)
-        try:
-            with in_parallel(pool, partial(_make_video, out), patients) as made:
-                for _ in made:
-                    bar.advance(task)
-        except BrokenProcessPool as error:
-            raise OutputError(
-                f"{out}: a process that makes videos was killed (out of memory?); run again to go on"
-            ) from error
+    make = partial(_make_video, out)
+    processes = min(processes, (len(missing) + 7) // 8)  # a process costs as much as several videos to start
+    if processes <= 1:
+        counted(map(make, missing))
+        return
+    pool = partial(ProcessPoolExecutor, processes, get_context("spawn"), obey_the_parent)
+    try:
+        with in_parallel(pool, make, missing) as made:
+            counted(made)
+    except BrokenProcessPool as error:
+        raise OutputError(
+            f"{out}: a process that makes videos was killed (out of memory?); run again to go on"
+        ) from error
 
 
 def _make_video(out: Path, patient: Patient) -> None:

@@ -1,9 +1,12 @@
 """Small real videos and EchoNet-LVH folders, written fresh for each test."""
 
 import csv
+import signal
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import av
@@ -26,6 +29,22 @@ COLUMNS = [
 ]
 COLUMNS += ["Height", "split"]
 Frames = NDArray[np.uint8]
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Fail, instead of hanging for ever."""
+
+    def late(signum: int, frame: FrameType | None) -> None:
+        raise TimeoutError(f"longer than {seconds} s")
+
+    old = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
 
 
 def picture(frames: int = 12, height: int = 48, width: int = 64, seed: int = 0) -> Frames:

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cardiocaps import progress
 from cardiocaps.data import Clip, Study, cache, read_folder
 from cardiocaps.data.video import resize
 from cardiocaps.errors import ConfigError, DataError, OutputError
@@ -23,7 +24,9 @@ from .sample_videos import (
     encode,
     measurement,
     picture,
+    remux,
     split_of,
+    within,
     write_folder,
     write_table,
 )
@@ -155,6 +158,29 @@ def test_a_changed_video_is_decoded_anew(tmp_path: Path, decoded: list[str]) -> 
     assert not np.array_equal(all_frames(after, clip), old)
 
 
+def test_a_video_changed_at_equal_size_and_time_is_noticed(tmp_path: Path, decoded: list[str]) -> None:
+    study = read_folder(write_folder(tmp_path / "root"))
+    before = cache.build(study, folder=tmp_path / "cache", **OPTIONS)
+    other, *_, clip = sorted(study.clips, key=lambda clip: clip.path.stat().st_size)
+    old, status = all_frames(before, clip), clip.path.stat()
+    clip.path.write_bytes(other.path.read_bytes().ljust(status.st_size, b"\0"))
+    os.utime(clip.path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert (clip.path.stat().st_size, clip.path.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+    after = cache.build(study, folder=tmp_path / "cache", **OPTIONS)
+    assert decoded[8:] == [clip.name] and not np.array_equal(all_frames(after, clip), old)
+
+
+@pytest.mark.parametrize("place", [0.0, 0.5, 1.0])
+def test_head_middle_and_tail_are_looked_at(tmp_path: Path, place: float) -> None:
+    file = tmp_path / "file"
+    content = bytearray(np.random.default_rng(0).bytes(100_000))
+    file.write_bytes(content)
+    before = cache._sample(file, len(content))
+    content[round(place * (len(content) - 1))] ^= 1
+    file.write_bytes(content)
+    assert cache._sample(file, len(content)) != before
+
+
 def test_a_touched_or_moved_video_is_not_decoded_anew(tmp_path: Path, decoded: list[str]) -> None:
     root = write_folder(tmp_path / "root")
     cache.build(read_folder(root), folder=tmp_path / "cache", **OPTIONS)
@@ -200,13 +226,121 @@ def test_a_damaged_file_is_rebuilt(
     assert decoded[8:] == [study.clips[3].name] and file.read_bytes() == good
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"a": 1}', '{"/a": {"size": 1}}', "\udcff"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '"a"', "7", "null", '{"a": 1}', '{"/a": {"size": 1}}', "\udcff", "[" * 100_000, '{"a":' * 100_000],
+)
 def test_a_damaged_index_only_costs_time(shared_folder: Path, tmp_path: Path, decoded: list[str], text: str) -> None:
     study = read_folder(shared_folder)
     cache.build(study, folder=tmp_path, **OPTIONS)
     (tmp_path / "index.json").write_bytes(text.encode(errors="surrogateescape"))
     cache.build(study, folder=tmp_path, **OPTIONS)
     assert len(decoded) == 8 and len(json.loads((tmp_path / "index.json").read_text())) == 8
+
+
+FIELDS = {"size": int, "mtime_ns": int, "sha256": None, "sample": None, "header": None}
+HEADER_FIELDS = {"frames": int, "width": int, "height": int, "claimed": int, "turned": bool, "form": str}
+WRONG = {
+    **{
+        (name,): [v for v in ("7", 1.5, None, [], {}, True) if v != {} or kind is not dict]
+        for name, kind in FIELDS.items()
+    },
+    **{("header", n): [v for v in ("7", 1.5, None, [], {}) if type(v) is not k] for n, k in HEADER_FIELDS.items()},
+    ("header", "fps"): ["7", None, [], -1.0, float("nan"), float("inf"), True],
+    ("header", "frame count"): [7],
+    ("other",): [7],
+}
+WRONG["header", "frames"] += [-1, 0, 10**9]
+WRONG["header", "width"] += [-64, 10**9]
+WRONG["header", "claimed"] += [-1]
+WRONG["sample",] += ["g" * 64, "a" * 63]
+
+
+def test_an_index_entry_of_the_wrong_type_only_costs_time(
+    shared_folder: Path, tmp_path: Path, decoded: list[str]
+) -> None:
+    study = read_folder(shared_folder)
+    first = cache.build(study, folder=tmp_path, **OPTIONS)
+    index = tmp_path / "index.json"
+    good = index.read_text()
+    for (*outer, name), values in WRONG.items():
+        entries = json.loads(good)
+        for wrong, entry in zip(values, entries.values(), strict=False):
+            (entry[outer[0]] if outer else entry)[name] = wrong
+            assert cache._entry(entry) is None, (name, wrong)
+        index.write_text(json.dumps(entries))
+        assert cache.build(study, folder=tmp_path, **OPTIONS).files == first.files
+        assert json.loads(index.read_text()) == json.loads(good)
+    assert len(decoded) == 8
+
+
+def in_place_of_a_file(kind: str, file: Path, elsewhere: Path) -> None:
+    file.unlink()
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "link":
+        elsewhere.write_text("kept as it is")
+        file.symlink_to(elsewhere)
+    else:
+        file.symlink_to("/dev/zero")
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "device"])
+@pytest.mark.parametrize("what", ["index.json", "*.npy"])
+def test_what_is_no_file_is_replaced(
+    shared_folder: Path, tmp_path: Path, decoded: list[str], kind: str, what: str
+) -> None:
+    study = read_folder(shared_folder)
+    folder = tmp_path / "cache"
+    before = cache.build(study, folder=folder, **OPTIONS)
+    file = next(iter(sorted(folder.glob(what))))
+    in_place_of_a_file(kind, file, tmp_path / "elsewhere")
+    with within(30):
+        after = cache.build(study, folder=folder, **OPTIONS)
+    assert file.is_file() and not file.is_symlink() and after.files == before.files
+    assert len(decoded) == (9 if what == "*.npy" else 8)
+    if kind == "link":
+        assert (tmp_path / "elsewhere").read_text() == "kept as it is"
+
+
+def test_a_fifo_in_place_of_a_video_is_its_reason(tmp_path: Path) -> None:
+    study = read_folder(write_folder(tmp_path / "root", 16))
+    cache.build(study, folder=tmp_path / "cache", **OPTIONS)
+    study.clips[0].path.unlink()
+    os.mkfifo(study.clips[0].path)
+    with within(30):
+        cached = cache.build(study, folder=tmp_path / "cache", max_bad_share=0.2, **OPTIONS)
+    assert [problem.reason for problem in cached.study.problems] == ["not a regular file"]
+
+
+def mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def test_frames_are_for_their_owner_only(shared_folder: Path, tmp_path: Path) -> None:
+    study = read_folder(shared_folder)
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    folder.chmod(0o755)
+    old = os.umask(0)
+    try:
+        cache.build(study, folder=folder, **OPTIONS)
+        assert mode(folder) == 0o700 and {mode(file) for file in folder.iterdir()} == {0o600}
+        folder.chmod(0o777)
+        for file in folder.iterdir():
+            file.chmod(0o644)
+        cache.build(study, folder=folder, **OPTIONS)  # of an older version
+        assert mode(folder) == 0o700 and {mode(file) for file in folder.iterdir()} == {0o600}
+    finally:
+        os.umask(old)
+
+
+def test_a_folder_that_holds_other_things_stays_open(shared_folder: Path, tmp_path: Path) -> None:
+    """It may be somebody's home, or shared on purpose; the frames in it are private all the same."""
+    (tmp_path / "notes.txt").touch()
+    tmp_path.chmod(0o755)
+    cache.build(read_folder(shared_folder), folder=tmp_path, **OPTIONS)
+    assert mode(tmp_path) == 0o755 and {mode(file) for file in arrays(tmp_path)} == {0o600}
 
 
 def test_the_index_keeps_what_other_runs_wrote(tmp_path: Path) -> None:
@@ -328,14 +462,89 @@ def test_a_wrong_frame_rate_is_worth_a_note(tmp_path: Path) -> None:
     assert problem.reason == "frame rates disagree (kept): table says 30 a second, file has 50"
 
 
-def test_one_video_under_two_names_in_two_splits_is_reported(tmp_path: Path) -> None:
+def test_one_video_under_two_names_is_reported(tmp_path: Path) -> None:
+    """Where its labels or splits differ."""
     study = read_folder(write_folder(tmp_path / "root"))
-    for copy, original in ((1, 0), (7, 2)):
+    for copy, original in ((1, 0), (7, 3), (6, 2)):
         study.clips[copy].path.write_bytes(study.clips[original].path.read_bytes())
-    cached = cache.build(study, folder=tmp_path / "cache", **OPTIONS)
-    (problem,) = cached.study.problems  # the other copy stands in the same split
-    assert problem.where == study.clips[7].name
-    assert problem.reason == f"same video in another split (kept): {study.clips[2].name}"
+    for _ in range(2):  # with a warm cache too
+        cached = cache.build(study, folder=tmp_path / "cache", **OPTIONS)
+        assert len(cached.study.clips) == 8
+        assert {(problem.where[-1], problem.reason[:-1]) for problem in cached.study.problems} == {
+            ("1", "same video with another label (kept): 0X000000000000000"),
+            ("7", "same video in another split (kept): 0X000000000000000"),
+            ("6", "same video in another split (kept): 0X000000000000000"),
+        }
+
+
+def test_copies_with_one_label_in_one_split_are_no_problem(tmp_path: Path) -> None:
+    study = read_folder(write_folder(tmp_path / "root"))
+    study.clips[2].path.write_bytes(study.clips[0].path.read_bytes())
+    assert cache.build(study, folder=tmp_path / "cache", **OPTIONS).study.problems == ()
+
+
+@pytest.mark.parametrize("level", [0, 3, 128])
+def test_a_video_that_shows_nothing_is_reported(tmp_path: Path, level: int) -> None:
+    study = read_folder(write_folder(tmp_path / "root"))
+    dark, spot = np.full((12, 48, 64, 3), level, np.uint8), np.full((12, 48, 64, 3), level, np.uint8)
+    spot[7, 2:10, 2:10] = 200  # in one frame, in a corner
+    encode(study.clips[1].path, dark)
+    encode(study.clips[2].path, spot)
+    for _ in range(2):  # with a warm cache too
+        cached = cache.build(study, folder=tmp_path / "cache", size=24, frames_per_clip=12)
+        (problem,) = cached.study.problems
+        assert problem.where == study.clips[1].name and problem.kind == "blank video (kept)"
+        assert len(cached.study.clips) == 8
+
+
+def shown_study(root: Path, path: Path, **claim: int) -> Study:
+    """Eight videos, of which the first is `path`, about which the table says `claim`."""
+    study = read_folder(write_folder(root))
+    first = study.clips[0]
+    named = path.rename(first.path.with_suffix(path.suffix))
+    said = replace(study.claims[first.name], **claim)
+    clips = (replace(first, path=named), *study.clips[1:])
+    return replace(study, clips=clips, claims={**study.claims, first.name: said})
+
+
+@pytest.mark.parametrize("said, note", [(24, False), (30, True), (25, None)])
+def test_a_table_may_count_the_frames_that_are_shown_or_all(tmp_path: Path, said: int, note: bool | None) -> None:
+    """None of its labels depends on the number of a frame."""
+    whole = encode(tmp_path / "whole.mp4", picture(30), "mpeg4", encoder={"g": "10"})
+    path = remux(whole, tmp_path / "a.mp4", hidden=6)
+    study = shown_study(tmp_path / "root", path, frames=said)
+    cached = cache.build(study, folder=tmp_path / "cache", max_bad_share=0.2, **OPTIONS)
+    reasons = [problem.reason for problem in cached.study.problems]
+    if note is None:
+        assert reasons == ["table and file disagree: table says 25 frames, file has 24"]
+        return
+    expected = "frame counts disagree (kept): table and file say 30 frames, 24 are shown"
+    assert reasons == ([expected] if note else [])
+    clip = cached.study.clips[0]
+    assert len({frame.tobytes() for frame in all_frames(cached, clip)}) == 5
+    assert cached.numbers[clip.path].tolist() == [2, 7, 12, 16, 21]
+
+
+@pytest.mark.parametrize(
+    "degrees, claim, right",
+    [
+        (90, {"width": 64, "height": 48}, True),
+        (90, {"width": 48, "height": 64}, True),
+        (270, {"width": 48, "height": 0}, True),
+        (90, {"width": 48, "height": 48}, False),
+        (180, {"width": 64, "height": 48}, True),
+        (180, {"width": 48, "height": 64}, False),
+        (0, {"width": 48, "height": 64}, False),
+    ],
+)
+def test_a_table_may_describe_a_turned_video_either_way(
+    tmp_path: Path, degrees: int, claim: dict[str, int], right: bool
+) -> None:
+    path = encode(tmp_path / "a.mp4", picture(), "mpeg4", turn={"degrees": degrees})
+    study = shown_study(tmp_path / "root", path, **claim)
+    for _ in range(2):  # with a warm cache too
+        cached = cache.build(study, folder=tmp_path / "cache", max_bad_share=0.2, **OPTIONS)
+        assert [problem.kind for problem in cached.study.problems] == ([] if right else ["table and file disagree"])
 
 
 @pytest.mark.parametrize(
@@ -354,16 +563,15 @@ def test_where_the_cache_is(environment: dict[str, str], wanted: str, monkeypatc
     assert cache.default_folder() == Path(wanted)
 
 
-def test_the_bar_waits_two_seconds(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert list(cache._shown(iter("abc"), 3, True)) == ["a", "b", "c"]
+def test_how_far_decoding_is_only_where_that_is_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = read_folder(write_folder(tmp_path / "root"))
+    monkeypatch.setattr(progress, "LINE_EVERY", 0.0)
+    cache.build(study, folder=tmp_path / "cache", **OPTIONS)
     assert capsys.readouterr() == ("", "")
-    clock = iter(range(0, 100, 3))
-    monkeypatch.setattr(cache.time, "monotonic", lambda: next(clock))
-    assert list(cache._shown(iter("abc"), 3, True)) == ["a", "b", "c"]
-    output = capsys.readouterr()
-    assert output.out == "" and "3/3" in output.err
-    assert list(cache._shown(iter("abc"), 3, False)) == ["a", "b", "c"]
-    assert capsys.readouterr() == ("", "")
+    cache.build(study, folder=tmp_path / "cache", progress=True, **OPTIONS)
+    assert capsys.readouterr() == ("", "".join(f"decoding videos: {i} of 8\n" for i in range(1, 9)))
 
 
 def test_a_real_echocardiogram_goes_through(tmp_path: Path, echocardiogram: Frames) -> None:

@@ -1,11 +1,7 @@
 import os
-import signal
 import struct
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
 import av
 import numpy as np
@@ -17,7 +13,7 @@ from PIL import Image
 from cardiocaps.data import video
 from cardiocaps.data.video import Header, VideoError, allowed_name, probe, read_frames, regular_file, resize
 
-from .sample_videos import Frames, claim_frames, cut, encode, overwrite, packets, picture, remux
+from .sample_videos import Frames, claim_frames, cut, encode, overwrite, packets, picture, remux, within
 
 
 def has_encoder(codec: str) -> bool:
@@ -35,22 +31,6 @@ FORMATS = [
     pytest.param("libx264", "mp4", marks=pytest.mark.skipif(not has_encoder("libx264"), reason="PyAV without libx264")),
 ]
 INTER = [("mpeg4", {"g": "20"}), pytest.param("libx264", {"g": "20"}, marks=FORMATS[-1].marks)]
-
-
-@contextmanager
-def within(seconds: int) -> Iterator[None]:
-    """Fail, instead of hanging for ever."""
-
-    def late(signum: int, frame: FrameType | None) -> None:
-        raise TimeoutError(f"longer than {seconds} s")
-
-    old = signal.signal(signal.SIGALRM, late)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, old)
 
 
 def difference(a: Frames, b: Frames) -> float:
