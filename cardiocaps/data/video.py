@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -308,13 +308,13 @@ class _Video:
 
     def pixels(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
         """uint8 [H, W, 3] RGB, as a player turns it."""
-        pixels = self._reformatter.reformat(frame, format="rgb24").to_ndarray()
+        pixels = np.asarray(self._reformatter.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
         turned, mirrored, upside_down = self._orientation
         if turned:
             pixels = pixels.transpose(1, 0, 2)
         return pixels[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
 
-    def _decoded(self, packet: av.Packet, shown: int) -> Iterator[av.VideoFrame]:
+    def _decoded(self, packet: av.Packet[Any], shown: int) -> Iterator[av.VideoFrame]:
         """The frames that a packet completes."""
         import av
 
@@ -346,7 +346,7 @@ class _Video:
 
 def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
     """How a player turns the frames: rows become columns, then left becomes right, then top becomes bottom."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return False, False, False
     a, b, _, c, d = struct.unpack("<9i", bytes(matrix))[:5]  # a pixel (x, y) is shown at (ax + cy, bx + dy)

@@ -1,5 +1,3 @@
-from collections.abc import Iterator
-
 import pytest
 
 from cardiocaps import progress
@@ -27,12 +25,12 @@ class Terminal:
         return True
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Terminal]:
+def on_terminal(monkeypatch: pytest.MonkeyPatch, kind: str) -> Terminal:
+    """No fixture: pytest takes standard error back when the test begins."""
     stream = Terminal()
-    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("TERM", kind)
     monkeypatch.setattr(progress.sys, "stderr", stream)
-    yield stream
+    return stream
 
 
 def test_without_a_terminal_a_line_every_ten_seconds(
@@ -47,7 +45,8 @@ def test_without_a_terminal_a_line_every_ten_seconds(
     assert capsys.readouterr() == ("", "")
 
 
-def test_on_a_terminal_a_bar_after_two_seconds(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+def test_on_a_terminal_a_bar_after_two_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch, "xterm")
     assert list(progress.shown(iter("abc"), 3, "decoding videos")) == ["a", "b", "c"]
     assert terminal.text == ""
     ticking(monkeypatch, 3)
@@ -55,8 +54,8 @@ def test_on_a_terminal_a_bar_after_two_seconds(monkeypatch: pytest.MonkeyPatch, 
     assert "decoding videos" in terminal.text and "3/3" in terminal.text
 
 
-def test_a_terminal_that_shows_no_bar_gets_lines(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
-    monkeypatch.setenv("TERM", "dumb")
+def test_a_terminal_that_shows_no_bar_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = on_terminal(monkeypatch, "dumb")
     ticking(monkeypatch, 11)
     assert list(progress.shown(iter("ab"), 2, "decoding videos")) == ["a", "b"]
     assert terminal.text == "decoding videos: 1 of 2\ndecoding videos: 2 of 2\n"
