@@ -271,7 +271,7 @@ def _repeats(clips: Iterable[Clip], index: Mapping[Path, Entry]) -> list[Problem
             for other in others:
                 if other.path != clip.path and getattr(other, same) != getattr(clip, same):
                     reason = f"same video {what} (kept): {other.name}"
-                    repeated.setdefault((clip.name, what), Problem(clip.name, reason, harmless=True))
+                    repeated.setdefault((clip.name, what), Problem(clip.name, reason))
                     break
         others.append(clip)
     return list(repeated.values())
