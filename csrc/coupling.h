@@ -10,6 +10,7 @@
 
 #include "host_device.h"
 #include "routing.h"
+#include "sizes.h"
 
 namespace capsops {
 // One copy for every instruction set that includes this, so that none can be linked to another's.
@@ -196,43 +197,72 @@ template <class A> CAPSOPS_HOST_DEVICE inline SquashFactors<A> squash_efficient(
     return {scale, std::exp(-n) - scale};
 }
 
-template <class A> CAPSOPS_HOST_DEVICE inline SquashFactors<A> squash_factors(A n, SquashKind kind) {
-    return kind == SquashKind::sabour ? squash_sabour(n) : squash_efficient(n);
+// Σ_d term(d). A float that many small numbers are added to one by one loses them; so blocks of a few terms are added
+// up, with what rounding takes from the total kept beside it (Kahan). Up to one block this is the plain sum.
+template <class A, class Term> CAPSOPS_HOST_DEVICE inline A long_sum(int64_t count, Term term) {
+    constexpr int64_t block = 16;
+    A sum = 0, excess = 0;
+    for (int64_t begin = 0; begin < count; begin += block) {
+        A part = 0;
+        const int64_t end = at_most(begin + block, count);
+        for (int64_t d = begin; d < end; ++d) part += term(d);
+        part -= excess;
+        const A next = sum + part;
+        excess = (next - sum) - part;
+        sum = next;
+    }
+    return sum;
 }
 
-// ‖s‖ without overflow or underflow of the squares. Row: whatever has components s[d].
-template <class A, class Row> CAPSOPS_HOST_DEVICE inline A length(const Row& s, int64_t dim) {
+// ‖s‖ as n, the length of s · shrink. shrink is 1, or a small power of 2 where ‖s‖ might overflow.
+template <class A> struct Length {
+    A n, shrink;
+};
+
+// The factors for s · shrink in place of s: v = f (s · shrink), g_s = shrink (f g_v + radial (ŝ·g_v) ŝ). So long a
+// vector is squashed to length 1, to the last digit, by either formula.
+template <class A> CAPSOPS_HOST_DEVICE inline SquashFactors<A> squash_factors(Length<A> l, SquashKind kind) {
+    if (l.shrink < A(1)) return {A(1) / l.n, A(-1) / l.n};
+    return kind == SquashKind::sabour ? squash_sabour(l.n) : squash_efficient(l.n);
+}
+
+// ‖s‖ without overflow or underflow of the squares, or of the length itself. Row: whatever has components s[d].
+template <class A, class Row> CAPSOPS_HOST_DEVICE inline Length<A> length(const Row& s, int64_t dim) {
+    // Beyond `huge` the length of as many components as fit into memory may overflow; shrunk, it cannot.
+    constexpr A huge = sizeof(A) == 4 ? A(0x1p60) : A(0x1p500);
+    constexpr A small = sizeof(A) == 4 ? A(0x1p-56) : A(0x1p-496);
     A largest = 0;
     for (int64_t d = 0; d < dim; ++d) {
         const A magnitude = std::fabs(s[d]);
         // Written so that a NaN among the numbers is kept.
         if (!(magnitude <= largest)) largest = magnitude;
     }
-    if (!(largest > A(0)) || std::isinf(largest)) return largest;
-    A sum = 0;
-    for (int64_t d = 0; d < dim; ++d) {
-        const A ratio = s[d] / largest;
-        sum += ratio * ratio;
-    }
-    return largest * std::sqrt(sum);
+    if (!(largest > A(0)) || std::isinf(largest)) return {largest, A(1)};
+    const A ratio = std::sqrt(long_sum<A>(dim, [&](int64_t d) {
+        const A x = s[d] / largest;
+        return x * x;
+    }));
+    const A shrink = largest > huge ? small : A(1);
+    return {largest * shrink * ratio, shrink};
 }
 
 // v = squash(s) and its vector-Jacobian product, in the accumulation type A.
 template <class A, class Row, class Out>
 CAPSOPS_HOST_DEVICE inline void squash_vector(const Row& s, Out v, int64_t dim, SquashKind kind) {
-    const A scale = squash_factors(length<A>(s, dim), kind).scale;
-    for (int64_t d = 0; d < dim; ++d) v[d] = scale * s[d];
+    const Length<A> l = length<A>(s, dim);
+    const A scale = squash_factors(l, kind).scale;
+    for (int64_t d = 0; d < dim; ++d) v[d] = scale * (s[d] * l.shrink);
 }
 
 template <class A, class Gradient, class Row, class Out>
 CAPSOPS_HOST_DEVICE inline void squash_vector_backward(const Gradient& g_v, const Row& s, Out g_s, int64_t dim,
                                                        SquashKind kind) {
-    const A n = length<A>(s, dim);
-    const SquashFactors<A> f = squash_factors(n, kind);
-    const A divisor = n == A(0) ? A(1) : n;
-    A along = 0;
-    for (int64_t d = 0; d < dim; ++d) along += (s[d] / divisor) * g_v[d];
-    for (int64_t d = 0; d < dim; ++d) g_s[d] = f.scale * g_v[d] + f.radial * along * (s[d] / divisor);
+    const Length<A> l = length<A>(s, dim);
+    const SquashFactors<A> f = squash_factors(l, kind);
+    const A divisor = l.n == A(0) ? A(1) : l.n;
+    const A along = long_sum<A>(dim, [&](int64_t d) { return (s[d] * l.shrink / divisor) * g_v[d]; });
+    for (int64_t d = 0; d < dim; ++d)
+        g_s[d] = (f.scale * g_v[d] + f.radial * along * (s[d] * l.shrink / divisor)) * l.shrink;
 }
 
 }  // namespace

@@ -22,22 +22,32 @@ def squash(s: Tensor, kind: str = "sabour") -> Tensor:
     sabour: f = n / (1 + n²) (Sabour et al. 2017, eq. 1). efficient: f = (1 − e^{−n}) / n (Mazzia et al. 2021, eq. 4).
     """
     x = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
+    if not x.shape[-1]:
+        return s.clone()
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    zero = largest == 0
     # Scaled to a largest component of 1, so that no square overflows or vanishes; the scale is a constant to autograd
-    # because the length does not depend on it.
-    scale = x.detach().abs().amax(dim=-1, keepdim=True) if x.shape[-1] else x.new_ones(())
-    scale = torch.where(scale > 0, scale, 1)
-    n = scale * torch.linalg.vector_norm(x / scale, dim=-1, keepdim=True)
+    # because the length does not depend on it. Summed by torch.sum, which adds pairwise; linalg.vector_norm does not.
+    scale = torch.where(zero, 1, largest)
+    ratio = x / scale
+    root = torch.where(zero, 1, ratio.square().sum(dim=-1, keepdim=True)).sqrt()
+    # Where the length itself might overflow v is the direction of s, to the last digit, by either formula. Of every
+    # choice both sides see only lengths that they can take.
+    huge = largest > (2.0**500 if x.dtype == torch.float64 else 2.0**60)
+    n = torch.where(zero, 0, torch.where(huge, 1, scale) * root)
     if kind == "sabour":
-        # 1/(n + 1/n) where n² could overflow; each branch sees only lengths that it can take.
+        # 1/(n + 1/n) where n² could overflow.
         long = n > 1
         factor = 1 / (torch.where(long, n, 1) + 1 / torch.where(long, n, 1))
         short = torch.where(long, 1, n)
-        return (x * torch.where(long, factor, short / (1 + short * short))).to(s.dtype)
-    small = n < 1e-3
-    safe = torch.where(small, 1, n)
-    near_0 = torch.where(small, n, 0)
-    series = 1 - near_0 / 2 + near_0**2 / 6 - near_0**3 / 24
-    return (x * torch.where(small, series, -torch.expm1(-safe) / safe)).to(s.dtype)
+        factor = torch.where(long, factor, short / (1 + short * short))
+    else:
+        small = n < 1e-3
+        safe = torch.where(small, 1, n)
+        near_0 = torch.where(small, n, 0)
+        series = 1 - near_0 / 2 + near_0**2 / 6 - near_0**3 / 24
+        factor = torch.where(small, series, -torch.expm1(-safe) / safe)
+    return torch.where(huge, ratio / root, x * factor).to(s.dtype)
 
 
 def primary_capsules(features: Tensor, types: int, legacy: bool = False, kind: str = "sabour") -> Tensor:

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 import capsops
+from capsops.backends import COMPILED, cpu
+
+from .routings import device_of
 
 by_kind = pytest.mark.parametrize("kind", ["sabour", "efficient"])
 by_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+# The instruction sets of the CPU, and the backends, of which Triton's runs in its interpreter where there is no GPU.
+EVERYWHERE = [f"cpu {name}" for name in cpu.instruction_sets()] + ["reference"]
+EVERYWHERE += [b for b in ("cuda", "triton") if COMPILED[b].why_not("squash", device_of(b), torch.float32) is None]
+
+
+@pytest.fixture(params=EVERYWHERE)
+def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where the tensors of a backend are that is in use meanwhile."""
+    backend, _, instructions = request.param.partition(" ")
+    if instructions:
+        cpu.use_instruction_set(instructions)
+    with capsops.use_backend(backend):
+        yield device_of(backend)
+    cpu.use_instruction_set("auto")
 
 
 def exact(s: torch.Tensor, kind: str) -> torch.Tensor:
@@ -81,6 +101,73 @@ def test_squares_neither_overflow_nor_vanish(backend: str, length: float) -> Non
     assert torch.isfinite(g).all()
     if length > 1:
         torch.testing.assert_close(v, torch.tensor([[0.6, 0.8]]))
+
+
+def rays(dtype: torch.dtype) -> list[torch.Tensor]:
+    """Vectors as long as the dtype can say, whose length it cannot always."""
+    top = torch.finfo(dtype).max
+    equal, one, mixed = [top] * 4, [0.0, -top, 0.0, 0.0], [top, -top / 2, top / 2**20, 0.0]
+    three = [top / 4] * 3 + [0.0]
+    return [torch.tensor([x, [1.0, 2.0, 0.0, -1.0]], dtype=dtype) for x in (equal, one, mixed, three, [top / 2**5] * 4)]
+
+
+@by_kind
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_longest_vectors(device: torch.device, kind: str, dtype: torch.dtype) -> None:
+    """v is the direction of s, and its gradient what of g_v is across it, over the length."""
+    for s in rays(dtype):
+        leaf, g_v = s.to(device).requires_grad_(), torch.tensor([0.5, 1.0, -2.0, 3.0], dtype=dtype)
+        v = capsops.squash(leaf, kind=kind)
+        (g,) = torch.autograd.grad(v, leaf, g_v.to(device).expand_as(leaf))
+        assert torch.isfinite(v).all()
+        assert torch.isfinite(g).all()
+        eps = torch.finfo(dtype).eps
+        largest = s[0].double().abs().max()
+        ratio = s[0].double() / largest
+        direction = ratio / ratio.norm()
+        torch.testing.assert_close(v[0].cpu().double(), direction, rtol=4 * eps, atol=torch.finfo(dtype).tiny)
+        across = g_v.double() - (direction @ g_v.double()) * direction
+        # Numbers this small have fewer digits: the error is of the longest of their sum's terms, or the last digit.
+        last = 5e-324 if dtype == torch.float64 else torch.finfo(dtype).tiny * eps
+        if dtype == torch.bfloat16 and device.type == "cpu" and capsops.info().forced == "triton":
+            last = torch.finfo(dtype).tiny  # its interpreter has no smaller ones
+        error = (g[0].cpu().double() - across / ratio.norm() / largest).abs()
+        assert (error <= 16 * eps * g_v.abs().max() / largest + 4 * last).all()
+        # Another row is not touched by it.
+        torch.testing.assert_close(v[1].cpu().double(), exact(s[1:], kind)[0], rtol=4 * eps, atol=0)
+
+
+@by_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_million_components(device: torch.device, kind: str, dtype: torch.dtype) -> None:
+    """No length above 1 but for the rounding of v; of equal components, whose sum rounds to one side."""
+    eps = torch.finfo(dtype).eps
+    for component in (0.1, 3e37):
+        s = torch.full((1, 1_000_003), component, dtype=dtype)
+        leaf = s.to(device).requires_grad_()
+        v = capsops.squash(leaf, kind=kind)
+        (g,) = torch.autograd.grad(v, leaf, torch.ones_like(v))
+        length = float(v.detach().double().square().sum()) ** 0.5  # torch.sum adds pairwise
+        n = s[0, 0].item() * s.shape[1] ** 0.5
+        expected = n**2 / (1 + n**2) if kind == "sabour" else -math.expm1(-n)
+        assert abs(length - expected) <= 4 * eps
+        # Along s: d length / dn.
+        slope = 2 * n / (1 + n**2) ** 2 if kind == "sabour" else math.exp(-n)
+        assert (g.double() - slope).abs().max() <= 16 * eps * max(1 / n, slope)
+
+
+def test_routings_squash_the_longest_sums(device: torch.device) -> None:
+    u, weight = torch.ones(1, 1, 1, device=device), torch.full((1, 1, 1, 4), 3e38, device=device).requires_grad_()
+    outputs = [
+        capsops.dynamic_routing(u, weight, iterations=1),
+        capsops.attention_routing(u, weight, torch.zeros(1, 1, device=device)),
+    ]
+    if capsops.info().forced != "reference":  # which multiplies by the scale last, what has overflowed
+        outputs.append(capsops.self_attention_routing(u, weight, scale=0.0))
+    for v in outputs:
+        torch.testing.assert_close(v, torch.full_like(v, 0.5))
+        (g,) = torch.autograd.grad(v, weight, torch.tensor([1.0, -1.0, 2.0, 0.0], device=device).expand_as(v))
+        assert torch.isfinite(g).all()
 
 
 @by_kind

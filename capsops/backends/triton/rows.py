@@ -29,28 +29,50 @@ def squash_factors(n, sabour: tl.constexpr):
 
 
 @triton.jit
+def long_sum(x):
+    """Sum along the last axis, kept. By pairs of 32, for a thread adds what it holds of a sum one by one."""
+    rows: tl.constexpr = x.shape[0]
+    for _ in tl.static_range(4):
+        if x.shape[1] > 32:
+            x = tl.sum(tl.reshape(x, [rows, x.shape[1] // 32, 32]), 2)
+    return tl.sum(x, 1, keep_dims=True)
+
+
+@triton.jit
 def length(s):
-    """‖s‖ along the last axis, kept, without overflow or underflow of the squares."""
+    """‖s‖ along the last axis, kept, as the length of s · shrink, and shrink: as csrc/coupling.h has them."""
+    double: tl.constexpr = s.dtype == tl.float64
+    huge: tl.constexpr = 2.0**500 if double else 2.0**60
+    small: tl.constexpr = 2.0**-496 if double else 2.0**-56
     largest = tl.max(tl.abs(s), 1, keep_dims=True)
     ordinary = (largest > 0) & (largest < float("inf"))
     ratio = s / tl.where(ordinary, largest, 1.0)
-    n = largest * tl.sqrt(tl.sum(ratio * ratio, 1, keep_dims=True))
+    shrink = tl.where(ordinary & (largest > huge), small, 1.0).to(s.dtype)
+    n = largest * shrink * tl.sqrt(long_sum(ratio * ratio))
     # A NaN among the numbers is kept; a maximum may lose it.
-    return tl.where(ordinary, n, tl.sum(tl.abs(s), 1, keep_dims=True))
+    return tl.where(ordinary, n, tl.sum(tl.abs(s), 1, keep_dims=True)), shrink
+
+
+@triton.jit
+def shrunk_factors(n, shrink, sabour: tl.constexpr):
+    """squash_factors for s · shrink in place of s; so long a vector is squashed to length 1 by either formula."""
+    scale, radial = squash_factors(n, sabour)
+    return tl.where(shrink < 1, 1 / n, scale), tl.where(shrink < 1, -1 / n, radial)
 
 
 @triton.jit
 def squashed(s, sabour: tl.constexpr):
-    scale, _ = squash_factors(length(s), sabour)
-    return scale * s
+    n, shrink = length(s)
+    scale, _ = shrunk_factors(n, shrink, sabour)
+    return scale * (s * shrink)
 
 
 @triton.jit
 def squashed_backward(g_v, s, sabour: tl.constexpr):
-    n = length(s)
-    scale, radial = squash_factors(n, sabour)
-    direction = s / tl.where(n == 0, 1.0, n)
-    return scale * g_v + radial * tl.sum(direction * g_v, 1, keep_dims=True) * direction
+    n, shrink = length(s)
+    scale, radial = shrunk_factors(n, shrink, sabour)
+    direction = s * shrink / tl.where(n == 0, 1.0, n)
+    return (scale * g_v + radial * long_sum(direction * g_v) * direction) * shrink
 
 
 @triton.jit
