@@ -39,13 +39,24 @@ constexpr double em_epsilon = 1e-8;
 // 2018): u_bi is [P, K], W_ij is [K, D], a vote [P, D].
 struct Capsules {
     const void* u;        // [B, N, P, K] storage
-    const void* weight;   // [N, K, J, D] storage; [K, J, D] if weight_stride is 0
+    const void* weight;   // [N, K, J, D] storage, by weight_stride and strides
     const uint8_t* mask;  // [B, N], 0 = not there; null: all are there
     int64_t B, N, K, J, D;
     int64_t rows;           // P
-    int64_t weight_stride;  // elements from one input capsule's matrix to the next: K·J·D, or 0 if shared
+    int64_t weight_stride;  // elements from one input capsule's matrix to the next; 0: all have the same
     Dtype dtype;            // storage of u and weight
     Place place;
+    // What follows is for tensors that were expanded without a copy. CPU only: the kernels for GPUs take neither.
+    //
+    // Elements from one number of a matrix to the next along K, J and D. Not strided: J·D, D and 1.
+    bool strided = false;
+    int64_t strides[3] = {0, 0, 0};
+    // Whether g_W is [N, K, J, D], a gradient for each input capsule, although all have the same matrix. Else the
+    // gradient of such a matrix is [K, J, D], their sum.
+    bool own_gradients = false;
+
+    // Whether the input capsules share a matrix, and its gradient.
+    bool shared() const { return weight_stride == 0 && !own_gradients; }
 };
 
 // Where the gradients of u and W go; null: not wanted, not computed.

@@ -6,6 +6,7 @@ else. Where it runs is where its tensors are.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -66,7 +67,9 @@ def _run(op: str, operands: Sequence[Tensor], *args: Any) -> None:
     device = operands[0].device
     kernel = getattr(_C, op)
     if device.type == "cpu":
-        status = kernel(_C.Place(torch.get_num_threads()), *args)
+        # Python runs its signal handlers in its main thread alone.
+        obeys_signals = threading.get_ident() == threading.main_thread().ident
+        status = kernel(_C.Place(torch.get_num_threads(), obeys_signals), *args)
     else:
         status = _run_on_gpu(kernel, device, *args)
     if status != _C.Status.ok:
@@ -93,21 +96,52 @@ def _raise(status: Any, op: str, operands: Sequence[Tensor]) -> NoReturn:
     where = f"shapes {shapes}, {operands[0].dtype} on {operands[0].device}"
     if status == _C.Status.launch_failed:
         raise RuntimeError(f"capsops.{op}: a kernel could not be launched ({where}): {_C.cuda_error()}")
+    if status == _C.Status.invalid_argument:
+        raise ValueError(f"capsops.{op}: an argument is outside of what its kernel takes ({where})")
     raise RuntimeError(f"capsops.{op}: not supported for {where}")
 
 
 class _Capsules:
-    """u [B, N, K] or [B, N, rows, K], W and mask as a struct of pointers; keeps contiguous copies alive with it."""
+    """u [B, N, K] or [B, N, rows, K], W and mask as a struct of pointers; keeps contiguous copies alive with it.
 
-    def __init__(self, u: Tensor, weight: Tensor, mask: Tensor | None = None) -> None:
-        self.tensors = u, weight, mask = u.contiguous(), weight.contiguous(), _contiguous(mask)
+    Args:
+        gradient: whether the kernel writes a gradient of W.
+    """
+
+    def __init__(self, u: Tensor, weight: Tensor, mask: Tensor | None = None, gradient: bool = False) -> None:
+        contiguous = weight.is_contiguous()
+        if not contiguous:
+            weight = _uncopied(weight, gradient)
+        self.tensors = u, weight, mask = u.contiguous(), weight, _contiguous(mask)
         B, N, *_ = shape = u.shape
         K, J, D = weight.shape[-3:]
         rows = shape[2] if len(shape) == 4 else 1
-        stride = K * J * D if weight.dim() == 4 else 0
+        stride = 0 if weight.dim() == 3 else K * J * D if contiguous else weight.stride(0)
         self.struct = _C.Capsules(
             u.data_ptr(), weight.data_ptr(), _pointer(mask), B, N, K, J, D, rows, stride, DTYPES[u.dtype]
         )
+        if not contiguous:
+            if not _holds_matrices(weight):
+                self.struct.set_strides(*weight.stride()[-3:])
+            # Autograd wants a gradient of the expanded tensor's shape.
+            self.struct.own_gradients = gradient and weight.dim() == 4 and stride == 0
+
+
+def _holds_matrices(weight: Tensor) -> bool:
+    """Whether the matrix of an input capsule, [K, J, D], is contiguous."""
+    return weight.is_contiguous() if weight.dim() == 3 else weight[:1].is_contiguous()
+
+
+def _uncopied(weight: Tensor, gradient: bool) -> Tensor:
+    """W as a kernel can read it: without a copy where it was expanded, by strides of 0; else contiguous."""
+    if not any(stride == 0 and size > 1 for stride, size in zip(weight.stride(), weight.shape, strict=True)):
+        return weight.contiguous()
+    if weight.device.type == "cpu":
+        return weight
+    # The kernels for GPUs read contiguous matrices. All input capsules may have the same, but then it has one gradient.
+    if weight.dim() == 4 and weight.stride(0) == 0 and not gradient:
+        return weight if _holds_matrices(weight) else weight[:1].contiguous().expand(weight.shape)
+    return weight.contiguous()
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -165,7 +199,7 @@ def affine_votes(votes: Tensor, u: Tensor, weight: Tensor) -> None:
 def affine_votes_backward(
     g_u: Tensor, g_weight: Tensor, g_votes: Tensor, u: Tensor, weight: Tensor, wanted: Sequence[bool]
 ) -> None:
-    capsules = _Capsules(u, weight)
+    capsules = _Capsules(u, weight, None, wanted[1])
     g_votes = g_votes.contiguous()
     _run(
         "affine_votes_backward", (u, weight), capsules.struct, g_votes.data_ptr(), *_addresses((g_u, g_weight), wanted)
@@ -209,7 +243,7 @@ def attention_routing_backward(
     mask: Tensor | None,
     wanted: Sequence[bool],
 ) -> None:
-    capsules = _Capsules(u, weight, mask)
+    capsules = _Capsules(u, weight, mask, wanted[1])
     attn_weight_, attn_bias_, g_v_ = _accumulation(attn_weight), _accumulation(attn_bias), _accumulation(g_v)
     s = s.contiguous()
     outputs = (g_u, g_weight, g_attn_weight, g_attn_bias)
@@ -260,7 +294,7 @@ def dynamic_routing_backward(
     detach: bool,
     wanted: Sequence[bool],
 ) -> None:
-    capsules = _Capsules(u, weight, mask)
+    capsules = _Capsules(u, weight, mask, wanted[1])
     g_v_, g_bias_, s = _accumulation(g_v), _scratch(g_bias), s.contiguous()
     targets = (g_u, g_weight, g_bias_)
     _run(
@@ -316,7 +350,7 @@ def self_attention_routing_backward(
     scale: float,
     wanted: Sequence[bool],
 ) -> None:
-    capsules = _Capsules(u, weight, mask)
+    capsules = _Capsules(u, weight, mask, wanted[1])
     prior_, g_v_, g_prior_ = _accumulation(prior), _accumulation(g_v), _scratch(g_prior)
     total, s = total.contiguous(), s.contiguous()
     _run(
@@ -379,7 +413,7 @@ def em_routing_backward(
     inverse_temperatures: Sequence[float],
     wanted: Sequence[bool],
 ) -> None:
-    capsules = _Capsules(pose, weight, mask)
+    capsules = _Capsules(pose, weight, mask, wanted[2])
     inputs = (_accumulation(activation), _accumulation(beta_u))
     arrived = (_accumulation(g_mean), _accumulation(g_out_activation))
     state = state.contiguous()

@@ -103,7 +103,10 @@ Status em_routing_backward(const Capsules& c, const void* activation, const void
         const int64_t rows = c.B * o.J, J = o.J, H = o.H, size = o.state_size();
         const A* beta_u = static_cast<const A*>(beta_u_);
         Gaussians<A> gaussians(o, iterations, static_cast<const A*>(state));
-        for (int64_t t = 0; t < iterations; ++t) gaussians.load_iteration(t);
+        for (int64_t t = 0; t < iterations; ++t) {
+            throw_if_stopped(c.place);
+            gaussians.load_iteration(t);
+        }
 
         Buffer<A> linears(rows * H), quadratics(rows * H), constants(rows), first(H), second(H);
         Buffer<A> linear(iterations * size), quadratic(iterations * size), constant(iterations * o.scalars_size());

@@ -124,7 +124,7 @@ template <class A> struct PanelWriter {
         }
         if (!gradients.weight) return;
 
-        A* out = direct ? static_cast<A*>(gradients.weight) + (p.i + s) * c.weight_stride
+        A* out = direct ? static_cast<A*>(gradients.weight) + (p.i + s) * o.gradient_stride()
                         : g_weight + (o.shared() ? 0 : s * o.gradient_size);
         for (int64_t q = 0; q < c.rows; ++q) {
             const A* u[n];

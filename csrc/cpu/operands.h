@@ -8,6 +8,7 @@
 #include "../routing.h"
 #include "layout.h"
 #include "tile.h"
+#include "watch.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
@@ -70,7 +71,8 @@ template <class A> inline void write(const A* from, int64_t n, void* x, Dtype dt
     for_storage<A>(dtype, [&]<class T>() { convert(from, n, static_cast<T*>(x) + offset); });
 }
 
-// Calls function.operator()<accumulation type>() for a dtype, and turns a lack of memory into a status.
+// Calls function.operator()<accumulation type>() for a dtype, and turns a lack of memory, and a wish to stop, into a
+// status.
 template <class Function> inline Status for_accumulation(Dtype dtype, Function function) {
     try {
         if (dtype == Dtype::float64)
@@ -80,6 +82,8 @@ template <class Function> inline Status for_accumulation(Dtype dtype, Function f
         return Status::ok;
     } catch (const std::bad_alloc&) {
         return Status::out_of_memory;
+    } catch (const Interrupted&) {
+        return Status::interrupted;
     }
 }
 
@@ -131,9 +135,11 @@ template <class A> struct Operands {
           weight_size(layout == Layout::items ? c.K * X : K * JD),
           gradient_size(layout == Layout::items ? c.K * padded_X : K * JD),
           direct_u(c.dtype == DtypeOf<A>::value),
-          direct_weight(direct_u && (layout == Layout::items || (c.rows == 1 && D == c.D))) {}
+          direct_weight(direct_u && !c.strided && (layout == Layout::items || (c.rows == 1 && D == c.D))) {}
 
-    bool shared() const { return c.weight_stride == 0; }
+    bool shared() const { return c.shared(); }
+    // Numbers from the gradient of one input capsule's matrix to the next.
+    int64_t gradient_stride() const { return shared() ? 0 : c.K * X; }
     // Whether a gradient of a matrix is summed as it is stored.
     bool direct_gradient() const { return direct_weight && gradient_size == c.K * X; }
 
@@ -177,24 +183,40 @@ template <class A> struct Operands {
 
     const A* load_weight(int64_t i, A* scratch) const {
         if (direct_weight) return static_cast<const A*>(c.weight) + i * c.weight_stride;
-        if (weight_size == c.K * X) {
+        if (weight_size == c.K * X && !c.strided) {
             read(c.weight, c.dtype, i * c.weight_stride, weight_size, scratch);
+            return scratch;
+        }
+        if (weight_size == c.K * X) {
+            for (int64_t k = 0; k < c.K; ++k)
+                for (int64_t j = 0; j < J; ++j) load_row(i, k, j, scratch + (k * J + j) * c.D);
             return scratch;
         }
         fill(scratch, weight_size, A(0));
         for (int64_t k = 0; k < c.K; ++k)
             for (int64_t j = 0; j < J; ++j) {
                 A* to = scratch + k * JD + j * D;
-                read(c.weight, c.dtype, i * c.weight_stride + (k * J + j) * c.D, c.D, to);
+                load_row(i, k, j, to);
                 for (int64_t p = 1; p < c.rows; ++p)
                     for (int64_t d = 0; d < c.D; ++d) to[p * (c.K * JD + c.D) + d] = to[d];
             }
         return scratch;
     }
 
+    // Row k of matrix i, of output capsule j: [D].
+    void load_row(int64_t i, int64_t k, int64_t j, A* to) const {
+        if (!c.strided) return read(c.weight, c.dtype, i * c.weight_stride + (k * J + j) * c.D, c.D, to);
+        const int64_t offset = i * c.weight_stride + k * c.strides[0] + j * c.strides[1], step = c.strides[2];
+        if (step == 1) return read(c.weight, c.dtype, offset, c.D, to);
+        for_storage<A>(c.dtype, [&]<class T>() {
+            const T* from = static_cast<const T*>(c.weight) + offset;
+            for (int64_t d = 0; d < c.D; ++d) to[d] = static_cast<A>(from[d * step]);
+        });
+    }
+
     // The gradient of one matrix to where it belongs; `from` [gradient_size] changes if capsules have rows.
     void store_weight_gradient(A* from, int64_t i, void* gradient) const {
-        const int64_t offset = i * c.weight_stride;
+        const int64_t offset = i * gradient_stride();
         if (layout == Layout::items) {
             for (int64_t k = 0; k < c.K; ++k) write(from + k * padded_X, X, gradient, c.dtype, offset + k * X);
             return;

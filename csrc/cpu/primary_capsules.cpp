@@ -15,13 +15,16 @@ template <class A, class Each> void for_each_chunk(const PrimaryCapsules& p, Eac
     const int64_t chunks = ceil_div(p.inner, chunk), scratch_size = 3 * chunk * p.K;
     Buffer<A> scratch(scratch_size * p.place.threads);
     const int64_t tasks = p.B * p.outer * chunks;
+    Watch watch(p.place);
 #pragma omp parallel for schedule(static) num_threads(p.place.threads) if (tasks * p.K >= 256)
     for (int64_t task = 0; task < tasks; ++task) {
+        if (Steps(watch).stopped()) continue;
         const int64_t begin = task % chunks * chunk, row = task / chunks;
         const int64_t offset = row / p.outer * p.batch_stride + row % p.outer * p.outer_stride + begin * p.inner_stride;
         each(offset, (row * p.inner + begin) * p.K, at_most(chunk, p.inner - begin),
              scratch.get() + omp_get_thread_num() * scratch_size);
     }
+    watch.finish();
 }
 
 // Components of `count` capsules, from features to [count, K] or back, in the order that memory has them.

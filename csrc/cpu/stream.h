@@ -57,7 +57,8 @@ template <class A> inline void contract_shared(const Capsules& c, A* out /* [B, 
     const int64_t K = o.K;
     Buffer<A> sum(c.B * K), weight(o.direct_weight ? 0 : o.weight_size), state(o.state_size());
     sum_over_tasks(c, 1, K, K, sum.get(), [&](const Tasks& tasks, int64_t task, A* to, A* own) {
-        for (int64_t b = tasks.first_item(task); b < tasks.end_item(task); ++b)
+        Steps steps(tasks.watch);
+        for (int64_t b = tasks.first_item(task); b < tasks.end_item(task) && !steps.stopped(); ++b)
             for (int64_t i = tasks.first_capsule(task); i < tasks.end_capsule(task); ++i) {
                 if (c.mask && !c.mask[b * c.N + i]) continue;
                 const A* u = o.load_u((b * c.N + i) * K, K, own);
@@ -65,11 +66,14 @@ template <class A> inline void contract_shared(const Capsules& c, A* out /* [B, 
             }
     });
     const A* const matrix = o.load_weight(0, weight.get());
-    for (int64_t b = 0; b < c.B; ++b) {
+    Watch watch(c.place);
+    Steps steps(watch);
+    for (int64_t b = 0; b < c.B && !steps.stopped(); ++b) {
         const A* row = sum.get() + b * K;
         A* to = state.get() + b * o.JD;
         multiply<false>(&row, 1, matrix, K, o.JD, o.JD, &to);
     }
+    watch.finish();
     o.unpack(state.get(), out);
 }
 
@@ -81,7 +85,8 @@ template <class A> inline void contract_rows(const Operands<A>& o, A* out) {
         const A* u[Tile<A>::size];
         A* rows[Tile<A>::size];
         const int64_t end = tasks.end_capsule(task), end_item = tasks.end_item(task);
-        for (int64_t i = tasks.first_capsule(task); i < end; i += step) {
+        Steps steps(tasks.watch);
+        for (int64_t i = tasks.first_capsule(task); i < end && !steps.stopped(); i += step) {
             const A* weight = static_cast<const A*>(c.weight) + i * o.weight_size;
             const int64_t length = at_most(step, end - i) * o.K;
             for (int64_t b = tasks.first_item(task); b < end_item; b += Tile<A>::size) {
@@ -109,7 +114,7 @@ template <class A> inline void contract_panels(const Operands<A>& o, A* out) {
 
 template <class A> inline void contract(const Operands<A>& o, A* out /* a state */) {
     const Capsules& c = o.c;
-    if (o.shared()) {
+    if (c.weight_stride == 0) {
         Buffer<A> sum(c.B * o.JH);
         contract_shared(c, sum.get());
         return o.pack(sum.get(), out);
@@ -213,7 +218,7 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
     Buffer<A> memory(memory_size * c.place.threads);
     const RowsMemory<A> rows_memory(o, c.place.threads);
     const bool direct = o.direct_gradient() && !shared;
-    const int64_t number = size_of(c.dtype), weight_bytes = c.N * c.weight_stride * number;
+    const int64_t number = size_of(c.dtype), weight_bytes = c.N * o.gradient_stride() * number;
     if (gradients.weight) prefer_huge_pages(gradients.weight, weight_bytes);
     if (gradients.u) prefer_huge_pages(gradients.u, c.B * c.N * o.K * number);
     const bool past_caches = direct && weight_bytes >= streamed_bytes &&
@@ -221,6 +226,7 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
 
 #pragma omp parallel for schedule(dynamic) num_threads(c.place.threads) if (tasks.count() > 1)
     for (int64_t task = 0; task < tasks.count(); ++task) {
+        if (tasks.watch.stopped()) continue;
         A* own = memory.get() + omp_get_thread_num() * memory_size;
         A* scratch = own + w.total;
         A* g_weight = shared ? shared_partial.get() + task * weight_size : scratch + scratch_size;
@@ -242,6 +248,7 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
         }
         if (past_caches) end_streaming();
     }
+    tasks.watch.finish();
     if (param_count) add_blocks(param_partial.get(), tasks.blocks, param_count, params, c.place.threads);
     if (shared) {
         add_blocks(shared_partial.get(), tasks.blocks, weight_size, memory.get(), 1);

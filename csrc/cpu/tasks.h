@@ -7,13 +7,15 @@
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
-// Blocks of input capsules, and groups of batch items. From the shape alone.
+// Blocks of input capsules, and groups of batch items, from the shape alone; and what watches over one pass through
+// them.
 struct Tasks {
     int64_t N, B;
     int64_t block_size, blocks, group_size, groups;
+    mutable Watch watch;
 
     // partial_size: numbers that a block keeps. grouped: whether the batch may be cut.
-    Tasks(const Capsules& c, int64_t partial_size, bool grouped) : N(c.N), B(c.B) {
+    Tasks(const Capsules& c, int64_t partial_size, bool grouped) : N(c.N), B(c.B), watch(c.place) {
         constexpr int64_t most_blocks = 256, most_partial = int64_t{1} << 18, least_work = int64_t{1} << 15,
                           most_capsules = 1024;  // that a sum may run over where more blocks cost little
         const int64_t work = at_least(c.B, 1) * c.rows * c.K * c.J * c.D;  // of one input capsule
@@ -62,11 +64,13 @@ inline void sum_over_tasks(const Capsules& c, int64_t items, int64_t row_size, i
 
 #pragma omp parallel for schedule(dynamic) num_threads(c.place.threads) if (tasks.count() > 1)
     for (int64_t task = 0; task < tasks.count(); ++task) {
+        if (tasks.watch.stopped()) continue;
         A* sum = partial.get() + task / tasks.groups * size;
         const int64_t begin = tasks.first_item(task) / items, end = ceil_div(tasks.end_item(task), items);
         fill(sum + begin * row_size, (end - begin) * row_size, A(0));
         run(tasks, task, sum, memory.get() + omp_get_thread_num() * memory_size);
     }
+    tasks.watch.finish();
     add_blocks(partial.get(), tasks.blocks, size, out, c.place.threads);
 }
 

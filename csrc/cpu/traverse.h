@@ -79,6 +79,7 @@ inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task
         t.segments[t.segment_count++] = {t.count, t.count, i, weight, first, false};
     };
     int64_t matrices = 0;  // in this tile
+    Steps steps(tasks.watch);
     for (int64_t i = i0; i < i1; ++i) {
         const A* weight = shared_weight;
         bool open = shared && t.segment_count > 0, first = true;
@@ -98,6 +99,7 @@ inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task
                 }
                 for (end = b + 1; end < b1 && mask[end * o.c.N + i];) ++end;
             }
+            if (steps.stopped()) return;
             if (!open) open_segment(i, weight, first);
             open = true;
             first = false;
@@ -138,13 +140,15 @@ inline void for_each_panel(const Operands<A>& o, const Tasks& tasks, int64_t tas
     p.u = memory + w.panel_u;
     p.g_u = memory + w.panel_g_u;
     p.weight = nullptr;
-    p.weight_next = o.shared() ? 0 : o.weight_size;
+    p.weight_next = o.direct_weight || o.shared() ? o.c.weight_stride : o.weight_size;
+    Steps steps(tasks.watch);
     for (p.i = tasks.first_capsule(task); p.i < end; p.i += p.capsules) {
         p.capsules = at_most(w.capsules, end - p.i);
         if (!p.weight || !o.shared()) p.weight = o.load_weight(p.i, memory + w.weight);
         if (!o.direct_weight && !o.shared())
             for (int64_t s = 1; s < p.capsules; ++s) o.load_weight(p.i + s, memory + w.weight + s * o.weight_size);
         for (p.b = b0; p.b < b1; p.b += n) {
+            if (steps.stopped()) return;
             p.items = static_cast<int>(at_most(n, b1 - p.b));
             p.first = p.b == b0;
             p.last = p.b + n >= b1;

@@ -191,7 +191,8 @@ inline void for_each_capsule(const Operands<A>& o, const Tasks& tasks, int64_t t
     int64_t* items = memory.items(thread);
     const A** u = memory.pointers(thread);
     Rows<A> rows{0, nullptr, 0, items, u};
-    for (int64_t i = tasks.first_capsule(task); i < end; ++i) {
+    Steps steps(tasks.watch);
+    for (int64_t i = tasks.first_capsule(task); i < end && !steps.stopped(); ++i) {
         const bool first = rows.weight == nullptr;
         rows.i = i;
         if (first || !o.shared()) rows.weight = o.load_weight(i, memory.weight(thread));

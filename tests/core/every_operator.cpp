@@ -1,6 +1,7 @@
 // Every CPU kernel at small odd shapes, for sanitizers to watch: each instruction set, dtype, mask, shared and own
-// matrices, matrix poses; with one thread and with three, whose results must be the same to the bit. Outputs lie in
-// memory of exactly their size and are poisoned with NaN, so that one that is overrun or not written is seen.
+// matrices, matrix poses; with one thread and with three, whose results must be the same to the bit; and stopped on the
+// way. Outputs lie in memory of exactly their size and are poisoned with NaN, so that one that is overrun or not
+// written is seen.
 //
 // With CAPSOPS_EMULATION also every CUDA kernel, run on the host (csrc/cuda/emulation.h): twice each, in a workspace of
 // exactly the size it asks for, poisoned; the results must be the same to the bit, and those of the CPU but for
@@ -134,8 +135,15 @@ bool measures = false;
 #endif
 bool emulated = false;
 
+// Place::stop says yes when it is asked so many times; 0: never.
+int asks = 0;
+bool stop() {
+    return --asks == 0;
+}
+
 Place place(int threads) {
     Place p(threads);
+    if (asks > 0) p.stop = &stop;
 #ifdef CAPSOPS_EMULATION
     if (emulated) (measures ? void(p.needed = &needed) : void(p.workspace = workspace));
 #endif
@@ -151,6 +159,17 @@ using Outputs = const std::vector<std::unique_ptr<Numbers>>&;
 
 // Calls run(threads, outputs) with one thread and with three, each time with fresh outputs of the given sizes.
 template <class Run> void check(const std::string& name, const std::vector<std::pair<int64_t, Dtype>>& sizes, Run run) {
+    // Every third operator is stopped: when it first asks, or later if it asks as often;
+    // before the others, because some keep what they computed for a gradient.
+    if (!emulated && calls / 2 % 3 == 0) {
+        std::vector<std::unique_ptr<Numbers>> outputs;
+        for (const auto& [count, dtype] : sizes) outputs.push_back(std::make_unique<Numbers>(count, dtype));
+        const int wanted = 1 + calls / 6 % 3;
+        asks = wanted;
+        const Status status = run(3, outputs);
+        if (status != Status::interrupted && (wanted == 1 || status != Status::ok)) fail(name, 0, "not interrupted");
+        asks = 0;
+    }
     std::vector<std::unique_ptr<Numbers>> first;
     for (int threads : {1, 3}) {
         std::vector<std::unique_ptr<Numbers>> outputs;
@@ -201,13 +220,16 @@ std::string name_of(const Shape& s) {
 // Which input capsules are there: all, some, or none.
 enum class Mask { all, some, none };
 
-void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool shared, const std::string& name) {
+// expanded: matrices that are the same for all input capsules, and for all output capsules, by strides of 0.
+void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool shared, bool expanded,
+              const std::string& name) {
     const bool masked = there != Mask::all;
     state = std::hash<std::string>()(name);
     const Dtype wide = accumulation(dtype);
     const int64_t H = s.rows * s.D, weights = (shared ? 1 : s.N) * s.K * s.J * s.D;
     const int64_t capsules = s.B * s.N * s.rows * s.K, outputs = s.B * s.J * H;
-    Numbers u(capsules, dtype), weight(weights, dtype), mix(s.J * s.J, wide), mix_bias(s.J, wide), bias(s.J * H, wide);
+    Numbers u(capsules, dtype), weight(expanded ? s.K * s.D : weights, dtype), mix(s.J * s.J, wide),
+        mix_bias(s.J, wide), bias(s.J * H, wide);
     Numbers g(outputs, wide), prior(s.N * s.J, wide), g_votes(s.B * s.N * s.J * H, dtype);
     Numbers activation(s.B * s.N, wide), beta_u(s.J, wide), beta_a(s.J, wide), g_activation(s.B * s.J, wide);
     for (Numbers* x : {&u, &mix, &mix_bias, &bias, &g, &prior, &g_votes, &beta_u, &beta_a, &g_activation}) x->random();
@@ -220,8 +242,11 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
         mask[x] = x % 7 != 0 && x >= static_cast<size_t>(s.N) / 2;
 
     const auto operands = [&](int threads) {
-        return Capsules{u.get(), weight.get(), masked ? mask.data() : nullptr, s.B,   s.N,           s.K, s.J,
-                        s.D,     s.rows,       shared ? 0 : s.K * s.J * s.D,   dtype, place(threads)};
+        const int64_t stride = shared || expanded ? 0 : s.K * s.J * s.D;
+        Capsules c{u.get(), weight.get(),  masked ? mask.data() : nullptr, s.B, s.N, s.K, s.J, s.D, s.rows, stride,
+                   dtype,   place(threads)};
+        if (expanded) c.strided = c.own_gradients = true, c.strides[0] = s.D, c.strides[2] = 1;
+        return c;
     };
     if (k.em_routing) {
         const std::vector<double> temperatures{0.01, 0.02, 0.03};
@@ -418,13 +443,15 @@ int main() {
         for (const Dtype dtype : {Dtype::float32, Dtype::float64, Dtype::bfloat16, Dtype::float16}) {
             const std::string prefix = name + std::to_string(static_cast<int>(dtype)) + " ";
             layers(kernels, dtype, prefix);
-            const auto run = [&](const Shape& s, Mask mask, bool shared) {
-                routings(kernels, s, dtype, mask, shared,
+            const auto run = [&](const Shape& s, Mask mask, bool shared, bool expanded = false) {
+                routings(kernels, s, dtype, mask, shared, expanded,
                          prefix + name_of(s) +
                              (mask == Mask::all    ? ""
                               : mask == Mask::some ? " masked"
                                                    : " all masked") +
-                             (shared ? " shared " : " "));
+                             (shared     ? " shared "
+                              : expanded ? " expanded "
+                                         : " "));
             };
             for (const Shape& s : empty)
                 for (const bool shared : {false, true}) run(s, Mask::all, shared);
@@ -435,6 +462,9 @@ int main() {
                     for (const bool shared : {false, true})
                         if (!emulated || !half || (mask == Mask::some && !shared)) run(s, mask, shared);
             for (const Shape& s : {shapes[2], large[5]}) run(s, Mask::none, half);
+            for (const Shape& s : shapes)
+                if (!emulated && dtype != Dtype::float64)
+                    run(s, dtype == Dtype::float32 ? Mask::all : Mask::some, false, true);
             for (const Shape& s : large) {
                 if (!half) run(s, Mask::all, false);
                 run(s, Mask::some, dtype != Dtype::bfloat16);

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from ...dtypes import FLOATING, accumulation_dtype
+from .. import reference
 from . import wide_attention
 from .gaussians import Gaussians, expect_backward, maximise, maximise_backward
 
@@ -40,6 +41,8 @@ _PROGRAMS, _PARTIAL_BYTES, _SUMMED_BYTES = 2048, 16_000_000, 8_000_000
 _STATE_BYTES, _LEAST_ITERATIONS = 6_000_000, 4
 # Numbers that Triton lets a tile have.
 _MOST_NUMBERS = 1 << 20
+# Components of a row that one program squashes; longer rows are left to PyTorch.
+_MOST_COMPONENTS = 1 << 15
 # Output capsules that attention routing mixes in the registers of one program.
 _MOST_MIXED = 64
 
@@ -90,6 +93,12 @@ def _wide(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(accumulation_dtype(x.dtype)).contiguous()
 
 
+def _matrices(weight: Tensor, gradient: bool) -> Tensor:
+    """W, contiguous; [K, J, D] where it was expanded along N and no gradient of the expanded shape is wanted."""
+    expanded = weight.dim() == 4 and weight.shape[0] > 1 and weight.stride(0) == 0
+    return (weight[0] if expanded and not gradient else weight).contiguous()
+
+
 def _language(dtype: torch.dtype) -> Any:
     import triton.language as tl
 
@@ -110,7 +119,8 @@ class _Stream:
     warps: int
 
     @staticmethod
-    def of(u: Tensor, weight: Tensor, mask: Tensor | None = None) -> _Stream:
+    def of(u: Tensor, weight: Tensor, mask: Tensor | None = None, gradient: bool = False) -> _Stream:
+        # gradient: whether one of W is wanted
         B, N = u.shape[:2]
         K, J, D = weight.shape[-3:]
         P = u.shape[2] if u.dim() == 4 else 1
@@ -126,7 +136,7 @@ class _Stream:
         warps = min(max(row * BB * NB // _TILE, 1) * _WARPS, 16)
         return _Stream(
             u.reshape(B, N, P, K).contiguous(),
-            weight.contiguous(),
+            _matrices(weight, gradient),
             None if mask is None else mask.contiguous().view(torch.uint8),
             {"NB": NB, "BB": BB, "JP": JP, "PP": PP, "DP": DP},
             warps,
@@ -290,7 +300,9 @@ def _rows(s: Tensor) -> dict[str, Any]:
 def _squash(s: Tensor, v: Tensor, kind: str) -> None:
     from .rows import squash_kernel
 
-    if s.numel():
+    if s.shape[-1] > _MOST_COMPONENTS:
+        v.copy_(reference.squash(s, kind))
+    elif s.numel():
         sizes, rows = _rows(s), s.numel() // s.shape[-1]
         squash_kernel[(-(-rows // sizes["RB"]),)](s, v, rows, **sizes, sabour=kind == "sabour")
 
@@ -298,7 +310,12 @@ def _squash(s: Tensor, v: Tensor, kind: str) -> None:
 def _squash_backward(g_v: Tensor, s: Tensor, g_s: Tensor, kind: str) -> None:
     from .rows import squash_backward_kernel
 
-    if s.numel():
+    if s.shape[-1] > _MOST_COMPONENTS:
+        with torch.enable_grad():
+            x = s.detach().requires_grad_()
+            v = reference.squash(x, kind)
+        g_s.copy_(torch.autograd.grad(v, x, g_v)[0])
+    elif s.numel():
         sizes, rows = _rows(s), s.numel() // s.shape[-1]
         squash_backward_kernel[(-(-rows // sizes["RB"]),)](g_v, s, g_s, rows, **sizes, sabour=kind == "sabour")
 
@@ -380,11 +397,12 @@ def affine_votes(votes: Tensor, u: Tensor, weight: Tensor) -> None:
 
     N, K = u.shape[1:]
     JD, size = weight.shape[-2] * weight.shape[-1], votes.numel()
-    stride = K * JD if weight.dim() == 4 else 0
+    matrices = _matrices(weight, gradient=False)
+    stride = K * JD if matrices.dim() == 4 else 0
     if size:
         with _on(u):
             votes_kernel[(-(-size // 1024),)](
-                u.contiguous(), weight.contiguous(), votes, N, JD, size, stride, K=K, XB=1024, A=_language(u.dtype)
+                u.contiguous(), matrices, votes, N, JD, size, stride, K=K, XB=1024, A=_language(u.dtype)
             )
 
 
@@ -393,7 +411,8 @@ def affine_votes_backward(
 ) -> None:
     with _on(u):
         own_u, own_weight = _asked((g_u, g_weight), wanted)
-        _Stream.of(u, weight).emit("stored", own_u, own_weight, g_votes=g_votes.contiguous())
+        stream = _Stream.of(u, weight, None, wanted[1])
+        stream.emit("stored", own_u, own_weight, g_votes=g_votes.contiguous())
 
 
 # ---- the routings --------------------------------------------------------------------------------
@@ -441,7 +460,7 @@ def attention_routing_backward(
         if A.shape[0] > _MOST_MIXED:
             wide_attention.backward(own_u, own_weight, own_A, own_a, g_s, u, weight, A, a, mask)
             return
-        _Stream.of(u, weight, mask).emit(
+        _Stream.of(u, weight, mask, own_weight is not None).emit(
             "attention", own_u, own_weight, [g_s], attn_weight=A, attn_bias=a, g_attn_weight=own_A, g_attn_bias=own_a
         )
 
@@ -484,7 +503,7 @@ def dynamic_routing_backward(
     wanted: Sequence[bool],
 ) -> None:
     with _on(u):
-        stream = _Stream.of(u, weight, mask)
+        stream = _Stream.of(u, weight, mask, wanted[1])
         own_u, own_weight = _asked((g_u, g_weight), wanted[:2])
         to_v, to_bias = g_v.to(s.dtype), s.new_zeros(g_bias.shape, dtype=torch.float64)
         g_total = torch.zeros_like(s[0])
@@ -549,7 +568,7 @@ def self_attention_routing_backward(
 ) -> None:
     own_u, own_weight, own_prior = _asked((g_u, g_weight, g_prior), wanted)
     with _on(u):
-        stream = _Stream.of(u, weight, mask)
+        stream = _Stream.of(u, weight, mask, own_weight is not None)
         x, g_s = total * scale, _gradient_of_s(g_v.to(s.dtype), s, "efficient")
         rest = stream.reduce("adjoint", [x, g_s]) * scale
         wide = None if own_prior is None else torch.empty_like(own_prior, dtype=s.dtype)
@@ -613,7 +632,7 @@ def em_routing_backward(
         (g_pose, g_activation, g_weight, g_beta_u, g_beta_a), wanted
     )
     with _on(pose):
-        stream = _Stream.of(pose, weight, mask)
+        stream = _Stream.of(pose, weight, mask, own_weight is not None)
         a, cost = _wide(activation), _wide(beta_u)
         assert cost is not None
         B, _, P, _, J, D = stream.sizes

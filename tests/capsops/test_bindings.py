@@ -1,0 +1,153 @@
+"""The bindings themselves, called with what no operator calls them with: a status, never a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from capsops.backends import extension
+
+_C = extension._C
+X = torch.zeros(4096)  # memory for every pointer
+P = X.data_ptr()
+F32 = _C.Dtype.float32
+SABOUR = _C.SquashKind.sabour
+PLACE = _C.Place(1)
+# B, N, K, J, D, rows and what W's stride should be.
+SIZES = (2, 3, 2, 2, 4, 1)
+
+
+def capsules(u: int = P, weight: int = P, sizes: tuple[int, ...] = SIZES, stride: int = 16) -> Any:
+    return _C.Capsules(u, weight, 0, *sizes, stride, F32)
+
+
+def calls(c: Any, place: Any = PLACE, iterations: int = 2, p: int = P) -> dict[str, Callable[[], Any]]:
+    """Every operator on capsules; p: where its other operands are."""
+    lambdas = [0.5] * min(iterations, 2)
+    return {
+        "affine_votes": lambda: _C.affine_votes(place, c, p),
+        "affine_votes_backward": lambda: _C.affine_votes_backward(place, c, p, 0, 0),
+        "attention_routing": lambda: _C.attention_routing(place, c, p, 0, p, p),
+        "attention_routing_backward": lambda: _C.attention_routing_backward(place, c, p, 0, p, p, 0, 0, 0, 0),
+        "dynamic_routing": lambda: _C.dynamic_routing(place, c, 0, iterations, False, p, p),
+        "dynamic_routing_backward": lambda: _C.dynamic_routing_backward(
+            place, c, iterations, False, False, p, p, 0, 0, 0
+        ),
+        "self_attention_routing": lambda: _C.self_attention_routing(place, c, 0, 1.0, p, p, p),
+        "self_attention_routing_backward": lambda: _C.self_attention_routing_backward(
+            place, c, 0, 1.0, p, p, p, 0, 0, 0
+        ),
+        "em_routing": lambda: _C.em_routing(place, c, p, p, p, lambdas, p, p, p),
+        "em_routing_backward": lambda: _C.em_routing_backward(place, c, p, p, lambdas, p, p, p, 0, 0, 0, 0, 0),
+    }
+
+
+def check_refused(call: Callable[[], Any]) -> None:
+    before = X.clone()
+    assert call() == _C.Status.invalid_argument
+    assert torch.equal(X, before), "it wrote"
+
+
+by_operator = pytest.mark.parametrize("op", list(calls(None)))
+
+
+@by_operator
+def test_what_is_valid_is_run(op: str) -> None:
+    X.zero_()
+    assert calls(capsules())[op]() == _C.Status.ok
+    X.zero_()
+
+
+@by_operator
+@pytest.mark.parametrize("axis", range(6))
+@pytest.mark.parametrize("size", [-1, 2**31, 2**62])
+def test_sizes(op: str, axis: int, size: int) -> None:
+    sizes = (*SIZES[:axis], size, *SIZES[axis + 1 :])
+    # As large as this there are sizes of which all products fit, and whose memory would have to exist.
+    if size == 2**31:
+        sizes = tuple(2**31 if n == size else 2**20 for n in sizes)
+    check_refused(calls(capsules(sizes=sizes, stride=0))[op])
+
+
+@by_operator
+@pytest.mark.parametrize("axis", [2, 3, 4, 5])
+def test_no_components(op: str, axis: int) -> None:
+    check_refused(calls(capsules(sizes=(*SIZES[:axis], 0, *SIZES[axis + 1 :])))[op])
+
+
+@by_operator
+def test_pointers_strides_and_threads(op: str) -> None:
+    check_refused(calls(capsules(u=0))[op])
+    check_refused(calls(capsules(weight=0))[op])
+    check_refused(calls(capsules(stride=15))[op])
+    check_refused(calls(capsules(stride=-16))[op])
+    check_refused(calls(capsules(), p=0)[op])
+    strided = capsules()
+    strided.set_strides(8, -4, 1)
+    check_refused(calls(strided)[op])
+    for threads in (0, -1, 2**30):
+        check_refused(calls(capsules(), place=_C.Place(threads))[op])
+
+
+@pytest.mark.parametrize("op", ["dynamic_routing", "dynamic_routing_backward", "em_routing", "em_routing_backward"])
+def test_iterations(op: str) -> None:
+    check_refused(calls(capsules(), iterations=0)[op])
+    if op.startswith("dynamic"):
+        for iterations in (-1, 2**48, 2**62):
+            check_refused(calls(capsules(), iterations=iterations)[op])
+        with pytest.raises(TypeError):
+            calls(capsules(), iterations=2**63)[op]()
+
+
+def test_more_work_space_than_there_is() -> None:
+    """2³⁰ iterations: an int overflowed."""
+    c = capsules(sizes=(2, 3, 2, 64, 64, 1), stride=0)
+    for op in ("dynamic_routing_backward",):
+        assert calls(c, iterations=2**30)[op]() == _C.Status.out_of_memory
+
+
+def test_squash() -> None:
+    for rows, dim in ((-1, 4), (4, -1), (2**40, 2**40), (2**62, 2)):
+        check_refused(lambda rows=rows, dim=dim: _C.squash(PLACE, P, P, rows, dim, SABOUR, F32))
+        check_refused(lambda rows=rows, dim=dim: _C.squash_backward(PLACE, P, P, P, rows, dim, SABOUR, F32))
+    check_refused(lambda: _C.squash(PLACE, 0, P, 1, 4, SABOUR, F32))
+    check_refused(lambda: _C.squash_backward(PLACE, P, P, 0, 1, 4, SABOUR, F32))
+    check_refused(lambda: _C.squash(_C.Place(0), P, P, 1, 4, SABOUR, F32))
+
+
+def test_primary_capsules() -> None:
+    good = (2, 3, 4, 2, 24, 8, 1, 4)
+    assert _C.primary_capsules(PLACE, _C.PrimaryCapsules(*good, SABOUR, F32), P, P) == _C.Status.ok
+    X.zero_()
+    for axis in range(8):
+        for size in (-1, 2**62):
+            p = _C.PrimaryCapsules(*good[:axis], size, *good[axis + 1 :], SABOUR, F32)
+            check_refused(lambda p=p: _C.primary_capsules(PLACE, p, P, P))
+            check_refused(lambda p=p: _C.primary_capsules_backward(PLACE, p, P, P, P))
+    check_refused(lambda: _C.primary_capsules(PLACE, _C.PrimaryCapsules(*good, SABOUR, F32), P, 0))
+
+
+def test_probes() -> None:
+    for bytes_, threads in ((0, 1), (-1, 1), (2**62, 1), (4096, 0)):
+        with pytest.raises(ValueError, match="size and threads"):
+            _C.measure_read(bytes_, threads)
+    with pytest.raises(ValueError, match="size and threads"):
+        _C.measure_fma(0)
+
+
+def test_python_says_which_operator() -> None:
+    with pytest.raises(ValueError, match=r"capsops\.squash: an argument is outside of what its kernel takes"):
+        extension._run("squash", (X,), P, P, -1, 4, SABOUR, F32)
+
+
+def test_an_operator_that_a_place_has_no_kernel_for() -> None:
+    """EM routing has no CUDA kernels; without any, Python is told so."""
+    place = _C.Place(0, 0, 0)
+    if _C.cuda_architectures:
+        assert calls(capsules(), place)["em_routing"]() == _C.Status.unsupported
+    else:
+        with pytest.raises(ValueError, match="without CUDA kernels"):
+            calls(capsules(), place)["em_routing"]()
