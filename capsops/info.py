@@ -1,9 +1,12 @@
-"""`python -m capsops.info`: what was built, what runs here, and why not the rest."""
+"""`python -m capsops.info`: what was built, what runs here, and why not the rest.
+
+Exit status: 0; 2 if CAPSOPS_BACKEND or CAPSOPS_ISA names what there is not.
+"""
 
 import sys
 from types import ModuleType
 
-from .backends import Info, info
+from .backends import BackendError, Info, info
 
 
 class _Callable(ModuleType):
@@ -16,4 +19,8 @@ class _Callable(ModuleType):
 sys.modules[__name__].__class__ = _Callable
 
 if __name__ == "__main__":
-    print(info())
+    try:
+        print(info())
+    except BackendError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import capsops
+from capsops.backends import check_environment
 from cardiocaps.config import TrainConfig
 from cardiocaps.errors import ConfigError
 
@@ -70,8 +71,13 @@ def decide(config: TrainConfig, gpu: Gpu | None) -> Machine:
     """How a run of `config` uses a machine with `gpu` (None: no GPU).
 
     Raises:
-        ConfigError: a GPU is asked for and there is none, or bfloat16 on one that cannot compute in it.
+        ConfigError: a GPU is asked for and there is none, or bfloat16 on one that cannot compute in it; or
+            CAPSOPS_BACKEND or CAPSOPS_ISA names what there is not.
     """
+    try:
+        check_environment()
+    except capsops.BackendError as error:
+        raise ConfigError(str(error)) from error
     if config.device == "cpu":
         gpu = None
     elif config.device == "cuda" and gpu is None:
@@ -118,7 +124,8 @@ def machine_for(config: TrainConfig) -> Iterator[Machine]:
         with nullcontext() if config.backend == "auto" else capsops.use_backend(config.backend):
             yield machine
     except capsops.BackendError as error:
-        raise ConfigError(f"backend: {config.backend!r} is asked for, but {error}") from error
+        asked = "" if config.backend == "auto" else f"backend: {config.backend!r} is asked for, but "
+        raise ConfigError(f"{asked}{error}") from error
     finally:
         products.allow_tf32, convolutions.allow_tf32, threads = before
         torch.set_num_threads(threads)

@@ -29,16 +29,24 @@ class BackendError(RuntimeError):
     """The backend that was asked for cannot run here."""
 
 
-def _checked(name: str, where: str) -> str:
-    if name not in NAMES:
-        raise BackendError(f"{where} is {name!r}; allowed are {', '.join(NAMES)}")
-    return name
-
+_EXPECTED = f"expected one of {', '.join(NAMES)}"
 
 # The last one counts.
 _forced: list[str] = []
-if os.environ.get("CAPSOPS_BACKEND"):
-    _forced.append(_checked(os.environ["CAPSOPS_BACKEND"], "CAPSOPS_BACKEND"))
+
+# What is wrong with the environment. An import that failed would be a traceback in every program.
+_environment_error = cpu.ENVIRONMENT_ERROR
+if _named := os.environ.get("CAPSOPS_BACKEND"):
+    if _named in NAMES:
+        _forced.append(_named)
+    else:
+        _environment_error = f"CAPSOPS_BACKEND is {_named!r}; {_EXPECTED}"
+
+
+def check_environment() -> None:
+    """Raise BackendError if CAPSOPS_BACKEND or CAPSOPS_ISA names what there is not. Every operator asks this."""
+    if _environment_error is not None:
+        raise BackendError(_environment_error)
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
@@ -47,12 +55,14 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     name: "cpu", "cuda", "triton" or "reference".
 
     Holds for the whole process, not for one thread: of overlapping blocks the last begun counts. The environment
-    variable CAPSOPS_BACKEND does the same for a whole run.
+    variable CAPSOPS_BACKEND does the same for a whole run; if it names no backend, every operator raises an error.
 
     Raises:
         BackendError: there is no such backend; or, at the first operator, it cannot take the tensors.
     """
-    return _using(_checked(name, "use_backend: name"))
+    if name not in NAMES:
+        raise BackendError(f"use_backend: name is {name!r}; {_EXPECTED}")
+    return _using(name)
 
 
 @contextmanager
@@ -74,8 +84,9 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
     """The name of the backend that runs an operator on tensors like these.
 
     Raises:
-        BackendError: a backend is forced and cannot.
+        BackendError: a backend is forced and cannot, or `check_environment` raises it.
     """
+    check_environment()
     only = forced()
     if only == "reference":
         return "reference"
@@ -99,8 +110,9 @@ def compiled(op: str, tensor: Tensor) -> ModuleType:
     """The compiled backend for an operator on tensors like this one: the one that is forced, if it can.
 
     Raises:
-        BackendError: there is none.
+        BackendError: there is none, or `check_environment` raises it.
     """
+    check_environment()
     device, dtype = tensor.device, tensor.dtype
     only = forced()
     if only in COMPILED and COMPILED[only].why_not(op, device, dtype) is None:
@@ -182,7 +194,12 @@ def _state(module: ModuleType) -> str:
 
 
 def info() -> Info:
-    """What was built, what runs here, and why not the rest."""
+    """What was built, what runs here, and why not the rest.
+
+    Raises:
+        BackendError: `check_environment` raises it.
+    """
+    check_environment()
     from .. import __version__
 
     gpus = [torch.device("cuda", n) for n in range(torch.cuda.device_count())] if torch.cuda.is_available() else []

@@ -27,11 +27,16 @@ def use_instruction_set(name: str) -> None:
     """
     if extension._C is None or not extension._C.use_instruction_set(name):
         allowed = ", ".join(("auto", *instruction_sets())) if extension._C else "none, for the extension does not load"
-        raise ValueError(f"CAPSOPS_ISA: instruction set {name!r} does not run here; allowed are {allowed}")
+        raise ValueError(f"CAPSOPS_ISA is {name!r}; expected one of {allowed}, which run here")
 
 
+# What is wrong with CAPSOPS_ISA.
+ENVIRONMENT_ERROR: str | None = None
 if extension._C is not None and os.environ.get("CAPSOPS_ISA"):
-    use_instruction_set(os.environ["CAPSOPS_ISA"])
+    try:
+        use_instruction_set(os.environ["CAPSOPS_ISA"])
+    except ValueError as error:
+        ENVIRONMENT_ERROR = str(error)
 
 
 def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:

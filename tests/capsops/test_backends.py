@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -38,13 +39,32 @@ def test_use_backend_holds_inside_and_is_undone() -> None:
 
 def test_unknown_backend() -> None:
     with (
-        pytest.raises(capsops.BackendError, match="'gpu'; allowed are cpu, cuda, triton, reference"),
+        pytest.raises(capsops.BackendError, match="'gpu'; expected one of cpu, cuda, triton, reference"),
         capsops.use_backend("gpu"),
     ):
         pass
-    run = _python("-c", "import capsops", CAPSOPS_BACKEND="gpu")
-    assert run.returncode != 0
-    assert "CAPSOPS_BACKEND is 'gpu'; allowed are cpu, cuda, triton, reference" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("CAPSOPS_BACKEND", r"CAPSOPS_BACKEND is 'gpu\\x1b'; expected one of cpu, cuda, triton, reference"),
+        ("CAPSOPS_ISA", r"CAPSOPS_ISA is 'gpu\\x1b'; expected one of auto, .*baseline, which run here"),
+    ],
+)
+def test_an_environment_that_names_what_there_is_not(name: str, message: str) -> None:
+    """Programs say so in one line; importing is no error, every operator is one."""
+    wrong = {name: "gpu\x1b"}
+    for program in ("capsops.info", "cardiocaps.train"):
+        run = _python("-W", "ignore", "-m", program, **wrong)
+        assert run.returncode == 2
+        assert run.stdout == ""
+        assert re.fullmatch(f"error: {message}\n", run.stderr)
+    script = "import capsops, torch; print('imported'); capsops.use_backend('cpu').__enter__(); x = torch.zeros(2); "
+    for call in ("capsops.squash(x)", "torch.ops.capsops.squash(x, 'sabour')", "capsops.info()"):
+        run = _python("-c", script + call, **wrong)
+        assert (run.returncode, run.stdout) == (1, "imported\n")
+        assert re.fullmatch(f"capsops.backends.BackendError: {message}", run.stderr.splitlines()[-1])
 
 
 def test_environment_variable() -> None:
@@ -102,6 +122,5 @@ def test_instruction_set_can_be_forced() -> None:
     for name in names:
         run = _python("-c", "import capsops; print(capsops.info().instruction_set)", CAPSOPS_ISA=name)
         assert run.stdout.startswith(name), run.stderr
-    run = _python("-c", "import capsops", CAPSOPS_ISA="mmx")
-    assert run.returncode != 0
-    assert "instruction set 'mmx' does not run here; allowed are" in run.stderr
+    with pytest.raises(ValueError, match="CAPSOPS_ISA is 'mmx'; expected one of auto, "):
+        backends.cpu.use_instruction_set("mmx")
