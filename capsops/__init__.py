@@ -7,7 +7,9 @@
 
 __version__ = "0.1.0"
 
-from . import nn
+import torch.fx
+
+from . import functional, nn
 from .backends import BackendError, info, use_backend
 from .couplings import coupling_coefficients
 from .functional import (
@@ -20,6 +22,10 @@ from .functional import (
     squash,
 )
 from .memory import release_memory
+
+# Under the names that they have here too, torch.fx.symbolic_trace records them as one node.
+for _name in functional.OPERATORS:
+    torch.fx.wrap(_name)
 
 __all__ = [
     "BackendError",

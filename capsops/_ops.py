@@ -1,15 +1,14 @@
-"""Every operator, declared once: schema, shape checks, outputs and gradient.
+"""Every operator, declared once: schema, shape checks, outputs, gradient and batch rule.
 
-An operator `capsops::name` is a row here: its schema; a function of the same arguments that checks them and allocates
-the outputs (on real tensors it allocates what a backend then fills, on fake ones it is the shape rule that
-torch.compile uses); and, for those a user calls, a `torch.autograd.Function` outside, whose backward is an operator
-too.
+An operator `capsops::name` is a function here, under its schema. The function takes the operator's arguments, checks
+them and allocates the outputs: on real tensors a backend then fills these, on fake tensors they are the shape rule that
+torch.compile and torch.export use. The gradient of `name` is the operator `name_backward`; `_autograd.py` ties them
+together.
 
 Symbols: B batch, N input capsules, K their dimension, J output capsules, D their dimension; P rows of a capsule that is
 a matrix.
 
-What every call passes through is kept cheap: a check looks for trouble in one condition, and only where there is some
-does it find out what.
+Checks run on every call, so each is one cheap condition; what is wrong is found out only on failure.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from . import backends, memory
+from ._autograd import differentiable
 from .dtypes import FLOATING, accumulation_dtype
 
 SQUASH_KINDS = ("sabour", "efficient")
@@ -221,8 +220,18 @@ def check_flag(op: str, name: str, flag: object) -> None:
 
 def check_number(op: str, name: str, value: object) -> None:
     """Raise ValueError unless this is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -math.inf < value < math.inf:
+    numbers = int | float | torch.SymInt | torch.SymFloat
+    if isinstance(value, bool) or not isinstance(value, numbers) or not -math.inf < value < math.inf:
         _fail(op, f"{name} is {value!r}; it must be a finite number")
+
+
+def _check_temperatures(op: str, values: Sequence[float]) -> None:
+    """λ of every iteration, for an operator that is called directly."""
+    if not values:
+        _fail(op, "inverse_temperatures is []; expected at least one number, one for each iteration")
+    for value in values:
+        if not 0 <= value < math.inf:
+            _fail(op, f"inverse_temperatures has {value!r}; expected finite numbers of at least 0")
 
 
 def inverse_temperatures(op: str, inverse_temperature: float | Sequence[float], iterations: int) -> list[float]:
@@ -257,8 +266,8 @@ def _check_saved(op: str, name: str, x: Tensor, u: Tensor, axes: str, *sizes: in
     """What forward saved, [*sizes] in the accumulation dtype of u."""
     _check_shape(op, name, x, axes, *sizes)
     dtype = accumulation_dtype(u.dtype)
-    if x.dtype != dtype or x.device != u.device:
-        _fail(op, f"{name} is {x.dtype} on {x.device}; expected {dtype} on {u.device}")
+    if x.dtype != dtype or x.device != u.device or x.layout != torch.strided:
+        _fail(op, f"{name} is {x.dtype} on {x.device}, {x.layout}; expected {dtype} on {u.device}, {torch.strided}")
 
 
 def _check_kind(op: str, name: str, kind: str) -> None:
@@ -289,84 +298,28 @@ def check_primary(op: str, features: Tensor, types: int, kind: str) -> tuple[int
     return B, types * pixels, K
 
 
-def _gradients(wanted: Sequence[bool], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Memory for the gradients that somebody asked for, and tensors of no elements for the others."""
-    first = next(x for x in tensors if x is not None)
-    return tuple(
-        memory.empty_like(x) if want and x is not None else first.new_empty(0)
-        for want, x in zip(wanted, tensors, strict=True)
-    )
-
-
-def _returned(wanted: Sequence[bool], gradients: Sequence[Tensor]) -> list[Tensor | None]:
-    return [g if want else None for want, g in zip(wanted, gradients, strict=True)]
-
-
-class _Nobody:
-    """The context of a forward pass that nobody goes back."""
-
-    @staticmethod
-    def save_for_backward(*_: Tensor | None) -> None:
-        pass
-
-
-def apply(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply(*args)`; where no gradient is asked for, without what that costs."""
-    if torch.is_grad_enabled():
-        for x in args:
-            if isinstance(x, Tensor) and x.requires_grad:
-                return function.apply(*args)
-    # Forward-mode derivatives are refused by torch.autograd.Function.
-    if getattr(forward_ad, "_current_level", 0) >= 0:
-        return function.apply(*args)
-    return function.forward(_Nobody(), *args)
-
-
-class _NoSecondDerivative(torch.autograd.Function):
-    """A gradient, as it is, that raises an error when it is differentiated."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, *depends_on: Tensor) -> Tensor:
-        return gradient.view_as(gradient)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> None:
-        raise RuntimeError(
-            "capsops: the compiled kernels cannot be differentiated twice; "
-            '`with capsops.use_backend("reference"):` around the forward pass can'
-        )
-
-
-def _once_differentiable(
-    backward: Callable[..., tuple[Tensor | None, ...]],
-) -> Callable[..., tuple[Tensor | None, ...]]:
-    """A backward whose gradients raise an error when they are differentiated.
-
-    torch's own decorator of that name looks at the gradients that arrive alone; but a gradient depends on the saved
-    inputs too, and of a sum of outputs on nothing else.
-    """
-
-    def run(ctx: Any, *g: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.is_grad_enabled():
-            return backward(ctx, *g)
-        with torch.no_grad():
-            gradients = backward(ctx, *g)
-        depends_on = [x for x in (*g, *ctx.saved_tensors) if x is not None and x.requires_grad]
-        return tuple(x if x is None else _NoSecondDerivative.apply(x, *depends_on) for x in gradients)
-
-    return run
+def _gradients(op: str, wanted: Sequence[bool], first: Tensor, **others: Tensor | None) -> tuple[Tensor, ...]:
+    """Memory for the gradients that are wanted, and tensors of no elements for the others."""
+    if len(wanted) != 1 + len(others):
+        _fail(op, f"wanted has {len(wanted)} values; expected {1 + len(others)}, one for each gradient")
+    gradients = [memory.empty_like(first) if wanted[0] else first.new_empty(0)]
+    for (name, x), want in zip(others.items(), wanted[1:], strict=True):
+        if want and x is None:
+            _fail(op, f"wanted asks for the gradient of {name}, which is None; expected a tensor")
+        gradients.append(memory.empty_like(x) if want and x is not None else first.new_empty(0))
+    return tuple(gradients)
 
 
 # ---- squash --------------------------------------------------------------------------------------
 
 
-@_operator("squash(Tensor s, str kind) -> Tensor")
+@_operator("squash(Tensor s, str kind) -> Tensor v")
 def _squash(s: Tensor, kind: str) -> Tensor:
     check_squash("squash", s, kind)
     return s.new_empty(s.shape)
 
 
-@_operator("squash_backward(Tensor g_v, Tensor s, str kind) -> Tensor")
+@_operator("squash_backward(Tensor g_v, Tensor s, str kind) -> Tensor g_s")
 def _squash_backward(g_v: Tensor, s: Tensor, kind: str) -> Tensor:
     check_squash("squash_backward", s, kind)
     check_floating("squash_backward", "s g_v", s, g_v)
@@ -374,31 +327,20 @@ def _squash_backward(g_v: Tensor, s: Tensor, kind: str) -> Tensor:
     return s.new_empty(s.shape)
 
 
-class Squash(torch.autograd.Function):
-    """v = squash(s) along the last dimension."""
-
-    @staticmethod
-    def forward(ctx: Any, s: Tensor, kind: str) -> Tensor:
-        ctx.save_for_backward(s)
-        ctx.kind = kind
-        return torch.ops.capsops.squash(s, kind)
-
-    @staticmethod
-    @_once_differentiable
-    def backward(ctx: Any, g_v: Tensor) -> tuple[Tensor, None]:
-        (s,) = ctx.saved_tensors
-        return torch.ops.capsops.squash_backward(g_v, s, ctx.kind), None
+squash = differentiable(_LIBRARY, "squash", results=1, batch=None)
 
 
 # ---- primary capsules ----------------------------------------------------------------------------
 
 
-@_operator("primary_capsules(Tensor features, int types, bool legacy, str kind) -> Tensor")
+@_operator("primary_capsules(Tensor features, int types, bool legacy, str kind) -> Tensor u")
 def _primary_capsules(features: Tensor, types: int, legacy: bool, kind: str) -> Tensor:
     return features.new_empty(check_primary("primary_capsules", features, types, kind))
 
 
-@_operator("primary_capsules_backward(Tensor g_u, Tensor features, int types, bool legacy, str kind) -> Tensor")
+@_operator(
+    "primary_capsules_backward(Tensor g_u, Tensor features, int types, bool legacy, str kind) -> Tensor g_features"
+)
 def _primary_capsules_backward(g_u: Tensor, features: Tensor, types: int, legacy: bool, kind: str) -> Tensor:
     op = "primary_capsules_backward"
     sizes = check_primary(op, features, types, kind)
@@ -409,52 +351,28 @@ def _primary_capsules_backward(g_u: Tensor, features: Tensor, types: int, legacy
     return torch.empty_like(features, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-class PrimaryCapsules(torch.autograd.Function):
-    """u = squash of the features read as capsules."""
-
-    @staticmethod
-    def forward(ctx: Any, features: Tensor, types: int, legacy: bool, kind: str) -> Tensor:
-        ctx.save_for_backward(features)
-        ctx.options = (types, legacy, kind)
-        return torch.ops.capsops.primary_capsules(features, types, legacy, kind)
-
-    @staticmethod
-    @_once_differentiable
-    def backward(ctx: Any, g_u: Tensor) -> tuple[Tensor | None, ...]:
-        (features,) = ctx.saved_tensors
-        return torch.ops.capsops.primary_capsules_backward(g_u, features, *ctx.options), None, None, None
+primary_capsules = differentiable(_LIBRARY, "primary_capsules", results=1, batch={"features": 0, "u": 0})
 
 
 # ---- affine votes --------------------------------------------------------------------------------
 
 
-@_operator("affine_votes(Tensor u, Tensor weight) -> Tensor")
+@_operator("affine_votes(Tensor u, Tensor weight) -> Tensor votes")
 def _affine_votes(u: Tensor, weight: Tensor) -> Tensor:
     B, N, _, J, D = check_affine_votes("affine_votes", u, weight)
     return u.new_empty(B, N, J, D)
 
 
-@_operator("affine_votes_backward(Tensor g_votes, Tensor u, Tensor weight, bool[2] wanted) -> (Tensor, Tensor)")
+@_operator(
+    "affine_votes_backward(Tensor g_votes, Tensor u, Tensor weight, bool[2] wanted) -> (Tensor g_u, Tensor g_weight)"
+)
 def _affine_votes_backward(g_votes: Tensor, u: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
     B, N, _, J, D = check_affine_votes("affine_votes_backward", u, weight)
     _check_gradient("affine_votes_backward", "g_votes", g_votes, u, "B, N, J, D", B, N, J, D)
-    return _gradients(wanted, u, weight)
+    return _gradients("affine_votes_backward", wanted, u, weight=weight)
 
 
-class AffineVotes(torch.autograd.Function):
-    """û = u W, materialised."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(u, weight)
-        return torch.ops.capsops.affine_votes(u, weight)
-
-    @staticmethod
-    @_once_differentiable
-    def backward(ctx: Any, g_votes: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = list(ctx.needs_input_grad[:2])
-        u, weight = ctx.saved_tensors
-        return tuple(_returned(wanted, torch.ops.capsops.affine_votes_backward(g_votes, u, weight, wanted)))
+affine_votes = differentiable(_LIBRARY, "affine_votes", results=1, batch={"u": 0, "votes": 0})
 
 
 # ---- attention routing ---------------------------------------------------------------------------
@@ -473,7 +391,8 @@ def _attention_routing(
 
 @_operator(
     "attention_routing_backward(Tensor g_v, Tensor s, Tensor u, Tensor weight, Tensor attn_weight, Tensor? attn_bias,"
-    " Tensor? mask, bool[4] wanted) -> (Tensor, Tensor, Tensor, Tensor)"
+    " Tensor? mask, bool[4] wanted)"
+    " -> (Tensor g_u, Tensor g_weight, Tensor g_attn_weight, Tensor g_attn_bias)"
 )
 def _attention_routing_backward(
     g_v: Tensor,
@@ -489,45 +408,31 @@ def _attention_routing_backward(
     B, _, _, J, D = check_attention(op, u, weight, attn_weight, attn_bias, mask)
     _check_gradient(op, "g_v", g_v, u, "B, J, D", B, J, D)
     _check_saved(op, "s", s, u, "B, J, D", B, J, D)
-    return _gradients(wanted, u, weight, attn_weight, attn_bias)
+    return _gradients(op, wanted, u, weight=weight, attn_weight=attn_weight, attn_bias=attn_bias)
 
 
-class AttentionRouting(torch.autograd.Function):
-    """v of attention routing; saves the inputs and s [B, J, D]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None, mask: Tensor | None
-    ) -> Tensor:
-        v, s = torch.ops.capsops.attention_routing(u, weight, attn_weight, attn_bias, mask)
-        ctx.save_for_backward(s, u, weight, attn_weight, attn_bias, mask)
-        return v
-
-    @staticmethod
-    @_once_differentiable
-    def backward(ctx: Any, g_v: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = list(ctx.needs_input_grad[:4])
-        gradients = torch.ops.capsops.attention_routing_backward(g_v, *ctx.saved_tensors, wanted)
-        return (*_returned(wanted, gradients), None)
+attention_routing = differentiable(_LIBRARY, "attention_routing", results=1, batch={"u": 0, "mask": 0, "v": 0, "s": 0})
 
 
 # ---- dynamic routing -----------------------------------------------------------------------------
 
 
 @_operator(
-    "dynamic_routing(Tensor u, Tensor weight, Tensor? bias, Tensor? mask, int iterations, bool leaky)"
+    "dynamic_routing(Tensor u, Tensor weight, Tensor? bias, Tensor? mask, int iterations, bool leaky, bool detach)"
     " -> (Tensor v, Tensor s)"
 )
 def _dynamic_routing(
-    u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, iterations: int, leaky: bool
+    u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, iterations: int, leaky: bool, detach: bool
 ) -> tuple[Tensor, Tensor]:
+    # detach changes nothing but the gradient.
     B, _, _, J, D = check_dynamic("dynamic_routing", u, weight, bias, mask, iterations)
     return u.new_empty(B, J, D), u.new_empty(iterations, B, J, D, dtype=accumulation_dtype(u.dtype))
 
 
 @_operator(
     "dynamic_routing_backward(Tensor g_v, Tensor s, Tensor u, Tensor weight, Tensor? bias, Tensor? mask,"
-    " int iterations, bool leaky, bool detach, bool[3] wanted) -> (Tensor, Tensor, Tensor)"
+    " int iterations, bool leaky, bool detach, bool[3] wanted)"
+    " -> (Tensor g_u, Tensor g_weight, Tensor g_bias)"
 )
 def _dynamic_routing_backward(
     g_v: Tensor,
@@ -545,34 +450,10 @@ def _dynamic_routing_backward(
     B, _, _, J, D = check_dynamic(op, u, weight, bias, mask, iterations)
     _check_gradient(op, "g_v", g_v, u, "B, J, D", B, J, D)
     _check_saved(op, "s", s, u, "iterations, B, J, D", iterations, B, J, D)
-    return _gradients(wanted, u, weight, bias)
+    return _gradients(op, wanted, u, weight=weight, bias=bias)
 
 
-class DynamicRouting(torch.autograd.Function):
-    """v of dynamic routing; saves the inputs and s of every iteration, [iterations, B, J, D]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        u: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        mask: Tensor | None,
-        iterations: int,
-        leaky: bool,
-        detach: bool,
-    ) -> Tensor:
-        v, s = torch.ops.capsops.dynamic_routing(u, weight, bias, mask, iterations, leaky)
-        ctx.save_for_backward(s, u, weight, bias, mask)
-        ctx.options = (iterations, leaky, detach)
-        return v
-
-    @staticmethod
-    @_once_differentiable
-    def backward(ctx: Any, g_v: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = list(ctx.needs_input_grad[:3])
-        gradients = torch.ops.capsops.dynamic_routing_backward(g_v, *ctx.saved_tensors, *ctx.options, wanted)
-        return (*_returned(wanted, gradients), None, None, None, None)
+dynamic_routing = differentiable(_LIBRARY, "dynamic_routing", results=1, batch={"u": 0, "mask": 0, "v": 0, "s": 1})
 
 
 # ---- self-attention routing ----------------------------------------------------------------------
@@ -586,13 +467,14 @@ def _self_attention_routing(
     u: Tensor, weight: Tensor, prior: Tensor | None, mask: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, _, _, J, D = check_self_attention("self_attention_routing", u, weight, prior, mask)
+    check_number("self_attention_routing", "scale", scale)
     wide = accumulation_dtype(u.dtype)
     return u.new_empty(B, J, D), u.new_empty(B, J, D, dtype=wide), u.new_empty(B, J, D, dtype=wide)
 
 
 @_operator(
     "self_attention_routing_backward(Tensor g_v, Tensor total, Tensor s, Tensor u, Tensor weight, Tensor? prior,"
-    " Tensor? mask, float scale, bool[3] wanted) -> (Tensor, Tensor, Tensor)"
+    " Tensor? mask, float scale, bool[3] wanted) -> (Tensor g_u, Tensor g_weight, Tensor g_prior)"
 )
 def _self_attention_routing_backward(
     g_v: Tensor,
@@ -607,28 +489,16 @@ def _self_attention_routing_backward(
 ) -> tuple[Tensor, ...]:
     op = "self_attention_routing_backward"
     B, _, _, J, D = check_self_attention(op, u, weight, prior, mask)
+    check_number(op, "scale", scale)
     _check_gradient(op, "g_v", g_v, u, "B, J, D", B, J, D)
     _check_saved(op, "total", total, u, "B, J, D", B, J, D)
     _check_saved(op, "s", s, u, "B, J, D", B, J, D)
-    return _gradients(wanted, u, weight, prior)
+    return _gradients(op, wanted, u, weight=weight, prior=prior)
 
 
-class SelfAttentionRouting(torch.autograd.Function):
-    """v of self-attention routing; saves the inputs, the sum of all votes [B, J, D] and s [B, J, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, weight: Tensor, prior: Tensor | None, mask: Tensor | None, scale: float) -> Tensor:
-        v, total, s = torch.ops.capsops.self_attention_routing(u, weight, prior, mask, scale)
-        ctx.save_for_backward(total, s, u, weight, prior, mask)
-        ctx.scale = scale
-        return v
-
-    @staticmethod
-    @_once_differentiable
-    def backward(ctx: Any, g_v: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = list(ctx.needs_input_grad[:3])
-        gradients = torch.ops.capsops.self_attention_routing_backward(g_v, *ctx.saved_tensors, ctx.scale, wanted)
-        return (*_returned(wanted, gradients), None, None)
+self_attention_routing = differentiable(
+    _LIBRARY, "self_attention_routing", results=1, batch={"u": 0, "mask": 0, "v": 0, "total": 0, "s": 0}
+)
 
 
 # ---- EM routing ----------------------------------------------------------------------------------
@@ -648,6 +518,7 @@ def _em_routing(
     inverse_temperatures: Sequence[float],
 ) -> tuple[Tensor, Tensor, Tensor]:
     B, _, _, J, D = check_em("em_routing", pose, activation, weight, beta_u, beta_a, mask)
+    _check_temperatures("em_routing", inverse_temperatures)
     vote, state = _em_shapes(pose, D)
     wide = accumulation_dtype(pose.dtype)
     return (
@@ -670,7 +541,7 @@ def _em_shapes(pose: Tensor, D: int) -> tuple[tuple[int, ...], int]:
 @_operator(
     "em_routing_backward(Tensor g_mean, Tensor g_activation, Tensor state, Tensor pose, Tensor activation,"
     " Tensor weight, Tensor beta_u, Tensor beta_a, Tensor? mask, float[] inverse_temperatures, bool[5] wanted)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
+    " -> (Tensor g_pose, Tensor g_activation_in, Tensor g_weight, Tensor g_beta_u, Tensor g_beta_a)"
 )
 def _em_routing_backward(
     g_mean: Tensor,
@@ -687,39 +558,18 @@ def _em_routing_backward(
 ) -> tuple[Tensor, ...]:
     op = "em_routing_backward"
     B, _, _, J, D = check_em(op, pose, activation, weight, beta_u, beta_a, mask)
+    _check_temperatures(op, inverse_temperatures)
     vote, state_size = _em_shapes(pose, D)
     _check_gradient(op, "g_mean", g_mean, pose, "B, J, (P,) D", B, J, *vote)
     _check_gradient(op, "g_activation", g_activation, pose, "B, J", B, J)
     R = len(inverse_temperatures)
     _check_saved(op, "state", state, pose, "iterations, B, J, 3H + 2", R, B, J, state_size)
-    return _gradients(wanted, pose, activation, weight, beta_u, beta_a)
+    return _gradients(op, wanted, pose, activation=activation, weight=weight, beta_u=beta_u, beta_a=beta_a)
 
 
-class EMRouting(torch.autograd.Function):
-    """Pose and activation of EM routing; saves the inputs and the Gaussians of every iteration, [R, B, J, 3H + 2]."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        pose: Tensor,
-        activation: Tensor,
-        weight: Tensor,
-        beta_u: Tensor,
-        beta_a: Tensor,
-        mask: Tensor | None,
-        inverse_temperatures: Sequence[float],
-    ) -> tuple[Tensor, Tensor]:
-        inputs = (pose, activation, weight, beta_u, beta_a, mask)
-        mean, activation_out, state = torch.ops.capsops.em_routing(*inputs, inverse_temperatures)
-        ctx.save_for_backward(state, *inputs)
-        ctx.inverse_temperatures = inverse_temperatures
-        return mean, activation_out
-
-    @staticmethod
-    @_once_differentiable
-    def backward(ctx: Any, g_mean: Tensor, g_activation: Tensor) -> tuple[Tensor | None, ...]:
-        wanted = list(ctx.needs_input_grad[:5])
-        gradients = torch.ops.capsops.em_routing_backward(
-            g_mean, g_activation, *ctx.saved_tensors, ctx.inverse_temperatures, wanted
-        )
-        return (*_returned(wanted, gradients), None, None)
+em_routing = differentiable(
+    _LIBRARY,
+    "em_routing",
+    results=2,
+    batch={"pose": 0, "activation": 0, "mask": 0, "mean": 0, "activation_out": 0, "state": 1, "activation_in": 0},
+)

@@ -110,12 +110,16 @@ def coupling_coefficients(
         else:
             raise ValueError(f"{op}: routing is {routing!r}; allowed are {', '.join(map(repr, ROUTINGS))}")
 
-        c = u.new_empty(size)
+        c: Tensor | None = None
         for part, some in votes():
-            c[:, part] = couplings(part, some)
-    if mask is not None:
-        c[~mask] = 0
-    return c
+            found = couplings(part, some)
+            if c is None:
+                # Of the couplings, not of u: under torch.func.vmap u may be the same for the whole batch.
+                c = found.new_empty(size, dtype=u.dtype)
+            c[:, part] = found
+    if c is None:
+        return u.new_empty(size)
+    return c if mask is None else c.masked_fill_(~mask.reshape(*mask.shape, *[1] * (c.dim() - 2)), 0)
 
 
 def _need(op: str, routing: str, **tensors: Tensor | None) -> None:

@@ -9,22 +9,40 @@ must have the same dtype and device.
 Autocast: every function here runs in float32 (inputs of lower precision are cast up, as autocast does for norms and
 softmax). The transformation matrices are by far the largest operand: casting them down would cost more than it saves.
 
-Second derivatives: the compiled backends raise an error on double backward; `use_backend("reference")` has them.
+Derivatives: `backward`, and of `torch.func` grad, vjp, jacrev and vmap. The compiled backends refuse second derivatives
+and forward mode (jvp, jacfwd, hessian) with an error; `use_backend("reference")` has them.
+
+Graphs: torch.compile, torch.export, make_fx and torch.fx.symbolic_trace record the operators, whose gradients are those
+of eager calls. torch.onnx.export and torch.jit.trace record the reference instead, for programs without capsops.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.jit._trace import TracerWarning, is_tracing
 
 from . import _ops, backends
 from .backends import reference
 from .dtypes import LOW_PRECISION, accumulation_dtype
 
 LAYOUTS = ("channels", "legacy")
+OPERATORS = (
+    "squash",
+    "primary_capsules",
+    "affine_votes",
+    "attention_routing",
+    "dynamic_routing",
+    "self_attention_routing",
+    "em_routing",
+)
+
+# torch.jit.trace warns of every comparison of sizes. Ours refuse bad ones; the traced graph holds for every B.
+warnings.filterwarnings("ignore", category=TracerWarning, module=r"capsops\.")
 
 
 def settle(op: str, names: str, required: int, *tensors: Tensor | None) -> tuple[Any, ...]:
@@ -39,7 +57,12 @@ def settle(op: str, names: str, required: int, *tensors: Tensor | None) -> tuple
 
 
 def _plain(op: str, x: Tensor) -> bool:
-    """Whether the reference runs an operator on tensors like this one."""
+    """Whether the reference runs an operator on tensors like this one.
+
+    It always does where the graph is for another program, which has none of our operators: ONNX and TorchScript.
+    """
+    if is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()):
+        return True
     return backends.select(op, x.device, x.dtype) == "reference"
 
 
@@ -74,7 +97,7 @@ def squash(s: Tensor, dim: int = -1, kind: str = "sabour") -> Tensor:
         with float32(s):
             v = reference.squash(x, kind)
     else:
-        v = _ops.apply(_ops.Squash, x, kind)
+        v = _ops.squash(x, kind)
     return v if last else v.movedim(-1, dim)
 
 
@@ -105,7 +128,7 @@ def primary_capsules(features: Tensor, types: int, *, layout: str = "channels", 
     if _plain(op, features):
         with float32(features):
             return reference.primary_capsules(features, types, legacy, squash)
-    return _ops.apply(_ops.PrimaryCapsules, features, types, legacy, squash)
+    return _ops.primary_capsules(features, types, legacy, squash)
 
 
 def affine_votes(u: Tensor, weight: Tensor) -> Tensor:
@@ -126,7 +149,7 @@ def affine_votes(u: Tensor, weight: Tensor) -> Tensor:
         _ops.check_affine_votes("affine_votes", u, weight)
         with float32(u):
             return reference.affine_votes(u, weight)
-    return _ops.apply(_ops.AffineVotes, u, weight)
+    return _ops.affine_votes(u, weight)
 
 
 def attention_routing(
@@ -156,7 +179,7 @@ def attention_routing(
         _ops.check_attention(op, u, weight, attn_weight, attn_bias, mask)
         with float32(u):
             return reference.attention_routing(u, weight, attn_weight, attn_bias, mask)
-    return _ops.apply(_ops.AttentionRouting, u, weight, attn_weight, attn_bias, mask)
+    return _ops.attention_routing(u, weight, attn_weight, attn_bias, mask)[0]
 
 
 def dynamic_routing(
@@ -196,7 +219,7 @@ def dynamic_routing(
         _ops.check_dynamic(op, u, weight, bias, mask, iterations)
         with float32(u):
             return reference.dynamic_routing(u, weight, bias, mask, iterations, leaky, detach)
-    return _ops.apply(_ops.DynamicRouting, u, weight, bias, mask, iterations, leaky, detach)
+    return _ops.dynamic_routing(u, weight, bias, mask, iterations, leaky, detach)[0]
 
 
 def self_attention_routing(
@@ -232,11 +255,12 @@ def self_attention_routing(
         D = _ops.check_self_attention(op, u, weight, prior, mask)[-1]
     if scale is None:
         scale = D**-0.5
-    _ops.check_number(op, "scale", scale)
+    else:
+        _ops.check_number(op, "scale", scale)
     if plain:
         with float32(u):
             return reference.self_attention_routing(u, weight, prior, mask, scale)
-    return _ops.apply(_ops.SelfAttentionRouting, u, weight, prior, mask, float(scale))
+    return _ops.self_attention_routing(u, weight, prior, mask, scale)[0]
 
 
 def em_routing(
@@ -286,10 +310,16 @@ def em_routing(
     if plain:
         with float32(pose):
             return reference.em_routing(pose, activation, weight, beta_u, beta_a, mask, temperatures)
-    return _ops.apply(_ops.EMRouting, pose, activation, weight, beta_u, beta_a, mask, temperatures)
+    out = _ops.em_routing(pose, activation, weight, beta_u, beta_a, mask, temperatures)
+    return out[0], out[1]
 
 
 def renormalised(activation: Tensor) -> Tensor:
     """r a / (Σ_j r a + ε) is r times a / (a + ε), because Σ_j r = 1. Written so that the small derivative is exact."""
     a = activation.to(accumulation_dtype(activation.dtype))
     return (1 - reference.EM_EPSILON / (a + reference.EM_EPSILON)).to(activation.dtype)
+
+
+# torch.fx.symbolic_trace records a call of these as one node.
+for _name in OPERATORS:
+    torch.fx.wrap(_name)

@@ -96,12 +96,13 @@ class PrimaryCapsules(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer, conv = "PrimaryCapsules", self.conv
-        _ops.check_tensors(layer, "x", 1, x)
-        if x.dim() != 4 or x.shape[1] != conv.in_channels:
-            raise ValueError(
-                f"{layer}: x has shape {list(x.shape)}; expected [B, in_channels, H, W] with in_channels = "
-                f"{conv.in_channels}"
-            )
+        if not isinstance(x, torch.fx.Proxy):  # which torch.fx traces with, and which has no shape
+            _ops.check_tensors(layer, "x", 1, x)
+            if x.dim() != 4 or x.shape[1] != conv.in_channels:
+                raise ValueError(
+                    f"{layer}: x has shape {list(x.shape)}; expected [B, in_channels, H, W] with in_channels = "
+                    f"{conv.in_channels}"
+                )
         try:
             features = conv(x)
         except RuntimeError:  # which names no layer; autocast has cast what it casts

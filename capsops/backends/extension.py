@@ -270,6 +270,7 @@ def dynamic_routing(
     mask: Tensor | None,
     iterations: int,
     leaky: bool,
+    detach: bool,
 ) -> None:
     capsules = _Capsules(u, weight, mask)
     bias_, v_ = _accumulation(bias), _scratch(v)

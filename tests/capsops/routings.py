@@ -152,3 +152,48 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
         return 0.0
     scale = expected.abs().max().clamp(min=1e-30)
     return float(((got - expected).abs().max() / scale).nan_to_num(nan=float("inf")))
+
+
+def _examples() -> dict[str, tuple]:
+    """Arguments for every operator there is, forward and backward."""
+    B, N, K, J, D = 2, 7, 3, 4, 5
+    u, weight, shared = torch.randn(B, N, K), torch.randn(N, K, J, D), torch.randn(K, J, D)
+    a, bias, full = torch.randn(J, J), torch.randn(J), torch.randn(J, D)
+    mask = torch.rand(B, N) < 0.7
+    v, s = torch.randn(B, J, D), torch.randn(3, B, J, D)
+    pose, activation, beta = torch.randn(B, N, 2, K), torch.rand(B, N), torch.randn(J)
+    features = torch.randn(B, 6, 4, 5).to(memory_format=torch.channels_last)
+    prior, temperatures = torch.randn(N, J), [0.1, 0.3]
+    # As forward leaves it: variances above 0.
+    state = torch.rand(2, B, J, 3 * 2 * D + 2) + 0.1
+    return {
+        "squash": (u, "sabour"),
+        "squash_backward": (torch.randn(B, N, K), u, "efficient"),
+        "affine_votes": (u, shared),
+        "affine_votes_backward": (torch.randn(B, N, J, D), u, weight, [True, False]),
+        "attention_routing": (u, weight, a, bias, mask),
+        "attention_routing_backward": (v, s[0], u, weight, a, None, None, [True, True, False, False]),
+        "dynamic_routing": (u, weight, full, mask, 3, True, False),
+        "dynamic_routing_backward": (v, s, u, shared, full, mask, 3, False, False, [True, True, True]),
+        "primary_capsules": (features, 2, False, "efficient"),
+        "primary_capsules_backward": (torch.randn(B, 60, 2), features, 3, True, "sabour"),
+        "self_attention_routing": (u, weight, prior, mask, 0.5),
+        "self_attention_routing_backward": (v, s[0], s[1], u, shared, None, mask, 0.5, [True, True, False]),
+        "em_routing": (pose, activation, weight, beta, beta + 1, mask, temperatures),
+        "em_routing_backward": (
+            torch.randn(B, J, 2, D),
+            torch.randn(B, J),
+            state,
+            pose,
+            activation,
+            shared,
+            beta,
+            beta + 1,
+            None,
+            temperatures,
+            [True, False, True, True, False],
+        ),
+    }
+
+
+EXAMPLES = _examples()

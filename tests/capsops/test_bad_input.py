@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import capsops
 
-from .routings import OPERATORS, ROUTINGS, Routing
+from .routings import EXAMPLES, OPERATORS, ROUTINGS, Routing
 
 by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name)
 CPU = torch.device("cpu")
@@ -277,6 +277,77 @@ def test_backward_operators_check_too() -> None:
         torch.ops.capsops.em_routing_backward(good, torch.zeros(2, 3), torch.zeros(3, 2, 3, 12), *em)
     with pytest.raises(ValueError, match=r"primary_capsules_backward: g_u has shape \[2, 3, 5\]; expected \[B, N, K\]"):
         torch.ops.capsops.primary_capsules_backward(good, torch.zeros(2, 4, 3, 3), 2, False, "sabour")
+
+
+@pytest.mark.parametrize("name", list(EXAMPLES))
+def test_operators_called_directly_check_every_tensor(name: str) -> None:
+    """Each tensor in turn of another shape, dtype, device or layout: refused by name, or (squash) taken as it is."""
+    operator, arguments = getattr(torch.ops.capsops, name), EXAMPLES[name]
+    refused = 0
+    for i, x in enumerate(arguments):
+        if not isinstance(x, torch.Tensor):
+            continue
+        argument = operator.default._schema.arguments[i].name
+        others = {
+            "longer": x.new_zeros(x.shape[0] + 1, *x.shape[1:]),
+            "wider": x.new_zeros(*x.shape[:-1], x.shape[-1] + 1),
+            "flatter": x.new_zeros(x.shape[1:]),
+            "deeper": x.new_zeros(*x.shape, 2),
+            "another dtype": x.to(torch.float16 if x.dtype != torch.float16 else torch.float32),
+            "integers": x.to(torch.int32),
+            "elsewhere": x.to("meta"),
+            "sparse": x.to_sparse(),
+        }
+        for what, other in others.items():
+            # Rows of any shape and dtype; another D, a shared weight, another B.
+            free = (
+                (name in ("squash", "primary_capsules") and what not in ("integers", "sparse"))
+                or (argument == "weight" and what in ("flatter", "wider"))
+                or (name, what) == ("affine_votes", "longer")
+            )
+            try:
+                operator(*arguments[:i], other, *arguments[i + 1 :])
+            except ValueError as error:
+                refused += 1
+                assert str(error).startswith(f"{name}: "), (i, what)
+            else:
+                assert free, (i, what)
+    assert refused >= 2
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("squash", {1: "relu"}, "kind is 'relu'"),
+        ("squash_backward", {2: "relu"}, "kind is 'relu'"),
+        ("primary_capsules", {1: -2}, "types is -2"),
+        ("primary_capsules_backward", {2: 0}, "types is 0"),
+        ("dynamic_routing", {4: 0}, "iterations is 0"),
+        ("dynamic_routing", {4: -1}, "iterations is -1"),
+        ("dynamic_routing", {4: 2**31}, f"iterations is {2**31}"),
+        ("dynamic_routing_backward", {6: -1}, "iterations is -1"),
+        ("dynamic_routing_backward", {6: 2**30}, rf"s has shape \[3, 2, 4, 5\]; expected .* = \[{2**30}, 2, 4, 5\]"),
+        ("dynamic_routing_backward", {9: [True] * 4}, "wanted has 4 values; expected 3"),
+        ("dynamic_routing_backward", {9: []}, "wanted has 0 values; expected 3"),
+        ("attention_routing_backward", {7: [True] * 4}, "wanted asks for the gradient of attn_bias, which is None"),
+        ("self_attention_routing", {4: float("nan")}, "scale is nan"),
+        ("self_attention_routing_backward", {7: float("inf")}, "scale is inf"),
+        ("em_routing", {6: []}, r"inverse_temperatures is \[\]"),
+        ("em_routing", {6: [0.1, -0.1]}, "inverse_temperatures has -0.1"),
+        ("em_routing", {6: [float("nan")]}, "inverse_temperatures has nan"),
+        ("em_routing_backward", {9: []}, r"inverse_temperatures is \[\]"),
+        ("em_routing_backward", {9: [0.1]}, r"state has shape .*; expected .* = \[1, 2, 4, 32\]"),
+        ("em_routing_backward", {9: [], 2: torch.zeros(0, 2, 4, 32)}, r"inverse_temperatures is \[\]"),
+        ("em_routing_backward", {9: [0.1, float("inf")]}, "inverse_temperatures has inf"),
+        ("em_routing_backward", {10: [True] * 6}, "wanted has 6 values; expected 5"),
+    ],
+)
+def test_operators_called_directly_check_every_option(name: str, change: dict[int, object], message: str) -> None:
+    arguments = [change.get(i, x) for i, x in enumerate(EXAMPLES[name])]
+    for device in ("cpu", "meta"):
+        moved = [x.to(device) if isinstance(x, torch.Tensor) else x for x in arguments]
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            getattr(torch.ops.capsops, name)(*moved)
 
 
 @given(shape=st.lists(st.integers(0, 4), min_size=0, max_size=5), which=st.sampled_from(["u", "weight"]))

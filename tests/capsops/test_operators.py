@@ -9,64 +9,45 @@ from torch import Tensor
 import capsops
 from capsops import nn
 
-from .routings import OPERATORS, Routing, each
+from .routings import EXAMPLES, OPERATORS, Routing, each
 
 by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name)
 OPS = torch.ops.capsops
-
-
-def _examples() -> dict[str, tuple]:
-    """Arguments for every operator there is, forward and backward."""
-    B, N, K, J, D = 2, 7, 3, 4, 5
-    u, weight, shared = torch.randn(B, N, K), torch.randn(N, K, J, D), torch.randn(K, J, D)
-    a, bias, full = torch.randn(J, J), torch.randn(J), torch.randn(J, D)
-    mask = torch.rand(B, N) < 0.7
-    v, s = torch.randn(B, J, D), torch.randn(3, B, J, D)
-    pose, activation, beta = torch.randn(B, N, 2, K), torch.rand(B, N), torch.randn(J)
-    features = torch.randn(B, 6, 4, 5).to(memory_format=torch.channels_last)
-    prior, temperatures = torch.randn(N, J), [0.1, 0.3]
-    # As forward leaves it: variances above 0.
-    state = torch.rand(2, B, J, 3 * 2 * D + 2) + 0.1
-    return {
-        "squash": (u, "sabour"),
-        "squash_backward": (torch.randn(B, N, K), u, "efficient"),
-        "affine_votes": (u, shared),
-        "affine_votes_backward": (torch.randn(B, N, J, D), u, weight, [True, False]),
-        "attention_routing": (u, weight, a, bias, mask),
-        "attention_routing_backward": (v, s[0], u, weight, a, None, None, [True, True, False, False]),
-        "dynamic_routing": (u, weight, full, mask, 3, True),
-        "dynamic_routing_backward": (v, s, u, shared, full, mask, 3, False, False, [True, True, True]),
-        "primary_capsules": (features, 2, False, "efficient"),
-        "primary_capsules_backward": (torch.randn(B, 60, 2), features, 3, True, "sabour"),
-        "self_attention_routing": (u, weight, prior, mask, 0.5),
-        "self_attention_routing_backward": (v, s[0], s[1], u, shared, None, mask, 0.5, [True, True, False]),
-        "em_routing": (pose, activation, weight, beta, beta + 1, mask, temperatures),
-        "em_routing_backward": (
-            torch.randn(B, J, 2, D),
-            torch.randn(B, J),
-            state,
-            pose,
-            activation,
-            shared,
-            beta,
-            beta + 1,
-            None,
-            temperatures,
-            [True, False, True, True, False],
-        ),
-    }
 
 
 def test_examples_cover_every_operator() -> None:
     declared = {
         n.split("::")[1].split(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("capsops::")
     }
-    assert declared == set(_examples())
+    assert declared == set(EXAMPLES)
 
 
-@pytest.mark.parametrize("name", list(_examples()))
+def _asking(arguments: tuple) -> tuple:
+    """The arguments, those that can asking for a gradient."""
+    return tuple(
+        x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
+    )
+
+
+@pytest.mark.parametrize("name", list(EXAMPLES))
 def test_opcheck(name: str) -> None:
-    torch.library.opcheck(getattr(OPS, name).default, _examples()[name])
+    torch.library.opcheck(getattr(OPS, name).default, EXAMPLES[name])
+
+
+@pytest.mark.parametrize("name", list(EXAMPLES))
+def test_opcheck_with_gradients(name: str) -> None:
+    """Every operator is registered with autograd; forward ones have gradients, under torch.compile too."""
+    # A backward operator has none, and its autograd kernel says so, whenever it is differentiated.
+    tests = {"test_utils": "test_autograd_registration"} if name.endswith("_backward") else {}
+    torch.library.opcheck(getattr(OPS, name).default, _asking(EXAMPLES[name]), **tests)
+
+
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name.endswith("_backward")])
+def test_a_backward_operator_refuses_to_be_differentiated(name: str) -> None:
+    out = getattr(OPS, name)(*_asking(EXAMPLES[name]))
+    some = out[0] if isinstance(out, tuple) else out
+    with pytest.raises(RuntimeError, match=rf"capsops.{name.removesuffix('_backward')}: .* differentiated twice"):
+        some.sum().backward()
 
 
 def test_new_tensors_are_poisoned() -> None:

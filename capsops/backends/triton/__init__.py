@@ -474,6 +474,7 @@ def dynamic_routing(
     mask: Tensor | None,
     iterations: int,
     leaky: bool,
+    detach: bool,
 ) -> None:
     with _on(u):
         stream = _Stream.of(u, weight, mask)
