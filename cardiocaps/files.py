@@ -1,6 +1,7 @@
 """Files that appear whole or not at all, and what the disk refuses as an error that says why.
 
-A file is written beside its place under a temporary name, and renamed.
+A file is written beside its place under a temporary name, NAME.XXXXXXXX.part, and renamed. A process that is killed
+leaves its temporary file behind; `remove_leftovers` finds those by the lock that a living process holds on its own.
 """
 
 import csv
@@ -9,9 +10,12 @@ import io
 import json
 import math
 import os
+import re
 import secrets
+import stat
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +36,8 @@ _REASONS = {
     errno.ELOOP: "the path is a circle of links",
     errno.EIO: "the disk reports an input/output error",
 }
+
+_PART = re.compile(r"\.[0-9a-f]{8}\.part$")
 
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 
@@ -79,24 +85,97 @@ def exclusive(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path, *, sync: bool = True) -> Iterator[Path]:
+def replacing(path: Path, *, sync: bool = True, mode: int = 0o666) -> Iterator[Path]:
     """A temporary path in the folder of `path` for the block to write; it then takes the place of `path` in
     one step.
 
-    If the block fails, `path` stays as it was and the temporary file goes. `sync`: wait until the disk has it;
-    without, a machine that loses power may keep a torn file. Raises OutputError as `output_errors`.
+    If the block fails, `path` stays as it was and the temporary file goes. `sync`: wait until the disk has the file and
+    its new name; without, a machine that loses power may keep a torn file or the old one. `mode`: who may read and
+    write it, as far as the umask allows. Raises OutputError as `output_errors`.
     """
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     with output_errors(path):
+        temporary, handle = _new_part(path, mode)
         try:
             yield temporary
             if sync:
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
             os.replace(temporary, path)  # noqa: PTH105 (named so that a test can make it fail)
+            if sync:
+                sync_folder(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+        finally:
+            os.close(handle)
+
+
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has the names of a folder's files, as after a rename. A file system that cannot do that for
+    folders is trusted, as SQLite trusts it."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def remove_leftovers(*folders: Path, older_than: float = 0.0) -> None:
+    """Remove the temporary files that killed processes have left in these folders (not in folders within them).
+
+    A file that a living process writes is locked and stays. Where the file system has no locks, or keeps them from
+    other machines, the age must tell: who does not hold the folder (`exclusive`) gives `older_than`, in seconds.
+    """
+    for folder in folders:
+        # What cannot be read or removed is in nobody's way.
+        with suppress(OSError):
+            parts = [Path(entry.path) for entry in os.scandir(folder) if _PART.search(entry.name)]
+            for part in parts:
+                with suppress(OSError):
+                    _remove_leftover(part, older_than)
+
+
+def _remove_leftover(part: Path, older_than: float) -> None:
+    status = part.lstat()
+    young = older_than and time.time() - status.st_mtime < older_than
+    if young or not stat.S_ISREG(status.st_mode):
+        return
+    handle = os.open(part, os.O_RDONLY | os.O_NOFOLLOW)
+    try:
+        if _locked(handle):
+            part.unlink()
+    finally:
+        os.close(handle)
+
+
+def _new_part(path: Path, mode: int) -> tuple[Path, int]:
+    """A temporary file for `path`, empty and locked, and the handle that holds the lock."""
+    while True:
+        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+        handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
+        try:
+            if _locked(handle) and part.exists():
+                return part, handle
+            os.close(handle)  # another process took it for a leftover before it was locked
+        except BaseException:
+            part.unlink(missing_ok=True)
+            os.close(handle)
+            raise
+
+
+def _locked(handle: int) -> bool:
+    """Lock a file for as long as the handle is open; False where another process has it. A file system without locks
+    is trusted."""
+    import fcntl
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:

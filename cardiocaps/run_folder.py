@@ -12,7 +12,7 @@ from typing import Any
 
 from cardiocaps import __version__
 from cardiocaps.errors import ConfigError, OutputError
-from cardiocaps.files import output_errors, write_json, write_text
+from cardiocaps.files import exclusive, output_errors, remove_leftovers, write_json, write_text
 
 _KIND = "cardiocaps run"
 
@@ -55,8 +55,9 @@ class RunFolder:
                     raise OutputError(
                         f"{path} exists and is not empty; choose another --out (training replaces a run by --overwrite)"
                     )
-                _refuse_deletion(path)
-                shutil.rmtree(path)
+                with exclusive(path):  # not while the run still goes on
+                    _refuse_deletion(path)
+                    shutil.rmtree(path)
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path)
             try:
@@ -87,6 +88,10 @@ class RunFolder:
         with output_errors(self.path):
             if set(self.path.iterdir()) <= begun and not any(self.plots.iterdir()):
                 shutil.rmtree(self.path)
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes left half-written. The folder must be held (`files.exclusive`)."""
+        remove_leftovers(self.path, self.plots)
 
     def is_run(self) -> bool:
         """Whether `run.json` marks the folder as a run's."""

@@ -52,6 +52,7 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
         study = read_study(config) if config.data else None
         folder = RunFolder.open(config.out) if config.resume else RunFolder.create(config.out, config.overwrite)
         with exclusive(folder.path):
+            folder.remove_leftovers()
             if not config.resume:
                 folder.begin(config.to_yaml(), machine.device)
             try:

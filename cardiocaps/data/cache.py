@@ -40,13 +40,14 @@ from cardiocaps.data.video import (
     regular_file,
 )
 from cardiocaps.errors import ConfigError, DataError
-from cardiocaps.files import output_errors, replacing
+from cardiocaps.files import output_errors, remove_leftovers, replacing
 from cardiocaps.parallel import cores, in_parallel
 from cardiocaps.progress import shown
 
 FRAME_CHOICES = ("spread", "first")
 _FPS_TOLERANCE = 0.05  # tables round frame rates
 _INDEX = "index.json"
+_ABANDONED = 3600.0  # seconds after which an unfinished file is nobody's, where machines share no locks
 _MAX_INDEX = 1 << 28  # bytes; a video takes about 500
 _SAMPLE = 4096  # bytes of head, middle and tail each
 _SHA256 = re.compile("[0-9a-f]{64}")
@@ -144,6 +145,7 @@ def build(
     with output_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _keep_private(folder)
+    remove_leftovers(folder, older_than=_ABANDONED)
     index = _read_index(folder / _INDEX)
     known = dict(index)
     headers = {entry.sha256: entry.header for entry in known.values()}
@@ -317,10 +319,8 @@ def _keep_private(folder: Path) -> None:
 
 def _write(file: Path, content: bytes) -> None:
     """Write a file whole or not at all, for the owner's eyes. Raises OutputError."""
-    with replacing(file, sync=False) as temporary:
-        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
+    with replacing(file, sync=False, mode=0o600) as temporary:
+        temporary.write_bytes(content)
 
 
 @contextmanager

@@ -102,7 +102,7 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
     from cardiocaps.experiments.results import is_finished
     from cardiocaps.experiments.runner import run_jobs
     from cardiocaps.experiments.tables import count
-    from cardiocaps.files import exclusive
+    from cardiocaps.files import exclusive, remove_leftovers
     from cardiocaps.machine import decide, visible_gpu
     from cardiocaps.train import quiet
 
@@ -122,6 +122,7 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
     jobs = [job(key, FIRST_SEED + i) for i in range(seeds) for key in keys_of(exhibits, config.protocol)]
     folder.make()
     with exclusive(folder.path):
+        remove_leftovers(folder.path, folder.tables)
         folder.claim(config)
         data, unusable = _prepare(jobs, config, folder)
         finished = [job for job in jobs if is_finished(job.folder)]

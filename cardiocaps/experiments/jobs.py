@@ -75,6 +75,7 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
     begun = (job.folder / "config.yaml").is_file()
     folder = RunFolder.open(job.folder) if begun else RunFolder.create(job.folder, overwrite=True)
     with exclusive(folder.path), machine_for(job.config) as machine:
+        folder.remove_leftovers()
         if not begun:
             folder.begin(job.config.to_yaml(), machine.device)
         data = decode(job.config, machine, read_study(job.config))

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import fcntl
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from cardiocaps.errors import OutputError
-from cardiocaps.files import output_errors, replacing, write_bytes, write_csv, write_json, write_text
+from cardiocaps.files import output_errors, remove_leftovers, replacing, write_bytes, write_csv, write_json, write_text
 
 
 def _names(folder: Path) -> set[str]:
@@ -88,6 +89,108 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
         temporary.write_bytes(b"half")
         raise KeyboardInterrupt
     assert _names(tmp_path) == set()
+
+
+KILLED_WHILE_WRITING = (
+    "import os, signal, sys; from pathlib import Path; from cardiocaps.files import replacing\n"
+    "with replacing(Path(sys.argv[1])) as part:\n"
+    "    part.write_bytes(b'half'); print('writing', flush=True); sys.stdin.readline()\n"
+)
+
+
+def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path / "last.ckpt")]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "writing\n"
+    (part,) = tmp_path.iterdir()
+    os.utime(part, (0, 0))  # however long it takes
+    remove_leftovers(tmp_path)
+    assert part.exists()
+    process.kill()
+    process.communicate()
+    assert part.exists()
+    remove_leftovers(tmp_path)
+    assert _names(tmp_path) == set()
+
+
+def test_leftovers_are_known_by_their_name_kind_and_age(tmp_path: Path) -> None:
+    for name in ("old.npy.0123abcd.part", "new.npy.0123abcd.part", "thesis.part", "a.npy.0123ABCD.part", "x.part.npy"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.0123abcd.part").mkdir()
+    (tmp_path / "link.0123abcd.part").symlink_to(tmp_path / "thesis.part")
+    os.mkfifo(tmp_path / "pipe.0123abcd.part")  # which would block who opens it
+    os.utime(tmp_path / "old.npy.0123abcd.part", (0, 0))
+    before = _names(tmp_path)
+    remove_leftovers(tmp_path, tmp_path / "missing", older_than=3600)
+    assert before - _names(tmp_path) == {"old.npy.0123abcd.part"}
+    remove_leftovers(tmp_path)
+    assert before - _names(tmp_path) == {"old.npy.0123abcd.part", "new.npy.0123abcd.part"}
+
+
+def test_a_writer_that_was_taken_for_a_leftover_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process looks between the making of a file and its lock."""
+    flock, looked = fcntl.flock, False
+
+    def slow(handle: int, how: int) -> None:
+        nonlocal looked
+        if not looked:
+            looked = True
+            remove_leftovers(tmp_path)
+        flock(handle, how)
+
+    monkeypatch.setattr(fcntl, "flock", slow)
+    with replacing(tmp_path / "a") as part:
+        assert part.exists() and looked
+        remove_leftovers(tmp_path)
+        assert part.exists()
+        part.write_bytes(b"whole")
+    assert (tmp_path / "a").read_bytes() == b"whole" and _names(tmp_path) == {"a"}
+
+
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "flock", missing)
+    with replacing(tmp_path / "a") as part:
+        part.write_bytes(b"whole")
+        remove_leftovers(tmp_path, older_than=3600)
+        assert part.exists()
+    assert _names(tmp_path) == {"a"}
+
+
+def test_the_disk_has_the_new_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def watched_fsync(handle: int) -> None:
+        steps.append("folder" if stat.S_ISDIR(os.fstat(handle).st_mode) else "file")
+        fsync(handle)
+
+    def watched_replace(*paths: str) -> None:
+        steps.append("rename")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "replace", watched_replace)
+    write_bytes(tmp_path / "a", b"1")
+    assert steps == ["file", "rename", "folder"]
+    steps.clear()
+    write_bytes(tmp_path / "a", b"1", sync=False)
+    assert steps == ["rename"]
+
+
+def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsync = os.fsync
+
+    def files_only(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    write_bytes(tmp_path / "a", b"1")
+    assert (tmp_path / "a").read_bytes() == b"1"
 
 
 def test_a_file_is_readable_as_the_umask_says(tmp_path: Path) -> None:

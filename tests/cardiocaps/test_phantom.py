@@ -273,7 +273,7 @@ def test_a_run_that_was_cut_off_goes_on(study: Path, tmp_path: Path) -> None:
     shutil.copytree(study, copy)
     (copy / MARKER).rename(copy / UNFINISHED)
     (copy / TABLE).unlink()
-    (copy / "Batch1" / "0X0000000000000000.avi.1.part").write_bytes(b"torn")
+    (copy / "Batch1" / "0X0000000000000000.avi.0123abcd.part").write_bytes(b"torn")
     for patient in plan(VIDEOS, SEED)[8:]:
         (copy / patient.video).unlink()
     assert write_phantom(copy, VIDEOS, SEED, processes=1) == 2

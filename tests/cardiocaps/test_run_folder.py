@@ -12,7 +12,7 @@ import torch
 
 from cardiocaps import run_folder
 from cardiocaps.errors import ConfigError, OutputError
-from cardiocaps.files import write_text
+from cardiocaps.files import exclusive, write_text
 from cardiocaps.run_folder import RunFolder, environment
 
 
@@ -92,6 +92,14 @@ def test_overwrite_deletes_nothing_but_a_run(fill: Callable[[Path], None], tmp_p
     with pytest.raises(OutputError, match=r"--overwrite does not delete .* not recognisably"):
         RunFolder.create(tmp_path, overwrite=True)
     assert _names(tmp_path) == before
+
+
+def test_overwrite_spares_a_run_that_goes_on(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "a")
+    before = _names(folder.path)
+    with exclusive(folder.path), pytest.raises(OutputError, match="being used by another process"):
+        RunFolder.create(folder.path, overwrite=True)
+    assert _names(folder.path) == before
 
 
 def test_overwrite_does_not_follow_a_link(tmp_path: Path) -> None:

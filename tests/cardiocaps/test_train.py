@@ -456,8 +456,12 @@ def test_finished_run_resumed_with_more_epochs(finished: Path, arguments: list[s
     longer, run = tmp_path / "longer", tmp_path / "run"
     assert train.main([*arguments, "--epochs", "4", "--out", str(longer)]) == 0
     shutil.copytree(finished, run)  # a run folder may move
+    leftovers = [run / "last.ckpt.0123abcd.part", run / "plots" / "roc_curve.png.0123abcd.part"]
+    for leftover in leftovers:
+        leftover.write_bytes(b"half")
     assert train.main(["--resume", str(run), "--epochs", "4"]) == 0
     _same(longer, run)
+    assert not any(leftover.exists() for leftover in leftovers)
 
 
 def test_finished_run_resumed_is_evaluated_again(

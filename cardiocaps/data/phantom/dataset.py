@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cardiocaps.errors import ConfigError, OutputError, printable
-from cardiocaps.files import exclusive, output_errors, replacing, write_bytes
+from cardiocaps.files import exclusive, output_errors, remove_leftovers, replacing, sync_folder, write_bytes
 from cardiocaps.parallel import cores, in_parallel, obey_the_parent
 from cardiocaps.progress import shown
 
@@ -96,10 +96,10 @@ def _write(out: Path, videos: int, seed: int, settings: bytes, overwrite: bool, 
         for batch in BATCHES:
             (out / batch).mkdir(exist_ok=True)
         _make_videos(out, missing, progress, processes)
-        for part in _torn(out):
-            part.unlink()
+        remove_leftovers(out, *(out / batch for batch in BATCHES))
         write_bytes(out / TABLE, _table(patients))
         (out / UNFINISHED).replace(out / MARKER)
+        sync_folder(out)
     return len(missing)
 
 

@@ -118,10 +118,14 @@ def test_what_is_finished_is_not_done_again(
     files = sorted(everything.glob("jobs/*/*/*"))
     before = [path.stat().st_mtime_ns for path in files]
     table = (everything / "tables" / "table5.csv").read_text()
+    leftovers = [everything / "experiments.json.0123abcd.part", everything / "tables" / "x.csv.0123abcd.part"]
+    for leftover in leftovers:
+        leftover.write_bytes(b"half")
     assert program.main(["table5", "fig3", *arguments, "--out", str(everything)]) == 0
     assert "9 jobs, 9 of them finished" in capsys.readouterr().out
     assert sorted(everything.glob("jobs/*/*/*")) == files
     assert [path.stat().st_mtime_ns for path in files] == before
+    assert not any(leftover.exists() for leftover in leftovers)
     assert (everything / "tables" / "table5.csv").read_text() == table
 
 
