@@ -23,7 +23,10 @@ from cardiocaps import __version__
 from cardiocaps.errors import ConfigError, printable
 
 MAY_DIFFER_ON_RESUME = (
+    "data",
+    "phantom_dir",
     "epochs",
+    "patience",
     "device",
     "channels_last",
     "compile",
@@ -35,8 +38,11 @@ MAY_DIFFER_ON_RESUME = (
     "cache_dir",
     "follow_links",
 )
-"""Settings that may change when a run goes on: they decide how long and where it runs, not what it
-computes, but for the rounding."""
+"""Settings that may change when a run goes on: they decide how long and where it runs and where its data lie, not what
+it computes, but for the rounding. (What lies there is compared by its fingerprint.)"""
+
+_PLACES = ("data", "phantom_dir", "cache_dir")
+"""Settings that name a place outside of the run."""
 
 _NEWER: Mapping[str, Any] = {
     "tf32": False,
@@ -139,9 +145,11 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
-def _option(default: Any, group: str, text: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A field of TrainConfig, with its section in the help, its help, and its bounds (inclusive)."""
-    return field(default=default, metadata={"group": group, "help": text, "low": low, "high": high})
+def _option(
+    default: Any, group: str, text: str, *, low: float | None = None, high: float | None = None, why: str = ""
+) -> Any:
+    """A field of TrainConfig, with its section in the help, its help, and its bounds (inclusive), and why they are."""
+    return field(default=default, metadata={"group": group, "help": text, "low": low, "high": high, "why": why})
 
 
 _Calc = Literal["IVSd", "IVSs", "LVPWd", "LVPWs", "LVIDd", "LVIDs", "LVID", "RVDd"]
@@ -157,7 +165,12 @@ class TrainConfig:
         None, "data", "EchoNet-LVH folder (MeasurementsList.csv, Batch1 to Batch4); none: the phantom"
     )
     phantom_videos: int = _option(
-        300, "data", "videos of the synthetic phantom, where no --data is given", low=10, high=100_000
+        300,
+        "data",
+        "videos of the synthetic phantom, where no --data is given; fewer than 18 leave a split without abnormal ones",
+        low=18,
+        high=100_000,
+        why="fewer than 18 leave a split without abnormal videos",
     )
     phantom_seed: int = _option(10, "data", "seed of the phantom", low=0, high=2**32 - 1)
     phantom_dir: Path = _option(Path("phantom"), "data", "folder the phantom is written to and reused from")
@@ -336,6 +349,23 @@ class TrainConfig:
         """Plain values, paths as text: what a checkpoint can hold and `TrainConfig(**values)` takes back."""
         return {name: _path_text(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
 
+    def kept(self, before: Path | None = None) -> tuple[str, dict[str, dict[str, str]]]:
+        """What the run's folder keeps: the YAML of the configuration, its paths as they were given, and of each path
+        also where that was, whatever the working folder may be next time.
+
+        `before`: the file of the paths that the folder has kept, for a run that goes on.
+        """
+        places: dict[str, dict[str, str]] = {}
+        known = {} if before is None else _read_places(before)
+        for name in _PLACES:
+            path = getattr(self, name)
+            if path is not None:
+                is_known = name in known and path == _found(name, **known[name])
+                now = {"given": _path_text(path), "absolute": str(path.absolute())}
+                places[name] = known[name] if is_known else now
+        given = {name: place["given"] for name, place in places.items()}
+        return replace(self, resume=None, **given).to_yaml(), places  # type: ignore[arg-type]
+
     def to_yaml(self) -> str:
         """The configuration as a YAML file that `read_yaml` takes back."""
         import yaml
@@ -357,6 +387,7 @@ class Option:
     help: str
     low: float | None
     high: float | None
+    why: str  # the bounds are these; "" where that is plain
 
     @property
     def flag(self) -> str:
@@ -377,7 +408,7 @@ class Option:
             what = "a path without control characters (~ is the home folder)"
         else:
             number = "an integer" if self.kind is int else "a number"
-            what = f"{number} from {self.low:.10g} to {self.high:.10g}"
+            what = f"{number} from {self.low:.10g} to {self.high:.10g}" + (f" ({self.why})" if self.why else "")
         return what + (" or null" if self.optional else "")
 
     def check(self, value: Any, where: str) -> Any:
@@ -578,6 +609,9 @@ def read_run(folder: Path) -> TrainConfig:
     missing = [name for name in options() if name not in settings]
     if missing:
         raise ConfigError(f"{printable(file)} is not whole, or of another version: it has no {', '.join(missing)}")
+    for name, place in _read_places(folder / "paths.json").items():
+        if settings[name] == Path(place["given"]):  # nobody has edited the YAML file since
+            settings[name] = _found(name, **place)
     # The folder may have been moved, or made with --overwrite: neither is a setting of the run.
     return TrainConfig(**{**settings, "out": folder, "resume": None, "overwrite": False}).resolved()
 
@@ -585,6 +619,34 @@ def read_run(folder: Path) -> TrainConfig:
 def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that a run has kept, with those that its version had no word of as it ran with them."""
     return {**_NEWER, **settings}
+
+
+def _read_places(file: Path) -> dict[str, dict[str, str]]:
+    """The paths that `TrainConfig.kept` gave; none for a run of an older version. Raises ConfigError: it is damaged."""
+    import json
+
+    try:
+        places = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        for name, place in places.items():
+            for path in (place["given"], place["absolute"]):
+                options()[name].check(path, where=name)
+            if name not in _PLACES or len(place) != 2:
+                raise ValueError
+    except OSError as error:
+        raise ConfigError(f"cannot read {printable(file)}: {error.strerror}") from error
+    except (ConfigError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"{printable(file)} is damaged; without it, the paths in config.yaml count as they stand"
+        ) from error
+    return dict(places)
+
+
+def _found(name: str, given: str, absolute: str) -> Path:
+    """Where what a run used is now: where it was, or where the path leads that was given, for a folder that has moved
+    along with its run."""
+    there = Path(absolute)
+    is_there = there.parent.is_dir() if name == "cache_dir" else there.exists()
+    return Path(given) if not is_there and Path(given).exists() else there
 
 
 def check_resumable(old: TrainConfig, new: TrainConfig) -> None:

@@ -7,6 +7,10 @@ class CardioCapsError(Exception):
     exit_code = 1
 
 
+class ResourceError(CardioCapsError):
+    """The machine lacks what the program needs: processes, threads, shared memory."""
+
+
 class ConfigError(CardioCapsError):
     """An option or a configuration file is wrong."""
 

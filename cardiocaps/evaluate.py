@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 DISCLAIMER = "Research use only. Not a medical device."
 
+_CHANGED_DATA = "--allow-changed-data evaluates on it all the same"
+
 
 @dataclass(frozen=True)
 class Scores:
@@ -408,9 +410,11 @@ def evaluate_network(
 
 
 def evaluate_run(
-    path: Path, changed: Mapping[str, Any], out: Path | None = None
+    path: Path, changed: Mapping[str, Any], out: Path | None = None, *, allow_changed_data: bool = False
 ) -> tuple[Scores, Scores | None, TrainConfig]:
     """Evaluate the run in folder `path` with some settings `changed`; print the table, and write to `out` if given.
+
+    `allow_changed_data`: on other data than the run was trained on, too.
 
     Raises:
         CardioCapsError: the folder is no run's, its checkpoint or data cannot be used, or `out` cannot be written.
@@ -418,16 +422,21 @@ def evaluate_run(
     from cardiocaps.data.splits import SPLITS
     from cardiocaps.machine import machine_for
     from cardiocaps.run_folder import RunFolder
-    from cardiocaps.train import decode, read_study
+    from cardiocaps.train import decode_for_run, read_study
 
     run = RunFolder.open(path)
     config = replace(read_run(path), **changed)
     with machine_for(config) as machine:
-        results = RunFolder.create(out) if out else None
         # What is made anew for an older run needs all splits; other data only have to be tested on.
-        needed = ("test",) if "data" in changed else SPLITS
-        data = decode(config, machine, read_study(config, needed_splits=needed))
-        scores, pixels = evaluate_network(config, machine, run, data, results, own_data="data" not in changed)
+        needed = ("test",) if allow_changed_data or "data" in changed else SPLITS
+        study = read_study(config, again=True, needed_splits=needed)
+        used = decode_for_run(config, machine, run, study, _CHANGED_DATA, allow_changed=allow_changed_data)
+        results = RunFolder.create(out) if out else None
+        own_data = "data" not in changed if used.is_own is None else used.is_own  # data of the run may have moved
+        fingerprint = used.fingerprint.digest
+        scores, pixels = evaluate_network(
+            config, machine, run, used.data, results, own_data=own_data, fingerprint=fingerprint
+        )
     if results:
         say(f"written to {printable(results.path)}")
     return scores, pixels, config
@@ -441,23 +450,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         "of several runs, their mean too.",
         epilog=DISCLAIMER,
     )
-    data, device, threads = (options()[name] for name in ("data", "device", "threads"))
+    data, device, threads, workers = (options()[name] for name in ("data", "device", "threads", "workers"))
     path = data.from_text
     parser.add_argument("runs", metavar="RUN", type=path, nargs="+", help="folder of a run")
     parser.add_argument("--data", metavar="PATH", type=path, help="data folder, where it has moved")
+    parser.add_argument(
+        "--allow-changed-data",
+        action="store_true",
+        help="evaluate on other data than the run was trained on too, and say what has changed",
+    )
     parser.add_argument("--device", type=device.from_text, help=f"{device.allowed} (default: the run's own)")
     parser.add_argument("--threads", metavar="N", type=threads.from_text, help="of the CPU (default: the run's own)")
+    parser.add_argument(
+        "--workers", metavar="N", type=workers.from_text, help=f"{workers.help} (default: the run's own)"
+    )
     parser.add_argument("--out", metavar="PATH", type=path, help="also write the results to this new folder")
     given = parser.parse_args(argv)
     if given.out and len(given.runs) > 1:
         parser.error("argument --out: holds the results of one run; give one RUN")
-    changed = {n: getattr(given, n) for n in ("data", "device", "threads") if getattr(given, n) is not None}
+    names = ("data", "device", "threads", "workers")
+    changed = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
 
     def body(_: Interruption) -> None:
         from cardiocaps.train import quiet
 
         quiet()
-        results = [evaluate_run(run, changed, given.out) for run in given.runs]
+        results = [
+            evaluate_run(run, changed, given.out, allow_changed_data=given.allow_changed_data) for run in given.runs
+        ]
         differing = {repr(replace(config, seed=0, out=None)) for _, _, config in results}
         if len(differing) > 1:
             say("note: the runs differ in more than their seed, so there is no mean over them")

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import reprlib
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -105,7 +107,11 @@ def check_configuration(checkpoint: Mapping[str, Any], config: TrainConfig) -> N
         has = {**_SHAPE_OF_OLDER, **has}
     if not isinstance(has, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise CheckpointError("the checkpoint was not written by cardiocaps.train")
-    different = [f"{n} is {has.get(n)!r}, the run's is {x!r}" for n, x in _shape(config).items() if has.get(n) != x]
+    different = [
+        f"{n} is {reprlib.repr(has.get(n))}, the run's is {x!r}"
+        for n, x in _shape(config).items()
+        if type(has.get(n)) is not type(x) or has[n] != x
+    ]
     if different:
         raise CheckpointError(f"the checkpoint is of another configuration: {'; '.join(different)}")
 
@@ -133,11 +139,28 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 def load_weights(network: Classifier, checkpoint: Mapping[str, Any], path: Path) -> None:
     """Put a checkpoint's weights into the network. Raises CheckpointError where they do not fit."""
     check_configuration(checkpoint, network.config)
+    own, weights = network.state_dict(), checkpoint["state_dict"]
+    for name in own.keys() & weights.keys():
+        wrong = _not_weights(weights[name], own[name])
+        if wrong is not None:
+            raise CheckpointError(f"{path} does not fit the network: {name} is {wrong}")
     try:
-        network.load_state_dict(checkpoint["state_dict"])
-    except (RuntimeError, TypeError, AttributeError) as error:
+        network.load_state_dict(weights)
+    # What keys and values that are no texts and tensors make torch raise can be almost anything.
+    except Exception as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{path} does not fit the network: {reason}") from error
+
+
+def _not_weights(value: Any, own: Tensor) -> str | None:
+    """What a value is that cannot be copied into weights as it is; None where it can, but for its shape."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_nested:
+        return "no plain tensor"
+    if value.is_complex() or value.is_floating_point() != own.is_floating_point():
+        return f"of {str(value.dtype).removeprefix('torch.')}, not {str(own.dtype).removeprefix('torch.')}"
+    return None
 
 
 def best_network(config: TrainConfig, run: RunFolder) -> Classifier:
@@ -157,23 +180,42 @@ def weights_digest(network: Classifier) -> str:
     return digest.hexdigest()
 
 
-def check_resumable_state(checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Raise CheckpointError where a checkpoint lacks what training needs besides the weights."""
-    needed = ("epoch", "global_step", "pytorch-lightning_version", "loops", "callbacks", "optimizer_states")
-    missing = [name for name in needed if name not in checkpoint]
-    if missing:
-        raise CheckpointError(f"{path} is damaged: it has no {', '.join(missing)}")
-
-
 class CheckpointFiles(TorchCheckpointIO):
     """Checkpoints appear whole or not at all, and are read without executing code."""
+
+    restoring = False  # whether one has been read for a training that has not begun yet
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with replacing(Path(path)) as temporary:
             torch.save(checkpoint, temporary)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        self.restoring = True
         return read_checkpoint(Path(path))
+
+
+class Restored(Callback):
+    """Notes when Lightning has taken over what a checkpoint holds."""
+
+    def __init__(self, files: CheckpointFiles) -> None:
+        self.files = files
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.files.restoring = False
+
+
+@contextmanager
+def restoring_errors(files: CheckpointFiles, path: Path) -> Iterator[None]:
+    """Raise CheckpointError for what Lightning and torch raise while they take over a checkpoint that `files` read."""
+    try:
+        yield
+    except (CardioCapsError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not files.restoring:
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {reason}") from error
 
 
 class History(Callback):
@@ -310,8 +352,10 @@ class Patience(EarlyStopping):
     def __init__(self, patience: int) -> None:
         super().__init__("val_loss", min_delta=0.0, patience=patience, check_on_train_epoch_end=True)
 
-    @classmethod
-    def is_over(cls, checkpoint: Mapping[str, Any], patience: int) -> bool:
-        """Whether the run of this checkpoint has already stopped for lack of progress."""
-        states = checkpoint.get("callbacks", {}).values()
-        return any(state.get("wait_count", 0) >= patience for state in states if isinstance(state, dict))
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """All but the patience, which may be another than before."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+    def waited(self, checkpoint: Mapping[str, Any]) -> int:
+        """For how many epochs the run of a checkpoint had made no progress."""
+        return int(checkpoint["callbacks"][self.state_key]["wait_count"])

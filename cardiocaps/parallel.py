@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -12,7 +13,17 @@ from contextlib import ExitStack, contextmanager
 from queue import SimpleQueue
 from typing import TypeVar
 
+from cardiocaps.errors import ResourceError
 from cardiocaps.program import held
+
+_LACKING = {
+    errno.EAGAIN: "the system starts no more processes or threads (see `ulimit -u`)",
+    errno.ENOMEM: "there is not enough memory",
+    errno.ENOSPC: "the shared memory, /dev/shm, is full or too small",
+    errno.EMFILE: "too many files are open (see `ulimit -n`)",
+    errno.ENFILE: "too many files are open in the whole system",
+}
+"""What a process, a thread or a lock that cannot be made lacks."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -24,11 +35,12 @@ def in_parallel(
 ) -> Iterator[Iterator[tuple[Item, Result]]]:
     """Each item and its result, in the order in which they are done; what `function` raises is raised in its turn.
 
-    However the block ends, what was begun is waited for, and the rest is dropped with the pool.
+    However the block ends, what was begun is waited for, and the rest is dropped with the pool. Raises ResourceError
+    where the workers cannot be started.
     """
     done: SimpleQueue[Future[Result]] = SimpleQueue()
     with ExitStack() as at_end:
-        with held():
+        with held(), start_errors("workers"):
             pool = make_pool()
             at_end.callback(_close, pool)
             futures = {pool.submit(function, item): item for item in items}
@@ -44,6 +56,21 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextmanager
+def start_errors(what: str, advice: str = "") -> Iterator[None]:
+    """Raise ResourceError, which says what is lacking, where the system starts no more threads or processes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _LACKING:
+            raise
+        raise ResourceError(f"cannot start {what}: {_LACKING[error.errno]}{advice}") from error
+    except RuntimeError as error:
+        if "can't start new thread" not in str(error):
+            raise
+        raise ResourceError(f"cannot start {what}: {_LACKING[errno.EAGAIN]}{advice}") from error
 
 
 def _close(pool: Executor) -> None:

@@ -16,9 +16,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from cardiocaps.errors import CardioCapsError, printable
+from cardiocaps.errors import CardioCapsError, ConfigError, printable
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
+# Variables of those that start a program many times, and the largest value that they have for a single process.
+# (SLURM_NTASKS is also set for a single process of a larger allocation.)
+_LAUNCHERS = {
+    "torchrun": {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0},
+    "srun": {"SLURM_STEP_NUM_TASKS": 1},
+    "mpirun": {"OMPI_COMM_WORLD_SIZE": 1, "PMI_SIZE": 1},
+}
+
 _REMIND_EVERY = 0.2  # seconds
 
 
@@ -107,7 +115,12 @@ def execute(body: Callable[[Interruption], None]) -> int:
     """Run a program's body; an error that a user can cause becomes one line on standard error. The exit status."""
     sys.stdout, sys.stderr = _writable(sys.stdout), _writable(sys.stderr)
     before, warnings.formatwarning = warnings.formatwarning, _note
+    # Plots go to files. The backend of windows that a user has chosen is not needed, and if nobody knows it, no library
+    # that imports matplotlib can be imported.
+    backend = os.environ.get("MPLBACKEND")
+    os.environ["MPLBACKEND"] = "agg"
     try:
+        _refuse_copies()
         with Interruption().watched() as interruption:
             body(interruption)
     except (CardioCapsError, Interrupted) as error:
@@ -115,7 +128,23 @@ def execute(body: Callable[[Interruption], None]) -> int:
         return error.exit_code
     finally:
         warnings.formatwarning = before
+        os.environ.pop("MPLBACKEND")
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     return 0
+
+
+def _refuse_copies() -> None:
+    """Raise ConfigError where a launcher has started the program several times at once: each would do all of the work
+    by itself, into the same folder."""
+    for launcher, variables in _LAUNCHERS.items():
+        numbers = {name: os.environ.get(name, "") for name in variables}
+        several = [f"{name}={x}" for name, x in numbers.items() if x.isdecimal() and int(x) > variables[name]]
+        if several:
+            raise ConfigError(
+                f"{launcher} has started several processes ({', '.join(several)}); this program runs in one process, "
+                f"on one GPU: start it by itself"
+            )
 
 
 def say(text: str, stream: TextIO | None = None) -> None:

@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -84,7 +85,7 @@ class RunFolder:
 
     def discard(self) -> None:
         """Remove a folder that `create` has just made, if there is nothing in it but what a run begins with."""
-        begun = {self.marker, self.config, self.environment, self.plots}
+        begun = {self.marker, self.config, self.environment, self.paths, self.plots}
         with output_errors(self.path):
             if set(self.path.iterdir()) <= begun and not any(self.plots.iterdir()):
                 shutil.rmtree(self.path)
@@ -114,6 +115,16 @@ class RunFolder:
     @property
     def environment(self) -> Path:
         return self.path / "environment.json"
+
+    @property
+    def paths(self) -> Path:
+        """Where the data lie: the only file that may say who ran it, for whoever shares a run."""
+        return self.path / "paths.json"
+
+    @property
+    def data(self) -> Path:
+        """The fingerprint of the data (`cardiocaps.data.fingerprint`)."""
+        return self.path / "data.json"
 
     @property
     def metrics_csv(self) -> Path:
@@ -187,9 +198,14 @@ class RunFolder:
     def precision_recall_curve(self) -> Path:
         return self.plots / "precision_recall_curve.png"
 
-    def begin(self, config: str, device: str) -> None:
-        """Write the configuration, in YAML, and `environment.json`. Raises OutputError."""
+    def begin(self, config: str, device: str, paths: Mapping[str, Any] | None = None) -> None:
+        """Write the configuration, in YAML, `environment.json` and `paths.json`. Raises OutputError."""
         write_json(self.environment, environment(device))
+        self.keep(config, paths or {})
+
+    def keep(self, config: str, paths: Mapping[str, Any]) -> None:
+        """Write the configuration and `paths.json`, see `config.TrainConfig.kept`. Raises OutputError."""
+        write_json(self.paths, paths)
         write_text(self.config, config)
 
 
@@ -228,7 +244,7 @@ def _refuse_deletion(path: Path) -> None:
     """Raise OutputError unless `path` may be deleted: a run's own folder, with nobody standing in it."""
     folder = RunFolder(path)
     # A run that ended before it wrote its configuration has left what comes before it, the last of it perhaps torn.
-    first = (folder.marker, folder.plots, folder.environment)
+    first = (folder.marker, folder.plots, folder.environment, folder.paths)
     begun = all(item in first or item.suffix == ".part" for item in path.iterdir())
     torn = begun and folder.marker.is_file() and not folder.marker.stat().st_size
     if path.is_symlink():

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from cardiocaps.config import TrainConfig, from_command_line
-from cardiocaps.errors import CardioCapsError, CheckpointError
+from cardiocaps.errors import CardioCapsError, CheckpointError, DataError, printable
 from cardiocaps.program import Interrupted, Interruption, execute, say
 
 if TYPE_CHECKING:
@@ -19,8 +20,12 @@ if TYPE_CHECKING:
 
     from cardiocaps.data.datamodule import EchoDataModule
     from cardiocaps.data.echonet import Study
+    from cardiocaps.data.fingerprint import Fingerprint
     from cardiocaps.machine import Machine
     from cardiocaps.run_folder import RunFolder
+
+
+_OTHER_DATA = "give --data with the data of then, or begin a new run"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,41 +54,59 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
         say(f"device: {machine}")
         # A folder that cannot be read should not cost the run that --overwrite replaces, and one that cannot be written
         # should fail before an hour of decoding.
-        study = read_study(config) if config.data else None
+        study = read_study(config, again=config.resume is not None) if config.data else None
         folder = RunFolder.open(config.out) if config.resume else RunFolder.create(config.out, config.overwrite)
         with exclusive(folder.path):
             folder.remove_leftovers()
             if not config.resume:
-                folder.begin(config.to_yaml(), machine.device)
+                yaml, paths = config.kept()
+                folder.begin(yaml, machine.device, paths)
             try:
-                data = decode(config, machine, study or read_study(config))
+                study = study or read_study(config, again=folder.data.is_file())
+                say(study.summary())
+                used = decode_for_run(config, machine, folder, study, _OTHER_DATA, keep=True)
+                data = used.data
             except (CardioCapsError, Interrupted):
                 if not config.resume:
                     folder.discard()
                 raise
-            say(data.study.summary())
+            if data.study != study:
+                say(f"after decoding: {data.study.summary()}")
+            if config.resume:
+                folder.keep(*config.kept(folder.paths))
             train(config, machine, folder, data, interruption)
-            evaluate_network(config, machine, folder, data, results=folder)
+            evaluate_network(config, machine, folder, data, results=folder, fingerprint=used.fingerprint.digest)
             say(f"run folder: {folder.path}")
 
 
-def read_study(config: TrainConfig, *, needed_splits: Sequence[str] = ("train", "val", "test")) -> Study:
+def read_study(
+    config: TrainConfig, *, again: bool = False, needed_splits: Sequence[str] = ("train", "val", "test")
+) -> Study:
     """The study of a run: its folder, or the phantom, which is made if it is not there.
 
-    `needed_splits`: as `read_folder`.
+    `again`: the run has used it before, so that nothing is made, for that would be something else. `needed_splits`: as
+    `read_folder`.
 
     Raises:
-        DataError, OutputError: as `read_folder` and `write_phantom`.
+        DataError, OutputError: as `read_folder` and `write_phantom`; and where it is not where it was.
     """
     from cardiocaps.data.echonet import read_folder
     from cardiocaps.data.labels import THRESHOLDS
 
     root = config.data
+    if again and root is not None and not root.exists():
+        raise DataError(f"data: {printable(root)}, which the run used, is not there; give --data, where it is now")
     if root is None:
         from cardiocaps.data.phantom import phantom_is_complete, write_phantom
 
         root = config.phantom_dir
         if not phantom_is_complete(root, config.phantom_videos, config.phantom_seed):
+            if again:
+                options = f"--videos {config.phantom_videos} --seed {config.phantom_seed}"
+                raise DataError(
+                    f"phantom_dir: {printable(root)} does not hold the phantom that the run used; give --data, where "
+                    f"it is now, or make it again: python -m cardiocaps.data.phantom {printable(root)} {options}"
+                )
             say(f"making {config.phantom_videos} phantom videos in {root}")
             write_phantom(root, config.phantom_videos, config.phantom_seed, progress=config.progress)
     return read_folder(
@@ -126,18 +149,81 @@ def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModul
     return data
 
 
+@dataclass(frozen=True)
+class RunData:
+    """The decoded study that a run is trained on or judged by."""
+
+    data: EchoDataModule
+    fingerprint: Fingerprint
+    is_own: bool | None  # whether the run was trained on it; None where the run does not remember
+
+
+def decode_for_run(
+    config: TrainConfig,
+    machine: Machine,
+    folder: RunFolder,
+    study: Study,
+    advice: str,
+    *,
+    allow_changed: bool = False,
+    keep: bool = False,
+) -> RunData:
+    """As `decode`, for a study that must be what the run's folder remembers.
+
+    Args:
+        advice: what to do where it is not, for the error.
+        allow_changed: say what has changed and go on.
+        keep: make the folder remember the study, where it does not yet.
+
+    Raises:
+        DataError, OutputError: as `decode`; and where something has changed that a network learns or is judged by.
+        ConfigError: what the folder remembers is damaged.
+    """
+    from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
+    from cardiocaps.files import write_json
+
+    before, now = read_fingerprint(folder.data), Fingerprint.of(study)
+    if before is None and (folder.last.exists() or folder.best.exists()):
+        say("note: this run kept no fingerprint of its data, as older versions did not: nobody knows if they changed")
+    if before is not None and not allow_changed:
+        _refuse_changes(before.differences(now), study, advice)  # the sooner the better
+    data = decode(config, machine, study)
+    now = now.with_contents(data.contents())
+    changes = [] if before is None else before.differences(now)
+    if not allow_changed:
+        _refuse_changes(changes, study, advice)
+    elif changes:
+        say(f"note: the data of {study.root} are not what the run was trained on: {', '.join(changes)}")
+    if before is not None and not changes and before.table != now.table:
+        say("note: the table's file has changed since the run began; its videos, splits, labels and targets have not")
+    if keep and before is None:
+        write_json(folder.data, now.as_dict())
+    return RunData(data, now, None if before is None else not changes)
+
+
+def _refuse_changes(changes: Sequence[str], study: Study, advice: str) -> None:
+    if changes:
+        raise DataError(
+            f"data: {printable(study.root)} is not what the run was trained on: {', '.join(changes)}; {advice}"
+        )
+
+
 def make_trainer(config: TrainConfig, machine: Machine, **options: Any) -> Trainer:
     """Lightning's trainer on the run's device and in its precision; `options` are Trainer's own."""
+    from lightning.fabric.plugins.environments.lightning import LightningEnvironment
     from lightning.pytorch import Trainer
 
+    # Not whatever Lightning makes of the variables of a cluster, for there is one process.
+    plugins = [LightningEnvironment(), *options.pop("plugins", ())]
     return Trainer(
+        plugins=plugins,
         accelerator=machine.device,
         devices=1,
         precision={"32": "32-true", "bf16": "bf16-mixed"}[machine.precision],  # type: ignore[arg-type]
         logger=False,
         enable_model_summary=False,
         enable_progress_bar=_watched(config),
-        enable_checkpointing=bool(options),
+        enable_checkpointing="callbacks" in options,
         num_sanity_val_steps=0,
         deterministic="warn",
         **options,
@@ -168,63 +254,65 @@ def train(
         Classifier,
         History,
         Patience,
-        check_resumable_state,
+        Restored,
         load_weights,
         read_checkpoint,
+        restoring_errors,
     )
     from cardiocaps.machine import compilation_errors
+    from cardiocaps.resumable import check_resumable_state, epochs_ended
 
     seed_everything(config.seed, workers=True, verbose=False)
     # It would cost time and change no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     network = Classifier(config, data.train_class_counts(), data.train_target_mean())
-    history, start, ended = History(folder, network.loss.parts), None, False
     assert config.patience is not None and config.epochs is not None
-    if config.resume and folder.last.exists():
-        start = folder.last
+    history, patience, files = History(folder, network.loss.parts), Patience(config.patience), CheckpointFiles()
+    start, ended = folder.last, ""  # why there is nothing left to train
+    bar = [RichProgressBar()] if _watched(config) else []
+    own = [history, patience, Checkpoints(folder, history, interruption), Restored(files), *bar, *callbacks]
+    trainer = make_trainer(config, machine, max_epochs=config.epochs, callbacks=own, plugins=[files])
+    if config.resume and start.exists():
         checkpoint = read_checkpoint(start)
         load_weights(network, checkpoint, start)
-        check_resumable_state(checkpoint, start)
-        epochs = checkpoint["epoch"] + (not _in_epoch(checkpoint))
+        check_resumable_state(
+            checkpoint,
+            start,
+            optimizer=network.configure_optimizers(),
+            loop=trainer.fit_loop.state_dict(),
+            history=history.state_key,
+            patience=patience.state_key,
+            parts=network.loss.parts,
+        )
+        epochs = epochs_ended(checkpoint)
         if epochs and not folder.best.exists():
             raise CheckpointError(f"{folder.best} does not exist, though {epochs} epochs have ended")
-        ended = epochs >= config.epochs or Patience.is_over(checkpoint, config.patience)
-        for callback in (history, *callbacks):
-            if callback.state_key in checkpoint["callbacks"]:
-                callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+        if epochs >= config.epochs:
+            ended = f"{epochs} epochs are done, and --epochs is {config.epochs}"
+        elif patience.waited(checkpoint) >= config.patience:
+            ended = (
+                f"the validation loss has not become smaller for {patience.waited(checkpoint)} epochs, and --patience "
+                f"is {config.patience}"
+            )
+        files.restoring = True
+        with restoring_errors(files, start):
+            for callback in (history, *callbacks):
+                if callback.state_key in checkpoint["callbacks"]:
+                    callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
     elif config.resume:
         say("this run has no checkpoint yet; it starts from the beginning")
     if ended:
-        say("this run's training has ended; evaluating it")
+        say(f"this run's training has ended: {ended}; a larger one goes on. Evaluating it")
     else:
-        bar = [RichProgressBar()] if _watched(config) else []
         machine.lay_out(network.model)
         machine.compile_for_training(network.model)
-        trainer = make_trainer(
-            config,
-            machine,
-            max_epochs=config.epochs,
-            callbacks=[
-                history,
-                Patience(config.patience),
-                Checkpoints(folder, history, interruption),
-                *bar,
-                *callbacks,
-            ],
-            plugins=[CheckpointFiles()],
-        )
-        with compilation_errors():
-            trainer.fit(network, datamodule=data, ckpt_path=start, weights_only=True)
+        resumed = start if config.resume and start.exists() else None
+        with compilation_errors(), restoring_errors(files, start):
+            trainer.fit(network, datamodule=data, ckpt_path=resumed, weights_only=True)
     with output_errors(folder.plots):
         folder.plots.mkdir(exist_ok=True)
     plots.learning_curves(history.rows, folder.learning_curves)
     return history.rows
-
-
-def _in_epoch(checkpoint: dict[str, Any]) -> bool:
-    """Whether a checkpoint was saved in the middle of an epoch."""
-    batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    return not batches["is_last_batch"]
 
 
 def _watched(config: TrainConfig) -> bool:

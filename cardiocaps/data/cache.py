@@ -74,6 +74,7 @@ class Cached:
     files: Mapping[Path, Path]  # video -> .npy
     numbers: Mapping[Path, NDArray[np.int64]]  # video -> number in the video of each cached frame
     size: int  # side of the frames in pixels
+    digests: Mapping[Path, str]  # video -> SHA-256 of its bytes
 
     def frame(self, clip: Clip, index: int) -> NDArray[np.uint8]:
         """A cached frame, uint8 [3, S, S], by its place among those of the clip.
@@ -204,7 +205,7 @@ def build(
             usable.check_splits()
         except DataError as error:
             raise DataError(f"{error}; {len(bad)} of {len(names)} videos were left out:\n{summarise(bad)}") from None
-    return Cached(usable, files, numbers, size)
+    return Cached(usable, files, numbers, size, {path: index[path].sha256 for path in files})
 
 
 def _examine(path: Path, known: Entry | None, headers: Mapping[str, Header]) -> Entry:

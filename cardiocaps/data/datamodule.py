@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,13 +20,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from cardiocaps.data import cache, splits
 from cardiocaps.data.echonet import Clip, Study, read_folder
 from cardiocaps.data.views import base_side, draw_jitter, three_views
-from cardiocaps.errors import ConfigError
+from cardiocaps.errors import ConfigError, ResourceError
+from cardiocaps.parallel import start_errors
 
 TARGETS = ("width", "ef")
+
+# What torch says where /dev/shm is full: a worker that notices, and one that is killed as it writes there.
+_SIGNS_OF_SHARED_MEMORY = ("unable to write to file </torch", "unable to allocate shared memory", "Bus error")
 
 
 class FrameDataset(Dataset[dict[str, Any]]):
@@ -117,9 +123,26 @@ class FrameLoader(DataLoader[dict[str, Any]]):
         # A generator, so that nothing is fetched before Lightning has told the sampler the epoch.
         self.done, self.resume_at = self.resume_at, 0
         self.sampler.skip = self.done * (self.batch_size or 1)  # type: ignore[attr-defined]
-        for batch in super().__iter__():
-            self.done += 1
-            yield batch
+        with _worker_errors(self.num_workers):
+            for batch in super().__iter__():
+                self.done += 1
+                yield batch
+
+
+@contextmanager
+def _worker_errors(workers: int) -> Iterator[None]:
+    """Raise ResourceError where the machine lacks what loading in processes needs: processes, or the shared memory in
+    which they hand over their batches."""
+    advice = "; --workers 0 loads in the main process"
+    # One that could not be built is asked this by its own destructor.
+    _MultiProcessingDataLoaderIter._shutdown = True
+    try:
+        with start_errors(f"{workers} workers that load data", advice):
+            yield
+    except RuntimeError as error:
+        if not workers or not any(sign in str(error) for sign in _SIGNS_OF_SHARED_MEMORY):
+            raise
+        raise ResourceError(f"the workers that load data lack shared memory, /dev/shm{advice}") from error
 
 
 class EchoDataModule(LightningDataModule):
@@ -201,6 +224,7 @@ class EchoDataModule(LightningDataModule):
         }
         self.predicted = "test"  # the split that `predict_dataloader` gives
         self._datasets: dict[str, FrameDataset] = {}
+        self._contents: dict[str, str] = {}
 
     def prepare_data(self) -> None:
         """Decode, in one process of several, what the cache lacks."""
@@ -228,6 +252,7 @@ class EchoDataModule(LightningDataModule):
         }
         splits.check_classes({split: datasets[split].labels for split in self.study.needed_splits}, "frames")
         self._datasets = datasets
+        self._contents = {clip.name: cached.digests[clip.path] for clip in self.study.clips}
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._loader("train")
@@ -257,6 +282,11 @@ class EchoDataModule(LightningDataModule):
     def labels(self, split: str) -> NDArray[np.int64]:
         """int64 [n], of every frame of a split."""
         return self._dataset(split).labels.copy()
+
+    def contents(self) -> dict[str, str]:
+        """The SHA-256 of the bytes of each video that could be decoded, by its name."""
+        self.setup()
+        return dict(self._contents)
 
     def train_class_counts(self) -> Tensor:
         """int64 [2]: training frames of normal and of abnormal clips."""

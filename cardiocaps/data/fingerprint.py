@@ -1,9 +1,9 @@
 """What a run was trained on, kept so that a change of the table or of the folder is noticed later.
 
-For every video the split, the label and the targets, under a digest of its name. Neither names nor measured values are
-kept; but who already knows a name can find out whether it is among them, so the record is as confidential as
-predictions.csv. Patients are kept as which videos belong together, for a digest of a short identifier could be undone
-by trying all.
+For every video the split, the label, the targets and the file's bytes, under a digest of its name. Neither names nor
+measured values are kept; but who already knows a name can find out whether it is among them, so the record is as
+confidential as predictions.csv. Patients are kept as which videos belong together, for a digest of a short identifier
+could be undone by trying all.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import hashlib
 import json
 import math
 import unicodedata
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from cardiocaps.data.echonet import Clip, Study
 from cardiocaps.data.measurements import FILE_NAME
-from cardiocaps.errors import ConfigError
+from cardiocaps.errors import ConfigError, printable
 
 _KIND, _VERSION = "cardiocaps data", 1
 _FIELDS = ("split", "label", "measurements")
@@ -36,13 +36,16 @@ class Fingerprint:
     table: str  # SHA-256 of the table's bytes; "" where it cannot be read
     protocol: str
     split_rule: str
+    contents: Mapping[str, str] = field(default_factory=dict)
+    """Digest of the name -> digest of the file's bytes, of the videos that can be used; empty where nothing has been
+    decoded yet."""
 
     @classmethod
     def of(cls, study: Study) -> Fingerprint:
         """The fingerprint of a study. A video with several clips (paper protocol) has a label and targets of each."""
         clips: dict[str, list[Clip]] = {}
         for clip in study.clips:
-            clips.setdefault(_digest(unicodedata.normalize("NFC", clip.name)), []).append(clip)
+            clips.setdefault(_name_digest(clip.name), []).append(clip)
         patients: dict[str, str] = {}
         videos = {}
         for name, own in clips.items():
@@ -55,9 +58,14 @@ class Fingerprint:
             videos, dict(study.label_rule), _file_digest(study.root / FILE_NAME), study.protocol, study.split_rule
         )
 
+    def with_contents(self, contents: Mapping[str, str]) -> Fingerprint:
+        """The same, with the SHA-256 of the bytes of each video that could be decoded, by its name."""
+        return replace(self, contents={_name_digest(name): sha256[:16] for name, sha256 in contents.items()})
+
     @cached_property
     def digest(self) -> str:
-        """16 hexadecimal digits: equal where `differences` finds nothing."""
+        """16 hexadecimal digits of the videos' names, splits, labels, targets, patients and order, and the label rule:
+        equal where `differences` finds nothing else than other contents."""
         return _digest(json.dumps([list(self.videos.items()), sorted(self.label_rule.items())]))
 
     def differences(self, now: Fingerprint) -> list[str]:
@@ -67,12 +75,13 @@ class Fingerprint:
         """
         both = [name for name in self.videos if name in now.videos]
         found = [
-            _count(sum(self.videos[name][place] != now.videos[name][place] for name in both), f"changed {{}} {field}")
-            for place, field in enumerate(_FIELDS)
+            _count(sum(self.videos[name][place] != now.videos[name][place] for name in both), f"changed {{}} {what}")
+            for place, what in enumerate(_FIELDS)
         ]
         patients = [_first_of_patient(of.videos[name][3] for name in both) for of in (self, now)]
         found += [
             _count(sum(x != y for x, y in zip(*patients, strict=True)), "changed {} patient"),
+            *self._differences_of_contents(now, both),
             _count(len(now.videos) - len(both), "{be} added"),
             _count(len(self.videos) - len(both), "{be} removed"),
         ]
@@ -87,6 +96,16 @@ class Fingerprint:
             found.append(f"the thresholds of the labels changed ({', '.join(rules)})")
         return [text for text in found if text]
 
+    def _differences_of_contents(self, now: Fingerprint, both: Sequence[str]) -> list[str]:
+        if not (self.contents and now.contents):
+            return []
+        pairs = [(self.contents.get(name), now.contents.get(name)) for name in both]
+        return [
+            _count(sum(x is not None and y is not None and x != y for x, y in pairs), "changed {} content"),
+            _count(sum(x is not None and y is None for x, y in pairs), "can no longer be used"),
+            _count(sum(x is None and y is not None for x, y in pairs), "can be used now"),
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON, a line a video."""
         return {
@@ -97,7 +116,7 @@ class Fingerprint:
             "protocol": self.protocol,
             "split_rule": self.split_rule,
             "label_rule": {calc: None if math.isinf(cm) else cm for calc, cm in self.label_rule.items()},
-            "videos": {name: " ".join(values) for name, values in self.videos.items()},
+            "videos": {n: " ".join((*values, self.contents.get(n, "-"))) for n, values in self.videos.items()},
         }
 
     @classmethod
@@ -109,14 +128,29 @@ class Fingerprint:
             raise ConfigError(f"{where} was written by another version of this program")
         if not all(isinstance(content.get(name), kind) for name, kind in _TEXT.items()):
             raise ConfigError(f"{where} is damaged")
-        videos = {name: tuple(str(text).split(" ")) for name, text in content["videos"].items()}
+        lines = {name: tuple(str(text).split(" ")) for name, text in content["videos"].items()}
         rule = {calc: math.inf if cm is None else cm for calc, cm in content["label_rule"].items()}
-        if not all(len(v) == 4 for v in videos.values()) or not all(type(cm) in (int, float) for cm in rule.values()):
+        if not all(len(x) == 5 for x in lines.values()) or not all(type(cm) in (int, float) for cm in rule.values()):
             raise ConfigError(f"{where} is damaged")
-        found = cls(videos, rule, content["table"], content["protocol"], content["split_rule"])  # type: ignore[arg-type]
+        videos: Any = {name: line[:4] for name, line in lines.items()}
+        contents = {name: line[4] for name, line in lines.items() if line[4] != "-"}
+        found = cls(videos, rule, content["table"], content["protocol"], content["split_rule"], contents)
         if found.digest != content["fingerprint"]:
             raise ConfigError(f"{where} is damaged: its videos do not have the fingerprint that it names")
         return found
+
+
+def read_fingerprint(path: Path) -> Fingerprint | None:
+    """The fingerprint in a file; None where there is no such file. Raises ConfigError where it is damaged."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ConfigError(f"cannot read {printable(path)}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{printable(path)} is damaged: it is no JSON") from error
+    return Fingerprint.from_dict(content, printable(path))
 
 
 def _first_of_patient(patients: Iterable[str]) -> list[int]:
@@ -129,6 +163,10 @@ def _count(n: int, what: str) -> str:
     """`3 videos changed their split`; "" for none."""
     text = what.format("its" if n == 1 else "their", be="was" if n == 1 else "were")
     return f"{n} video{'' if n == 1 else 's'} {text}" if n else ""
+
+
+def _name_digest(name: str) -> str:
+    return _digest(unicodedata.normalize("NFC", name))
 
 
 def _digest(text: str) -> str:

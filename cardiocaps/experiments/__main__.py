@@ -52,14 +52,14 @@ def parser() -> CommandLine:
     parser.add_argument(
         "--seeds",
         metavar="N",
-        type=replace(number, low=1, high=100).from_text,
+        type=replace(number, low=1, high=100, why="").from_text,
         default=3,
         help=f"seeds for each system, from {FIRST_SEED} on (default: 3)",
     )
     parser.add_argument(
         "--jobs",
         metavar="N",
-        type=replace(number, low=1, high=256).from_text,
+        type=replace(number, low=1, high=256, why="").from_text,
         default=1,
         help="systems trained at a time, each with its share of the CPU (default: 1)",
     )
@@ -122,7 +122,7 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
     jobs = [job(key, FIRST_SEED + i) for i in range(seeds) for key in keys_of(exhibits, config.protocol)]
     folder.make()
     with exclusive(folder.path):
-        remove_leftovers(folder.path, folder.tables)
+        remove_leftovers(folder.path, folder.data, folder.tables)
         folder.claim(config)
         data, unusable = _prepare(jobs, config, folder)
         finished = [job for job in jobs if is_finished(job.folder)]
@@ -165,9 +165,10 @@ def _prepare(
         used.
 
     Raises:
-        DataError: the data of the first job, which are most jobs', cannot be used. ConfigError: the data have changed
-            since they were first used here.
+        DataError: the data of the first job, which are most jobs', cannot be used, or have changed since they were
+            first used here.
     """
+    from cardiocaps.data.fingerprint import Fingerprint
     from cardiocaps.machine import machine_for
     from cardiocaps.train import decode, read_study
 
@@ -178,13 +179,14 @@ def _prepare(
             watched = replace(job.config, progress=config.progress)
             try:
                 with machine_for(watched) as machine:
-                    data = decode(watched, machine, read_study(watched))
+                    study = read_study(watched)
+                    data = decode(watched, machine, study)
             except DataError as error:
                 if job is jobs[0]:
                     raise
                 refused[_data_of(job)] = error
                 continue
-            folder.claim_data(data.study)
+            folder.claim_data(Fingerprint.of(study).with_contents(data.contents()))
             said[_data_of(job)] = _described(watched, data)
     return said, {job.name: str(refused[_data_of(job)]) for job in jobs if _data_of(job) in refused}
 

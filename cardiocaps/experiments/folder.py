@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from cardiocaps import __version__
 from cardiocaps.config import TrainConfig, completed
-from cardiocaps.errors import ConfigError, OutputError
+from cardiocaps.errors import ConfigError, DataError, OutputError, printable
 from cardiocaps.files import output_errors, write_json
+from cardiocaps.program import say
 
 if TYPE_CHECKING:
-    from cardiocaps.data.echonet import Study
+    from cardiocaps.data.fingerprint import Fingerprint
 
 _KIND = "cardiocaps experiments"
 
-# What may be another from call to call: where it runs and how it is shown. (Other devices and numbers of threads round
-# in other ways, which is nothing that tables must be kept apart for.)
+# What may be another from call to call: where it runs, where its data lie (what they are is remembered by their
+# fingerprint) and how it is shown. (Other devices and numbers of threads round in other ways, which is nothing that
+# tables must be kept apart for.)
 _MAY_DIFFER = {
+    "data",
+    "phantom_dir",
     "device",
     "threads",
     "workers",
@@ -54,6 +57,11 @@ class ExperimentFolder:
     def jobs(self) -> Path:
         return self.path / "jobs"
 
+    @property
+    def data(self) -> Path:
+        """Of each protocol and split, the fingerprint of the data (`cardiocaps.data.fingerprint`)."""
+        return self.path / "data"
+
     def job(self, key: str, seed: int) -> Path:
         return self.jobs / key / f"seed{seed}"
 
@@ -81,7 +89,7 @@ class ExperimentFolder:
         different = [
             f"{name} is {settings.get(name)!r}, was {before.get(name)!r}"
             for name in dict.fromkeys((*(found.get("settings") or {}), *settings))
-            if settings.get(name) != before.get(name)
+            if settings.get(name) != before.get(name) and name not in _MAY_DIFFER
         ]
         if different:
             raise ConfigError(
@@ -89,23 +97,28 @@ class ExperimentFolder:
                 "give these, or choose another --out"
             )
 
-    def claim_data(self, study: Study) -> None:
-        """Remember which clips, labels and splits the experiments are about.
+    def claim_data(self, now: Fingerprint) -> None:
+        """Remember the fingerprint of a study that the experiments are about, or find it the same.
 
         Raises:
-            ConfigError: they were about others, so that the data have changed since. OutputError.
+            DataError: the data have changed since. ConfigError: what is remembered is damaged. OutputError.
         """
-        clips = sorted((clip.name, clip.label, clip.split) for clip in study.clips)
-        digest = hashlib.sha256(json.dumps(clips).encode()).hexdigest()
-        found = self._read()
-        assert found is not None
-        before = found.setdefault("data", {}).setdefault(f"{study.protocol}, split by {study.split_rule}", digest)
-        if before != digest:
-            raise ConfigError(
-                f"out: the experiments in {self.path} were done on other clips, labels or splits than the data now "
-                "have; choose another --out"
+        from cardiocaps.data.fingerprint import read_fingerprint
+
+        file = self.data / f"{now.protocol}-{now.split_rule}.json"
+        before = read_fingerprint(file)
+        if before is None:
+            found = self._read() or {}
+            if "data" in found:
+                say(f"note: {self.path} was begun by an older version; nobody knows if its data have changed since")
+            with output_errors(self.data):
+                self.data.mkdir(exist_ok=True)
+            write_json(file, now.as_dict())
+        elif changes := before.differences(now):
+            raise DataError(
+                f"data: not what the experiments in {printable(self.path)} are about: {', '.join(changes)}; choose "
+                "another --out"
             )
-        write_json(self.marker, found)
 
     def remember(self, command: str) -> tuple[str, ...]:
         """Every command that has written tables here, in the order of the first times; `command` is one of them now."""

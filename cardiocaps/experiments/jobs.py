@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from cardiocaps.predictions import Predictions
     from cardiocaps.run_folder import RunFolder
 
+_OTHER_DATA = "choose another --out for these"
+
 Watch = Callable[[float, str], None]
 """Told how much of a job is done, from 0 to 1, and what is being done."""
 
@@ -66,7 +68,7 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
     from cardiocaps.files import exclusive
     from cardiocaps.machine import machine_for
     from cardiocaps.run_folder import RunFolder
-    from cardiocaps.train import decode, quiet, read_study
+    from cardiocaps.train import decode_for_run, quiet, read_study
 
     quiet()
     if is_finished(job.folder):
@@ -77,9 +79,12 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
     with exclusive(folder.path), machine_for(job.config) as machine:
         folder.remove_leftovers()
         if not begun:
-            folder.begin(job.config.to_yaml(), machine.device)
-        data = decode(job.config, machine, read_study(job.config))
+            yaml, paths = job.config.kept()
+            folder.begin(yaml, machine.device, paths)
+        data = decode_for_run(job.config, machine, folder, read_study(job.config), _OTHER_DATA, keep=True).data
         config = replace(job.config, resume=folder.path) if begun else job.config
+        if begun:
+            folder.keep(*job.config.kept())
         if job.is_network:
             _network(job, config, machine, folder, data, watch, interruption)
         else:

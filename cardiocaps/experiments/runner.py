@@ -18,7 +18,7 @@ from typing import Protocol
 
 from cardiocaps.errors import CardioCapsError
 from cardiocaps.experiments.jobs import Job, run
-from cardiocaps.parallel import obey_the_parent
+from cardiocaps.parallel import obey_the_parent, start_errors
 from cardiocaps.program import Interrupted, Interruption, held
 
 _PATIENCE = 60.0  # seconds that a job gets to save, once it has been told to stop
@@ -56,7 +56,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, display: Display) -> Mapping[str
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.popleft()
-                with held():
+                with held(), start_errors("a job"):
                     mine, theirs = context.Pipe(duplex=False)
                     process = context.Process(target=_work, args=(job, theirs))
                     process.start()

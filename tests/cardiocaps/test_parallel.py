@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures.thread
+import errno
 import linecache
+import os
 import queue
 import signal
 import sys
@@ -12,12 +14,13 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from multiprocessing import get_context, util
 from types import FrameType
 
 import pytest
 
 from cardiocaps import parallel, program
+from cardiocaps.errors import ResourceError
 from cardiocaps.parallel import in_parallel
 from cardiocaps.program import Interrupted, Interruption
 
@@ -36,6 +39,31 @@ def test_every_item_with_its_result(pool: partial[Executor]) -> None:
 def test_what_the_function_raises() -> None:
     with in_parallel(THREADS, lambda item: 1 // item, [0]) as results, pytest.raises(ZeroDivisionError):
         next(results)
+
+
+@pytest.mark.parametrize("pool", [THREADS, PROCESSES], ids=["threads", "processes"])
+def test_a_machine_without_another_process_is_named(pool: partial[Executor], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def no_thread(*_: object, **__: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    before = set(threading.enumerate())
+    with monkeypatch.context() as full:
+        full.setattr(util, "spawnv_passfds", refused)
+        if pool is THREADS:
+            full.setattr(threading, "_start_new_thread", no_thread)
+        refusal = pytest.raises(ResourceError, match=r"^cannot start workers: the system starts no more processes")
+        with refusal, in_parallel(pool, abs, range(5)) as results:
+            list(results)
+    assert set(threading.enumerate()) <= before
+
+
+def test_other_errors_of_a_start_pass_through() -> None:
+    for error in (OSError(errno.ENOENT, "x"), RuntimeError("x"), ResourceError("x")):
+        with pytest.raises(type(error), match="x"), parallel.start_errors("a job"):
+            raise error
 
 
 def test_the_rest_is_dropped() -> None:

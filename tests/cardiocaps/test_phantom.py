@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import errno
 import hashlib
 import re
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, defaultdict
+from multiprocessing import util
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +21,15 @@ import av
 import numpy as np
 import pytest
 
+from cardiocaps.config import options
 from cardiocaps.data.phantom import phantom_is_complete, write_phantom
 from cardiocaps.data.phantom.__main__ import main
 from cardiocaps.data.phantom.anatomy import BORDERS
 from cardiocaps.data.phantom.dataset import COLUMNS, MARKER, TABLE, UNFINISHED
 from cardiocaps.data.phantom.patients import DILATED, HYPERTROPHIC, NORMAL, Patient, plan
 from cardiocaps.data.phantom.ultrasound import render
-from cardiocaps.errors import ConfigError, OutputError
+from cardiocaps.data.splits import stratified
+from cardiocaps.errors import ConfigError, OutputError, ResourceError
 
 VIDEOS, SEED = 10, 3
 WALLS = ("IVSd", "IVSs", "LVPWd", "LVPWs")
@@ -230,6 +234,26 @@ def test_splits_hold_their_share_of_both_labels(many: tuple[Patient, ...]) -> No
             assert abs(counts[split] - part * total) <= 1
 
 
+def test_the_smallest_study_that_can_be_trained_on() -> None:
+    """As the option's lower bound says, for the phantom's own splits and for stratified ones."""
+
+    def usable(videos: int, seed: int) -> bool:
+        patients = plan(videos, seed)
+        labels = {patient.name: int(patient.abnormal) for patient in patients}
+        own = {patient.name: patient.split for patient in patients}
+        return all(
+            {labels[name] for name in labels if split[name] == part} == {0, 1}
+            for split in (own, stratified(labels, seed))
+            for part in ("train", "val", "test")
+        )
+
+    least = options()["phantom_videos"].low
+    assert least == 18
+    for seed in range(5):
+        assert all(usable(videos, seed) for videos in (18, 19, 20, 25, 33, 50))
+        assert not usable(17, seed)
+
+
 # The pictures
 
 
@@ -345,6 +369,15 @@ def test_two_programs_make_one_phantom(tmp_path: Path) -> None:
     said = [process.communicate(timeout=120)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert sorted("complete already" in text for text in said) == [False, True]
+
+
+def test_a_process_that_cannot_be_started_is_no_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(util, "spawnv_passfds", refused)
+    with pytest.raises(ResourceError, match=r"^cannot start workers: the system starts no more processes"):
+        write_phantom(tmp_path / "out", 20, SEED, processes=2)
 
 
 def test_a_full_disk_leaves_no_torn_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

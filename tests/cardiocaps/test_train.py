@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import os
@@ -11,13 +12,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 import pytest
 import torch
 
 from cardiocaps import evaluate, train
 from cardiocaps.data.phantom import write_phantom
+from cardiocaps.errors import OutputError
 from cardiocaps.files import exclusive
 from tests.cardiocaps.programs import ROOT, start, wait_for
 
@@ -80,11 +85,13 @@ def test_run_folder_is_complete(finished: Path) -> None:
     assert names == {
         "best.ckpt",
         "config.yaml",
+        "data.json",
         "decision.json",
         "environment.json",
         "last.ckpt",
         "metrics.csv",
         "metrics.json",
+        "paths.json",
         "pixel_baseline.json",
         "predictions.csv",
         "predictions_by_video.csv",
@@ -477,6 +484,26 @@ def test_finished_run_resumed_is_evaluated_again(
     _same(finished, run)
 
 
+def test_a_run_that_patience_ended_says_so_and_goes_on_with_more(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    restless = [*arguments, "--learning-rate", "0.03", "--epochs", "5"]  # so that it soon gets worse
+    patient, run = tmp_path / "patient", tmp_path / "run"
+    assert train.main([*restless, "--patience", "9", "--out", str(patient)]) == 0
+    assert train.main([*restless, "--patience", "1", "--out", str(run)]) == 0
+    epochs = len(_history(run))
+    assert epochs < len(_history(patient)) == 5
+    capsys.readouterr()
+    assert train.main(["--resume", str(run)]) == 0
+    out = capsys.readouterr().out
+    assert "training has ended: the validation loss has not become smaller for 1 epochs, and --patience is 1" in out
+    assert len(_history(run)) == epochs
+    assert train.main(["--resume", str(run), "--patience", "9"]) == 0
+    _same(patient, run)
+    assert train.main(["--resume", str(run)]) == 0
+    assert "training has ended: 5 epochs are done, and --epochs is 5; a larger one goes on" in capsys.readouterr().out
+
+
 def test_evaluate_several_runs_gives_their_mean(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -528,6 +555,135 @@ def test_a_split_over_frames_warns_and_runs(
     assert re.search(r"test split, \d+ frames", capsys.readouterr().out)
 
 
+def _turned(phantom: Path, to: Path) -> Path:
+    """A copy of the phantom whose training and test videos have changed places."""
+    shutil.copytree(phantom, to)
+    table = to / "MeasurementsList.csv"
+    other = {"train": "test", "test": "train"}
+    table.write_text(re.sub(r"(?m)(train|test)$", lambda match: other[match[1]], table.read_text()))
+    return to
+
+
+def test_a_changed_table_is_noticed(
+    finished: Path, phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, other = tmp_path / "run", _turned(phantom, tmp_path / "other")
+    shutil.copytree(finished, run)
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    changed = "is not what the run was trained on: 34 videos changed their split"
+    assert train.main(["--resume", str(run), "--data", str(other), "--epochs", "4"]) == 3
+    assert f"{changed}; give --data" in capsys.readouterr().err
+    out = ["--out", str(tmp_path / "out")]
+    assert evaluate.main([str(run), "--data", str(other), *out]) == 3
+    assert f"{changed}; --allow-changed-data" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert evaluate.main([str(run), "--data", str(other), "--allow-changed-data", *out]) == 0
+    assert "are not what the run was trained on: 34 videos changed their split" in capsys.readouterr().out
+
+
+def test_a_changed_video_is_noticed(
+    finished: Path, phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(phantom, other)
+    video = sorted(other.glob("Batch1/*.avi"))[0]
+    video.write_bytes(video.read_bytes() + b"\0\0")  # still plays
+    assert evaluate.main([str(finished), "--data", str(other)]) == 3
+    assert "is not what the run was trained on: 1 video changed its content;" in capsys.readouterr().err
+
+
+def test_other_bytes_of_the_table_alone_are_a_note(
+    finished: Path, phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(phantom, other)
+    table = other / "MeasurementsList.csv"
+    table.write_bytes(table.read_bytes().replace(b"\n", b"\r\n"))
+    assert evaluate.main([str(finished), "--data", str(other)]) == 0
+    assert "note: the table's file has changed since the run began" in capsys.readouterr().out
+
+
+def test_run_without_a_fingerprint(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    for name in ("data.json", "paths.json"):
+        (run / name).unlink()
+    assert evaluate.main([str(run)]) == 0
+    assert "note: this run kept no fingerprint of its data" in capsys.readouterr().out
+    assert not (run / "data.json").exists()
+    assert train.main(["--resume", str(run)]) == 0
+    assert "note: this run kept no fingerprint of its data" in capsys.readouterr().out
+    assert (run / "data.json").read_text() == (finished / "data.json").read_text()
+    (run / "data.json").write_text("{")
+    assert evaluate.main([str(run)]) == 2
+    assert "data.json is damaged" in capsys.readouterr().err
+
+
+def test_data_are_found_from_another_folder_and_may_move(
+    finished: Path,
+    arguments: list[str],
+    phantom: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, first, second = tmp_path / "run", tmp_path / "first", tmp_path / "second"
+    for folder in (first, second):
+        folder.mkdir()
+    shutil.copytree(phantom, first / "d")
+    monkeypatch.chdir(first)
+    assert train.main([*arguments, "--data", "d", "--epochs", "1", "--out", str(run)]) == 0
+    assert "data: d\n" in (run / "config.yaml").read_text()
+    monkeypatch.chdir(second)
+    assert evaluate.main([str(run)]) == 0
+    (first / "d").rename(second / "moved")
+    capsys.readouterr()
+    for program in (evaluate.main, train.main):
+        assert program([str(run)] if program is evaluate.main else ["--resume", str(run)]) == 3
+        assert f"{first / 'd'}, which the run used, is not there; give --data" in capsys.readouterr().err
+    assert train.main(["--resume", str(run), "--data", "moved", "--epochs", "3"]) == 0
+    _same(finished, run)
+    assert "\nepochs: 3\n" in (run / "config.yaml").read_text()
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main([str(run)]) == 0  # it remembers where they are now
+
+
+def test_a_phantom_run_finds_its_phantom_and_makes_no_other(
+    phantom: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    second.mkdir()
+    shutil.copytree(phantom, first / "phantom")
+    monkeypatch.chdir(first)
+    settings = ["--phantom-videos", "40", "--phantom-seed", "3", "--cache-dir", str(cache), *FAST, "--epochs", "1"]
+    assert train.main([*settings, "--out", "run"]) == 0
+    monkeypatch.chdir(second)
+    assert evaluate.main([str(first / "run")]) == 0
+    (first / "phantom").rename(tmp_path / "elsewhere")
+    capsys.readouterr()
+    for program in (evaluate.main, train.main):
+        assert program([str(first / "run")] if program is evaluate.main else ["--resume", str(first / "run")]) == 3
+        error = capsys.readouterr().err
+        assert f"phantom_dir: {first / 'phantom'} does not hold the phantom that the run used" in error
+        assert f"python -m cardiocaps.data.phantom {first / 'phantom'} --videos 40 --seed 3" in error
+    assert not list(second.iterdir())
+    assert evaluate.main([str(first / "run"), "--data", str(tmp_path / "elsewhere")]) == 0
+
+
+def test_the_data_are_described_before_they_are_decoded(
+    finished: Path, phantom: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from cardiocaps.data import cache as decoding
+
+    def stopped(*_: object, **__: object) -> None:
+        assert "40 clips, protocol video" in capsys.readouterr().out
+        raise OutputError("stopped")
+
+    monkeypatch.setattr(decoding, "build", stopped)
+    assert train.main(["--data", str(phantom), "--out", str(tmp_path / "run")]) == 4
+
+
 def test_existing_run_is_not_overwritten(
     finished: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -576,6 +732,88 @@ def test_bad_checkpoint(finished: Path, tmp_path: Path, damage: str, capsys: pyt
     if damage != "loops":  # of no concern to an evaluation
         assert evaluate.main([str(run)]) == 5
         assert expected in capsys.readouterr().err
+
+
+def _set(*place: Any, to: Any) -> Callable[[Any], None]:
+    """Puts another value into a checkpoint; `to` may be a function of the old one."""
+
+    def damage(checkpoint: Any) -> None:
+        for name in place[:-1]:
+            checkpoint = checkpoint[name]
+        checkpoint[place[-1]] = to(checkpoint[place[-1]]) if isinstance(to, FunctionType) else to
+
+    return damage
+
+
+_PATIENCE = "Patience{'monitor': 'val_loss', 'mode': 'min'}"
+_BATCHES = "loops", "fit_loop", "epoch_loop.batch_progress"
+_MOMENTS = "optimizer_states", 0, "state"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_set("epoch", to="two"), "its epoch is no int"),
+        (_set("global_step", to=-36), "its counts of steps differ"),
+        (_set("loops", to=[]), "its loops is no dict"),
+        (_set("loops", "fit_loop", to={}), "fit_loop.state_dict is missing or of another kind"),
+        (_set(*_BATCHES, to=3), "fit_loop.epoch_loop.batch_progress is missing"),
+        (_set(*_BATCHES, "total", "ready", to=None), "batch_progress.total.ready is missing"),
+        (_set(*_BATCHES, "current", "ready", to=99), "its counts of the epoch's batches differ"),
+        (_set("loops", "fit_loop", "state_dict", "combined_loader", to=[]), "how many batches of the epoch"),
+        (_set("callbacks", to={}), "it has no state of History"),
+        (_set("callbacks", "History", to=5), "it has no state of History"),
+        (_set("callbacks", "History", "rows", to=lambda rows: rows[1:]), "its history is of 2 epochs, 3 have ended"),
+        (_set("callbacks", "History", "rows", 0, to={}), "its history lacks numbers of an epoch"),
+        (_set("callbacks", "History", "rows", 1, "val_loss", to="low"), "something else than numbers"),
+        (_set("callbacks", "History", "sums", to=[1.0]), "its sums of the losses are no numbers"),
+        (_set("callbacks", _PATIENCE, "wait_count", to="0"), "epochs without progress are no counts"),
+        (_set("callbacks", _PATIENCE, "best_score", to=None), "its best loss is no number"),
+        (_set("callbacks", _PATIENCE, "stopping_reason", to=17), "last.ckpt is damaged: ValueError: 17 is not"),
+        (_set("optimizer_states", to=[]), "its optimiser's state is missing"),
+        (_set(*_MOMENTS, to={}), "its optimiser's state is empty"),
+        (_set(*_MOMENTS, 0, "exp_avg", to=torch.zeros(3)), "its optimiser's state of parameter 0 does not fit it"),
+        (_set(*_MOMENTS, 2, "exp_avg_sq", to=lambda x: -x - 1), "state of parameter 2 does not fit it"),
+        (_set(*_MOMENTS, 1, "step", to=torch.tensor(float("nan"))), "state of parameter 1 does not fit it"),
+        (_set(*_MOMENTS, 1, "exp_avg", to=lambda x: x.cfloat()), "state of parameter 1 does not fit it"),
+        (_set(*_MOMENTS, to=lambda x: {**x, 999: x[0]}), "its optimiser's state is of other parameters"),
+        (_set("optimizer_states", 0, "param_groups", 0, "lr", to=1e3), "has another lr than the run"),
+        (_set("optimizer_states", 0, "param_groups", 0, "params", to=[]), "has another params than the run"),
+        (_set("pytorch-lightning_version", to="none"), "last.ckpt is damaged: InvalidVersion"),
+        (_set("state_dict", to={}), "does not fit the network: Missing key"),
+        (_set("state_dict", "model.conv.0.weight", to=torch.zeros(0)), "size mismatch for model.conv.0.weight"),
+        (_set("state_dict", "model.conv.0.weight", to=lambda x: x.cfloat()), "is of complex64, not float32"),
+        (_set("state_dict", "model.conv.0.weight", to=lambda x: x.long()), "is of int64, not float32"),
+        (
+            _set("state_dict", "model.conv.0.weight", to=lambda x: x.to_sparse()),
+            "model.conv.0.weight is no plain tensor",
+        ),
+        (_set("state_dict", "model.conv.0.weight", to=None), "model.conv.0.weight is a NoneType"),
+        (_set("state_dict", 5, to=None), "does not fit the network"),
+        (_set("cardiocaps", "preset.size", to=torch.zeros(3)), "another configuration: preset.size is tensor"),
+    ],
+    ids=lambda x: x.replace(" ", "_") if isinstance(x, str) else "",
+)
+def test_damage_within_a_checkpoint_is_an_error_of_one_line(
+    damage: Callable[[Any], None],
+    message: str,
+    finished: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from cardiocaps import learning
+
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("run.json", "config.yaml", "paths.json", "data.json", "best.ckpt", "last.ckpt"):
+        (run / name).symlink_to(finished / name)
+    checkpoint = copy.deepcopy(torch.load(finished / "last.ckpt", weights_only=True))
+    damage(checkpoint)
+    monkeypatch.setattr(learning, "read_checkpoint", lambda path: copy.deepcopy(checkpoint))
+    assert train.main(["--resume", str(run), "--epochs", "4"]) == 5
+    errors = capsys.readouterr().err
+    assert message in errors and errors.count("\n") == 1
 
 
 def test_checkpoint_that_is_no_file_does_not_hang(

@@ -1,3 +1,5 @@
+import re
+import shutil
 import subprocess
 import sys
 import warnings
@@ -302,3 +304,28 @@ def test_a_test_split_alone_gives_batches(tmp_path: Path, shared_cache: Path) ->
         read_folder(root, needed_splits=("test",)), size=16, batch_size=5, frames_per_clip=2, cache_dir=shared_cache
     )
     assert len(joined(epoch_of(data, "test"))["clip"]) == 16 and len(data.labels("train")) == 0
+
+
+def _with_shared_memory(size: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command where /dev/shm has so much room."""
+    inside = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
+    return subprocess.run(
+        ["unshare", "-Urm", "bash", "-c", inside, "bash", *command], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize("size", ["4k", "256k"])
+def test_workers_without_shared_memory_are_an_error_of_one_line(
+    size: str, shared_folder: Path, shared_cache: Path
+) -> None:
+    """4k: not enough for their locks; 256k: not enough for their batches."""
+    if shutil.which("unshare") is None or _with_shared_memory(size, "true").returncode:
+        pytest.skip("this machine lets nobody mount a /dev/shm of his own")
+    script = (
+        "import sys; from cardiocaps.data.datamodule import EchoDataModule; from cardiocaps.program import execute\n"
+        "data = EchoDataModule(sys.argv[1], size=128, batch_size=8, cache_dir=sys.argv[2], num_workers=2)\n"
+        "sys.exit(execute(lambda _: list(data.val_dataloader()) and None))\n"
+    )
+    done = _with_shared_memory(size, sys.executable, "-c", script, str(shared_folder), str(shared_cache))
+    assert done.returncode == 1, done.stderr
+    assert re.fullmatch(r"error: [^\n]* /dev/shm[^\n]*; --workers 0 loads in the main process\n", done.stderr)

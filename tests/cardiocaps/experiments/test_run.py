@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -298,11 +298,24 @@ def test_other_data_are_refused(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(everything, out)
-    content = json.loads((out / "experiments.json").read_text())
-    content["data"] = dict.fromkeys(content["data"], "of another day")
-    (out / "experiments.json").write_text(json.dumps(content))
-    assert program.main(["table6", *arguments, "--out", str(out)]) == 2
-    assert "other clips, labels or splits" in capsys.readouterr().err
+    other = tmp_path / "other"
+    shutil.copytree(phantom, other)
+    table = other / "MeasurementsList.csv"
+    turned = {"train": "test", "test": "train"}
+    lines = [line.rpartition(",") for line in table.read_text().splitlines()]
+    table.write_text("".join(f"{start},{turned.get(split, split)}\n" for start, _, split in lines))
+    assert program.main(["table6", *arguments, "--data", str(other), "--out", str(out)]) == 3
+    error = capsys.readouterr().err
+    assert re.search(r"not what the experiments in .* are about: \d+ videos changed their split; choose another", error)
+
+
+def test_data_may_move(
+    everything: Path, phantom: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(phantom, moved)
+    assert program.main(["table6", *arguments, "--data", str(moved), "--out", str(everything)]) == 0
+    assert "3 jobs, 3 of them finished" in capsys.readouterr().out
 
 
 def test_a_folder_of_something_else_is_refused(
