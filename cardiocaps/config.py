@@ -34,6 +34,7 @@ MAY_DIFFER_ON_RESUME = (
     "threads",
     "workers",
     "decode_workers",
+    "video_reader",
     "progress",
     "cache_dir",
     "follow_links",
@@ -52,6 +53,7 @@ _NEWER: Mapping[str, Any] = {
     "affine": "matrices",
     "backend": "auto",
     "decode_workers": None,
+    "video_reader": "pyav",
     "split_seed": None,
     "group_column": None,
     "allow_split_patients": False,
@@ -286,6 +288,9 @@ class TrainConfig:
     workers: int = _option(0, "machine", "processes that load data; 0: the main one", low=0, high=256)
     decode_workers: int | None = _option(
         None, "machine", "threads that decode videos, once; none: one for each core", low=1, high=1024
+    )
+    video_reader: Literal["pyav", "decord"] = _option(
+        "pyav", "machine", "decord: Motion JPEG in AVI is decoded by decord, to the same pixels; it tells no damage"
     )
 
     out: Path | None = _option(None, "run", "folder of the run; none: runs/PRESET-NETWORK-seedSEED")

@@ -141,6 +141,7 @@ def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModul
         num_workers=config.workers,
         max_bad_share=config.max_bad_share,
         decode_workers=config.decode_workers,
+        reader=config.video_reader,
         progress=config.progress,
         pin_memory=machine.pin_memory,
         channels_last=machine.channels_last,

@@ -32,6 +32,7 @@ from cardiocaps.data.measurements import Problem, refuse_many, summarise
 from cardiocaps.data.video import (
     MAX_FRAMES,
     MAX_SIDE,
+    READERS,
     RESIZE_VERSION,
     Header,
     VideoError,
@@ -41,6 +42,7 @@ from cardiocaps.data.video import (
 )
 from cardiocaps.errors import ConfigError, DataError
 from cardiocaps.files import output_errors, remove_leftovers, replacing
+from cardiocaps.optional import needed
 from cardiocaps.parallel import cores, in_parallel
 from cardiocaps.progress import shown
 
@@ -119,6 +121,7 @@ def build(
     folder: Path | str | None = None,
     max_bad_share: float = 0.05,
     workers: int | None = None,
+    reader: str = "pyav",
     progress: bool = False,
 ) -> Cached:
     """Decode what is not in the cache yet.
@@ -130,6 +133,7 @@ def build(
         folder: of the cache; default `default_folder`.
         max_bad_share: largest share of the study's videos that may turn out unusable.
         workers: threads, default one for each core; the result doesn't depend on their number.
+        reader: "pyav" or "decord", see `read_frames`.
         progress: say on standard error how far the decoding is.
 
     Raises:
@@ -141,6 +145,10 @@ def build(
     workers = cores() if workers is None else workers
     if workers < 1:
         raise ConfigError(f"workers must be at least 1, got {workers}")
+    if reader not in READERS:
+        raise ConfigError(f"reader must be one of {', '.join(READERS)}, got {reader!r}")
+    if reader == "decord":
+        needed("decord", "decord", "video_reader: 'decord'", extra="decord")
     choose_frames(1, frames_per_clip, frame_choice)
     folder = default_folder() if folder is None else Path(folder)
     with output_errors(folder):
@@ -162,7 +170,7 @@ def build(
             shape = (len(numbers), 3, size, size)
             if not _intact(file, shape):
                 content = io.BytesIO()
-                np.save(content, read_frames(path, numbers, size), allow_pickle=False)
+                np.save(content, read_frames(path, numbers, size, reader), allow_pickle=False)
                 _write(file, content.getvalue())
             return entry, file, numbers, _blank(file, shape)
         except VideoError as error:

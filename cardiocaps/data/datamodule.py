@@ -165,7 +165,7 @@ class EchoDataModule(LightningDataModule):
         num_workers: loader processes, which live as long as their loader.
         max_bad_share: largest share of unusable rows or videos.
         augment_full: see `views.draw_jitter`.
-        decode_workers, progress: see `cache.build`.
+        decode_workers, reader, progress: see `cache.build`.
         pin_memory: batches wait in page-locked memory, from which a GPU fetches them while it computes.
         channels_last: images in this order in memory instead of contiguous.
 
@@ -190,6 +190,7 @@ class EchoDataModule(LightningDataModule):
         max_bad_share: float = 0.05,
         augment_full: bool = True,
         decode_workers: int | None = None,
+        reader: str = "pyav",
         progress: bool = False,
         pin_memory: bool = False,
         channels_last: bool = False,
@@ -220,6 +221,7 @@ class EchoDataModule(LightningDataModule):
             "folder": cache_dir,
             "max_bad_share": max_bad_share,
             "workers": decode_workers,
+            "reader": reader,
             "progress": progress,
         }
         self.predicted = "test"  # the split that `predict_dataloader` gives

@@ -1,6 +1,7 @@
 """One video file: what its header says, checked before anything is decoded, and its frames at one size.
 
-PyAV reads every file, in one thread and in sequence; nothing is skipped and nothing sought. What counts is the
+PyAV reads every file, in one thread and in sequence (decord, on request, EchoNet's own form); nothing is skipped and
+nothing sought. What counts is the
 frames that a player shows: an edit list hides some of those that a container claims, and a display matrix turns
 them. A decoder's every complaint makes the video unusable, because frames that it mends or invents look like others.
 
@@ -34,6 +35,7 @@ MAX_FRAMES = 100_000
 MIN_SIDE, MAX_SIDE = 8, 4096
 MAX_PIXELS = 4_000_000_000  # of all frames together: 5,000 of 1024 × 768
 MAX_SECONDS = 300.0  # for one pass through a video; the largest allowed takes about 30
+READERS = ("pyav", "decord")
 MIN_FRAME_BYTES = 4  # even an empty frame costs a length field in AVI and in MP4
 RESIZE_VERSION = 1  # part of the cache key: raise it when `resize` returns other pixels
 
@@ -86,10 +88,14 @@ class Header:
     form: str = field(default="", compare=False)  # container and codec: "avi mjpeg"
 
     @property
+    def is_plain(self) -> bool:
+        """Whether it has EchoNet's own form, of which every reader gives the same frames."""
+        return self.form == "avi mjpeg" and not self.claimed and self.height % 2 == 0
+
+    @property
     def reader(self) -> int:
         """Part of the cache key: 2 for those videos of which the first version of this reader gave other frames."""
-        plain = self.form == "avi mjpeg" and not self.claimed and self.height % 2 == 0
-        return 1 if plain else 2
+        return 1 if self.is_plain else 2
 
 
 def allowed_name(name: str) -> bool:
@@ -139,10 +145,14 @@ def probe(path: Path, root: Path | None = None) -> Header:
         return video.header(frames=sum(1 for _ in video.frames(decode=video.codec not in _FRAME_A_PACKET)))
 
 
-def read_frames(path: Path, indices: Sequence[int] | NDArray[np.int64], size: int) -> NDArray[np.uint8]:
+def read_frames(
+    path: Path, indices: Sequence[int] | NDArray[np.int64], size: int, reader: str = "pyav"
+) -> NDArray[np.uint8]:
     """Decode a video in sequence and keep the frames ``indices`` (0-based among those shown, any order), resized.
 
-    Only the frames asked for are resized and kept; all are decoded, because only that shows a damaged file.
+    Only the frames asked for are resized and kept; all are decoded, because only that shows a damaged file. With
+    ``reader="decord"`` decord decodes the videos of EchoNet's own form: to the same pixels, but it mends damaged frames
+    and says nothing.
 
     Returns:
         uint8 [T, 3, size, size], RGB.
@@ -153,15 +163,39 @@ def read_frames(path: Path, indices: Sequence[int] | NDArray[np.int64], size: in
     wanted = {int(i) for i in indices}
     kept: dict[int, NDArray[np.uint8]] = {}
     count = 0
-    with _opened(path) as video:
-        for frame in video.frames():
+    if reader == "decord" and (header := probe(path)).is_plain:
+        for pixels in _decord_frames(path.resolve()):
             if count in wanted:
-                kept[count] = resize(video.pixels(frame)[None], size)[0]
+                kept[count] = resize(pixels[None], size)[0]
             count += 1
+        if count != header.frames:
+            raise VideoError(f"truncated: decord decodes {count} of {header.frames} frames")
+    else:
+        with _opened(path) as video:
+            for frame in video.frames():
+                if count in wanted:
+                    kept[count] = resize(video.pixels(frame)[None], size)[0]
+                count += 1
     if not wanted or min(wanted) < 0 or max(wanted) >= count:
         asked = f"{min(wanted)} to {max(wanted)}" if wanted else "none"
         raise VideoError(f"frame out of range: asked for {asked}, the video has {count}")
     return np.stack([kept[int(i)] for i in indices])
+
+
+def _decord_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
+    """Frames uint8 [H, W, 3] in sequence; ends early where decord fails.
+
+    PyAV must have looked the file through before: some headers make decord end the whole process.
+    """
+    import decord
+
+    decord.logging.set_level(decord.logging.QUIET)
+    try:
+        reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
+        while True:
+            yield reader.next().asnumpy()
+    except (StopIteration, RuntimeError, decord.DECORDError):
+        return
 
 
 def resize(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:

@@ -28,6 +28,7 @@ _MAY_DIFFER = {
     "threads",
     "workers",
     "decode_workers",
+    "video_reader",
     "cache_dir",
     "follow_links",
     "progress",

@@ -85,6 +85,7 @@ def test_chosen_frames_exist_once_each(count: int, wanted: int, choice: str) -> 
     [
         ({"frames_per_clip": 0}, "frames_per_clip must be at least 1, got 0"),
         ({"frame_choice": "random"}, "frame_choice must be one of spread, first, got 'random'"),
+        ({"reader": "opencv"}, "reader must be one of pyav, decord, got 'opencv'"),
         ({"size": 0}, "size must be at least 1, got 0"),
         ({"workers": 0}, "workers must be at least 1, got 0"),
     ],

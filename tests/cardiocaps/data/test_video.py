@@ -463,3 +463,36 @@ def test_a_real_echocardiogram_survives(
         assert len(others) > 25 and difference(frame, wanted[i]) < min(others)
     tint = np.abs(got.mean((0, 2, 3)) - wanted.mean((0, 2, 3)))
     assert tint.max() < 2  # the well-known green tint would be tens of grey levels
+
+
+def decord_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The files that decord is asked for from now on."""
+    import decord
+
+    calls: list[str] = []
+    real = decord.VideoReader
+
+    def reader(path: str, **options: object) -> object:
+        calls.append(path)
+        return real(path, **options)
+
+    monkeypatch.setattr(decord, "VideoReader", reader)
+    return calls
+
+
+@pytest.mark.parametrize("height, width", [(48, 64), (112, 112), (96, 70)])
+def test_decord_gives_the_same_pixels(tmp_path: Path, height: int, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = encode(tmp_path / "a.avi", picture(12, height, width), "mjpeg")
+    calls = decord_calls(monkeypatch)
+    by_decord = read_frames(path, [0, 5, 11], 32, reader="decord")
+    assert calls == [str(path)]
+    np.testing.assert_array_equal(by_decord, read_frames(path, [0, 5, 11], 32))
+    assert calls == [str(path)]
+
+
+def test_decord_reads_no_other_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = decord_calls(monkeypatch)
+    odd = encode(tmp_path / "odd.avi", picture(4, 49, 64), "mjpeg")
+    for path in (odd, encode(tmp_path / "a.mp4", picture(4), "mpeg4"), encode(tmp_path / "b.avi", picture(4), "mpeg4")):
+        np.testing.assert_array_equal(read_frames(path, [0, 3], 32, reader="decord"), read_frames(path, [0, 3], 32))
+    assert calls == []
