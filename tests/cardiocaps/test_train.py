@@ -224,7 +224,7 @@ def test_other_data_are_judged_by_what_the_run_keeps(
     monkeypatch.setattr(PixelBaseline, "fit", refuse)
     monkeypatch.setattr(Decision, "choose", refuse)
     other, out = _test_split_alone(tmp_path / "hospital"), tmp_path / "out"
-    assert evaluate.main([str(finished), "--data", str(other), "--out", str(out)]) == 0
+    assert evaluate.main([str(finished), "--data", str(other), "--allow-changed-data", "--out", str(out)]) == 0
     decision = json.loads((finished / "decision.json").read_text())
     assert json.loads((out / "decision.json").read_text()) == decision
     results = json.loads((out / "metrics.json").read_text())
@@ -252,7 +252,7 @@ def test_a_run_that_keeps_nothing_to_judge_by(
     assert (tmp_path / "own" / "metrics.json").read_text() == (finished / "metrics.json").read_text()
     capsys.readouterr()
     other = _test_split_alone(tmp_path / "hospital")
-    assert evaluate.main([str(run), "--data", str(other)]) == 0
+    assert evaluate.main([str(run), "--data", str(other), "--allow-changed-data"]) == 0
     out = capsys.readouterr().out
     assert "note: the threshold is 0.5, for the run's folder has no threshold for this network" in out
     assert "keeps no classifier of pixels" in out and "logistic regression" not in out
