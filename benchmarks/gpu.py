@@ -154,11 +154,12 @@ def run(arguments: argparse.Namespace) -> None:
     chosen = [part for part in PARTS if part in (arguments.only or PARTS) and part not in left_out]
     if device.on_gpu:
         require_gpu()
-    builds = device.on_gpu and not arguments.no_build
-    measured = [part for part in chosen if part not in STAGES]
-    stages = [*chosen, *[_BUILD] * builds, *[_EAGER] * bool(measured)]
-    clock = Clock(60 * arguments.minutes, stages)
     with Results.opened(arguments.out, chosen, arguments.overwrite) as results:
+        chosen = [part for part in chosen if part not in results.finished]
+        builds = device.on_gpu and not arguments.no_build
+        measured = [part for part in chosen if part not in STAGES]
+        stages = [*chosen, *[_BUILD] * builds, *[_EAGER] * bool(measured)]
+        clock = Clock(60 * arguments.minutes, stages)
         red: list[str] = []
         failed: list[str] = []
         if builds:
@@ -297,6 +298,7 @@ class Measurement:
             self.results.checks[PROFILER] = {"profile": f"nothing of {'; '.join(missing)}"}
             self.results.save()
         else:
+            self.results.checks.pop(PROFILER, None)
             self.results.finish(PROFILER)
 
     def _compiled(self, cases: Sequence[Case]) -> None:
@@ -323,6 +325,7 @@ class Measurement:
             self.results.checks[COMPILED] = {"compiled forms": f"no time for {'; '.join(left_out)}"}
             self.results.save()
         else:
+            self.results.checks.pop(COMPILED, None)
             self.results.finish(COMPILED)
 
     def tell(self, text: str) -> None:
@@ -359,7 +362,11 @@ class Measurement:
         if not self.device.on_gpu:
             return Budget(compile=compile)
         # A form that hangs may not take the time of what comes after.
-        return Budget(race=0.05, final=0.3, limit=min(60.0, self.clock.left() + 10), compile=compile)
+        return Budget(race=0.05, final=0.3, limit=60, until=self.clock.stage_end + 10, compile=compile)
+
+    def _limit(self) -> float:
+        """Seconds for what is not to take the time of the stages after this one."""
+        return min(120.0, max(self.clock.left(), 10.0)) if self.device.on_gpu else 120.0
 
     def _compile_ahead(self, todo: Sequence[tuple[Case, str]]) -> None:
         """Compile the forms of all cases, some at a time, into torch's cache on the disk: one after the other they
@@ -374,7 +381,8 @@ class Measurement:
             names = [form.name for form in forms.contestants(case) if form.kind == "compiled"]
             # What does not compile says so when it is timed.
             with suppress(worker.MeasurementError, worker.OutOfMemory, worker.TooSlow):
-                for _ in worker.events(race.warm, case, direction, names, self.device, limit=90):
+                left = max(end - time.perf_counter(), 1.0)
+                for _ in worker.events(race.warm, case, direction, names, self.device, limit=min(90.0, left)):
                     if time.perf_counter() > end:
                         return
 
@@ -430,7 +438,7 @@ class Measurement:
         if key not in self.gates:
             self.gates[key] = ""
             try:
-                list(worker.events(gate.check_all, [case], self.device, limit=120))
+                list(worker.events(gate.check_all, [case], self.device, limit=self._limit()))
             except gate.GateError as error:
                 self.gates[key] = str(error)
             except BaseException:
@@ -462,7 +470,7 @@ class Measurement:
         self.results.steps = []
         try:
             measured = worker.events(
-                training_step.measure, preset, steps, training_step.ROUTINGS, ways, self.device, limit=120
+                training_step.measure, preset, steps, training_step.ROUTINGS, ways, self.device, limit=self._limit()
             )
             for row in measured:
                 self.results.steps.append(row)

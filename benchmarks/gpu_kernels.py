@@ -77,7 +77,8 @@ def look_inside(results: Results, device: Device, limit: float) -> None:
         results.finish(NCU)
         return
     start, missing = time.perf_counter(), []
-    for case in (c for c in for_gpus(CASES) if str(c) in NCU_CASES):
+    there = {(row["shape"], row["routing"]) for row in results.kernels if row["source"] == NCU}
+    for case in (c for c in for_gpus(CASES) if str(c) in NCU_CASES and (c.shape.name, c.label) not in there):
         left = limit - (time.perf_counter() - start)
         if left < _LEAST:
             missing.append(str(case))
@@ -87,15 +88,19 @@ def look_inside(results: Results, device: Device, limit: float) -> None:
             report = Path(folder) / "ncu.csv"
             command = ncu_command(path, case, report)
             done = run_program(command, left, results.log, f"ncu: {case}")
-            rows = read_ncu(report.read_text(errors="replace") if report.exists() else "", case)
+            text = report.read_text(errors="replace") if report.exists() else ""
+        rows = read_ncu(text, case)
         if not rows:
-            outcomes[f"{name}, {case}"] = f"nothing (exit status {done.status}): {last_line(done.output)}"
+            with results.log.open("a", encoding="utf-8") as log:
+                log.write(text)
+            outcomes[f"{name}, {case}"] = f"nothing (exit status {done.status}): {last_line(done.output + text)}"
         results.kernels = [*results.kernels, *rows]
         results.save()
     if missing:
         outcomes[name] = f"no time for {'; '.join(missing)}"
         results.save()
     else:
+        outcomes.pop(name, None)
         results.finish(NCU)
 
 

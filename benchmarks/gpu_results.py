@@ -80,10 +80,10 @@ class Results:
     @staticmethod
     @contextmanager
     def opened(path: Path, parts: Sequence[str], overwrite: bool) -> Iterator[Results]:
-        """The folder, for a run of these parts alone. What a run that was cut off has measured of them stays.
+        """The folder, for a run of these parts alone. What another run has measured of them stays.
 
-        Raises OutputError: another program's results are there, or one of the parts, and it is not to be overwritten;
-        or another run writes there; or the folder cannot be written. DataError: as `read`.
+        Raises OutputError: another program's results are there, or all of the parts, and these are not to be
+        overwritten; or another run writes there; or the folder cannot be written. DataError: as `read`.
         """
         with output_errors(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,7 @@ class Results:
             if files and "finished" not in results.environment:
                 raise OutputError(f"{path} holds {files[0]} of another program; name another folder with --out")
             present = [part for part in parts if part in results.finished]
-            if present and not overwrite:
+            if len(present) == len(parts) and not overwrite:
                 raise OutputError(
                     f"{path} holds results of {', '.join(present)}; --overwrite replaces them, --only chooses others"
                 )

@@ -45,11 +45,13 @@ _HOPELESS_THINNED = 1.5
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds: for a form in the race, for a finalist, and after which a silent process is given up."""
+    """Seconds: for a form in the race, for a finalist, and after which a silent process is given up. until: when, by
+    time.perf_counter, nothing more is begun again after a form that took its process along."""
 
     race: float = 0.5
     final: float = 4.0
     limit: float = 150.0
+    until: float = math.inf
     compile: bool = True
 
 
@@ -91,10 +93,10 @@ def run(
     while True:
         timings: list[Timing] = []
         current = ""
+        excluded = sorted({*out, *without})
+        limit = min(budget.limit, max(budget.until - time.perf_counter(), 1.0))
         try:
-            for event in worker.events(
-                contest, case, direction, budget, sorted({*out, *without}), *where, limit=budget.limit
-            ):
+            for event in worker.events(contest, case, direction, budget, excluded, *where, limit=limit):
                 if isinstance(event, Timing):
                     timings.append(event)
                 else:
@@ -103,10 +105,10 @@ def run(
         except (worker.OutOfMemory, worker.TooSlow, worker.Broken) as end:
             reasons = {
                 worker.OutOfMemory: (OUT_OF_MEMORY, "the process was killed"),
-                worker.TooSlow: (TOO_SLOW, f"no result within {budget.limit:.0f} s"),
+                worker.TooSlow: (TOO_SLOW, f"no result within {limit:.0f} s"),
             }
             status, reason = reasons.get(type(end), (FAILED, str(end)))
-            if current in ("", CAPSOPS) or current in out:
+            if current in ("", CAPSOPS) or current in out or time.perf_counter() > budget.until:
                 what = status if status != FAILED else reason
                 raise worker.MeasurementError(f"{case}, {direction}: {current or 'the inputs'}: {what}") from None
             out[current] = Timing(current, _role(current, chosen), case.shape.N, status=status, reason=reason)

@@ -62,6 +62,8 @@ def differentiable(library: torch.library.Library, name: str, results: int, batc
         wanted = wanted[:gradients]
         last = (wanted,) if gradients > 1 else ()
         args = (*g, *ctx.saved_tensors, *ctx.options, *last)
+        if forward_ad._current_level >= 0:
+            _refuse_tangents(f"{name}_backward", args)
         # With create_graph, also its own autograd kernel is asked, which refuses to be differentiated.
         found = gradient(*args) if torch.is_grad_enabled() else _call_below_autograd(gradient, None, args)
         if gradients == 1:

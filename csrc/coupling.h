@@ -234,8 +234,8 @@ template <class A, class Row> CAPSOPS_HOST_DEVICE inline Length<A> length(const 
     A largest = 0;
     for (int64_t d = 0; d < dim; ++d) {
         const A magnitude = std::fabs(s[d]);
-        // Written so that a NaN among the numbers is kept.
-        if (!(magnitude <= largest)) largest = magnitude;
+        // A NaN is kept: no number is greater.
+        if (magnitude > largest || magnitude != magnitude) largest = magnitude;
     }
     if (!(largest > A(0)) || std::isinf(largest)) return {largest, A(1)};
     const A ratio = std::sqrt(long_sum<A>(dim, [&](int64_t d) {

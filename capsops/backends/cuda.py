@@ -10,6 +10,7 @@ from functools import cache
 import torch
 
 from . import extension
+from ._compiling import constant_when_compiled
 from .extension import *  # noqa: F403
 
 DEVICE_TYPE = "cuda"
@@ -29,6 +30,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @cache
+@constant_when_compiled
 def unfit(index: int) -> str | None:
     """Why the kernels that were built do not run on a GPU, or None if they do."""
     architectures = extension._C.cuda_architectures

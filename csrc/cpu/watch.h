@@ -27,7 +27,8 @@ class Watch {
     bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
 
     void finish() {
-        if (stop_ && stop_()) stopped_.store(true, std::memory_order_relaxed);
+        // Once more, unless it has said yes: what its handlers raised is still to be reported.
+        if (!stopped() && stop_ && stop_()) stopped_.store(true, std::memory_order_relaxed);
         if (stopped()) throw Interrupted();
     }
 

@@ -6,6 +6,7 @@ programs small enough that there are several of each; the CUDA kernels are then 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 import os
@@ -441,3 +442,14 @@ def test_what_is_chosen() -> None:
     assert capsops.dynamic_routing(u, weight).device == u.device
     with pytest.raises(ValueError, match="they must be on one device"):
         capsops.dynamic_routing(u, weight.cpu())
+
+
+@by_backend
+def test_compiled_into_one_graph(backend: str) -> None:
+    """The compiler must not look into the choice of a backend, which asks the machine."""
+    s = torch.randn(2, 5).to(device_of(backend))
+    COMPILED[backend].unfit.cache_clear()
+    triton._installed.cache_clear()
+    with contextlib.nullcontext() if GPU else capsops.use_backend(backend):
+        got = torch.compile(capsops.squash, fullgraph=True, backend="eager")(s)
+        torch.testing.assert_close(got, capsops.squash(s))

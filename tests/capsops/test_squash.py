@@ -187,6 +187,11 @@ def test_nan_is_not_hidden(backend: str) -> None:
     assert torch.isfinite(v[0]).all()
     assert v[1].isnan().all()
     assert v[2].isnan().all()
+    for place in range(3):  # with nothing but zeros after it
+        s = torch.zeros(1, 3)
+        s[0, place] = float("nan")
+        with capsops.use_backend(backend):
+            assert capsops.squash(s).isnan().all()
 
 
 @by_kind

@@ -265,3 +265,19 @@ def test_a_second_derivative_outside_of_a_transform(routing: Routing) -> None:
     inner = grad(_loss(routing))(leaves)
     with pytest.raises(RuntimeError, match="differentiated twice"):
         inner[routing.capsules].sum().backward()
+
+
+def test_a_tangent_that_arrives_with_a_gradient_is_refused() -> None:
+    """In the backward of a call that had none."""
+    s = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+
+    def run() -> torch.Tensor | None:
+        with torch.autograd.forward_ad.dual_level():
+            factor = torch.autograd.forward_ad.make_dual(torch.ones_like(s), torch.ones_like(s))
+            (g,) = torch.autograd.grad((capsops.squash(s) * factor).sum(), s)
+            return torch.autograd.forward_ad.unpack_dual(g).tangent
+
+    with pytest.raises(RuntimeError, match="no forward-mode derivative"):
+        run()
+    with capsops.use_backend("reference"):
+        assert run() is not None

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ...dtypes import FLOATING, accumulation_dtype
 from .. import reference
+from .._compiling import constant_when_compiled
 from . import wide_attention
 from .gaussians import Gaussians, expect_backward, maximise, maximise_backward
 
@@ -48,6 +49,7 @@ _MOST_MIXED = 64
 
 
 @cache
+@constant_when_compiled
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
@@ -69,6 +71,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 @cache
+@constant_when_compiled
 def unfit(device: torch.device) -> str | None:
     """Why Triton does not compile for a GPU, or None if it does."""
     if not getattr(torch, device.type).is_available():
