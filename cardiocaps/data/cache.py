@@ -32,6 +32,7 @@ from cardiocaps.data.measurements import Problem, refuse_many, summarise
 from cardiocaps.data.video import (
     MAX_FRAMES,
     MAX_SIDE,
+    READER_VERSION,
     READERS,
     RESIZE_VERSION,
     Header,
@@ -163,9 +164,9 @@ def build(
         try:
             entry = _examine(path, known.get(path), headers)
             numbers = choose_frames(entry.header.frames, frames_per_clip, frame_choice)
-            settings = f"{entry.sha256} {frame_choice} {frames_per_clip} {size} {RESIZE_VERSION}"
-            if entry.header.reader > 1:
-                settings += f" {entry.header.reader}"
+            # decord takes damaged videos that PyAV refuses: who asks for PyAV must not meet frames of decord's.
+            by = "decord" if reader == "decord" and entry.header.is_plain else READER_VERSION
+            settings = f"{entry.sha256} {frame_choice} {frames_per_clip} {size} {RESIZE_VERSION} {by}"
             file = folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:40]}.npy"
             shape = (len(numbers), 3, size, size)
             if not _intact(file, shape):

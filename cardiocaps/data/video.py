@@ -38,6 +38,7 @@ MAX_SECONDS = 300.0  # for one pass through a video; the largest allowed takes a
 READERS = ("pyav", "decord")
 MIN_FRAME_BYTES = 4  # even an empty frame costs a length field in AVI and in MP4
 RESIZE_VERSION = 1  # part of the cache key: raise it when `resize` returns other pixels
+READER_VERSION = 2  # likewise: raise it when PyAV's reader gives other frames, or refuses videos that it took
 
 # Codecs whose decoders tell damage, or with which a damaged frame leaves the others alone.
 CODECS = ("mjpeg", "h264", "mpeg4", "png", "ffv1", "rawvideo")
@@ -91,11 +92,6 @@ class Header:
     def is_plain(self) -> bool:
         """Whether it has EchoNet's own form, of which every reader gives the same frames."""
         return self.form == "avi mjpeg" and not self.claimed and self.height % 2 == 0
-
-    @property
-    def reader(self) -> int:
-        """Part of the cache key: 2 for those videos of which the first version of this reader gave other frames."""
-        return 1 if self.is_plain else 2
 
 
 def allowed_name(name: str) -> bool:

@@ -24,6 +24,7 @@ from .sample_videos import (
     cut,
     encode,
     measurement,
+    overwrite,
     picture,
     remux,
     split_of,
@@ -40,7 +41,7 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the videos that are decoded from here on."""
     names: list[str] = []
     read_frames = cache.read_frames
-    monkeypatch.setattr(cache, "read_frames", lambda p, i, s: names.append(p.stem) or read_frames(p, i, s))
+    monkeypatch.setattr(cache, "read_frames", lambda p, *rest: names.append(p.stem) or read_frames(p, *rest))
     return names
 
 
@@ -138,14 +139,27 @@ def test_other_settings_have_other_files(shared_folder: Path, tmp_path: Path) ->
     assert cached.numbers[study.clips[0].path].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_another_resize_has_other_files(
-    shared_folder: Path, tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("version", ["RESIZE_VERSION", "READER_VERSION"])
+def test_another_version_has_other_files(
+    version: str, shared_folder: Path, tmp_path: Path, decoded: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = read_folder(shared_folder)
     cache.build(study, folder=tmp_path, **OPTIONS)
-    monkeypatch.setattr(cache, "RESIZE_VERSION", 99)
+    monkeypatch.setattr(cache, version, 99)
     cache.build(study, folder=tmp_path, **OPTIONS)
     assert len(decoded) == 16
+
+
+def test_frames_of_decord_are_not_taken_for_those_of_pyav(tmp_path: Path) -> None:
+    study = read_folder(write_folder(tmp_path / "root", 16))
+    damaged = study.clips[2]
+    place = damaged.path.read_bytes().index(b"\xff\xda", damaged.path.stat().st_size // 2) + 100
+    overwrite(damaged.path, place, bytes(512))
+    options = OPTIONS | {"folder": tmp_path / "cache", "max_bad_share": 0.1}
+    assert damaged in cache.build(study, reader="decord", **options).study.clips, "decord says nothing of damage"
+    strict = cache.build(study, **options).study
+    assert damaged not in strict.clips and [problem.where for problem in strict.problems] == [damaged.name]
+    assert damaged in cache.build(study, reader="decord", **options).study.clips
 
 
 def test_a_changed_video_is_decoded_anew(tmp_path: Path, decoded: list[str]) -> None:
