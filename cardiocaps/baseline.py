@@ -77,4 +77,4 @@ def predict_pixels(classifier: PixelClassifier, data: EchoDataModule, split: str
 
     pixels, label, clip = data.pixels(split, PIXEL_SIDE)
     out = {"probability": classifier.probability(pixels), "label": label, "clip": clip}
-    return Predictions.of(out, data.clips(split))
+    return Predictions.of(out, data.clips(split), data.study.group_kind)

@@ -42,3 +42,8 @@ def printable(text: object) -> str:
     direction of writing, bytes that are no text.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
+
+
+def plural(noun: str) -> str:
+    """Of what results are counted by: videos, frames, patients, studies."""
+    return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"

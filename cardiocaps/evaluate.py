@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cardiocaps.baseline import PIXEL_SIDE
 from cardiocaps.config import CommandLine, TrainConfig, options, read_run
-from cardiocaps.errors import CheckpointError, printable
+from cardiocaps.errors import CheckpointError, plural, printable
 from cardiocaps.program import Interruption, execute, say
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def predict(trainer: Trainer, network: Classifier, data: EchoDataModule, split: 
     out: dict[str, Any] = {name: torch.cat([b[name].cpu() for b in batches]).numpy() for name in batches[0]}
     if not all(np.isfinite(out[name]).all() for name in ("probability", "regression") if name in out):
         raise CheckpointError("the network's output is not finite: its training diverged")
-    return Predictions.of(out, data.clips(split))
+    return Predictions.of(out, data.clips(split), data.study.group_kind)
 
 
 METRIC_NAMES = {
@@ -150,8 +150,8 @@ MODEL_NAMES = {
 TARGET_UNITS = {"width": "cm", "ef": "percentage points"}
 """Of the errors of a regression: two ejection fractions, in percent, differ by percentage points."""
 INTERVALS = {
-    "bootstrap": "the middle 95 % of the resamples of videos, or of patients where the table names them, within each "
-    "class",
+    "bootstrap": "the middle 95 % of the resamples of videos, or of the patients or studies that the table names, "
+    "within each class",
     "exact": "Clopper and Pearson 1934: of samples, or of groups where these hold several and are all right or all "
     "wrong; for an AUROC of 0 or 1, of disjoint pairs of a normal and an abnormal group",
     "no interval": "the reason stands in no_interval",
@@ -222,7 +222,7 @@ def _methods(reports: Sequence[Report]) -> str:
     from cardiocaps.metrics import BOOTSTRAP, EXACT, NO_INTERVAL
 
     used = {estimate.method for report in reports for estimate in report.metrics.values()}
-    drawn = f"{reports[0].groups} {reports[0].group_name}s"
+    drawn = f"{reports[0].groups} {plural(reports[0].group_name)}"
     means = {
         BOOTSTRAP: f"{BOOTSTRAP}: the middle of {reports[0].bootstrap:,} resamples of the {drawn}.",
         EXACT: f"{EXACT}: Clopper and Pearson; for an AUROC, of disjoint pairs.",
@@ -267,7 +267,7 @@ def print_means(runs: Sequence[tuple[Scores, Scores | None, TrainConfig]]) -> No
     rows = [(METRIC_NAMES[name], *(str(report.metrics[name]) for report in reports)) for name in METRICS]
     title = f"Mean over {len(runs)} runs ± standard deviation, decisions at each run's threshold"
     head = ("with 95 % interval" if config.bootstrap else "", network_name(config), PIXELS_NAME)
-    drawn = f"{runs[0][0].test.group_name}s"
+    drawn = plural(runs[0][0].test.group_name)
     caption = (
         f"bootstrap: the middle of {config.bootstrap:,} resamples of the {drawn} and the runs. exact: Clopper and "
         "Pearson; for an AUROC, of disjoint pairs. exact/bootstrap: at either end the farther of both."

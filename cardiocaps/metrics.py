@@ -34,6 +34,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cardiocaps.errors import plural
+
 THRESHOLD = 0.5
 """Abnormal where the probability is above it, unless another threshold is given: l1 / (l0 + l1) > 1/2 is l1 > l0."""
 
@@ -119,7 +121,7 @@ class Report:
             "n": self.n,
             "positives": self.positives,
             "groups": self.groups,
-            "drawn": f"{self.group_name}s",
+            "drawn": plural(self.group_name),
             "threshold": self.threshold,
             "metrics": {
                 name: {
@@ -588,8 +590,9 @@ def _published(p: Floats, y: Integers) -> dict[str, float]:
 
 
 def _few(strata: Mapping[str, Integers], count: int, group_name: str) -> list[str]:
+    groups = plural(group_name)
     return [
-        f"of {count} {group_name}s only {members.size} {kind}: bootstrap intervals are {_too_narrow(members.size)}"
+        f"of {count} {groups} only {members.size} {kind}: bootstrap intervals are {_too_narrow(members.size)}"
         for kind, members in strata.items()
         if _narrowness(members.size) >= _NARROW
     ]

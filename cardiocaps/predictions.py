@@ -18,14 +18,16 @@ if TYPE_CHECKING:
 
 UNITS = ("video", "frame")
 """What a sample of a result is: a video, or a frame where frames of one video are in every split."""
+GROUP_KINDS = ("patient", "study")
+"""What the table may name that has several videos: a patient, or a study, which is a patient's on one day."""
 
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
     """A system's probabilities of class 1 in one split, a row a frame: `probability` float64 [n] in [0, 1], `label`
     int64 [n] in {0, 1}, `clip` int64 [n], `video` n names; and, where known, `frame` int64 [n], its number in the
-    video, `patient` int64 [n], a number that videos of one patient share, and of a network that regresses `target` and
-    `regression` float64 [n] (the target NaN where it was not measured).
+    video, `patient` int64 [n], a number that videos of one patient share (or of one study, as `group_kind` says), and
+    of a network that regresses `target` and `regression` float64 [n] (the target NaN where it was not measured).
 
     Raises ValueError for other shapes and values, and for none at all.
     """
@@ -38,6 +40,7 @@ class Predictions:
     patient: Integers | None = None
     target: Floats | None = None
     regression: Floats | None = None
+    group_kind: str = GROUP_KINDS[0]
 
     def __post_init__(self) -> None:
         probability = np.asarray(self.probability, np.float64)
@@ -53,6 +56,8 @@ class Predictions:
                 object.__setattr__(self, name, _integers(getattr(self, name), n, name))
         if not np.isin(self.label, (0, 1)).all():
             raise ValueError(f"label: must be 0 or 1, are {np.unique(self.label)[:5].tolist()}")
+        if self.group_kind not in GROUP_KINDS:
+            raise ValueError(f"group_kind: must be one of {', '.join(GROUP_KINDS)}, is {self.group_kind!r}")
         object.__setattr__(self, "video", tuple(self.video))
         if len(self.video) != n:
             raise ValueError(f"video: must have {n} names, has {len(self.video)}")
@@ -64,8 +69,8 @@ class Predictions:
                 object.__setattr__(self, name, np.asarray(values, np.float64))
 
     @classmethod
-    def of(cls, out: Mapping[str, Any], clips: Sequence[Clip]) -> Predictions:
-        """From arrays [n] by name, `clip` counting `clips`."""
+    def of(cls, out: Mapping[str, Any], clips: Sequence[Clip], group_kind: str = "") -> Predictions:
+        """From arrays [n] by name, `clip` counting `clips`, whose patients are of the study's `group_kind`."""
         number = np.asarray(out["clip"])
         patient = _patients(clips)
         return cls(
@@ -74,6 +79,7 @@ class Predictions:
             number,
             tuple(clips[i].name for i in number),
             patient=None if patient is None else patient[number],
+            group_kind=group_kind or GROUP_KINDS[0],
             **{name: out[name] for name in ("frame", "target", "regression") if name in out},
         )
 
@@ -85,7 +91,7 @@ class Predictions:
     @property
     def group_name(self) -> str:
         """What the bootstrap draws as a whole."""
-        return "video" if self.patient is None else "patient"
+        return "video" if self.patient is None else self.group_kind
 
     def samples(self, unit: str) -> tuple[Floats, Integers, NDArray[Any]]:
         """Probability [m], label [m] and group [m] (the patient's number, or the video's name) of the videos or the
@@ -98,7 +104,7 @@ class Predictions:
     def frame_rows(self) -> list[dict[str, Any]]:
         """A row a frame."""
         columns = {
-            name: getattr(self, name)
+            self.group_kind if name == "patient" else name: getattr(self, name)
             for name in ("video", "clip", "patient", "frame", "target", "regression", "label", "probability")
         }
         return _rows(columns)
@@ -111,7 +117,7 @@ class Predictions:
         columns = {
             "video": [self.video[i] for i in first],
             "clip": self.clip[first],
-            "patient": None if self.patient is None else self.patient[first],
+            self.group_kind: None if self.patient is None else self.patient[first],
             "frames": np.unique(self.clip, return_counts=True)[1],
             "target": None if self.target is None else self.target[first],
             "regression": None if self.regression is None else mean_by(self.regression, self.clip),

@@ -27,7 +27,7 @@ from cardiocaps.data.measurements import (
     summarise,
 )
 from cardiocaps.data.video import Header, VideoError, regular_file
-from cardiocaps.errors import ConfigError, DataError, printable
+from cardiocaps.errors import ConfigError, DataError, plural, printable
 
 PROTOCOLS = ("video", "paper")
 SPLIT_RULES = ("auto", "column", "stratified", "frames")
@@ -110,7 +110,7 @@ class Study:
         names = {clip.name: clip for clip in self.clips}
         groups = {name: clip.patient or name for name, clip in names.items()}
         apart = splits.divided({name: clip.split for name, clip in names.items()}, groups)
-        of = f"{len(set(groups.values()))} {_plural(self.group_kind)} of the column {self.group_column}"
+        of = f"{len(set(groups.values()))} {plural(self.group_kind)} of the column {self.group_column}"
         said = f"{len(apart)} of {of} stand in several splits" if apart else f"each of {of} stands in one split"
         return f"{said}; the table names no patients: {unknown}" if self.group_kind == "study" else said
 
@@ -276,7 +276,7 @@ def _locate(
             if len(paths) != 1:
                 raise VideoError(f"several files: {len(paths)} of this name" if paths else "no video file")
             if len({row.group for row in rows} - {0}) > 1:
-                raise VideoError(f"its rows name several {_plural(table.group_kind)}")
+                raise VideoError(f"its rows name several {plural(table.group_kind)}")
             path = regular_file(paths[0], root, follow_links)
             if path in names:
                 raise VideoError(f"a link to the file of another video: {names[path]}")
@@ -314,17 +314,13 @@ def _refuse_divided(chosen: Mapping[str, str], patients: Mapping[str, str], tabl
     if not apart:
         return
     one, other = apart[0]
-    kinds = _plural(table.group_kind)
+    kinds = plural(table.group_kind)
     total = len({patients[name] for name in chosen})
     raise DataError(
         f"{FILE_NAME}: its split divides {len(apart)} of {total} {kinds} (column {table.group_column}), as one with the"
         f" videos {one} in {chosen[one]} and {other} in {chosen[other]}; --split stratified keeps the {kinds} whole,"
         " --allow-split-patients takes the split as it is"
     )
-
-
-def _plural(kind: str) -> str:
-    return {"patient": "patients", "study": "studies"}[kind]
 
 
 def _backwards(name: str, rows: Iterable[Row]) -> Problem | None:

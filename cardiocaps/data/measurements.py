@@ -352,8 +352,8 @@ def _find_group(header: Sequence[str], file: str, wanted: str | None) -> tuple[i
             raise ConfigError(f"group_column is {printable(wanted)}; expected a column of {file}, which has none of it")
         if len(places) > 1:
             raise DataError(f"{file}: column {printable(wanted)} stands there {len(places)} times")
-        return places[0], "patient"
-    plain = [re.sub(r"[\s_-]", "", name[:_LONGEST_TYPE]).lower() for name in header]
+        return places[0], "study" if _plain(wanted) in _GROUPS["study"] else "patient"
+    plain = [_plain(name) for name in header]
     for kind, names in _GROUPS.items():
         places = [place for place, name in enumerate(plain) if name in names]
         if len(places) > 1:
@@ -362,6 +362,11 @@ def _find_group(header: Sequence[str], file: str, wanted: str | None) -> tuple[i
         if places:
             return places[0], kind
     return None, ""
+
+
+def _plain(column: str) -> str:
+    """A column's name as `_GROUPS` spells it."""
+    return re.sub(r"[\s_-]", "", column[:_LONGEST_TYPE]).lower()
 
 
 def _unused(calc: str, value: str, frame: str) -> str:

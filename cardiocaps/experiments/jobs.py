@@ -167,6 +167,7 @@ def _pixels(job: Job, config: TrainConfig, data: EchoDataModule, watch: Watch) -
                     "clip": pixels[split][2],
                 },
                 data.clips(split),
+                data.study.group_kind,
             )
             for split in ("val", "test")
         }

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from cardiocaps.errors import ConfigError
 from cardiocaps.files import write_json
 from cardiocaps.metrics import decision_threshold
-from cardiocaps.predictions import UNITS, Predictions, write_predictions
+from cardiocaps.predictions import GROUP_KINDS, UNITS, Predictions, write_predictions
 from cardiocaps.run_folder import RunFolder
 
 _KIND = "cardiocaps result"
@@ -117,13 +117,15 @@ def _read_predictions(path: Path, rows: int) -> Predictions:
             raise ConfigError(f"{path} is damaged: it has {len(table)} rows, {_NAME} says {rows}")
         if any(None in row or None in row.values() for row in table):
             raise ConfigError(f"{path} is damaged: not all of its rows have the same number of columns")
+        kind = next((kind for kind in GROUP_KINDS if table and kind in table[0]), None)
         return Predictions(
             probability=np.array([float(row["probability"]) for row in table]),
             label=_whole(row["label"] for row in table),
             clip=_whole(row["clip"] for row in table),
             video=tuple(row["video"] for row in table),
             frame=_whole(row["frame"] for row in table) if table and "frame" in table[0] else None,
-            patient=_whole(row["patient"] for row in table) if table and "patient" in table[0] else None,
+            patient=_whole(row[kind] for row in table) if kind else None,
+            group_kind=kind or GROUP_KINDS[0],
         )
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error

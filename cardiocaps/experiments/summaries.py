@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from cardiocaps.config import TrainConfig
+from cardiocaps.errors import plural
 from cardiocaps.experiments.reported import Reported, reported
 from cardiocaps.experiments.results import Result
 from cardiocaps.metrics import MeanEstimate, RunsReport, evaluate_runs, expected_calibration_error
@@ -31,7 +32,7 @@ class Summary:
 
     row: Row
     unit: str  # what a sample is: "video" or "frame"
-    drawn: str  # what the bootstrap draws: "video" or "patient"
+    drawn: str  # what the bootstrap draws: "video", "patient" or "study"
     thresholds: tuple[float, ...]  # of each result
     report: RunsReport  # by the unit, decisions at the thresholds
     published: RunsReport  # by frame, decisions at 0.5
@@ -108,7 +109,7 @@ def summarise(row: Row, exhibit: str, bootstrap: int) -> Summary:
     notes += [f"{name} has no interval: {reason}" for name, reason in report.no_interval.items()]
     notes += report.notes
     if not report.paired:
-        notes.append(f"the seeds were tested on different {drawn}s, which were resampled by themselves")
+        notes.append(f"the seeds were tested on different {plural(drawn)}, which were resampled by themselves")
     if row.error:
         notes.append(f"only {len(row.results)} of the seeds: {row.error}")
     tests = [result.test for result in row.results]

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.errors import ConfigError
+from cardiocaps.errors import ConfigError, plural
 from cardiocaps.evaluate import DISCLAIMER, METRIC_NAMES, PAPER_NAMES
 from cardiocaps.experiments.exhibits import Exhibit
 from cardiocaps.experiments.reported import BINARY_F1, CONFUSION_OF, LAMBDAS, ON, reported
@@ -228,7 +228,7 @@ def _how(summaries: Sequence[Summary], bootstrap: int) -> str:
 
 def _methods(summaries: Sequence[Summary], bootstrap: int) -> str:
     """What the names of methods in the cells mean."""
-    drawn = _and(list(dict.fromkeys(f"{s.drawn}s" for s in summaries)))
+    drawn = _and(list(dict.fromkeys(plural(s.drawn) for s in summaries)))
     text = f": bootstrap, the middle of {bootstrap:,} resamples of the test {drawn}"
     if any(s.seeds > 1 for s in summaries):
         text += " and of the seeds"

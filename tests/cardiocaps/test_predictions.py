@@ -15,12 +15,12 @@ def _clips(*patients: str | None) -> list[Any]:
     return [SimpleNamespace(name=f"video {i}", patient=patient) for i, patient in enumerate(patients)]
 
 
-def _of(*patients: str | None) -> Predictions:
+def _of(*patients: str | None, kind: str = "") -> Predictions:
     """Two frames of each clip, every other clip abnormal."""
     clip = np.repeat(np.arange(len(patients)), 2)
     out = {"clip": clip, "label": clip % 2, "probability": 0.2 + 0.3 * (clip % 2) + 0.1 * (np.arange(clip.size) % 2)}
     extra = {"frame": np.arange(clip.size) % 2, "target": clip.astype(np.float32), "regression": clip + 0.5}
-    return Predictions.of({**out, **extra}, _clips(*patients))
+    return Predictions.of({**out, **extra}, _clips(*patients), kind)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,7 @@ def _of(*patients: str | None) -> Predictions:
         ({"label": np.array([0, 3])}, "label: must be 0 or 1"),
         ({"label": np.array([0.0, 1.0])}, "label: must be integers"),
         ({"clip": np.array([0])}, r"clip: must be integers \[2\], is int64 \[1\]"),
+        ({"group_kind": "ward"}, "group_kind: must be one of patient, study, is 'ward'"),
         ({"video": ("a",)}, "video: must have 2 names, has 1"),
     ],
 )
@@ -53,6 +54,15 @@ def test_the_bootstrap_draws_patients_where_they_are_known() -> None:
     report = evaluate(*known.samples("video"), bootstrap=20, group_name=known.group_name)
     assert report.groups == 3 and "of 3 patients only" in report.notes[0]
     assert report.as_dict()["drawn"] == "patients"
+
+
+def test_studies_are_called_so(tmp_path: Path) -> None:
+    known = _of("1", "1", "2", kind="study")
+    report = evaluate(*known.samples("video"), bootstrap=20, group_name=known.group_name)
+    assert report.as_dict()["drawn"] == "studies" and "of 2 studies only" in report.notes[0]
+    write_predictions(RunFolder(tmp_path), known, None, 0.5)
+    for path in tmp_path.iterdir():
+        assert ",study," in path.read_text().splitlines()[0] and "patient" not in path.read_text()
 
 
 def test_what_is_written_names_no_patient(tmp_path: Path) -> None:

@@ -268,7 +268,7 @@ def test_a_column_that_says_the_same_of_all_is_not_used(tmp_path: Path) -> None:
     assert study.group_column is None and {clip.patient for clip in study.clips} == {None}
     assert found(study, "column study") == ["not used, for it says the same of all videos"]
     assert "the table names no patients" in study.summary()
-    with pytest.raises(DataError, match="its split divides 1 of 1 patients"):
+    with pytest.raises(DataError, match="its split divides 1 of 1 studies"):
         read_folder(root, group_column="study")
 
 

@@ -335,6 +335,8 @@ def test_which_column_names_the_patients(tmp_path: Path) -> None:
     assert (table.group_column, [row.group for row in table.rows]) == ("PatientID", [1, 1])  # the coarser one
     table = groups(tmp_path, {**two, "Person": ["U", "V"]}, group_column="Person")
     assert (table.group_column, table.group_kind, [row.group for row in table.rows]) == ("Person", "patient", [1, 2])
+    table = groups(tmp_path, two, group_column="study")
+    assert (table.group_column, table.group_kind, [row.group for row in table.rows]) == ("study", "study", [1, 2])
     with pytest.raises(DataError, match="columns Patient and subject may each name the patient; choose with --group"):
         groups(tmp_path, {"Patient": ["A"], "subject": ["A"]})
     with pytest.raises(ConfigError, match=r"group_column is X\\x1b\[31m; expected a column of MeasurementsList.csv"):

@@ -16,6 +16,7 @@ def _assert_same(one: Predictions, other: Predictions) -> None:
         assert getattr(one, name).tolist() == getattr(other, name).tolist()
         assert getattr(one, name).dtype == getattr(other, name).dtype
     assert one.video == other.video
+    assert one.group_name == other.group_name
     for name in ("frame", "patient"):
         a, b = getattr(one, name), getattr(other, name)
         assert (a is None) == (b is None) and (a is None or a.tolist() == b.tolist())
@@ -29,6 +30,7 @@ def _assert_same(one: Predictions, other: Predictions) -> None:
         {"peak_memory": None, "device": "NVIDIA H100"},
         {"test": replace(predictions(1), frame=None)},
         {"test": replace(predictions(1), patient=predictions(1).clip // 2)},
+        {"test": replace(predictions(1), patient=predictions(1).clip // 2, group_kind="study")},
     ],
 )
 def test_a_result_comes_back_as_it_was_written(changed: dict[str, Any], tmp_path: Path) -> None:

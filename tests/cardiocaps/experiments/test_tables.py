@@ -434,16 +434,17 @@ def test_what_is_certain_has_an_exact_interval_and_its_name(tmp_path: Path) -> N
     assert "| 1.000 ± 0.000 (0.692–1.000, exact) |" in (tmp_path / "README.md").read_text()
 
 
-def test_patients_are_drawn_where_they_are_known(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind, several", [("patient", "patients"), ("study", "studies")])
+def test_patients_are_drawn_where_they_are_known(tmp_path: Path, kind: str, several: str) -> None:
     def of_patients(seed: int) -> Predictions:
         split = predictions(seed)
-        return replace(split, patient=split.clip // 4)
+        return replace(split, patient=split.clip // 4, group_kind=kind)
 
     given = row("cardiocaps", "Ours")
     known = replace(given, results=tuple(replace(r, test=of_patients(r.seed)) for r in given.results))
     markdown, (cells,) = _write("table6", [known], tmp_path, bootstrap=300)
-    assert "resamples of the test patients and of the seeds, the same patients for every seed" in markdown
-    assert "of 10 patients only 10 have both labels: bootstrap intervals are about 18 % too narrow" in markdown
+    assert f"resamples of the test {several} and of the seeds, the same {several} for every seed" in markdown
+    assert f"of 10 {several} only 10 have both labels: bootstrap intervals are about 18 % too narrow" in markdown
     _, (alone,) = _write("table6", [given], tmp_path, bootstrap=300)
     assert cells["auroc"] == alone["auroc"] and cells["auroc_low"] != alone["auroc_low"]
 
