@@ -94,9 +94,15 @@ class Predictions:
         return "video" if self.patient is None else self.group_kind
 
     def samples(self, unit: str) -> tuple[Floats, Integers, NDArray[Any]]:
-        """Probability [m], label [m] and group [m] (the patient's number, or the video's name) of the videos or the
-        frames, whichever `unit` names."""
-        group = np.array(self.video) if self.patient is None else self.patient
+        """Probability [m], label [m] and group [m] (the video's name, or that of the patient's first video in order) of
+        the videos or the frames, whichever `unit` names. Runs that were tested on the same groups call them the same.
+        """
+        group = np.array(self.video)
+        if self.patient is not None:
+            # Not by the patients' numbers, which begin at 0 in every split.
+            patients = self.patient.tolist()
+            first = dict(sorted(zip(patients, self.video, strict=True), reverse=True))
+            group = np.array([first[patient] for patient in patients])
         if unit == "frame":
             return self.probability, self.label, group
         return *by_video(self.probability, self.label, self.clip), group[self._first_frames()]

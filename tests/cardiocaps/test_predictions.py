@@ -1,4 +1,5 @@
 import csv
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -6,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cardiocaps.metrics import evaluate
+from cardiocaps.metrics import evaluate, evaluate_runs
 from cardiocaps.predictions import Predictions, write_predictions
 from cardiocaps.run_folder import RunFolder
 
@@ -49,11 +50,24 @@ def test_the_bootstrap_draws_patients_where_they_are_known() -> None:
     assert by_video.patient is None and by_video.group_name == "video"
     assert by_video.samples("frame")[2].tolist() == [f"video {i}" for i in range(4) for _ in range(2)]
     assert known.group_name == "patient"
-    assert known.samples("video")[2].tolist() == [0, 0, 1, 2], "who has no name is a patient alone"
-    assert known.samples("frame")[2].tolist() == [0, 0, 0, 0, 1, 1, 2, 2]
+    whose = [f"video {i}" for i in (0, 0, 2, 3)]
+    assert known.samples("video")[2].tolist() == whose, "who has no name is a patient alone"
+    assert known.samples("frame")[2].tolist() == [name for name in whose for _ in range(2)]
     report = evaluate(*known.samples("video"), bootstrap=20, group_name=known.group_name)
     assert report.groups == 3 and "of 3 patients only" in report.notes[0]
     assert report.as_dict()["drawn"] == "patients"
+
+
+def test_runs_on_different_patients_are_not_paired() -> None:
+    one = _of("Ann", "Ann", "Bob", "Bob")
+    other = replace(one, video=tuple(f"other {name}" for name in one.video))
+    # The same patients whatever their numbers are, and in whatever order their videos stand.
+    order = np.arange(8)[::-1]
+    values = {name: getattr(one, name)[order] for name in ("probability", "label", "clip", "patient")}
+    again = Predictions(**{**values, "patient": 7 - values["patient"]}, video=tuple(one.video[i] for i in order))
+    for runs, paired in (((one, one), True), ((one, again), True), ((one, other), False)):
+        probabilities, labels, groups = zip(*(run.samples("video") for run in runs), strict=True)
+        assert evaluate_runs(probabilities, labels, groups, bootstrap=10).paired == paired
 
 
 def test_studies_are_called_so(tmp_path: Path) -> None:
