@@ -186,7 +186,7 @@ def _prepare(
                     raise
                 refused[_data_of(job)] = error
                 continue
-            folder.claim_data(Fingerprint.of(study).with_contents(data.contents()))
+            folder.claim_data(watched, Fingerprint.of(study).with_contents(data.contents()))
             said[_data_of(job)] = _described(watched, data)
     return said, {job.name: str(refused[_data_of(job)]) for job in jobs if _data_of(job) in refused}
 

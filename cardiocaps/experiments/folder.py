@@ -60,7 +60,7 @@ class ExperimentFolder:
 
     @property
     def data(self) -> Path:
-        """Of each protocol and split, the fingerprint of the data (`cardiocaps.data.fingerprint`)."""
+        """Of each protocol and setting of the split, the fingerprint of the data (`cardiocaps.data.fingerprint`)."""
         return self.path / "data"
 
     def job(self, key: str, seed: int) -> Path:
@@ -98,15 +98,16 @@ class ExperimentFolder:
                 "give these, or choose another --out"
             )
 
-    def claim_data(self, now: Fingerprint) -> None:
-        """Remember the fingerprint of a study that the experiments are about, or find it the same.
+    def claim_data(self, config: TrainConfig, now: Fingerprint) -> None:
+        """Remember the fingerprint of the study that jobs of this protocol and split are about, or find it the same.
 
         Raises:
             DataError: the data have changed since. ConfigError: what is remembered is damaged. OutputError.
         """
         from cardiocaps.data.fingerprint import read_fingerprint
 
-        file = self.data / f"{now.protocol}-{now.split_rule}.json"
+        # By the setting, not by what it comes to: a table that has lost its column of splits is no new study.
+        file = self.data / f"{config.protocol}-{config.split}.json"
         before = read_fingerprint(file)
         if before is None:
             found = self._read() or {}

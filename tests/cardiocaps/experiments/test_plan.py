@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from cardiocaps.config import TrainConfig, options
-from cardiocaps.errors import ConfigError
+from cardiocaps.data.fingerprint import Fingerprint
+from cardiocaps.errors import ConfigError, DataError
 from cardiocaps.experiments.__main__ import _as_typed, parser
 from cardiocaps.experiments.folder import ExperimentFolder
 from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED, LAMBDAS, SYSTEMS, configure, keys_of, trained_as
@@ -91,3 +92,15 @@ def test_a_folder_of_an_older_version_is_gone_on_with(tmp_path: Path) -> None:
     folder.claim(config)
     with pytest.raises(ConfigError, match=r"threshold is \{'IVSd': 1.2\}, was None"):
         folder.claim(replace(config, threshold={"IVSd": 1.2}))
+
+
+def test_a_table_that_lost_its_splits_is_not_taken_for_another_study(tmp_path: Path) -> None:
+    def fingerprint(split: str, rule: str) -> Fingerprint:
+        return Fingerprint({"a": (split, "0", "0", "-")}, {}, table="", protocol="video", split_rule=rule)
+
+    folder, config = ExperimentFolder(tmp_path), TrainConfig()
+    folder.claim_data(config, fingerprint("train", "column"))
+    folder.claim_data(config, fingerprint("train", "column"))
+    folder.claim_data(replace(config, split="frames"), fingerprint("mixed", "frames"))
+    with pytest.raises(DataError, match="are about: 1 video changed its split; choose another --out"):
+        folder.claim_data(config, fingerprint("test", "stratified"))
