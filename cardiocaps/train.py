@@ -188,7 +188,7 @@ def decode_for_run(
         say("note: this run kept no fingerprint of its data, as older versions did not: nobody knows if they changed")
     if before is not None and not allow_changed:
         _refuse_changes(before.differences(now), study, advice)  # the sooner the better
-    data = decode(config, machine, study)
+    data = decode(config, machine, study if before is None else before.as_used(study))
     now = now.with_contents(data.contents())
     changes = [] if before is None else before.differences(now)
     if not allow_changed:

@@ -4,6 +4,10 @@ For every video the split, the label, the targets and the file's bytes, under a 
 measured values are kept; but who already knows a name can find out whether it is among them, so the record is as
 confidential as predictions.csv. Patients are kept as which videos belong together, for a digest of a short identifier
 could be undone by trying all.
+
+A video that was left out when the run began, because it could not be decoded, has no bytes here. It is left out when
+the run goes on, too, whatever has become of it: it may have been the disk that failed. Only videos that the run was
+trained on or is judged by must be there and unchanged.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from cardiocaps.data.echonet import Clip, Study
-from cardiocaps.data.measurements import FILE_NAME
+from cardiocaps.data.measurements import FILE_NAME, Problem
 from cardiocaps.errors import ConfigError, printable
 
 _KIND, _VERSION = "cardiocaps data", 1
@@ -61,6 +65,16 @@ class Fingerprint:
     def with_contents(self, contents: Mapping[str, str]) -> Fingerprint:
         """The same, with the SHA-256 of the bytes of each video that could be decoded, by its name."""
         return replace(self, contents={_name_digest(name): sha256[:16] for name, sha256 in contents.items()})
+
+    def as_used(self, study: Study) -> Study:
+        """This study, read once more, without the videos that could not be used then, each with a note; any other study
+        as it is."""
+        if not self.contents or self.digest != Fingerprint.of(study).digest:
+            return study
+        unused = dict.fromkeys(clip.name for clip in study.clips if _name_digest(clip.name) not in self.contents)
+        notes = [Problem(name, "left out as it was at first: it could not be used then", True) for name in unused]
+        clips = tuple(clip for clip in study.clips if clip.name not in unused)
+        return replace(study, clips=clips, problems=(*study.problems, *notes))
 
     @cached_property
     def digest(self) -> str:
@@ -143,6 +157,9 @@ class Fingerprint:
 def read_fingerprint(path: Path) -> Fingerprint | None:
     """The fingerprint in a file; None where there is no such file. Raises ConfigError where it is damaged."""
     try:
+        # Anything else, a FIFO say, might be waited for.
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"cannot read {printable(path)}: it is no file")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from cardiocaps.data.echonet import Clip, Study
-from cardiocaps.data.fingerprint import Fingerprint
+from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
 from cardiocaps.data.labels import THRESHOLDS
 from cardiocaps.errors import ConfigError
 from cardiocaps.files import write_json
+
+from .sample_videos import within
 
 
 def _clip(name: str, split: str, label: int, width: float) -> Clip:
@@ -127,3 +130,28 @@ def test_damage_is_noticed(damage: Callable[[dict[str, object]], object], messag
 
 def test_the_same_digest_on_every_machine() -> None:
     assert Fingerprint.of(_study()).digest == "9816ab3e3f34da18"
+
+
+def test_what_was_left_out_at_first_is_left_out_again() -> None:
+    contents = {clip.name: f"{i:064x}"[::-1] for i, clip in enumerate(CLIPS)}
+    bad = CLIPS[1]
+    before = Fingerprint.of(_study()).with_contents({n: sha for n, sha in contents.items() if n != bad.name})
+    again = before.as_used(_study())
+    assert again.clips == (*CLIPS[:1], *CLIPS[2:])
+    assert [(problem.where, problem.harmless) for problem in again.problems] == [(bad.name, True)]
+    # What a run does: the study of the table, and the contents of what was decoded.
+    decoded = {clip.name: contents[clip.name] for clip in again.clips}
+    assert before.differences(Fingerprint.of(_study()).with_contents(decoded)) == []
+    lost = {name: sha for name, sha in decoded.items() if name != CLIPS[4].name}
+    now = Fingerprint.of(_study()).with_contents({**lost, CLIPS[0].name: "f" * 64})
+    assert before.differences(now) == ["1 video changed its content", "1 video can no longer be used"]
+    # Another study, and one of which nobody knows what was decoded, are left alone.
+    other = _study(_changed(0, label=1))
+    assert before.as_used(other) is other and Fingerprint.of(other).as_used(other) is other
+
+
+def test_a_fifo_in_its_place_is_not_waited_for(tmp_path: Path) -> None:
+    assert read_fingerprint(tmp_path / "data.json") is None
+    os.mkfifo(tmp_path / "data.json")
+    with within(5), pytest.raises(ConfigError, match=r"cannot read .*data\.json: it is no file"):
+        read_fingerprint(tmp_path / "data.json")
