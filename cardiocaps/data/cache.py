@@ -4,7 +4,8 @@ One ``.npy`` per video, uint8 [T, 3, S, S], read a frame at a time. Its name is 
 bytes and of the settings, so a changed video or setting never meets an old file. ``index.json`` remembers
 each video's size, time of change, hashes and header: a second run reads three small parts of each video. The files
 are pixels of the data set, as confidential as the videos: only their owner can read them, nor can anyone else look
-into a folder that is a cache and no more. Whatever else may lie in their place only costs the time to write them anew.
+into a folder that is a cache and no more. Whatever else may lie in their place only costs the time to write them anew,
+but for another user's files: to replace them would break that user's runs.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from cardiocaps.data.video import (
     read_frames,
     regular_file,
 )
-from cardiocaps.errors import ConfigError, DataError
+from cardiocaps.errors import ConfigError, DataError, OutputError, printable
 from cardiocaps.files import output_errors, remove_leftovers, replacing
 from cardiocaps.optional import needed
 from cardiocaps.parallel import cores, in_parallel
@@ -83,10 +84,10 @@ class Cached:
         """A cached frame, uint8 [3, S, S], by its place among those of the clip.
 
         Read, not mapped: a map for each of thousands of videos would take a file descriptor each, and what of it is in
-        memory would count as the program's.
+        memory would count as the program's. Raises OutputError where another user has replaced the file.
         """
         count = 3 * self.size**2
-        with self.files[clip.path].open("rb", buffering=0) as file:
+        with _own(self.files[clip.path]), self.files[clip.path].open("rb", buffering=0) as file:
             file.seek((index - len(self.numbers[clip.path])) * count, io.SEEK_END)
             return np.fromfile(file, np.uint8, count).reshape(3, self.size, self.size)
 
@@ -139,7 +140,7 @@ def build(
 
     Raises:
         DataError: too many unusable videos, or a split that is left without both classes.
-        OutputError: the cache cannot be written.
+        OutputError: the cache cannot be written, or has files of another user that cannot be read.
     """
     if size < 1:
         raise ConfigError(f"size must be at least 1, got {size}")
@@ -334,12 +335,28 @@ def _write(file: Path, content: bytes) -> None:
 
 
 @contextmanager
+def _own(file: Path) -> Iterator[None]:
+    """Raise OutputError where a file of the cache may not be opened."""
+    try:
+        yield
+    except PermissionError:
+        raise OutputError(
+            f"cache_dir is {printable(file.parent)}; expected a cache of your own, but {file.name} in it belongs to "
+            "another user; choose another folder with --cache-dir"
+        ) from None
+
+
+@contextmanager
 def _regular(file: Path) -> Iterator[BinaryIO | None]:
     """A regular file of the cache, closed to others if it is the user's; None where there is none, or a FIFO, a device
-    or a link, which are not waited for or followed."""
+    or a link, which are not waited for or followed. Raises OutputError where it is another user's and closed."""
     try:
         handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        if isinstance(error, PermissionError):
+            with _own(file):
+                if file.lstat().st_uid != os.geteuid():
+                    raise
         yield None
         return
     with os.fdopen(handle, "rb") as stream:

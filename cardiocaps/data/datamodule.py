@@ -25,7 +25,7 @@ from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from cardiocaps.data import cache, splits
 from cardiocaps.data.echonet import Clip, Study, read_folder
 from cardiocaps.data.views import base_side, draw_jitter, three_views
-from cardiocaps.errors import ConfigError, ResourceError
+from cardiocaps.errors import ConfigError, OutputError, ResourceError
 from cardiocaps.parallel import start_errors
 
 TARGETS = ("width", "ef")
@@ -132,13 +132,16 @@ class FrameLoader(DataLoader[dict[str, Any]]):
 @contextmanager
 def _worker_errors(workers: int) -> Iterator[None]:
     """Raise ResourceError where the machine lacks what loading in processes needs: processes, or the shared memory in
-    which they hand over their batches."""
+    which they hand over their batches. What a worker says of the cache, an OutputError, becomes one line again."""
     advice = "; --workers 0 loads in the main process"
     # One that could not be built is asked this by its own destructor.
     _MultiProcessingDataLoaderIter._shutdown = True
     try:
         with start_errors(f"{workers} workers that load data", advice):
             yield
+    except OutputError as error:
+        # torch puts the traceback of the worker before what it says.
+        raise OutputError(str(error).rstrip().rpartition("OutputError: ")[2]) from error
     except RuntimeError as error:
         if not workers or not any(sign in str(error) for sign in _SIGNS_OF_SHARED_MEMORY):
             raise

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import resource
@@ -349,6 +350,67 @@ def test_frames_are_for_their_owner_only(shared_folder: Path, tmp_path: Path) ->
         assert mode(folder) == 0o700 and {mode(file) for file in folder.iterdir()} == {0o600}
     finally:
         os.umask(old)
+
+
+@pytest.fixture
+def foreign(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """What another user owns alone, from here on. Stands in for a second user, which a test need not have."""
+    closed: list[Path] = []
+    opened, listed = os.open, Path.lstat
+
+    def opens(path: Path, *rest: int) -> int:
+        if path in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *rest)
+
+    def lists(path: Path) -> os.stat_result:
+        status = listed(path)
+        return os.stat_result((*status[:4], status.st_uid + (path in closed), *status[5:10]))
+
+    monkeypatch.setattr(os, "open", opens)
+    monkeypatch.setattr(Path, "lstat", lists)
+    return closed
+
+
+@pytest.mark.parametrize("which", ["index.json", "frames"])
+def test_another_users_file_is_not_replaced(
+    which: str, shared_folder: Path, tmp_path: Path, foreign: list[Path]
+) -> None:
+    study = read_folder(shared_folder)
+    cached = cache.build(study, folder=tmp_path, **OPTIONS)
+    file = tmp_path / "index.json" if which == "index.json" else cached.files[study.clips[3].path]
+    before = file.stat().st_ino
+    foreign.append(file)
+    with pytest.raises(OutputError, match=f"^cache_dir is .*{file.name} in it belongs to another user; .*--cache-dir$"):
+        cache.build(study, folder=tmp_path, **OPTIONS)
+    assert file.stat().st_ino == before
+
+
+def test_a_closed_file_of_ones_own_is_replaced(
+    shared_folder: Path, tmp_path: Path, foreign: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = read_folder(shared_folder)
+    file = cache.build(study, folder=tmp_path, **OPTIONS).files[study.clips[3].path]
+    foreign.append(file)
+    before = file.stat().st_ino
+    owner = file.lstat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner)
+    cache.build(study, folder=tmp_path, **OPTIONS)
+    assert file.stat().st_ino != before
+
+
+def test_frames_that_another_user_has_replaced_are_named(
+    shared_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = read_folder(shared_folder)
+    cached = cache.build(study, folder=tmp_path, **OPTIONS)
+
+    def denied(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", denied)
+    with pytest.raises(OutputError, match="in it belongs to another user"):
+        cached.frame(study.clips[0], 0)
 
 
 def test_a_folder_that_holds_other_things_stays_open(shared_folder: Path, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from cardiocaps.data import read_folder
+from cardiocaps.data import cache, read_folder
 from cardiocaps.data.datamodule import EchoDataModule, FrameSampler
-from cardiocaps.errors import ConfigError, DataError
+from cardiocaps.errors import ConfigError, DataError, OutputError
 
 from .sample_videos import measurement, split_of, write_folder, write_table
 
@@ -312,6 +312,20 @@ def _with_shared_memory(size: str, *command: str) -> subprocess.CompletedProcess
     return subprocess.run(
         ["unshare", "-Urm", "bash", "-c", inside, "bash", *command], capture_output=True, text=True, check=False
     )
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_what_a_worker_says_of_the_cache_is_one_line(
+    workers: int, shared_folder: Path, shared_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = module(shared_folder, shared_cache, num_workers=workers)
+
+    def refuses(*_: object) -> None:
+        raise OutputError("cache_dir is /x; expected a cache of your own")
+
+    monkeypatch.setattr(cache.Cached, "frame", refuses)
+    with pytest.raises(OutputError, match=r"^cache_dir is /x; expected a cache of your own$"):
+        next(iter(data.train_dataloader()))
 
 
 @pytest.mark.parametrize("size", ["4k", "256k"])
