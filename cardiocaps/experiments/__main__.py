@@ -180,7 +180,8 @@ def _prepare(
             try:
                 with machine_for(watched) as machine:
                     study = read_study(watched)
-                    data = decode(watched, machine, study)
+                    before = folder.known_data(watched)
+                    data = decode(watched, machine, study if before is None else before.as_used(study))
             except DataError as error:
                 if job is jobs[0]:
                     raise

@@ -104,23 +104,29 @@ class ExperimentFolder:
         Raises:
             DataError: the data have changed since. ConfigError: what is remembered is damaged. OutputError.
         """
-        from cardiocaps.data.fingerprint import read_fingerprint
-
-        # By the setting, not by what it comes to: a table that has lost its column of splits is no new study.
-        file = self.data / f"{config.protocol}-{config.split}.json"
-        before = read_fingerprint(file)
+        before = self.known_data(config)
         if before is None:
             found = self._read() or {}
             if "data" in found:
                 say(f"note: {self.path} was begun by an older version; nobody knows if its data have changed since")
             with output_errors(self.data):
                 self.data.mkdir(exist_ok=True)
-            write_json(file, now.as_dict())
+            write_json(self._data_file(config), now.as_dict())
         elif changes := before.differences(now):
             raise DataError(
                 f"data: not what the experiments in {printable(self.path)} are about: {', '.join(changes)}; choose "
                 "another --out"
             )
+
+    def known_data(self, config: TrainConfig) -> Fingerprint | None:
+        """What `claim_data` has remembered; None where it is nothing yet. Raises ConfigError where that is damaged."""
+        from cardiocaps.data.fingerprint import read_fingerprint
+
+        return read_fingerprint(self._data_file(config))
+
+    def _data_file(self, config: TrainConfig) -> Path:
+        # By the setting, not by what it comes to: a table that has lost its column of splits is no new study.
+        return self.data / f"{config.protocol}-{config.split}.json"
 
     def remember(self, command: str) -> tuple[str, ...]:
         """Every command that has written tables here, in the order of the first times; `command` is one of them now."""

@@ -64,8 +64,9 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
     Raises:
         CardioCapsError: see cardiocaps.errors. What was reached is saved, and another call goes on from there.
     """
+    from cardiocaps.experiments.folder import ExperimentFolder
     from cardiocaps.experiments.results import is_finished
-    from cardiocaps.files import exclusive
+    from cardiocaps.files import exclusive, write_json
     from cardiocaps.machine import machine_for
     from cardiocaps.run_folder import RunFolder
     from cardiocaps.train import decode_for_run, quiet, read_study
@@ -81,6 +82,10 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
         if not begun:
             yaml, paths = job.config.kept()
             folder.begin(yaml, machine.device, paths)
+            # All jobs go without what the first ones went without, whether it can be decoded by now or not.
+            known = ExperimentFolder(job.folder.parents[2]).known_data(job.config)
+            if known is not None:
+                write_json(folder.data, known.as_dict())
         data = decode_for_run(job.config, machine, folder, read_study(job.config), _OTHER_DATA, keep=True).data
         config = replace(job.config, resume=folder.path) if begun else job.config
         if begun:

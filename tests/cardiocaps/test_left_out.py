@@ -1,40 +1,54 @@
 """A video that cannot be decoded when a run begins, and can be when it goes on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from cardiocaps.config import TrainConfig
-from cardiocaps.data import cache
+from cardiocaps.data import Clip, cache
 from cardiocaps.data.fingerprint import read_fingerprint
 from cardiocaps.data.video import VideoError
 from cardiocaps.errors import DataError
+from cardiocaps.experiments import __main__ as program
+from cardiocaps.experiments import jobs
+from cardiocaps.experiments.folder import ExperimentFolder
+from cardiocaps.experiments.plan import SYSTEMS, configure
 from cardiocaps.machine import machine_for
+from cardiocaps.program import Interruption
 from cardiocaps.run_folder import RunFolder
 from cardiocaps.train import decode_for_run, read_study
 
 from .data.sample_videos import encode, picture, write_folder
 
 
-def test_a_run_goes_on_without_what_failed_when_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = RunFolder(tmp_path)
-    data = write_folder(tmp_path / "data", 16)
-    config = TrainConfig(
-        data=data, cache_dir=tmp_path / "cache", max_bad_share=0.1, device="cpu", workers=0, progress=False
-    ).resolved()
-    study = read_study(config)
-    slow, changed = study.clips[2].path, study.clips[3].path
+@pytest.fixture
+def config(tmp_path: Path) -> TrainConfig:
+    options = {"max_bad_share": 0.1, "device": "cpu", "workers": 0, "progress": False}
+    return TrainConfig(data=write_folder(tmp_path / "data", 16), cache_dir=tmp_path / "cache", **options).resolved()
+
+
+@contextmanager
+def failing(video: Path) -> Iterator[None]:
     read_frames = cache.read_frames
 
     def fails(path: Path, *rest: object) -> np.ndarray:
-        if path == slow:
+        if path == video:
             raise VideoError("too slow")
         return read_frames(path, *rest)
 
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cache, "read_frames", fails)
+        yield
+
+
+def test_a_run_goes_on_without_what_failed_when_it_began(config: TrainConfig, tmp_path: Path) -> None:
+    folder, study = RunFolder(tmp_path), read_study(config)
+    slow, changed = study.clips[2].path, study.clips[3].path
     with machine_for(config) as machine:
-        with monkeypatch.context() as patch:
-            patch.setattr(cache, "read_frames", fails)
+        with failing(slow):
             first = decode_for_run(config, machine, folder, study, "advice", keep=True).data
         remembered = read_fingerprint(folder.data)
         assert remembered is not None and (len(remembered.videos), len(remembered.contents)) == (16, 15)
@@ -44,3 +58,20 @@ def test_a_run_goes_on_without_what_failed_when_it_began(tmp_path: Path, monkeyp
         encode(changed, picture(seed=99))
         with pytest.raises(DataError, match="trained on: 1 video changed its content; advice"):
             decode_for_run(config, machine, folder, read_study(config), "advice")
+
+
+def test_experiments_go_on_without_what_failed_when_they_began(
+    config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    system, folder = SYSTEMS["logistic-regression-class-weight"], ExperimentFolder(tmp_path / "out")
+    folder.make()
+    used: list[tuple[Clip, ...]] = []
+    monkeypatch.setattr(jobs, "_pixels", lambda job, config, data, watch: used.append(data.study.clips))
+    study = read_study(configure(config, system, 10, tmp_path))
+    for seed in (10, 11):
+        job = jobs.Job(system, seed, configure(config, system, seed, folder.job(system.key, seed)))
+        with failing(study.clips[2].path) if seed == 10 else nullcontext():
+            program._prepare([job], config, folder)
+        jobs.run(job, lambda done, what: None, Interruption())
+    left = (*study.clips[:2], *study.clips[3:])
+    assert used == [left, left]
