@@ -302,7 +302,7 @@ def _print(title: str, head: Sequence[str], *sections: Sequence[Sequence[str]], 
 
 
 def write_results(
-    run: RunFolder, network: Scores, pixels: Scores | None, config: TrainConfig, **identity: str | None
+    run: RunFolder, network: Scores, pixels: Scores | None, config: TrainConfig, **identity: str | int | None
 ) -> None:
     """The predictions, the decision, the plots and, last, metrics.json of a run. `identity` says what was evaluated,
     and on what. Raises OutputError."""
@@ -354,13 +354,15 @@ def evaluate_network(
     *,
     own_data: bool = True,
     fingerprint: str | None = None,
+    left_out: int = 0,
 ) -> tuple[Scores, Scores | None]:
     """Evaluate a run's best network beside the run's logistic regression on pixels; print the table, write into
     `results`.
 
     What the run keeps of its training, its threshold and that regression, is used; at the end of training, where
     `results` is the run itself, both are made and kept. `own_data`: whether `data` is what the run was trained on, so
-    that what an older run does not keep can be made anew. `fingerprint`: of the data, None to find it out.
+    that what an older run does not keep can be made anew. `fingerprint`: of the data, None to find it out. `left_out`:
+    how many test videos are not in `data`, for the run was trained or validated on them.
 
     Raises:
         CheckpointError: the checkpoint is missing, damaged or of another configuration, or what the run keeps is
@@ -397,12 +399,12 @@ def evaluate_network(
         pixels = Scores.of(baseline.predict(data, "test"), None, baseline.decision, config.bootstrap)
     fingerprint = fingerprint or Fingerprint.of(data.study).digest
     if results:
-        write_results(results, scores, pixels, config, weights=weights, fingerprint=fingerprint)
+        identity = {"weights": weights, "fingerprint": fingerprint, "test_videos_left_out": left_out}
+        write_results(results, scores, pixels, config, **identity)
     if results and not training:
         # Names, not paths: these may say who keeps them, and results are shown to others.
         run_name, data_name = (place.resolve().name for place in (run.path, data.study.root))
-        named = {"run": run_name, "weights": weights, "data": data_name, "fingerprint": fingerprint}
-        write_json(results.evaluation, {**named, "own_data": own_data})
+        write_json(results.evaluation, {"run": run_name, "data": data_name, **identity, "own_data": own_data})
     place, source = printable(run.path), printable(data.study.root)
     title = f"{place} (weights {weights[:12]}) on {source} (fingerprint {fingerprint})"
     print_table(scores, pixels, config, title)
@@ -435,7 +437,14 @@ def evaluate_run(
         own_data = "data" not in changed if used.is_own is None else used.is_own  # data of the run may have moved
         fingerprint = used.fingerprint.digest
         scores, pixels = evaluate_network(
-            config, machine, run, used.data, results, own_data=own_data, fingerprint=fingerprint
+            config,
+            machine,
+            run,
+            used.data,
+            results,
+            own_data=own_data,
+            fingerprint=fingerprint,
+            left_out=used.left_out,
         )
     if results:
         say(f"written to {printable(results.path)}")

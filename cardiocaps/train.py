@@ -6,8 +6,8 @@ Without an argument it makes or reuses the phantom data set and trains preset ti
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from cardiocaps.config import TrainConfig, from_command_line
@@ -157,6 +157,7 @@ class RunData:
     data: EchoDataModule
     fingerprint: Fingerprint
     is_own: bool | None  # whether the run was trained on it; None where the run does not remember
+    left_out: int = 0  # videos that were to be tested on, but that the run was trained or validated on
 
 
 def decode_for_run(
@@ -173,11 +174,12 @@ def decode_for_run(
 
     Args:
         advice: what to do where it is not, for the error.
-        allow_changed: say what has changed and go on.
+        allow_changed: say what has changed and go on, without test videos that the run was trained or validated on.
         keep: make the folder remember the study, where it does not yet.
 
     Raises:
-        DataError, OutputError: as `decode`; and where something has changed that a network learns or is judged by.
+        DataError, OutputError: as `decode`; where something has changed that a network learns or is judged by, or may
+            have: a run that remembers no study, whose split is drawn; and where no test video is left.
         ConfigError: what the folder remembers is damaged.
     """
     from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
@@ -185,7 +187,17 @@ def decode_for_run(
 
     before, now = read_fingerprint(folder.data), Fingerprint.of(study)
     if before is None and (folder.last.exists() or folder.best.exists()):
-        say("note: this run kept no fingerprint of its data, as older versions did not: nobody knows if they changed")
+        forgotten = "this run kept no fingerprint of its data, as older versions did not"
+        if study.split_rule != "stratified":
+            say(f"note: {forgotten}: nobody knows if they changed")
+        elif allow_changed:
+            say(f"note: {forgotten}, and its split is drawn anew: videos it was trained on may be tested on")
+        else:
+            # What is left out, whose a video is and the limit decide what is drawn, and versions differ in them.
+            raise DataError(
+                f"data: {printable(study.root)} may be split in another way than then: the split is drawn, and "
+                f"{forgotten}; {'begin a new run' if keep else advice}"
+            )
     if before is not None and not allow_changed:
         _refuse_changes(before.differences(now), study, advice)  # the sooner the better
     data = decode(config, machine, study if before is None else before.as_used(study))
@@ -199,7 +211,31 @@ def decode_for_run(
         say("note: the table's file has changed since the run began; its videos, splits, labels and targets have not")
     if keep and before is None:
         write_json(folder.data, now.as_dict())
-    return RunData(data, now, None if before is None else not changes)
+    if before is None:
+        return RunData(data, now, False if allow_changed else None)
+    if not changes:
+        return RunData(data, now, True)
+    unseen, left_out = _without_seen(data.study, study, before, data.contents())
+    if left_out:
+        videos = "1 test video is" if left_out == 1 else f"{left_out} test videos are"
+        say(f"note: {videos} left out: the run was trained or validated on the same ones, or on their patients")
+        data = decode(config, machine, unseen)
+    return RunData(data, now, False, left_out)
+
+
+def _without_seen(usable: Study, study: Study, before: Fingerprint, contents: Mapping[str, str]) -> tuple[Study, int]:
+    """The `usable` part of a study without the test videos that a run on `before` has seen, or whose patient it has,
+    and how many these are. Raises DataError where none is left."""
+    seen = {clip.name: clip for clip in study.clips if before.has_seen(clip.name, contents.get(clip.name))}
+    patients = {clip.patient for clip in seen.values() if clip.patient is not None}
+    tested = {clip.name: clip for clip in usable.clips_in("test")}
+    out = {name for name, clip in tested.items() if name in seen or clip.patient in patients}
+    if tested and len(out) == len(tested):
+        raise DataError(
+            f"data: {printable(study.root)} has no test video that is new to the run: it was trained or validated on "
+            f"all {len(out)}, or on their patients"
+        )
+    return replace(usable, clips=tuple(clip for clip in usable.clips if clip.name not in out)), len(out)
 
 
 def _refuse_changes(changes: Sequence[str], study: Study, advice: str) -> None:

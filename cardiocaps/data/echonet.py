@@ -144,7 +144,8 @@ def read_folder(
         limit: at most so many clips, evenly over splits and classes.
         needed_splits: each of these needs clips of both classes; for evaluation alone, ``("test",)``.
         group_column: the table's column that says whose video it is; see `read_measurements`.
-        allow_split_patients: keep the table's own split although videos of one patient stand in several.
+        allow_split_patients: keep the table's own split although videos of one patient stand in several; without
+            "train" among `needed_splits` that is kept anyway.
         follow_links: the table and the videos may be links that leave the folder.
 
     Raises:
@@ -185,7 +186,8 @@ def read_folder(
         if split_rule == "column":
             chosen, unknown = splits.from_column({n: [row.split for row in rows] for n, rows in usable.items()})
             problems += unknown
-            if kind and not allow_split_patients:
+            # Who only tests asks what the run was trained on, not what this table would train on.
+            if kind and not allow_split_patients and "train" in needed_splits:
                 _refuse_divided(chosen, patients, table)
         elif split_rule == "stratified":
             labels = {n: _label(rows, thresholds) for n, rows in usable.items()}

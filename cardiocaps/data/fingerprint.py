@@ -82,6 +82,16 @@ class Fingerprint:
         equal where `differences` finds nothing else than other contents."""
         return _digest(json.dumps([list(self.videos.items()), sorted(self.label_rule.items())]))
 
+    def has_seen(self, name: str, sha256: str | None) -> bool:
+        """Whether a run on this study has trained or validated on a video, by its name or by its file's bytes. (Where
+        frames are split, every video has frames in the training.)"""
+        key = _name_digest(name)
+        return (key in self.videos and self.videos[key][0] != "test") or (sha256 or "")[:16] in self._seen_contents
+
+    @cached_property
+    def _seen_contents(self) -> frozenset[str]:
+        return frozenset(content for key, content in self.contents.items() if self.videos[key][0] != "test")
+
     def differences(self, now: Fingerprint) -> list[str]:
         """What has changed from this study to another, in words without names; empty where nothing has.
 

@@ -578,8 +578,29 @@ def test_a_changed_table_is_noticed(
     assert f"{changed}; --allow-changed-data" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-    assert evaluate.main([str(run), "--data", str(other), "--allow-changed-data", *out]) == 0
-    assert "are not what the run was trained on: 34 videos changed their split" in capsys.readouterr().out
+    assert evaluate.main([str(run), "--data", str(other), "--allow-changed-data", *out]) == 3
+    said = capsys.readouterr()
+    assert "are not what the run was trained on: 34 videos changed their split" in said.out
+    assert "has no test video that is new to the run" in said.err and not (tmp_path / "out").exists()
+
+
+def test_videos_that_the_run_was_trained_on_are_not_tested_on(
+    finished: Path, phantom: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other, out = tmp_path / "other", tmp_path / "out"
+    shutil.copytree(phantom, other)
+    rows = _rows(other / "MeasurementsList.csv")
+    name = next(row["HashedFileName"] for row in rows if row["split"] == "train")
+    with (other / "MeasurementsList.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows({**row, **({"split": "test"} if row["HashedFileName"] == name else {})} for row in rows)
+    assert evaluate.main([str(finished), "--data", str(other), "--allow-changed-data", "--out", str(out)]) == 0
+    assert "note: 1 test video is left out" in capsys.readouterr().out
+    for file in ("metrics.json", "evaluation.json"):
+        assert json.loads((out / file).read_text())["test_videos_left_out"] == 1, file
+    assert (out / "predictions.csv").read_text() == (finished / "predictions.csv").read_text()
+    assert json.loads((finished / "metrics.json").read_text())["test_videos_left_out"] == 0
 
 
 def test_a_changed_video_is_noticed(

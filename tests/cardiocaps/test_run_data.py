@@ -1,0 +1,152 @@
+"""Which data a run may go on with and be judged by, without a network."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from cardiocaps.config import TrainConfig
+from cardiocaps.data import Study
+from cardiocaps.data.fingerprint import Fingerprint
+from cardiocaps.errors import DataError
+from cardiocaps.files import write_json
+from cardiocaps.machine import Machine
+from cardiocaps.run_folder import RunFolder
+from cardiocaps.train import RunData, decode, decode_for_run, read_study
+from tests.cardiocaps.data.sample_videos import COLUMNS, encode, measurement, picture, split_of, write_table
+
+MACHINE = Machine("cpu", None, "32", False, False, False, "auto")
+VIDEOS, SEED = 40, 1
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("videos")
+    for i in range(VIDEOS):
+        encode(folder / f"0X{i:016X}.avi", picture(frames=4, seed=i))
+    return folder
+
+
+Number = Callable[[int], str]
+
+
+@pytest.fixture
+def table(videos: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Makes a data folder of some of the videos; even ones are normal, odd ones abnormal."""
+
+    def make(numbers: list[int], split: Number | None = None, patient: Number | None = None, prefix: str = "") -> Path:
+        root = tmp_path / f"data {len(list(tmp_path.iterdir()))}"
+        rows = []
+        for i in numbers:
+            name = f"{prefix}0X{i:016X}"
+            (root / "Batch1").mkdir(parents=True, exist_ok=True)
+            shutil.copy(videos / f"0X{i:016X}.avi", root / "Batch1" / f"{name}.avi")
+            row = measurement(name, "IVSd", 1.4 if i % 2 else 0.8, Frames=4)
+            row |= {"split": split(i)} if split else {}
+            rows.append(row | ({"PatientID": patient(i)} if patient else {}))
+        columns = [c for c in COLUMNS if split or c != "split"] + (["PatientID"] if patient else [])
+        write_table(root, rows, columns)
+        return root
+
+    return make
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunFolder:
+    folder = RunFolder.create(tmp_path / "run")
+    folder.last.touch()
+    return folder
+
+
+def _settings(root: Path, tmp_path: Path) -> TrainConfig:
+    return TrainConfig(
+        data=root, frames_per_clip=2, split_seed=SEED, cache_dir=tmp_path / "cache", progress=False
+    ).resolved()
+
+
+def _trained(run: RunFolder, root: Path, tmp_path: Path) -> Study:
+    """What a run on the folder remembers."""
+    config = _settings(root, tmp_path)
+    study = read_study(config)
+    contents = decode(config, MACHINE, study).contents()
+    write_json(run.data, Fingerprint.of(study).with_contents(contents).as_dict())
+    return study
+
+
+def _evaluated(run: RunFolder, root: Path, tmp_path: Path, *, allow_changed: bool = True) -> RunData:
+    config = _settings(root, tmp_path)
+    study = read_study(config, again=True, needed_splits=("test",))
+    return decode_for_run(config, MACHINE, run, study, "advice", allow_changed=allow_changed)
+
+
+def _digits(study: Study, *splits: str) -> set[str]:
+    """The videos of some splits, by the end of their names."""
+    return {clip.name[-4:] for clip in study.clips if clip.split in splits}
+
+
+@pytest.mark.parametrize("prefix", ["", "renamed-"])
+def test_no_video_is_tested_on_that_the_run_has_seen(
+    prefix: str, table: Callable[..., Path], run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a column of splits, one video less draws another split; other names do not make videos new."""
+    before = _trained(run, table(list(range(VIDEOS))), tmp_path)
+    root = table(list(range(1, VIDEOS)), prefix=prefix)
+    drawn = _digits(read_study(_settings(root, tmp_path)), "test")
+    known = _digits(before, "train", "val")
+    assert len(drawn & known) == 2  # what the test is about
+    used = _evaluated(run, root, tmp_path)
+    assert _digits(used.data.study, "test") == drawn - known == _digits(before, "test") & drawn
+    assert used.left_out == len(drawn & known) and used.is_own is False
+    assert f"note: {used.left_out} test videos are left out" in capsys.readouterr().out
+
+
+def test_no_patient_is_tested_on_that_the_run_has_seen(
+    table: Callable[..., Path], run: RunFolder, tmp_path: Path
+) -> None:
+    """New videos 24 and 25 are of the patients of the videos 0 and 1, which stand in train."""
+    _trained(run, table(list(range(24)), split_of, lambda i: f"P{i % 8}"), tmp_path)
+    root = table([0, 1, 24, 25, 26, 27, 6], lambda i: "train" if i < 2 else "test", lambda i: f"P{i % 24}")
+    used = _evaluated(run, root, tmp_path)
+    assert {int(digits, 16) for digits in _digits(used.data.study, "test")} == {26, 27, 6}
+    assert used.left_out == 2
+
+
+def test_nothing_new_to_test_on(table: Callable[..., Path], run: RunFolder, tmp_path: Path) -> None:
+    _trained(run, table(list(range(16)), split_of), tmp_path)
+    with pytest.raises(DataError, match="has no test video that is new to the run: it was trained or validated on all"):
+        _evaluated(run, table([0, 1, 4, 5], lambda _: "test"), tmp_path)
+
+
+def test_own_data_lose_no_video(table: Callable[..., Path], run: RunFolder, tmp_path: Path) -> None:
+    root = table(list(range(VIDEOS)))
+    before = _trained(run, root, tmp_path)
+    for allow_changed in (False, True):
+        used = _evaluated(run, root, tmp_path, allow_changed=allow_changed)
+        assert (used.is_own, used.left_out, used.data.study.clips) == (True, 0, before.clips)
+
+
+def test_a_drawn_split_that_nobody_remembers_is_refused(
+    table: Callable[..., Path], run: RunFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = table(list(range(VIDEOS)))
+    config = _settings(root, tmp_path)
+    with pytest.raises(DataError, match=r"may be split in another way.* kept no fingerprint .*; advice$"):
+        _evaluated(run, root, tmp_path, allow_changed=False)
+    with pytest.raises(DataError, match=r"may be split in another way.*; begin a new run$"):
+        decode_for_run(config, MACHINE, run, read_study(config), "advice", keep=True)
+    assert not run.data.exists()
+    capsys.readouterr()
+    assert _evaluated(run, root, tmp_path).is_own is False
+    assert "videos it was trained on may be tested on" in capsys.readouterr().out
+
+
+def test_a_table_of_tests_alone_is_not_the_data_of_an_old_run(
+    table: Callable[..., Path], run: RunFolder, tmp_path: Path
+) -> None:
+    used = _evaluated(run, table([0, 1, 2, 3], lambda _: "test"), tmp_path)
+    assert used.is_own is False
+    used = _evaluated(run, table(list(range(8)), split_of), tmp_path, allow_changed=False)
+    assert used.is_own is None
