@@ -21,6 +21,7 @@ from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin
 
 from cardiocaps import __version__
 from cardiocaps.errors import ConfigError, printable
+from cardiocaps.files import is_missing
 
 MAY_DIFFER_ON_RESUME = (
     "data",
@@ -61,6 +62,10 @@ _NEWER: Mapping[str, Any] = {
     "follow_links": False,
 }
 """Settings that the folders of older runs have no word of, and what those ran with."""
+
+TRAINABLE_PHANTOM = 18
+"""Fewest videos of a phantom that is made to be trained on: fewer leave a split without abnormal ones. (Older versions
+made smaller ones.)"""
 
 _LARGEST_FILE = 1 << 16
 _LONGEST_TEXT = 100
@@ -147,11 +152,9 @@ PRESETS: Mapping[str, Preset] = {
 }
 
 
-def _option(
-    default: Any, group: str, text: str, *, low: float | None = None, high: float | None = None, why: str = ""
-) -> Any:
-    """A field of TrainConfig, with its section in the help, its help, and its bounds (inclusive), and why they are."""
-    return field(default=default, metadata={"group": group, "help": text, "low": low, "high": high, "why": why})
+def _option(default: Any, group: str, text: str, *, low: float | None = None, high: float | None = None) -> Any:
+    """A field of TrainConfig, with its section in the help, its help, and its bounds (inclusive)."""
+    return field(default=default, metadata={"group": group, "help": text, "low": low, "high": high})
 
 
 _Calc = Literal["IVSd", "IVSs", "LVPWd", "LVPWs", "LVIDd", "LVIDs", "LVID", "RVDd"]
@@ -169,10 +172,9 @@ class TrainConfig:
     phantom_videos: int = _option(
         300,
         "data",
-        "videos of the synthetic phantom, where no --data is given; fewer than 18 leave a split without abnormal ones",
-        low=18,
+        f"videos of the synthetic phantom, where no --data is given; at least {TRAINABLE_PHANTOM} where it is made",
+        low=10,
         high=100_000,
-        why="fewer than 18 leave a split without abnormal videos",
     )
     phantom_seed: int = _option(10, "data", "seed of the phantom", low=0, high=2**32 - 1)
     phantom_dir: Path = _option(Path("phantom"), "data", "folder the phantom is written to and reused from")
@@ -366,7 +368,10 @@ class TrainConfig:
             path = getattr(self, name)
             if path is not None:
                 is_known = name in known and path == _found(name, **known[name])
-                now = {"given": _path_text(path), "absolute": str(path.absolute())}
+                now = {"given": _path_text(path)}
+                # The working folder's name may be what no path of a run may be: no text, or with control characters.
+                if options()[name].takes(path.absolute()):
+                    now["absolute"] = str(path.absolute())
                 places[name] = known[name] if is_known else now
         given = {name: place["given"] for name, place in places.items()}
         return replace(self, resume=None, **given).to_yaml(), places  # type: ignore[arg-type]
@@ -392,7 +397,6 @@ class Option:
     help: str
     low: float | None
     high: float | None
-    why: str  # the bounds are these; "" where that is plain
 
     @property
     def flag(self) -> str:
@@ -413,15 +417,18 @@ class Option:
             what = "a path without control characters (~ is the home folder)"
         else:
             number = "an integer" if self.kind is int else "a number"
-            what = f"{number} from {self.low:.10g} to {self.high:.10g}" + (f" ({self.why})" if self.why else "")
+            what = f"{number} from {self.low:.10g} to {self.high:.10g}"
         return what + (" or null" if self.optional else "")
 
     def check(self, value: Any, where: str) -> Any:
         """`value` in the setting's own type. Raises ConfigError, beginning with `where`."""
-        checked = self._converted(value)
-        if checked is None and not (value is None and self.optional):
+        if not self.takes(value):
             raise ConfigError(f"{where}: {_shown(value)} is not allowed; give {self.allowed}")
-        return checked
+        return self._converted(value)
+
+    def takes(self, value: Any) -> bool:
+        """Whether `check` takes the value."""
+        return (value is None and self.optional) or self._converted(value) is not None
 
     def from_text(self, text: str) -> Any:
         """The value that `text` on the command line stands for. Raises argparse's error, which names the
@@ -608,7 +615,7 @@ def _over(before: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, A
 def read_run(folder: Path) -> TrainConfig:
     """The resolved configuration of the run in `folder`. Raises ConfigError where it is missing or not whole."""
     file = folder / "config.yaml"
-    if not file.is_file():
+    if is_missing(file):
         raise ConfigError(f"{_shown(folder)} is not the folder of a run: it has no config.yaml")
     settings = completed(read_yaml(file))
     missing = [name for name in options() if name not in settings]
@@ -633,10 +640,10 @@ def _read_places(file: Path) -> dict[str, dict[str, str]]:
     try:
         places = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
         for name, place in places.items():
-            for path in (place["given"], place["absolute"]):
-                options()[name].check(path, where=name)
-            if name not in _PLACES or len(place) != 2:
+            if name not in _PLACES or not {"given"} <= set(place) <= {"given", "absolute"}:
                 raise ValueError
+            for path in place.values():
+                options()[name].check(path, where=name)
     except OSError as error:
         raise ConfigError(f"cannot read {printable(file)}: {error.strerror}") from error
     except (ConfigError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -646,12 +653,13 @@ def _read_places(file: Path) -> dict[str, dict[str, str]]:
     return dict(places)
 
 
-def _found(name: str, given: str, absolute: str) -> Path:
+def _found(name: str, given: str, absolute: str | None = None) -> Path:
     """Where what a run used is now: where it was, or where the path leads that was given, for a folder that has moved
     along with its run."""
-    there = Path(absolute)
-    is_there = there.parent.is_dir() if name == "cache_dir" else there.exists()
-    return Path(given) if not is_there and Path(given).exists() else there
+    there = Path(given if absolute is None else absolute)
+    if name == "cache_dir":  # which is made where it is not
+        return Path(given) if is_missing(there.parent) else there
+    return Path(given) if is_missing(there) and not is_missing(Path(given)) else there
 
 
 def check_resumable(old: TrainConfig, new: TrainConfig) -> None:

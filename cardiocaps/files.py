@@ -110,6 +110,18 @@ def replacing(path: Path, *, sync: bool = True, mode: int = 0o666) -> Iterator[P
             os.close(handle)
 
 
+def is_missing(path: Path) -> bool:
+    """Whether nothing lies at a path. What may not be looked at is not missing: who reads it learns why not.
+    (`Path.exists` raises PermissionError.)"""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def sync_folder(folder: Path) -> None:
     """Wait until the disk has the names of a folder's files, as after a rename. A file system that cannot do that for
     folders is trusted, as SQLite trusts it."""

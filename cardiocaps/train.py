@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from cardiocaps.config import TrainConfig, from_command_line
-from cardiocaps.errors import CardioCapsError, CheckpointError, DataError, printable
+from cardiocaps.config import TRAINABLE_PHANTOM, TrainConfig, from_command_line
+from cardiocaps.errors import CardioCapsError, CheckpointError, ConfigError, DataError, printable
+from cardiocaps.files import is_missing
 from cardiocaps.program import Interrupted, Interruption, execute, say
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ def read_study(
     from cardiocaps.data.labels import THRESHOLDS
 
     root = config.data
-    if again and root is not None and not root.exists():
+    if again and root is not None and is_missing(root):
         raise DataError(f"data: {printable(root)}, which the run used, is not there; give --data, where it is now")
     if root is None:
         from cardiocaps.data.phantom import phantom_is_complete, write_phantom
@@ -106,6 +107,11 @@ def read_study(
                 raise DataError(
                     f"phantom_dir: {printable(root)} does not hold the phantom that the run used; give --data, where "
                     f"it is now, or make it again: python -m cardiocaps.data.phantom {printable(root)} {options}"
+                )
+            if config.phantom_videos < TRAINABLE_PHANTOM:
+                raise ConfigError(
+                    f"phantom_videos: {config.phantom_videos} is not allowed; give at least {TRAINABLE_PHANTOM}: fewer "
+                    "leave a split without abnormal videos"
                 )
             say(f"making {config.phantom_videos} phantom videos in {root}")
             write_phantom(root, config.phantom_videos, config.phantom_seed, progress=config.progress)

@@ -234,23 +234,24 @@ def read_folder(
 
 def _find_videos(root: Path) -> dict[str, list[Path]]:
     """Video name -> its files, in ``root`` and in its ``Batch*`` folders."""
-    if not root.is_dir():
-        what = "not a folder" if root.exists() else "no such folder"
-        address = " (addresses are not read)" if re.match(r"\w+:/", str(root)) else ""
-        raise DataError(f"{printable(root)}: {what}{address}")
     found: dict[str, list[Path]] = {}
     try:
+        if not root.is_dir():
+            what = "not a folder" if root.exists() else "no such folder"
+            address = " (addresses are not read)" if re.match(r"\w+:/", str(root)) else ""
+            raise DataError(f"{printable(root)}: {what}{address}")
         folders = [root, *sorted(path for path in root.glob("Batch*") if path.is_dir())]
         for folder in folders:
             for path in sorted(folder.iterdir()):
                 if path.suffix.lower() in SUFFIXES:
                     found.setdefault(plain_name(path.stem), []).append(path)
         empty = next(root.iterdir(), None) is None
+        has_table = (root / FILE_NAME).exists()
     except OSError as error:
         raise DataError(f"{printable(root)}: {error.strerror}") from None
     if empty:
         raise DataError(f"{printable(root)}: the folder is empty")
-    if not (root / FILE_NAME).exists():
+    if not has_table:
         raise DataError(f"{printable(root)}: no {FILE_NAME}")
     if not found:
         raise DataError(f"{printable(root)}: no .avi or .mp4 file, neither directly nor in a Batch* folder")

@@ -52,14 +52,14 @@ def parser() -> CommandLine:
     parser.add_argument(
         "--seeds",
         metavar="N",
-        type=replace(number, low=1, high=100, why="").from_text,
+        type=replace(number, low=1, high=100).from_text,
         default=3,
         help=f"seeds for each system, from {FIRST_SEED} on (default: 3)",
     )
     parser.add_argument(
         "--jobs",
         metavar="N",
-        type=replace(number, low=1, high=256, why="").from_text,
+        type=replace(number, low=1, high=256).from_text,
         default=1,
         help="systems trained at a time, each with its share of the CPU (default: 1)",
     )

@@ -21,7 +21,7 @@ import av
 import numpy as np
 import pytest
 
-from cardiocaps.config import options
+from cardiocaps.config import TRAINABLE_PHANTOM
 from cardiocaps.data.phantom import phantom_is_complete, write_phantom
 from cardiocaps.data.phantom.__main__ import main
 from cardiocaps.data.phantom.anatomy import BORDERS
@@ -235,7 +235,7 @@ def test_splits_hold_their_share_of_both_labels(many: tuple[Patient, ...]) -> No
 
 
 def test_the_smallest_study_that_can_be_trained_on() -> None:
-    """As the option's lower bound says, for the phantom's own splits and for stratified ones."""
+    """For the phantom's own splits and for stratified ones."""
 
     def usable(videos: int, seed: int) -> bool:
         patients = plan(videos, seed)
@@ -247,8 +247,7 @@ def test_the_smallest_study_that_can_be_trained_on() -> None:
             for part in ("train", "val", "test")
         )
 
-    least = options()["phantom_videos"].low
-    assert least == 18
+    assert TRAINABLE_PHANTOM == 18
     for seed in range(5):
         assert all(usable(videos, seed) for videos in (18, 19, 20, 25, 33, 50))
         assert not usable(17, seed)

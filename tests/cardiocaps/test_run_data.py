@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from cardiocaps.config import TrainConfig
+from cardiocaps.config import TrainConfig, read_run
 from cardiocaps.data import Study
 from cardiocaps.data.fingerprint import Fingerprint
-from cardiocaps.errors import DataError
+from cardiocaps.errors import ConfigError, DataError
 from cardiocaps.files import write_json
 from cardiocaps.machine import Machine
 from cardiocaps.run_folder import RunFolder
@@ -150,3 +153,64 @@ def test_a_table_of_tests_alone_is_not_the_data_of_an_old_run(
     assert used.is_own is False
     used = _evaluated(run, table(list(range(8)), split_of), tmp_path, allow_changed=False)
     assert used.is_own is None
+
+
+def _forbidden(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Let nobody look into a folder, as for root no permission does."""
+    stat = Path.stat
+
+    def refuse(self: Path, *, follow_symlinks: bool = True) -> os.stat_result:
+        if self.is_relative_to(folder):
+            raise PermissionError(errno.EACCES, "Permission denied", str(self))
+        return stat(self, follow_symlinks=follow_symlinks)
+
+    monkeypatch.setattr(Path, "stat", refuse)
+
+
+def test_what_may_not_be_looked_at_is_said(
+    table: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = table([0, 1])
+    config = _settings(root, tmp_path)
+    run = RunFolder.create(tmp_path / "run")
+    run.keep(*config.kept())
+    _forbidden(monkeypatch, root)
+    assert read_run(run.path).data == root
+    with pytest.raises(DataError, match="Permission denied"):
+        read_study(config, again=True)
+    _forbidden(monkeypatch, run.path)
+    with pytest.raises(ConfigError, match=r"cannot read .*Permission denied"):
+        read_run(run.path)
+
+
+def test_a_run_of_an_older_version_may_have_a_smaller_phantom(tmp_path: Path) -> None:
+    run = RunFolder.create(tmp_path / "run")
+    run.keep(*TrainConfig(phantom_videos=12, phantom_dir=tmp_path / "phantom").resolved().kept())
+    config = read_run(run.path)
+    assert config.phantom_videos == 12
+    with pytest.raises(ConfigError, match=r"^phantom_videos: 12 is not allowed; give at least 18: "):
+        read_study(config)
+    assert not (tmp_path / "phantom").exists()
+
+
+@pytest.mark.parametrize("name", ["tab\tbed", "\udcff"])
+def test_a_working_folder_that_no_path_may_name(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / name)
+    run = RunFolder.create(tmp_path / "run")
+    run.keep(*TrainConfig(data=Path("videos")).resolved().kept())
+    assert json.loads(run.paths.read_text())["data"] == {"given": "videos"}
+    assert read_run(run.path).data == Path("videos")
+
+
+def test_a_cache_is_where_it_was_given_when_its_disk_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+    monkeypatch.chdir(old)
+    run = RunFolder.create(tmp_path / "run")
+    run.keep(*TrainConfig(cache_dir=Path("cache")).resolved().kept())
+    monkeypatch.chdir(new)
+    assert read_run(run.path).cache_dir == old / "cache"
+    old.rmdir()
+    assert read_run(run.path).cache_dir == Path("cache")

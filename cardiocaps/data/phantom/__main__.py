@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 
-from cardiocaps.config import CommandLine, options
+from cardiocaps.config import TRAINABLE_PHANTOM, CommandLine, options
 from cardiocaps.program import Interruption, execute, say
 
 
@@ -20,8 +19,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog="A run that was cut off goes on where it stopped when it is started again in the same way.",
     )
     path, videos, seed = (options()[name] for name in ("phantom_dir", "phantom_videos", "phantom_seed"))
-    trainable = videos.low
-    videos = replace(videos, low=10, why="")  # fewer than can be trained on are enough to look at
     processes = options()["threads"].from_text
     parser.add_argument("out", metavar="OUT", type=path.from_text, help="new or empty folder, or unfinished phantom")
     parser.add_argument(
@@ -29,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         metavar="N",
         type=videos.from_text,
         default=300,
-        help=f"{videos.allowed}; fewer than {trainable} cannot be trained on (default: 300)",
+        help=f"{videos.allowed}; fewer than {TRAINABLE_PHANTOM} cannot be trained on (default: 300)",
     )
     parser.add_argument(
         "--seed", metavar="N", type=seed.from_text, default=10, help="the same gives the same files (default: 10)"
