@@ -550,20 +550,22 @@ def command_line(prog: str = "cardiocaps.train", description: str | None = None)
     return parser
 
 
-def add_options(parser: argparse.ArgumentParser, names: Sequence[str]) -> None:
-    """Give a parser the named settings, in their sections of the help. What is not typed has no default there."""
+def add_options(parser: argparse.ArgumentParser, names: Sequence[str], default: str | None = None) -> None:
+    """Give a parser the named settings, in their sections of the help. What is not typed has no default there, or the
+    one that `default` says in words."""
     groups: dict[str, Any] = {}
     for option in (options()[name] for name in names):
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
         group = groups[option.group]
         if option.kind is bool:
-            default = "yes" if option.default else "no"
+            usual = default or ("yes" if option.default else "no")
             group.add_argument(
-                option.flag, action=argparse.BooleanOptionalAction, help=f"{option.help} (default: {default})"
+                option.flag, action=argparse.BooleanOptionalAction, help=f"{option.help} (default: {usual})"
             )
             continue
-        text = option.help if option.default is None else f"{option.help} (default: {option.default})"
+        usual = default or option.default
+        text = option.help if usual is None else f"{option.help} (default: {usual})"
         choices = f"{{{','.join(option.choices)}}}" if option.choices else "TEXT"
         metavar = {int: "N", float: "X", Path: "PATH", str: choices, dict: "NAME=X"}[option.kind]
         group.add_argument(

@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cardiocaps.baseline import PIXEL_SIDE
-from cardiocaps.config import CommandLine, TrainConfig, options, read_run
-from cardiocaps.errors import CheckpointError, plural, printable
-from cardiocaps.program import Interruption, execute, say
+from cardiocaps.config import MAY_DIFFER_ON_RESUME, CommandLine, TrainConfig, add_options, options, read_run
+from cardiocaps.errors import CardioCapsError, CheckpointError, plural, printable
+from cardiocaps.program import Interrupted, Interruption, execute, say
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from cardiocaps.data.datamodule import EchoDataModule
+    from cardiocaps.data.fingerprint import Fingerprint
     from cardiocaps.decision import Decision
     from cardiocaps.learning import Classifier
     from cardiocaps.machine import Machine
@@ -30,6 +31,19 @@ if TYPE_CHECKING:
     from cardiocaps.run_folder import RunFolder
 
 DISCLAIMER = "Research use only. Not a medical device."
+
+_CHANGEABLE = (
+    "data",
+    "follow_links",
+    "group_column",
+    "allow_split_patients",
+    "max_bad_share",
+    "cache_dir",
+    "device",
+    "threads",
+    "workers",
+)
+"""Settings of the run that an evaluation may change: where the data lie, how they are read, and the machine."""
 
 _CHANGED_DATA = "--allow-changed-data evaluates on it all the same"
 
@@ -399,7 +413,11 @@ def evaluate_network(
         pixels = Scores.of(baseline.predict(data, "test"), None, baseline.decision, config.bootstrap)
     fingerprint = fingerprint or Fingerprint.of(data.study).digest
     if results:
-        identity = {"weights": weights, "fingerprint": fingerprint, "test_videos_left_out": left_out}
+        identity: dict[str, str | int | None] = {
+            "weights": weights,
+            "fingerprint": fingerprint,
+            "test_videos_left_out": left_out,
+        }
         write_results(results, scores, pixels, config, **identity)
     if results and not training:
         # Names, not paths: these may say who keeps them, and results are shown to others.
@@ -413,10 +431,11 @@ def evaluate_network(
 
 def evaluate_run(
     path: Path, changed: Mapping[str, Any], out: Path | None = None, *, allow_changed_data: bool = False
-) -> tuple[Scores, Scores | None, TrainConfig]:
+) -> tuple[Scores, Scores | None, TrainConfig, Fingerprint]:
     """Evaluate the run in folder `path` with some settings `changed`; print the table, and write to `out` if given.
 
-    `allow_changed_data`: on other data than the run was trained on, too.
+    `allow_changed_data`: on other data than the run was trained on, too; on those of another folder all of them, in
+    the splits of their own table where it has some. The fingerprint is that of the data.
 
     Raises:
         CardioCapsError: the folder is no run's, its checkpoint or data cannot be used, or `out` cannot be written.
@@ -431,24 +450,40 @@ def evaluate_run(
     with machine_for(config) as machine:
         # What is made anew for an older run needs all splits; other data only have to be tested on.
         needed = ("test",) if allow_changed_data or "data" in changed else SPLITS
-        study = read_study(config, again=True, needed_splits=needed)
-        used = decode_for_run(config, machine, run, study, _CHANGED_DATA, allow_changed=allow_changed_data)
+        reading = config
+        if allow_changed_data and "data" in changed and not config.splits_frames:
+            reading = replace(config, limit=None, split="auto")
+        study = read_study(reading, again=True, needed_splits=needed)
+        used = decode_for_run(reading, machine, run, study, _CHANGED_DATA, allow_changed=allow_changed_data)
         results = RunFolder.create(out) if out else None
         own_data = "data" not in changed if used.is_own is None else used.is_own  # data of the run may have moved
-        fingerprint = used.fingerprint.digest
-        scores, pixels = evaluate_network(
-            config,
-            machine,
-            run,
-            used.data,
-            results,
-            own_data=own_data,
-            fingerprint=fingerprint,
-            left_out=used.left_out,
-        )
+        try:
+            scores, pixels = evaluate_network(
+                config,
+                machine,
+                run,
+                used.data,
+                results,
+                own_data=own_data,
+                fingerprint=used.fingerprint.digest,
+                left_out=used.left_out,
+            )
+        except (CardioCapsError, Interrupted):
+            if results:
+                results.discard()
+            raise
     if results:
         say(f"written to {printable(results.path)}")
-    return scores, pixels, config
+    return scores, pixels, config, used.fingerprint
+
+
+def _but_for_the_seed(config: TrainConfig, data: Fingerprint) -> str:
+    """What runs that may be averaged have in common: their data, wherever these lie, and their settings but for those
+    of the machine."""
+    ignored = {*MAY_DIFFER_ON_RESUME, "seed", "out", "resume", "overwrite"} - {"epochs", "patience"}
+    settings = {name: value for name, value in config.as_dict().items() if name not in ignored}
+    # With a limit, another split is of other videos.
+    return repr((settings, data.digest_without_splits if config.limit is None else data.table))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -459,26 +494,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         "of several runs, their mean too.",
         epilog=DISCLAIMER,
     )
-    data, device, threads, workers = (options()[name] for name in ("data", "device", "threads", "workers"))
-    path = data.from_text
+    path = options()["data"].from_text
     parser.add_argument("runs", metavar="RUN", type=path, nargs="+", help="folder of a run")
-    parser.add_argument("--data", metavar="PATH", type=path, help="data folder, where it has moved")
     parser.add_argument(
         "--allow-changed-data",
         action="store_true",
         help="evaluate on other data than the run was trained on too, and say what has changed",
     )
-    parser.add_argument("--device", type=device.from_text, help=f"{device.allowed} (default: the run's own)")
-    parser.add_argument("--threads", metavar="N", type=threads.from_text, help="of the CPU (default: the run's own)")
-    parser.add_argument(
-        "--workers", metavar="N", type=workers.from_text, help=f"{workers.help} (default: the run's own)"
-    )
     parser.add_argument("--out", metavar="PATH", type=path, help="also write the results to this new folder")
+    add_options(parser, _CHANGEABLE, default="the run's own")
     given = parser.parse_args(argv)
     if given.out and len(given.runs) > 1:
         parser.error("argument --out: holds the results of one run; give one RUN")
-    names = ("data", "device", "threads", "workers")
-    changed = {name: getattr(given, name) for name in names if getattr(given, name) is not None}
+    changed = {name: getattr(given, name) for name in _CHANGEABLE if getattr(given, name) is not None}
 
     def body(_: Interruption) -> None:
         from cardiocaps.train import quiet
@@ -487,11 +515,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         results = [
             evaluate_run(run, changed, given.out, allow_changed_data=given.allow_changed_data) for run in given.runs
         ]
-        differing = {repr(replace(config, seed=0, out=None)) for _, _, config in results}
+        differing = {_but_for_the_seed(config, data) for _, _, config, data in results}
         if len(differing) > 1:
             say("note: the runs differ in more than their seed, so there is no mean over them")
         elif len(results) > 1:
-            print_means(results)
+            print_means([(network, pixels, config) for network, pixels, config, _ in results])
 
     return execute(body)
 

@@ -118,7 +118,8 @@ class RunFolder:
 
     @property
     def paths(self) -> Path:
-        """Where the data lie: the only file that may say who ran it, for whoever shares a run."""
+        """Where the data lie. This file and `config`, which holds the paths as given, may say who ran it, for whoever
+        shares a run; no other does."""
         return self.path / "paths.json"
 
     @property

@@ -82,6 +82,13 @@ class Fingerprint:
         equal where `differences` finds nothing else than other contents."""
         return _digest(json.dumps([list(self.videos.items()), sorted(self.label_rule.items())]))
 
+    @cached_property
+    def digest_without_splits(self) -> str:
+        """As `digest`, of the videos and the label rule alone: equal for two seeds of a split that is drawn. Patients
+        are numbered by the order, and that is the splits'."""
+        videos = sorted((name, label, targets) for name, (_, label, targets, _) in self.videos.items())
+        return _digest(json.dumps([videos, sorted(self.label_rule.items())]))
+
     def has_seen(self, name: str, sha256: str | None) -> bool:
         """Whether a run on this study has trained or validated on a video, by its name or by its file's bytes. (Where
         frames are split, every video has frames in the training.)"""

@@ -7,14 +7,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cardiocaps import evaluate
 from cardiocaps.config import TrainConfig, read_run
 from cardiocaps.data import Study
+from cardiocaps.data.datamodule import EchoDataModule
 from cardiocaps.data.fingerprint import Fingerprint
-from cardiocaps.errors import ConfigError, DataError
+from cardiocaps.errors import CheckpointError, ConfigError, DataError
 from cardiocaps.files import write_json
 from cardiocaps.machine import Machine
 from cardiocaps.run_folder import RunFolder
@@ -214,3 +217,62 @@ def test_a_cache_is_where_it_was_given_when_its_disk_is_gone(tmp_path: Path, mon
     assert read_run(run.path).cache_dir == old / "cache"
     old.rmdir()
     assert read_run(run.path).cache_dir == Path("cache")
+
+
+@pytest.fixture
+def read(monkeypatch: pytest.MonkeyPatch) -> list[Study]:
+    """The studies that evaluations come to test on; there is no network that could."""
+    studies = []
+
+    def take(
+        config: TrainConfig, machine: Machine, run: RunFolder, data: EchoDataModule, *_: object, **__: object
+    ) -> None:
+        studies.append(data.study)
+        raise CheckpointError("no network here")
+
+    monkeypatch.setattr(evaluate, "evaluate_network", take)
+    return studies
+
+
+def test_other_data_are_read_as_their_own_table_says(
+    table: Callable[..., Path], run: RunFolder, tmp_path: Path, read: list[Study], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by the split and the limit of the run; links, patients and bad videos as the options say."""
+    root = table(list(range(16)))
+    config = replace(_settings(root, tmp_path), split="stratified", limit=12, bootstrap=0)
+    run.keep(*config.kept())
+    write_json(run.data, Fingerprint.of(read_study(config)).as_dict())
+    other = table(list(range(20, 36)), split_of, lambda i: f"P{i % 5}")  # divided patients
+    videos = (other / "Batch1").rename(tmp_path / "elsewhere")
+    (other / "Batch1").mkdir()
+    for video in videos.iterdir():
+        (other / "Batch1" / video.name).symlink_to(video)
+    (videos / f"0X{20:016X}.avi").write_bytes(b"no video")
+    typed = [str(run.path), "--data", str(other), "--allow-changed-data", "--out", str(tmp_path / "out")]
+    assert evaluate.main(typed) == 3
+    assert "--follow-links" in capsys.readouterr().err
+    assert evaluate.main([*typed, "--follow-links"]) == 3
+    typed += ["--follow-links", "--max-bad-share", "0.5", "--cache-dir", str(tmp_path / "new cache")]
+    assert not read and evaluate.main(typed) == 5
+    (study,) = read
+    assert study.split_rule == "column" and len(study.clips) == 15 and study.group_column == "PatientID"
+    assert any((tmp_path / "new cache").iterdir())
+    assert not (tmp_path / "out").exists()
+
+
+def test_runs_of_other_seeds_and_machines_have_a_mean() -> None:
+    def key(of: Fingerprint, **changes: object) -> str:
+        return evaluate._but_for_the_seed(replace(TrainConfig().resolved(), **changes), of)  # type: ignore[arg-type]
+
+    videos = {"a": ("train", "0", "x", "-"), "b": ("test", "1", "y", "-")}
+    data = Fingerprint(videos, {"IVSd": 1.1}, "table", "video", "stratified")
+    same = key(data)
+    elsewhere = {"data": Path("there"), "workers": 2, "device": "cpu", "cache_dir": Path("x"), "progress": False}
+    assert key(data, seed=3, out=Path("other"), **elsewhere) == same
+    drawn = {"b": ("train", "1", "y", "-"), "a": ("val", "0", "x", "-")}
+    assert key(replace(data, videos=drawn)) == same
+    for changes in ({"epochs": 3}, {"patience": 1}, {"routing": "dynamic"}, {"regression_target": "ef"}):
+        assert key(data, **changes) != same
+    relabelled = {**videos, "a": ("train", "1", "x", "-")}
+    for other in (replace(data, videos=relabelled), replace(data, label_rule={"IVSd": 1.2})):
+        assert key(other) != same
