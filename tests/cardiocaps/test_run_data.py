@@ -120,6 +120,19 @@ def test_no_patient_is_tested_on_that_the_run_has_seen(
     assert used.left_out == 2
 
 
+@pytest.mark.filterwarnings("ignore:a split by frame leaks")
+def test_where_frames_are_split_the_run_has_seen_every_video(
+    table: Callable[..., Path], run: RunFolder, tmp_path: Path
+) -> None:
+    config = replace(_settings(table(list(range(12))), tmp_path), split="frames")
+    write_json(run.data, Fingerprint.of(read_study(config)).as_dict())
+    config = replace(config, data=table(list(range(4, 32))))
+    study = read_study(config, again=True, needed_splits=("test",))
+    used = decode_for_run(config, MACHINE, run, study, "advice", allow_changed=True)
+    assert {int(digits, 16) for digits in _digits(used.data.study, "mixed")} == set(range(12, 32))
+    assert used.left_out == 8
+
+
 def test_nothing_new_to_test_on(table: Callable[..., Path], run: RunFolder, tmp_path: Path) -> None:
     _trained(run, table(list(range(16)), split_of), tmp_path)
     with pytest.raises(DataError, match="has no test video that is new to the run: it was trained or validated on all"):
