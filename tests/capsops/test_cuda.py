@@ -133,7 +133,7 @@ def test_a_failed_launch_is_an_error_with_cudas_words(pretended: list[int]) -> N
             extension._run(
                 "attention_routing", _on_gpu(u, weight), capsules.struct, A.data_ptr(), 0, v.data_ptr(), s.data_ptr()
             )
-    assert pretended[0] > 0
+    assert len(pretended) == 2
     assert pretended[0] % 256 == 0
 
 
@@ -142,17 +142,21 @@ def test_no_kernel_for_matrix_poses(pretended: list[int]) -> None:
     pose, weight = torch.randn(2, 5, 4, 3), torch.randn(5, 3, 2, 4)
     capsules = extension._Capsules(pose, weight)
     with pytest.raises(RuntimeError, match=r"affine_votes: not supported for shapes \[2, 5, 4, 3\]"):
-        extension._run("affine_votes", _on_gpu(pose, weight), capsules.struct, 0)
+        votes = torch.zeros(2, 5, 2, 4, 4)
+        extension._run("affine_votes", _on_gpu(pose, weight), capsules.struct, votes.data_ptr())
 
 
 @needs_kernels
 def test_the_workspace_follows_the_shape(pretended: list[int]) -> None:
     """It holds partial sums and states, not votes, and no more of them for more iterations."""
 
+    some = torch.zeros(1).data_ptr()  # nothing is read or written there
+
     def needed(B: int, N: int, iterations: int = 3) -> int:
         counting = extension._C.Counting(0)
-        struct = extension._C.Capsules(0, 0, 0, B, N, 8, 2, 16, 1, 8 * 2 * 16, extension._C.Dtype.float32)
-        assert extension._C.dynamic_routing(counting, struct, 0, iterations, False, 0, 0) == extension._C.Status.ok
+        struct = extension._C.Capsules(some, some, 0, B, N, 8, 2, 16, 1, 8 * 2 * 16, extension._C.Dtype.float32)
+        status = extension._C.dynamic_routing(counting, struct, 0, iterations, False, some, some)
+        assert status == extension._C.Status.ok
         return int(counting.bytes)
 
     assert 0 < needed(8, 1000) <= needed(8, 460_800) < 32_000_000

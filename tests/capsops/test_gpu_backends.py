@@ -321,7 +321,7 @@ def test_memory_of_triton(
         attention = (u, weight, mix, small, None)
         own = (u, weight, prior, None, 1.0)
         calls = [
-            lambda: triton.dynamic_routing(v, s, *dynamic[2:]),
+            lambda: triton.dynamic_routing(v, s, *dynamic[2:], no),
             lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, False, yes),
             lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, True, yes),
             lambda: triton.attention_routing(v, total, *attention),

@@ -29,7 +29,7 @@ def _backward_arguments(iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def dynamic(iterations: int) -> Callable[[], object]:
     _, _, u, weight = _backward_arguments(1)
-    return lambda: OPS.dynamic_routing(u, weight, None, None, iterations, False)
+    return lambda: OPS.dynamic_routing(u, weight, None, None, iterations, False, False)
 
 
 def dynamic_backward(iterations: int) -> Callable[[], object]:
@@ -115,17 +115,17 @@ def test_handlers_that_do_not_raise_run_meanwhile_and_change_nothing() -> None:
 
     results: list[Tensor] = []
     with timer(handler, SECONDS):
-        results.extend(OPS.dynamic_routing(u, weight, None, None, 600, False))
+        results.extend(OPS.dynamic_routing(u, weight, None, None, 600, False, False))
     assert seen == [0, 0, 0], "three signals while one kernel ran"
-    again = OPS.dynamic_routing(u, weight, None, None, 600, False)
+    again = OPS.dynamic_routing(u, weight, None, None, 600, False, False)
     assert all(torch.equal(x, y) for x, y in zip(results, again, strict=True))
 
 
 def test_kernels_of_other_threads_end_by_themselves() -> None:
     """Python's handlers run in its main thread alone."""
     u, weight, got, seen = torch.randn(8, 1000, 8), torch.randn(1000, 8, 10, 16), [], []
-    expected = OPS.dynamic_routing(u, weight, None, None, 50, False)
-    thread = threading.Thread(target=lambda: got.extend(OPS.dynamic_routing(u, weight, None, None, 50, False)))
+    expected = OPS.dynamic_routing(u, weight, None, None, 50, False, False)
+    thread = threading.Thread(target=lambda: got.extend(OPS.dynamic_routing(u, weight, None, None, 50, False, False)))
     with timer(lambda *_: seen.append(1), 0.01):
         thread.start()
         thread.join()
@@ -152,7 +152,7 @@ class Backward(torch.autograd.Function):
 capsops.dynamic_routing(u, weight)
 print("ready", flush=True)
 if sys.argv[1] == "forward":
-    ops.dynamic_routing(u, weight, None, None, iterations, False)
+    ops.dynamic_routing(u, weight, None, None, iterations, False, False)
 else:
     Backward.apply(u.requires_grad_()).sum().backward()
 print("done", flush=True)

@@ -314,10 +314,9 @@ def _squash_backward(g_v: Tensor, s: Tensor, g_s: Tensor, kind: str) -> None:
     from .rows import squash_backward_kernel
 
     if s.shape[-1] > _MOST_COMPONENTS:
-        with torch.enable_grad():
-            x = s.detach().requires_grad_()
-            v = reference.squash(x, kind)
-        g_s.copy_(torch.autograd.grad(v, x, g_v)[0])
+        # Not torch.autograd.grad: an operator's kernel runs below autograd.
+        _, gradient = torch.func.vjp(lambda x: reference.squash(x, kind), s.detach())
+        g_s.copy_(gradient(g_v)[0])
     elif s.numel():
         sizes, rows = _rows(s), s.numel() // s.shape[-1]
         squash_backward_kernel[(-(-rows // sizes["RB"]),)](g_v, s, g_s, rows, **sizes, sabour=kind == "sabour")
