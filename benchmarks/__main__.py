@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.program import execute, say
+from cardiocaps.runtime.program import execute, say
 
 from .shapes import CASES, QUICK_CASES, families, family
 

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cardiocaps.errors import CardioCapsError
-from cardiocaps.program import execute, say
+from cardiocaps.runtime.program import execute, say
 
 from . import gpu_checks
 from .device import Device, best, environment, rates

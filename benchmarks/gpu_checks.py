@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cardiocaps.program import say
+from cardiocaps.runtime.program import say
 
 from .device import Device, find_tool
 from .gpu_results import SANITIZER, TESTS, TRITON_TESTS, Results

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from cardiocaps.errors import DataError, OutputError
-from cardiocaps.files import exclusive, output_errors, write_csv, write_json, write_text
-from cardiocaps.program import execute, say
+from cardiocaps.runtime.files import exclusive, output_errors, write_csv, write_json, write_text
+from cardiocaps.runtime.program import execute, say
 
 from .shapes import BOTH, CASES, DIRECTIONS, FORWARD, families
 

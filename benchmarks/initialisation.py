@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.program import execute, say
+from cardiocaps.runtime.program import execute, say
 
 N, K, J, D = 144, 8, 40, 16
 RULES = {"J / √(N D)": J / math.sqrt(N * D), "0.1": 0.1, "default": None}
@@ -34,7 +34,7 @@ def accuracy(sigma: float | None, seed: int, learning_rate: float, steps: int = 
     from torch import nn
 
     from capsops.nn import CapsuleLayer, PrimaryCapsules
-    from cardiocaps.losses import margin_loss
+    from cardiocaps.models.losses import margin_loss
 
     torch.manual_seed(seed)
     digits = load_digits()
@@ -72,7 +72,7 @@ def run(arguments: argparse.Namespace) -> None:
     import sklearn
     import torch
 
-    from cardiocaps.files import output_errors, write_csv, write_json
+    from cardiocaps.runtime.files import output_errors, write_csv, write_json
 
     rows: list[dict[str, Any]] = []
     for learning_rate in arguments.learning_rates:

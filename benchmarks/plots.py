@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cardiocaps.errors import DataError
-from cardiocaps.files import write_bytes
-from cardiocaps.program import execute, say
+from cardiocaps.runtime.files import write_bytes
+from cardiocaps.runtime.program import execute, say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

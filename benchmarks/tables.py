@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cardiocaps.errors import OutputError
-from cardiocaps.files import output_errors, write_csv, write_json, write_text
+from cardiocaps.runtime.files import output_errors, write_csv, write_json, write_text
 
 from . import machine as machine_
 from .machine import Machine

@@ -56,8 +56,8 @@ def _step(preset: str, steps: int, routing: str, way: str, device: Device) -> di
 
     import capsops
     from cardiocaps.config import PRESETS
-    from cardiocaps.losses import CardioCapsLoss, class_weights
     from cardiocaps.models.cardiocaps import CardioCaps
+    from cardiocaps.models.losses import CardioCapsLoss, class_weights
     from cardiocaps.models.prediction import CLASSES, IN_CHANNELS, RECONSTRUCTED_CHANNELS
 
     device.prepare()

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cardiocaps.errors import CardioCapsError
-from cardiocaps.parallel import obey_the_parent
+from cardiocaps.runtime.processes import obey_the_parent
 
 from .device import Device
 

@@ -13,22 +13,22 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cardiocaps.baseline import PIXEL_SIDE
 from cardiocaps.config import MAY_DIFFER_ON_RESUME, CommandLine, TrainConfig, add_options, options, read_run
 from cardiocaps.errors import CardioCapsError, CheckpointError, plural, printable
-from cardiocaps.program import Interrupted, Interruption, execute, say
+from cardiocaps.evaluation.pixel_baseline import PIXEL_SIDE
+from cardiocaps.runtime.program import Interrupted, Interruption, execute, say
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from cardiocaps.data.datamodule import EchoDataModule
     from cardiocaps.data.fingerprint import Fingerprint
-    from cardiocaps.decision import Decision
-    from cardiocaps.learning import Classifier
-    from cardiocaps.machine import Machine
+    from cardiocaps.evaluation.decision import Decision
+    from cardiocaps.evaluation.predictions import Predictions
     from cardiocaps.metrics import RegressionReport, Report
-    from cardiocaps.predictions import Predictions
-    from cardiocaps.run_folder import RunFolder
+    from cardiocaps.runtime.device import Machine
+    from cardiocaps.training.module import Classifier
+    from cardiocaps.training.run_folder import RunFolder
 
 DISCLAIMER = "Research use only. Not a medical device."
 
@@ -65,8 +65,8 @@ class Scores:
     @classmethod
     def of(cls, test: Predictions, validation: Predictions | None, decision: Decision, bootstrap: int) -> Scores:
         """The bootstrap draws videos, or patients where the table names them."""
+        from cardiocaps.evaluation.predictions import UNITS
         from cardiocaps.metrics import THRESHOLD, evaluate, mean_by, regression_report
-        from cardiocaps.predictions import UNITS
 
         reports = {
             (unit, threshold): evaluate(
@@ -102,8 +102,8 @@ class Scores:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
+        from cardiocaps.evaluation.predictions import UNITS
         from cardiocaps.metrics import DECISIONS
-        from cardiocaps.predictions import UNITS
 
         content: dict[str, Any] = {
             "decision": {"threshold": self.decision.threshold, "unit": self.decision.unit, "rule": self.decision.rule}
@@ -124,7 +124,7 @@ def predict(trainer: Trainer, network: Classifier, data: EchoDataModule, split: 
     import numpy as np
     import torch
 
-    from cardiocaps.predictions import Predictions
+    from cardiocaps.evaluation.predictions import Predictions
 
     data.predicted = split
     batches = trainer.predict(network, datamodule=data, return_predictions=True)
@@ -321,9 +321,9 @@ def write_results(
     """The predictions, the decision, the plots and, last, metrics.json of a run. `identity` says what was evaluated,
     and on what. Raises OutputError."""
     from cardiocaps import plots
-    from cardiocaps.decision import write_decision
-    from cardiocaps.files import output_errors, write_json
-    from cardiocaps.predictions import write_predictions
+    from cardiocaps.evaluation.decision import write_decision
+    from cardiocaps.evaluation.predictions import write_predictions
+    from cardiocaps.runtime.files import output_errors, write_json
 
     unit = unit_of(config)
     report, at_half = network.report(unit), network.report_at_half(unit)
@@ -382,12 +382,12 @@ def evaluate_network(
         CheckpointError: the checkpoint is missing, damaged or of another configuration, or what the run keeps is
             damaged. OutputError.
     """
-    from cardiocaps.baseline import PixelBaseline
     from cardiocaps.data.fingerprint import Fingerprint
-    from cardiocaps.decision import Decision, read_decision, training_mean
-    from cardiocaps.files import write_json
-    from cardiocaps.learning import best_network, weights_digest
+    from cardiocaps.evaluation.decision import Decision, read_decision, training_mean
+    from cardiocaps.evaluation.pixel_baseline import PixelBaseline
+    from cardiocaps.runtime.files import write_json
     from cardiocaps.train import make_trainer
+    from cardiocaps.training.module import best_network, weights_digest
 
     training = results is not None and results.path == run.path
     unit = unit_of(config)
@@ -441,9 +441,9 @@ def evaluate_run(
         CardioCapsError: the folder is no run's, its checkpoint or data cannot be used, or `out` cannot be written.
     """
     from cardiocaps.data.splits import SPLITS
-    from cardiocaps.machine import machine_for
-    from cardiocaps.run_folder import RunFolder
+    from cardiocaps.runtime.device import machine_for
     from cardiocaps.train import decode_for_run, read_study
+    from cardiocaps.training.run_folder import RunFolder
 
     run = RunFolder.open(path)
     config = replace(read_run(path), **changed)

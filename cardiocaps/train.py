@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from cardiocaps.config import TRAINABLE_PHANTOM, TrainConfig, from_command_line
 from cardiocaps.errors import CardioCapsError, CheckpointError, ConfigError, DataError, printable
-from cardiocaps.files import is_missing
-from cardiocaps.program import Interrupted, Interruption, execute, say
+from cardiocaps.runtime.files import is_missing
+from cardiocaps.runtime.program import Interrupted, Interruption, execute, say
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
     from lightning.pytorch.callbacks import Callback
 
     from cardiocaps.data.datamodule import EchoDataModule
-    from cardiocaps.data.echonet import Study
+    from cardiocaps.data.echonet_lvh import Study
     from cardiocaps.data.fingerprint import Fingerprint
-    from cardiocaps.machine import Machine
-    from cardiocaps.run_folder import RunFolder
+    from cardiocaps.runtime.device import Machine
+    from cardiocaps.training.run_folder import RunFolder
 
 
 _OTHER_DATA = "give --data with the data of then, or begin a new run"
@@ -46,9 +46,9 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
     """
     quiet()
     from cardiocaps.evaluate import evaluate_network
-    from cardiocaps.files import exclusive
-    from cardiocaps.machine import machine_for
-    from cardiocaps.run_folder import RunFolder
+    from cardiocaps.runtime.device import machine_for
+    from cardiocaps.runtime.files import exclusive
+    from cardiocaps.training.run_folder import RunFolder
 
     assert config.out is not None
     with machine_for(config) as machine:
@@ -91,14 +91,14 @@ def read_study(
     Raises:
         DataError, OutputError: as `read_folder` and `write_phantom`; and where it is not where it was.
     """
-    from cardiocaps.data.echonet import read_folder
+    from cardiocaps.data.echonet_lvh import read_folder
     from cardiocaps.data.labels import THRESHOLDS
 
     root = config.data
     if again and root is not None and is_missing(root):
         raise DataError(f"data: {printable(root)}, which the run used, is not there; give --data, where it is now")
     if root is None:
-        from cardiocaps.data.phantom import phantom_is_complete, write_phantom
+        from cardiocaps.phantom import phantom_is_complete, write_phantom
 
         root = config.phantom_dir
         if not phantom_is_complete(root, config.phantom_videos, config.phantom_seed):
@@ -106,7 +106,7 @@ def read_study(
                 options = f"--videos {config.phantom_videos} --seed {config.phantom_seed}"
                 raise DataError(
                     f"phantom_dir: {printable(root)} does not hold the phantom that the run used; give --data, where "
-                    f"it is now, or make it again: python -m cardiocaps.data.phantom {printable(root)} {options}"
+                    f"it is now, or make it again: python -m cardiocaps.phantom {printable(root)} {options}"
                 )
             if config.phantom_videos < TRAINABLE_PHANTOM:
                 raise ConfigError(
@@ -189,7 +189,7 @@ def decode_for_run(
         ConfigError: what the folder remembers is damaged.
     """
     from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
-    from cardiocaps.files import write_json
+    from cardiocaps.runtime.files import write_json
 
     before, now = read_fingerprint(folder.data), Fingerprint.of(study)
     if before is None and (folder.last.exists() or folder.best.exists()):
@@ -290,8 +290,10 @@ def train(
     from lightning.pytorch.callbacks import RichProgressBar
 
     from cardiocaps import plots
-    from cardiocaps.files import output_errors
-    from cardiocaps.learning import (
+    from cardiocaps.runtime.device import compilation_errors
+    from cardiocaps.runtime.files import output_errors
+    from cardiocaps.training.checkpoints import check_resumable_state, epochs_ended
+    from cardiocaps.training.module import (
         CheckpointFiles,
         Checkpoints,
         Classifier,
@@ -302,8 +304,6 @@ def train(
         read_checkpoint,
         restoring_errors,
     )
-    from cardiocaps.machine import compilation_errors
-    from cardiocaps.resumable import check_resumable_state, epochs_ended
 
     seed_everything(config.seed, workers=True, verbose=False)
     # It would cost time and change no result.

@@ -5,6 +5,6 @@ puts a folder together, ``cache`` keeps decoded frames, ``views`` makes the nine
 feeds Lightning.
 """
 
-from cardiocaps.data.echonet import Clip, Study, read_folder
+from cardiocaps.data.echonet_lvh import Clip, Study, read_folder
 
 __all__ = ["Clip", "Study", "read_folder"]

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from cardiocaps.data.echonet import Clip, Study
+from cardiocaps.data.echonet_lvh import Clip, Study
 from cardiocaps.data.measurements import Problem, refuse_many, summarise
 from cardiocaps.data.video import (
     MAX_FRAMES,
@@ -43,10 +43,10 @@ from cardiocaps.data.video import (
     regular_file,
 )
 from cardiocaps.errors import ConfigError, DataError, OutputError, printable
-from cardiocaps.files import output_errors, remove_leftovers, replacing
-from cardiocaps.optional import needed
-from cardiocaps.parallel import cores, in_parallel
-from cardiocaps.progress import shown
+from cardiocaps.runtime.files import output_errors, remove_leftovers, replacing
+from cardiocaps.runtime.packages import needed
+from cardiocaps.runtime.processes import cores, in_parallel
+from cardiocaps.runtime.progress import shown
 
 FRAME_CHOICES = ("spread", "first")
 _FPS_TOLERANCE = 0.05  # tables round frame rates

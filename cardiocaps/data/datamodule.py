@@ -23,10 +23,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from cardiocaps.data import cache, splits
-from cardiocaps.data.echonet import Clip, Study, read_folder
+from cardiocaps.data.echonet_lvh import Clip, Study, read_folder
 from cardiocaps.data.views import base_side, draw_jitter, three_views
 from cardiocaps.errors import ConfigError, OutputError, ResourceError
-from cardiocaps.parallel import start_errors
+from cardiocaps.runtime.processes import start_errors
 
 TARGETS = ("width", "ef")
 

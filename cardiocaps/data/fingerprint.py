@@ -22,7 +22,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.data.echonet import Clip, Study
+from cardiocaps.data.echonet_lvh import Clip, Study
 from cardiocaps.data.measurements import FILE_NAME, Problem
 from cardiocaps.errors import ConfigError, printable
 

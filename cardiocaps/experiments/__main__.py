@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from cardiocaps.config import CommandLine, TrainConfig, add_options, options
 from cardiocaps.errors import CardioCapsError, ConfigError, DataError
 from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED, SYSTEMS, configure, keys_of, trained_as
-from cardiocaps.files import output_errors
-from cardiocaps.program import Interrupted, Interruption, execute, say
+from cardiocaps.runtime.files import output_errors
+from cardiocaps.runtime.program import Interrupted, Interruption, execute, say
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -102,8 +102,8 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
     from cardiocaps.experiments.results import is_finished
     from cardiocaps.experiments.runner import run_jobs
     from cardiocaps.experiments.tables import count
-    from cardiocaps.files import exclusive, remove_leftovers
-    from cardiocaps.machine import decide, visible_gpu
+    from cardiocaps.runtime.device import decide, visible_gpu
+    from cardiocaps.runtime.files import exclusive, remove_leftovers
     from cardiocaps.train import quiet
 
     quiet()
@@ -169,7 +169,7 @@ def _prepare(
             first used here.
     """
     from cardiocaps.data.fingerprint import Fingerprint
-    from cardiocaps.machine import machine_for
+    from cardiocaps.runtime.device import machine_for
     from cardiocaps.train import decode, read_study
 
     said: dict[str, str] = {}
@@ -230,7 +230,7 @@ def _write(
     from cardiocaps.experiments.results import is_finished, read_result
     from cardiocaps.experiments.summaries import Row
     from cardiocaps.experiments.tables import write_exhibit, write_index
-    from cardiocaps.run_folder import RunFolder
+    from cardiocaps.training.run_folder import RunFolder
 
     finished = [job for job in jobs if is_finished(job.folder)]
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from cardiocaps import __version__
 from cardiocaps.config import TrainConfig, completed
 from cardiocaps.errors import ConfigError, DataError, OutputError, printable
-from cardiocaps.files import output_errors, write_json
-from cardiocaps.program import say
+from cardiocaps.runtime.files import output_errors, write_json
+from cardiocaps.runtime.program import say
 
 if TYPE_CHECKING:
     from cardiocaps.data.fingerprint import Fingerprint

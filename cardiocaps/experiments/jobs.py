@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 from cardiocaps.config import TrainConfig
 from cardiocaps.experiments.exhibits import System
-from cardiocaps.program import Interruption
+from cardiocaps.runtime.program import Interruption
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
     from cardiocaps.data.datamodule import EchoDataModule
-    from cardiocaps.machine import Machine
-    from cardiocaps.predictions import Predictions
-    from cardiocaps.run_folder import RunFolder
+    from cardiocaps.evaluation.predictions import Predictions
+    from cardiocaps.runtime.device import Machine
+    from cardiocaps.training.run_folder import RunFolder
 
 _OTHER_DATA = "choose another --out for these"
 
@@ -66,10 +66,10 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
     """
     from cardiocaps.experiments.folder import ExperimentFolder
     from cardiocaps.experiments.results import is_finished
-    from cardiocaps.files import exclusive, write_json
-    from cardiocaps.machine import machine_for
-    from cardiocaps.run_folder import RunFolder
+    from cardiocaps.runtime.device import machine_for
+    from cardiocaps.runtime.files import exclusive, write_json
     from cardiocaps.train import decode_for_run, quiet, read_study
+    from cardiocaps.training.run_folder import RunFolder
 
     quiet()
     if is_finished(job.folder):
@@ -107,11 +107,11 @@ def _network(
 ) -> None:
     from statistics import median
 
-    from cardiocaps.decision import Decision, training_mean, write_decision
     from cardiocaps.evaluate import predict, unit_of
-    from cardiocaps.learning import best_network, weights_digest
-    from cardiocaps.peak_memory import PeakMemory
+    from cardiocaps.evaluation.decision import Decision, training_mean, write_decision
+    from cardiocaps.runtime.peak_memory import PeakMemory
     from cardiocaps.train import make_trainer, train
+    from cardiocaps.training.module import best_network, weights_digest
 
     memory = PeakMemory(machine.device)
     history = train(config, machine, folder, data, interruption, callbacks=[_progress(watch), memory])
@@ -143,9 +143,9 @@ def _pixels(job: Job, config: TrainConfig, data: EchoDataModule, watch: Watch) -
     import torch
     from threadpoolctl import threadpool_limits
 
-    from cardiocaps.baseline import PIXEL_SIDE
+    from cardiocaps.evaluation.pixel_baseline import PIXEL_SIDE
+    from cardiocaps.evaluation.predictions import Predictions
     from cardiocaps.models.pixel_classifiers import fit
-    from cardiocaps.predictions import Predictions
 
     pixels = {split: data.pixels(split, PIXEL_SIDE) for split in ("train", "val", "test")}
     watch(0.5, "fitting")

@@ -12,10 +12,10 @@ import cardiocaps.data.datamodule
 import cardiocaps.evaluate
 import cardiocaps.experiments.jobs
 import cardiocaps.experiments.results
-import cardiocaps.learning
 import cardiocaps.metrics
-import cardiocaps.peak_memory
 import cardiocaps.plots
+import cardiocaps.runtime.peak_memory
+import cardiocaps.training.module
 
 # Those that may be missing or broken; a job that needs one says so.
 with suppress(Exception):

@@ -16,10 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cardiocaps.errors import ConfigError
-from cardiocaps.files import write_json
+from cardiocaps.evaluation.predictions import GROUP_KINDS, UNITS, Predictions, write_predictions
 from cardiocaps.metrics import decision_threshold
-from cardiocaps.predictions import GROUP_KINDS, UNITS, Predictions, write_predictions
-from cardiocaps.run_folder import RunFolder
+from cardiocaps.runtime.files import write_json
+from cardiocaps.training.run_folder import RunFolder
 
 _KIND = "cardiocaps result"
 _NAME = "result.json"

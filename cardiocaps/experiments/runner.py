@@ -18,8 +18,8 @@ from typing import Protocol
 
 from cardiocaps.errors import CardioCapsError
 from cardiocaps.experiments.jobs import Job, run
-from cardiocaps.parallel import obey_the_parent, start_errors
-from cardiocaps.program import Interrupted, Interruption, held
+from cardiocaps.runtime.processes import obey_the_parent, start_errors
+from cardiocaps.runtime.program import Interrupted, Interruption, held
 
 _PATIENCE = 60.0  # seconds that a job gets to save, once it has been told to stop
 

@@ -14,8 +14,8 @@ from cardiocaps.evaluate import DISCLAIMER, METRIC_NAMES, PAPER_NAMES
 from cardiocaps.experiments.exhibits import Exhibit
 from cardiocaps.experiments.reported import BINARY_F1, CONFUSION_OF, LAMBDAS, ON, reported
 from cardiocaps.experiments.summaries import CALIBRATION_BINS, Row, Summary, lambda_of, summarise
-from cardiocaps.files import write_csv, write_text
 from cardiocaps.metrics import BOTH, EXACT, METRICS, PUBLISHED, MeanEstimate, interval_text
+from cardiocaps.runtime.files import write_csv, write_text
 
 __all__ = ["Row", "write_exhibit", "write_index"]
 
@@ -76,7 +76,7 @@ def write_index(
     Args:
         exhibits: those whose files are there, or are missing and named as such. data: as `write_exhibit`.
         commands: with which all of it is made again. environments: of the jobs, each as
-            `cardiocaps.run_folder.environment`.
+            `cardiocaps.training.run_folder.environment`.
 
     Raises:
         ConfigError: a table that cannot be read. OutputError.

@@ -65,10 +65,10 @@ def make_loss(config: TrainConfig, class_weights: Tensor | None) -> nn.Module:
     """The loss that `config.model` is trained with: CardioCaps' for capsules that are vectors, spread loss for EM
     routing, else cross-entropy.
 
-    `class_weights` [2] as `cardiocaps.losses.class_weights` returns it; None for ones. Raises ConfigError for an
+    `class_weights` [2] as `cardiocaps.models.losses.class_weights` returns it; None for ones. Raises ConfigError for an
     unknown model.
     """
-    from cardiocaps.losses import CardioCapsLoss, CrossEntropyLoss, SpreadLoss
+    from cardiocaps.models.losses import CardioCapsLoss, CrossEntropyLoss, SpreadLoss
 
     name = _checked(config)
     if name in ("cardiocaps", "efficient-capsnet"):

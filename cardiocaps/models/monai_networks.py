@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cardiocaps.config import Preset
 from cardiocaps.models.prediction import CLASSES, IN_CHANNELS, Prediction, check_image, of_logits
-from cardiocaps.optional import needed
+from cardiocaps.runtime.packages import needed
 
 # Images up to this size get a ResNet18 of half the channels.
 _SMALL = 64

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cardiocaps.errors import DataError
-from cardiocaps.optional import needed
+from cardiocaps.runtime.packages import needed
 
 CLASSIFIERS = ("logistic-regression", "random-forest", "xgboost")
 SAMPLINGS = ("oversampling", "undersampling", "class-weight")

@@ -16,10 +16,10 @@ from cardiocaps.experiments import __main__ as program
 from cardiocaps.experiments import jobs
 from cardiocaps.experiments.folder import ExperimentFolder
 from cardiocaps.experiments.plan import SYSTEMS, configure
-from cardiocaps.machine import machine_for
-from cardiocaps.program import Interruption
-from cardiocaps.run_folder import RunFolder
+from cardiocaps.runtime.device import machine_for
+from cardiocaps.runtime.program import Interruption
 from cardiocaps.train import decode_for_run, read_study
+from cardiocaps.training.run_folder import RunFolder
 
 from .data.sample_videos import encode, picture, write_folder
 

@@ -18,10 +18,10 @@ from cardiocaps.data import Study
 from cardiocaps.data.datamodule import EchoDataModule
 from cardiocaps.data.fingerprint import Fingerprint
 from cardiocaps.errors import CheckpointError, ConfigError, DataError
-from cardiocaps.files import write_json
-from cardiocaps.machine import Machine
-from cardiocaps.run_folder import RunFolder
+from cardiocaps.runtime.device import Machine
+from cardiocaps.runtime.files import write_json
 from cardiocaps.train import RunData, decode, decode_for_run, read_study
+from cardiocaps.training.run_folder import RunFolder
 from tests.cardiocaps.data.sample_videos import COLUMNS, encode, measurement, picture, split_of, write_table
 
 MACHINE = Machine("cpu", None, "32", False, False, False, "auto")

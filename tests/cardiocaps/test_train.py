@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from cardiocaps import evaluate, train
-from cardiocaps.data.phantom import write_phantom
 from cardiocaps.errors import OutputError
-from cardiocaps.files import exclusive
+from cardiocaps.phantom import write_phantom
+from cardiocaps.runtime.files import exclusive
 from tests.cardiocaps.programs import ROOT, start, wait_for
 
 FAST = [
@@ -215,8 +215,8 @@ def test_other_data_are_judged_by_what_the_run_keeps(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its threshold, its classifier of pixels and its mean, on a table that has nothing but a test split."""
-    from cardiocaps.baseline import PixelBaseline
-    from cardiocaps.decision import Decision
+    from cardiocaps.evaluation.decision import Decision
+    from cardiocaps.evaluation.pixel_baseline import PixelBaseline
 
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("made anew on other data")
@@ -342,7 +342,7 @@ def test_stopped_at_any_step_resumes_as_if_nothing_had_happened(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from cardiocaps.learning import Classifier
+    from cardiocaps.training.module import Classifier
 
     steps, training_step = 0, Classifier.training_step
 
@@ -401,7 +401,7 @@ def test_training_draws_nothing_from_torch(
     finished: Path, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So a checkpoint need not hold the state of a generator, of whatever device."""
-    from cardiocaps.learning import Classifier
+    from cardiocaps.training.module import Classifier
 
     training_step = Classifier.training_step
 
@@ -687,7 +687,7 @@ def test_a_phantom_run_finds_its_phantom_and_makes_no_other(
         assert program([str(first / "run")] if program is evaluate.main else ["--resume", str(first / "run")]) == 3
         error = capsys.readouterr().err
         assert f"phantom_dir: {first / 'phantom'} does not hold the phantom that the run used" in error
-        assert f"python -m cardiocaps.data.phantom {first / 'phantom'} --videos 40 --seed 3" in error
+        assert f"python -m cardiocaps.phantom {first / 'phantom'} --videos 40 --seed 3" in error
     assert not list(second.iterdir())
     assert evaluate.main([str(first / "run"), "--data", str(tmp_path / "elsewhere")]) == 0
 
@@ -823,7 +823,7 @@ def test_damage_within_a_checkpoint_is_an_error_of_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from cardiocaps import learning
+    from cardiocaps.training import module as learning
 
     run = tmp_path / "run"
     run.mkdir()
@@ -861,7 +861,7 @@ def test_network_that_diverged(finished: Path, tmp_path: Path, capsys: pytest.Ca
 def test_training_that_diverges_says_so(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from cardiocaps.learning import Classifier
+    from cardiocaps.training.module import Classifier
 
     monkeypatch.setattr(
         Classifier,

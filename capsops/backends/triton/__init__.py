@@ -315,7 +315,7 @@ def _squash_backward(g_v: Tensor, s: Tensor, g_s: Tensor, kind: str) -> None:
 
     if s.shape[-1] > _MOST_COMPONENTS:
         # Not torch.autograd.grad: an operator's kernel runs below autograd.
-        _, gradient = torch.func.vjp(lambda x: reference.squash(x, kind), s.detach())
+        gradient = torch.func.vjp(lambda x: reference.squash(x, kind), s.detach())[1]
         g_s.copy_(gradient(g_v)[0])
     elif s.numel():
         sizes, rows = _rows(s), s.numel() // s.shape[-1]

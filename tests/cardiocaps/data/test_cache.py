@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cardiocaps import progress
 from cardiocaps.data import Clip, Study, cache, read_folder
 from cardiocaps.data.video import resize
 from cardiocaps.errors import ConfigError, DataError, OutputError
-from cardiocaps.files import replacing
+from cardiocaps.runtime import progress
+from cardiocaps.runtime.files import replacing
 
 from .sample_videos import (
     Frames,

@@ -336,7 +336,8 @@ def test_workers_without_shared_memory_are_an_error_of_one_line(
     if shutil.which("unshare") is None or _with_shared_memory(size, "true").returncode:
         pytest.skip("this machine lets nobody mount a /dev/shm of his own")
     script = (
-        "import sys; from cardiocaps.data.datamodule import EchoDataModule; from cardiocaps.program import execute\n"
+        "import sys; from cardiocaps.data.datamodule import EchoDataModule\n"
+        "from cardiocaps.runtime.program import execute\n"
         "data = EchoDataModule(sys.argv[1], size=128, batch_size=8, cache_dir=sys.argv[2], num_workers=2)\n"
         "sys.exit(execute(lambda _: list(data.val_dataloader()) and None))\n"
     )

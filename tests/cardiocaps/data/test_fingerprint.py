@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cardiocaps.data.echonet import Clip, Study
+from cardiocaps.data.echonet_lvh import Clip, Study
 from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
 from cardiocaps.data.labels import THRESHOLDS
 from cardiocaps.errors import ConfigError
-from cardiocaps.files import write_json
+from cardiocaps.runtime.files import write_json
 
 from .sample_videos import within
 

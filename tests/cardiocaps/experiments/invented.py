@@ -4,10 +4,10 @@ from typing import Any
 
 import numpy as np
 
+from cardiocaps.evaluation.predictions import Predictions
 from cardiocaps.experiments.exhibits import Exhibit
 from cardiocaps.experiments.results import Result
 from cardiocaps.experiments.tables import Row
-from cardiocaps.predictions import Predictions
 
 
 def predictions(seed: int, skill: float = 1.5, videos: int = 40, frames: int = 4, first: int = 0) -> Predictions:

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from cardiocaps.errors import ConfigError, OutputError
+from cardiocaps.evaluation.predictions import Predictions
 from cardiocaps.experiments.results import Result, is_finished, read_result, write_result
-from cardiocaps.predictions import Predictions
 from tests.cardiocaps.experiments.invented import predictions, result
 
 

@@ -20,13 +20,13 @@ import torch
 
 from cardiocaps.config import TrainConfig
 from cardiocaps.data import Study
-from cardiocaps.data.phantom import write_phantom
 from cardiocaps.errors import DataError
 from cardiocaps.experiments import __main__ as program
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED, SYSTEMS, configure, keys_of
 from cardiocaps.experiments.results import is_finished, read_result
 from cardiocaps.experiments.runner import run_jobs
+from cardiocaps.phantom import write_phantom
 from tests.cardiocaps.programs import ROOT, start, wait_for
 
 BY_FRAME = {"cardiocaps-frames", "cardiocaps-paper-protocol"}

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from cardiocaps.errors import ConfigError
+from cardiocaps.evaluation.predictions import Predictions
 from cardiocaps.experiments.exhibits import Exhibit
 from cardiocaps.experiments.results import Result
 from cardiocaps.experiments.summaries import Summary, lambda_of, summarise
 from cardiocaps.experiments.tables import Row, disagreements, write_exhibit, write_index
 from cardiocaps.metrics import METRICS, by_video, choose_threshold, evaluate
-from cardiocaps.predictions import Predictions
 from tests.cardiocaps.experiments.invented import exhibit, predictions, result, row
 
 DATA = "Invented numbers."

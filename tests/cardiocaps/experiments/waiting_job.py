@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import time
 
-from cardiocaps.parallel import obey_the_parent
+from cardiocaps.runtime.processes import obey_the_parent
 
 
 def job() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from cardiocaps.config import PRESETS
 from cardiocaps.errors import ConfigError
-from cardiocaps.losses import CardioCapsLoss, CrossEntropyLoss, SpreadLoss
 from cardiocaps.models import MODELS, build, make_loss
+from cardiocaps.models.losses import CardioCapsLoss, CrossEntropyLoss, SpreadLoss
 from cardiocaps.models.prediction import RECONSTRUCTED_CHANNELS, Prediction, of_logits, share
 
 # At the paper's size. Written out where the sum is short.

@@ -1,0 +1,111 @@
+"""What a run's results are judged by wherever it is evaluated, kept in its folder as `decision.json`: the threshold of
+its decisions, and the mean of its training targets.
+
+Both are the run's own. Evaluated on other data they stay what they are: a threshold chosen on the data that it is then
+tested on would make the decisions look better than they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cardiocaps.errors import CheckpointError
+from cardiocaps.evaluation.predictions import UNITS, Predictions
+from cardiocaps.metrics import THRESHOLD, decision_threshold
+from cardiocaps.runtime.files import write_json
+
+if TYPE_CHECKING:
+    from cardiocaps.data.datamodule import EchoDataModule
+
+_KIND = "cardiocaps decision"
+_RULE = "the largest Youden index (sensitivity + specificity - 1) of the run's validation split"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """Abnormal where the probability is above `threshold`."""
+
+    threshold: float
+    unit: str  # what it was chosen by: "video" or "frame"
+    rule: str  # how it was chosen
+    weights: str  # the digest of the network that it was chosen for; "" where it stands beside what it was chosen for
+    target_mean: float = math.nan  # of the regression targets in training; NaN where there is none
+
+    @classmethod
+    def choose(cls, validation: Predictions, unit: str, weights: str = "", target_mean: float = math.nan) -> Decision:
+        """The threshold with the largest Youden index on validation; 0.5 where that has one class only."""
+        threshold, reason = decision_threshold(*validation.samples(unit)[:2])
+        return cls(threshold, unit, f"0.5, for {reason}" if reason else _RULE, weights, target_mean)
+
+    @classmethod
+    def unknown(cls, unit: str, weights: str) -> Decision:
+        """Where the run keeps none for its network and its validation split is not at hand."""
+        return cls(THRESHOLD, unit, "0.5, for the run's folder has no threshold for this network", weights)
+
+    @property
+    def is_chosen(self) -> bool:
+        return self.rule == _RULE
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; NaN becomes None there."""
+        return asdict(self)
+
+
+def write_decision(path: Path, decision: Decision) -> None:
+    """Raises OutputError."""
+    write_json(path, {"kind": _KIND, **decision.as_dict()})
+
+
+def read_decision(path: Path, weights: str) -> Decision | None:
+    """The decision of a run; None where it keeps none, or one for other weights: training has gone on since.
+
+    Raises CheckpointError where the file is damaged.
+    """
+    content = read_kept(path, _KIND)
+    if content is None:
+        return None
+    try:
+        found = decision_of(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+    return found if found.weights == weights else None
+
+
+def decision_of(content: Mapping[str, Any]) -> Decision:
+    """From the values of `Decision.as_dict`. Raises ValueError for others."""
+    threshold, mean = content.get("threshold"), content.get("target_mean")
+    unit, rule, weights = (content.get(name) for name in ("unit", "rule", "weights"))
+    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
+        raise ValueError(f"threshold: must be a number from 0 to 1, is {threshold!r}")
+    if not all(isinstance(text, str) for text in (unit, rule, weights)) or unit not in UNITS:
+        raise ValueError("unit, rule and weights: must be text, unit one of video and frame")
+    if mean is not None and not isinstance(mean, int | float):
+        raise ValueError(f"target_mean: must be a number or null, is {mean!r}")
+    return Decision(threshold, unit, str(rule), str(weights), math.nan if mean is None else mean)
+
+
+def training_mean(data: EchoDataModule) -> float:
+    """Mean of the regression target over the training clips; NaN where none has it."""
+    measured = any(not math.isnan(getattr(clip, data.target)) for clip in data.clips("train"))
+    return data.train_target_mean() if measured else math.nan
+
+
+def read_kept(path: Path, kind: str) -> Mapping[str, Any] | None:
+    """The content of a JSON file of this program, None where there is none. Raises CheckpointError."""
+    if not path.exists():
+        return None
+    try:
+        # A pipe, for example, would never end.
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: it is no JSON") from error
+    if not isinstance(content, dict) or content.get("kind") != kind:
+        raise CheckpointError(f"{path} is damaged, or no file of this program")
+    return content

@@ -1,0 +1,80 @@
+"""The baseline beside a run's network: logistic regression on downsized grey frames, which tells what the label owes to
+mere brightness and position.
+
+It is fitted once, to the run's training split, and kept in the run's folder as numbers in JSON. Evaluated on other
+data, both models are then as they were trained, and compared on what neither has seen.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cardiocaps.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from cardiocaps.data.datamodule import EchoDataModule
+    from cardiocaps.evaluation.decision import Decision
+    from cardiocaps.evaluation.predictions import Predictions
+    from cardiocaps.models.pixel_classifiers import PixelClassifier
+
+PIXEL_SIDE = 32
+"""Of the downsized frames that classical classifiers see, in pixels."""
+
+_KIND = "cardiocaps pixel baseline"
+
+
+@dataclass(frozen=True)
+class PixelBaseline:
+    """A fitted classifier and its own decision, chosen on validation as the network's is."""
+
+    classifier: PixelClassifier
+    decision: Decision
+
+    @classmethod
+    def fit(cls, data: EchoDataModule, unit: str) -> PixelBaseline:
+        """From the training frames, and the validation videos or frames (`unit`)."""
+        from cardiocaps.evaluation.decision import Decision
+        from cardiocaps.models.pixel_classifiers import fit
+
+        pixels, label, _ = data.pixels("train", PIXEL_SIDE)
+        classifier = fit("logistic-regression", "class-weight", pixels, label, seed=0)
+        return cls(classifier, Decision.choose(predict_pixels(classifier, data, "val"), unit))
+
+    def predict(self, data: EchoDataModule, split: str) -> Predictions:
+        """As `predict_pixels`."""
+        return predict_pixels(self.classifier, data, split)
+
+    def write(self, path: Path) -> None:
+        """Raises OutputError."""
+        from cardiocaps.runtime.files import write_json
+
+        content = {"kind": _KIND, "side": PIXEL_SIDE, "decision": self.decision.as_dict()}
+        write_json(path, {**content, "logistic_regression": self.classifier.as_dict()})
+
+    @classmethod
+    def read(cls, path: Path) -> PixelBaseline | None:
+        """None where a run keeps none. Raises CheckpointError where the file is damaged."""
+        from cardiocaps.evaluation.decision import decision_of, read_kept
+        from cardiocaps.models.pixel_classifiers import PixelClassifier
+
+        content = read_kept(path, _KIND)
+        if content is None:
+            return None
+        try:
+            classifier = PixelClassifier.from_dict(content["logistic_regression"])
+            if content["side"] != PIXEL_SIDE or classifier.pixels != PIXEL_SIDE**2:
+                raise ValueError(f"it is for frames of another size than {PIXEL_SIDE}x{PIXEL_SIDE}")
+            return cls(classifier, decision_of(content["decision"]))
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def predict_pixels(classifier: PixelClassifier, data: EchoDataModule, split: str) -> Predictions:
+    """What a classifier of pixels says of every frame of a split."""
+    from cardiocaps.evaluation.predictions import Predictions
+
+    pixels, label, clip = data.pixels(split, PIXEL_SIDE)
+    out = {"probability": classifier.probability(pixels), "label": label, "clip": clip}
+    return Predictions.of(out, data.clips(split), data.study.group_kind)

@@ -1,0 +1,67 @@
+"""python -m cardiocaps.phantom OUT --videos 300 --seed 10"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+
+from cardiocaps.config import TRAINABLE_PHANTOM, CommandLine, options
+from cardiocaps.runtime.program import Interruption, execute, say
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 0, the error's own (cardiocaps.errors), or 128 + the signal that stopped it."""
+    parser = CommandLine(
+        prog="python -m cardiocaps.phantom",
+        description="Write a synthetic echocardiogram study (parasternal long axis) in EchoNet-LVH's layout: "
+        "MJPEG videos in Batch1 to Batch4 and MeasurementsList.csv. One video in five is abnormal.",
+        epilog="A run that was cut off goes on where it stopped when it is started again in the same way.",
+    )
+    path, videos, seed = (options()[name] for name in ("phantom_dir", "phantom_videos", "phantom_seed"))
+    processes = options()["threads"].from_text
+    parser.add_argument("out", metavar="OUT", type=path.from_text, help="new or empty folder, or unfinished phantom")
+    parser.add_argument(
+        "--videos",
+        metavar="N",
+        type=videos.from_text,
+        default=300,
+        help=f"{videos.allowed}; fewer than {TRAINABLE_PHANTOM} cannot be trained on (default: 300)",
+    )
+    parser.add_argument(
+        "--seed", metavar="N", type=seed.from_text, default=10, help="the same gives the same files (default: 10)"
+    )
+    parser.add_argument("--processes", metavar="N", type=processes, help="default: one for each CPU")
+    parser.add_argument("--overwrite", action="store_true", help="replace a phantom in OUT, and the preview")
+    parser.add_argument(
+        "--preview", metavar="FILE.png", type=path.from_text, help="also write a contact sheet with the calipers"
+    )
+    given = parser.parse_args(arguments)
+
+    def body(_: Interruption) -> None:
+        from cardiocaps.phantom.dataset import TABLE, write_phantom
+        from cardiocaps.phantom.preview import check_preview, write_preview
+
+        start = time.monotonic()
+        if given.preview:
+            check_preview(given.preview, overwrite=given.overwrite)
+        made = write_phantom(
+            given.out,
+            given.videos,
+            given.seed,
+            overwrite=given.overwrite,
+            progress=True,
+            processes=given.processes,
+        )
+        seconds = time.monotonic() - start
+        done = f"{made} videos made in {seconds:.0f} s, {given.videos} in all" if made else "complete already"
+        say(f"{given.out}: {done}, and {TABLE}")
+        if given.preview:
+            write_preview(given.preview, given.videos, given.seed)
+            say(f"{given.preview}: contact sheet")
+
+    return execute(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,232 @@
+"""Writes a phantom study, a folder of MJPEG videos with a table; goes on where it was cut off."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cardiocaps.errors import ConfigError, OutputError, printable
+from cardiocaps.runtime.files import exclusive, output_errors, remove_leftovers, replacing, sync_folder, write_bytes
+from cardiocaps.runtime.processes import cores, in_parallel, obey_the_parent
+from cardiocaps.runtime.progress import shown
+
+if TYPE_CHECKING:
+    from cardiocaps.phantom.patients import Patient
+
+VERSION = 1  # raised whenever the same seed gives other files
+TABLE = "MeasurementsList.csv"
+MARKER, UNFINISHED = "phantom.json", "phantom.unfinished.json"
+BATCHES = ("Batch1", "Batch2", "Batch3", "Batch4")
+COLUMNS = (
+    "",
+    "HashedFileName",
+    "Calc",
+    "CalcValue",
+    "Frame",
+    "X1",
+    "X2",
+    "Y1",
+    "Y2",
+    "Frames",
+    "FPS",
+    "Width",
+    "Height",
+    "split",
+)
+LEAST_VIDEOS = 10
+QUALITY = 4  # of MJPEG's quantiser, 2 is the best
+
+
+def write_phantom(
+    out: Path,
+    videos: int = 300,
+    seed: int = 10,
+    *,
+    overwrite: bool = False,
+    progress: bool = False,
+    processes: int | None = None,
+) -> int:
+    """Write a study of `videos` videos to the folder `out`; returns how many videos had to be made.
+
+    The same `videos` and `seed` give the same bytes, whatever the number of `processes` (default: one for
+    each CPU). An unfinished study with the same settings is completed, and a complete one left as it is; with
+    `overwrite`, any phantom is made anew. A second call waits for the first. Processes are spawned, so a
+    script that calls this needs the usual ``if __name__ == "__main__"``.
+
+    Raises ConfigError for a bad argument, OutputError where `out` holds anything else or cannot be written.
+    """
+    out = Path(out)
+    _whole("videos", videos, LEAST_VIDEOS)
+    _whole("seed", seed, 0)
+    if processes is not None:
+        _whole("processes", processes, 1)
+    settings = _settings(videos, seed)
+    with output_errors(out):
+        if out.exists() and not out.is_dir():
+            raise OutputError(f"{out} is a file, not a folder")
+        out.mkdir(parents=True, exist_ok=True)
+    # Another process may be making the same phantom: then this one finds it complete.
+    with exclusive(out, wait=True):
+        return _write(out, videos, seed, settings, overwrite, progress, processes or cores())
+
+
+def _write(out: Path, videos: int, seed: int, settings: bytes, overwrite: bool, progress: bool, processes: int) -> int:
+    _claim(out, settings, overwrite)
+
+    from cardiocaps.phantom.patients import plan
+
+    patients = plan(videos, seed)
+    missing = [patient for patient in patients if not _has_content(out / patient.video)]
+    if not missing and phantom_is_complete(out, videos, seed):
+        return 0
+    with output_errors(out):
+        (out / MARKER).unlink(missing_ok=True)
+        write_bytes(out / UNFINISHED, settings, sync=False)
+        for batch in BATCHES:
+            (out / batch).mkdir(exist_ok=True)
+        _make_videos(out, missing, progress, processes)
+        remove_leftovers(out, *(out / batch for batch in BATCHES))
+        write_bytes(out / TABLE, _table(patients))
+        (out / UNFINISHED).replace(out / MARKER)
+        sync_folder(out)
+    return len(missing)
+
+
+def phantom_is_complete(out: Path, videos: int, seed: int) -> bool:
+    """Whether `out` holds all that `write_phantom(out, videos, seed)` writes: marker, table, every video."""
+    out = Path(out)
+    try:
+        if (out / MARKER).read_bytes() != _settings(videos, seed):
+            return False
+    except OSError:
+        return False
+    from cardiocaps.phantom.patients import plan
+
+    return all(_has_content(out / name) for name in (TABLE, *(patient.video for patient in plan(videos, seed))))
+
+
+def _whole(name: str, value: int, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ConfigError(f"{name} is {value!r}; it must be a whole number, at least {least}")
+
+
+def _settings(videos: int, seed: int) -> bytes:
+    note = "synthetic parasternal long-axis echocardiograms; no patient's data"
+    settings = {"phantom": note, "version": VERSION, "videos": videos, "seed": seed}
+    return (json.dumps(settings, indent=2) + "\n").encode()
+
+
+def _has_content(path: Path) -> bool:
+    return path.is_file() and path.stat().st_size > 0
+
+
+def _claim(out: Path, settings: bytes, overwrite: bool) -> None:
+    """Make sure that `out` is ours to write: new, empty, or a phantom that may be continued or replaced."""
+    with output_errors(out):
+        if not any(out.iterdir()):
+            return
+        marker = next((out / name for name in (MARKER, UNFINISHED) if (out / name).is_file()), None)
+        if marker is None:
+            raise OutputError(f"{out} is not empty and not a phantom: choose a new folder")
+        if overwrite:
+            _clear(out)
+        elif marker.read_bytes() != settings:
+            raise OutputError(
+                f"{out} holds a phantom with other settings: choose a new folder, or replace it (--overwrite)"
+            )
+
+
+def _clear(out: Path) -> None:
+    """Remove a phantom's files, and nothing where anything else lies among them."""
+    markers, parts = [out / MARKER, out / UNFINISHED], _torn(out)
+    folders = [out / batch for batch in BATCHES if (out / batch).is_dir() and not (out / batch).is_symlink()]
+    videos = [video for folder in folders for video in folder.glob("0X*.avi") if video.is_file()]
+    ours = {*markers, *parts, *folders, *videos, out / TABLE}
+    for entry in (*out.iterdir(), *(entry for folder in folders for entry in folder.iterdir())):
+        if entry not in ours:
+            raise OutputError(f"{printable(entry)} is no part of a phantom: {out} is not overwritten")
+    for path in (*videos, *parts, out / TABLE):
+        path.unlink(missing_ok=True)
+    for folder in folders:
+        folder.rmdir()
+    # Last, so that a removal that is cut off leaves a folder still known to be a phantom.
+    for path in markers:
+        path.unlink(missing_ok=True)
+
+
+def _torn(out: Path) -> list[Path]:
+    """Temporary files of a run that was killed."""
+    names = (f"{TABLE}.*.part", "phantom*.json.*.part", "Batch[1-4]/0X*.avi.*.part")
+    return [path for name in names for path in out.glob(name)]
+
+
+def _make_videos(out: Path, missing: list[Patient], progress: bool, processes: int) -> None:
+    def counted(made: Iterable[object]) -> None:
+        for _ in shown(made, len(missing), "making videos") if progress else made:
+            pass
+
+    make = partial(_make_video, out)
+    processes = min(processes, (len(missing) + 7) // 8)  # a process costs as much as several videos to start
+    if processes <= 1:
+        counted(map(make, missing))
+        return
+    pool = partial(ProcessPoolExecutor, processes, get_context("spawn"), obey_the_parent)
+    try:
+        with in_parallel(pool, make, missing) as made:
+            counted(made)
+    except BrokenProcessPool as error:
+        raise OutputError(
+            f"{out}: a process that makes videos was killed (out of memory?); run again to go on"
+        ) from error
+
+
+def _make_video(out: Path, patient: Patient) -> None:
+    from cardiocaps.phantom.ultrasound import render
+
+    images = render(patient)
+    with replacing(out / patient.video, sync=False) as part:
+        _encode(part, images, patient.scan.fps)
+
+
+def _encode(path: Path, images: NDArray[np.uint8], fps: int) -> None:
+    """Grey frames [T, height, width] as Motion JPEG in an AVI file."""
+    import av
+
+    _, height, width = images.shape
+    with av.open(path, "w", format="avi", options={"fflags": "+bitexact"}) as container:
+        stream = container.add_stream("mjpeg", rate=fps)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuvj420p"
+        stream.thread_count = 1
+        stream.codec_context.qmin = stream.codec_context.qmax = QUALITY
+        planes = np.full((height * 3 // 2, width), 128, np.uint8)  # luma, then grey chroma
+        for image in images:
+            planes[:height] = image
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuvj420p")))
+        container.mux(stream.encode(None))
+
+
+def _table(patients: tuple[Patient, ...]) -> bytes:
+    """EchoNet-LVH's table: one row for each measurement."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    index = 0
+    for patient in patients:
+        scan = patient.scan
+        for row in patient.measurements():
+            points = (f"{value:.3f}" for value in (row.x1, row.x2, row.y1, row.y2))
+            about = scan.frames, scan.fps, scan.width, scan.height, patient.split
+            writer.writerow((index, patient.name, row.calc, f"{row.cm:.4f}", row.frame, *points, *about))
+            index += 1
+    return text.getvalue().encode()

@@ -1,0 +1,274 @@
+"""Figures of a run, as PNG files.
+
+Drawn on a canvas of their own (no pyplot, no global state, no display). Colours are those of Okabe and Ito,
+which colour-blind readers can tell apart; lines also differ in style.
+"""
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cardiocaps.metrics import Report, evaluate, threshold_counts
+from cardiocaps.runtime.files import write_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.image import AxesImage
+
+FOOTER = "Research use only. Not a medical device."
+CLASSES = ("normal", "abnormal")
+
+BLUE, VERMILION, GREEN, INK, GREY = "#0072B2", "#D55E00", "#009E73", "#222222", "#767676"
+_STYLES = {"train": (BLUE, "-", "training"), "val": (VERMILION, "--", "validation")}
+_NOT_CURVES = {"epoch", "seconds"}
+_LOSSES = {"loss", "margin", "reconstruction", "regression"}
+_LABELS = {
+    "loss": "Loss",
+    "margin": "Margin loss",
+    "reconstruction": "Reconstruction loss (weighted)",
+    "regression": "Squared regression error",
+    "auroc": "AUROC",
+}
+
+
+def learning_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw every quantity of a run's epochs: one panel each, training and validation together, the best epoch
+    marked.
+
+    `history`: one mapping per epoch with `epoch` and numbers named train_X, val_X or X; a missing value, None
+    or NaN leaves a gap. The best epoch is the one with the least val_loss. Raises OutputError.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    series: dict[str, dict[str, str]] = {}
+    for key in dict.fromkeys(key for row in history for key in row):
+        part, _, name = key.replace("/", "_", 1).partition("_")
+        part, name = (part, name) if part in _STYLES else ("", key)
+        if name not in _NOT_CURVES:
+            series.setdefault(name, {})[part] = key
+    drawn = {
+        name: keys
+        for name, keys in series.items()
+        if any(np.isfinite(_column(history, k)).any() for k in keys.values())
+    }
+    if not drawn:
+        save(message("Learning curves", "No epoch has been finished."), path)
+        return
+    columns = min(3, len(drawn))
+    rows = math.ceil(len(drawn) / columns)
+    figure = new_figure(4.6 * columns, 3.3 * rows + 0.7, "Learning curves")
+    epoch = [float(row.get("epoch", i)) for i, row in enumerate(history)]
+    loss = _column(history, series.get("loss", {}).get("val", ""))
+    best = epoch[int(np.nanargmin(loss))] if np.isfinite(loss).any() else None
+    for place, (name, keys) in enumerate(drawn.items(), start=1):
+        axes = figure.add_subplot(rows, columns, place)
+        for part, key in keys.items():
+            colour, style, label = _STYLES.get(part, (GREEN, "-", ""))
+            axes.plot(epoch, _column(history, key), style, color=colour, label=label, marker="o", markersize=3)
+        if best is not None:
+            axes.axvline(best, color=GREY, linewidth=1, linestyle=":", label="least validation loss")
+        dress(axes, "Epoch", _LABELS.get(name, name.replace("_", " ").capitalize()))
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+        if name in _LOSSES and all(np.nanmin(_column(history, key)) > 0 for key in keys.values()):
+            axes.set_yscale("log")  # the first epoch dwarfs the others
+        if place == 1:
+            axes.legend(frameon=False, fontsize=8)
+    save(figure, path)
+
+
+def confusion_matrices(
+    counts: Mapping[str, ArrayLike],
+    path: Path,
+    *,
+    classes: Sequence[str] = CLASSES,
+    title: str = "Confusion matrix",
+) -> None:
+    """Draw, side by side, each of the `counts` [J, J] (rows the true class, columns the predicted one) under its name,
+    with each row's percentages.
+
+    Raises ValueError for none, and for a matrix that does not fit `classes`; OutputError.
+    """
+    if not counts:
+        raise ValueError("counts: must have at least one matrix, is empty")
+    matrices = {name: np.asarray(matrix) for name, matrix in counts.items()}
+    for matrix in matrices.values():
+        if matrix.shape != (len(classes), len(classes)) or (matrix < 0).any():
+            raise ValueError(f"counts: must be [{len(classes)}, {len(classes)}] and not negative, is {matrix.tolist()}")
+    figure = new_figure(4.2 * len(matrices) + 0.8, 4.8, title)
+    panels = figure.subplots(1, len(matrices), squeeze=False)[0]
+    for axes, (name, matrix) in zip(panels, matrices.items(), strict=True):
+        image = draw_confusion(axes, matrix, classes)
+        axes.set_title(name, fontsize=10, color=INK)
+    bar = figure.colorbar(image, ax=panels, fraction=0.045 / len(matrices), format=lambda x, _: f"{x:.0%}")
+    bar.set_label("Share of the true class")
+    bar.outline.set_visible(False)  # type: ignore[operator]
+    save(figure, path)
+
+
+def draw_confusion(axes: "Axes", matrix: "np.ndarray[Any, Any]", classes: Sequence[str] = CLASSES) -> "AxesImage":
+    """Counts `matrix` [J, J] in `axes`, coloured by their share of the row. Returns the image, for a colour bar."""
+    total = matrix.sum(axis=1, keepdims=True)
+    share = np.divide(matrix, total, out=np.zeros(matrix.shape), where=total > 0)
+    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    for (row, column), count in np.ndenumerate(matrix):
+        percent = f"{share[row, column]:.1%}" if total[row, 0] else "no sample"
+        axes.text(
+            column,
+            row,
+            f"{count:,}\n{percent}",
+            ha="center",
+            va="center",
+            fontsize=13,
+            color="white" if share[row, column] > 0.55 else INK,
+        )
+    axes.set_xticks(range(len(classes)), classes)
+    axes.set_yticks(range(len(classes)), classes, rotation=90, va="center")
+    axes.set_xlabel("Predicted class")
+    axes.set_ylabel("True class")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    return image
+
+
+def roc_curve(
+    probability: ArrayLike,
+    label: ArrayLike,
+    path: Path,
+    *,
+    report: Report | None = None,
+    title: str = "Receiver operating characteristic",
+) -> None:
+    """Draw the ROC curve of `probability` [n] against `label` [n], the AUROC and the operating point.
+
+    `report` of the same samples adds the interval. With one class the figure says that the curve is
+    undefined. Raises ValueError as `metrics.evaluate`, OutputError.
+    """
+    report = report or evaluate(probability, label, bootstrap=0)
+    if "auroc" in report.undefined:
+        save(message(title, f"Undefined: {report.undefined['auroc']}."), path)
+        return
+    _, tp, fp = threshold_counts(probability, label)
+    figure = new_figure(5.0, 5.2, title)
+    axes = figure.add_subplot()
+    axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=1, label="chance: 0.500")
+    axes.plot(fp / fp[-1], tp / tp[-1], color=BLUE, linewidth=2, label=f"AUROC {report.metrics['auroc']}")
+    sensitivity, specificity = report.metrics["sensitivity"].value, report.metrics["specificity"].value
+    axes.plot(
+        [1 - specificity],
+        [sensitivity],
+        "o",
+        color=VERMILION,
+        markersize=8,
+        clip_on=False,
+        zorder=3,
+        label=f"probability > {report.threshold:.3g}: sensitivity {sensitivity:.3f},\nspecificity {specificity:.3f}",
+    )
+    dress(axes, "1 − specificity (false positive rate)", "Sensitivity (true positive rate)")
+    unit_square(axes)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
+    save(figure, path)
+
+
+def precision_recall_curve(
+    probability: ArrayLike,
+    label: ArrayLike,
+    path: Path,
+    *,
+    report: Report | None = None,
+    title: str = "Precision and recall",
+) -> None:
+    """Draw precision against recall, the average precision, the operating point and the prevalence. As
+    `roc_curve`."""
+    report = report or evaluate(probability, label, bootstrap=0)
+    if "average_precision" in report.undefined:
+        save(message(title, f"Undefined: {report.undefined['average_precision']}."), path)
+        return
+    _, tp, fp = threshold_counts(probability, label)
+    recall, precision = tp[1:] / tp[-1], tp[1:] / (tp[1:] + fp[1:])
+    prevalence = report.positives / report.n
+    figure = new_figure(5.0, 5.2, title)
+    axes = figure.add_subplot()
+    axes.axhline(prevalence, color=GREY, linestyle=":", linewidth=1, label=f"prevalence: {prevalence:.3f}")
+    # Average precision is the area under these steps, not under straight lines between the points.
+    axes.step(
+        np.concatenate(([0], recall)),
+        np.concatenate((precision[:1], precision)),
+        where="pre",
+        color=BLUE,
+        linewidth=2,
+        label=f"average precision {report.metrics['average_precision']}",
+    )
+    (_, false_positives), (_, true_positives) = report.confusion
+    flagged = true_positives + false_positives
+    if flagged:
+        at = true_positives / report.positives, true_positives / flagged
+        axes.plot(
+            *([x] for x in at),
+            "o",
+            color=VERMILION,
+            markersize=8,
+            clip_on=False,
+            zorder=3,
+            label=f"probability > {report.threshold:.3g}: recall {at[0]:.3f},\nprecision {at[1]:.3f}",
+        )
+    dress(axes, "Recall (sensitivity)", "Precision (positive predictive value)")
+    unit_square(axes)
+    axes.legend(frameon=False, fontsize=9, loc="best")
+    save(figure, path)
+
+
+def new_figure(width: float, height: float, title: str) -> "Figure":
+    """A figure of `width` by `height` inches with its title and the footer, on a canvas of its own."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, fontsize=13, color=INK)
+    figure.supxlabel(FOOTER, fontsize=7, color=GREY)
+    return figure
+
+
+def message(title: str, text: str) -> "Figure":
+    """A figure that holds nothing but a sentence."""
+    import textwrap
+
+    figure = new_figure(5.0, 3.0, title)
+    axes = figure.add_subplot()
+    axes.axis("off")
+    axes.text(0.5, 0.5, textwrap.fill(text, 48), ha="center", va="center", fontsize=11, color=INK)
+    return figure
+
+
+def dress(axes: "Axes", x: str, y: str) -> None:
+    """Names of the axes, a faint grid, no frame above and on the right."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color="#E3E3E3", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def unit_square(axes: "Axes") -> None:
+    """Both axes from 0 to 1 at one scale."""
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.005)
+    axes.set_aspect("equal")
+
+
+def _column(history: Sequence[Mapping[str, Any]], key: str) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    values = (row.get(key) for row in history)
+    return np.array([math.nan if value in (None, "") else float(value) for value in values])
+
+
+def save(figure: "Figure", path: Path) -> None:
+    """Write a figure as PNG, whole or not at all. Raises OutputError."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", metadata={"Software": None})
+    write_bytes(path, content.getvalue())

@@ -1,0 +1,289 @@
+"""The folder of one training run, where its files lie, and what it was run with."""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from cardiocaps import __version__
+from cardiocaps.errors import ConfigError, OutputError
+from cardiocaps.runtime.files import exclusive, output_errors, remove_leftovers, write_json, write_text
+
+_KIND = "cardiocaps run"
+
+_PACKAGES = (
+    "torch",
+    "capsops",
+    "lightning",
+    "numpy",
+    "scipy",
+    "torchmetrics",
+    "scikit-learn",
+    "imbalanced-learn",
+    "xgboost-cpu",
+    "monai",
+    "av",
+    "matplotlib",
+)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder and the places of its files. Made by `create`, found again by `open`."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, path: Path, overwrite: bool = False) -> "RunFolder":
+        """Make the folder, and `run.json` in it, which marks it as a run's.
+
+        A folder that holds anything is refused, unless `overwrite` is given and it is recognisably a run's
+        folder: then it is deleted first. Raises OutputError.
+        """
+        with output_errors(path):
+            if path.is_symlink() and not path.exists():
+                raise OutputError(f"cannot write {path}: it is a link to nothing")
+            if path.exists() and not path.is_dir():
+                raise OutputError(f"cannot write {path}: it is a file, not a folder")
+            if path.is_dir() and any(path.iterdir()):
+                if not overwrite:
+                    raise OutputError(
+                        f"{path} exists and is not empty; choose another --out (training replaces a run by --overwrite)"
+                    )
+                with exclusive(path):  # not while the run still goes on
+                    _refuse_deletion(path)
+                    shutil.rmtree(path)
+            path.mkdir(parents=True, exist_ok=True)
+            folder = cls(path)
+            try:
+                # Exclusive: of two runs started at once with the same folder, one must fail.
+                with folder.marker.open("x", encoding="utf-8") as file:
+                    json.dump({"kind": _KIND, "version": __version__}, file)
+            except FileExistsError as error:
+                raise OutputError(f"{path} is being used by another run that has just started") from error
+            folder.plots.mkdir()
+        return folder
+
+    @classmethod
+    def open(cls, path: Path) -> "RunFolder":
+        """The folder of an earlier run. Raises ConfigError where `path` is not one."""
+        folder = cls(path)
+        try:
+            is_run = folder.is_run()
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        if not is_run:
+            what = "does not exist" if not path.exists() else "has no run.json of this program"
+            raise ConfigError(f"{path} is not the folder of a run: it {what}")
+        return folder
+
+    def discard(self) -> None:
+        """Remove a folder that `create` has just made, if there is nothing in it but what a run begins with."""
+        begun = {self.marker, self.config, self.environment, self.paths, self.plots}
+        with output_errors(self.path):
+            if set(self.path.iterdir()) <= begun and not any(self.plots.iterdir()):
+                shutil.rmtree(self.path)
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed processes left half-written. The folder must be held (`files.exclusive`)."""
+        remove_leftovers(self.path, self.plots)
+
+    def is_run(self) -> bool:
+        """Whether `run.json` marks the folder as a run's."""
+        if not self.marker.is_file():
+            return False
+        try:
+            content = json.loads(self.marker.read_text(encoding="utf-8"))
+        except ValueError:
+            return False
+        return isinstance(content, dict) and content.get("kind") == _KIND
+
+    @property
+    def marker(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def paths(self) -> Path:
+        """Where the data lie. This file and `config`, which holds the paths as given, may say who ran it, for whoever
+        shares a run; no other does."""
+        return self.path / "paths.json"
+
+    @property
+    def data(self) -> Path:
+        """The fingerprint of the data (`cardiocaps.data.fingerprint`)."""
+        return self.path / "data.json"
+
+    @property
+    def metrics_csv(self) -> Path:
+        """One row per epoch."""
+        return self.path / "metrics.csv"
+
+    @property
+    def metrics_json(self) -> Path:
+        """The final evaluation."""
+        return self.path / "metrics.json"
+
+    @property
+    def predictions_csv(self) -> Path:
+        """Of the test split, a row a frame."""
+        return self.path / "predictions.csv"
+
+    @property
+    def predictions_by_video_csv(self) -> Path:
+        """The same, a row a video, with decisions."""
+        return self.path / "predictions_by_video.csv"
+
+    @property
+    def validation_csv(self) -> Path:
+        """As `predictions_csv`, of the validation split."""
+        return self.path / "validation.csv"
+
+    @property
+    def validation_by_video_csv(self) -> Path:
+        return self.path / "validation_by_video.csv"
+
+    @property
+    def decision(self) -> Path:
+        """The threshold that was chosen on validation; see `cardiocaps.evaluation.decision`."""
+        return self.path / "decision.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """Which run was evaluated on which data; in a folder of results that is not the run's own."""
+        return self.path / "evaluation.json"
+
+    @property
+    def pixel_baseline(self) -> Path:
+        """The logistic regression on pixels that was fitted to the run's training split."""
+        return self.path / "pixel_baseline.json"
+
+    @property
+    def best(self) -> Path:
+        return self.path / "best.ckpt"
+
+    @property
+    def last(self) -> Path:
+        return self.path / "last.ckpt"
+
+    @property
+    def plots(self) -> Path:
+        return self.path / "plots"
+
+    @property
+    def learning_curves(self) -> Path:
+        return self.plots / "learning_curves.png"
+
+    @property
+    def confusion_matrix(self) -> Path:
+        return self.plots / "confusion_matrix.png"
+
+    @property
+    def roc_curve(self) -> Path:
+        return self.plots / "roc_curve.png"
+
+    @property
+    def precision_recall_curve(self) -> Path:
+        return self.plots / "precision_recall_curve.png"
+
+    def begin(self, config: str, device: str, paths: Mapping[str, Any] | None = None) -> None:
+        """Write the configuration, in YAML, `environment.json` and `paths.json`. Raises OutputError."""
+        write_json(self.environment, environment(device))
+        self.keep(config, paths or {})
+
+    def keep(self, config: str, paths: Mapping[str, Any]) -> None:
+        """Write the configuration and `paths.json`, see `config.TrainConfig.kept`. Raises OutputError."""
+        write_json(self.paths, paths)
+        write_text(self.config, config)
+
+
+def environment(device: str) -> dict[str, Any]:
+    """What a result can depend on: versions, processor, threads, GPU, commit; and the device, cpu or cuda, that is
+    computed on.
+
+    Nothing that says who ran it or where: no host or user name, no path, no environment variable.
+    """
+    import torch
+
+    packages: dict[str, str | None] = {}
+    for name in _PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = None
+    gpu = torch.cuda.is_available()
+    return {
+        "cardiocaps": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "packages": packages,
+        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpu_model(),
+        "cpu_count": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "cuda": torch.version.cuda,
+        "rocm": torch.version.hip,
+        "gpu": torch.cuda.get_device_name() if gpu else None,
+    }
+
+
+def _refuse_deletion(path: Path) -> None:
+    """Raise OutputError unless `path` may be deleted: a run's own folder, with nobody standing in it."""
+    folder = RunFolder(path)
+    # A run that ended before it wrote its configuration has left what comes before it, the last of it perhaps torn.
+    first = (folder.marker, folder.plots, folder.environment, folder.paths)
+    begun = all(item in first or item.suffix == ".part" for item in path.iterdir())
+    torn = begun and folder.marker.is_file() and not folder.marker.stat().st_size
+    if path.is_symlink():
+        reason = "it is a link"
+    elif not torn and not (folder.is_run() and (begun or folder.config.is_file())):
+        reason = "it is not recognisably the folder of a run (config.yaml and run.json)"
+    elif Path.cwd().resolve().is_relative_to(path.resolve()):
+        reason = "the working folder lies in it"
+    else:
+        return
+    raise OutputError(f"--overwrite does not delete {path}: {reason}")
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(models, platform.processor() or "unknown")
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this package lies in, `+` where files differ from it; None for an installed
+    package."""
+    root = Path(__file__).resolve().parents[2]
+
+    def git(*arguments: str) -> str:
+        command = ("git", "-C", str(root), *arguments)
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=kept)
+        return done.stdout.strip()
+
+    try:
+        # An installed package can lie inside somebody else's checkout; its commit would say nothing.
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return None

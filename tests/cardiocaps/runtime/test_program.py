@@ -1,0 +1,184 @@
+"""Signals: at once, or held until a block ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+import pytest
+
+from cardiocaps.errors import DataError
+from cardiocaps.runtime.program import Interrupted, Interruption, execute, held, say
+
+
+def test_a_signal_is_no_failure_that_others_pass_over() -> None:
+    def body(_: Interruption) -> None:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        except Exception:
+            pytest.fail("the signal was taken for a failure")
+
+    assert execute(body) == 128 + signal.SIGTERM
+
+
+def test_a_signal_that_gets_lost_comes_again() -> None:
+    """As in Python's compiler, which drops what a signal's handler raises."""
+
+    def body(_: Interruption) -> None:
+        for _ in range(2):
+            with suppress(BaseException):
+                signal.raise_signal(signal.SIGTERM)
+                pytest.fail("nothing was raised")
+        time.sleep(60)
+
+    begin = time.monotonic()
+    assert execute(body) == 128 + signal.SIGTERM
+    assert time.monotonic() - begin < 30
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
+
+
+def test_a_destructor_drops_it_without_a_word(capsys: pytest.CaptureFixture[str]) -> None:
+    class Reference:
+        def __del__(self) -> None:
+            signal.raise_signal(signal.SIGTERM)
+
+    def body(_: Interruption) -> None:
+        Reference()
+        time.sleep(60)
+
+    assert execute(body) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "error: stopped by SIGTERM; nothing is half-written\n"
+
+
+def test_what_is_tidied_on_the_way_out_is_not_disturbed() -> None:
+    tidied = []
+
+    @contextmanager
+    def tidy() -> Iterator[None]:
+        try:
+            yield
+        finally:
+            time.sleep(0.7)
+            tidied.append("context")
+
+    def body(_: Interruption) -> None:
+        with tidy():
+            try:
+                signal.raise_signal(signal.SIGTERM)
+            except Interrupted as error:
+                time.sleep(0.7)
+                tidied.append("other error")
+                raise RuntimeError("on the way out") from error
+
+    with pytest.raises(RuntimeError, match="on the way out"):
+        execute(body)
+    assert tidied == ["other error", "context"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_held_until_the_block_ends(signum: signal.Signals) -> None:
+    reached = False
+    with Interruption().watched():
+        before = signal.getsignal(signum)
+        with pytest.raises(Interrupted) as caught, held():
+            signal.raise_signal(signum)
+            reached = True
+        assert signal.getsignal(signum) is before
+    assert reached
+    assert caught.value.signum == signum
+
+
+def test_held_without_a_program() -> None:
+    """A library's caller has Python's own handlers."""
+    reached = False
+    with pytest.raises(KeyboardInterrupt), held():
+        signal.raise_signal(signal.SIGINT)
+        reached = True
+    assert reached
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_held_leaves_alone_what_nobody_handles() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with held():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_held_in_another_thread() -> None:
+    entered = []
+
+    def work() -> None:
+        with held():
+            entered.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert entered == [signal.default_int_handler]
+
+
+def test_what_the_block_raises_comes_first() -> None:
+    with pytest.raises(ValueError, match="own"), held():
+        raise ValueError("own")
+
+
+def test_nothing_that_a_terminal_would_obey_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    def body(_: Interruption) -> None:
+        say("± 1\n  \x1b[31mtwo\r\n\ttabs\u202e\x9b")
+        sys.stderr.write(warnings.formatwarning("\x1b]0;title\x07\nof a window", UserWarning, "", 1))
+        raise DataError("bad \x1b[2Jname \udcff")
+
+    assert execute(body) == 3
+    out, err = capsys.readouterr()
+    assert out == "± 1\n  \\x1b[31mtwo\\r\n\\ttabs\\u202e\\x9b\n"
+    assert err.splitlines() == [r"note: \x1b]0;title\x07\nof a window", r"error: bad \x1b[2Jname \udcff"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "torchrun has started several processes (WORLD_SIZE=2)"),
+        ({"RANK": "1"}, "torchrun has started several processes (RANK=1)"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun has started several processes (SLURM_STEP_NUM_TASKS=4)"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun has started several processes"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, ""),
+        ({"WORLD_SIZE": "many"}, ""),
+    ],
+)
+def test_several_copies_of_a_program_are_refused(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    called: list[object] = []
+    assert execute(called.append) == (2 if message else 0)
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {message}") if message else not errors
+    assert errors.count("\n") == bool(message) and bool(called) != bool(message)
+
+
+@pytest.mark.parametrize("backend", ["foo", "", None])
+def test_a_backend_for_windows_is_not_needed(backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With one that nobody knows, matplotlib cannot be imported, nor what imports it."""
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    if backend is not None:
+        monkeypatch.setenv("MPLBACKEND", backend)
+    command = [sys.executable, "-c", "import matplotlib"]
+
+    def body(_: object) -> None:
+        assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""
+
+    assert execute(body) == 0
+    assert os.environ.get("MPLBACKEND") == backend
