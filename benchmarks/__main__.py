@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.runtime.program import execute, say
+from cardiocaps.runtime.program import print_line, run_program
 
 from .shapes import CASES, QUICK_CASES, families, family
 
@@ -46,7 +46,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     arguments = parse(argv)
-    return execute(lambda _: run(arguments))
+    return run_program(lambda _: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -57,7 +57,7 @@ def run(arguments: argparse.Namespace) -> None:
     cases = [case for case in (QUICK_CASES if arguments.quick else CASES) if family(case) in chosen]
     with tables.replacing(arguments.out, arguments.overwrite) as folder:
         failed = _measure(arguments, cases, chosen, folder)
-    say(f"results: {arguments.out}")
+    print_line(f"results: {arguments.out}")
     if failed:
         from .worker import MeasurementError
 

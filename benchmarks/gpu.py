@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cardiocaps.errors import CardioCapsError
-from cardiocaps.runtime.program import execute, say
+from cardiocaps.runtime.program import print_line, run_program
 
 from . import gpu_checks
 from .device import Device, best, environment, rates
@@ -142,7 +142,7 @@ def _minutes(text: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     arguments = parse(argv)
-    return execute(lambda _: run(arguments))
+    return run_program(lambda _: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -178,7 +178,7 @@ def run(arguments: argparse.Namespace) -> None:
             red += gpu_checks.test(results, TRITON_TESTS, clock.begin(TRITON_TESTS))
         results.save()
         draw(results)
-    say(f"results: {arguments.out}")
+    print_line(f"results: {arguments.out}")
     if red:
         raise Red("; ".join(red))
     if failed:

@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cardiocaps.runtime.program import say
+from cardiocaps.runtime.program import print_line
 
 from .device import Device, find_tool
 from .gpu_results import SANITIZER, TESTS, TRITON_TESTS, Results
@@ -35,7 +35,7 @@ _ERROR = re.compile(r"^========= ((?:Invalid|Error: Race|Error: Potential|Barrie
 
 def tell(text: str) -> None:
     """A line of progress."""
-    say(text, sys.stderr)
+    print_line(text, sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from cardiocaps.errors import DataError, OutputError
-from cardiocaps.runtime.files import exclusive, output_errors, write_csv, write_json, write_text
-from cardiocaps.runtime.program import execute, say
+from cardiocaps.runtime.files import lock_folder, output_errors, write_csv, write_json, write_text
+from cardiocaps.runtime.program import print_line, run_program
 
 from .shapes import BOTH, CASES, DIRECTIONS, FORWARD, families
 
@@ -87,7 +87,7 @@ class Results:
         """
         with output_errors(path):
             path.mkdir(parents=True, exist_ok=True)
-        with exclusive(path):
+        with lock_folder(path):
             files = [name for name in (RESULTS, ENVIRONMENT, REPORT, STEPS, KERNELS) if (path / name).exists()]
             results = Results.read(path) if (path / ENVIRONMENT).exists() else Results(path)
             if files and "finished" not in results.environment:
@@ -489,9 +489,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not results.environment:
             raise DataError(f"{folder} holds no {ENVIRONMENT}; `python -m benchmarks.gpu` writes one")
         write_text(folder / REPORT, results.report())
-        say(f"written: {folder / REPORT}")
+        print_line(f"written: {folder / REPORT}")
 
-    return execute(body)
+    return run_program(body)
 
 
 if __name__ == "__main__":

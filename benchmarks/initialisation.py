@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.runtime.program import execute, say
+from cardiocaps.runtime.program import print_line, run_program
 
 N, K, J, D = 144, 8, 40, 16
 RULES = {"J / √(N D)": J / math.sqrt(N * D), "0.1": 0.1, "default": None}
@@ -79,7 +79,7 @@ def run(arguments: argparse.Namespace) -> None:
         for rule, sigma in RULES.items():
             trials = [accuracy(sigma, seed, learning_rate, arguments.steps) for seed in range(arguments.seeds)]
             found = [right for _, right in trials]
-            say(f"learning rate {learning_rate:g}, σ = {rule}: " + ", ".join(f"{right:.3f}" for right in found))
+            print_line(f"learning rate {learning_rate:g}, σ = {rule}: " + ", ".join(f"{right:.3f}" for right in found))
             rows += [
                 {"learning_rate": learning_rate, "rule": rule, "sigma": used, "seed": seed, "accuracy": right}
                 for seed, (used, right) in enumerate(trials)
@@ -89,7 +89,7 @@ def run(arguments: argparse.Namespace) -> None:
         write_csv(arguments.out / "accuracy.csv", rows)
         versions = {"python": platform.python_version(), "torch": torch.__version__, "sklearn": sklearn.__version__}
         write_json(arguments.out / "environment.json", {**versions, "steps": arguments.steps, "N": N, "J": J, "D": D})
-    say(f"results: {arguments.out}")
+    print_line(f"results: {arguments.out}")
 
 
 def _at_least_one(text: str) -> int:
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path("benchmarks/results/initialisation")
     parser.add_argument("--out", type=Path, default=out, help="folder (default %(default)s)")
     arguments = parser.parse_args(argv)
-    return execute(lambda _: run(arguments))
+    return run_program(lambda _: run(arguments))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from cardiocaps.errors import DataError
 from cardiocaps.runtime.files import write_bytes
-from cardiocaps.runtime.program import execute, say
+from cardiocaps.runtime.program import print_line, run_program
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -209,9 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def body(_: object) -> None:
         for path in draw(folder):
-            say(f"drawn: {path}")
+            print_line(f"drawn: {path}")
 
-    return execute(body)
+    return run_program(body)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cardiocaps.errors import CardioCapsError
-from cardiocaps.runtime.processes import obey_the_parent
+from cardiocaps.runtime.processes import die_with_parent
 
 from .device import Device
 
@@ -114,7 +114,7 @@ def _context(method: str) -> ForkServerContext | SpawnContext:
 
 
 def _serve(sender: Connection, work: Callable[..., Iterator[Any]], arguments: tuple[object, ...], limit: bool) -> None:
-    obey_the_parent()
+    die_with_parent()
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # if the system has to kill a process, this one
     if limit:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from cardiocaps.config import MAY_DIFFER_ON_RESUME, CommandLine, TrainConfig, add_options, options, read_run
 from cardiocaps.errors import CardioCapsError, CheckpointError, plural, printable
 from cardiocaps.evaluation.pixel_baseline import PIXEL_SIDE
-from cardiocaps.runtime.program import Interrupted, Interruption, execute, say
+from cardiocaps.runtime.program import Interrupted, Interruption, print_line, run_program
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -215,7 +215,7 @@ def print_table(network: Scores, pixels: Scores | None, config: TrainConfig, tit
     sections = [metrics(reports, ranks), decided, at_half, published, regression]
     _print(title, head, *sections, caption=_methods(reports + halves))
     for note in _notes(network, pixels, unit):
-        say(f"note: {note}")
+        print_line(f"note: {note}")
 
 
 def _regression_rows(network: Scores, unit: str, target: str) -> list[tuple[str, ...]]:
@@ -288,7 +288,7 @@ def print_means(runs: Sequence[tuple[Scores, Scores | None, TrainConfig]]) -> No
     )
     _print(title, head[: len(reports) + 1], rows, caption=caption if config.bootstrap else "")
     for note in reports[0].notes:
-        say(f"note: {note}")
+        print_line(f"note: {note}")
 
 
 def _print(title: str, head: Sequence[str], *sections: Sequence[Sequence[str]], caption: str = "") -> None:
@@ -312,7 +312,7 @@ def _print(title: str, head: Sequence[str], *sections: Sequence[Sequence[str]], 
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
     text = io.StringIO()
     Console(file=text, width=width).print(table)
-    say(text.getvalue().rstrip())
+    print_line(text.getvalue().rstrip())
 
 
 def write_results(
@@ -473,7 +473,7 @@ def evaluate_run(
                 results.discard()
             raise
     if results:
-        say(f"written to {printable(results.path)}")
+        print_line(f"written to {printable(results.path)}")
     return scores, pixels, config, used.fingerprint
 
 
@@ -517,11 +517,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         ]
         differing = {_but_for_the_seed(config, data) for _, _, config, data in results}
         if len(differing) > 1:
-            say("note: the runs differ in more than their seed, so there is no mean over them")
+            print_line("note: the runs differ in more than their seed, so there is no mean over them")
         elif len(results) > 1:
             print_means([(network, pixels, config) for network, pixels, config, _ in results])
 
-    return execute(body)
+    return run_program(body)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cardiocaps.config import TRAINABLE_PHANTOM, TrainConfig, from_command_line
 from cardiocaps.errors import CardioCapsError, CheckpointError, ConfigError, DataError, printable
 from cardiocaps.runtime.files import is_missing
-from cardiocaps.runtime.program import Interrupted, Interruption, execute, say
+from cardiocaps.runtime.program import Interrupted, Interruption, print_line, run_program
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     def body(interruption: Interruption) -> None:
         run(from_command_line(argv, prog="python -m cardiocaps.train"), interruption)
 
-    return execute(body)
+    return run_program(body)
 
 
 def run(config: TrainConfig, interruption: Interruption) -> None:
@@ -47,24 +47,24 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
     quiet()
     from cardiocaps.evaluate import evaluate_network
     from cardiocaps.runtime.device import machine_for
-    from cardiocaps.runtime.files import exclusive
+    from cardiocaps.runtime.files import lock_folder
     from cardiocaps.training.run_folder import RunFolder
 
     assert config.out is not None
     with machine_for(config) as machine:
-        say(f"device: {machine}")
+        print_line(f"device: {machine}")
         # A folder that cannot be read should not cost the run that --overwrite replaces, and one that cannot be written
         # should fail before an hour of decoding.
         study = read_study(config, again=config.resume is not None) if config.data else None
         folder = RunFolder.open(config.out) if config.resume else RunFolder.create(config.out, config.overwrite)
-        with exclusive(folder.path):
+        with lock_folder(folder.path):
             folder.remove_leftovers()
             if not config.resume:
                 yaml, paths = config.kept()
                 folder.begin(yaml, machine.device, paths)
             try:
                 study = study or read_study(config, again=folder.data.is_file())
-                say(study.summary())
+                print_line(study.summary())
                 used = decode_for_run(config, machine, folder, study, _OTHER_DATA, keep=True)
                 data = used.data
             except (CardioCapsError, Interrupted):
@@ -72,12 +72,12 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
                     folder.discard()
                 raise
             if data.study != study:
-                say(f"after decoding: {data.study.summary()}")
+                print_line(f"after decoding: {data.study.summary()}")
             if config.resume:
                 folder.keep(*config.kept(folder.paths))
             train(config, machine, folder, data, interruption)
             evaluate_network(config, machine, folder, data, results=folder, fingerprint=used.fingerprint.digest)
-            say(f"run folder: {folder.path}")
+            print_line(f"run folder: {folder.path}")
 
 
 def read_study(
@@ -113,7 +113,7 @@ def read_study(
                     f"phantom_videos: {config.phantom_videos} is not allowed; give at least {TRAINABLE_PHANTOM}: fewer "
                     "leave a split without abnormal videos"
                 )
-            say(f"making {config.phantom_videos} phantom videos in {root}")
+            print_line(f"making {config.phantom_videos} phantom videos in {root}")
             write_phantom(root, config.phantom_videos, config.phantom_seed, progress=config.progress)
     return read_folder(
         root,
@@ -195,9 +195,9 @@ def decode_for_run(
     if before is None and (folder.last.exists() or folder.best.exists()):
         forgotten = "this run kept no fingerprint of its data, as older versions did not"
         if study.split_rule != "stratified":
-            say(f"note: {forgotten}: nobody knows if they changed")
+            print_line(f"note: {forgotten}: nobody knows if they changed")
         elif allow_changed:
-            say(f"note: {forgotten}, and its split is drawn anew: videos it was trained on may be tested on")
+            print_line(f"note: {forgotten}, and its split is drawn anew: videos it was trained on may be tested on")
         else:
             # What is left out, whose a video is and the limit decide what is drawn, and versions differ in them.
             raise DataError(
@@ -212,9 +212,11 @@ def decode_for_run(
     if not allow_changed:
         _refuse_changes(changes, study, advice)
     elif changes:
-        say(f"note: the data of {study.root} are not what the run was trained on: {', '.join(changes)}")
+        print_line(f"note: the data of {study.root} are not what the run was trained on: {', '.join(changes)}")
     if before is not None and not changes and before.table != now.table:
-        say("note: the table's file has changed since the run began; its videos, splits, labels and targets have not")
+        print_line(
+            "note: the table's file has changed since the run began; its videos, splits, labels and targets have not"
+        )
     if keep and before is None:
         write_json(folder.data, now.as_dict())
     if before is None:
@@ -224,7 +226,7 @@ def decode_for_run(
     unseen, left_out = _without_seen(data.study, study, before, data.contents())
     if left_out:
         videos = "1 test video is" if left_out == 1 else f"{left_out} test videos are"
-        say(f"note: {videos} left out: the run was trained or validated on the same ones, or on their patients")
+        print_line(f"note: {videos} left out: the run was trained or validated on the same ones, or on their patients")
         data = decode(config, machine, unseen)
     return RunData(data, now, False, left_out)
 
@@ -343,9 +345,9 @@ def train(
                 if callback.state_key in checkpoint["callbacks"]:
                     callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
     elif config.resume:
-        say("this run has no checkpoint yet; it starts from the beginning")
+        print_line("this run has no checkpoint yet; it starts from the beginning")
     if ended:
-        say(f"this run's training has ended: {ended}; a larger one goes on. Evaluating it")
+        print_line(f"this run's training has ended: {ended}; a larger one goes on. Evaluating it")
     else:
         machine.lay_out(network.model)
         machine.compile_for_training(network.model)

@@ -43,8 +43,8 @@ from cardiocaps.data.video import (
     regular_file,
 )
 from cardiocaps.errors import ConfigError, DataError, OutputError, printable
-from cardiocaps.runtime.files import output_errors, remove_leftovers, replacing
-from cardiocaps.runtime.packages import needed
+from cardiocaps.runtime.files import atomic_write, output_errors, remove_leftovers
+from cardiocaps.runtime.packages import require_package
 from cardiocaps.runtime.processes import cores, in_parallel
 from cardiocaps.runtime.progress import shown
 
@@ -150,7 +150,7 @@ def build(
     if reader not in READERS:
         raise ConfigError(f"reader must be one of {', '.join(READERS)}, got {reader!r}")
     if reader == "decord":
-        needed("decord", "decord", "video_reader: 'decord'", extra="decord")
+        require_package("decord", "decord", "video_reader: 'decord'", extra="decord")
     choose_frames(1, frames_per_clip, frame_choice)
     folder = default_folder() if folder is None else Path(folder)
     with output_errors(folder):
@@ -330,7 +330,7 @@ def _keep_private(folder: Path) -> None:
 
 def _write(file: Path, content: bytes) -> None:
     """Write a file whole or not at all, for the owner's eyes. Raises OutputError."""
-    with replacing(file, sync=False, mode=0o600) as temporary:
+    with atomic_write(file, sync=False, mode=0o600) as temporary:
         temporary.write_bytes(content)
 
 

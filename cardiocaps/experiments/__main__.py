@@ -17,7 +17,7 @@ from cardiocaps.config import CommandLine, TrainConfig, add_options, options
 from cardiocaps.errors import CardioCapsError, ConfigError, DataError
 from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED, SYSTEMS, configure, keys_of, trained_as
 from cardiocaps.runtime.files import output_errors
-from cardiocaps.runtime.program import Interrupted, Interruption, execute, say
+from cardiocaps.runtime.program import Interrupted, Interruption, print_line, run_program
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         command = " ".join(["python -m cardiocaps.experiments", *typed])
         run(exhibits, config, seeds, at_once, out or Path("experiments", config.preset), command)
 
-    return execute(body)
+    return run_program(body)
 
 
 def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out: Path, command: str) -> None:
@@ -103,7 +103,7 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
     from cardiocaps.experiments.runner import run_jobs
     from cardiocaps.experiments.tables import count
     from cardiocaps.runtime.device import decide, visible_gpu
-    from cardiocaps.runtime.files import exclusive, remove_leftovers
+    from cardiocaps.runtime.files import lock_folder, remove_leftovers
     from cardiocaps.train import quiet
 
     quiet()
@@ -121,21 +121,21 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
     # Seed by seed: whoever stops early has all systems with the first seeds.
     jobs = [job(key, FIRST_SEED + i) for i in range(seeds) for key in keys_of(exhibits, config.protocol)]
     folder.make()
-    with exclusive(folder.path):
+    with lock_folder(folder.path):
         remove_leftovers(folder.path, folder.data, folder.tables)
         folder.claim(config)
         data, unusable = _prepare(jobs, config, folder)
         finished = [job for job in jobs if is_finished(job.folder)]
         left = [job for job in jobs if job not in finished and job.name not in unusable]
         pace = f"{count(at_once, 'job')} at a time, {count(threads, 'thread')} each"
-        say(f"{count(len(jobs), 'job')}, {len(finished)} of them finished; {pace}")
+        print_line(f"{count(len(jobs), 'job')}, {len(finished)} of them finished; {pace}")
         try:
             with _display(len(left), config.progress) as display:
                 errors = {**unusable, **run_jobs(left, at_once, display)}
         except Interrupted as stop:
             raise Interrupted(stop.signum, "what was done is saved, and the same command goes on") from None
         _write(exhibits, jobs, errors, config, data, folder, command)
-    say(f"tables and figures: {folder.tables}")
+    print_line(f"tables and figures: {folder.tables}")
     if errors:
         failed = "".join(f"\n  {name}: {why}" for name, why in errors.items())
         raise CardioCapsError(f"{len(errors)} of {len(jobs)} jobs failed; the same command tries them again{failed}")
@@ -289,7 +289,8 @@ class Lines:
 
     def ended(self, job: Job, seconds: float, error: str | None) -> None:
         self.done += 1
-        say(f"[{self.done}/{self.jobs}] {job.name}  {seconds:.0f} s{'' if error is None else f'  failed: {error}'}")
+        failure = "" if error is None else f"  failed: {error}"
+        print_line(f"[{self.done}/{self.jobs}] {job.name}  {seconds:.0f} s{failure}")
 
 
 class Bars(Lines):

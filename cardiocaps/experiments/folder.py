@@ -11,7 +11,7 @@ from cardiocaps import __version__
 from cardiocaps.config import TrainConfig, completed
 from cardiocaps.errors import ConfigError, DataError, OutputError, printable
 from cardiocaps.runtime.files import output_errors, write_json
-from cardiocaps.runtime.program import say
+from cardiocaps.runtime.program import print_line
 
 if TYPE_CHECKING:
     from cardiocaps.data.fingerprint import Fingerprint
@@ -108,7 +108,7 @@ class ExperimentFolder:
         if before is None:
             found = self._read() or {}
             if "data" in found:
-                say(f"note: {self.path} was begun by an older version; nobody knows if its data have changed since")
+                print_line(f"note: {self.path} was begun by an older version; whether its data have changed is unknown")
             with output_errors(self.data):
                 self.data.mkdir(exist_ok=True)
             write_json(self._data_file(config), now.as_dict())

@@ -67,7 +67,7 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
     from cardiocaps.experiments.folder import ExperimentFolder
     from cardiocaps.experiments.results import is_finished
     from cardiocaps.runtime.device import machine_for
-    from cardiocaps.runtime.files import exclusive, write_json
+    from cardiocaps.runtime.files import lock_folder, write_json
     from cardiocaps.train import decode_for_run, quiet, read_study
     from cardiocaps.training.run_folder import RunFolder
 
@@ -77,7 +77,7 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
     watch(0.0, "reading")
     begun = (job.folder / "config.yaml").is_file()
     folder = RunFolder.open(job.folder) if begun else RunFolder.create(job.folder, overwrite=True)
-    with exclusive(folder.path), machine_for(job.config) as machine:
+    with lock_folder(folder.path), machine_for(job.config) as machine:
         folder.remove_leftovers()
         if not begun:
             yaml, paths = job.config.kept()

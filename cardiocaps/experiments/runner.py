@@ -18,8 +18,8 @@ from typing import Protocol
 
 from cardiocaps.errors import CardioCapsError
 from cardiocaps.experiments.jobs import Job, run
-from cardiocaps.runtime.processes import obey_the_parent, start_errors
-from cardiocaps.runtime.program import Interrupted, Interruption, held
+from cardiocaps.runtime.processes import die_with_parent, start_errors
+from cardiocaps.runtime.program import Interrupted, Interruption, defer_signals
 
 _PATIENCE = 60.0  # seconds that a job gets to save, once it has been told to stop
 
@@ -56,7 +56,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, display: Display) -> Mapping[str
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.popleft()
-                with held(), start_errors("a job"):
+                with defer_signals(), start_errors("a job"):
                     mine, theirs = context.Pipe(duplex=False)
                     process = context.Process(target=_work, args=(job, theirs))
                     process.start()
@@ -117,7 +117,7 @@ def _stopped_at_exit(running: Mapping[Connection, _Running]) -> Iterator[None]:
 
 def _work(job: Job, connection: Connection) -> None:
     """The body of a job's process."""
-    obey_the_parent()
+    die_with_parent()
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with job.log.open("a", encoding="utf-8") as log:
         for stream in (1, 2):

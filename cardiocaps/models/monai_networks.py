@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cardiocaps.config import Preset
 from cardiocaps.models.prediction import CLASSES, IN_CHANNELS, Prediction, check_image, of_logits
-from cardiocaps.runtime.packages import needed
+from cardiocaps.runtime.packages import require_package
 
 # Images up to this size get a ResNet18 of half the channels.
 _SMALL = 64
@@ -31,7 +31,7 @@ class ResNet18(nn.Module):
     def __init__(self, sizes: Preset, *, device: torch.device | str | None = None) -> None:
         super().__init__()
         self.size = sizes.size
-        nets: Any = needed("monai.networks.nets", "monai", "model: 'resnet18'")
+        nets: Any = require_package("monai.networks.nets", "monai", "model: 'resnet18'")
         with torch.device(device or torch.get_default_device()):
             # The last two keywords make it the usual network, of stride 32, where MONAI's own is for volumes.
             self.network = nets.resnet18(
@@ -69,7 +69,7 @@ class UNet(nn.Module):
         self.size = sizes.size
         if sizes.size % 8:
             raise ValueError(f"UNet: images have {sizes.size} pixels along a side; it must be a multiple of 8")
-        nets: Any = needed("monai.networks.nets", "monai", "model: 'unet'")
+        nets: Any = require_package("monai.networks.nets", "monai", "model: 'unet'")
         maps = 32
         with torch.device(device or torch.get_default_device()):
             self.network = nets.UNet(
@@ -109,8 +109,8 @@ class ViT(nn.Module):
         patch, width = 4, 16
         if sizes.size % patch:
             raise ValueError(f"ViT: images have {sizes.size} pixels along a side; it must be a multiple of {patch}")
-        needed("einops", "einops", "model: 'vit'")
-        nets: Any = needed("monai.networks.nets", "monai", "model: 'vit'")
+        require_package("einops", "einops", "model: 'vit'")
+        nets: Any = require_package("monai.networks.nets", "monai", "model: 'vit'")
         with torch.device(device or torch.get_default_device()):
             self.network = nets.ViT(
                 in_channels=IN_CHANNELS,

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cardiocaps.errors import DataError
-from cardiocaps.runtime.packages import needed
+from cardiocaps.runtime.packages import require_package
 
 CLASSIFIERS = ("logistic-regression", "random-forest", "xgboost")
 SAMPLINGS = ("oversampling", "undersampling", "class-weight")
@@ -148,7 +148,7 @@ def fit(
         from sklearn.pipeline import Pipeline
     else:
         # imbalanced-learn's leaves the sampling out when it predicts.
-        Pipeline = needed("imblearn.pipeline", "imbalanced-learn", f"sampling: {sampling!r}").Pipeline
+        Pipeline = require_package("imblearn.pipeline", "imbalanced-learn", f"sampling: {sampling!r}").Pipeline
     model = Pipeline(steps)
     model.fit(train, y, **options)
     return PixelClassifier(model, train.shape[1])
@@ -157,13 +157,14 @@ def fit(
 def _sampler(sampling: str, y: Integers, seed: int) -> Any:
     what = f"sampling: {sampling!r}"
     if sampling == "undersampling":
-        return needed("imblearn.under_sampling", "imbalanced-learn", what).RandomUnderSampler(random_state=seed)
+        sampler = require_package("imblearn.under_sampling", "imbalanced-learn", what).RandomUnderSampler
+        return sampler(random_state=seed)
     rarer = int(np.bincount(y).min())
     if rarer < 2:
         raise DataError(
             f"{what} (SMOTE) draws between frames of the rarer class and needs two of them, there is {rarer}"
         )
-    smote = needed("imblearn.over_sampling", "imbalanced-learn", what).SMOTE
+    smote = require_package("imblearn.over_sampling", "imbalanced-learn", what).SMOTE
     return smote(k_neighbors=min(NEIGHBOURS, rarer - 1), random_state=seed)
 
 
@@ -180,7 +181,7 @@ def _classifier(name: str, weighted: Integers | None, seed: int, threads: int | 
 
         return RandomForestClassifier(TREES, class_weight=class_weight, random_state=seed, n_jobs=jobs)
     negatives, positives = (1, 1) if weighted is None else np.bincount(weighted)
-    return needed("xgboost", "xgboost", "classifier: 'xgboost'").XGBClassifier(
+    return require_package("xgboost", "xgboost", "classifier: 'xgboost'").XGBClassifier(
         n_estimators=TREES,
         learning_rate=0.1,
         max_depth=4,

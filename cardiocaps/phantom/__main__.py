@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 
 from cardiocaps.config import TRAINABLE_PHANTOM, CommandLine, options
-from cardiocaps.runtime.program import Interruption, execute, say
+from cardiocaps.runtime.program import Interruption, print_line, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,12 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         seconds = time.monotonic() - start
         done = f"{made} videos made in {seconds:.0f} s, {given.videos} in all" if made else "complete already"
-        say(f"{given.out}: {done}, and {TABLE}")
+        print_line(f"{given.out}: {done}, and {TABLE}")
         if given.preview:
             write_preview(given.preview, given.videos, given.seed)
-            say(f"{given.preview}: contact sheet")
+            print_line(f"{given.preview}: contact sheet")
 
-    return execute(body)
+    return run_program(body)
 
 
 if __name__ == "__main__":

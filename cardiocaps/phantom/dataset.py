@@ -17,8 +17,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cardiocaps.errors import ConfigError, OutputError, printable
-from cardiocaps.runtime.files import exclusive, output_errors, remove_leftovers, replacing, sync_folder, write_bytes
-from cardiocaps.runtime.processes import cores, in_parallel, obey_the_parent
+from cardiocaps.runtime.files import (
+    atomic_write,
+    lock_folder,
+    output_errors,
+    remove_leftovers,
+    sync_folder,
+    write_bytes,
+)
+from cardiocaps.runtime.processes import cores, die_with_parent, in_parallel
 from cardiocaps.runtime.progress import shown
 
 if TYPE_CHECKING:
@@ -77,7 +84,7 @@ def write_phantom(
             raise OutputError(f"{out} is a file, not a folder")
         out.mkdir(parents=True, exist_ok=True)
     # Another process may be making the same phantom: then this one finds it complete.
-    with exclusive(out, wait=True):
+    with lock_folder(out, wait=True):
         return _write(out, videos, seed, settings, overwrite, progress, processes or cores())
 
 
@@ -181,7 +188,7 @@ def _make_videos(out: Path, missing: list[Patient], progress: bool, processes: i
     if processes <= 1:
         counted(map(make, missing))
         return
-    pool = partial(ProcessPoolExecutor, processes, get_context("spawn"), obey_the_parent)
+    pool = partial(ProcessPoolExecutor, processes, get_context("spawn"), die_with_parent)
     try:
         with in_parallel(pool, make, missing) as made:
             counted(made)
@@ -195,7 +202,7 @@ def _make_video(out: Path, patient: Patient) -> None:
     from cardiocaps.phantom.ultrasound import render
 
     images = render(patient)
-    with replacing(out / patient.video, sync=False) as part:
+    with atomic_write(out / patient.video, sync=False) as part:
         _encode(part, images, patient.scan.fps)
 
 

@@ -8,7 +8,7 @@ from cardiocaps.errors import OutputError
 from cardiocaps.phantom.anatomy import CALIPERS
 from cardiocaps.phantom.patients import DILATED, HYPERTROPHIC, NORMAL, Patient, plan
 from cardiocaps.phantom.ultrasound import render
-from cardiocaps.runtime.files import replacing
+from cardiocaps.runtime.files import atomic_write
 
 COLOURS = {"IVS": "#ffb000", "LVID": "#35c2ff", "LVPW": "#ff5f87"}
 
@@ -45,7 +45,7 @@ def write_preview(path: Path, videos: int, seed: int) -> None:
             text = "   ".join(f"{row.calc} {row.cm:.1f}" for row in rows)
             axis.set_title(f"{kind}, {phase}\n{text} cm", color="white", fontsize=9)
             axis.axis("off")
-    with replacing(path) as part:
+    with atomic_write(path) as part:
         figure.savefig(part, format="png", facecolor="black", metadata={"Software": None})
 
 

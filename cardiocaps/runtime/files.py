@@ -63,7 +63,7 @@ def output_errors(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def exclusive(folder: Path, *, wait: bool = False) -> Iterator[None]:
+def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold an existing folder against other processes that ask for it in this way.
 
     `wait` for the other to finish; without, raises OutputError. A file system that has no locks is trusted.
@@ -85,7 +85,7 @@ def exclusive(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 
 @contextmanager
-def replacing(path: Path, *, sync: bool = True, mode: int = 0o666) -> Iterator[Path]:
+def atomic_write(path: Path, *, sync: bool = True, mode: int = 0o666) -> Iterator[Path]:
     """A temporary path in the folder of `path` for the block to write; it then takes the place of `path` in
     one step.
 
@@ -192,7 +192,7 @@ def _locked(handle: int) -> bool:
 
 def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Write a file whole or not at all. Raises OutputError."""
-    with replacing(path, sync=sync) as temporary:
+    with atomic_write(path, sync=sync) as temporary:
         temporary.write_bytes(content)
 
 

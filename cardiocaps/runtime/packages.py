@@ -9,7 +9,7 @@ from types import ModuleType
 from cardiocaps.errors import ConfigError
 
 
-def needed(module: str, package: str, what: str, extra: str = "experiments") -> ModuleType:
+def require_package(module: str, package: str, what: str, extra: str = "experiments") -> ModuleType:
     """The module, imported now.
 
     Args:

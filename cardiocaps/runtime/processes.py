@@ -14,7 +14,7 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 from cardiocaps.errors import ResourceError
-from cardiocaps.runtime.program import held
+from cardiocaps.runtime.program import defer_signals
 
 _LACKING = {
     errno.EAGAIN: "the system starts no more processes or threads (see `ulimit -u`)",
@@ -40,7 +40,7 @@ def in_parallel(
     """
     done: SimpleQueue[Future[Result]] = SimpleQueue()
     with ExitStack() as at_end:
-        with held(), start_errors("workers"):
+        with defer_signals(), start_errors("workers"):
             pool = make_pool()
             at_end.callback(_close, pool)
             futures = {pool.submit(function, item): item for item in items}
@@ -74,11 +74,11 @@ def start_errors(what: str, advice: str = "") -> Iterator[None]:
 
 
 def _close(pool: Executor) -> None:
-    with held():
+    with defer_signals():
         pool.shutdown(cancel_futures=True)
 
 
-def obey_the_parent() -> None:
+def die_with_parent() -> None:
     """In a process that this one's program started: leave interrupts to the program, who passes them on, and end with
     it, however it ends."""
     for signum in (signal.SIGINT, signal.SIGHUP):

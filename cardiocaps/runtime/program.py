@@ -91,7 +91,7 @@ class Interruption:
 
 
 @contextmanager
-def held() -> Iterator[None]:
+def defer_signals() -> Iterator[None]:
     """Signals that Python handles wait for the end of the block, which an exception in its midst would leave with a
     process that nobody knows of or a lock that nobody opens."""
     if threading.current_thread() is not threading.main_thread():
@@ -111,7 +111,7 @@ def held() -> Iterator[None]:
             signal.raise_signal(signum)
 
 
-def execute(body: Callable[[Interruption], None]) -> int:
+def run_program(body: Callable[[Interruption], None]) -> int:
     """Run a program's body; an error that a user can cause becomes one line on standard error. The exit status."""
     sys.stdout, sys.stderr = _writable(sys.stdout), _writable(sys.stderr)
     before, warnings.formatwarning = warnings.formatwarning, _note
@@ -124,7 +124,7 @@ def execute(body: Callable[[Interruption], None]) -> int:
         with Interruption().watched() as interruption:
             body(interruption)
     except (CardioCapsError, Interrupted) as error:
-        say(f"error: {error}", sys.stderr)
+        print_line(f"error: {error}", sys.stderr)
         return error.exit_code
     finally:
         warnings.formatwarning = before
@@ -147,7 +147,7 @@ def _refuse_copies() -> None:
             )
 
 
-def say(text: str, stream: TextIO | None = None) -> None:
+def print_line(text: str, stream: TextIO | None = None) -> None:
     """Print a line, or several, without any code that the terminal would obey. Where nobody reads any more (a closed
     pipe, a full disk), the work goes on without words."""
     stream = stream or sys.stdout

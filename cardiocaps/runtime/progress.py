@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from cardiocaps.runtime.program import say
+from cardiocaps.runtime.program import print_line
 
 BAR_AFTER, LINE_EVERY = 2.0, 10.0  # seconds
 T = TypeVar("T")
@@ -28,7 +28,7 @@ def shown(results: Iterable[T], total: int, what: str) -> Iterator[T]:
     for count, result in enumerate(results, 1):
         yield result
         if time.monotonic() - said >= LINE_EVERY:
-            say(f"{what}: {count} of {total}", sys.stderr)
+            print_line(f"{what}: {count} of {total}", sys.stderr)
             said = time.monotonic()
 
 

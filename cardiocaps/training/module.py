@@ -29,8 +29,8 @@ from cardiocaps.errors import CardioCapsError, CheckpointError
 from cardiocaps.models import build, make_loss
 from cardiocaps.models.losses import SpreadLoss, class_weights
 from cardiocaps.models.prediction import RECONSTRUCTED_CHANNELS, Prediction
-from cardiocaps.runtime.files import replacing, write_csv
-from cardiocaps.runtime.program import Interrupted, Interruption, say
+from cardiocaps.runtime.files import atomic_write, write_csv
+from cardiocaps.runtime.program import Interrupted, Interruption, print_line
 from cardiocaps.training.run_folder import RunFolder
 
 # Settings that the meaning of a network's parameters depends on; the others only say how it is trained.
@@ -186,7 +186,7 @@ class CheckpointFiles(TorchCheckpointIO):
     restoring = False  # whether one has been read for a training that has not begun yet
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with replacing(Path(path)) as temporary:
+        with atomic_write(Path(path)) as temporary:
             torch.save(checkpoint, temporary)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
@@ -305,7 +305,7 @@ class History(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         write_csv(self.run.metrics_csv, self.rows)
         row = self.rows[-1]
-        say(
+        print_line(
             f"epoch {row['epoch']:3d}/{trainer.max_epochs}  loss {row['train_loss']:.4f}"
             f"  validation {row['val_loss']:.4f}  AUROC {row['val_auroc']:.3f}"
             f"  {row['seconds']:.1f} s{'  best' if self.is_best else ''}"

@@ -13,7 +13,7 @@ from typing import Any
 
 from cardiocaps import __version__
 from cardiocaps.errors import ConfigError, OutputError
-from cardiocaps.runtime.files import exclusive, output_errors, remove_leftovers, write_json, write_text
+from cardiocaps.runtime.files import lock_folder, output_errors, remove_leftovers, write_json, write_text
 
 _KIND = "cardiocaps run"
 
@@ -56,7 +56,7 @@ class RunFolder:
                     raise OutputError(
                         f"{path} exists and is not empty; choose another --out (training replaces a run by --overwrite)"
                     )
-                with exclusive(path):  # not while the run still goes on
+                with lock_folder(path):  # not while the run still goes on
                     _refuse_deletion(path)
                     shutil.rmtree(path)
             path.mkdir(parents=True, exist_ok=True)

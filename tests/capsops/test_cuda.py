@@ -152,15 +152,15 @@ def test_the_workspace_follows_the_shape(pretended: list[int]) -> None:
 
     some = torch.zeros(1).data_ptr()  # nothing is read or written there
 
-    def needed(B: int, N: int, iterations: int = 3) -> int:
+    def require_package(B: int, N: int, iterations: int = 3) -> int:
         counting = extension._C.Counting(0)
         struct = extension._C.Capsules(some, some, 0, B, N, 8, 2, 16, 1, 8 * 2 * 16, extension._C.Dtype.float32)
         status = extension._C.dynamic_routing(counting, struct, 0, iterations, False, some, some)
         assert status == extension._C.Status.ok
         return int(counting.bytes)
 
-    assert 0 < needed(8, 1000) <= needed(8, 460_800) < 32_000_000
-    assert needed(8, 1000) == needed(8, 1000, 100)
+    assert 0 < require_package(8, 1000) <= require_package(8, 460_800) < 32_000_000
+    assert require_package(8, 1000) == require_package(8, 1000, 100)
     assert not pretended
 
 

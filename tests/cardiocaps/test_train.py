@@ -23,7 +23,7 @@ import torch
 from cardiocaps import evaluate, train
 from cardiocaps.errors import OutputError
 from cardiocaps.phantom import write_phantom
-from cardiocaps.runtime.files import exclusive
+from cardiocaps.runtime.files import lock_folder
 from tests.cardiocaps.programs import ROOT, start, wait_for
 
 FAST = [
@@ -900,7 +900,7 @@ def test_configuration_that_was_cut_off(
 def test_run_in_use_is_left_alone(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    with exclusive(run):
+    with lock_folder(run):
         assert train.main(["--resume", str(run), "--epochs", "9"]) == 4
     assert "being used by another process" in capsys.readouterr().err
 

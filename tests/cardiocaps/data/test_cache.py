@@ -17,7 +17,7 @@ from cardiocaps.data import Clip, Study, cache, read_folder
 from cardiocaps.data.video import resize
 from cardiocaps.errors import ConfigError, DataError, OutputError
 from cardiocaps.runtime import progress
-from cardiocaps.runtime.files import replacing
+from cardiocaps.runtime.files import atomic_write
 
 from .sample_videos import (
     Frames,
@@ -458,7 +458,7 @@ def test_what_killed_processes_left_is_removed_and_other_processes_are_left_alon
         path.write_bytes(b"half")
     for path in (old, foreign):
         os.utime(path, (0, 0))
-    with replacing(tmp_path / "c.npy") as living:
+    with atomic_write(tmp_path / "c.npy") as living:
         os.utime(living, (0, 0))
         cache.build(read_folder(shared_folder), folder=tmp_path, **OPTIONS)
         assert not old.exists() and new.exists() and foreign.exists() and living.exists()

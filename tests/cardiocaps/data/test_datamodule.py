@@ -337,9 +337,9 @@ def test_workers_without_shared_memory_are_an_error_of_one_line(
         pytest.skip("this machine lets nobody mount a /dev/shm of his own")
     script = (
         "import sys; from cardiocaps.data.datamodule import EchoDataModule\n"
-        "from cardiocaps.runtime.program import execute\n"
+        "from cardiocaps.runtime.program import run_program\n"
         "data = EchoDataModule(sys.argv[1], size=128, batch_size=8, cache_dir=sys.argv[2], num_workers=2)\n"
-        "sys.exit(execute(lambda _: list(data.val_dataloader()) and None))\n"
+        "sys.exit(run_program(lambda _: list(data.val_dataloader()) and None))\n"
     )
     done = _with_shared_memory(size, sys.executable, "-c", script, str(shared_folder), str(shared_cache))
     assert done.returncode == 1, done.stderr

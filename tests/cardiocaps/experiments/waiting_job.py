@@ -5,11 +5,11 @@ import multiprocessing
 import os
 import time
 
-from cardiocaps.runtime.processes import obey_the_parent
+from cardiocaps.runtime.processes import die_with_parent
 
 
 def job() -> None:
-    obey_the_parent()
+    die_with_parent()
     print(os.getpid(), flush=True)
     time.sleep(600)
 

@@ -17,9 +17,9 @@ import torch
 
 from cardiocaps.errors import OutputError
 from cardiocaps.runtime.files import (
+    atomic_write,
     output_errors,
     remove_leftovers,
-    replacing,
     write_bytes,
     write_csv,
     write_json,
@@ -93,15 +93,15 @@ def test_a_real_limit_in_mid_file_leaves_the_old_file_and_nothing_else(tmp_path:
 
 
 def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "best.ckpt") as temporary:
+    with pytest.raises(KeyboardInterrupt), atomic_write(tmp_path / "best.ckpt") as temporary:
         temporary.write_bytes(b"half")
         raise KeyboardInterrupt
     assert _names(tmp_path) == set()
 
 
 KILLED_WHILE_WRITING = (
-    "import os, signal, sys; from pathlib import Path; from cardiocaps.runtime.files import replacing\n"
-    "with replacing(Path(sys.argv[1])) as part:\n"
+    "import os, signal, sys; from pathlib import Path; from cardiocaps.runtime.files import atomic_write\n"
+    "with atomic_write(Path(sys.argv[1])) as part:\n"
     "    part.write_bytes(b'half'); print('writing', flush=True); sys.stdin.readline()\n"
 )
 
@@ -147,7 +147,7 @@ def test_a_writer_that_was_taken_for_a_leftover_begins_again(tmp_path: Path, mon
         flock(handle, how)
 
     monkeypatch.setattr(fcntl, "flock", slow)
-    with replacing(tmp_path / "a") as part:
+    with atomic_write(tmp_path / "a") as part:
         assert part.exists() and looked
         remove_leftovers(tmp_path)
         assert part.exists()
@@ -160,7 +160,7 @@ def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyP
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     monkeypatch.setattr(fcntl, "flock", missing)
-    with replacing(tmp_path / "a") as part:
+    with atomic_write(tmp_path / "a") as part:
         part.write_bytes(b"whole")
         remove_leftovers(tmp_path, older_than=3600)
         assert part.exists()

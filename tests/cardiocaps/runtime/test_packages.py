@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from cardiocaps.errors import ConfigError
-from cardiocaps.runtime.packages import needed
+from cardiocaps.runtime.packages import require_package
 
 
 def test_what_is_there_is_imported() -> None:
-    assert needed("json.decoder", "json", "model: 'x'") is sys.modules["json.decoder"]
+    assert require_package("json.decoder", "json", "model: 'x'") is sys.modules["json.decoder"]
 
 
 def test_what_is_missing_is_named() -> None:
     with pytest.raises(ConfigError) as error:
-        needed("no_such_package.networks", "no-such-package", "model: 'x'")
+        require_package("no_such_package.networks", "no-such-package", "model: 'x'")
     assert str(error.value) == "model: 'x' needs the package no-such-package; pip install 'capsops[experiments]'"
 
 
@@ -31,4 +31,4 @@ def test_what_cannot_be_imported_says_why(content: str, tmp_path: Path, monkeypa
         r"^model: 'x' needs the package half-a-package, which cannot be imported \(.*no_such_package.*\); pip inst"
     )
     with pytest.raises(ConfigError, match=expected):
-        needed("half_a_package", "half-a-package", "model: 'x'")
+        require_package("half_a_package", "half-a-package", "model: 'x'")

@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 import pytest
 
 from cardiocaps.errors import DataError
-from cardiocaps.runtime.program import Interrupted, Interruption, execute, held, say
+from cardiocaps.runtime.program import Interrupted, Interruption, defer_signals, print_line, run_program
 
 
 def test_a_signal_is_no_failure_that_others_pass_over() -> None:
@@ -25,7 +25,7 @@ def test_a_signal_is_no_failure_that_others_pass_over() -> None:
         except Exception:
             pytest.fail("the signal was taken for a failure")
 
-    assert execute(body) == 128 + signal.SIGTERM
+    assert run_program(body) == 128 + signal.SIGTERM
 
 
 def test_a_signal_that_gets_lost_comes_again() -> None:
@@ -39,7 +39,7 @@ def test_a_signal_that_gets_lost_comes_again() -> None:
         time.sleep(60)
 
     begin = time.monotonic()
-    assert execute(body) == 128 + signal.SIGTERM
+    assert run_program(body) == 128 + signal.SIGTERM
     assert time.monotonic() - begin < 30
     assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
     assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
@@ -54,7 +54,7 @@ def test_a_destructor_drops_it_without_a_word(capsys: pytest.CaptureFixture[str]
         Reference()
         time.sleep(60)
 
-    assert execute(body) == 128 + signal.SIGTERM
+    assert run_program(body) == 128 + signal.SIGTERM
     assert capsys.readouterr().err == "error: stopped by SIGTERM; nothing is half-written\n"
 
 
@@ -79,7 +79,7 @@ def test_what_is_tidied_on_the_way_out_is_not_disturbed() -> None:
                 raise RuntimeError("on the way out") from error
 
     with pytest.raises(RuntimeError, match="on the way out"):
-        execute(body)
+        run_program(body)
     assert tidied == ["other error", "context"]
 
 
@@ -88,7 +88,7 @@ def test_held_until_the_block_ends(signum: signal.Signals) -> None:
     reached = False
     with Interruption().watched():
         before = signal.getsignal(signum)
-        with pytest.raises(Interrupted) as caught, held():
+        with pytest.raises(Interrupted) as caught, defer_signals():
             signal.raise_signal(signum)
             reached = True
         assert signal.getsignal(signum) is before
@@ -99,7 +99,7 @@ def test_held_until_the_block_ends(signum: signal.Signals) -> None:
 def test_held_without_a_program() -> None:
     """A library's caller has Python's own handlers."""
     reached = False
-    with pytest.raises(KeyboardInterrupt), held():
+    with pytest.raises(KeyboardInterrupt), defer_signals():
         signal.raise_signal(signal.SIGINT)
         reached = True
     assert reached
@@ -109,7 +109,7 @@ def test_held_without_a_program() -> None:
 def test_held_leaves_alone_what_nobody_handles() -> None:
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with held():
+        with defer_signals():
             assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
             assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     finally:
@@ -120,7 +120,7 @@ def test_held_in_another_thread() -> None:
     entered = []
 
     def work() -> None:
-        with held():
+        with defer_signals():
             entered.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)
@@ -130,17 +130,17 @@ def test_held_in_another_thread() -> None:
 
 
 def test_what_the_block_raises_comes_first() -> None:
-    with pytest.raises(ValueError, match="own"), held():
+    with pytest.raises(ValueError, match="own"), defer_signals():
         raise ValueError("own")
 
 
 def test_nothing_that_a_terminal_would_obey_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     def body(_: Interruption) -> None:
-        say("± 1\n  \x1b[31mtwo\r\n\ttabs\u202e\x9b")
+        print_line("± 1\n  \x1b[31mtwo\r\n\ttabs\u202e\x9b")
         sys.stderr.write(warnings.formatwarning("\x1b]0;title\x07\nof a window", UserWarning, "", 1))
         raise DataError("bad \x1b[2Jname \udcff")
 
-    assert execute(body) == 3
+    assert run_program(body) == 3
     out, err = capsys.readouterr()
     assert out == "± 1\n  \\x1b[31mtwo\\r\n\\ttabs\\u202e\\x9b\n"
     assert err.splitlines() == [r"note: \x1b]0;title\x07\nof a window", r"error: bad \x1b[2Jname \udcff"]
@@ -163,7 +163,7 @@ def test_several_copies_of_a_program_are_refused(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     called: list[object] = []
-    assert execute(called.append) == (2 if message else 0)
+    assert run_program(called.append) == (2 if message else 0)
     errors = capsys.readouterr().err
     assert errors.startswith(f"error: {message}") if message else not errors
     assert errors.count("\n") == bool(message) and bool(called) != bool(message)
@@ -180,5 +180,5 @@ def test_a_backend_for_windows_is_not_needed(backend: str | None, monkeypatch: p
     def body(_: object) -> None:
         assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""
 
-    assert execute(body) == 0
+    assert run_program(body) == 0
     assert os.environ.get("MPLBACKEND") == backend

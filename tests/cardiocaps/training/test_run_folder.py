@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cardiocaps.errors import ConfigError, OutputError
-from cardiocaps.runtime.files import exclusive, write_text
+from cardiocaps.runtime.files import lock_folder, write_text
 from cardiocaps.training import run_folder
 from cardiocaps.training.run_folder import RunFolder, environment
 
@@ -97,7 +97,7 @@ def test_overwrite_deletes_nothing_but_a_run(fill: Callable[[Path], None], tmp_p
 def test_overwrite_spares_a_run_that_goes_on(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "a")
     before = _names(folder.path)
-    with exclusive(folder.path), pytest.raises(OutputError, match="being used by another process"):
+    with lock_folder(folder.path), pytest.raises(OutputError, match="being used by another process"):
         RunFolder.create(folder.path, overwrite=True)
     assert _names(folder.path) == before
 
