@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.runtime.program import print_line, run_program
-
+from .program import print_line, run_program
 from .shapes import CASES, QUICK_CASES, families, family
 
 OVERHEAD, TRAINING_STEP = "overhead", "training-step"
@@ -46,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     arguments = parse(argv)
-    return run_program(lambda _: run(arguments))
+    return run_program(lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> None:

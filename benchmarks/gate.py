@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 import capsops
-from cardiocaps.errors import CardioCapsError
 
 from . import forms
 from .device import CPU, Device
 from .forms import Form
+from .program import BenchmarkError
 from .shapes import BOTH, FORWARD, Case
 
 # Largest error relative to the largest number expected: of capsops, whose sums do not drift; of the PyTorch forms, some
@@ -30,7 +30,7 @@ TOLERANCE_SIDE_BY_SIDE = 1e-2
 TOLERANCE_LOW = 3e-2
 
 
-class GateError(CardioCapsError):
+class GateError(BenchmarkError):
     """A form is wrong. No number is reported."""
 
     exit_code = 1

@@ -30,9 +30,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cardiocaps.errors import CardioCapsError
-from cardiocaps.runtime.program import print_line, run_program
-
 from . import gpu_checks
 from .device import Device, best, environment, rates
 from .gpu_checks import tell
@@ -53,6 +50,7 @@ from .gpu_results import (
     Results,
     fastest,
 )
+from .program import BenchmarkError, print_line, run_program
 from .shapes import CASES, QUICK_CASES, Case, family, for_gpus
 
 if TYPE_CHECKING:
@@ -74,19 +72,19 @@ STAGES = {
 _AHEAD, _COMPILERS = 0.6, 6
 
 
-class NoGpu(CardioCapsError):
+class NoGpu(BenchmarkError):
     """There is nothing to measure on."""
 
     exit_code = 5
 
 
-class Red(CardioCapsError):
+class Red(BenchmarkError):
     """A gate is red, a test failed or compute-sanitizer found an error."""
 
     exit_code = 1
 
 
-class Incomplete(CardioCapsError):
+class Incomplete(BenchmarkError):
     """A measurement of capsops failed."""
 
     exit_code = 3
@@ -142,11 +140,11 @@ def _minutes(text: str) -> float:
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status."""
     arguments = parse(argv)
-    return run_program(lambda _: run(arguments))
+    return run_program(lambda: run(arguments))
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Everything. Raises NoGpu, Red, Incomplete, OutputError, DataError."""
+    """Everything. Raises NoGpu, Red, Incomplete, OutputError, ResultsError."""
     # So that processes may still be forked after torch has been asked for a GPU.
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     device = Device(arguments.device)

@@ -19,10 +19,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from cardiocaps.runtime.program import print_line
-
 from .device import Device, find_tool
 from .gpu_results import SANITIZER, TESTS, TRITON_TESTS, Results
+from .program import print_line
 
 ROOT = Path(__file__).resolve().parents[1]
 TEST_MATRIX = "tests/capsops/test_gpu_backends.py"

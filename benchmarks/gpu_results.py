@@ -18,10 +18,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.errors import DataError, OutputError
-from cardiocaps.runtime.files import lock_folder, output_errors, write_csv, write_json, write_text
-from cardiocaps.runtime.program import print_line, run_program
-
+from .program import (
+    OutputError,
+    ResultsError,
+    lock_folder,
+    output_errors,
+    print_line,
+    run_program,
+    write_csv,
+    write_json,
+    write_text,
+)
 from .shapes import BOTH, CASES, DIRECTIONS, FORWARD, families
 
 # As `race` has them, which imports torch.
@@ -62,7 +69,7 @@ class Results:
 
     @staticmethod
     def read(path: Path) -> Results:
-        """Raises DataError: a file cannot be read. A file that is not there is empty."""
+        """Raises ResultsError: a file cannot be read. A file that is not there is empty."""
         results = Results(path)
         try:
             for name, rows in ((RESULTS, results.rows), (STEPS, results.steps), (KERNELS, results.kernels)):
@@ -74,7 +81,7 @@ class Results:
             if (path / ENVIRONMENT).exists():
                 results.environment = json.loads((path / ENVIRONMENT).read_text(encoding="utf-8"))
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise DataError(f"{path} holds no results that can be read: {error}") from error
+            raise ResultsError(f"{path} holds no results that can be read: {error}") from error
         return results
 
     @staticmethod
@@ -83,7 +90,7 @@ class Results:
         """The folder, for a run of these parts alone. What another run has measured of them stays.
 
         Raises OutputError: another program's results are there, or all of the parts, and these are not to be
-        overwritten; or another run writes there; or the folder cannot be written. DataError: as `read`.
+        overwritten; or another run writes there; or the folder cannot be written. ResultsError: as `read`.
         """
         with output_errors(path):
             path.mkdir(parents=True, exist_ok=True)
@@ -484,10 +491,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="holds results.csv and environment.json, and gets results.md")
     folder: Any = parser.parse_args(argv).folder
 
-    def body(_: object) -> None:
+    def body() -> None:
         results = Results.read(folder)
         if not results.environment:
-            raise DataError(f"{folder} holds no {ENVIRONMENT}; `python -m benchmarks.gpu` writes one")
+            raise ResultsError(f"{folder} holds no {ENVIRONMENT}; `python -m benchmarks.gpu` writes one")
         write_text(folder / REPORT, results.report())
         print_line(f"written: {folder / REPORT}")
 

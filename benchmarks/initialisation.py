@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.runtime.program import print_line, run_program
+from .program import print_line, run_program
 
 N, K, J, D = 144, 8, 40, 16
 RULES = {"J / √(N D)": J / math.sqrt(N * D), "0.1": 0.1, "default": None}
@@ -32,9 +32,9 @@ def accuracy(sigma: float | None, seed: int, learning_rate: float, steps: int = 
     import torch
     from sklearn.datasets import load_digits
     from torch import nn
+    from torch.nn.functional import one_hot
 
     from capsops.nn import CapsuleLayer, PrimaryCapsules
-    from cardiocaps.models.losses import margin_loss
 
     torch.manual_seed(seed)
     digits = load_digits()
@@ -56,7 +56,10 @@ def accuracy(sigma: float | None, seed: int, learning_rate: float, steps: int = 
     optimiser = torch.optim.Adam(net.parameters(), learning_rate)
     for _ in range(steps):
         batch = torch.randint(len(train_x), (64,))
-        loss = margin_loss(net(train_x[batch]).norm(dim=-1), train_y[batch])
+        lengths, present = net(train_x[batch]).norm(dim=-1), one_hot(train_y[batch], J)
+        # The margin loss of Sabour et al. 2017, eq. 4.
+        margins = present * (0.9 - lengths).clamp(min=0) ** 2 + 0.5 * (1 - present) * (lengths - 0.1).clamp(min=0) ** 2
+        loss = margins.sum(dim=1).mean()
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -72,7 +75,7 @@ def run(arguments: argparse.Namespace) -> None:
     import sklearn
     import torch
 
-    from cardiocaps.runtime.files import output_errors, write_csv, write_json
+    from .program import output_errors, write_csv, write_json
 
     rows: list[dict[str, Any]] = []
     for learning_rate in arguments.learning_rates:
@@ -111,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = Path("benchmarks/results/initialisation")
     parser.add_argument("--out", type=Path, default=out, help="folder (default %(default)s)")
     arguments = parser.parse_args(argv)
-    return run_program(lambda _: run(arguments))
+    return run_program(lambda: run(arguments))
 
 
 if __name__ == "__main__":

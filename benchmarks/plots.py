@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cardiocaps.errors import DataError
-from cardiocaps.runtime.files import write_bytes
-from cardiocaps.runtime.program import print_line, run_program
+from .program import ResultsError, print_line, run_program, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +34,7 @@ Row = dict[str, str]
 
 
 def draw(folder: Path) -> list[Path]:
-    """The figures that the folder's results.csv has rows for. Raises DataError, OutputError."""
+    """The figures that the folder's results.csv has rows for. Raises ResultsError, OutputError."""
     rows = _read(folder / "results.csv")
     drawn = []
     for name, figure in (("speed.png", speed(rows)), ("scaling.png", scaling(rows))):
@@ -166,10 +164,10 @@ def _read(path: Path) -> list[Row]:
         with path.open(newline="", encoding="utf-8") as file:
             rows = list(csv.DictReader(file))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"cannot read {path}: {error}") from error
+        raise ResultsError(f"cannot read {path}: {error}") from error
     needed = {"family", "shape", "N", "routing", "direction", "contestant", "status", "median_s", "extra_MB", "commit"}
     if not rows or needed - rows[0].keys():
-        raise DataError(f"{path} is no table of results; `python -m benchmarks` writes one")
+        raise ResultsError(f"{path} is no table of results; `python -m benchmarks` writes one")
     return rows
 
 
@@ -207,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="holds results.csv, and gets the figures")
     folder: Any = parser.parse_args(argv).folder
 
-    def body(_: object) -> None:
+    def body() -> None:
         for path in draw(folder):
             print_line(f"drawn: {path}")
 

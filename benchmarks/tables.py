@@ -13,11 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.errors import OutputError
-from cardiocaps.runtime.files import output_errors, write_csv, write_json, write_text
-
 from . import machine as machine_
 from .machine import Machine
+from .program import OutputError, output_errors, write_csv, write_json, write_text
 from .race import BEST_COMPILED, BEST_EAGER, CAPSOPS, OK, OTHER, PUBLISHED, Timing
 from .shapes import DIRECTIONS, Case, family
 

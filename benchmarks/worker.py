@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cache
@@ -14,16 +15,14 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.errors import CardioCapsError
-from cardiocaps.runtime.processes import die_with_parent
-
 from .device import Device
+from .program import BenchmarkError
 
 # Left to the rest of the machine when a measurement takes all the memory it can.
 _SPARE = 1 << 30
 
 
-class MeasurementError(CardioCapsError):
+class MeasurementError(BenchmarkError):
     """A measurement failed for a reason that has nothing to do with its speed."""
 
     exit_code = 3
@@ -44,7 +43,7 @@ class TooSlow(Exception):
 def events(work: Callable[..., Iterator[Any]], *arguments: object, limit: float = 600.0) -> Iterator[Any]:
     """What the generator `work(*arguments)` yields in a new process, which ends with the loop over this.
 
-    limit: seconds between two events. Raises TooSlow, OutOfMemory, whatever CardioCapsError the work raises, and
+    limit: seconds between two events. Raises TooSlow, OutOfMemory, whatever BenchmarkError the work raises, and
     MeasurementError for anything else.
     """
     on_gpu = any(isinstance(x, Device) and x.on_gpu for x in arguments)
@@ -123,12 +122,27 @@ def _serve(sender: Connection, work: Callable[..., Iterator[Any]], arguments: tu
         for event in work(*arguments):
             sender.send(("event", event))
         sender.send(("end", None))
-    except CardioCapsError as error:
+    except BenchmarkError as error:
         sender.send(("failure", error))
     except Exception as error:
         name = getattr(work, "__name__", "a measurement")
         sender.send(("failure", MeasurementError(f"{name}: {type(error).__name__}: {error}")))
     sender.close()
+
+
+def die_with_parent() -> None:
+    """End this child process with its parent, however that ends, and leave Ctrl-C to the parent."""
+    for signum in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(signum, signal.SIG_IGN)
+
+    def wait() -> None:
+        # Not os.getppid: the parent of a forked child is the fork server, which outlives the program.
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _limit_memory() -> None:
