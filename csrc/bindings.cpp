@@ -9,7 +9,7 @@
 #include <pybind11/stl.h>
 
 #include "checks.h"
-#include "routing.h"
+#include "operators.h"
 
 namespace py = pybind11;
 using namespace capsops;

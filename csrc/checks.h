@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <initializer_list>
 
-#include "routing.h"
+#include "operators.h"
 
 namespace capsops {
 

@@ -3,9 +3,9 @@
 // way. Outputs lie in memory of exactly their size and are poisoned with NaN, so that one that is overrun or not
 // written is seen.
 //
-// With CAPSOPS_EMULATION also every CUDA kernel, run on the host (csrc/cuda/emulation.h): twice each, in a workspace of
-// exactly the size it asks for, poisoned; the results must be the same to the bit, and those of the CPU but for
-// rounding. And how large a workspace they ask for at the sizes of real networks, where nothing runs.
+// With CAPSOPS_EMULATION also every CUDA kernel, run on the host (csrc/cuda/engine/emulation.h): twice each, in a
+// workspace of exactly the size it asks for, poisoned; the results must be the same to the bit, and those of the CPU
+// but for rounding. And how large a workspace they ask for at the sizes of real networks, where nothing runs.
 //
 // tests/core/sanitize.sh builds and runs it; with its argument `emulated` the CUDA kernels too.
 
@@ -22,9 +22,9 @@
 #include <string>
 #include <vector>
 
-#include "../../csrc/routing.h"
+#include "../../csrc/operators.h"
 #ifdef CAPSOPS_EMULATION
-#include "../../csrc/cuda/limits.h"
+#include "../../csrc/cuda/engine/limits.h"
 #endif
 
 using namespace capsops;
@@ -358,7 +358,7 @@ void layers(const Kernels& k, Dtype dtype, const std::string& name) {
 }
 
 #ifdef CAPSOPS_EMULATION
-// How much workspace every operator asks for is bounded as csrc/cuda/limits.h says.
+// How much workspace every operator asks for is bounded as csrc/cuda/engine/limits.h says.
 void workspaces() {
     struct Case {
         Shape shape;
@@ -419,7 +419,7 @@ void workspaces() {
                 ask("votes", false, k.affine_votes(c, p));
                 ask("votes backward", false, k.affine_votes_backward(c, p, gradients));
             }
-    std::printf("%d workspaces: none is larger than csrc/cuda/limits.h says\n", sizes);
+    std::printf("%d workspaces: none is larger than csrc/cuda/engine/limits.h says\n", sizes);
 }
 #endif
 

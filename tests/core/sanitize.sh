@@ -24,7 +24,7 @@ if [ "$(uname -m)" = x86_64 ] && [ "${2:-}" != emulated ]; then
 fi
 for set in "${sets[@]}"; do
     read -r name bytes flags <<<"$set"
-    for source in csrc/cpu/*.cpp; do
+    for source in csrc/cpu/*/*.cpp; do
         [[ $source == */dispatch.cpp ]] && continue
         # shellcheck disable=SC2086
         jobs+=("$name-$(basename "$source" .cpp).o $source -DCAPSOPS_ISA=$name -DCAPSOPS_VECTOR_BYTES=$bytes $flags")
@@ -33,11 +33,11 @@ done
 emulation=
 if [ "${2:-}" = emulated ]; then
     emulation=-DCAPSOPS_EMULATION
-    for source in csrc/cuda/*.cu; do
+    for source in csrc/cuda/*/*.cu; do
         jobs+=("cuda-$(basename "$source" .cu).o $source -xc++ $emulation -Wno-unknown-pragmas -fno-sanitize=undefined")
     done
 fi
-jobs+=("dispatch.o csrc/cpu/dispatch.cpp ${x86[*]}" "every_operator.o tests/core/every_operator.cpp $emulation")
+jobs+=("dispatch.o csrc/cpu/engine/dispatch.cpp ${x86[*]}" "every_operator.o tests/core/every_operator.cpp $emulation")
 [[ $sanitizers == *thread* ]] && jobs+=("openmp.o tests/core/openmp.cpp")
 export cxx build
 export OPTIONS="${options[*]}"

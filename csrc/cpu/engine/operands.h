@@ -1,0 +1,234 @@
+// The capsules as the loops see them, whatever their storage type and shape.
+#pragma once
+
+#include <cstring>
+#include <new>
+
+#include "../../dtypes.h"
+#include "../../operators.h"
+#include "layout.h"
+#include "tile.h"
+#include "watch.h"
+
+namespace capsops::cpu::CAPSOPS_ISA {
+
+// Uninitialised memory on a cache line. Throws std::bad_alloc where there is none, or where the size is negative or its
+// bytes do not fit into 64 bits; for_accumulation turns that into a status. Never take one inside a parallel region: no
+// exception may leave it.
+template <class A> class Buffer {
+  public:
+    explicit Buffer(int64_t size) : data_(static_cast<A*>(::operator new(bytes(size), line))) {}
+    ~Buffer() { ::operator delete(data_, line); }
+    Buffer(const Buffer&) = delete;
+    Buffer& operator=(const Buffer&) = delete;
+    A* get() const { return data_; }
+
+  private:
+    static constexpr std::align_val_t line{64};
+
+    static size_t bytes(int64_t size) {
+        int64_t count;
+        if (size < 0 || __builtin_mul_overflow(at_least(size, 1), static_cast<int64_t>(sizeof(A)), &count))
+            throw std::bad_alloc();
+        return static_cast<size_t>(count);
+    }
+
+    A* data_;
+};
+
+template <class A> inline void fill(A* x, int64_t n, A value) {
+    for (int64_t m = 0; m < n; ++m) x[m] = value;
+}
+
+// ---- storage types -------------------------------------------------------------------------------------
+
+template <class T> struct DtypeOf;
+template <> struct DtypeOf<float> {
+    static constexpr Dtype value = Dtype::float32;
+};
+template <> struct DtypeOf<double> {
+    static constexpr Dtype value = Dtype::float64;
+};
+
+inline int64_t size_of(Dtype dtype) {
+    return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
+}
+
+// Calls function.operator()<storage type>() for a dtype whose sums are kept in A.
+template <class A, class Function> inline void for_storage(Dtype dtype, Function function) {
+    if (dtype == DtypeOf<A>::value) return function.template operator()<A>();
+    if constexpr (sizeof(A) == sizeof(float)) {
+        if (dtype == Dtype::bfloat16) return function.template operator()<bfloat16>();
+        return function.template operator()<float16>();
+    }
+}
+
+// n numbers of storage type from x[offset], and back.
+template <class A> inline void read(const void* x, Dtype dtype, int64_t offset, int64_t n, A* to) {
+    for_storage<A>(dtype, [&]<class T>() { convert(static_cast<const T*>(x) + offset, n, to); });
+}
+template <class A> inline void write(const A* from, int64_t n, void* x, Dtype dtype, int64_t offset) {
+    for_storage<A>(dtype, [&]<class T>() { convert(from, n, static_cast<T*>(x) + offset); });
+}
+
+// Calls function.operator()<accumulation type>() for a dtype, and turns a lack of memory, and a wish to stop, into a
+// status.
+template <class Function> inline Status for_accumulation(Dtype dtype, Function function) {
+    try {
+        if (dtype == Dtype::float64)
+            function.template operator()<double>();
+        else
+            function.template operator()<float>();
+        return Status::ok;
+    } catch (const std::bad_alloc&) {
+        return Status::out_of_memory;
+    } catch (const Interrupted&) {
+        return Status::interrupted;
+    }
+}
+
+// ---- the operands ----------------------------------------------------------------------------------------
+
+// Vectors of a vote that the registers have room for (votes.h).
+constexpr int64_t most_vote_vectors = 2;
+
+// in_registers: whether the policy takes the votes of two output capsules in registers (votes.h).
+template <class A> inline Layout best_layout(const Capsules& c, bool in_registers) {
+    constexpr int64_t n = Lanes<A>::count;
+    const int64_t H = c.rows * c.D;
+    if (in_registers && c.J == 2 && ceil_div(H, n) <= most_vote_vectors && 4 * H >= 3 * n) return Layout::components;
+    return batch_fills_lanes(c, n) ? Layout::items : Layout::components;
+}
+
+// The capsules as the loops see them: in the accumulation type A, and what belongs to an output capsule of a batch item
+// in whole vectors. Where the lanes hold components, H is rounded up to whole vectors with zeros behind, and matrices
+// of P rows are vectors of P·K and P·D components, for which W becomes block diagonal.
+//
+// A state is [B, J, H] in that layout: [state_rows, J, D].
+template <class A> struct Operands {
+    static constexpr int lanes = Lanes<A>::count;
+
+    const Capsules& c;
+    Layout layout;
+    int64_t items;        // batch items in one row of a state
+    int64_t K, J, H, JH;  // K of u, P·K; H = P·D components of a vote
+    int64_t D, JD;        // numbers of one vote, and of one row of votes
+    int64_t X, padded_X;  // J·D of one row of W; in whole vectors
+    int64_t state_rows;
+    int64_t weight_size;           // numbers of one matrix
+    int64_t gradient_size;         // numbers of its gradient, its rows in whole vectors
+    bool direct_u, direct_weight;  // whether they can be used where they are
+
+    Operands(const Capsules& c, Layout layout)
+        : c(c),
+          layout(layout),
+          items(layout == Layout::items ? lanes : 1),
+          K(c.rows * c.K),
+          J(c.J),
+          H(c.rows * c.D),
+          JH(J * H),
+          D(layout == Layout::items ? H * lanes : ceil_div(H, lanes) * lanes),
+          JD(J * D),
+          X(c.J * c.D),
+          padded_X(ceil_div(X, lanes) * lanes),
+          state_rows(ceil_div(c.B, items)),
+          weight_size(layout == Layout::items ? c.K * X : K * JD),
+          gradient_size(layout == Layout::items ? c.K * padded_X : K * JD),
+          direct_u(c.dtype == DtypeOf<A>::value),
+          direct_weight(direct_u && !c.strided && (layout == Layout::items || (c.rows == 1 && D == c.D))) {}
+
+    bool shared() const { return c.shared(); }
+    // Numbers from the gradient of one input capsule's matrix to the next.
+    int64_t gradient_stride() const { return shared() ? 0 : c.K * X; }
+    // Whether a gradient of a matrix is summed as it is stored.
+    bool direct_gradient() const { return direct_weight && gradient_size == c.K * X; }
+
+    // ---- states ----
+    int64_t state_size() const { return state_rows * JD; }
+    // In its row, component h of output capsule j of item b is number place(b, j) + h · items.
+    int64_t row(int64_t b) const { return b / items; }
+    int64_t place(int64_t b, int64_t j) const { return j * D + b % items; }
+
+    void pack(const A* from /* [B, J, H] */, A* to) const {
+        fill(to, state_size(), A(0));
+        for (int64_t b = 0; b < c.B; ++b)
+            for (int64_t j = 0; j < J; ++j, from += H) {
+                A* x = to + row(b) * JD + place(b, j);
+                for (int64_t h = 0; h < H; ++h) x[h * items] = from[h];
+            }
+    }
+    void unpack(const A* from, A* to /* [B, J, H] */) const {
+        for (int64_t b = 0; b < c.B; ++b)
+            for (int64_t j = 0; j < J; ++j, to += H) {
+                const A* x = from + row(b) * JD + place(b, j);
+                for (int64_t h = 0; h < H; ++h) to[h] = x[h * items];
+            }
+    }
+
+    // One number of every output capsule: [state_rows, J, items].
+    int64_t scalars_size() const { return state_rows * J * items; }
+    void pack_scalars(const A* from /* [B, J] */, A* to) const {
+        fill(to, scalars_size(), A(0));
+        for (int64_t b = 0; b < c.B; ++b)
+            for (int64_t j = 0; j < J; ++j) to[(row(b) * J + j) * items + b % items] = from[b * J + j];
+    }
+
+    // ---- u and W ----
+    // n numbers of u from this offset on; scratch [n]: where they have to be converted.
+    const A* load_u(int64_t offset, int64_t n, A* scratch) const {
+        if (direct_u) return static_cast<const A*>(c.u) + offset;
+        read(c.u, c.dtype, offset, n, scratch);
+        return scratch;
+    }
+
+    const A* load_weight(int64_t i, A* scratch) const {
+        if (direct_weight) return static_cast<const A*>(c.weight) + i * c.weight_stride;
+        if (weight_size == c.K * X && !c.strided) {
+            read(c.weight, c.dtype, i * c.weight_stride, weight_size, scratch);
+            return scratch;
+        }
+        if (weight_size == c.K * X) {
+            for (int64_t k = 0; k < c.K; ++k)
+                for (int64_t j = 0; j < J; ++j) load_row(i, k, j, scratch + (k * J + j) * c.D);
+            return scratch;
+        }
+        fill(scratch, weight_size, A(0));
+        for (int64_t k = 0; k < c.K; ++k)
+            for (int64_t j = 0; j < J; ++j) {
+                A* to = scratch + k * JD + j * D;
+                load_row(i, k, j, to);
+                for (int64_t p = 1; p < c.rows; ++p)
+                    for (int64_t d = 0; d < c.D; ++d) to[p * (c.K * JD + c.D) + d] = to[d];
+            }
+        return scratch;
+    }
+
+    // Row k of matrix i, of output capsule j: [D].
+    void load_row(int64_t i, int64_t k, int64_t j, A* to) const {
+        if (!c.strided) return read(c.weight, c.dtype, i * c.weight_stride + (k * J + j) * c.D, c.D, to);
+        const int64_t offset = i * c.weight_stride + k * c.strides[0] + j * c.strides[1], step = c.strides[2];
+        if (step == 1) return read(c.weight, c.dtype, offset, c.D, to);
+        for_storage<A>(c.dtype, [&]<class T>() {
+            const T* from = static_cast<const T*>(c.weight) + offset;
+            for (int64_t d = 0; d < c.D; ++d) to[d] = static_cast<A>(from[d * step]);
+        });
+    }
+
+    // The gradient of one matrix to where it belongs; `from` [gradient_size] changes if capsules have rows.
+    void store_weight_gradient(A* from, int64_t i, void* gradient) const {
+        const int64_t offset = i * gradient_stride();
+        if (layout == Layout::items) {
+            for (int64_t k = 0; k < c.K; ++k) write(from + k * padded_X, X, gradient, c.dtype, offset + k * X);
+            return;
+        }
+        for (int64_t k = 0; k < c.K; ++k)
+            for (int64_t j = 0; j < J; ++j) {
+                A* sum = from + k * JD + j * D;
+                for (int64_t p = 1; p < c.rows; ++p)
+                    for (int64_t d = 0; d < c.D; ++d) sum[d] += sum[p * (c.K * JD + c.D) + d];
+                write(sum, c.D, gradient, c.dtype, offset + (k * J + j) * c.D);
+            }
+    }
+};
+
+}  // namespace capsops::cpu::CAPSOPS_ISA

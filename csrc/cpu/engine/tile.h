@@ -1,0 +1,155 @@
+// A tile: as many (batch item, input capsule) pairs as a vector has lanes, with their votes in the first-level cache.
+// Logits and couplings lie with the items in the lanes, [J, item], so that the softmax over J crosses none; votes as
+// the layout says.
+#pragma once
+
+#include "products.h"
+
+namespace capsops::cpu::CAPSOPS_ISA {
+
+// What the lanes of a vector of votes hold.
+//   components   of one vote, [item, J, D] with D rounded up to whole vectors, zeros behind. Any batch will do, but a
+//                short vote leaves lanes idle, and agreements have to cross them.
+//   items        one component of the votes of neighbouring batch items, [J, H, item]. Nothing crosses lanes but u and
+//                the gradients, on their way in and out, and the dimensions do not matter; the batch does.
+enum class Layout { components, items };
+
+// A run of items in a tile with the same transformation matrix.
+template <class A> struct Segment {
+    int begin, end;    // items; equal if the capsule is there for no batch item
+    int64_t i;         // the input capsule; of shared matrices the first one
+    const A* weight;   // [K, J, D]
+    bool first, last;  // of this matrix in this block of capsules
+};
+
+template <class A> struct Tile {
+    static constexpr int size = Lanes<A>::count;
+    static constexpr int most_segments = 2 * size;
+
+    Layout layout;
+    int64_t K, J, D, JD;       // as in Operands
+    int count = 0;             // items
+    uint32_t absent = 0;       // bit r: item r is not there, and all of its votes are 0 (Layout::items)
+    int64_t b[size], i[size];  // [count]
+    const A* u[size];          // [count] of [K]
+    A* votes;                  // [rows(), J, D]
+    A* g_votes;                // [rows(), J, D]
+    int segment_count = 0;
+    Segment<A> segments[most_segments];
+
+    bool has(int r) const { return !(absent >> r & 1); }
+
+    // Rows of votes, and the row of a state that belongs to each.
+    int rows() const { return layout == Layout::items ? 1 : count; }
+    int64_t row(int r) const { return layout == Layout::items ? b[0] / size : b[r]; }
+};
+
+// ---- what the couplings of a tile are made of ----------------------------------------------------------
+
+// out[j], lane r: Σ_d term(own, row, jd) of item r, where term gives one vector, number `own` of the tile's votes and
+// number jd of a row of a state; 0 for lanes without an item.
+template <class A, class Term> inline void agreements(const Tile<A>& t, Term term, Lanes<A>* out /* [J] */) {
+    constexpr int n = Tile<A>::size;
+    const int64_t J = t.J, D = t.D, JD = t.JD;
+    if (t.layout == Layout::items) {
+        const int64_t row = t.row(0);
+        for (int64_t j = 0; j < J; ++j) {
+            constexpr int chains = 4;  // of additions, each of which waits for the one before
+            Lanes<A> x[chains];
+            for (int m = 0; m < chains; ++m) x[m] = A(0);
+            int64_t jd = j * D;
+            const int64_t end = jd + D;
+            for (; jd + chains * n <= end; jd += chains * n)
+#pragma GCC unroll 4
+                for (int m = 0; m < chains; ++m) x[m] += term(jd + m * n, row, jd + m * n);
+            for (; jd < end; jd += n) x[0] += term(jd, row, jd);
+            out[j] = (x[0] + x[1]) + (x[2] + x[3]);
+        }
+        return;
+    }
+    for (int64_t j = 0; j < J; ++j) {
+        Lanes<A> x[n];
+        if (t.count == n && D == n) {
+#pragma GCC unroll 16
+            for (int r = 0; r < n; ++r) x[r] = term(r * JD + j * n, t.b[r], j * n);
+        } else {
+            for (int r = 0; r < n; ++r) {
+                x[r] = Lanes<A>(A(0));
+                if (r < t.count)
+                    for (int64_t d = j * D; d < (j + 1) * D; d += n) x[r] += term(r * JD + d, t.b[r], d);
+            }
+        }
+        out[j] = sums<n>(x);
+    }
+}
+
+// û · x, for every output capsule.
+template <class A> inline void agreements_with(const Tile<A>& t, const A* x /* a state */, Lanes<A>* out) {
+    const A* votes = t.votes;
+    const int64_t JD = t.JD;
+    agreements(
+        t, [=](int64_t own, int64_t row, int64_t jd) { return load(votes + own) * load(x + row * JD + jd); }, out);
+}
+
+// Lane r of x[j].
+template <class A> inline A lane(const Lanes<A>* x, int64_t j, int r) {
+    return reinterpret_cast<const A*>(x + j)[r];
+}
+
+// each(own, row, jd, coupling) for every vector of the tile's votes, as in agreements: the coupling of its items and
+// output capsule in all lanes.
+template <class A, class Each> inline void for_each_vector(const Tile<A>& t, const Lanes<A>* c, Each each) {
+    constexpr int n = Tile<A>::size;
+    const bool items = t.layout == Layout::items;
+    const int64_t J = t.J, D = t.D, JD = t.JD;
+    const int rows = t.rows();
+    for (int r = 0; r < rows; ++r) {
+        const int64_t row = t.row(r);
+        for (int64_t j = 0; j < J; ++j) {
+            const Lanes<A> a = items ? c[j] : Lanes<A>(lane(c, j, r));
+            for (int64_t d = j * D; d < (j + 1) * D; d += n) each(r * JD + d, row, d, a);
+        }
+    }
+}
+
+// A state, and a coupling for each of its vectors.
+template <class A> struct Term {
+    const Lanes<A>* coupling;  // [J]
+    const A* state;
+};
+
+// The gradient of the votes as a sum of terms.
+template <class A> inline void combine(const Tile<A>& t, const Term<A>* terms, int64_t count) {
+    constexpr int n = Tile<A>::size;
+    const bool items = t.layout == Layout::items;
+    const int64_t J = t.J, D = t.D, JD = t.JD;
+    const int rows = t.rows();
+    for (int r = 0; r < rows; ++r)
+        for (int64_t j = 0; j < J; ++j) {
+            const int64_t from = t.row(r) * JD + j * D;
+            A* to = t.g_votes + r * JD + j * D;
+            for_each_group<4>(0, D / n, [=]<int vectors>(int64_t begin) {
+                Lanes<A> sum[vectors];
+                for (int64_t m = 0; m < count; ++m) {
+                    const Lanes<A> a = items ? terms[m].coupling[j] : Lanes<A>(lane(terms[m].coupling, j, r));
+                    const A* x = terms[m].state + from + begin * n;
+#pragma GCC unroll 4
+                    for (int v = 0; v < vectors; ++v)
+                        sum[v] = m == 0 ? a * load(x + v * n) : sum[v] + a * load(x + v * n);
+                }
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; ++v) store(to + (begin + v) * n, sum[v]);
+            });
+        }
+}
+
+// sum += c û.
+template <class A> inline void add_coupled(const Tile<A>& t, const Lanes<A>* c, A* sum /* a state */) {
+    const A* votes = t.votes;
+    const int64_t JD = t.JD;
+    for_each_vector(t, c, [=](int64_t own, int64_t row, int64_t jd, Lanes<A> a) {
+        add_to(sum + row * JD + jd, a * load(votes + own));
+    });
+}
+
+}  // namespace capsops::cpu::CAPSOPS_ISA

@@ -1,0 +1,47 @@
+// û_bi = u_bi W_i, written out: for inspection only, since [B, N, J, D] is what the routings avoid.
+
+#include "../engine/operators.h"
+#include "../engine/stream.h"
+
+namespace capsops::cpu::CAPSOPS_ISA {
+namespace {
+
+// The gradient of the votes, as stored by the caller.
+template <class A> struct StoredVoteGradient {
+    static constexpr bool needs_votes = false;
+    const Operands<A>& o;
+    const void* g_votes;  // [B, N, J, H] storage
+
+    int64_t param_count() const { return 0; }
+    int64_t scratch_size() const { return 0; }
+    void emit(Tile<A>& t, A*, A*) const {
+        for (int r = 0; r < t.count; ++r)
+            for (int64_t j = 0; j < o.J; ++j) {
+                A* to = t.g_votes + r * o.JD + j * o.D;
+                fill(to + o.H, o.D - o.H, A(0));
+                read(g_votes, o.c.dtype, ((t.b[r] * o.c.N + t.i[r]) * o.J + j) * o.H, o.H, to);
+            }
+    }
+};
+
+}  // namespace
+
+Status affine_votes(const Capsules& c, void* votes) {
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const Operands<A> o(c, Layout::components);
+        reduce_tiles<true>(o, 0, 0, static_cast<A*>(nullptr), [&](Tile<A>& t, A*, A*) {
+            for (int r = 0; r < t.count; ++r)
+                for (int64_t j = 0; j < o.J; ++j)
+                    write(t.votes + r * o.JD + j * o.D, o.H, votes, c.dtype, ((t.b[r] * c.N + t.i[r]) * o.J + j) * o.H);
+        });
+    });
+}
+
+Status affine_votes_backward(const Capsules& c, const void* g_votes, const CapsuleGradients& gradients) {
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const Operands<A> o(c, Layout::components);
+        emit(o, StoredVoteGradient<A>{o, g_votes}, gradients, static_cast<A*>(nullptr));
+    });
+}
+
+}  // namespace capsops::cpu::CAPSOPS_ISA

@@ -1,0 +1,237 @@
+// v = squash(Σ_i c_i · û_i) with c = softmax over the output capsules of a 1×1 convolution of the votes (CardioCaps,
+// eq. 4): one pass over u and W. Saves s [B, J, D] and nothing else.
+//
+// The gradient of attention routing: one pass that recomputes every capsule's votes and couplings and writes g_u and
+// g_W where they belong. For every item and component d:
+//
+//   q_j = g_s,j û_j;   dz_j = c_j (q_j − Σ_k c_k q_k);   g_û,j = c_j g_s,j + Σ_k A_kj dz_k
+//   g_A,kj = Σ dz_k û_j;   g_a,k = Σ dz_k                over items and components
+//
+// Of two output capsules dz_1 = −dz_0.
+
+#include "../../math/softmax.h"
+#include "../engine/operators.h"
+#include "../engine/stream.h"
+
+namespace capsops::cpu::CAPSOPS_ISA {
+namespace {
+
+// to_k += Σ_j mix_kj x_j for output capsules x, to [J, D] and mix [J, J].
+template <class A> inline void add_mixed(const A* mix, int64_t J, int64_t D, const A* x, A* to) {
+    constexpr int most = 16;
+    const A* rows[most];
+    A* out[most];
+    for (int64_t k = 0; k < J; k += most) {
+        const int count = static_cast<int>(at_most(most, J - k));
+        for (int m = 0; m < count; ++m) rows[m] = mix + (k + m) * J, out[m] = to + (k + m) * D;
+        multiply<true>(rows, count, x, J, D, D, out);
+    }
+}
+
+template <class A> struct Attention {
+    const A* weight;  // [J, J]
+    const A* bias;    // [J], or null
+    int64_t J;
+
+    // Calls use(r, d, c [J]) with the couplings of every row of votes and vector of components. memory: [scratch_size].
+    template <class Use> void for_each(const Tile<A>& t, A* memory, Use use) const {
+        constexpr int n = Lanes<A>::count;
+        Lanes<A>* c = reinterpret_cast<Lanes<A>*>(memory);
+        A* z = memory + J * n;
+        for (int r = 0; r < t.rows(); ++r) {
+            for (int64_t k = 0; k < J; ++k) fill(z + k * t.D, t.D, bias ? bias[k] : A(0));
+            add_mixed(weight, J, t.D, t.votes + r * t.JD, z);
+            for (int64_t d = 0; d < t.D; d += n) {
+                for (int64_t k = 0; k < J; ++k) c[k] = load(z + k * t.D + d);
+                softmax(c, J, false);
+                use(r, d, c);
+            }
+        }
+    }
+
+    int64_t scratch_size(int64_t D) const { return J * (Lanes<A>::count + D); }
+};
+
+// The same of two output capsules, whose couplings depend on z_1 − z_0 alone.
+template <class A> struct PairAttention {
+    A weight[2], bias;
+
+    explicit PairAttention(const Attention<A>& a)
+        : weight{a.J == 2 ? a.weight[2] - a.weight[0] : A(0), a.J == 2 ? a.weight[3] - a.weight[1] : A(0)},
+          bias(a.J == 2 && a.bias ? a.bias[1] - a.bias[0] : A(0)) {}
+
+    // The couplings of one vector of components.
+    CAPSOPS_INLINE void couplings(Lanes<A> vote_0, Lanes<A> vote_1, Lanes<A>* c /* [2] */) const {
+        c[0] = A(0);
+        c[1] = Lanes<A>(weight[0]) * vote_0 + (Lanes<A>(weight[1]) * vote_1 + Lanes<A>(bias));
+        softmax(c, 2, false);
+    }
+};
+
+}  // namespace
+
+namespace {
+
+template <class A> struct AttentionSum {
+    Attention<A> attention;
+    PairAttention<A> pair;
+    int64_t D;
+
+    int64_t row_size() const { return attention.J * D; }
+    int64_t scratch_size() const { return attention.scratch_size(D); }
+
+    void accumulate(Tile<A>& t, A* sum, A* scratch) const {
+        attention.for_each(t, scratch, [&](int r, int64_t d, const Lanes<A>* c) {
+            A* to = sum + t.row(r) * t.JD + d;
+            const A* votes = t.votes + r * t.JD + d;
+            for (int64_t j = 0; j < t.J; ++j) add_to(to + j * D, c[j] * load(votes + j * D));
+        });
+    }
+
+    template <int rows, int E>
+    CAPSOPS_INLINE void accumulate(const Votes<A, rows, E>& votes, const int64_t* b, A* sum) const {
+        constexpr int n = Lanes<A>::count;
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+            for (int e = 0; e < E; ++e) {
+                A* to = sum + b[r] * 2 * E * n + e * n;
+                Lanes<A> c[2];
+                pair.couplings(votes.of[r][e], votes.of[r][E + e], c);
+                add_to(to, c[0] * votes.of[r][e]);
+                add_to(to + E * n, c[1] * votes.of[r][E + e]);
+            }
+    }
+};
+
+}  // namespace
+
+template <class A> constexpr bool takes_registers<AttentionSum<A>> = true;
+
+Status attention_routing(const Capsules& c, const void* attn_weight, const void* attn_bias, void* v, void* s) {
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const Operands<A> o(c, best_layout<A>(c, true));
+        const Attention<A> attention{static_cast<const A*>(attn_weight), static_cast<const A*>(attn_bias), o.J};
+        Buffer<A> sum(o.state_size());
+        reduce(o, AttentionSum<A>{attention, PairAttention<A>(attention), o.D}, sum.get());
+        o.unpack(sum.get(), static_cast<A*>(s));
+        squash_outputs(static_cast<const A*>(s), static_cast<A*>(v), c.B * o.J, o.H, SquashKind::sabour);
+    });
+}
+
+namespace {
+
+template <class A> struct AttentionGradient {
+    static constexpr bool needs_votes = true;
+    Attention<A> attention;
+    PairAttention<A> pair;
+    const A* transposed;  // Aᵀ [J, J]
+    const A* g_s;         // a state
+    int64_t D;
+    int64_t rows;  // of votes in a tile
+    bool wants_params;
+
+    int64_t param_count() const { return wants_params ? attention.J * (attention.J + 1) : 0; }  // g_A [J, J], g_a [J]
+    int64_t scratch_size() const { return attention.scratch_size(D) + attention.J * D * rows; }
+
+    void emit(Tile<A>& t, A* params, A* scratch) const {
+        const int64_t J = attention.J;
+        A* all_dz = scratch + attention.scratch_size(D);  // [rows, J, D]
+        attention.for_each(t, scratch, [&](int r, int64_t d, const Lanes<A>* c) {
+            const A* votes = t.votes + r * t.JD + d;
+            const A* g = g_s + t.row(r) * t.JD + d;
+            A* dz = all_dz + r * t.JD + d;
+            Lanes<A> mean = A(0);
+            for (int64_t j = 0; j < J; ++j) {
+                const Lanes<A> q = load(g + j * D) * load(votes + j * D);
+                store(dz + j * D, q);
+                store(t.g_votes + r * t.JD + j * D + d, c[j] * load(g + j * D));
+                mean += c[j] * q;
+            }
+            for (int64_t j = 0; j < J; ++j) store(dz + j * D, c[j] * (load(dz + j * D) - mean));
+        });
+        for (int r = 0; r < t.rows(); ++r) add_mixed(transposed, J, D, all_dz + r * t.JD, t.g_votes + r * t.JD);
+        if (!wants_params) return;
+        dots(all_dz, D, J, t.votes, D, J, D, t.rows(), t.JD, [&](int64_t k, int64_t j, int64_t found, const A* x) {
+            for (int64_t m = 0; m < found; ++m) params[k * J + j + m] += x[m];
+        });
+        for (int64_t k = 0; k < J; ++k) {
+            LongSum<A> sum;
+            for (int r = 0; r < t.rows(); ++r)
+                for (int64_t d = 0; d < D; d += Lanes<A>::count) sum += load(all_dz + r * t.JD + k * D + d);
+            params[J * J + k] += sum.total();
+        }
+    }
+
+    // Of dz_1, by û_0, û_1 and 1.
+    struct Totals {
+        LongSum<A> of[3];
+    };
+    Totals totals() const { return {}; }
+
+    template <int rows, int E>
+    CAPSOPS_INLINE void emit(Votes<A, rows, E>& votes, const int64_t* b, Totals& totals) const {
+        constexpr int n = Lanes<A>::count;
+        Lanes<A> sum[3] = {A(0), A(0), A(0)};
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+            for (int e = 0; e < E; ++e) {
+                const Lanes<A> vote_0 = votes.of[r][e], vote_1 = votes.of[r][E + e];
+                const A* g = g_s + b[r] * 2 * E * n + e * n;
+                const Lanes<A> g_0 = load(g), g_1 = load(g + E * n);
+                Lanes<A> c[2];
+                pair.couplings(vote_0, vote_1, c);
+                const Lanes<A> dz = c[0] * c[1] * (g_1 * vote_1 - g_0 * vote_0);
+                votes.of[r][e] = c[0] * g_0 + Lanes<A>(pair.weight[0]) * dz;
+                votes.of[r][E + e] = c[1] * g_1 + Lanes<A>(pair.weight[1]) * dz;
+                sum[0] += dz * vote_0;
+                sum[1] += dz * vote_1;
+                sum[2] += dz;
+            }
+        for (int m = 0; m < 3; ++m) totals.of[m] += sum[m];
+    }
+
+    void add(const Totals& totals, A* params) const {
+        if (!wants_params) return;
+        const A x[3] = {totals.of[0].total(), totals.of[1].total(), totals.of[2].total()};
+        const A all[6] = {-x[0], -x[1], x[0], x[1], -x[2], x[2]};
+        for (int m = 0; m < 6; ++m) params[m] += all[m];
+    }
+};
+
+}  // namespace
+
+template <class A> constexpr bool takes_registers<AttentionGradient<A>> = true;
+
+Status attention_routing_backward(const Capsules& c, const void* attn_weight, const void* attn_bias, const void* s,
+                                  const void* g_v, const CapsuleGradients& gradients, void* g_attn_weight,
+                                  void* g_attn_bias) {
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const Operands<A> o(c, best_layout<A>(c, true));
+        const int64_t rows = c.B * o.J, J = o.J;
+        const A* weight = static_cast<const A*>(attn_weight);
+        Buffer<A> g_s(rows * o.H), packed(o.state_size()), transposed(J * J);
+        squash_outputs_backward(static_cast<const A*>(g_v), static_cast<const A*>(s), g_s.get(), rows, o.H,
+                                SquashKind::sabour);
+        o.pack(g_s.get(), packed.get());
+        for (int64_t k = 0; k < J; ++k)
+            for (int64_t j = 0; j < J; ++j) transposed.get()[j * J + k] = weight[k * J + j];
+
+        const Attention<A> attention{weight, static_cast<const A*>(attn_bias), J};
+        Buffer<A> params(J * (J + 1));
+        const AttentionGradient<A> policy{attention,
+                                          PairAttention<A>(attention),
+                                          transposed.get(),
+                                          packed.get(),
+                                          o.D,
+                                          o.layout == Layout::items ? 1 : Tile<A>::size,
+                                          g_attn_weight || g_attn_bias};
+        emit(o, policy, gradients, params.get());
+        const A* g_bias = params.get() + J * J;
+        if (g_attn_weight) std::memcpy(g_attn_weight, params.get(), sizeof(A) * static_cast<size_t>(J * J));
+        if (g_attn_bias) std::memcpy(g_attn_bias, g_bias, sizeof(A) * static_cast<size_t>(J));
+    });
+}
+
+}  // namespace capsops::cpu::CAPSOPS_ISA

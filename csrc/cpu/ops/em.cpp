@@ -1,0 +1,236 @@
+// EM routing (Hinton et al. 2018, procedure 1): every iteration is one pass that recomputes the votes, assigns them by
+// the Gaussians of the iteration before (E-step) and sums w, w x and w x² (M-step). The first iteration knows no mean
+// to shift by, and takes two passes; so does one whose means moved far. Saves the Gaussians of every iteration.
+//
+// The gradient of EM routing through all iterations. The M-step of iteration t gives the weight of a vote the gradient
+// e^t, a quadratic form of the vote; the softmax gives its logit δ^t = w (e − Σ_j r e); the logit's own quadratic form
+// leads to the Gaussians of iteration t − 1, for which a pass sums δ, δ x and δ x². So R − 1 reducing passes from the
+// last iteration to the first, and one emitting pass over all of them:
+//
+//   g_û = Σ_t [w^t (linear^t + 2 quadratic^t (û − μ^t)) − δ^t (û − μ^{t−1})/σ²^{t−1}];   g_activation = Σ_t Σ_j r^t e^t
+
+#include "em.h"
+
+#include "../engine/operators.h"
+
+namespace capsops::cpu::CAPSOPS_ISA {
+namespace {
+
+template <class A> struct EmSum {
+    Assignment<A> assignment;
+    Moments<A> moments;
+    const A* shift;  // a state
+
+    int64_t row_size() const { return moments.row_size(); }
+    int64_t scratch_size() const { return moments.J * Lanes<A>::count; }
+
+    void accumulate(Tile<A>& t, A* sums, A* scratch) const {
+        Lanes<A>* w = reinterpret_cast<Lanes<A>*>(scratch);
+        const Lanes<A> a = assignment.responsibilities(t, w);
+        for (int64_t j = 0; j < t.J; ++j) w[j] *= a;
+        moments.add(t, w, shift, sums);
+    }
+};
+
+}  // namespace
+
+Status em_routing(const Capsules& c, const void* activation, const void* beta_u_, const void* beta_a_,
+                  const double* inverse_temperatures, int64_t iterations, void* mean_, void* out_activation,
+                  void* state) {
+    if (iterations < 1) return Status::invalid_argument;
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const Operands<A> o(c, best_layout<A>(c, false));
+        const int64_t J = o.J, size = o.state_size();
+        const A* beta_u = static_cast<const A*>(beta_u_);
+        const A* beta_a = static_cast<const A*>(beta_a_);
+        const Moments<A> moments(o);
+        Gaussians<A> gaussians(o, iterations, static_cast<const A*>(state));
+        Buffer<A> sums(o.state_rows * moments.row_size()), first(o.H), second(o.H);
+        Buffer<A> shift(c.B * o.JH), packed_shift(size);
+        fill(shift.get(), c.B * o.JH, A(0));
+        fill(packed_shift.get(), size, A(0));
+
+        const auto maximise_all = [&](int64_t t) {
+            bool precise = true;
+            for (int64_t b = 0; b < c.B; ++b)
+                for (int64_t j = 0; j < J; ++j) {
+                    A* own_shift = shift.get() + (b * J + j) * o.H;
+                    const A mass = moments.of(o, sums.get(), b, j, first.get(), second.get());
+                    Gaussian<A> g = gaussians.at(t, b * J + j);
+                    precise &= maximise(g, mass, first.get(), second.get(), own_shift, o.H, A(em_epsilon), beta_u[j],
+                                        beta_a[j], static_cast<A>(inverse_temperatures[t]));
+                    g.mean[3 * o.H] = g.mass;
+                    g.mean[3 * o.H + 1] = g.logit;
+                    std::memcpy(own_shift, g.mean, sizeof(A) * static_cast<size_t>(o.H));
+                }
+            gaussians.load_iteration(t);
+            std::memcpy(packed_shift.get(), gaussians.mean.get() + t * size, sizeof(A) * static_cast<size_t>(size));
+            return precise;
+        };
+        for (int64_t t = 0; t < iterations; ++t) {
+            const EmSum<A> policy{
+                {gaussians.logits(t), static_cast<const A*>(activation), c.N}, moments, packed_shift.get()};
+            for (int pass = 0; pass < 2; ++pass) {
+                reduce(o, policy, sums.get());
+                const bool precise = maximise_all(t);
+                if (t > 0 && precise) break;
+            }
+        }
+        for (int64_t r = 0; r < gaussians.rows; ++r) {
+            const Gaussian<A> g = gaussians.at(iterations - 1, r);
+            std::memcpy(static_cast<A*>(mean_) + r * o.H, g.mean, sizeof(A) * static_cast<size_t>(o.H));
+            static_cast<A*>(out_activation)[r] = A(1) / (A(1) + std::exp(-g.logit));
+        }
+    });
+}
+
+namespace {
+
+// r, and δ from e.
+template <class A> struct EmAdjoint {
+    Assignment<A> assignment;
+    Quadratic<A> e;
+
+    // Leaves r [J] and e [J]; returns the activations.
+    Lanes<A> operator()(const Tile<A>& t, Lanes<A>* r, Lanes<A>* out) const {
+        const Lanes<A> a = assignment.responsibilities(t, r);
+        e(t, out);
+        return a;
+    }
+};
+
+template <class A> struct EmAdjointSum {
+    EmAdjoint<A> adjoint;
+    Moments<A> moments;
+
+    int64_t row_size() const { return moments.row_size(); }
+    int64_t scratch_size() const { return 2 * moments.J * Lanes<A>::count; }
+
+    void accumulate(Tile<A>& t, A* sums, A* scratch) const {
+        Lanes<A>* r = reinterpret_cast<Lanes<A>*>(scratch);
+        Lanes<A>* delta = r + t.J;
+        const Lanes<A> a = adjoint(t, r, delta);
+        softmax_backward(r, delta, t.J);
+        for (int64_t j = 0; j < t.J; ++j) delta[j] *= a;
+        moments.add(t, delta, adjoint.assignment.logits.shift, sums);
+    }
+};
+
+template <class A> struct EmGradient {
+    static constexpr bool needs_votes = true;
+    const EmAdjoint<A>* adjoints;  // [iterations]
+    int64_t iterations;
+    int64_t J, N;
+    A* g_activation;  // [B, N], or null
+
+    int64_t param_count() const { return 0; }
+    int64_t scratch_size() const { return 2 * J * Lanes<A>::count; }
+
+    void emit(Tile<A>& t, A*, A* scratch) const {
+        Lanes<A>* r = reinterpret_cast<Lanes<A>*>(scratch);
+        Lanes<A>* delta = r + J;
+        const A* votes = t.votes;
+        A* const g_votes = t.g_votes;
+        const int64_t JD = t.JD;
+        for (int64_t iteration = 0; iteration < iterations; ++iteration) {
+            const EmAdjoint<A>& adjoint = adjoints[iteration];
+            const Quadratic<A> e = adjoint.e;
+            const Lanes<A> a = adjoint(t, r, delta);
+            if (g_activation)
+                for (int m = 0; m < t.count; ++m) {
+                    if (!t.has(m)) continue;
+                    A sum = 0;
+                    for (int64_t j = 0; j < J; ++j) sum += lane(r, j, m) * lane(delta, j, m);
+                    A* to = g_activation + t.b[m] * N + t.i[m];
+                    *to = iteration == 0 ? sum : *to + sum;
+                }
+            softmax_backward(r, delta, J);
+            for (int64_t j = 0; j < J; ++j) {
+                r[j] *= a;  // w from here on
+                delta[j] *= a;
+            }
+            for_each_vector(t, r, [=](int64_t own, int64_t row, int64_t jd, Lanes<A> w) {
+                const int64_t state = row * JD + jd;
+                const Lanes<A> x = load(votes + own) - load(e.shift + state);
+                const Lanes<A> term = w * (load(e.linear + state) + load(e.quadratic + state) * x * A(2));
+                store(g_votes + own, iteration == 0 ? term : load(g_votes + own) + term);
+            });
+            if (iteration == 0) continue;
+            const Quadratic<A> logits = adjoint.assignment.logits;
+            for_each_vector(t, delta, [=](int64_t own, int64_t row, int64_t jd, Lanes<A> d) {
+                const int64_t state = row * JD + jd;
+                const Lanes<A> x = load(votes + own) - load(logits.shift + state);
+                add_to(g_votes + own, d * load(logits.quadratic + state) * x * A(2));
+            });
+        }
+    }
+};
+
+}  // namespace
+
+Status em_routing_backward(const Capsules& c, const void* activation, const void* beta_u_,
+                           const double* inverse_temperatures, int64_t iterations, const void* state,
+                           const void* g_mean_, const void* g_out_activation, const CapsuleGradients& gradients,
+                           void* g_activation_, void* g_beta_u_, void* g_beta_a_) {
+    if (iterations < 1) return Status::invalid_argument;
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const Operands<A> o(c, best_layout<A>(c, false));
+        const int64_t rows = c.B * o.J, J = o.J, H = o.H, size = o.state_size();
+        const A* beta_u = static_cast<const A*>(beta_u_);
+        Gaussians<A> gaussians(o, iterations, static_cast<const A*>(state));
+        for (int64_t t = 0; t < iterations; ++t) {
+            throw_if_stopped(c.place);
+            gaussians.load_iteration(t);
+        }
+
+        Buffer<A> linears(rows * H), quadratics(rows * H), constants(rows), first(H), second(H);
+        Buffer<A> linear(iterations * size), quadratic(iterations * size), constant(iterations * o.scalars_size());
+        Buffer<A> g_mean(rows * H), g_variance(rows * H), g_logit(rows), g_beta_u(J), g_beta_a(J);
+        fill(g_variance.get(), rows * H, A(0));
+        fill(g_beta_u.get(), J, A(0));
+        fill(g_beta_a.get(), J, A(0));
+        std::memcpy(g_mean.get(), g_mean_, sizeof(A) * static_cast<size_t>(rows * H));
+        for (int64_t r = 0; r < rows; ++r) {
+            const A z = gaussians.at(iterations - 1, r).logit;
+            const A a = A(1) / (A(1) + std::exp(-z)), rest = A(1) / (A(1) + std::exp(z));
+            g_logit.get()[r] = static_cast<const A*>(g_out_activation)[r] * a * rest;
+        }
+
+        const auto adjoint_of = [&](int64_t t) {
+            const int64_t x = t * size;
+            const Quadratic<A> e{constant.get() + t * o.scalars_size(), gaussians.mean.get() + x, linear.get() + x,
+                                 quadratic.get() + x};
+            return EmAdjoint<A>{{gaussians.logits(t), static_cast<const A*>(activation), c.N}, e};
+        };
+        const Moments<A> moments(o);
+        Buffer<A> sums(o.state_rows * moments.row_size());
+        for (int64_t t = iterations - 1; t >= 0; --t) {
+            for (int64_t r = 0; r < rows; ++r)
+                maximise_backward(gaussians.at(t, r), g_mean.get() + r * H, g_variance.get() + r * H, g_logit.get()[r],
+                                  H, A(em_epsilon), beta_u[r % J], static_cast<A>(inverse_temperatures[t]),
+                                  constants.get() + r, linears.get() + r * H, quadratics.get() + r * H,
+                                  g_beta_u.get() + r % J, g_beta_a.get() + r % J);
+            o.pack(linears.get(), linear.get() + t * size);
+            o.pack(quadratics.get(), quadratic.get() + t * size);
+            o.pack_scalars(constants.get(), constant.get() + t * o.scalars_size());
+            if (t == 0) break;
+            reduce(o, EmAdjointSum<A>{adjoint_of(t), moments}, sums.get());
+            for (int64_t r = 0; r < rows; ++r) {
+                const A mass = moments.of(o, sums.get(), r / J, r % J, first.get(), second.get());
+                g_logit.get()[r] = expect_backward(gaussians.at(t - 1, r), mass, first.get(), second.get(), H,
+                                                   g_mean.get() + r * H, g_variance.get() + r * H);
+            }
+        }
+        if (g_beta_u_) std::memcpy(g_beta_u_, g_beta_u.get(), sizeof(A) * static_cast<size_t>(J));
+        if (g_beta_a_) std::memcpy(g_beta_a_, g_beta_a.get(), sizeof(A) * static_cast<size_t>(J));
+        if (!gradients.u && !gradients.weight && !g_activation_) return;
+
+        A* g_activation = static_cast<A*>(g_activation_);
+        if (g_activation) fill(g_activation, c.B * c.N, A(0));
+        Buffer<EmAdjoint<A>> adjoints(iterations);
+        for (int64_t t = 0; t < iterations; ++t) new (adjoints.get() + t) EmAdjoint<A>(adjoint_of(t));
+        emit(o, EmGradient<A>{adjoints.get(), iterations, J, c.N, g_activation}, gradients, static_cast<A*>(nullptr));
+    });
+}
+
+}  // namespace capsops::cpu::CAPSOPS_ISA

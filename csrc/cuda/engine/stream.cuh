@@ -1,0 +1,489 @@
+// The streaming loops on a GPU, as csrc/cpu/engine/stream.h has them on a CPU:
+//
+//   reduce   out[b] = Σ_i policy(û_bi)
+//   emit     g_u,bi = g_û,bi W_iᵀ;  g_W,i = Σ_b u_biᵀ g_û,bi
+//
+// A thread has one batch item, one output capsule and `width` components of its vote in registers; a longer vote has
+// several threads, its parts. The threads of a tile of the batch make a team; a block is several teams, each with an
+// input capsule of its own, and strides through a run of capsules. The threads of a team read the same matrix at the
+// same time, so that it crosses the memory bus once a pass for the whole tile.
+//
+// grid: runs of capsules, and in reduce also tiles of the batch; emit goes through the tiles one after another, for it
+// sums g_W over them. Every block has partial sums of its own, which are added in the order of the blocks, in double:
+// no atomics, and bitwise the same from run to run.
+//
+// A policy says for a thread
+//
+//   start(at, own)            at the start of a tile: what the thread keeps of it
+//   couple(at, own, v, c)     reducing: the weights c of the components of the vote v
+//   gradient(at, own, v, g)   emitting: the gradient g of the vote v
+//
+// All threads of a block call them together, for they exchange numbers through shared memory. Where the votes of one
+// batch item do not fit into a block, reduce and emit go by staged.cuh, and the policy by what it says there.
+#pragma once
+
+#include "staged.cuh"
+
+namespace capsops::cuda {
+
+// Numbers of u that a thread loads at once, and with them their rows of W: more would not leave it enough registers.
+constexpr int u_piece = 2;
+
+// The capsules, cut into tiles and runs. From the shape alone, so that sums have one order.
+template <class T, int width> struct Stream {
+    const T* u;           // [B, N, K]
+    const T* weight;      // [N, K, J, D], or [K, J, D] if weight_stride is 0
+    const uint8_t* mask;  // [B, N], or null
+    int64_t B, N, K, J, D, weight_stride;
+    bool aligned, aligned_u;  // rows of W are whole aligned pieces of 16 bytes, and those of u of u_piece numbers
+    int parts, row;           // threads of a vote, and of the votes of one batch item
+    int items, tiles, team;   // batch items of a tile; tiles; threads of a team
+    int teams, threads;
+    int64_t run = 0, runs = 0;  // capsules of a block; blocks
+
+    // numbers: of the accumulation type, in shared memory, of one thread.
+    Stream(const Capsules& c, int64_t numbers)
+        : u(static_cast<const T*>(c.u)),
+          weight(static_cast<const T*>(c.weight)),
+          mask(c.mask),
+          B(c.B),
+          N(c.N),
+          K(c.K),
+          J(c.J),
+          D(c.D),
+          weight_stride(c.weight_stride),
+          aligned(c.D % width == 0 && reinterpret_cast<uintptr_t>(c.weight) % 16 == 0),
+          aligned_u(c.K % u_piece == 0 && reinterpret_cast<uintptr_t>(c.u) % 16 == 0),
+          parts(static_cast<int>(at_most(ceil_div(D, width), most_threads + 1))),
+          row(static_cast<int>(at_most(at_least(J * parts, 1), most_threads + 1))) {
+        const int64_t bytes = numbers * static_cast<int64_t>(sizeof(Accumulation<T>));
+        const int64_t fitting = at_most(most_threads, (shared_bytes / bytes - 1) / warp_size * warp_size);
+        // A grid has no more along y. Of a larger batch the tiles do not fit.
+        constexpr int64_t most_tiles = 65535;
+        tiles = static_cast<int>(at_most(at_least(ceil_div(B, at_least(fitting / row, 1)), 1), most_tiles));
+        items = static_cast<int>(at_least(ceil_div(B, tiles), 1));
+        team = items * row;
+        teams = static_cast<int>(at_least(at_most(fitting / team, N), 1));
+        threads = whole_warps(static_cast<int64_t>(teams) * team);
+    }
+    // into runs. bytes: what a block leaves to be added up.
+    void cut(int64_t bytes) {
+        constexpr int64_t most_runs = 512, least_steps = 4;
+        const int64_t fitting = at_least(at_most(limits.sums / at_least(bytes, 1), most_runs), 1);
+        run = ceil_div(at_least(ceil_div(N, fitting), at_most(least_steps * teams, N)), teams) * teams;
+        runs = ceil_div(N, at_least(run, 1));
+    }
+
+    __host__ __device__ bool shared_weight() const { return weight_stride == 0; }
+    // Whether one batch item's votes fit into a block.
+    bool fits(int64_t numbers) const { return threads <= most_threads && bytes(numbers) <= shared_bytes; }
+    int64_t bytes(int64_t numbers) const {
+        return numbers * (threads + 1) * static_cast<int64_t>(sizeof(Accumulation<T>));
+    }
+};
+
+// Where a thread is.
+template <class A, int width> struct At {
+    int64_t i = 0, b, j;  // its input capsule, batch item and output capsule
+    int part, parts;      // of the vote: components part · width … part · width + count − 1
+    int count;
+    bool in_run = false;    // whether there is such a capsule in the block's run, and such a batch item
+    bool there = false;     // and the pair is not masked
+    bool in_warp;           // whether the threads of a batch item are in one warp
+    int item, items, tile;  // batch item of the tile, items of a tile, tile
+    int64_t N, J, D;
+    int slot, row;  // its place in the block, and that of the first thread of its batch item and team
+    int row_size;   // threads of a batch item
+    A* memory;      // [numbers, threads + 1]: one more, so that the numbers of a thread lie in different banks
+
+    __device__ A& shared(int64_t number, int64_t slot_) const {
+        return memory[number * (static_cast<int64_t>(blockDim.x) + 1) + slot_];
+    }
+    // Number `number` of the thread that has the same part of output capsule k.
+    __device__ A of(int64_t number, int64_t k) const { return shared(number, row + k * parts + part); }
+    // Its first component in [B, J, D].
+    __device__ int64_t state() const { return (b * J + j) * D + part * width; }
+
+    // Shows numbers of this thread to the others of its batch item and team, after they have read those before.
+    template <int n> __device__ void show(int64_t first, const A (&x)[n]) const {
+        meet();
+        write(first, x);
+        meet();
+    }
+    // Shows them to the whole block.
+    template <int n> __device__ void show_to_all(int64_t first, const A (&x)[n]) const {
+        __syncthreads();
+        write(first, x);
+        __syncthreads();
+    }
+    __device__ void meet() const {
+        if (in_warp)
+            __syncwarp();
+        else
+            __syncthreads();
+    }
+
+  private:
+    template <int n> __device__ void write(int64_t first, const A (&x)[n]) const {
+#pragma unroll
+        for (int m = 0; m < n; ++m) shared(first + m, slot) = x[m];
+    }
+};
+
+template <class T, int width> struct Thread {
+    At<Accumulation<T>, width> at;
+    int team;
+    bool paired;  // there is a vote for it in this tile
+
+    __device__ explicit Thread(const Stream<T, width>& s) {
+        at.slot = static_cast<int>(threadIdx.x);
+        team = at.slot / s.team;
+        const int rest = at.slot % s.team;
+        at.item = rest / s.row, at.items = s.items;
+        at.in_warp = warp_size % s.row == 0;
+        at.j = rest % s.row / s.parts;
+        at.part = rest % s.parts, at.parts = s.parts;
+        at.count = static_cast<int>(at_most(width, s.D - at.part * width));
+        at.row = at.slot - rest % s.row, at.row_size = s.row;
+        at.N = s.N, at.J = s.J, at.D = s.D;
+        at.memory = reinterpret_cast<Accumulation<T>*>(shared_memory());
+    }
+    // To a tile of the batch, before any of its capsules.
+    __device__ void go_to_tile(const Stream<T, width>& s, int tile) {
+        at.tile = tile;
+        at.b = static_cast<int64_t>(tile) * s.items + at.item;
+        paired = at.there = team < s.teams && at.b < s.B;
+    }
+    // To the capsules from `first` on, one for each team.
+    __device__ void go_to(const Stream<T, width>& s, int64_t first, int64_t end) {
+        at.i = first + team;
+        at.in_run = paired && at.i < end;
+        at.there = at.in_run && (!s.mask || s.mask[at.b * s.N + at.i]);
+    }
+};
+
+// Numbers that a thread loads at once.
+template <class T, int size> struct alignas(size * sizeof(T)) Piece {
+    T x[size];
+
+    __device__ static Piece load(const T* from) { return *reinterpret_cast<const Piece*>(from); }
+    __device__ Accumulation<T> operator[](int m) const { return static_cast<Accumulation<T>>(x[m]); }
+};
+
+// `count` numbers of a row of W; 0 behind.
+template <int width, class T>
+__device__ inline void read_row(const T* from, int count, bool aligned, Accumulation<T> (&to)[width]) {
+    if (aligned) {
+        constexpr int piece = 16 / static_cast<int>(sizeof(T));
+#pragma unroll
+        for (int d = 0; d < width; d += piece) {
+            const auto x = Piece<T, piece>::load(from + d);
+#pragma unroll
+            for (int m = 0; m < piece; ++m) to[d + m] = x[m];
+        }
+    } else {
+#pragma unroll
+        for (int d = 0; d < width; ++d) to[d] = d < count ? static_cast<Accumulation<T>>(from[d]) : Accumulation<T>(0);
+    }
+}
+
+// The thread's part of u_bi W_ij; 0 where there is none, and behind D.
+template <class T, int width>
+__device__ inline void make_vote(const Stream<T, width>& s, const At<Accumulation<T>, width>& at,
+                                 Accumulation<T> (&v)[width]) {
+    using A = Accumulation<T>;
+#pragma unroll
+    for (int d = 0; d < width; ++d) v[d] = A(0);
+    if (!at.there) return;
+    const T* u = s.u + (at.b * s.N + at.i) * s.K;
+    const T* w = s.weight + at.i * s.weight_stride + at.j * s.D + at.part * width;
+    const int64_t JD = s.J * s.D;
+    const auto add = [&](A a, int64_t k) {
+        A row[width];
+        read_row(w + k * JD, at.count, s.aligned, row);
+#pragma unroll
+        for (int d = 0; d < width; ++d) v[d] += a * row[d];
+    };
+    if (s.aligned_u) {
+#pragma unroll 1
+        for (int64_t k = 0; k < s.K; k += u_piece) {
+            const auto a = Piece<T, u_piece>::load(u + k);
+#pragma unroll
+            for (int m = 0; m < u_piece; ++m) add(a[m], k + m);
+        }
+    } else {
+#pragma unroll 2
+        for (int64_t k = 0; k < s.K; ++k) add(static_cast<A>(u[k]), k);
+    }
+}
+
+// Asks for what the teams will read in the step from `first` on, so that it is in the cache by then.
+template <class T, int width>
+__device__ inline void ask_for(const Stream<T, width>& s, const At<Accumulation<T>, width>& at, int team, int64_t first,
+                               int64_t end) {
+    constexpr int64_t line = 128;
+    if (first + team < end && at.j == 0 && at.part == 0 && at.b < s.B)
+        prefetch(s.u + (at.b * s.N + first + team) * s.K);
+    if (s.shared_weight() || first >= end) return;
+    const char* from = reinterpret_cast<const char*>(s.weight + first * s.weight_stride);
+    const int64_t bytes = at_most(s.teams, end - first) * s.weight_stride * static_cast<int64_t>(sizeof(T));
+    for (int64_t x = threadIdx.x * line; x < bytes; x += blockDim.x * line) prefetch(from + x);
+}
+
+// The thread's part of a state [B, J, D].
+template <class A, int width> __device__ inline void load(const A* x, const At<A, width>& at, A (&to)[width]) {
+#pragma unroll
+    for (int d = 0; d < width; ++d) to[d] = at.there && d < at.count ? x[at.state() + d] : A(0);
+}
+
+template <int width, class A> __device__ inline A dot(const A (&x)[width], const A (&y)[width]) {
+    A sum = 0;
+#pragma unroll
+    for (int d = 0; d < width; ++d) sum += x[d] * y[d];
+    return sum;
+}
+
+// ---- reduce ------------------------------------------------------------------------------------------------
+
+// Blocks that a multiprocessor should have room for, and so how many registers a thread may take: one where its numbers
+// are double, or the policy keeps two states of the output capsules.
+template <class A, class Own> constexpr int blocks_of = sizeof(A) == 4 && sizeof(Own) <= 64 ? 2 : 1;
+
+template <int width, class T, class Policy>
+__global__ void __launch_bounds__(most_threads, blocks_of<Accumulation<T>, typename Policy::Own>)
+    reduce_kernel(Stream<T, width> s, Policy policy, Accumulation<T>* partial /* [runs, B, J, D] */) {
+    using A = Accumulation<T>;
+    Thread<T, width> thread(s);
+    At<A, width>& at = thread.at;
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * s.run, end = at_most(begin + s.run, s.N);
+    thread.go_to_tile(s, static_cast<int>(blockIdx.y));
+    typename Policy::Own own;
+    policy.start(at, own);
+    A sum[width];
+#pragma unroll
+    for (int d = 0; d < width; ++d) sum[d] = A(0);
+    for (int64_t first = begin; first < end; first += s.teams) {
+        thread.go_to(s, first, end);
+        ask_for(s, at, thread.team, first + s.teams, end);
+        A v[width], c[width];
+        make_vote(s, at, v);
+        policy.couple(at, own, v, c);
+#pragma unroll
+        for (int d = 0; d < width; ++d) sum[d] += c[d] * v[d];
+    }
+    at.show_to_all(0, sum);
+    // Over the teams.
+    for (int64_t x = threadIdx.x; x < static_cast<int64_t>(s.items) * s.J * s.D; x += blockDim.x) {
+        const int64_t item = x / (s.J * s.D), j = x / s.D % s.J, d = x % s.D;
+        const int64_t b = static_cast<int64_t>(blockIdx.y) * s.items + item;
+        if (b >= s.B) continue;
+        A total = 0;
+        for (int team = 0; team < s.teams; ++team)
+            total += at.shared(d % width, team * s.team + item * s.row + j * s.parts + d / width);
+        partial[blockIdx.x * s.B * s.J * s.D + (b * s.J + j) * s.D + d] = total;
+    }
+}
+
+// ---- emit --------------------------------------------------------------------------------------------------
+
+// Where gradients go. sums: [K, J, D] of each team of each block, or of each block where the matrix is shared; null if
+// g_weight can take them. more: added to what is there.
+template <class T> struct GradientsOf {
+    T* u;       // [B, N, K], or null
+    T* weight;  // as the matrices, or null
+    Accumulation<T>* sums;
+    bool more;
+
+    __device__ void write(T& to, Accumulation<T> x) const {
+        to = static_cast<T>(more ? static_cast<Accumulation<T>>(to) + x : x);
+    }
+};
+
+// g_u,bi = g_û,bi W_iᵀ: every thread has the products of its part of a vote, which the threads of a batch item add up.
+template <class T, int width>
+__device__ inline void emit_u(const Stream<T, width>& s, const At<Accumulation<T>, width>& at,
+                              const Accumulation<T> (&g)[width], int64_t first, int64_t end, const GradientsOf<T>& to) {
+    using A = Accumulation<T>;
+    const T* w = s.weight + at.i * s.weight_stride + at.j * s.D + at.part * width;
+    const int64_t JD = s.J * s.D;
+    for (int64_t k = 0; k < s.K; ++k) {
+        A row[width], sum = 0;
+        if (at.there) {
+            read_row(w + k * JD, at.count, s.aligned, row);
+            sum = dot(row, g);
+        }
+        if (at.in_warp) {
+            for (int step = s.row / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+            if (at.slot == at.row && at.in_run) to.write(to.u[(at.b * s.N + at.i) * s.K + k], sum);
+        } else {
+            at.shared(width + k, at.slot) = sum;
+        }
+    }
+    if (at.in_warp) return;
+    __syncthreads();
+    const unsigned rows = static_cast<unsigned>(s.teams * s.items), K = static_cast<unsigned>(s.K);
+    for (unsigned x = threadIdx.x; x < rows * K; x += blockDim.x) {
+        const unsigned row = x / K, k = x % K;
+        const int64_t i = first + row / s.items, b = static_cast<int64_t>(at.tile) * s.items + row % s.items;
+        if (i >= end || b >= s.B) continue;
+        A sum = 0;
+        for (int m = 0; m < s.row; ++m) sum += at.shared(width + k, row * s.row + m);
+        to.write(to.u[(b * s.N + i) * s.K + k], sum);
+    }
+}
+
+// g_W,i = Σ_b u_biᵀ g_û,bi of a tile of the batch. A thread has column jd of one input capsule's matrix, `rows` of its
+// K rows at a time: the same in every tile, and of a shared matrix, which is summed over the teams, in every step.
+template <class T, int width>
+__device__ inline void emit_weight(const Stream<T, width>& s, int tile, int64_t first, int64_t begin, int64_t end,
+                                   const Accumulation<T>* memory, const GradientsOf<T>& to) {
+    using A = Accumulation<T>;
+    constexpr int rows = 8;
+    const bool shared = s.shared_weight();
+    const unsigned JD = static_cast<unsigned>(s.J * s.D), D = static_cast<unsigned>(s.D);
+    const int matrices = shared ? 1 : s.teams;
+    const bool again = tile > 0 || (shared && first > begin), last = tile + 1 == s.tiles;
+    const int64_t b0 = static_cast<int64_t>(tile) * s.items;
+    const int items = static_cast<int>(at_most(s.items, s.B - b0));
+    for (unsigned x = threadIdx.x; x < matrices * JD; x += blockDim.x) {
+        const unsigned jd = x % JD, j = jd / D, d = jd % D;
+        const int first_team = shared ? 0 : static_cast<int>(x / JD);
+        const int end_team = static_cast<int>(at_most(shared ? s.teams : first_team + 1, end - first));
+        const A* const own = memory + d % width * (static_cast<int64_t>(blockDim.x) + 1) + j * s.parts + d / width;
+        for (int64_t k = 0; k < s.K; k += rows) {
+            A sum[rows];
+#pragma unroll
+            for (int m = 0; m < rows; ++m) sum[m] = A(0);
+            for (int team = first_team; team < end_team; ++team)
+                for (int item = 0; item < items; ++item) {
+                    const int64_t pair = (b0 + item) * s.N + first + team;
+                    if (s.mask && !s.mask[pair]) continue;
+                    const A g = own[team * s.team + item * s.row];
+                    const T* u = s.u + pair * s.K + k;
+#pragma unroll
+                    for (int m = 0; m < rows; ++m)
+                        if (k + m < s.K) sum[m] += static_cast<A>(u[m]) * g;
+                }
+#pragma unroll
+            for (int m = 0; m < rows; ++m) {
+                if (k + m >= s.K) continue;
+                const int64_t entry = (k + m) * JD + jd, KJD = s.K * JD;
+                A total = sum[m];
+                if (to.sums) {
+                    A& kept = to.sums[(blockIdx.x * static_cast<int64_t>(matrices) + x / JD) * KJD + entry];
+                    if (again) total += kept;
+                    kept = total;
+                }
+                if (!shared && last && first + first_team < end)
+                    to.write(to.weight[(first + first_team) * s.weight_stride + entry], total);
+            }
+        }
+    }
+}
+
+// The numbers of a thread in shared memory: the gradient of its part of a vote [width], and what it gives g_u [K].
+template <int width, class T, class Policy>
+__global__ void __launch_bounds__(most_threads, 1) emit_kernel(Stream<T, width> s, Policy policy, GradientsOf<T> to,
+                                                               Accumulation<T>* params /* [runs, param_count] */) {
+    using A = Accumulation<T>;
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * s.run, end = at_most(begin + s.run, s.N);
+    Thread<T, width> thread(s);
+    At<A, width>& at = thread.at;
+    typename Policy::Own own;
+    policy.begin_block();
+    for (int64_t first = begin; first < end; first += s.teams) {
+        for (int tile = 0; tile < s.tiles; ++tile) {
+            if (s.tiles > 1 || first == begin) {
+                thread.go_to_tile(s, tile);
+                policy.start(at, own);
+            }
+            thread.go_to(s, first, end);
+            if (tile == 0) ask_for(s, at, thread.team, first + s.teams, end);
+            A v[width], g[width];
+            make_vote(s, at, v);
+            policy.gradient(at, own, v, g);
+            at.show_to_all(0, g);
+            if (to.u) emit_u(s, at, g, first, end, to);
+            if (to.weight) emit_weight(s, tile, first, begin, end, at.memory, to);
+            __syncthreads();  // before numbers are shown that only a warp waits for
+        }
+    }
+    policy.end_block(params);
+}
+
+// ---- the loops, as the operators call them -------------------------------------------------------------------
+
+// Calls function.operator()<width>(): few registers for double, and for short votes of float32.
+template <class T, class Function> inline Status for_width(int64_t D, Function function) {
+    if constexpr (sizeof(T) == 8) return function.template operator()<8>();
+    if constexpr (sizeof(T) == 4) {
+        if (D <= 8) return function.template operator()<8>();
+    }
+    if constexpr (sizeof(T) < 8) return function.template operator()<16>();
+}
+
+// out [B, J, D] = Σ_i policy(û_bi). numbers: that a thread of the policy has in shared memory.
+template <int width, class T, class Policy>
+Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspace& whole, Accumulation<T>* out) {
+    using A = Accumulation<T>;
+    const int64_t size = c.B * c.J * c.D;
+    if (c.rows != 1) return Status::unsupported;
+    if (size == 0) return Status::ok;
+    if (c.N == 0) return launch(write_zeros<A>, blocks_for(size), most_threads, 0, c.place, out, size);
+    numbers = at_least(numbers, width);
+    Stream<T, width> s(c, numbers);
+    if (!s.fits(numbers)) return reduce_staged<T>(c, policy, whole, out);
+    s.cut(size * static_cast<int64_t>(sizeof(A)));
+    Workspace w(&whole);
+    // One run has the sums of all.
+    A* const partial = s.runs == 1 ? out : w.take<A>(s.runs * size);
+    const dim3 blocks{static_cast<unsigned>(s.runs), static_cast<unsigned>(s.tiles)};
+    CAPSOPS_TRY(
+        launch(reduce_kernel<width, T, Policy>, blocks, s.threads, s.bytes(numbers), c.place, s, policy, partial));
+    if (s.runs == 1) return Status::ok;
+    return launch(add_rows<A, A>, blocks_for(size), most_threads, 0, c.place, partial, s.runs, size, size, out, false);
+}
+
+// The gradients where there is no vote: sums of nothing.
+template <class T, class Add> Status emit_nothing(const Capsules& c, const CapsuleGradients& gradients, Add add) {
+    const int64_t KJD = c.K * c.J * c.D;
+    const auto clear = [&](void* to, int64_t size) {
+        if (!to) return Status::ok;
+        return launch(write_zeros<T>, blocks_for(size), most_threads, 0, c.place, static_cast<T*>(to), size);
+    };
+    CAPSOPS_TRY(clear(gradients.u, c.B * c.N * c.K));
+    CAPSOPS_TRY(clear(gradients.weight, c.weight_stride ? c.N * KJD : KJD));
+    return add(static_cast<const Accumulation<T>*>(nullptr), 0);
+}
+
+// param_count: numbers that a block leaves in params [runs, param_count], which `add(params, runs)` then sums. more:
+// the gradients of u and W are added to what is there.
+template <int width, class T, class Policy, class Add>
+Status emit(const Capsules& c, Policy policy, int64_t numbers, const CapsuleGradients& gradients, int64_t param_count,
+            Workspace& whole, bool more, Add add) {
+    using A = Accumulation<T>;
+    if (c.rows != 1) return Status::unsupported;
+    if (c.B == 0 || c.N == 0 || c.J == 0 || c.D == 0) return more ? Status::ok : emit_nothing<T>(c, gradients, add);
+    numbers = at_least(numbers, width + c.K);
+    Stream<T, width> s(c, numbers);
+    if (!s.fits(numbers)) return emit_staged<T>(c, policy, gradients, param_count, whole, more, add);
+    const int64_t KJD = c.K * c.J * c.D, matrices = s.shared_weight() ? 1 : s.teams;
+    const bool sums = gradients.weight && (s.shared_weight() || s.tiles > 1);
+    s.cut((matrices * KJD * sums + param_count) * static_cast<int64_t>(sizeof(A)));
+    Workspace w(&whole);
+    const GradientsOf<T> to{static_cast<T*>(gradients.u), static_cast<T*>(gradients.weight),
+                            sums ? w.take<A>(s.runs * matrices * KJD) : nullptr, more};
+    A* params = w.take<A>(s.runs * param_count);
+    A* total = w.take<A>(s.shared_weight() ? KJD : 0);
+    policy.cut(s.teams * s.items, s.parts);
+    CAPSOPS_TRY(launch(emit_kernel<width, T, Policy>, dim3{static_cast<unsigned>(s.runs)}, s.threads, s.bytes(numbers),
+                       c.place, s, policy, to, params));
+    if (gradients.weight && s.shared_weight()) {
+        CAPSOPS_TRY(
+            launch(add_rows<A, A>, blocks_for(KJD), most_threads, 0, c.place, to.sums, s.runs, KJD, KJD, total, false));
+        CAPSOPS_TRY(launch(copy_numbers<A, T>, blocks_for(KJD), most_threads, 0, c.place, total, to.weight, KJD, more));
+    }
+    return add(static_cast<const A*>(params), s.runs);
+}
+
+}  // namespace capsops::cuda

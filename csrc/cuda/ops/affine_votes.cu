@@ -1,0 +1,70 @@
+// û_bi = u_bi W_i, written out: for inspection only, since [B, N, J, D] is what the routings avoid. Forward a thread
+// for each component of a vote.
+
+#include "../engine/operators.h"
+#include "../engine/stream.cuh"
+
+namespace capsops::cuda {
+namespace {
+
+// Votes that were stored, with their gradients.
+template <class T, int width> struct StoredGradient {
+    struct Own {};
+    using A = Accumulation<T>;
+    const T* g_votes;  // [B, N, J, D]
+
+    void cut(int, int) {}
+    __device__ void begin_block() const {}
+    __device__ void end_block(A*) const {}
+    __device__ void start(const At<A, width>&, Own&) const {}
+    __device__ void gradient(const At<A, width>& at, const Own&, const A (&)[width], A (&g)[width]) const {
+#pragma unroll
+        for (int d = 0; d < width; ++d)
+            g[d] = at.there && d < at.count
+                       ? static_cast<A>(g_votes[((at.b * at.N + at.i) * at.J + at.j) * at.D + at.part * width + d])
+                       : A(0);
+    }
+
+    static constexpr bool needs_votes = false;
+    static int64_t staged_numbers(int64_t, int64_t) { return 0; }
+    Status stage_gradient(const StagedVotes<A>& t, A*, A* g, A*, int64_t, const Place& place) const {
+        return launch(stage_rows<A, T>, blocks_for(t.pairs() * t.J * t.D), most_threads, 0, place, t, g_votes,
+                      t.J * t.D, g);
+    }
+};
+
+template <class T> __global__ void write_votes(Capsules c, T* votes) {
+    using A = Accumulation<T>;
+    const int64_t JD = c.J * c.D;
+    for (int64_t x = first_index(); x < c.B * c.N * JD; x += index_stride()) {
+        const int64_t pair = x / JD, jd = x % JD;
+        const T* u = static_cast<const T*>(c.u) + pair * c.K;
+        const T* w = static_cast<const T*>(c.weight) + pair % c.N * c.weight_stride + jd;
+        A sum = 0;
+        for (int64_t k = 0; k < c.K; ++k) sum += static_cast<A>(u[k]) * static_cast<A>(w[k * JD]);
+        votes[x] = static_cast<T>(sum);
+    }
+}
+
+}  // namespace
+
+Status affine_votes(const Capsules& c, void* votes) {
+    if (c.rows != 1) return Status::unsupported;
+    return for_storage(c.dtype, [&]<class T>() {
+        const Workspace w(c.place);
+        return launch(write_votes<T>, blocks_for(c.B * c.N * c.J * c.D), most_threads, 0, c.place, c,
+                      static_cast<T*>(votes));
+    });
+}
+
+Status affine_votes_backward(const Capsules& c, const void* g_votes, const CapsuleGradients& gradients) {
+    return for_storage(c.dtype, [&]<class T>() {
+        return for_width<T>(c.D, [&]<int width>() {
+            Workspace w(c.place);
+            const StoredGradient<T, width> policy{static_cast<const T*>(g_votes)};
+            return emit<width, T>(c, policy, 0, gradients, 0, w, false, [](auto*, int64_t) { return Status::ok; });
+        });
+    });
+}
+
+}  // namespace capsops::cuda

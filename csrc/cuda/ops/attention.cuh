@@ -1,0 +1,237 @@
+// The policies of attention routing: a coupling for each component of a vote.
+#pragma once
+
+#include "../../math/softmax.h"
+#include "../engine/stream.cuh"
+
+namespace capsops::cuda {
+
+// The numbers of one component, of all output capsules.
+template <class A> struct Component {
+    A* x;
+    int64_t stride;
+    __device__ A& operator[](int64_t j) const { return x[j * stride]; }
+};
+
+// c = softmax_j(z), in place; with g_s instead g = c g_s in place of z, and dz. A thread for each component.
+template <class A>
+__global__ void couple_components(StagedVotes<A> t, A* z, const A* g_s /* [B, J, D], or null */, A* dz) {
+    for (int64_t x = first_index(); x < t.pairs() * t.D; x += index_stride()) {
+        const int64_t pair = x / t.D, d = x % t.D, own = pair * t.J * t.D + d;
+        const Component<A> c{z + own, t.D};
+        softmax(c, t.J, false);
+        if (!g_s) continue;
+        const Component<A> e{dz + own, t.D}, v{t.votes + own, t.D};
+        const Component<const A> g{g_s + pair / t.count * t.J * t.D + d, t.D};
+        const bool there = t.there(pair);
+        for (int64_t j = 0; j < t.J; ++j) e[j] = there ? g[j] * v[j] : A(0);
+        softmax_backward(c, e, t.J);
+        for (int64_t j = 0; j < t.J; ++j) c[j] = there ? c[j] * g[j] : A(0);
+    }
+}
+
+// out [pairs, J, D] = weight û, or weightᵀ û added to it: the 1×1 convolution over the output capsules.
+template <class A> Product mix_capsules(const StagedVotes<A>& t, const A* weight, bool transposed, const A* x, A* out) {
+    const Axis components{1, t.D, t.J * t.D};
+    return {.left = {weight, {transposed ? 1 : t.J}, {transposed ? t.J : 1}},
+            .right = {x, components, {t.D}},
+            .out = out,
+            .right_type = dtype_of<A>,
+            .out_type = dtype_of<A>,
+            .row = {t.D},
+            .column = components,
+            .rows = t.J,
+            .columns = t.pairs() * t.D,
+            .depth = t.J,
+            .add = transposed};
+}
+
+// out, pieces of [J, columns]: Σ over pairs and components of dz_k û_j, or of dz_k if û is null.
+template <class A>
+Product mixing_gradient(const StagedVotes<A>& t, const A* dz, const A* votes, A* out, int64_t pieces, int64_t piece) {
+    const Axis components{1, t.D, t.J * t.D};
+    const int64_t columns = votes ? t.J : 1;
+    return {.left = {dz, {t.D}, components},
+            .right = {votes, {t.D}, components},
+            .out = out,
+            .right_type = dtype_of<A>,
+            .out_type = dtype_of<A>,
+            .row = {columns},
+            .column = {1},
+            .piece = piece,
+            .rows = t.J,
+            .columns = columns,
+            .depth = t.pairs() * t.D,
+            .pieces = pieces};
+}
+
+// z_k = Σ_j A_kj û_j + a_k and c = softmax_k(z), for every component by itself (CardioCaps, eq. 4). In shared memory:
+// the votes [width], then z, or what else the threads of a batch item exchange [width].
+template <class A, int width> struct Attention {
+    // Of two output capsules, j and k: z_k − z_j = own û_j + other û_k + constant, and a softmax of two needs no more.
+    struct Own {
+        A own, other, constant;
+    };
+    const A* weight;  // [J, J]
+    const A* bias;    // [J], or null
+
+    __device__ void start(const At<A, width>& at, Own& own) const {
+        if (at.J != 2) return;
+        const int64_t j = at.j, k = 1 - j;
+        own.own = weight[k * 2 + j] - weight[j * 2 + j];
+        own.other = weight[k * 2 + k] - weight[j * 2 + k];
+        own.constant = bias ? bias[k] - bias[j] : A(0);
+    }
+    __device__ void couple(const At<A, width>& at, const Own& own, const A (&v)[width], A (&c)[width]) const {
+        at.show(0, v);
+        if (at.J == 2) {
+#pragma unroll
+            for (int d = 0; d < width; ++d)
+                c[d] = reciprocal(A(1) + exponential(own.own * v[d] + own.other * at.of(d, 1 - at.j) + own.constant));
+            return;
+        }
+#pragma unroll
+        for (int d = 0; d < width; ++d) c[d] = at.there && bias ? bias[at.j] : A(0);
+#pragma unroll 1
+        for (int64_t k = 0; at.there && k < at.J; ++k) {
+            const A a = weight[at.j * at.J + k];
+#pragma unroll
+            for (int d = 0; d < width; ++d) c[d] += a * at.of(d, k);
+        }
+        at.show(width, c);
+        if (!at.there) return;
+        // c_j = 1 / Σ_k e^(z_k − z_j): without the largest, for `exponential` has a bound.
+        A sum[width];
+#pragma unroll
+        for (int d = 0; d < width; ++d) sum[d] = A(0);
+#pragma unroll 1
+        for (int64_t k = 0; k < at.J; ++k) {
+#pragma unroll
+            for (int d = 0; d < width; ++d) sum[d] += exponential(at.of(width + d, k) - c[d]);
+        }
+#pragma unroll
+        for (int d = 0; d < width; ++d) c[d] = reciprocal(sum[d]);
+    }
+
+    static int64_t staged_numbers(int64_t J, int64_t D) { return J * D; }
+    Status stage_couplings(const StagedVotes<A>& t, A* scratch, Couplings<A>& c, const Place& place) const {
+        c.c = scratch, c.elementwise = true;
+        return stage(t, scratch, nullptr, nullptr, place);
+    }
+    // The couplings, or with g_s the gradients c g_s of the weighted votes, and dz.
+    Status stage(const StagedVotes<A>& t, A* c, const A* g_s, A* dz, const Place& place) const {
+        Product z = mix_capsules<A>(t, weight, false, t.votes, c);
+        z.bias = bias;
+        CAPSOPS_TRY(multiply_matrices(z, place));
+        return launch(couple_components<A>, blocks_for(t.pairs() * t.D), most_threads, 0, place, t, c, g_s, dz);
+    }
+};
+
+// dz_k = c_k (q_k − Σ_j c_j q_j) with q = g_s û;  g_û,j = c_j g_s,j + Σ_k A_kj dz_k;  g_A,kj = Σ dz_k û_j;  g_a,k = Σ
+// dz_k. In shared memory, behind what Attention has: g_A and g_a of this thread [J + 1].
+template <class A, int width> struct AttentionGradient {
+    struct Own {
+        typename Attention<A, width>::Own attention;
+        A g_s[width], other[width];  // other: of two output capsules, g_s of the other
+    };
+    Attention<A, width> attention;
+    const A* g_s;  // [B, J, D]
+    bool wants_params;
+    int64_t J, params_at;  // where the gradients of the parameters begin in shared memory
+    int rows = 0, parts = 0;
+
+    void cut(int rows_, int parts_) { rows = rows_, parts = parts_; }
+    __device__ A& param(int64_t m, int64_t slot) const {
+        return reinterpret_cast<A*>(shared_memory())[(params_at + m) * (static_cast<int64_t>(blockDim.x) + 1) + slot];
+    }
+    __device__ void begin_block() const {
+        for (int64_t m = 0; wants_params && m <= J; ++m) param(m, threadIdx.x) = 0;
+    }
+    __device__ void start(const At<A, width>& at, Own& own) const {
+        attention.start(at, own.attention);
+        load(g_s, at, own.g_s);
+        if (at.J == 2) load(g_s + (at.j == 0 ? at.D : -at.D), at, own.other);
+    }
+    __device__ void gradient(const At<A, width>& at, const Own& own, const A (&v)[width], A (&g)[width]) const {
+        A c[width], dz[width];
+        attention.couple(at, own.attention, v, c);
+        if (at.J == 2) {
+            // dz_j = −dz_k = c_j c_k (q_j − q_k).
+            A own_product = 0, other_product = 0, sum = 0;
+#pragma unroll
+            for (int d = 0; d < width; ++d) {
+                const A other = at.of(d, 1 - at.j);
+                const A difference = own.g_s[d] * v[d] - own.other[d] * other;
+                dz[d] = at.there ? c[d] * (A(1) - c[d]) * difference : A(0);
+                g[d] = at.there ? c[d] * own.g_s[d] - own.attention.own * dz[d] : A(0);
+                own_product += dz[d] * v[d];
+                other_product += dz[d] * other;
+                sum += dz[d];
+            }
+            if (wants_params) {
+                param(at.j, at.slot) += own_product;
+                param(1 - at.j, at.slot) += other_product;
+                param(2, at.slot) += sum;
+            }
+            return;
+        }
+#pragma unroll
+        for (int d = 0; d < width; ++d) {
+            if (!at.there) c[d] = A(0);
+            g[d] = c[d] * own.g_s[d];
+            dz[d] = g[d] * v[d];
+        }
+        at.show(width, dz);
+        A mean[width];
+#pragma unroll
+        for (int d = 0; d < width; ++d) mean[d] = A(0);
+#pragma unroll 1
+        for (int64_t k = 0; at.there && k < at.J; ++k) {
+#pragma unroll
+            for (int d = 0; d < width; ++d) mean[d] += at.of(width + d, k);
+        }
+#pragma unroll
+        for (int d = 0; d < width; ++d) dz[d] -= c[d] * mean[d];
+        at.show(width, dz);
+        if (!at.there) return;
+#pragma unroll 1
+        for (int64_t k = 0; k < at.J; ++k) {
+            const A a = attention.weight[k * at.J + at.j];
+            A product = 0;
+#pragma unroll
+            for (int d = 0; d < width; ++d) {
+                g[d] += a * at.of(width + d, k);
+                product += dz[d] * at.of(d, k);
+            }
+            if (wants_params) param(k, at.slot) += product;
+        }
+        A sum = 0;
+#pragma unroll
+        for (int d = 0; d < width; ++d) sum += dz[d];
+        if (wants_params) param(J, at.slot) += sum;
+    }
+    // params [runs, J·J + J]: g_A and g_a.
+    __device__ void end_block(A* params) const {
+        if (!wants_params) return;
+        __syncthreads();
+        for (int64_t x = threadIdx.x; x < J * (J + 1); x += blockDim.x) {
+            const int64_t k = x / (J + 1), m = x % (J + 1);
+            A sum = 0;
+            for (int row = 0; row < rows; ++row)
+                for (int part = 0; part < parts; ++part) sum += param(m, (row * J + k) * parts + part);
+            params[blockIdx.x * J * (J + 1) + (m < J ? k * J + m : J * J + k)] = sum;
+        }
+    }
+
+    static constexpr bool needs_votes = true;
+    static int64_t staged_numbers(int64_t J, int64_t D) { return J * D; }
+    Status stage_gradient(const StagedVotes<A>& t, A* dz, A* g, A* params, int64_t pieces, const Place& place) const {
+        CAPSOPS_TRY(attention.stage(t, g, g_s, dz, place));
+        CAPSOPS_TRY(multiply_matrices(mix_capsules<A>(t, attention.weight, true, dz, g), place));
+        if (!wants_params) return Status::ok;
+        CAPSOPS_TRY(multiply_matrices(mixing_gradient<A>(t, dz, t.votes, params, pieces, J * J + J), place));
+        return multiply_matrices(mixing_gradient<A>(t, dz, nullptr, params + J * J, pieces, J * J + J), place);
+    }
+};
+
+}  // namespace capsops::cuda

@@ -1,0 +1,129 @@
+// Routing by agreement (Sabour et al. 2017, procedure 1): one pass over u and W an iteration. Between the passes only
+// V, the sum of the output capsules so far, is kept; the logits are recomputed from it. Saves s of every iteration,
+// [iterations, B, J, D].
+//
+// The gradient of routing by agreement; the steps are those of csrc/cpu/ops/dynamic.cpp. With detached
+// logits one emitting pass; with the full gradient R − 1 reducing passes before it. Of so many iterations that their
+// states would take much memory a group at a time is emitted, the last ones first.
+
+#include "../../math/softmax.h"
+#include "../engine/operators.h"
+#include "../engine/rows.cuh"
+#include "agreement.h"
+
+namespace capsops::cuda {
+namespace {
+
+// s += bias; v = squash(s); V (+)= v: a thread for each output capsule.
+template <class A>
+__global__ void finish_iteration(A* s, const A* bias, A* v, A* V, int64_t rows, int64_t J, int64_t D, bool first) {
+    for (int64_t r = first_index(); r < rows; r += index_stride()) {
+        A *own = s + r * D, *out = v + r * D, *sum = V + r * D;
+        for (int64_t d = 0; bias && d < D; ++d) own[d] += bias[r % J * D + d];
+        squash_vector<A>(own, out, D, SquashKind::sabour);
+        for (int64_t d = 0; d < D; ++d) sum[d] = first ? out[d] : sum[d] + out[d];
+    }
+}
+
+}  // namespace
+
+Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, bool leaky, void* v, void* s) {
+    if (iterations < 1) return Status::invalid_argument;
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const int64_t rows = c.B * c.J, size = rows * c.D;
+        if (size == 0) iterations = 1;  // of nothing
+        Workspace w(c.place);
+        A* V = w.take<A>(size);
+        for (int64_t t = 0; t < iterations; ++t) {
+            A* sum = static_cast<A*>(s) + t * size;
+            CAPSOPS_TRY(t == 0 ? sum_votes(c, equal_coupling<double>(c.J, leaky), w, sum)
+                               : sum_agreeing(c, V, nullptr, leaky, w, sum));
+            CAPSOPS_TRY(launch(finish_iteration<A>, blocks_for(rows), most_threads, 0, c.place, sum,
+                               static_cast<const A*>(bias), static_cast<A*>(v), V, rows, c.J, c.D, t == 0));
+        }
+        return Status::ok;
+    });
+}
+
+namespace {
+
+// Of the iterations begin … end − 1: V, the sums of v over all iterations before each; and of the last of them g_s, the
+// gradient of s, if g_v is there. A thread for each output capsule.
+template <class A>
+__global__ void states(const A* s, const A* g_v, A* V, A* g_s, int64_t rows, int64_t D, int64_t begin, int64_t end) {
+    const int64_t size = rows * D;
+    A* const v = g_s;  // no gradient is there yet
+    for (int64_t r = first_index(); r < rows; r += index_stride()) {
+        const int64_t row = r * D;
+        for (int64_t d = 0; d < D; ++d) V[row + d] = A(0);
+        for (int64_t t = 1; t < end; ++t) {
+            squash_vector<A>(s + (t - 1) * size + row, v + row, D, SquashKind::sabour);
+            const A* const before = V + at_least(t - 1 - begin, 0) * size;
+            A* const sum = V + at_least(t - begin, 0) * size;
+            for (int64_t d = row; d < row + D; ++d) sum[d] = before[d] + v[d];
+        }
+        if (g_v)
+            squash_vector_backward<A>(g_v + row, s + (end - 1) * size + row, g_s + (end - 1 - begin) * size + row, D,
+                                      SquashKind::sabour);
+    }
+}
+
+// g_V (+)= H; g_s = the gradient of s through squash.
+template <class A>
+__global__ void earlier_gradient(const A* H, A* g_V, const A* s, A* g_s, int64_t rows, int64_t D, bool first) {
+    for (int64_t r = first_index(); r < rows; r += index_stride()) {
+        for (int64_t d = r * D; d < (r + 1) * D; ++d) g_V[d] = first ? H[d] : g_V[d] + H[d];
+        squash_vector_backward<A>(g_V + r * D, s + r * D, g_s + r * D, D, SquashKind::sabour);
+    }
+}
+
+}  // namespace
+
+Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leaky, bool detach, const void* s_,
+                                const void* g_v, const CapsuleGradients& gradients, void* g_bias) {
+    if (iterations < 1) return Status::invalid_argument;
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const int64_t rows = c.B * c.J, size = rows * c.D;
+        if (size == 0) iterations = 1;  // of nothing
+        const int64_t last = iterations - 1;
+        const A* s = static_cast<const A*>(s_);
+        const int64_t bytes = 2 * size * static_cast<int64_t>(sizeof(A));
+        const int64_t fitting = at_least(limits.states / at_least(bytes, 1), limits.least_iterations);
+        const int64_t group = detach ? 1 : at_most(iterations, fitting);
+        Workspace w(c.place);
+        A* V = w.take<A>(group * size);
+        A* g_s = w.take<A>(group * size);
+        A* H = w.take<A>(size);
+        A* g_V = w.take<A>(size);
+        for (int64_t end = iterations; end > 0; end = detach ? 0 : end - group) {
+            const int64_t begin = at_least(end - group, 0);
+            CAPSOPS_TRY(launch(states<A>, blocks_for(rows), most_threads, 0, c.place, s,
+                               end == iterations ? static_cast<const A*>(g_v) : nullptr, V, g_s, rows, c.D, begin,
+                               end));
+            for (int64_t t = end - 1; t >= begin; --t) {
+                const A* const own_V = V + (t - begin) * size;
+                A* const own_g_s = g_s + (t - begin) * size;
+                if (t < last)
+                    CAPSOPS_TRY(launch(earlier_gradient<A>, blocks_for(rows), most_threads, 0, c.place,
+                                       static_cast<const A*>(H), g_V, s + t * size, own_g_s, rows, c.D, t == last - 1));
+                if (t > 0 && !detach) CAPSOPS_TRY(sum_adjoint(c, own_V, own_g_s, leaky, w, H));
+            }
+            if (g_bias)
+                CAPSOPS_TRY(launch(add_rows<A, A>, blocks_for(c.J * c.D), most_threads, 0, c.place,
+                                   static_cast<const A*>(g_s), (end - begin) * c.B, c.J * c.D, c.J * c.D,
+                                   static_cast<A*>(g_bias), end < iterations));
+            if (!gradients.u && !gradients.weight) continue;
+            const AgreementTerms terms{.x = V,
+                                       .g = g_s,
+                                       .iterations = end - begin,
+                                       .equal_first = begin == 0,
+                                       .leaky = leaky,
+                                       .detach = detach,
+                                       .more = end < iterations};
+            CAPSOPS_TRY(emit_agreement(c, terms, gradients, w));
+        }
+        return Status::ok;
+    });
+}
+
+}  // namespace capsops::cuda

@@ -1,0 +1,56 @@
+// Self-attention routing (Mazzia et al. 2021, Efficient-CapsNet, eq. 5 to 7), in two passes over u and W each way; the
+// steps are those of csrc/cpu/ops/self_attention.cpp.
+//
+// The gradient of self-attention routing, again in two passes: H_j = Σ_i δ_ij û_ij, and then
+// g_û = (p + prior) g_s + scale (δ T + H).
+
+#include "../engine/operators.h"
+#include "../engine/rows.cuh"
+#include "agreement.h"
+
+namespace capsops::cuda {
+Status self_attention_routing(const Capsules& c, const void* prior, double scale, void* v, void* total, void* s) {
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const int64_t rows = c.B * c.J, size = rows * c.D;
+        Workspace w(c.place);
+        A* scaled = w.take<A>(size);
+        CAPSOPS_TRY(sum_votes(c, 1, w, total));
+        CAPSOPS_TRY(launch(multiply<A>, blocks_for(size), most_threads, 0, c.place, static_cast<const A*>(total),
+                           static_cast<A>(scale), scaled, size));
+        CAPSOPS_TRY(sum_agreeing(c, scaled, prior, false, w, s));
+        return launch(squash_rows<A>, blocks_for(rows), most_threads, 0, c.place, static_cast<const A*>(s),
+                      static_cast<A*>(v), rows, c.D, SquashKind::efficient);
+    });
+}
+
+Status self_attention_routing_backward(const Capsules& c, const void* prior, double scale, const void* total,
+                                       const void* s, const void* g_v, const CapsuleGradients& gradients,
+                                       void* g_prior) {
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const int64_t rows = c.B * c.J, size = rows * c.D;
+        Workspace w(c.place);
+        A* x = w.take<A>(size);
+        A* g_s = w.take<A>(size);
+        A* H = w.take<A>(size);
+        CAPSOPS_TRY(launch(multiply<A>, blocks_for(size), most_threads, 0, c.place, static_cast<const A*>(total),
+                           static_cast<A>(scale), x, size));
+        CAPSOPS_TRY(launch(squash_rows_backward<A>, blocks_for(rows), most_threads, 0, c.place,
+                           static_cast<const A*>(g_v), static_cast<const A*>(s), g_s, rows, c.D,
+                           SquashKind::efficient));
+        CAPSOPS_TRY(sum_adjoint(c, x, g_s, false, w, H));
+        CAPSOPS_TRY(launch(multiply<A>, blocks_for(size), most_threads, 0, c.place, static_cast<const A*>(H),
+                           static_cast<A>(scale), H, size));
+        const AgreementTerms terms{.x = x,
+                                   .g = g_s,
+                                   .iterations = 1,
+                                   .equal_first = false,
+                                   .leaky = false,
+                                   .detach = false,
+                                   .prior = prior,
+                                   .rest = H,
+                                   .g_prior = g_prior};
+        return emit_agreement(c, terms, gradients, w);
+    });
+}
+
+}  // namespace capsops::cuda

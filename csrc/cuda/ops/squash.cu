@@ -1,0 +1,27 @@
+// squash along contiguous rows, forward and backward; the formulas are in math/squash.h. A thread for each row.
+
+#include "../engine/operators.h"
+#include "../engine/rows.cuh"
+
+namespace capsops::cuda {
+
+Status squash(const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, const Place& place) {
+    return for_storage(dtype, [&]<class T>() {
+        const Workspace w(place);
+        if (rows * dim == 0) return Status::ok;
+        return launch(squash_rows<T>, blocks_for(rows), most_threads, 0, place, static_cast<const T*>(s),
+                      static_cast<T*>(v), rows, dim, kind);
+    });
+}
+
+Status squash_backward(const void* g_v, const void* s, void* g_s, int64_t rows, int64_t dim, SquashKind kind,
+                       Dtype dtype, const Place& place) {
+    return for_storage(dtype, [&]<class T>() {
+        const Workspace w(place);
+        if (rows * dim == 0) return Status::ok;
+        return launch(squash_rows_backward<T>, blocks_for(rows), most_threads, 0, place, static_cast<const T*>(g_v),
+                      static_cast<const T*>(s), static_cast<T*>(g_s), rows, dim, kind);
+    });
+}
+
+}  // namespace capsops::cuda

@@ -1,0 +1,123 @@
+// What the policies of agreement.cuh do with votes that are in memory (staged.cuh).
+#pragma once
+
+#include "../../math/softmax.h"
+#include "../engine/staged.cuh"
+
+namespace capsops::cuda {
+
+constexpr int lanes_for(int64_t length) {
+    int lanes = 1;
+    while (lanes < warp_size && 4 * lanes < length) lanes *= 2;
+    return lanes;
+}
+
+// x of all lanes of the row. All threads of the block call it.
+template <class A, class Join> __device__ inline A over_lanes(A x, int lanes, Join join) {
+    A* const memory = reinterpret_cast<A*>(shared_memory());
+    const int t = static_cast<int>(threadIdx.x), first = t / lanes * lanes;
+    memory[t] = x;
+    __syncthreads();
+    A all = memory[first];
+    for (int lane = 1; lane < lanes; ++lane) all = join(all, memory[first + lane]);
+    __syncthreads();
+    return all;
+}
+template <class A> __device__ inline A sum_over_lanes(A x, int lanes) {
+    return over_lanes(x, lanes, [](A a, A b) { return a + b; });
+}
+
+// A kernel over rows, with a number of each thread in shared memory. Its last argument is the lanes.
+template <class A, class... P, class... Q>
+Status launch_rows(void (*kernel)(P...), int64_t rows, int64_t length, const Place& place, const Q&... arguments) {
+    const int lanes = lanes_for(length);
+    return launch(kernel, blocks_for(rows * lanes), most_threads, most_threads * static_cast<int64_t>(sizeof(A)), place,
+                  arguments..., lanes);
+}
+
+// û · x, and behind it û · y: a row for each vote.
+template <class A>
+__global__ void agreements(StagedVotes<A> t, const A* x, const A* y /* [B, J, D], or null */,
+                           A* dots /* [1 or 2, pairs, J] */, int lanes) {
+    const int64_t rows = t.pairs() * t.J, lane = threadIdx.x % lanes;
+    for (int64_t first = blockIdx.x * blockDim.x / lanes; first < rows; first += index_stride() / lanes) {
+        const int64_t row = first + threadIdx.x / lanes, pair = row / t.J;
+        const A* const v = t.votes + row * t.D;
+        const int64_t state = (pair / t.count * t.J + row % t.J) * t.D;
+        A with_x = 0, with_y = 0;
+        for (int64_t d = lane; row < rows && d < t.D; d += lanes) {
+            with_x += v[d] * x[state + d];
+            if (y) with_y += v[d] * y[state + d];
+        }
+        with_x = sum_over_lanes(with_x, lanes);
+        if (y) with_y = sum_over_lanes(with_y, lanes);
+        if (row >= rows || lane > 0) continue;
+        dots[row] = with_x;
+        if (y) dots[rows + row] = with_y;
+    }
+}
+
+// softmax and softmax_backward of math/softmax.h, in place: a row for each pair.
+template <class A>
+__global__ void couple_rows(A* z, A* e /* [pairs, J]; e may be null */, int64_t pairs, int64_t J, bool leaky,
+                            int lanes) {
+    const int64_t lane = threadIdx.x % lanes;
+    for (int64_t first = blockIdx.x * blockDim.x / lanes; first < pairs; first += index_stride() / lanes) {
+        const int64_t pair = first + threadIdx.x / lanes, end = pair < pairs ? J : 0;
+        A *const c = z + pair * J, *const delta = e + pair * J;
+        A largest = leaky || lane >= end ? A(0) : c[lane], sum = 0, mean = 0;
+        for (int64_t j = lane; j < end; j += lanes) largest = larger(c[j], largest);
+        largest = over_lanes(largest, lanes, [](A a, A b) { return larger(a, b); });
+        for (int64_t j = lane; j < end; j += lanes) {
+            c[j] = exponential(c[j] - largest);
+            sum += c[j];
+        }
+        const A inverse = reciprocal(sum_over_lanes(sum, lanes) + (leaky ? exponential(-largest) : A(0)));
+        for (int64_t j = lane; j < end; j += lanes) {
+            c[j] *= inverse;
+            if (e) mean += c[j] * delta[j];
+        }
+        if (!e) continue;
+        mean = sum_over_lanes(mean, lanes);
+        for (int64_t j = lane; j < end; j += lanes) delta[j] = c[j] * (delta[j] - mean);
+    }
+}
+
+// g (+)= (c + prior) y + δ x + rest; c = equal if null, δ = 0. A row for each vote.
+template <class A>
+__global__ void add_agreement_gradient(StagedVotes<A> t, Couplings<A> c, const A* delta, const A* x, const A* y,
+                                       const A* rest, A* g, bool add, int lanes) {
+    const int64_t rows = t.pairs() * t.J;
+    for (int64_t row = first_index() / lanes; row < rows; row += index_stride() / lanes) {
+        const int64_t pair = row / t.J, state = (pair / t.count * t.J + row % t.J) * t.D;
+        const bool there = t.there(pair);
+        const A weight = there ? c.of(t, pair, row % t.J) : A(0), slope = there && delta ? delta[row] : A(0);
+        for (int64_t d = threadIdx.x % lanes; d < t.D; d += lanes) {
+            A sum = add ? g[row * t.D + d] : A(0);
+            if (there) sum += weight * y[state + d] + (rest ? rest[state + d] : A(0));
+            if (there && delta) sum += slope * x[state + d];
+            g[row * t.D + d] = sum;
+        }
+    }
+}
+
+// g_prior [N, J] = Σ_b e.
+template <class A> __global__ void add_over_items(StagedVotes<A> t, const A* e, A* g_prior) {
+    for (int64_t x = first_index(); x < t.count * t.J; x += index_stride()) {
+        double sum = 0;
+        for (int64_t b = 0; b < t.B; ++b)
+            if (t.there(b * t.count + x / t.J)) sum += static_cast<double>(e[b * t.count * t.J + x]);
+        g_prior[t.first * t.J + x] = static_cast<A>(sum);
+    }
+}
+
+// Logits, and if y is there the gradients of the couplings.
+template <class A>
+Status stage_agreements(const StagedVotes<A>& t, const A* x, const A* y, A* dots, const Place& place) {
+    return launch_rows<A>(agreements<A>, t.pairs() * t.J, t.D, place, t, x, y, dots);
+}
+template <class A> Status stage_softmax(const StagedVotes<A>& t, A* z, A* e, bool leaky, const Place& place) {
+    return launch_rows<A>(couple_rows<A>, t.pairs(), t.J, place, z, e, t.pairs(), t.J, leaky);
+}
+
+}  // namespace capsops::cuda

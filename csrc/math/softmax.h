@@ -1,0 +1,88 @@
+// The mathematics of the couplings: softmax over the output capsules and its gradient, the statistics of EM routing,
+// squash. Compiled for the host and for GPUs; the streaming loops of both call these and nothing else.
+//
+// X is whatever holds one number of one problem, or of several side by side: float, double, or a vector of lanes.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <type_traits>
+
+#include "../host_device.h"
+
+namespace capsops {
+// One copy for every instruction set that includes this, so that none can be linked to another's.
+namespace {
+
+// e^x, with x kept below where the reciprocal of e^x would not be a normal number. On GPUs by the hardware's 2^x: a
+// relative error of about (2 + |x|) · 1e-7, and x is at most 0 where a softmax asks.
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE float exponential(float x) {
+    x = x > 80.0f ? 80.0f : x;
+#if defined(__CUDA_ARCH__)
+    return __expf(x);
+#else
+    return std::exp(x);
+#endif
+}
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE double exponential(double x) {
+    return std::exp(x > 700.0 ? 700.0 : x);
+}
+
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE float reciprocal(float x) {
+#if defined(__CUDA_ARCH__)
+    return __fdividef(1.0f, x);
+#else
+    return 1.0f / x;
+#endif
+}
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE double reciprocal(double x) {
+    return 1.0 / x;
+}
+
+// The larger; b if a is not a number.
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE float larger(float a, float b) {
+    return a > b ? a : b;
+}
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE double larger(double a, double b) {
+    return a > b ? a : b;
+}
+
+// ---- couplings over the output capsules ------------------------------------------------------------
+
+// c_j = softmax over j of z_j, in place. leaky adds one logit that is always 0 and whose share is dropped. Row:
+// whatever has numbers z[j].
+template <class Row> CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE void softmax(Row z, int64_t J, bool leaky) {
+    using X = std::remove_cvref_t<decltype(z[0])>;
+    if (J == 2 && !leaky) {
+        // One exponential instead of two: c_0 = 1/(1 + e^(z_1 − z_0)).
+        const X e = exponential(z[1] - z[0]);
+        z[0] = reciprocal(X(1) + e);
+        z[1] = e * z[0];
+        return;
+    }
+    X largest = leaky ? larger(z[0], X(0)) : z[0];
+    for (int64_t j = 1; j < J; ++j) largest = larger(z[j], largest);
+    X sum = leaky ? exponential(-largest) : X(0);
+    for (int64_t j = 0; j < J; ++j) {
+        z[j] = exponential(z[j] - largest);
+        sum += z[j];
+    }
+    const X inverse = reciprocal(sum);
+    for (int64_t j = 0; j < J; ++j) z[j] *= inverse;
+}
+
+// The gradient of the logits, δ_j = c_j (e_j − Σ_k c_k e_k), in place of e, the gradient of the couplings.
+template <class Couplings, class Row>
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE void softmax_backward(Couplings c, Row e, int64_t J) {
+    std::remove_cvref_t<decltype(e[0])> mean = c[0] * e[0];
+    for (int64_t j = 1; j < J; ++j) mean += c[j] * e[j];
+    for (int64_t j = 0; j < J; ++j) e[j] = c[j] * (e[j] - mean);
+}
+
+// The coupling of the first iteration of routing by agreement, where all are equal.
+template <class A> CAPSOPS_HOST_DEVICE inline A equal_coupling(int64_t J, bool leaky) {
+    return A(1) / static_cast<A>(leaky ? J + 1 : J);
+}
+
+}  // namespace
+}  // namespace capsops

@@ -1,0 +1,110 @@
+// squash and its vector-Jacobian product.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "../host_device.h"
+#include "../operators.h"
+#include "../sizes.h"
+
+namespace capsops {
+// One copy for every instruction set that includes this, so that none can be linked to another's.
+namespace {
+
+// The factors of v = f(n) s and of its vector-Jacobian product g_s = f g_v + radial (ŝ·g_v) ŝ, with n = ‖s‖
+// and ŝ = s/n. Both are finite for every finite n; at n = 0 they are the limits.
+template <class A> struct SquashFactors {
+    A scale, radial;
+};
+
+// Sabour et al. 2017, eq. 1: f = n/(1+n²), and n f' = f (1−n²)/(1+n²). Dividing through by n keeps n² from
+// overflowing.
+template <class A> CAPSOPS_HOST_DEVICE inline SquashFactors<A> squash_sabour(A n) {
+    const A inverse = A(1) / n;
+    const A scale = A(1) / (inverse + n);
+    const A ratio = n > A(1) ? (inverse - n) / (inverse + n) : (A(1) - n * n) / (A(1) + n * n);
+    return {scale, scale * ratio};
+}
+
+// Mazzia et al. 2021 (Efficient-CapsNet), eq. 4: f = (1 − e^{−n})/n, and n f' = e^{−n} − f.
+template <class A> CAPSOPS_HOST_DEVICE inline SquashFactors<A> squash_efficient(A n) {
+    if (n < A(1e-3)) {
+        // Series: the closed form of n f' loses its digits to cancellation here.
+        const A scale = A(1) - n * (A(0.5) - n * (A(1) / 6 - n * (A(1) / 24)));
+        return {scale, -n * (A(0.5) - n * (A(1) / 3 - n * (A(1) / 8)))};
+    }
+    const A scale = -std::expm1(-n) / n;
+    return {scale, std::exp(-n) - scale};
+}
+
+// Σ_d term(d). A float that many small numbers are added to one by one loses them; so blocks of a few terms are added
+// up, with what rounding takes from the total kept beside it (Kahan). Up to one block this is the plain sum.
+template <class A, class Term> CAPSOPS_HOST_DEVICE inline A long_sum(int64_t count, Term term) {
+    constexpr int64_t block = 16;
+    A sum = 0, excess = 0;
+    for (int64_t begin = 0; begin < count; begin += block) {
+        A part = 0;
+        const int64_t end = at_most(begin + block, count);
+        for (int64_t d = begin; d < end; ++d) part += term(d);
+        part -= excess;
+        const A next = sum + part;
+        excess = (next - sum) - part;
+        sum = next;
+    }
+    return sum;
+}
+
+// ‖s‖ as n, the length of s · shrink. shrink is 1, or a small power of 2 where ‖s‖ might overflow.
+template <class A> struct Length {
+    A n, shrink;
+};
+
+// The factors for s · shrink in place of s: v = f (s · shrink), g_s = shrink (f g_v + radial (ŝ·g_v) ŝ). So long a
+// vector is squashed to length 1, to the last digit, by either formula.
+template <class A> CAPSOPS_HOST_DEVICE inline SquashFactors<A> squash_factors(Length<A> l, SquashKind kind) {
+    if (l.shrink < A(1)) return {A(1) / l.n, A(-1) / l.n};
+    return kind == SquashKind::sabour ? squash_sabour(l.n) : squash_efficient(l.n);
+}
+
+// ‖s‖ without overflow or underflow of the squares, or of the length itself. Row: whatever has components s[d].
+template <class A, class Row> CAPSOPS_HOST_DEVICE inline Length<A> length(const Row& s, int64_t dim) {
+    // Beyond `huge` the length of as many components as fit into memory may overflow; shrunk, it cannot.
+    constexpr A huge = sizeof(A) == 4 ? A(0x1p60) : A(0x1p500);
+    constexpr A small = sizeof(A) == 4 ? A(0x1p-56) : A(0x1p-496);
+    A largest = 0;
+    for (int64_t d = 0; d < dim; ++d) {
+        const A magnitude = std::fabs(s[d]);
+        // A NaN is kept: no number is greater.
+        if (magnitude > largest || magnitude != magnitude) largest = magnitude;
+    }
+    if (!(largest > A(0)) || std::isinf(largest)) return {largest, A(1)};
+    const A ratio = std::sqrt(long_sum<A>(dim, [&](int64_t d) {
+        const A x = s[d] / largest;
+        return x * x;
+    }));
+    const A shrink = largest > huge ? small : A(1);
+    return {largest * shrink * ratio, shrink};
+}
+
+// v = squash(s) and its vector-Jacobian product, in the accumulation type A.
+template <class A, class Row, class Out>
+CAPSOPS_HOST_DEVICE inline void squash_vector(const Row& s, Out v, int64_t dim, SquashKind kind) {
+    const Length<A> l = length<A>(s, dim);
+    const A scale = squash_factors(l, kind).scale;
+    for (int64_t d = 0; d < dim; ++d) v[d] = scale * (s[d] * l.shrink);
+}
+
+template <class A, class Gradient, class Row, class Out>
+CAPSOPS_HOST_DEVICE inline void squash_vector_backward(const Gradient& g_v, const Row& s, Out g_s, int64_t dim,
+                                                       SquashKind kind) {
+    const Length<A> l = length<A>(s, dim);
+    const SquashFactors<A> f = squash_factors(l, kind);
+    const A divisor = l.n == A(0) ? A(1) : l.n;
+    const A along = long_sum<A>(dim, [&](int64_t d) { return (s[d] * l.shrink / divisor) * g_v[d]; });
+    for (int64_t d = 0; d < dim; ++d)
+        g_s[d] = (f.scale * g_v[d] + f.radial * along * (s[d] * l.shrink / divisor)) * l.shrink;
+}
+
+}  // namespace
+}  // namespace capsops
