@@ -1,8 +1,10 @@
-// capsops._C: pointers and sizes in, a status out, the GIL released while a kernel runs. Shapes, dtypes and contiguity
-// have been checked in Python before a pointer gets here; sizes that no tensor has are answered with a status.
+// The Python module capsops._C: takes addresses and sizes, returns a status, and releases the GIL while a kernel runs.
+// Python has checked shapes, dtypes and contiguity by then; a call with invalid sizes or pointers returns a status.
 
 #include <chrono>
 #include <cstdint>
+#include <span>
+#include <string>
 #include <vector>
 
 #include <pybind11/pybind11.h>
@@ -16,81 +18,132 @@ using namespace capsops;
 
 namespace {
 
-// A tensor's data_ptr(); 0 for one that is not there.
-using Address = uintptr_t;
+// ---- the kernels -------------------------------------------------------------------------------------------------
 
-template <class T = void> T* at(Address address) {
-    return reinterpret_cast<T*>(address);
-}
-
-// A place on a GPU where nothing runs; the bytes of workspace that an operator would take are counted.
-struct Counting : Place {
-    int64_t bytes = 0;
-    explicit Counting(int index) : Place(1) { device = index, needed = &bytes; }
-    Counting(const Counting&) = delete;
-};
-
+// Null if they were not built.
+const Kernels* gpu_kernels() {
 #ifdef CAPSOPS_CUDA_ARCHS
-const Kernels& gpu_kernels() {
-    return cuda::kernels;
-}
+    return &cuda::kernels;
 #else
-// Python does not ask for a GPU then.
-const Kernels& gpu_kernels() {
-    throw py::value_error("capsops was built without CUDA kernels");
-}
+    return nullptr;
 #endif
-
-const Kernels& kernels(const Place& place) {
-    return place.device < 0 ? cpu::kernels() : gpu_kernels();
 }
 
-const Kernels& kernels(const Place& place, const Capsules& c) {
-    return place.device < 0 ? cpu::kernels(c) : gpu_kernels();
+// Python asks for a GPU only if there are kernels for it.
+const Kernels& require_gpu_kernels() {
+    const Kernels* kernels = gpu_kernels();
+    if (!kernels) throw py::value_error("capsops was built without CUDA kernels");
+    return *kernels;
 }
 
-// The same capsules at a place.
-template <class Operands> Operands on(const Place& place, Operands operands) {
-    operands.place = place;
-    return operands;
+const Kernels& kernels_for(const Place& place) {
+    return place.device < 0 ? cpu::kernels() : require_gpu_kernels();
+}
+const Kernels& kernels_for(const PrimaryCapsules& p) {
+    return kernels_for(p.place);
+}
+const Kernels& kernels_for(const Capsules& c) {
+    return c.place.device < 0 ? cpu::kernels(c) : require_gpu_kernels();
 }
 
-// When the kernel that runs in this thread should next see whether a signal has arrived.
+// The names of the operators that a backend has a kernel for.
+std::vector<std::string> operators(const std::string& backend) {
+    if (backend != "cpu" && backend != "cuda")
+        throw py::value_error("operators: backend is \"" + backend + "\"; expected \"cpu\" or \"cuda\"");
+    std::vector<std::string> names;
+    const Kernels* kernels = backend == "cpu" ? &cpu::kernels() : gpu_kernels();
+    if (!kernels) return names;
+#define CAPSOPS_APPEND_NAME(op) \
+    if (kernels->op) names.emplace_back(#op);
+    CAPSOPS_OPERATORS(CAPSOPS_APPEND_NAME)
+    return names;
+}
+
+// ---- signals -----------------------------------------------------------------------------------------------------
+
+// When the kernel that runs in this thread should next look for signals.
 using Clock = std::chrono::steady_clock;
-constexpr auto between_signals = std::chrono::milliseconds(200);
+constexpr auto signal_interval = std::chrono::milliseconds(200);
 thread_local Clock::time_point next_look;
 
-// A signal handler of C sets a flag alone; Python's own handlers run when Python's main thread next runs Python, which
-// is after the kernel. So a kernel in that thread lets them run. Returns whether one raised an exception, as that of
-// Ctrl-C does.
+// Python's signal handlers run only when the main thread runs Python code, which is after the kernel. So a kernel in
+// that thread calls this now and then. Returns whether a handler raised an exception, as the one for Ctrl-C does.
 bool signal_raised() {
     const Clock::time_point now = Clock::now();
     if (now < next_look) return false;
     const PyGILState_STATE gil = PyGILState_Ensure();
     const bool raised = PyErr_CheckSignals() != 0;
     PyGILState_Release(gil);
-    next_look = Clock::now() + between_signals;
+    next_look = Clock::now() + signal_interval;
     return raised;
 }
 
-// Calls a kernel, if what it is given is valid, without the GIL.
-template <class Call> Status run(const Place& place, bool operands_are_valid, Call call) {
-    if (!operands_are_valid || !valid(place)) return Status::invalid_argument;
+// ---- a kernel as a Python function -------------------------------------------------------------------------------
+
+// A tensor's data_ptr(); 0 is null.
+using Address = uintptr_t;
+
+template <class T = void> T* pointer(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// How Python passes a kernel's argument of type T.
+template <class T> struct Argument {
+    using Python = T;
+    static T convert(T x) { return x; }
+};
+template <class T> struct Argument<T*> {
+    using Python = Address;
+    static T* convert(Address x) { return pointer<T>(x); }
+};
+template <> struct Argument<std::span<const double>> {
+    using Python = std::vector<double>;
+    static std::span<const double> convert(const std::vector<double>& x) { return x; }
+};
+
+// Runs a kernel without the GIL, if there is one and its arguments are valid.
+template <class Operands, class... Rest>
+Status run(Status (*Kernels::*op)(const Operands&, Rest...), bool (*valid)(const Operands&, Rest...),
+           const Place& place, const Operands& operands, Rest... rest) {
+    if (!valid(operands, rest...)) return Status::invalid_argument;
     Status status;
     {
         const py::gil_scoped_release release;
-        if (place.stop) next_look = Clock::now() + between_signals;
-        status = call();
+        if (place.stop) next_look = Clock::now() + signal_interval;
+        const auto kernel = kernels_for(operands).*op;
+        status = kernel ? kernel(operands, rest...) : Status::unsupported;
     }
-    // The exception of the signal handler.
+    // The signal handler's exception.
     if (status == Status::interrupted) throw py::error_already_set();
     return status;
 }
 
+// The Python function of an operator. It takes the place, then the other arguments of the kernel in their order.
+template <class Operands, class... Rest>
+auto bind(Status (*Kernels::*op)(const Operands&, Rest...), bool (*valid)(const Operands&, Rest...)) {
+    return [=](const Place& place, Operands operands, typename Argument<Rest>::Python... rest) {
+        operands.place = place;
+        return run(op, valid, place, operands, Argument<Rest>::convert(rest)...);
+    };
+}
+template <class... Rest>
+auto bind(Status (*Kernels::*op)(const Place&, Rest...), bool (*valid)(const Place&, Rest...)) {
+    return [=](const Place& place, typename Argument<Rest>::Python... rest) {
+        return run(op, valid, place, place, Argument<Rest>::convert(rest)...);
+    };
+}
+
+// A place on a GPU where nothing runs: an operator only writes how many bytes of workspace it needs.
+struct Counting : Place {
+    int64_t bytes = 0;
+    explicit Counting(int index) : Place(1) { device = index, needed = &bytes; }
+    Counting(const Counting&) = delete;
+};
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-    m.doc() = "Compiled capsule-routing kernels. Use the functions of capsops, not these.";
+    m.doc() = "Compiled capsule-routing kernels. Use the functions of capsops instead.";
 #ifdef CAPSOPS_CUDA_ARCHS
     m.attr("cuda_architectures") = CAPSOPS_CUDA_ARCHS;
     m.attr("cuda_runtime") = cuda::runtime_version();
@@ -128,14 +181,15 @@ PYBIND11_MODULE(_C, m) {
         // On a GPU.
         .def(py::init([](int device, Address stream, Address workspace) {
             Place place(1);
-            place.device = device, place.stream = at(stream), place.workspace = at(workspace);
+            place.device = device, place.stream = pointer(stream), place.workspace = pointer(workspace);
             return place;
         }));
     py::class_<Counting, Place>(m, "Counting").def(py::init<int>()).def_readonly("bytes", &Counting::bytes);
     py::class_<Capsules>(m, "Capsules")
         .def(py::init([](Address u, Address weight, Address mask, int64_t B, int64_t N, int64_t K, int64_t J, int64_t D,
                          int64_t rows, int64_t weight_stride, Dtype dtype) {
-            return Capsules{at(u), at(weight), at<uint8_t>(mask), B, N, K, J, D, rows, weight_stride, dtype, 1};
+            return Capsules{
+                pointer(u), pointer(weight), pointer<uint8_t>(mask), B, N, K, J, D, rows, weight_stride, dtype, 1};
         }))
         .def("set_strides",
              [](Capsules& c, int64_t k, int64_t j, int64_t d) {
@@ -165,131 +219,7 @@ PYBIND11_MODULE(_C, m) {
     m.def("instruction_sets", &cpu::instruction_sets);
     m.def("use_instruction_set", &cpu::use_instruction_set);
 
-    // Every operator returns Status::invalid_argument for what checks.h refuses, and for pointers that are null where
-    // there is something to read or write. A gradient's pointer is null where it is not wanted.
-    m.def("squash", [](const Place& place, Address s, Address v, int64_t rows, int64_t dim, SquashKind kind,
-                       Dtype dtype) {
-        const bool good = fits({rows, dim}) && points(at(s), {rows, dim}) && points(at(v), {rows, dim});
-        return run(place, good, [&] { return kernels(place).squash(at(s), at(v), rows, dim, kind, dtype, place); });
-    });
-    m.def("squash_backward", [](const Place& place, Address g_v, Address s, Address g_s, int64_t rows, int64_t dim,
-                                SquashKind kind, Dtype dtype) {
-        const bool good = fits({rows, dim}) && points(at(g_v), {rows, dim}) && points(at(s), {rows, dim}) &&
-                          points(at(g_s), {rows, dim});
-        return run(place, good, [&] {
-            return kernels(place).squash_backward(at(g_v), at(s), at(g_s), rows, dim, kind, dtype, place);
-        });
-    });
-    m.def("primary_capsules", [](const Place& place, const PrimaryCapsules& p, Address features, Address u) {
-        const bool good =
-            valid(p) && points(at(features), {p.B, p.outer, p.inner}) && points(at(u), {p.B, p.outer, p.inner});
-        return run(place, good, [&] { return kernels(place).primary_capsules(on(place, p), at(features), at(u)); });
-    });
-    m.def("primary_capsules_backward",
-          [](const Place& place, const PrimaryCapsules& p, Address g_u, Address features, Address g_features) {
-              const bool good = valid(p) && points(at(g_u), {p.B, p.outer, p.inner}) &&
-                                points(at(features), {p.B, p.outer, p.inner}) &&
-                                points(at(g_features), {p.B, p.outer, p.inner});
-              return run(place, good, [&] {
-                  return kernels(place).primary_capsules_backward(on(place, p), at(g_u), at(features), at(g_features));
-              });
-          });
-    m.def("affine_votes", [](const Place& place, const Capsules& c, Address votes) {
-        const bool good =
-            valid(c) && can_run(place, c) && fits({c.B, c.N, c.J, c.rows, c.D}) && points(at(votes), {c.B, c.N});
-        return run(place, good, [&] { return kernels(place, c).affine_votes(on(place, c), at(votes)); });
-    });
-    m.def("affine_votes_backward",
-          [](const Place& place, const Capsules& c, Address g_votes, Address g_u, Address g_weight) {
-              const bool good = valid(c) && can_run(place, c) && fits({c.B, c.N, c.J, c.rows, c.D}) &&
-                                points(at(g_votes), {c.B, c.N});
-              return run(place, good, [&] {
-                  return kernels(place, c).affine_votes_backward(on(place, c), at(g_votes), {at(g_u), at(g_weight)});
-              });
-          });
-    m.def("attention_routing", [](const Place& place, const Capsules& c, Address attn_weight, Address attn_bias,
-                                  Address v, Address s) {
-        const bool good =
-            valid(c) && can_run(place, c) && at(attn_weight) && points(at(v), {c.B}) && points(at(s), {c.B});
-        return run(place, good, [&] {
-            return kernels(place, c).attention_routing(on(place, c), at(attn_weight), at(attn_bias), at(v), at(s));
-        });
-    });
-    m.def("attention_routing_backward",
-          [](const Place& place, const Capsules& c, Address attn_weight, Address attn_bias, Address s, Address g_v,
-             Address g_u, Address g_weight, Address g_attn_weight, Address g_attn_bias) {
-              const bool good =
-                  valid(c) && can_run(place, c) && at(attn_weight) && points(at(s), {c.B}) && points(at(g_v), {c.B});
-              return run(place, good, [&] {
-                  return kernels(place, c).attention_routing_backward(on(place, c), at(attn_weight), at(attn_bias),
-                                                                      at(s), at(g_v), {at(g_u), at(g_weight)},
-                                                                      at(g_attn_weight), at(g_attn_bias));
-              });
-          });
-    m.def("dynamic_routing", [](const Place& place, const Capsules& c, Address bias, int64_t iterations, bool leaky,
-                                Address v, Address s) {
-        const bool good = valid(c) && can_run(place, c) && iterations >= 1 &&
-                          fits({iterations, c.B, c.J, c.rows, c.D}) && points(at(v), {c.B}) && points(at(s), {c.B});
-        return run(place, good, [&] {
-            return kernels(place, c).dynamic_routing(on(place, c), at(bias), iterations, leaky, at(v), at(s));
-        });
-    });
-    m.def("dynamic_routing_backward", [](const Place& place, const Capsules& c, int64_t iterations, bool leaky,
-                                         bool detach, Address s, Address g_v, Address g_u, Address g_weight,
-                                         Address g_bias) {
-        const bool good = valid(c) && can_run(place, c) && iterations >= 1 &&
-                          fits({iterations, c.B, c.J, c.rows, c.D}) && points(at(s), {c.B}) && points(at(g_v), {c.B});
-        return run(place, good, [&] {
-            return kernels(place, c).dynamic_routing_backward(on(place, c), iterations, leaky, detach, at(s), at(g_v),
-                                                              {at(g_u), at(g_weight)}, at(g_bias));
-        });
-    });
-    m.def("self_attention_routing", [](const Place& place, const Capsules& c, Address prior, double scale, Address v,
-                                       Address total, Address s) {
-        const bool good =
-            valid(c) && can_run(place, c) && points(at(v), {c.B}) && points(at(total), {c.B}) && points(at(s), {c.B});
-        return run(place, good, [&] {
-            return kernels(place, c).self_attention_routing(on(place, c), at(prior), scale, at(v), at(total), at(s));
-        });
-    });
-    m.def("self_attention_routing_backward",
-          [](const Place& place, const Capsules& c, Address prior, double scale, Address total, Address s, Address g_v,
-             Address g_u, Address g_weight, Address g_prior) {
-              const bool good = valid(c) && can_run(place, c) && points(at(total), {c.B}) && points(at(s), {c.B}) &&
-                                points(at(g_v), {c.B});
-              return run(place, good, [&] {
-                  return kernels(place, c).self_attention_routing_backward(
-                      on(place, c), at(prior), scale, at(total), at(s), at(g_v), {at(g_u), at(g_weight)}, at(g_prior));
-              });
-          });
-    m.def("em_routing", [](const Place& place, const Capsules& c, Address activation, Address beta_u, Address beta_a,
-                           const std::vector<double>& lambdas, Address mean, Address out_activation, Address state) {
-        const int64_t iterations = static_cast<int64_t>(lambdas.size());
-        const bool good = valid(c) && can_run(place, c) && iterations >= 1 &&
-                          fits({iterations, c.B, c.J, c.rows, c.D}) && at(beta_u) && at(beta_a) &&
-                          points(at(activation), {c.B, c.N}) && points(at(mean), {c.B}) &&
-                          points(at(out_activation), {c.B}) && points(at(state), {c.B});
-        return run(place, good, [&] {
-            const auto kernel = kernels(place, c).em_routing;
-            if (!kernel) return Status::unsupported;
-            return kernel(on(place, c), at(activation), at(beta_u), at(beta_a), lambdas.data(), iterations, at(mean),
-                          at(out_activation), at(state));
-        });
-    });
-    m.def("em_routing_backward", [](const Place& place, const Capsules& c, Address activation, Address beta_u,
-                                    const std::vector<double>& lambdas, Address state, Address g_mean,
-                                    Address g_out_activation, Address g_u, Address g_weight, Address g_activation,
-                                    Address g_beta_u, Address g_beta_a) {
-        const int64_t iterations = static_cast<int64_t>(lambdas.size());
-        const bool good = valid(c) && can_run(place, c) && iterations >= 1 &&
-                          fits({iterations, c.B, c.J, c.rows, c.D}) && at(beta_u) &&
-                          points(at(activation), {c.B, c.N}) && points(at(state), {c.B}) && points(at(g_mean), {c.B}) &&
-                          points(at(g_out_activation), {c.B});
-        return run(place, good, [&] {
-            const auto kernel = kernels(place, c).em_routing_backward;
-            if (!kernel) return Status::unsupported;
-            return kernel(on(place, c), at(activation), at(beta_u), lambdas.data(), iterations, at(state), at(g_mean),
-                          at(g_out_activation), {at(g_u), at(g_weight)}, at(g_activation), at(g_beta_u), at(g_beta_a));
-        });
-    });
+    m.def("operators", &operators, py::arg("backend"));
+#define CAPSOPS_BIND(op) m.def(#op, bind(&Kernels::op, &checks::op));
+    CAPSOPS_OPERATORS(CAPSOPS_BIND)
 }

@@ -1,21 +1,22 @@
-// Whether a kernel can be called with what the bindings were given: sizes, strides, and pointers that are not null
-// where there is something to read or write. The operators of Python check tensors and say what is wrong with them;
-// this stops what would read or write outside of any memory. It cannot know how much memory lies behind a pointer.
+// What makes the arguments of an operator valid: sizes and strides in range, and a non-null pointer wherever something
+// is read or written. Python checks tensors first and explains what is wrong with them; these checks only keep a kernel
+// from touching memory outside of its operands. They cannot know how much memory is behind a pointer.
 #pragma once
 
 #include <cstdint>
 #include <initializer_list>
+#include <span>
 
 #include "operators.h"
 
 namespace capsops {
 
 // More numbers than any machine has memory for. Every size that a kernel computes is a product that `fits`, times
-// constants and the number of threads: within 64 bits.
+// constants and the number of threads, so it stays within 64 bits.
 constexpr int64_t most_numbers = int64_t{1} << 48;
 constexpr int most_cpu_threads = 1 << 12;
 
-// Whether all sizes, and their product even where one of them is 0, are at least 0 and fit.
+// Whether all sizes are at least 0 and their product, with 1 in place of 0, is at most most_numbers.
 inline bool fits(std::initializer_list<int64_t> sizes) {
     int64_t product = 1;
     for (const int64_t size : sizes) {
@@ -25,16 +26,13 @@ inline bool fits(std::initializer_list<int64_t> sizes) {
     return true;
 }
 
-// Whether a pointer to so many numbers can be followed.
-inline bool points(const void* memory, std::initializer_list<int64_t> sizes) {
+// Whether the pointers are non-null, or there are no numbers to point at.
+inline bool given(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> sizes) {
     for (const int64_t size : sizes)
         if (size == 0) return true;
-    return memory != nullptr;
-}
-
-// Of capsules, where they may be strided: on the CPU.
-inline bool can_run(const Place& place, const Capsules& c) {
-    return place.device < 0 || (!c.strided && !c.own_gradients);
+    for (const void* pointer : pointers)
+        if (!pointer) return false;
+    return true;
 }
 
 inline bool valid(const Place& place) {
@@ -42,8 +40,10 @@ inline bool valid(const Place& place) {
 }
 
 inline bool valid(const Capsules& c) {
-    if (c.K < 1 || c.J < 1 || c.D < 1 || c.rows < 1) return false;
-    // u, W, a state, one matrix as a vector's of `rows` rows (operands.h), and the products of one input capsule.
+    if (!valid(c.place) || c.K < 1 || c.J < 1 || c.D < 1 || c.rows < 1) return false;
+    // GPU kernels read contiguous matrices.
+    if (c.place.device >= 0 && (c.strided || c.own_gradients)) return false;
+    // u; W; a state; one block diagonal matrix (operands.h); the products of one input capsule.
     if (!fits({c.B, c.N, c.rows, c.K}) || !fits({c.N, c.K, c.J, c.D}) || !fits({c.B, c.J, c.rows, c.D}) ||
         !fits({c.K, c.rows, c.J, c.rows, c.D}) || !fits({c.J, c.J}) || !fits({c.N, c.J}) ||
         !fits({c.B, c.rows, c.K, c.J, c.D}))
@@ -55,14 +55,83 @@ inline bool valid(const Capsules& c) {
     } else if (c.weight_stride != 0 && c.weight_stride != c.K * c.J * c.D) {
         return false;
     }
-    return points(c.u, {c.B, c.N}) && points(c.weight, {c.weight_stride ? c.N : 1});
+    return given({c.u}, {c.B, c.N}) && given({c.weight}, {c.weight_stride ? c.N : 1});
 }
 
 inline bool valid(const PrimaryCapsules& p) {
-    if (p.K < 1 || !fits({p.B, p.outer, p.inner, p.K})) return false;
+    if (!valid(p.place) || p.K < 1 || !fits({p.B, p.outer, p.inner, p.K})) return false;
     const auto within = [](int64_t size, int64_t stride) { return stride >= 0 && fits({size, stride}); };
     return within(p.B, p.batch_stride) && within(p.outer, p.outer_stride) && within(p.inner, p.inner_stride) &&
            within(p.K, p.component_stride);
 }
 
+// Capsules that are routed so many times.
+inline bool valid(const Capsules& c, int64_t iterations) {
+    return valid(c) && iterations >= 1 && fits({iterations, c.B, c.J, c.rows, c.D});
+}
+
+// One check for each operator, with the parameters of its kernel; those without a name are optional or any value will
+// do. A gradient is always optional.
+namespace checks {
+
+inline bool squash(const Place& place, const void* s, void* v, int64_t rows, int64_t dim, SquashKind, Dtype) {
+    return valid(place) && fits({rows, dim}) && given({s, v}, {rows, dim});
+}
+inline bool squash_backward(const Place& place, const void* g_v, const void* s, void* g_s, int64_t rows, int64_t dim,
+                            SquashKind, Dtype) {
+    return valid(place) && fits({rows, dim}) && given({g_v, s, g_s}, {rows, dim});
+}
+
+inline bool primary_capsules(const PrimaryCapsules& p, const void* features, void* u) {
+    return valid(p) && given({features, u}, {p.B, p.outer, p.inner});
+}
+inline bool primary_capsules_backward(const PrimaryCapsules& p, const void* g_u, const void* features,
+                                      void* g_features) {
+    return valid(p) && given({g_u, features, g_features}, {p.B, p.outer, p.inner});
+}
+
+inline bool affine_votes(const Capsules& c, void* votes) {
+    return valid(c) && fits({c.B, c.N, c.J, c.rows, c.D}) && given({votes}, {c.B, c.N});
+}
+inline bool affine_votes_backward(const Capsules& c, const void* g_votes, void*, void*) {
+    return valid(c) && fits({c.B, c.N, c.J, c.rows, c.D}) && given({g_votes}, {c.B, c.N});
+}
+
+inline bool attention_routing(const Capsules& c, const void* attn_weight, const void*, void* v, void* s) {
+    return valid(c) && attn_weight && given({v, s}, {c.B});
+}
+inline bool attention_routing_backward(const Capsules& c, const void* attn_weight, const void*, const void* s,
+                                       const void* g_v, void*, void*, void*, void*) {
+    return valid(c) && attn_weight && given({s, g_v}, {c.B});
+}
+
+inline bool dynamic_routing(const Capsules& c, const void*, int64_t iterations, bool, void* v, void* s) {
+    return valid(c, iterations) && given({v, s}, {c.B});
+}
+inline bool dynamic_routing_backward(const Capsules& c, int64_t iterations, bool, bool, const void* s, const void* g_v,
+                                     void*, void*, void*) {
+    return valid(c, iterations) && given({s, g_v}, {c.B});
+}
+
+inline bool self_attention_routing(const Capsules& c, const void*, double, void* v, void* total, void* s) {
+    return valid(c) && given({v, total, s}, {c.B});
+}
+inline bool self_attention_routing_backward(const Capsules& c, const void*, double, const void* total, const void* s,
+                                            const void* g_v, void*, void*, void*) {
+    return valid(c) && given({total, s, g_v}, {c.B});
+}
+
+inline bool em_routing(const Capsules& c, const void* activation, const void* beta_u, const void* beta_a,
+                       std::span<const double> inverse_temperatures, void* mean, void* out_activation, void* state) {
+    return valid(c, static_cast<int64_t>(inverse_temperatures.size())) && beta_u && beta_a &&
+           given({activation}, {c.B, c.N}) && given({mean, out_activation, state}, {c.B});
+}
+inline bool em_routing_backward(const Capsules& c, const void* activation, const void* beta_u,
+                                std::span<const double> inverse_temperatures, const void* state, const void* g_mean,
+                                const void* g_out_activation, void*, void*, void*, void*, void*) {
+    return valid(c, static_cast<int64_t>(inverse_temperatures.size())) && beta_u && given({activation}, {c.B, c.N}) &&
+           given({state, g_mean, g_out_activation}, {c.B});
+}
+
+}  // namespace checks
 }  // namespace capsops

@@ -1,71 +1,74 @@
-// The whole seam between Python and the kernels: plain-data argument structs, and the table of operators that every
-// set of kernels fills. No torch, pybind11 or CUDA header is included here or by any kernel.
+// The interface between Python and the kernels: plain argument structs and the table of operators. This header and all
+// kernels are free of torch, pybind11 and CUDA types.
 //
-// Symbols (as in the capsule literature): B batch, N input capsules, K their dimension, J output
-// capsules, D their dimension; u input capsules, W transformation matrices, û_ij = u_i W_ij votes,
-// c coupling coefficients, s = Σ_i c_ij û_ij, v = squash(s).
+// Symbols, as in the capsule literature: B batch size, N input capsules, K their dimension, J output capsules, D their
+// dimension; u input capsules, W transformation matrices, û_ij = u_i W_ij votes, c coupling coefficients,
+// s = Σ_i c_ij û_ij, v = squash(s).
 #pragma once
 
 #include <cstdint>
+#include <span>
+#include <type_traits>
 
 namespace capsops {
 
 enum class Dtype : int { float32, float64, bfloat16, float16 };
 
-// "storage" is one of Dtype; "accumulation" is float64 for float64 and float32 for all others.
+// In the comments below, "storage" is one of Dtype, and "accumulation" is float64 for float64 and float32 otherwise.
 
-// invalid_argument: a size, a stride or a pointer that no caller with correct tensors passes; nothing was read or
-// written. interrupted: Place::stop asked for it; the outputs are incomplete.
+// unsupported       the table has no kernel for the operator, or the kernel does not take these operands
+// invalid_argument  a size, stride or pointer that no valid tensor has; nothing was read or written
+// interrupted       Place::stop returned true; the outputs are incomplete
 enum class Status : int { ok, out_of_memory, unsupported, launch_failed, invalid_argument, interrupted };
 
-// Where an operator runs: on so many threads of the CPU, or on a GPU.
+// Where an operator runs: on some threads of the CPU, or on a GPU.
 struct Place {
     int threads;                // of the CPU
-    bool (*stop)() = nullptr;   // asked now and then, by the calling thread of the CPU alone: whether to give up
+    bool (*stop)() = nullptr;   // polled by the calling CPU thread; true ends the operator early
     int device = -1;            // index of the GPU; -1: the CPU
     void* stream = nullptr;     // cudaStream_t
-    void* workspace = nullptr;  // memory of the GPU, aligned to 256 bytes
-    int64_t* needed = nullptr;  // not null: nothing runs, and the bytes of workspace that it would take are put here
+    void* workspace = nullptr;  // GPU memory, aligned to 256 bytes
+    int64_t* needed = nullptr;  // if non-null, a size query: nothing runs, the required workspace size is written here
 
     Place(int threads) : threads(threads) {}
 };
 
 enum class SquashKind : int { sabour, efficient };
 
-// Added to sums that divide, and to variances, in EM routing. capsops/dtypes.py has the same number.
+// Added to divisors and variances in EM routing. capsops/dtypes.py has the same number.
 constexpr double em_epsilon = 1e-8;
 
-// What the votes û_bi = u_bi W_i are made of. With P = rows > 1 the capsules are matrices of P rows (Hinton et al.
-// 2018): u_bi is [P, K], W_ij is [K, D], a vote [P, D].
+// The operands of the votes û_bi = u_bi W_i. With P = rows > 1 capsules are matrices of P rows (Hinton et al. 2018):
+// u_bi is [P, K], W_ij is [K, D] and a vote is [P, D].
 struct Capsules {
     const void* u;        // [B, N, P, K] storage
     const void* weight;   // [N, K, J, D] storage, by weight_stride and strides
-    const uint8_t* mask;  // [B, N], 0 = not there; null: all are there
+    const uint8_t* mask;  // [B, N], 0 = absent; null: all are present
     int64_t B, N, K, J, D;
     int64_t rows;           // P
-    int64_t weight_stride;  // elements from one input capsule's matrix to the next; 0: all have the same
+    int64_t weight_stride;  // elements from one input capsule's matrix to the next; 0: one matrix for all
     Dtype dtype;            // storage of u and weight
     Place place;
-    // What follows is for tensors that were expanded without a copy. CPU only: the kernels for GPUs take neither.
+    // For weights that were expanded without a copy. CPU only: GPU kernels take neither.
     //
-    // Elements from one number of a matrix to the next along K, J and D. Not strided: J·D, D and 1.
+    // If strided, elements between neighbours along K, J and D; otherwise these are J·D, D and 1.
     bool strided = false;
     int64_t strides[3] = {0, 0, 0};
-    // Whether g_W is [N, K, J, D], a gradient for each input capsule, although all have the same matrix. Else the
-    // gradient of such a matrix is [K, J, D], their sum.
+    // Whether the gradient of one common matrix is still [N, K, J, D], one for each input capsule, instead of their
+    // sum [K, J, D].
     bool own_gradients = false;
 
-    // Whether the input capsules share a matrix, and its gradient.
+    // Whether the input capsules share one matrix and its gradient.
     bool shared() const { return weight_stride == 0 && !own_gradients; }
 };
 
-// Where the gradients of u and W go; null: not wanted, not computed.
+// Destinations of the gradients of u and W. Null: not wanted, not computed.
 struct CapsuleGradients {
     void* u;       // as Capsules::u
     void* weight;  // as Capsules::weight
 };
 
-// A convolution's output [B, C, H, W], read as capsules [B, outer, inner, K] (outer · inner = N) by strides in
+// The output of a convolution, [B, C, H, W], read as capsules [B, outer, inner, K] (outer · inner = N) by strides in
 // elements.
 struct PrimaryCapsules {
     int64_t B, outer, inner, K;
@@ -75,19 +78,23 @@ struct PrimaryCapsules {
     Place place;
 };
 
-// What a machine can do: bytes read a second; bytes read and written; floating-point operations.
+// What a benchmark measures of the machine: bytes read a second, bytes read and written, floating-point operations.
 enum class Probe : int { read, copy, arithmetic };
 
-// The operators. Gradients that are null are not wanted.
+// The kernels of one backend. A null pointer: this backend has no kernel for the operator.
+//
+// Outputs named g_… are gradients; a null one is not wanted. H = P·D is the size of a vote.
 struct Kernels {
     // v = squash(s) along rows of length dim.
-    Status (*squash)(const void* s,  // [rows, dim] storage
+    Status (*squash)(const Place& place,
+                     const void* s,  // [rows, dim] storage
                      void* v,        // [rows, dim] storage
-                     int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, const Place& place);
-    Status (*squash_backward)(const void* g_v,  // [rows, dim] storage
+                     int64_t rows, int64_t dim, SquashKind kind, Dtype dtype);
+    Status (*squash_backward)(const Place& place,
+                              const void* g_v,  // [rows, dim] storage
                               const void* s,    // [rows, dim] storage
                               void* g_s,        // [rows, dim] storage
-                              int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, const Place& place);
+                              int64_t rows, int64_t dim, SquashKind kind, Dtype dtype);
 
     Status (*primary_capsules)(const PrimaryCapsules& p,
                                const void* features,  // strided, storage
@@ -101,7 +108,8 @@ struct Kernels {
                            void* votes);  // [B, N, J, D] storage
     Status (*affine_votes_backward)(const Capsules& c,
                                     const void* g_votes,  // [B, N, J, D] storage
-                                    const CapsuleGradients& gradients);
+                                    void* g_u,            // as Capsules::u
+                                    void* g_weight);      // as Capsules::weight, here and below
 
     Status (*attention_routing)(const Capsules& c,
                                 const void* attn_weight,  // [J, J] accumulation
@@ -113,7 +121,7 @@ struct Kernels {
                                          const void* attn_bias,    // [J] accumulation, or null
                                          const void* s,            // [B, J, D] accumulation, from forward
                                          const void* g_v,          // [B, J, D] accumulation
-                                         const CapsuleGradients& gradients,
+                                         void* g_u, void* g_weight,
                                          void* g_attn_weight,  // [J, J] accumulation
                                          void* g_attn_bias);   // [J] accumulation
 
@@ -125,7 +133,7 @@ struct Kernels {
     Status (*dynamic_routing_backward)(const Capsules& c, int64_t iterations, bool leaky, bool detach,
                                        const void* s,    // [iterations, B, J, D] accumulation, from forward
                                        const void* g_v,  // [B, J, D] accumulation
-                                       const CapsuleGradients& gradients,
+                                       void* g_u, void* g_weight,
                                        void* g_bias);  // [J, D] accumulation
 
     Status (*self_attention_routing)(const Capsules& c,
@@ -140,45 +148,68 @@ struct Kernels {
                                               const void* total,  // [B, J, D] accumulation, from forward
                                               const void* s,      // [B, J, D] accumulation, from forward
                                               const void* g_v,    // [B, J, D] accumulation
-                                              const CapsuleGradients& gradients,
+                                              void* g_u, void* g_weight,
                                               void* g_prior);  // [N, J] accumulation
 
-    // H = P·D components of a vote; state of one output capsule: mean [H], what
-    // rounding took from it [H], variance [H], mass, activation logit.
+    // The state of one output capsule: mean [H], its rounding error [H], variance [H], mass and the activation's logit.
+    // One iteration for each inverse temperature.
     Status (*em_routing)(const Capsules& c,
-                         const void* activation,              // [B, N] accumulation
-                         const void* beta_u,                  // [J] accumulation
-                         const void* beta_a,                  // [J] accumulation
-                         const double* inverse_temperatures,  // [iterations]
-                         int64_t iterations,
+                         const void* activation,  // [B, N] accumulation
+                         const void* beta_u,      // [J] accumulation
+                         const void* beta_a,      // [J] accumulation
+                         std::span<const double> inverse_temperatures,
                          void* mean,            // [B, J, H] accumulation
                          void* out_activation,  // [B, J] accumulation
                          void* state);          // [iterations, B, J, 3H + 2] accumulation
     Status (*em_routing_backward)(const Capsules& c,
-                                  const void* activation,              // [B, N] accumulation
-                                  const void* beta_u,                  // [J] accumulation
-                                  const double* inverse_temperatures,  // [iterations]
-                                  int64_t iterations,
-                                  const void* state,             // as from forward
+                                  const void* activation,  // [B, N] accumulation
+                                  const void* beta_u,      // [J] accumulation
+                                  std::span<const double> inverse_temperatures,
+                                  const void* state,             // from forward
                                   const void* g_mean,            // [B, J, H] accumulation
                                   const void* g_out_activation,  // [B, J] accumulation
-                                  const CapsuleGradients& gradients,
+                                  void* g_u, void* g_weight,
                                   void* g_activation,  // [B, N] accumulation
                                   void* g_beta_u,      // [J] accumulation
                                   void* g_beta_a);     // [J] accumulation
 
-    // Measures once, over so many bytes, or steps of arithmetic.
+    // Measures one run over `size` bytes, or steps of arithmetic. Not an operator.
     Status (*probe)(Probe what, int64_t size, int threads, double* rate);
 };
 
+// The operators, in the order of Kernels. Declarations, tables and Python bindings are made from these lists.
+#define CAPSOPS_CPU_AND_CUDA_OPERATORS(X) \
+    X(squash)                             \
+    X(squash_backward)                    \
+    X(primary_capsules)                   \
+    X(primary_capsules_backward)          \
+    X(affine_votes)                       \
+    X(affine_votes_backward)              \
+    X(attention_routing)                  \
+    X(attention_routing_backward)         \
+    X(dynamic_routing)                    \
+    X(dynamic_routing_backward)           \
+    X(self_attention_routing)             \
+    X(self_attention_routing_backward)
+#define CAPSOPS_CPU_ONLY_OPERATORS(X) \
+    X(em_routing)                     \
+    X(em_routing_backward)
+#define CAPSOPS_OPERATORS(X)          \
+    CAPSOPS_CPU_AND_CUDA_OPERATORS(X) \
+    CAPSOPS_CPU_ONLY_OPERATORS(X)
+
+// For use with the lists: the declaration of a kernel, and its entry in a table.
+#define CAPSOPS_DECLARE(op) std::remove_pointer_t<decltype(Kernels::op)> op;
+#define CAPSOPS_ENTRY(op) .op = op,
+#define CAPSOPS_NO_ENTRY(op) .op = nullptr,
+
 namespace cuda {
 
-// The kernels for GPUs; those of EM routing are null.
 extern const Kernels kernels;
 
-// What CUDA said of the last launch in this thread that failed.
+// What CUDA reported for the last failed launch of this thread.
 const char* error();
-// As CUDA writes them, 13000 for 13.0. The driver's is 0 where there is none.
+// In CUDA's own form: 13000 is version 13.0. The driver's version is 0 if there is no driver.
 int driver_version();
 int runtime_version();
 
@@ -186,15 +217,15 @@ int runtime_version();
 
 namespace cpu {
 
-// The kernels of the best instruction set of this machine, or of the one that was asked for; for capsules like these,
-// of the best for them.
+// The kernels of the best instruction set of this machine, or of the selected one. With capsules: of the best
+// instruction set for their shape.
 const Kernels& kernels();
 const Kernels& kernels(const Capsules& c);
 
 const char* instruction_set();
-// The instruction sets that were compiled and run here, best first, separated by spaces.
+// The compiled instruction sets that run on this machine, best first, separated by spaces.
 const char* instruction_sets();
-// "auto": the best. False if it was not compiled or does not run here.
+// Selects one; "auto": the best. Returns false if it was not compiled or does not run on this machine.
 bool use_instruction_set(const char* name);
 
 }  // namespace cpu

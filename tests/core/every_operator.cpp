@@ -254,15 +254,15 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
         check(name + "em", {{outputs, wide}, {s.B * s.J, wide}, {3 * s.B * s.J * (3 * H + 2), wide}},
               [&](int threads, Outputs o) {
                   const Status status = k.em_routing(operands(threads), activation.get(), beta_u.get(), beta_a.get(),
-                                                     temperatures.data(), 3, o[0]->get(), o[1]->get(), o[2]->get());
+                                                     temperatures, o[0]->get(), o[1]->get(), o[2]->get());
                   std::memcpy(em_state.get(), o[2]->get(), o[2]->bytes());
                   return status;
               });
         check(name + "em backward", {{capsules, dtype}, {weights, dtype}, {s.B * s.N, wide}, {s.J, wide}, {s.J, wide}},
               [&](int threads, Outputs o) {
-                  return k.em_routing_backward(operands(threads), activation.get(), beta_u.get(), temperatures.data(),
-                                               3, em_state.get(), g.get(), g_activation.get(),
-                                               {o[0]->get(), o[1]->get()}, o[2]->get(), o[3]->get(), o[4]->get());
+                  return k.em_routing_backward(operands(threads), activation.get(), beta_u.get(), temperatures,
+                                               em_state.get(), g.get(), g_activation.get(), o[0]->get(), o[1]->get(),
+                                               o[2]->get(), o[3]->get(), o[4]->get());
               });
     }
     if (s.rows > 1) return;
@@ -277,11 +277,11 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
     check(name + "attention backward", {{capsules, dtype}, {weights, dtype}, {s.J * s.J, wide}, {s.J, wide}},
           [&](int threads, Outputs o) {
               return k.attention_routing_backward(operands(threads), mix.get(), mix_bias.get(), saved.get(), g.get(),
-                                                  {o[0]->get(), o[1]->get()}, o[2]->get(), o[3]->get());
+                                                  o[0]->get(), o[1]->get(), o[2]->get(), o[3]->get());
           });
     check(name + "attention backward, bias", {{s.J, wide}}, [&](int threads, Outputs o) {
-        return k.attention_routing_backward(operands(threads), mix.get(), nullptr, saved.get(), g.get(),
-                                            {nullptr, nullptr}, nullptr, o[0]->get());
+        return k.attention_routing_backward(operands(threads), mix.get(), nullptr, saved.get(), g.get(), nullptr,
+                                            nullptr, nullptr, o[0]->get());
     });
     for (const bool leaky : {false, true}) {
         check(name + "dynamic", {{outputs, wide}, {3 * outputs, wide}}, [&](int threads, Outputs o) {
@@ -292,16 +292,16 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
             check(name + "dynamic backward", {{capsules, dtype}, {weights, dtype}, {s.J * H, wide}},
                   [&](int threads, Outputs o) {
                       return k.dynamic_routing_backward(operands(threads), 3, leaky, detach, saved.get(), g.get(),
-                                                        {o[0]->get(), o[1]->get()}, o[2]->get());
+                                                        o[0]->get(), o[1]->get(), o[2]->get());
                   });
     }
     check(name + "dynamic backward, u", {{capsules, dtype}}, [&](int threads, Outputs o) {
-        return k.dynamic_routing_backward(operands(threads), 3, true, false, saved.get(), g.get(),
-                                          {o[0]->get(), nullptr}, nullptr);
+        return k.dynamic_routing_backward(operands(threads), 3, true, false, saved.get(), g.get(), o[0]->get(), nullptr,
+                                          nullptr);
     });
     check(name + "dynamic backward, W", {{weights, dtype}}, [&](int threads, Outputs o) {
-        return k.dynamic_routing_backward(operands(threads), 3, true, false, saved.get(), g.get(),
-                                          {nullptr, o[0]->get()}, nullptr);
+        return k.dynamic_routing_backward(operands(threads), 3, true, false, saved.get(), g.get(), nullptr, o[0]->get(),
+                                          nullptr);
     });
     Numbers total(outputs, wide);
     check(name + "self-attention", {{outputs, wide}, {outputs, wide}, {outputs, wide}}, [&](int threads, Outputs o) {
@@ -313,17 +313,17 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
     check(name + "self-attention backward", {{capsules, dtype}, {weights, dtype}, {s.N * s.J, wide}},
           [&](int threads, Outputs o) {
               return k.self_attention_routing_backward(operands(threads), prior.get(), 0.5, total.get(), saved.get(),
-                                                       g.get(), {o[0]->get(), o[1]->get()}, o[2]->get());
+                                                       g.get(), o[0]->get(), o[1]->get(), o[2]->get());
           });
     check(name + "self-attention backward, prior", {{s.N * s.J, wide}}, [&](int threads, Outputs o) {
         return k.self_attention_routing_backward(operands(threads), nullptr, 0.5, total.get(), saved.get(), g.get(),
-                                                 {nullptr, nullptr}, o[0]->get());
+                                                 nullptr, nullptr, o[0]->get());
     });
     if (masked) return;
     check(name + "votes", {{s.B * s.N * s.J * H, dtype}},
           [&](int threads, Outputs o) { return k.affine_votes(operands(threads), o[0]->get()); });
     check(name + "votes backward", {{capsules, dtype}, {weights, dtype}}, [&](int threads, Outputs o) {
-        return k.affine_votes_backward(operands(threads), g_votes.get(), {o[0]->get(), o[1]->get()});
+        return k.affine_votes_backward(operands(threads), g_votes.get(), o[0]->get(), o[1]->get());
     });
 }
 
@@ -334,10 +334,10 @@ void layers(const Kernels& k, Dtype dtype, const std::string& name) {
         Numbers s(rows * dim, dtype), g(rows * dim, dtype);
         s.random(), g.random();
         check(name + "squash", {{rows * dim, dtype}}, [&](int threads, Outputs o) {
-            return k.squash(s.get(), o[0]->get(), rows, dim, kind, dtype, place(threads));
+            return k.squash(place(threads), s.get(), o[0]->get(), rows, dim, kind, dtype);
         });
         check(name + "squash backward", {{rows * dim, dtype}}, [&](int threads, Outputs o) {
-            return k.squash_backward(g.get(), s.get(), o[0]->get(), rows, dim, kind, dtype, place(threads));
+            return k.squash_backward(place(threads), g.get(), s.get(), o[0]->get(), rows, dim, kind, dtype);
         });
         const int64_t size = B * types * K * pixels;
         Numbers features(size, dtype), g_u(size, dtype);
@@ -392,7 +392,7 @@ void workspaces() {
                 const int64_t state = a * s.B * s.J * s.D;
                 const Capsules c{p,     p,       nullptr, s.B, s.N, s.K, s.J, s.D, 1, x.shared ? 0 : s.K * s.J * s.D,
                                  dtype, place(1)};
-                const CapsuleGradients gradients{p, gradient_of_weight ? p : nullptr};
+                void* const g_weight = gradient_of_weight ? p : nullptr;
                 const auto ask = [&](const char* op, bool params, Status status) {
                     int64_t most = 32'000'000 + 16 * state;
                     if (x.staged) most += 2 * a * s.B * s.K;
@@ -406,18 +406,18 @@ void workspaces() {
                     std::exit(1);
                 };
                 ask("attention", false, k.attention_routing(c, p, p, p, p));
-                ask("attention backward", true, k.attention_routing_backward(c, p, p, p, p, gradients, p, p));
+                ask("attention backward", true, k.attention_routing_backward(c, p, p, p, p, p, g_weight, p, p));
                 for (const int iterations : {1, 3, 10, 100, 10'000}) {
                     ask("dynamic", false, k.dynamic_routing(c, p, iterations, false, p, p));
                     for (const bool detach : {false, true})
                         ask("dynamic backward", false,
-                            k.dynamic_routing_backward(c, iterations, false, detach, p, p, gradients, p));
+                            k.dynamic_routing_backward(c, iterations, false, detach, p, p, p, g_weight, p));
                 }
                 ask("self-attention", false, k.self_attention_routing(c, p, 1, p, p, p));
                 ask("self-attention backward", false,
-                    k.self_attention_routing_backward(c, p, 1, p, p, p, gradients, p));
+                    k.self_attention_routing_backward(c, p, 1, p, p, p, p, g_weight, p));
                 ask("votes", false, k.affine_votes(c, p));
-                ask("votes backward", false, k.affine_votes_backward(c, p, gradients));
+                ask("votes backward", false, k.affine_votes_backward(c, p, p, g_weight));
             }
     std::printf("%d workspaces: none is larger than csrc/cuda/engine/limits.h says\n", sizes);
 }

@@ -3,7 +3,6 @@
 
 #include <chrono>
 
-#include "operators.h"
 #include "stream.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {

@@ -1,6 +1,5 @@
 // û_bi = u_bi W_i, written out: for inspection only, since [B, N, J, D] is what the routings avoid.
 
-#include "../engine/operators.h"
 #include "../engine/stream.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
@@ -37,7 +36,8 @@ Status affine_votes(const Capsules& c, void* votes) {
     });
 }
 
-Status affine_votes_backward(const Capsules& c, const void* g_votes, const CapsuleGradients& gradients) {
+Status affine_votes_backward(const Capsules& c, const void* g_votes, void* g_u, void* g_weight) {
+    const CapsuleGradients gradients{g_u, g_weight};
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, Layout::components);
         emit(o, StoredVoteGradient<A>{o, g_votes}, gradients, static_cast<A*>(nullptr));

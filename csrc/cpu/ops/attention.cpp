@@ -10,7 +10,6 @@
 // Of two output capsules dz_1 = −dz_0.
 
 #include "../../math/softmax.h"
-#include "../engine/operators.h"
 #include "../engine/stream.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
@@ -205,8 +204,8 @@ template <class A> struct AttentionGradient {
 template <class A> constexpr bool takes_registers<AttentionGradient<A>> = true;
 
 Status attention_routing_backward(const Capsules& c, const void* attn_weight, const void* attn_bias, const void* s,
-                                  const void* g_v, const CapsuleGradients& gradients, void* g_attn_weight,
-                                  void* g_attn_bias) {
+                                  const void* g_v, void* g_u, void* g_weight, void* g_attn_weight, void* g_attn_bias) {
+    const CapsuleGradients gradients{g_u, g_weight};
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A>(c, true));
         const int64_t rows = c.B * o.J, J = o.J;

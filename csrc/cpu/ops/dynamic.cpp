@@ -10,8 +10,6 @@
 
 #include "dynamic.h"
 
-#include "../engine/operators.h"
-
 namespace capsops::cpu::CAPSOPS_ISA {
 namespace {
 
@@ -168,7 +166,8 @@ template <class A> constexpr bool takes_registers<AdjointSum<A>> = true;
 template <class A> constexpr bool takes_registers<DynamicGradient<A>> = true;
 
 Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leaky, bool detach, const void* s_,
-                                const void* g_v_, const CapsuleGradients& gradients, void* g_bias_) {
+                                const void* g_v_, void* g_u, void* g_weight, void* g_bias_) {
+    const CapsuleGradients gradients{g_u, g_weight};
     if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A>(c, true));

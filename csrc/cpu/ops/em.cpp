@@ -11,8 +11,6 @@
 
 #include "em.h"
 
-#include "../engine/operators.h"
-
 namespace capsops::cpu::CAPSOPS_ISA {
 namespace {
 
@@ -35,8 +33,8 @@ template <class A> struct EmSum {
 }  // namespace
 
 Status em_routing(const Capsules& c, const void* activation, const void* beta_u_, const void* beta_a_,
-                  const double* inverse_temperatures, int64_t iterations, void* mean_, void* out_activation,
-                  void* state) {
+                  std::span<const double> inverse_temperatures, void* mean_, void* out_activation, void* state) {
+    const int64_t iterations = static_cast<int64_t>(inverse_temperatures.size());
     if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A>(c, false));
@@ -169,9 +167,11 @@ template <class A> struct EmGradient {
 }  // namespace
 
 Status em_routing_backward(const Capsules& c, const void* activation, const void* beta_u_,
-                           const double* inverse_temperatures, int64_t iterations, const void* state,
-                           const void* g_mean_, const void* g_out_activation, const CapsuleGradients& gradients,
-                           void* g_activation_, void* g_beta_u_, void* g_beta_a_) {
+                           std::span<const double> inverse_temperatures, const void* state, const void* g_mean_,
+                           const void* g_out_activation, void* g_u, void* g_weight, void* g_activation_,
+                           void* g_beta_u_, void* g_beta_a_) {
+    const CapsuleGradients gradients{g_u, g_weight};
+    const int64_t iterations = static_cast<int64_t>(inverse_temperatures.size());
     if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A>(c, false));

@@ -2,7 +2,6 @@
 // way. A row of neighbouring capsules is taken at a time, so that both sides are read and written in whole cache lines
 // whatever the layout.
 
-#include "../engine/operators.h"
 #include "../engine/stream.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {

@@ -9,7 +9,6 @@
 //
 // again in two passes.
 
-#include "../engine/operators.h"
 #include "dynamic.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
@@ -106,8 +105,8 @@ Status self_attention_routing(const Capsules& c, const void* prior, double scale
 }
 
 Status self_attention_routing_backward(const Capsules& c, const void* prior, double scale_, const void* total,
-                                       const void* s, const void* g_v, const CapsuleGradients& gradients,
-                                       void* g_prior) {
+                                       const void* s, const void* g_v, void* g_u, void* g_weight, void* g_prior) {
+    const CapsuleGradients gradients{g_u, g_weight};
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A>(c, false));
         const A scale = static_cast<A>(scale_);

@@ -1,7 +1,6 @@
-// squash along contiguous rows, forward and backward; the formulas are in math/squash.h. Each row is read once, computed
-// in the accumulation type and written once; nothing is saved but s.
+// squash along contiguous rows, forward and backward; the formulas are in math/squash.h. Each row is read once,
+// computed in the accumulation type and written once; nothing is saved but s.
 
-#include "../engine/operators.h"
 #include "../engine/stream.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
@@ -27,7 +26,7 @@ template <class A, class Row> void for_each_row(int64_t rows, int64_t dim, const
 
 }  // namespace
 
-Status squash(const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, const Place& place) {
+Status squash(const Place& place, const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind, Dtype dtype) {
     return for_accumulation(dtype, [&]<class A>() {
         for_each_row<A>(rows, dim, place, [&](int64_t r, A* x) {
             read(s, dtype, r * dim, dim, x);
@@ -37,8 +36,8 @@ Status squash(const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind
     });
 }
 
-Status squash_backward(const void* g_v, const void* s, void* g_s, int64_t rows, int64_t dim, SquashKind kind,
-                       Dtype dtype, const Place& place) {
+Status squash_backward(const Place& place, const void* g_v, const void* s, void* g_s, int64_t rows, int64_t dim,
+                       SquashKind kind, Dtype dtype) {
     return for_accumulation(dtype, [&]<class A>() {
         for_each_row<A>(rows, dim, place, [&](int64_t r, A* x) {
             A *g = x + dim, *out = x + 2 * dim;

@@ -1,27 +1,13 @@
-// The table of operators for GPUs, and what CUDA says of itself.
+// The table of operators for GPUs, and the versions and errors that CUDA reports.
 
 #include "device.h"
-#include "operators.h"
 
 namespace capsops::cuda {
 
-extern const Kernels kernels = {
-    .squash = squash,
-    .squash_backward = squash_backward,
-    .primary_capsules = primary_capsules,
-    .primary_capsules_backward = primary_capsules_backward,
-    .affine_votes = affine_votes,
-    .affine_votes_backward = affine_votes_backward,
-    .attention_routing = attention_routing,
-    .attention_routing_backward = attention_routing_backward,
-    .dynamic_routing = dynamic_routing,
-    .dynamic_routing_backward = dynamic_routing_backward,
-    .self_attention_routing = self_attention_routing,
-    .self_attention_routing_backward = self_attention_routing_backward,
-    .em_routing = nullptr,
-    .em_routing_backward = nullptr,
-    .probe = nullptr,
-};
+CAPSOPS_CPU_AND_CUDA_OPERATORS(CAPSOPS_DECLARE)
+
+extern const Kernels kernels = {CAPSOPS_CPU_AND_CUDA_OPERATORS(CAPSOPS_ENTRY)  //
+                                CAPSOPS_CPU_ONLY_OPERATORS(CAPSOPS_NO_ENTRY) CAPSOPS_NO_ENTRY(probe)};
 
 #if !defined(CAPSOPS_EMULATION)
 const char* error() {

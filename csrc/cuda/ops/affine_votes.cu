@@ -1,7 +1,6 @@
 // û_bi = u_bi W_i, written out: for inspection only, since [B, N, J, D] is what the routings avoid. Forward a thread
 // for each component of a vote.
 
-#include "../engine/operators.h"
 #include "../engine/stream.cuh"
 
 namespace capsops::cuda {
@@ -57,7 +56,8 @@ Status affine_votes(const Capsules& c, void* votes) {
     });
 }
 
-Status affine_votes_backward(const Capsules& c, const void* g_votes, const CapsuleGradients& gradients) {
+Status affine_votes_backward(const Capsules& c, const void* g_votes, void* g_u, void* g_weight) {
+    const CapsuleGradients gradients{g_u, g_weight};
     return for_storage(c.dtype, [&]<class T>() {
         return for_width<T>(c.D, [&]<int width>() {
             Workspace w(c.place);

@@ -6,8 +6,6 @@
 
 #include "attention.cuh"
 
-#include "../engine/operators.h"
-
 namespace capsops::cuda {
 Status attention_routing(const Capsules& c, const void* attn_weight, const void* attn_bias, void* v, void* s) {
     return for_storage(c.dtype, [&]<class T>() {
@@ -23,8 +21,8 @@ Status attention_routing(const Capsules& c, const void* attn_weight, const void*
 }
 
 Status attention_routing_backward(const Capsules& c, const void* attn_weight, const void* attn_bias, const void* s,
-                                  const void* g_v, const CapsuleGradients& gradients, void* g_attn_weight,
-                                  void* g_attn_bias) {
+                                  const void* g_v, void* g_u, void* g_weight, void* g_attn_weight, void* g_attn_bias) {
+    const CapsuleGradients gradients{g_u, g_weight};
     return for_storage(c.dtype, [&]<class T>() {
         return for_width<T>(c.D, [&]<int width>() {
             using A = Accumulation<T>;

@@ -7,7 +7,6 @@
 // states would take much memory a group at a time is emitted, the last ones first.
 
 #include "../../math/softmax.h"
-#include "../engine/operators.h"
 #include "../engine/rows.cuh"
 #include "agreement.h"
 
@@ -80,7 +79,8 @@ __global__ void earlier_gradient(const A* H, A* g_V, const A* s, A* g_s, int64_t
 }  // namespace
 
 Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leaky, bool detach, const void* s_,
-                                const void* g_v, const CapsuleGradients& gradients, void* g_bias) {
+                                const void* g_v, void* g_u, void* g_weight, void* g_bias) {
+    const CapsuleGradients gradients{g_u, g_weight};
     if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const int64_t rows = c.B * c.J, size = rows * c.D;

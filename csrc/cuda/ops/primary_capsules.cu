@@ -1,7 +1,6 @@
 // Primary capsules: squash, and the change from the convolution's layout to [B, N, K], in one pass over memory each
 // way. A thread for each capsule, neighbouring capsules in neighbouring threads.
 
-#include "../engine/operators.h"
 #include "../engine/rows.cuh"
 
 namespace capsops::cuda {

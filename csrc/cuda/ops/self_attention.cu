@@ -4,7 +4,6 @@
 // The gradient of self-attention routing, again in two passes: H_j = Σ_i δ_ij û_ij, and then
 // g_û = (p + prior) g_s + scale (δ T + H).
 
-#include "../engine/operators.h"
 #include "../engine/rows.cuh"
 #include "agreement.h"
 
@@ -24,8 +23,8 @@ Status self_attention_routing(const Capsules& c, const void* prior, double scale
 }
 
 Status self_attention_routing_backward(const Capsules& c, const void* prior, double scale, const void* total,
-                                       const void* s, const void* g_v, const CapsuleGradients& gradients,
-                                       void* g_prior) {
+                                       const void* s, const void* g_v, void* g_u, void* g_weight, void* g_prior) {
+    const CapsuleGradients gradients{g_u, g_weight};
     return for_accumulation(c.dtype, [&]<class A>() {
         const int64_t rows = c.B * c.J, size = rows * c.D;
         Workspace w(c.place);

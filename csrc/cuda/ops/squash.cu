@@ -1,11 +1,10 @@
 // squash along contiguous rows, forward and backward; the formulas are in math/squash.h. A thread for each row.
 
-#include "../engine/operators.h"
 #include "../engine/rows.cuh"
 
 namespace capsops::cuda {
 
-Status squash(const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind, Dtype dtype, const Place& place) {
+Status squash(const Place& place, const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind, Dtype dtype) {
     return for_storage(dtype, [&]<class T>() {
         const Workspace w(place);
         if (rows * dim == 0) return Status::ok;
@@ -14,8 +13,8 @@ Status squash(const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind
     });
 }
 
-Status squash_backward(const void* g_v, const void* s, void* g_s, int64_t rows, int64_t dim, SquashKind kind,
-                       Dtype dtype, const Place& place) {
+Status squash_backward(const Place& place, const void* g_v, const void* s, void* g_s, int64_t rows, int64_t dim,
+                       SquashKind kind, Dtype dtype) {
     return for_storage(dtype, [&]<class T>() {
         const Workspace w(place);
         if (rows * dim == 0) return Status::ok;

@@ -1,0 +1,30 @@
+"""The tables of operators say which kernels a backend has."""
+
+from __future__ import annotations
+
+import pytest
+
+from capsops.backends import extension
+
+_C = extension._C
+
+
+def test_the_cpu_has_a_kernel_for_every_operator() -> None:
+    names = _C.operators("cpu")
+    assert len(set(names)) == len(names)
+    assert set(names) == set(extension.__all__)
+    assert all(callable(getattr(_C, name)) for name in names)
+
+
+def test_cuda_has_a_part_of_them_or_none() -> None:
+    names = _C.operators("cuda")
+    if _C.cuda_architectures is None:
+        assert names == []
+    else:
+        assert "attention_routing" in names
+        assert set(_C.operators("cpu")) - set(names) == {"em_routing", "em_routing_backward"}
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    with pytest.raises(ValueError, match='operators: backend is "triton"; expected "cpu" or "cuda"'):
+        _C.operators("triton")
