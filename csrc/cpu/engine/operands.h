@@ -92,8 +92,9 @@ template <class Function> inline Status for_accumulation(Dtype dtype, Function f
 // Vectors of a vote that the registers have room for (votes.h).
 constexpr int64_t most_vote_vectors = 2;
 
-// in_registers: whether the policy takes the votes of two output capsules in registers (votes.h).
-template <class A> inline Layout best_layout(const Capsules& c, bool in_registers) {
+// The layout for some policies. Those that take votes in registers have their own loops for two output capsules.
+template <class A, class... Policies> inline Layout best_layout(const Capsules& c) {
+    constexpr bool in_registers = (Policies::takes_registers && ...);
     constexpr int64_t n = Lanes<A>::count;
     const int64_t H = c.rows * c.D;
     if (in_registers && c.J == 2 && ceil_div(H, n) <= most_vote_vectors && 4 * H >= 3 * n) return Layout::components;

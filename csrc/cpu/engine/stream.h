@@ -1,35 +1,57 @@
-// The streaming loops that every routing on the CPU runs through.
+// The loops over the input capsules that every routing on the CPU uses.
 //
-//   contract   out[b] = Σ_i û_bi                         one pass over u and W; nothing else is needed of the votes
-//   reduce     out[b] = Σ_i policy(û_bi)                 one pass over u and W, nothing written but out
-//   emit       g_u,bi = g_û,bi W_iᵀ;  g_W,i = Σ_b u_biᵀ g_û,bi     one pass that recomputes û and writes both
+//   contract   out[b] = Σ_i û_bi                                 one pass over u and W that forms no votes
+//   reduce     out[b] = Σ_i policy(û_bi)                         one pass over u and W that writes only out
+//   emit       g_u,bi = g_û,bi W_iᵀ;  g_W,i = Σ_b u_biᵀ g_û,bi   one pass that recomputes û and writes both
 //
-// A policy sees one tile (tile.h) at a time:
+// What distinguishes the routings is in policies: ReducingPolicy and EmittingPolicy below.
 //
-//   reducing   accumulate(tile, sum, scratch)     adds to sum [state_rows, row_size()]
-//   emitting   emit(tile, params, scratch)        writes tile.g_votes and adds to params [param_count()]
+// The loops serve two regimes. With many input capsules and a small batch, blocks of capsules are the parallel tasks, a
+// tile holds several capsules, the lanes of a vector hold components of a vote, and memory is the bound. With few
+// capsules and a large batch, groups of batch items are tasks too, a tile is a part of one capsule's batch, the lanes
+// hold batch items (panel.h), and arithmetic is the bound.
 //
-// and if it takes votes in registers (takes_registers), those of some batch items for two output capsules:
-//
-//   reducing   accumulate(votes, b, sum)
-//   emitting   emit(votes, b, totals)             replaces the votes; totals() at the start of a block, and at its end
-//                                                 add(totals, params)
-//
-// Two regimes share the loops. Many input capsules and a small batch: the blocks of capsules are the parallel tasks, a
-// tile takes several capsules, the lanes of a vector hold components of a vote, and memory is the bound. Few capsules
-// and a large batch: groups of batch items are tasks too, a tile is a part of one capsule's batch, the lanes hold its
-// items (panel.h), and arithmetic is the bound.
-//
-// Blocks and groups depend on the shape alone. Every block has partial sums of its own, which are added in the order of
-// the blocks, in double: so the result is bitwise the same for any number of threads, and no sum runs over more than
-// one block's capsules in the accumulation type.
+// Results are bitwise the same for any number of threads: blocks and groups depend on the shape alone, every block has
+// its own partial sums, and these are added in the order of the blocks, in double. So no sum in the accumulation type
+// runs over more than one block of capsules.
 #pragma once
+
+#include <concepts>
 
 #include "../../math/squash.h"
 #include "gradients.h"
 #include "traverse.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
+
+// What `reduce` needs: accumulate() adds the terms of one tile to sum [state_rows, row_size()]. A policy that takes
+// votes in registers (votes.h) has a second accumulate(), for the votes of a few batch items b and two output capsules.
+template <class P, class A>
+concept ReducingPolicy = requires(const P& policy, Tile<A>& tile, A* sum, A* scratch /* [scratch_size()] */) {
+    { policy.row_size() } -> std::same_as<int64_t>;
+    { policy.scratch_size() } -> std::same_as<int64_t>;
+    policy.accumulate(tile, sum, scratch);
+    requires !P::takes_registers ||
+                 requires(const Votes<A, 1, 1>& votes, const int64_t* b) { policy.accumulate(votes, b, sum); };
+};
+
+// What `emit` needs: emit() writes tile.g_votes, from tile.votes if needs_votes, and adds to params [param_count()].
+// A policy that takes votes in registers has a second emit(), which replaces votes by their gradients. Its
+// contributions to params are kept in totals() of one block of capsules, and add() adds them at the end of the block.
+template <class P, class A>
+concept EmittingPolicy = requires(const P& policy, Tile<A>& tile, A* params, A* scratch /* [scratch_size()] */) {
+    { P::needs_votes } -> std::convertible_to<bool>;
+    { policy.param_count() } -> std::same_as<int64_t>;
+    { policy.scratch_size() } -> std::same_as<int64_t>;
+    policy.emit(tile, params, scratch);
+    requires !P::takes_registers || requires(Votes<A, 1, 1>& votes, const int64_t* b) {
+        { policy.totals() } -> std::same_as<typename P::Totals>;
+        requires requires(typename P::Totals& totals) {
+            policy.emit(votes, b, totals);
+            policy.add(totals, params);
+        };
+    };
+};
 
 // visit(tile, sum [B, row_size], scratch [scratch_size]) for every tile.
 template <bool with_votes, class A, class Visit>
@@ -132,7 +154,7 @@ template <class A> inline void contract(const Operands<A>& o, A* out /* a state 
     });
 }
 
-template <class A, class Policy>
+template <class A, ReducingPolicy<A> Policy>
 inline void reduce(const Operands<A>& o, const Policy& policy, A* out /* [state_rows, policy.row_size()] */) {
     if (o.layout == Layout::items) {
         const Workspace<A> w(o, false);
@@ -142,7 +164,7 @@ inline void reduce(const Operands<A>& o, const Policy& policy, A* out /* [state_
             });
     }
     for_vote_vectors(o, [&]<int E>() {
-        if constexpr (E > 0 && takes_registers<Policy>) {
+        if constexpr (E > 0 && Policy::takes_registers) {
             const RowsMemory<A> memory(o, o.c.place.threads);
             sum_over_tasks(o.c, 1, policy.row_size(), 0, out, [&](const Tasks& tasks, int64_t task, A* sum, A*) {
                 const auto visit = [&](const Rows<A>& x) {
@@ -202,7 +224,7 @@ inline void emit_rows(const Operands<A>& o, const Tasks& tasks, int64_t task, co
     policy.add(totals, params);
 }
 
-template <class A, class Policy>
+template <class A, EmittingPolicy<A> Policy>
 inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradients& gradients,
                  A* params /* [policy.param_count()] */) {
     const Capsules& c = o.c;
@@ -241,7 +263,7 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
             const GradientWriter<A> writer{o,           gradients, direct,
                                            past_caches, g_weight,  scratch + scratch_size + weights_size};
             for_vote_vectors(o, [&]<int E>() {
-                if constexpr (E > 0 && takes_registers<Policy>)
+                if constexpr (E > 0 && Policy::takes_registers)
                     emit_rows<E>(o, tasks, task, policy, rows_memory, sums, writer);
                 else
                     emit_tiles(o, tasks, task, policy, w, own, scratch, sums, writer);

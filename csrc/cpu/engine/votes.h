@@ -145,8 +145,6 @@ template <class A, class Function> inline void for_vote_vectors(const Operands<A
     function.template operator()<0>();
 }
 
-template <class Policy> constexpr bool takes_registers = false;
-
 // One input capsule and the batch items that it is there for.
 template <class A> struct Rows {
     int64_t i;

@@ -7,7 +7,7 @@ namespace {
 
 // The gradient of the votes, as stored by the caller.
 template <class A> struct StoredVoteGradient {
-    static constexpr bool needs_votes = false;
+    static constexpr bool needs_votes = false, takes_registers = false;
     const Operands<A>& o;
     const void* g_votes;  // [B, N, J, H] storage
 

@@ -72,6 +72,7 @@ template <class A> struct PairAttention {
 namespace {
 
 template <class A> struct AttentionSum {
+    static constexpr bool takes_registers = true;
     Attention<A> attention;
     PairAttention<A> pair;
     int64_t D;
@@ -105,11 +106,9 @@ template <class A> struct AttentionSum {
 
 }  // namespace
 
-template <class A> constexpr bool takes_registers<AttentionSum<A>> = true;
-
 Status attention_routing(const Capsules& c, const void* attn_weight, const void* attn_bias, void* v, void* s) {
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c, best_layout<A>(c, true));
+        const Operands<A> o(c, best_layout<A, AttentionSum<A>>(c));
         const Attention<A> attention{static_cast<const A*>(attn_weight), static_cast<const A*>(attn_bias), o.J};
         Buffer<A> sum(o.state_size());
         reduce(o, AttentionSum<A>{attention, PairAttention<A>(attention), o.D}, sum.get());
@@ -121,7 +120,7 @@ Status attention_routing(const Capsules& c, const void* attn_weight, const void*
 namespace {
 
 template <class A> struct AttentionGradient {
-    static constexpr bool needs_votes = true;
+    static constexpr bool needs_votes = true, takes_registers = true;
     Attention<A> attention;
     PairAttention<A> pair;
     const A* transposed;  // Aᵀ [J, J]
@@ -201,13 +200,11 @@ template <class A> struct AttentionGradient {
 
 }  // namespace
 
-template <class A> constexpr bool takes_registers<AttentionGradient<A>> = true;
-
 Status attention_routing_backward(const Capsules& c, const void* attn_weight, const void* attn_bias, const void* s,
                                   const void* g_v, void* g_u, void* g_weight, void* g_attn_weight, void* g_attn_bias) {
     const CapsuleGradients gradients{g_u, g_weight};
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c, best_layout<A>(c, true));
+        const Operands<A> o(c, best_layout<A, AttentionGradient<A>>(c));
         const int64_t rows = c.B * o.J, J = o.J;
         const A* weight = static_cast<const A*>(attn_weight);
         Buffer<A> g_s(rows * o.H), packed(o.state_size()), transposed(J * J);

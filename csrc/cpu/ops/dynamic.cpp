@@ -14,6 +14,7 @@ namespace capsops::cpu::CAPSOPS_ISA {
 namespace {
 
 template <class A> struct DynamicSum {
+    static constexpr bool takes_registers = true;
     Dynamic<A> dynamic;
     int64_t J, D;
 
@@ -34,12 +35,10 @@ template <class A> struct DynamicSum {
 
 }  // namespace
 
-template <class A> constexpr bool takes_registers<DynamicSum<A>> = true;
-
 Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, bool leaky, void* v, void* s) {
     if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c, best_layout<A>(c, true));
+        const Operands<A> o(c, best_layout<A, DynamicSum<A>>(c));
         const int64_t rows = c.B * o.J, size = rows * o.H;
         A* out = static_cast<A*>(v);
         Buffer<A> sum(o.state_size()), total(size), V(o.state_size());
@@ -66,6 +65,7 @@ Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, 
 namespace {
 
 template <class A> struct AdjointSum {
+    static constexpr bool takes_registers = true;
     DynamicAdjoint<A> adjoint;
     int64_t J, D;
 
@@ -87,7 +87,7 @@ template <class A> struct AdjointSum {
 };
 
 template <class A> struct DynamicGradient {
-    static constexpr bool needs_votes = true;
+    static constexpr bool needs_votes = true, takes_registers = true;
     const A* V;    // [iterations, B, J, D]
     const A* g_s;  // [iterations, B, J, D]
     int64_t size;  // of one iteration
@@ -162,15 +162,12 @@ template <class A> struct DynamicGradient {
 
 }  // namespace
 
-template <class A> constexpr bool takes_registers<AdjointSum<A>> = true;
-template <class A> constexpr bool takes_registers<DynamicGradient<A>> = true;
-
 Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leaky, bool detach, const void* s_,
                                 const void* g_v_, void* g_u, void* g_weight, void* g_bias_) {
     const CapsuleGradients gradients{g_u, g_weight};
     if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c, best_layout<A>(c, true));
+        const Operands<A> o(c, best_layout<A, AdjointSum<A>, DynamicGradient<A>>(c));
         const int64_t rows = c.B * o.J, compact = rows * o.H, size = o.state_size();
         const A* s = static_cast<const A*>(s_);
         const int64_t last = iterations - 1;

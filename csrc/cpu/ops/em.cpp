@@ -15,6 +15,7 @@ namespace capsops::cpu::CAPSOPS_ISA {
 namespace {
 
 template <class A> struct EmSum {
+    static constexpr bool takes_registers = false;
     Assignment<A> assignment;
     Moments<A> moments;
     const A* shift;  // a state
@@ -37,7 +38,7 @@ Status em_routing(const Capsules& c, const void* activation, const void* beta_u_
     const int64_t iterations = static_cast<int64_t>(inverse_temperatures.size());
     if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c, best_layout<A>(c, false));
+        const Operands<A> o(c, best_layout<A, EmSum<A>>(c));
         const int64_t J = o.J, size = o.state_size();
         const A* beta_u = static_cast<const A*>(beta_u_);
         const A* beta_a = static_cast<const A*>(beta_a_);
@@ -98,6 +99,7 @@ template <class A> struct EmAdjoint {
 };
 
 template <class A> struct EmAdjointSum {
+    static constexpr bool takes_registers = false;
     EmAdjoint<A> adjoint;
     Moments<A> moments;
 
@@ -115,7 +117,7 @@ template <class A> struct EmAdjointSum {
 };
 
 template <class A> struct EmGradient {
-    static constexpr bool needs_votes = true;
+    static constexpr bool needs_votes = true, takes_registers = false;
     const EmAdjoint<A>* adjoints;  // [iterations]
     int64_t iterations;
     int64_t J, N;
@@ -174,7 +176,7 @@ Status em_routing_backward(const Capsules& c, const void* activation, const void
     const int64_t iterations = static_cast<int64_t>(inverse_temperatures.size());
     if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c, best_layout<A>(c, false));
+        const Operands<A> o(c, best_layout<A, EmAdjointSum<A>, EmGradient<A>>(c));
         const int64_t rows = c.B * o.J, J = o.J, H = o.H, size = o.state_size();
         const A* beta_u = static_cast<const A*>(beta_u_);
         Gaussians<A> gaussians(o, iterations, static_cast<const A*>(state));

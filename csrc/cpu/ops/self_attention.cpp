@@ -15,6 +15,7 @@ namespace capsops::cpu::CAPSOPS_ISA {
 namespace {
 
 template <class A> struct SelfAttention {
+    static constexpr bool takes_registers = false;
     const A* T;      // scale · T, a state
     const A* prior;  // [N, J], or null
     int64_t J, D;
@@ -41,6 +42,7 @@ template <class A> struct SelfAttention {
 };
 
 template <class A> struct SelfAttentionAdjoint {
+    static constexpr bool takes_registers = false;
     DynamicAdjoint<A> adjoint;
     int64_t J, D;
 
@@ -55,7 +57,7 @@ template <class A> struct SelfAttentionAdjoint {
 };
 
 template <class A> struct SelfAttentionGradient {
-    static constexpr bool needs_votes = true;
+    static constexpr bool needs_votes = true, takes_registers = false;
     SelfAttention<A> attention;
     const A* g_s;  // a state
     const A* H;    // scale · H, a state
@@ -93,7 +95,7 @@ template <class A> void multiply_all(A* x, int64_t size, A scale) {
 
 Status self_attention_routing(const Capsules& c, const void* prior, double scale, void* v, void* total, void* s) {
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c, best_layout<A>(c, false));
+        const Operands<A> o(c, best_layout<A, SelfAttention<A>>(c));
         Buffer<A> sum(o.state_size()), T(o.state_size());
         contract(o, T.get());
         o.unpack(T.get(), static_cast<A*>(total));
@@ -108,7 +110,7 @@ Status self_attention_routing_backward(const Capsules& c, const void* prior, dou
                                        const void* s, const void* g_v, void* g_u, void* g_weight, void* g_prior) {
     const CapsuleGradients gradients{g_u, g_weight};
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c, best_layout<A>(c, false));
+        const Operands<A> o(c, best_layout<A, SelfAttentionAdjoint<A>, SelfAttentionGradient<A>>(c));
         const A scale = static_cast<A>(scale_);
         const int64_t rows = c.B * o.J, size = o.state_size();
         Buffer<A> T(size), g_s(rows * o.H), g_s_packed(size), H(size);

@@ -8,14 +8,10 @@
 // The tile has as many capsules as `limits` allow, from the shape alone. What is summed over all capsules is
 // summed in pieces of a tile, and these in their order, in double.
 //
-// A policy says
-//
-//   staged_numbers(J, D)                  numbers of a pair of batch item and input capsule that it keeps besides û
-//   stage_couplings(t, scratch, c, place)
-//   stage_gradient(t, scratch, g, params, pieces, place)    params [pieces, param_count]: sums over the tile
-//
-// Pairs that are masked have votes of 0.
+// Masked pairs have votes of 0.
 #pragma once
+
+#include <concepts>
 
 #include "product.h"
 #include "rows.cuh"
@@ -42,15 +38,34 @@ template <class A> struct StagedVotes {
 
 // What a policy makes of votes to weigh them with.
 template <class A> struct Couplings {
-    const A* c;      // [pairs, J], or [pairs, J, D] if elementwise; null: all are `equal`
-    const A* prior;  // [N, J], added; or null
-    A equal;
-    bool elementwise;
+    const A* c = nullptr;      // [pairs, J], or [pairs, J, D] if elementwise; null: all are `equal`
+    const A* prior = nullptr;  // [N, J], added; or null
+    A equal = A(0);
+    bool elementwise = false;
 
     __device__ A of(const StagedVotes<A>& t, int64_t pair, int64_t j) const {
         const A own = c ? c[pair * t.J + j] : equal;
         return prior ? own + prior[(t.first + pair % t.count) * t.J + j] : own;
     }
+};
+
+// What reduce_staged needs of a policy: the couplings of a tile. staged_numbers(J, D) is how many numbers of scratch
+// memory it takes for each pair of batch item and input capsule.
+template <class P, class A>
+concept StagedReducingPolicy =
+    requires(const P& policy, const StagedVotes<A>& t, A* scratch, Couplings<A>& c, const Place& place) {
+        { P::staged_numbers(t.J, t.D) } -> std::same_as<int64_t>;
+        { policy.stage_couplings(t, scratch, c, place) } -> std::same_as<Status>;
+    };
+
+// What emit_staged needs: the gradient g of the votes of a tile, computed from the votes if needs_votes, and sums over
+// the tile in params [pieces, param_count].
+template <class P, class A>
+concept StagedEmittingPolicy = requires(const P& policy, const StagedVotes<A>& t, A* scratch, A* g, A* params,
+                                        int64_t pieces, const Place& place) {
+    { P::needs_votes } -> std::convertible_to<bool>;
+    { P::staged_numbers(t.J, t.D) } -> std::same_as<int64_t>;
+    { policy.stage_gradient(t, scratch, g, params, pieces, place) } -> std::same_as<Status>;
 };
 
 // As many pieces of a sum as there should be, if they may take so much memory. size: numbers of a piece.
@@ -205,7 +220,7 @@ Status for_tiles(const Capsules& c, StagedVotes<Accumulation<T>>& t, const Works
     return Status::ok;
 }
 
-template <class T, class Policy>
+template <class T, StagedReducingPolicy<Accumulation<T>> Policy>
 Status reduce_staged(const Capsules& c, const Policy& policy, Workspace& whole, Accumulation<T>* out) {
     using A = Accumulation<T>;
     const int64_t JD = c.J * c.D, own = policy.staged_numbers(c.J, c.D);
@@ -231,7 +246,7 @@ Status reduce_staged(const Capsules& c, const Policy& policy, Workspace& whole, 
     return sum.write(out, false, c.place);
 }
 
-template <class T, class Policy, class Add>
+template <class T, StagedEmittingPolicy<Accumulation<T>> Policy, class Add>
 Status emit_staged(const Capsules& c, const Policy& policy, const CapsuleGradients& gradients, int64_t param_count,
                    Workspace& whole, bool more, Add add) {
     using A = Accumulation<T>;

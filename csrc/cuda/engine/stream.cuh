@@ -12,14 +12,9 @@
 // sums g_W over them. Every block has partial sums of its own, which are added in the order of the blocks, in double:
 // no atomics, and bitwise the same from run to run.
 //
-// A policy says for a thread
-//
-//   start(at, own)            at the start of a tile: what the thread keeps of it
-//   couple(at, own, v, c)     reducing: the weights c of the components of the vote v
-//   gradient(at, own, v, g)   emitting: the gradient g of the vote v
-//
-// All threads of a block call them together, for they exchange numbers through shared memory. Where the votes of one
-// batch item do not fit into a block, reduce and emit go by staged.cuh, and the policy by what it says there.
+// What distinguishes the routings is in policies: ReducingPolicy and EmittingPolicy below. All threads of a block call
+// the functions of a policy together, because they exchange numbers through shared memory. If the votes of one batch
+// item do not fit into a block, reduce and emit use the loops of staged.cuh.
 #pragma once
 
 #include "staged.cuh"
@@ -243,6 +238,30 @@ template <int width, class A> __device__ inline A dot(const A (&x)[width], const
     return sum;
 }
 
+// ---- policies ------------------------------------------------------------------------------------------------
+
+// What `reduce` needs. start() loads what the thread keeps in registers for a tile of the batch; couple() computes the
+// weights c of the components of the vote v.
+template <class P, class T, int width, class A = Accumulation<T>>
+concept ReducingPolicy = StagedReducingPolicy<P, A> && requires(const P& policy, const At<A, width>& at,
+                                                                typename P::Own& own, A (&v)[width], A (&c)[width]) {
+    policy.start(at, own);
+    policy.couple(at, own, v, c);
+};
+
+// What `emit` needs. The host calls cut() with the rows of votes in a block and the parts of a vote. gradient()
+// computes the gradient g of the vote v. end_block() writes the sums of the block to params [runs, param_count].
+template <class P, class T, int width, class A = Accumulation<T>>
+concept EmittingPolicy =
+    StagedEmittingPolicy<P, A> && requires(P& policy, const P& on_device, const At<A, width>& at, typename P::Own& own,
+                                           A (&v)[width], A (&g)[width], A* params) {
+        policy.cut(int{}, int{});
+        on_device.begin_block();
+        on_device.start(at, own);
+        on_device.gradient(at, own, v, g);
+        on_device.end_block(params);
+    };
+
 // ---- reduce ------------------------------------------------------------------------------------------------
 
 // Blocks that a multiprocessor should have room for, and so how many registers a thread may take: one where its numbers
@@ -423,7 +442,7 @@ template <class T, class Function> inline Status for_width(int64_t D, Function f
 }
 
 // out [B, J, D] = Σ_i policy(û_bi). numbers: that a thread of the policy has in shared memory.
-template <int width, class T, class Policy>
+template <int width, class T, ReducingPolicy<T, width> Policy>
 Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspace& whole, Accumulation<T>* out) {
     using A = Accumulation<T>;
     const int64_t size = c.B * c.J * c.D;
@@ -458,7 +477,7 @@ template <class T, class Add> Status emit_nothing(const Capsules& c, const Capsu
 
 // param_count: numbers that a block leaves in params [runs, param_count], which `add(params, runs)` then sums. more:
 // the gradients of u and W are added to what is there.
-template <int width, class T, class Policy, class Add>
+template <int width, class T, EmittingPolicy<T, width> Policy, class Add>
 Status emit(const Capsules& c, Policy policy, int64_t numbers, const CapsuleGradients& gradients, int64_t param_count,
             Workspace& whole, bool more, Add add) {
     using A = Accumulation<T>;
