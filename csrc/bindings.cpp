@@ -36,14 +36,14 @@ const Kernels& require_gpu_kernels() {
     return *kernels;
 }
 
-const Kernels& kernels_for(const Place& place) {
-    return place.device < 0 ? cpu::kernels() : require_gpu_kernels();
+const Kernels& kernels_for(const ExecutionContext& context) {
+    return context.device < 0 ? cpu::kernels() : require_gpu_kernels();
 }
 const Kernels& kernels_for(const PrimaryCapsules& p) {
-    return kernels_for(p.place);
+    return kernels_for(p.context);
 }
 const Kernels& kernels_for(const Capsules& c) {
-    return c.place.device < 0 ? cpu::kernels(c) : require_gpu_kernels();
+    return c.context.device < 0 ? cpu::kernels(c) : require_gpu_kernels();
 }
 
 // The names of the operators that a backend has a kernel for.
@@ -104,12 +104,12 @@ template <> struct Argument<std::span<const double>> {
 // Runs a kernel without the GIL, if there is one and its arguments are valid.
 template <class Operands, class... Rest>
 Status run(Status (*Kernels::*op)(const Operands&, Rest...), bool (*valid)(const Operands&, Rest...),
-           const Place& place, const Operands& operands, Rest... rest) {
+           const ExecutionContext& context, const Operands& operands, Rest... rest) {
     if (!valid(operands, rest...)) return Status::invalid_argument;
     Status status;
     {
         const py::gil_scoped_release release;
-        if (place.stop) next_look = Clock::now() + signal_interval;
+        if (context.stop) next_look = Clock::now() + signal_interval;
         const auto kernel = kernels_for(operands).*op;
         status = kernel ? kernel(operands, rest...) : Status::unsupported;
     }
@@ -118,26 +118,26 @@ Status run(Status (*Kernels::*op)(const Operands&, Rest...), bool (*valid)(const
     return status;
 }
 
-// The Python function of an operator. It takes the place, then the other arguments of the kernel in their order.
+// The Python function of an operator. It takes the context, then the other arguments of the kernel in their order.
 template <class Operands, class... Rest>
 auto bind(Status (*Kernels::*op)(const Operands&, Rest...), bool (*valid)(const Operands&, Rest...)) {
-    return [=](const Place& place, Operands operands, typename Argument<Rest>::Python... rest) {
-        operands.place = place;
-        return run(op, valid, place, operands, Argument<Rest>::convert(rest)...);
+    return [=](const ExecutionContext& context, Operands operands, typename Argument<Rest>::Python... rest) {
+        operands.context = context;
+        return run(op, valid, context, operands, Argument<Rest>::convert(rest)...);
     };
 }
 template <class... Rest>
-auto bind(Status (*Kernels::*op)(const Place&, Rest...), bool (*valid)(const Place&, Rest...)) {
-    return [=](const Place& place, typename Argument<Rest>::Python... rest) {
-        return run(op, valid, place, place, Argument<Rest>::convert(rest)...);
+auto bind(Status (*Kernels::*op)(const ExecutionContext&, Rest...), bool (*valid)(const ExecutionContext&, Rest...)) {
+    return [=](const ExecutionContext& context, typename Argument<Rest>::Python... rest) {
+        return run(op, valid, context, context, Argument<Rest>::convert(rest)...);
     };
 }
 
-// A place on a GPU where nothing runs: an operator only writes how many bytes of workspace it needs.
-struct Counting : Place {
+// A context on a GPU where nothing runs: an operator only writes how many bytes of workspace it needs.
+struct WorkspaceQuery : ExecutionContext {
     int64_t bytes = 0;
-    explicit Counting(int index) : Place(1) { device = index, needed = &bytes; }
-    Counting(const Counting&) = delete;
+    explicit WorkspaceQuery(int index) : ExecutionContext(1) { device = index, needed = &bytes; }
+    WorkspaceQuery(const WorkspaceQuery&) = delete;
 };
 
 }  // namespace
@@ -170,21 +170,23 @@ PYBIND11_MODULE(_C, m) {
         .value("sabour", SquashKind::sabour)
         .value("efficient", SquashKind::efficient);
 
-    py::class_<Place>(m, "Place")
+    py::class_<ExecutionContext>(m, "Place")
         // On the CPU. obeys_signals: for calls from Python's main thread.
         .def(py::init([](int threads, bool obeys_signals) {
-                 Place place(threads);
-                 if (obeys_signals) place.stop = &signal_raised;
-                 return place;
+                 ExecutionContext context(threads);
+                 if (obeys_signals) context.stop = &signal_raised;
+                 return context;
              }),
              py::arg("threads"), py::arg("obeys_signals") = false)
         // On a GPU.
         .def(py::init([](int device, Address stream, Address workspace) {
-            Place place(1);
-            place.device = device, place.stream = pointer(stream), place.workspace = pointer(workspace);
-            return place;
+            ExecutionContext context(1);
+            context.device = device, context.stream = pointer(stream), context.workspace = pointer(workspace);
+            return context;
         }));
-    py::class_<Counting, Place>(m, "Counting").def(py::init<int>()).def_readonly("bytes", &Counting::bytes);
+    py::class_<WorkspaceQuery, ExecutionContext>(m, "Counting")
+        .def(py::init<int>())
+        .def_readonly("bytes", &WorkspaceQuery::bytes);
     py::class_<Capsules>(m, "Capsules")
         .def(py::init([](Address u, Address weight, Address mask, int64_t B, int64_t N, int64_t K, int64_t J, int64_t D,
                          int64_t rows, int64_t weight_stride, Dtype dtype) {
@@ -206,7 +208,7 @@ PYBIND11_MODULE(_C, m) {
 
     const auto probe = [](Probe what, int64_t size, int threads) {
         double rate = 0;
-        if (size < 1 || size > most_numbers || !valid(Place(threads)))
+        if (size < 1 || size > most_numbers || !valid(ExecutionContext(threads)))
             throw py::value_error("size and threads must be at least 1, and possible");
         if (cpu::kernels().probe(what, size, threads, &rate) != Status::ok) throw std::bad_alloc();
         return rate;

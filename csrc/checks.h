@@ -35,14 +35,14 @@ inline bool given(std::initializer_list<const void*> pointers, std::initializer_
     return true;
 }
 
-inline bool valid(const Place& place) {
-    return place.threads >= 1 && place.threads <= most_cpu_threads;
+inline bool valid(const ExecutionContext& context) {
+    return context.threads >= 1 && context.threads <= most_cpu_threads;
 }
 
 inline bool valid(const Capsules& c) {
-    if (!valid(c.place) || c.K < 1 || c.J < 1 || c.D < 1 || c.rows < 1) return false;
+    if (!valid(c.context) || c.K < 1 || c.J < 1 || c.D < 1 || c.rows < 1) return false;
     // GPU kernels read contiguous matrices.
-    if (c.place.device >= 0 && (c.strided || c.own_gradients)) return false;
+    if (c.context.device >= 0 && (c.strided || c.own_gradients)) return false;
     // u; W; a state; one block diagonal matrix (operands.h); the products of one input capsule.
     if (!fits({c.B, c.N, c.rows, c.K}) || !fits({c.N, c.K, c.J, c.D}) || !fits({c.B, c.J, c.rows, c.D}) ||
         !fits({c.K, c.rows, c.J, c.rows, c.D}) || !fits({c.J, c.J}) || !fits({c.N, c.J}) ||
@@ -59,7 +59,7 @@ inline bool valid(const Capsules& c) {
 }
 
 inline bool valid(const PrimaryCapsules& p) {
-    if (!valid(p.place) || p.K < 1 || !fits({p.B, p.outer, p.inner, p.K})) return false;
+    if (!valid(p.context) || p.K < 1 || !fits({p.B, p.outer, p.inner, p.K})) return false;
     const auto within = [](int64_t size, int64_t stride) { return stride >= 0 && fits({size, stride}); };
     return within(p.B, p.batch_stride) && within(p.outer, p.outer_stride) && within(p.inner, p.inner_stride) &&
            within(p.K, p.component_stride);
@@ -74,12 +74,13 @@ inline bool valid(const Capsules& c, int64_t iterations) {
 // do. A gradient is always optional.
 namespace checks {
 
-inline bool squash(const Place& place, const void* s, void* v, int64_t rows, int64_t dim, SquashKind, Dtype) {
-    return valid(place) && fits({rows, dim}) && given({s, v}, {rows, dim});
+inline bool squash(const ExecutionContext& context, const void* s, void* v, int64_t rows, int64_t dim, SquashKind,
+                   Dtype) {
+    return valid(context) && fits({rows, dim}) && given({s, v}, {rows, dim});
 }
-inline bool squash_backward(const Place& place, const void* g_v, const void* s, void* g_s, int64_t rows, int64_t dim,
-                            SquashKind, Dtype) {
-    return valid(place) && fits({rows, dim}) && given({g_v, s, g_s}, {rows, dim});
+inline bool squash_backward(const ExecutionContext& context, const void* g_v, const void* s, void* g_s, int64_t rows,
+                            int64_t dim, SquashKind, Dtype) {
+    return valid(context) && fits({rows, dim}) && given({g_v, s, g_s}, {rows, dim});
 }
 
 inline bool primary_capsules(const PrimaryCapsules& p, const void* features, void* u) {

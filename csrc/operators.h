@@ -18,11 +18,11 @@ enum class Dtype : int { float32, float64, bfloat16, float16 };
 
 // unsupported       the table has no kernel for the operator, or the kernel does not take these operands
 // invalid_argument  a size, stride or pointer that no valid tensor has; nothing was read or written
-// interrupted       Place::stop returned true; the outputs are incomplete
+// interrupted       ExecutionContext::stop returned true; the outputs are incomplete
 enum class Status : int { ok, out_of_memory, unsupported, launch_failed, invalid_argument, interrupted };
 
 // Where an operator runs: on some threads of the CPU, or on a GPU.
-struct Place {
+struct ExecutionContext {
     int threads;                // of the CPU
     bool (*stop)() = nullptr;   // polled by the calling CPU thread; true ends the operator early
     int device = -1;            // index of the GPU; -1: the CPU
@@ -30,7 +30,7 @@ struct Place {
     void* workspace = nullptr;  // GPU memory, aligned to 256 bytes
     int64_t* needed = nullptr;  // if non-null, a size query: nothing runs, the required workspace size is written here
 
-    Place(int threads) : threads(threads) {}
+    ExecutionContext(int threads) : threads(threads) {}
 };
 
 enum class SquashKind : int { sabour, efficient };
@@ -48,7 +48,7 @@ struct Capsules {
     int64_t rows;           // P
     int64_t weight_stride;  // elements from one input capsule's matrix to the next; 0: one matrix for all
     Dtype dtype;            // storage of u and weight
-    Place place;
+    ExecutionContext context;
     // For weights that were expanded without a copy. CPU only: GPU kernels take neither.
     //
     // If strided, elements between neighbours along K, J and D; otherwise these are J·D, D and 1.
@@ -75,7 +75,7 @@ struct PrimaryCapsules {
     int64_t batch_stride, outer_stride, inner_stride, component_stride;
     SquashKind kind;
     Dtype dtype;
-    Place place;
+    ExecutionContext context;
 };
 
 // What a benchmark measures of the machine: bytes read a second, bytes read and written, floating-point operations.
@@ -86,11 +86,11 @@ enum class Probe : int { read, copy, arithmetic };
 // Outputs named g_… are gradients; a null one is not wanted. H = P·D is the size of a vote.
 struct Kernels {
     // v = squash(s) along rows of length dim.
-    Status (*squash)(const Place& place,
+    Status (*squash)(const ExecutionContext& context,
                      const void* s,  // [rows, dim] storage
                      void* v,        // [rows, dim] storage
                      int64_t rows, int64_t dim, SquashKind kind, Dtype dtype);
-    Status (*squash_backward)(const Place& place,
+    Status (*squash_backward)(const ExecutionContext& context,
                               const void* g_v,  // [rows, dim] storage
                               const void* s,    // [rows, dim] storage
                               void* g_s,        // [rows, dim] storage

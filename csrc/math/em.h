@@ -13,29 +13,29 @@ namespace {
 
 // What iteration t knows of one output capsule. H components of a vote.
 template <class A> struct Gaussian {
-    A* mean;      // [H]
-    A* rest;      // [H], what rounding took from the mean
-    A* variance;  // [H]
-    A mass;       // Σ_i w_i
-    A logit;      // of the activation
+    A* mean;            // [H]
+    A* rounding_error;  // [H], what rounding took from the mean
+    A* variance;        // [H]
+    A mass;             // Σ_i w_i
+    A logit;            // of the activation
 };
 
 // The M-step, from sums over the input capsules of w (1, x, x²) with x = û − shift: shifted, because Σ w û² − μ² loses
-// its digits. Where a variance has collapsed to ε its gradient is so steep that the rounding of the mean shows: rest
-// keeps what was lost. Sets everything in g. Returns whether the shift was close enough: where the mean
+// its digits. Where a variance has collapsed to ε its gradient is so steep that the rounding of the mean shows:
+// rounding_error keeps what was lost. Sets everything in g. Returns whether the shift was close enough: where the mean
 // moved by many standard deviations the variance has lost digits, and the sums should be taken again with the new mean.
 template <class A>
-CAPSOPS_HOST_DEVICE inline bool maximise(Gaussian<A>& g, A mass, const A* first, const A* second, const A* shift,
-                                         int64_t H, A epsilon, A beta_u, A beta_a, A inverse_temperature) {
+CAPSOPS_HOST_DEVICE inline bool m_step(Gaussian<A>& g, A mass, const A* first, const A* second, const A* shift,
+                                       int64_t H, A epsilon, A beta_u, A beta_a, A inverse_temperature) {
     const A inverse = A(1) / (mass + epsilon);
     A logarithms = 0;
     bool precise = true;
     for (int64_t h = 0; h < H; ++h) {
         const A moved = (first[h] - epsilon * shift[h]) * inverse;
         g.mean[h] = shift[h] + moved;
-        g.rest[h] = (shift[h] - g.mean[h]) + moved;
-        const A spread = larger(A(0), second[h] - moved * (A(2) * first[h] - moved * mass));
-        g.variance[h] = spread * inverse + epsilon;
+        g.rounding_error[h] = (shift[h] - g.mean[h]) + moved;
+        const A squares = max(A(0), second[h] - moved * (A(2) * first[h] - moved * mass));
+        g.variance[h] = squares * inverse + epsilon;
         precise = precise && moved * moved <= A(4) * g.variance[h];
         logarithms += std::log(g.variance[h]);
     }
@@ -48,9 +48,9 @@ CAPSOPS_HOST_DEVICE inline bool maximise(Gaussian<A>& g, A mass, const A* first,
 //     e = constant + Σ_h (linear_h x + quadratic_h x²)    with x = û − mean.
 // g_variance changes.
 template <class A>
-CAPSOPS_HOST_DEVICE inline void maximise_backward(const Gaussian<A>& g, const A* g_mean, A* g_variance, A g_logit,
-                                                  int64_t H, A epsilon, A beta_u, A inverse_temperature, A* constant,
-                                                  A* linear, A* quadratic, A* g_beta_u, A* g_beta_a) {
+CAPSOPS_HOST_DEVICE inline void m_step_backward(const Gaussian<A>& g, const A* g_mean, A* g_variance, A g_logit,
+                                                int64_t H, A epsilon, A beta_u, A inverse_temperature, A* constant,
+                                                A* linear, A* quadratic, A* g_beta_u, A* g_beta_a) {
     const A inverse = A(1) / (g.mass + epsilon);
     const A g_cost = -inverse_temperature * g_logit;
     A logarithms = 0, g_mass = 0;
@@ -60,8 +60,9 @@ CAPSOPS_HOST_DEVICE inline void maximise_backward(const Gaussian<A>& g, const A*
         quadratic[h] = g_variance[h] * inverse;
         // Σ w (û − μ)² changes with μ because the weights sum to a little less than 1.
         const A slope = (g_mean[h] - A(2) * quadratic[h] * epsilon * g.mean[h]) * inverse;
-        linear[h] = slope - A(2) * quadratic[h] * g.rest[h];
-        g_mass -= quadratic[h] * (g.variance[h] - epsilon - g.rest[h] * g.rest[h]) + slope * g.rest[h];
+        linear[h] = slope - A(2) * quadratic[h] * g.rounding_error[h];
+        g_mass -= quadratic[h] * (g.variance[h] - epsilon - g.rounding_error[h] * g.rounding_error[h]) +
+                  slope * g.rounding_error[h];
     }
     *constant = g_mass + g_cost * (static_cast<A>(H) * beta_u + logarithms / 2);
     *g_beta_u += g_cost * static_cast<A>(H) * g.mass;
@@ -69,7 +70,7 @@ CAPSOPS_HOST_DEVICE inline void maximise_backward(const Gaussian<A>& g, const A*
 }
 
 // The E-step: the logit of a vote is constant + Σ_h quadratic_h x², x = û − mean. Returns the constant.
-template <class A> CAPSOPS_HOST_DEVICE inline A expect(const Gaussian<A>& g, int64_t H, A* quadratic) {
+template <class A> CAPSOPS_HOST_DEVICE inline A e_step(const Gaussian<A>& g, int64_t H, A* quadratic) {
     // ln of the logistic function, without overflow.
     A constant = (g.logit < A(0) ? g.logit : A(0)) - std::log1p(std::exp(-std::fabs(g.logit)));
     for (int64_t h = 0; h < H; ++h) {
@@ -82,7 +83,7 @@ template <class A> CAPSOPS_HOST_DEVICE inline A expect(const Gaussian<A>& g, int
 // The E-step backwards, from sums over the input capsules of δ (1, x, x²), δ the gradient of the logits. Writes the
 // gradients of the mean and the variance and returns that of the activation's logit.
 template <class A>
-CAPSOPS_HOST_DEVICE inline A expect_backward(const Gaussian<A>& g, A mass, const A* first, const A* second, int64_t H,
+CAPSOPS_HOST_DEVICE inline A e_step_backward(const Gaussian<A>& g, A mass, const A* first, const A* second, int64_t H,
                                              A* g_mean, A* g_variance) {
     for (int64_t h = 0; h < H; ++h) {
         const A inverse = A(1) / g.variance[h];

@@ -40,10 +40,10 @@ CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE double reciprocal(double x) {
 }
 
 // The larger; b if a is not a number.
-CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE float larger(float a, float b) {
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE float max(float a, float b) {
     return a > b ? a : b;
 }
-CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE double larger(double a, double b) {
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE double max(double a, double b) {
     return a > b ? a : b;
 }
 
@@ -60,8 +60,8 @@ template <class Row> CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE void softmax(Row 
         z[1] = e * z[0];
         return;
     }
-    X largest = leaky ? larger(z[0], X(0)) : z[0];
-    for (int64_t j = 1; j < J; ++j) largest = larger(z[j], largest);
+    X largest = leaky ? max(z[0], X(0)) : z[0];
+    for (int64_t j = 1; j < J; ++j) largest = max(z[j], largest);
     X sum = leaky ? exponential(-largest) : X(0);
     for (int64_t j = 0; j < J; ++j) {
         z[j] = exponential(z[j] - largest);

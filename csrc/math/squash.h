@@ -40,16 +40,16 @@ template <class A> CAPSOPS_HOST_DEVICE inline SquashFactors<A> squash_efficient(
 
 // Σ_d term(d). A float that many small numbers are added to one by one loses them; so blocks of a few terms are added
 // up, with what rounding takes from the total kept beside it (Kahan). Up to one block this is the plain sum.
-template <class A, class Term> CAPSOPS_HOST_DEVICE inline A long_sum(int64_t count, Term term) {
+template <class A, class Term> CAPSOPS_HOST_DEVICE inline A kahan_sum(int64_t count, Term term) {
     constexpr int64_t block = 16;
-    A sum = 0, excess = 0;
+    A sum = 0, compensation = 0;
     for (int64_t begin = 0; begin < count; begin += block) {
         A part = 0;
         const int64_t end = at_most(begin + block, count);
         for (int64_t d = begin; d < end; ++d) part += term(d);
-        part -= excess;
+        part -= compensation;
         const A next = sum + part;
-        excess = (next - sum) - part;
+        compensation = (next - sum) - part;
         sum = next;
     }
     return sum;
@@ -79,7 +79,7 @@ template <class A, class Row> CAPSOPS_HOST_DEVICE inline Length<A> length(const 
         if (magnitude > largest || magnitude != magnitude) largest = magnitude;
     }
     if (!(largest > A(0)) || std::isinf(largest)) return {largest, A(1)};
-    const A ratio = std::sqrt(long_sum<A>(dim, [&](int64_t d) {
+    const A ratio = std::sqrt(kahan_sum<A>(dim, [&](int64_t d) {
         const A x = s[d] / largest;
         return x * x;
     }));
@@ -101,7 +101,7 @@ CAPSOPS_HOST_DEVICE inline void squash_vector_backward(const Gradient& g_v, cons
     const Length<A> l = length<A>(s, dim);
     const SquashFactors<A> f = squash_factors(l, kind);
     const A divisor = l.n == A(0) ? A(1) : l.n;
-    const A along = long_sum<A>(dim, [&](int64_t d) { return (s[d] * l.shrink / divisor) * g_v[d]; });
+    const A along = kahan_sum<A>(dim, [&](int64_t d) { return (s[d] * l.shrink / divisor) * g_v[d]; });
     for (int64_t d = 0; d < dim; ++d)
         g_s[d] = (f.scale * g_v[d] + f.radial * along * (s[d] * l.shrink / divisor)) * l.shrink;
 }

@@ -135,14 +135,14 @@ bool measures = false;
 #endif
 bool emulated = false;
 
-// Place::stop says yes when it is asked so many times; 0: never.
+// ExecutionContext::stop says yes when it is asked so many times; 0: never.
 int asks = 0;
 bool stop() {
     return --asks == 0;
 }
 
-Place place(int threads) {
-    Place p(threads);
+ExecutionContext context(int threads) {
+    ExecutionContext p(threads);
     if (asks > 0) p.stop = &stop;
 #ifdef CAPSOPS_EMULATION
     if (emulated) (measures ? void(p.needed = &needed) : void(p.workspace = workspace));
@@ -243,8 +243,8 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
 
     const auto operands = [&](int threads) {
         const int64_t stride = shared || expanded ? 0 : s.K * s.J * s.D;
-        Capsules c{u.get(), weight.get(),  masked ? mask.data() : nullptr, s.B, s.N, s.K, s.J, s.D, s.rows, stride,
-                   dtype,   place(threads)};
+        Capsules c{u.get(), weight.get(),    masked ? mask.data() : nullptr, s.B, s.N, s.K, s.J, s.D, s.rows, stride,
+                   dtype,   context(threads)};
         if (expanded) c.strided = c.own_gradients = true, c.strides[0] = s.D, c.strides[2] = 1;
         return c;
     };
@@ -334,10 +334,10 @@ void layers(const Kernels& k, Dtype dtype, const std::string& name) {
         Numbers s(rows * dim, dtype), g(rows * dim, dtype);
         s.random(), g.random();
         check(name + "squash", {{rows * dim, dtype}}, [&](int threads, Outputs o) {
-            return k.squash(place(threads), s.get(), o[0]->get(), rows, dim, kind, dtype);
+            return k.squash(context(threads), s.get(), o[0]->get(), rows, dim, kind, dtype);
         });
         check(name + "squash backward", {{rows * dim, dtype}}, [&](int threads, Outputs o) {
-            return k.squash_backward(place(threads), g.get(), s.get(), o[0]->get(), rows, dim, kind, dtype);
+            return k.squash_backward(context(threads), g.get(), s.get(), o[0]->get(), rows, dim, kind, dtype);
         });
         const int64_t size = B * types * K * pixels;
         Numbers features(size, dtype), g_u(size, dtype);
@@ -346,7 +346,7 @@ void layers(const Kernels& k, Dtype dtype, const std::string& name) {
             const int64_t channel = channels_last ? 1 : pixels, pixel = channels_last ? types * K : 1;
             const auto p = [&](int threads) {
                 return PrimaryCapsules{B,     types,   pixels, K,     types * K * pixels, K * channel,
-                                       pixel, channel, kind,   dtype, place(threads)};
+                                       pixel, channel, kind,   dtype, context(threads)};
             };
             check(name + "primary capsules", {{size, dtype}},
                   [&](int threads, Outputs o) { return k.primary_capsules(p(threads), features.get(), o[0]->get()); });
@@ -390,8 +390,8 @@ void workspaces() {
                 const Shape& s = x.shape;
                 const int64_t a = static_cast<int64_t>(bytes_of(accumulation(dtype)));
                 const int64_t state = a * s.B * s.J * s.D;
-                const Capsules c{p,     p,       nullptr, s.B, s.N, s.K, s.J, s.D, 1, x.shared ? 0 : s.K * s.J * s.D,
-                                 dtype, place(1)};
+                const Capsules c{p,     p,         nullptr, s.B, s.N, s.K, s.J, s.D, 1, x.shared ? 0 : s.K * s.J * s.D,
+                                 dtype, context(1)};
                 void* const g_weight = gradient_of_weight ? p : nullptr;
                 const auto ask = [&](const char* op, bool params, Status status) {
                     int64_t most = 32'000'000 + 16 * state;

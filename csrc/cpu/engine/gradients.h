@@ -16,7 +16,7 @@ namespace capsops::cpu::CAPSOPS_ISA {
 template <class A> struct GradientWriter {
     const Operands<A>& o;
     const CapsuleGradients& gradients;
-    bool direct, past_caches;  // whether a gradient of W may be written where it belongs at once, and how
+    bool direct, nontemporal;  // whether a gradient of W may be written where it belongs at once, and how
     A* g_weight;               // [K, J, D]: that of a shared matrix, summed over the task; of others, the sum so far
     A* g_u;                    // [lanes, K]
 
@@ -24,14 +24,15 @@ template <class A> struct GradientWriter {
     void put(const Segment<A>& s, const A* const* u, const A* g, const int64_t* b, const int64_t* i) const {
         const int count = s.end - s.begin;
         if (gradients.u && count) put_u(s.weight, count, g, b, i);
-        put_weight(s, [&](A* out, bool add, bool past) { outer(u, g, count, o.K, o.JD, out, add, past); });
+        put_weight(s,
+                   [&](A* out, bool add, bool nontemporal) { outer(u, g, count, o.K, o.JD, out, add, nontemporal); });
     }
 
     // Pairs (b_r, s.i) of one matrix, their gradients in registers, which are used up.
     template <int rows, int E>
     CAPSOPS_INLINE void put(const Segment<A>& s, const A* const* u, Votes<A, rows, E>& g, const int64_t* b) const {
-        put_weight(
-            s, [&](A* out, bool add, bool past) __attribute__((always_inline)) { outer(u, g, o.K, out, add, past); });
+        put_weight(s, [&](A* out, bool add, bool nontemporal)
+                          __attribute__((always_inline)) { outer(u, g, o.K, out, add, nontemporal); });
         if (!gradients.u) return;
         A* out[rows];
         const auto offset = [&](int r) { return (b[r] * o.c.N + s.i) * o.K; };
@@ -60,7 +61,7 @@ template <class A> struct GradientWriter {
         if (!gradients.weight) return;
         const bool whole = direct && s.first && s.last;
         A* out = whole ? static_cast<A*>(gradients.weight) + s.i * o.weight_size : g_weight;
-        sum(out, o.shared() || !s.first, whole && past_caches);
+        sum(out, o.shared() || !s.first, whole && nontemporal);
         if (s.last && !whole && !o.shared()) o.store_weight_gradient(g_weight, s.i, gradients.weight);
     }
 
@@ -85,13 +86,13 @@ template <class A> struct GradientWriter {
 };
 
 // Gradients of this many bytes are past every cache before anyone reads them.
-constexpr int64_t streamed_bytes = int64_t{1} << 25;
+constexpr int64_t nontemporal_bytes = int64_t{1} << 25;
 
 // Fresh memory of that size comes in huge pages where the system gives them: to fault in 4 KB at a time takes longer
 // than to compute what goes there.
 inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
-    if (bytes < streamed_bytes) return;
+    if (bytes < nontemporal_bytes) return;
     constexpr uintptr_t page = uintptr_t{1} << 21;
     const uintptr_t address = reinterpret_cast<uintptr_t>(memory);
     const uintptr_t begin = (address + page - 1) / page * page,
@@ -104,7 +105,7 @@ inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] in
 template <class A> struct PanelWriter {
     const Operands<A>& o;
     const CapsuleGradients& gradients;
-    bool direct, past_caches;  // whether a gradient of W may be summed where it belongs, and how it is written there
+    bool direct, nontemporal;  // whether a gradient of W may be summed where it belongs, and how it is written there
     A* g_weight;               // [gradient_size] of a shared matrix, summed over the task; of others [capsules of it]
     A* g_rows;                 // [lanes, padded_X]
 
@@ -145,7 +146,7 @@ template <class A> struct PanelWriter {
             });
             const bool alone = p.first && p.last && c.rows == 1;
             outer(u, g_rows, count, c.K, o.padded_X, out, o.shared() || !p.first || q > 0,
-                  direct && alone && past_caches);
+                  direct && alone && nontemporal);
         }
         if (p.last && !direct && !o.shared()) o.store_weight_gradient(out, p.i + s, gradients.weight);
     }

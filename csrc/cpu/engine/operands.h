@@ -146,22 +146,22 @@ template <class A> struct Operands {
 
     // ---- states ----
     int64_t state_size() const { return state_rows * JD; }
-    // In its row, component h of output capsule j of item b is number place(b, j) + h · items.
+    // In its row, component h of output capsule j of item b is number offset(b, j) + h · items.
     int64_t row(int64_t b) const { return b / items; }
-    int64_t place(int64_t b, int64_t j) const { return j * D + b % items; }
+    int64_t offset(int64_t b, int64_t j) const { return j * D + b % items; }
 
     void pack(const A* from /* [B, J, H] */, A* to) const {
         fill(to, state_size(), A(0));
         for (int64_t b = 0; b < c.B; ++b)
             for (int64_t j = 0; j < J; ++j, from += H) {
-                A* x = to + row(b) * JD + place(b, j);
+                A* x = to + row(b) * JD + offset(b, j);
                 for (int64_t h = 0; h < H; ++h) x[h * items] = from[h];
             }
     }
     void unpack(const A* from, A* to /* [B, J, H] */) const {
         for (int64_t b = 0; b < c.B; ++b)
             for (int64_t j = 0; j < J; ++j, to += H) {
-                const A* x = from + row(b) * JD + place(b, j);
+                const A* x = from + row(b) * JD + offset(b, j);
                 for (int64_t h = 0; h < H; ++h) to[h] = x[h * items];
             }
     }

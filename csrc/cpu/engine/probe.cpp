@@ -46,11 +46,11 @@ Status probe(Probe what, int64_t size_, int threads, double* rate) {
 #pragma GCC unroll 8
                     for (int m = 0; m < unroll; ++m) {
                         if (what == Probe::copy)
-                            stream(to.get() + x + m * n, load(from.get() + x + m * n));
+                            store_nontemporal(to.get() + x + m * n, load(from.get() + x + m * n));
                         else
                             sum[m] += load(from.get() + x + m * n);
                     }
-                end_streaming();
+                fence_nontemporal();
             }
             for (int m = 0; m < unroll; ++m) total += sum[m].v[0];
         }

@@ -127,7 +127,7 @@ inline void project(const A* g, int64_t g_stride, int rows, const A* weight, int
 #pragma GCC unroll 16
             for (int m = 0; m < K; ++m)
 #pragma GCC unroll 8
-                for (int q = 0; q < R; ++q) sum[q] += spread<P>(row[q] + x, m) * Lanes<A>(w[m]);
+                for (int q = 0; q < R; ++q) sum[q] += broadcast<P>(row[q] + x, m) * Lanes<A>(w[m]);
         }
         if constexpr (P == 1) {
 #pragma GCC unroll 8
@@ -147,7 +147,7 @@ inline void project(const A* g, int64_t g_stride, int rows, const A* weight, int
 // out[k, x] (+)= Σ_r u_r[k] g_r[x] over KB rows and V vectors of the result.
 template <int KB, int V, class A>
 inline void outer_block(const A* const* u, const A* g, int rows, int64_t k, int64_t x, A* out, int64_t stride, bool add,
-                        bool past_caches) {
+                        bool nontemporal) {
     constexpr int n = Lanes<A>::count;
     Lanes<A> sum[KB][V];
 #pragma GCC unroll 8
@@ -170,8 +170,8 @@ inline void outer_block(const A* const* u, const A* g, int rows, int64_t k, int6
 #pragma GCC unroll 2
         for (int v = 0; v < V; ++v) {
             A* to = out + (k + q) * stride + x + v * n;
-            if (past_caches)
-                stream(to, sum[q][v]);
+            if (nontemporal)
+                store_nontemporal(to, sum[q][v]);
             else
                 store(to, add ? load(to) + sum[q][v] : sum[q][v]);
         }
@@ -179,18 +179,18 @@ inline void outer_block(const A* const* u, const A* g, int rows, int64_t k, int6
 
 // out [K, X] (+)= Σ_r u_r [K]ᵀ g_r [X], g [rows, X].
 template <class A>
-inline void outer(const A* const* u, const A* g, int rows, int64_t K, int64_t X, A* out, bool add, bool past_caches) {
+inline void outer(const A* const* u, const A* g, int rows, int64_t K, int64_t X, A* out, bool add, bool nontemporal) {
     constexpr int n = Lanes<A>::count, KB = block_rows<A>;
     int64_t x = 0;
     for (; x + block_vectors * n <= X; x += block_vectors * n) {
         int64_t k = 0;
-        for (; k + KB <= K; k += KB) outer_block<KB, block_vectors>(u, g, rows, k, x, out, X, add, past_caches);
-        for (; k < K; ++k) outer_block<1, block_vectors>(u, g, rows, k, x, out, X, add, past_caches);
+        for (; k + KB <= K; k += KB) outer_block<KB, block_vectors>(u, g, rows, k, x, out, X, add, nontemporal);
+        for (; k < K; ++k) outer_block<1, block_vectors>(u, g, rows, k, x, out, X, add, nontemporal);
     }
     for (; x < X; x += n) {
         int64_t k = 0;
-        for (; k + KB <= K; k += KB) outer_block<KB, 1>(u, g, rows, k, x, out, X, add, past_caches);
-        for (; k < K; ++k) outer_block<1, 1>(u, g, rows, k, x, out, X, add, past_caches);
+        for (; k + KB <= K; k += KB) outer_block<KB, 1>(u, g, rows, k, x, out, X, add, nontemporal);
+        for (; k < K; ++k) outer_block<1, 1>(u, g, rows, k, x, out, X, add, nontemporal);
     }
 }
 

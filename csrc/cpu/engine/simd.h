@@ -48,14 +48,14 @@ template <class A> struct Lanes {
     friend CAPSOPS_INLINE Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }
     friend CAPSOPS_INLINE Lanes operator/(Lanes a, Lanes b) { return a.v / b.v; }
     // The larger, the smaller; b where a is not a number.
-    friend CAPSOPS_INLINE Lanes larger(Lanes a, Lanes b) {
+    friend CAPSOPS_INLINE Lanes max(Lanes a, Lanes b) {
 #if CAPSOPS_VECTOR_BYTES == 64
         // One instruction, where the comparison makes two.
         if constexpr (sizeof(A) == 4) return Vector(_mm512_max_ps(__m512(a.v), __m512(b.v)));
 #endif
         return a.v > b.v ? a.v : b.v;
     }
-    friend CAPSOPS_INLINE Lanes smaller(Lanes a, Lanes b) {
+    friend CAPSOPS_INLINE Lanes min(Lanes a, Lanes b) {
 #if CAPSOPS_VECTOR_BYTES == 64
         if constexpr (sizeof(A) == 4) return Vector(_mm512_min_ps(__m512(a.v), __m512(b.v)));
 #endif
@@ -75,13 +75,13 @@ template <class A> struct Lanes {
 };
 
 // A long sum that keeps what rounding takes from it (Kahan).
-template <class A> struct LongSum {
-    Lanes<A> sum = A(0), excess = A(0);
+template <class A> struct KahanSum {
+    Lanes<A> sum = A(0), compensation = A(0);
 
-    CAPSOPS_INLINE LongSum& operator+=(Lanes<A> x) {
-        x = x - excess;
+    CAPSOPS_INLINE KahanSum& operator+=(Lanes<A> x) {
+        x = x - compensation;
         const Lanes<A> next = sum + x;
-        excess = (next - sum) - x;
+        compensation = (next - sum) - x;
         sum = next;
         return *this;
     }
@@ -89,7 +89,7 @@ template <class A> struct LongSum {
     A total() const {
         double all = 0;
         for (int l = 0; l < Lanes<A>::count; ++l)
-            all += static_cast<double>(sum.v[l]) - static_cast<double>(excess.v[l]);
+            all += static_cast<double>(sum.v[l]) - static_cast<double>(compensation.v[l]);
         return static_cast<A>(all);
     }
 };
@@ -107,7 +107,7 @@ template <class A> CAPSOPS_INLINE void add_to(A* p, Lanes<A> x) {
 }
 
 // Past the caches; p is aligned to the vector.
-template <class A> CAPSOPS_INLINE void stream(A* p, Lanes<A> x) {
+template <class A> CAPSOPS_INLINE void store_nontemporal(A* p, Lanes<A> x) {
 #if CAPSOPS_VECTOR_BYTES == 64
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(x.v));
 #elif CAPSOPS_VECTOR_BYTES == 32
@@ -120,7 +120,7 @@ template <class A> CAPSOPS_INLINE void stream(A* p, Lanes<A> x) {
 }
 
 // Orders streamed stores before whatever is stored next.
-inline void end_streaming() {
+inline void fence_nontemporal() {
 #if defined(__x86_64__)
     _mm_sfence();
 #endif
@@ -130,7 +130,7 @@ inline void end_streaming() {
 // of its degree with the least relative error that is exact at 0: 9.1e-8, 1.6e-7 with rounding.
 CAPSOPS_INLINE Lanes<float> exponential_of(Lanes<float> x) {
     using Bits = Lanes<float>::Bits;
-    x = smaller(Lanes<float>(80.0f), larger(Lanes<float>(-86.0f), x));
+    x = min(Lanes<float>(80.0f), max(Lanes<float>(-86.0f), x));
     // Adding 1.5 · 2²³ rounds to an integer and leaves it in the low bits.
     const Lanes<float> shifted = x * 1.44269504f + 12582912.0f;
     const Lanes<float> r = x * 1.44269504f - (shifted - 12582912.0f);
@@ -143,7 +143,7 @@ CAPSOPS_INLINE Lanes<float> exponential_of(Lanes<float> x) {
 
 CAPSOPS_INLINE Lanes<double> exponential_of(Lanes<double> x) {
     using Bits = Lanes<double>::Bits;
-    x = smaller(Lanes<double>(700.0), larger(Lanes<double>(-708.0), x));
+    x = min(Lanes<double>(700.0), max(Lanes<double>(-708.0), x));
     const Lanes<double> shifted = x * 1.4426950408889634 + 6755399441055744.0;
     const Lanes<double> n = shifted - 6755399441055744.0;
     const Lanes<double> r = (x - n * 0.693145751953125) - n * 1.42860682030941723212e-6;
@@ -176,7 +176,7 @@ template <int h, int units, int unit, class V> CAPSOPS_INLINE void transpose(V* 
 
 // Unit m of the vector at p, in all units.
 template <int unit, class A, int... l>
-CAPSOPS_INLINE Lanes<A> spread(const A* p, int m, std::integer_sequence<int, l...>) {
+CAPSOPS_INLINE Lanes<A> broadcast(const A* p, int m, std::integer_sequence<int, l...>) {
     if constexpr (unit == 1) {
         return p[m];
     } else if constexpr (unit * sizeof(A) == sizeof(double)) {
@@ -188,8 +188,8 @@ CAPSOPS_INLINE Lanes<A> spread(const A* p, int m, std::integer_sequence<int, l..
         return __builtin_shuffle(load(p).v, indices + m * unit);
     }
 }
-template <int unit, class A> CAPSOPS_INLINE Lanes<A> spread(const A* p, int m) {
-    return spread<unit>(p, m, std::make_integer_sequence<int, Lanes<A>::count>());
+template <int unit, class A> CAPSOPS_INLINE Lanes<A> broadcast(const A* p, int m) {
+    return broadcast<unit>(p, m, std::make_integer_sequence<int, Lanes<A>::count>());
 }
 
 // Lane l holds a_l + a_m where bit h of l is 0, and b_l + b_m where it is 1, with m = l and bit h flipped.

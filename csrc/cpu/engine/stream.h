@@ -56,7 +56,7 @@ concept EmittingPolicy = requires(const P& policy, Tile<A>& tile, A* params, A* 
 // visit(tile, sum [B, row_size], scratch [scratch_size]) for every tile.
 template <bool with_votes, class A, class Visit>
 inline void reduce_tiles(const Operands<A>& o, int64_t row_size, int64_t scratch_size, A* out, Visit visit) {
-    const Workspace<A> w(o, false);
+    const ThreadScratch<A> w(o, false);
     sum_over_tasks(
         o.c, 1, row_size, w.total + scratch_size, out, [&](const Tasks& tasks, int64_t task, A* sum, A* own) {
             for_each_tile<with_votes>(
@@ -66,8 +66,8 @@ inline void reduce_tiles(const Operands<A>& o, int64_t row_size, int64_t scratch
 
 // visit(panel, sum [state_rows, row_size], own) for every panel.
 template <class A, class Visit>
-inline void reduce_panels(const Operands<A>& o, const Workspace<A>& w, int64_t row_size, int64_t scratch_size, A* out,
-                          Visit visit) {
+inline void reduce_panels(const Operands<A>& o, const ThreadScratch<A>& w, int64_t row_size, int64_t scratch_size,
+                          A* out, Visit visit) {
     sum_over_tasks(o.c, o.items, row_size, w.total + scratch_size, out,
                    [&](const Tasks& tasks, int64_t task, A* sum, A* own) {
                        for_each_panel(o, tasks, task, own, w, [&](const Panel<A>& p) { visit(p, sum, own); });
@@ -89,7 +89,7 @@ template <class A> inline void contract_shared(const Capsules& c, A* out /* [B, 
             }
     });
     const A* const matrix = o.load_weight(0, weight.get());
-    Watch watch(c.place);
+    Watch watch(c.context);
     Steps steps(watch);
     for (int64_t b = 0; b < c.B && !steps.stopped(); ++b) {
         const A* row = sum.get() + b * K;
@@ -125,7 +125,7 @@ template <class A> inline void contract_rows(const Operands<A>& o, A* out) {
 }
 
 template <class A> inline void contract_panels(const Operands<A>& o, A* out) {
-    const Workspace<A> w(o, false);
+    const ThreadScratch<A> w(o, false);
     reduce_panels(o, w, o.JD, 0, out, [&](const Panel<A>& p, A* sum, A*) {
         A* to = sum + o.row(p.b) * o.JD;
         // One long product, as above.
@@ -157,7 +157,7 @@ template <class A> inline void contract(const Operands<A>& o, A* out /* a state 
 template <class A, ReducingPolicy<A> Policy>
 inline void reduce(const Operands<A>& o, const Policy& policy, A* out /* [state_rows, policy.row_size()] */) {
     if (o.layout == Layout::items) {
-        const Workspace<A> w(o, false);
+        const ThreadScratch<A> w(o, false);
         return reduce_panels(
             o, w, policy.row_size(), policy.scratch_size(), out, [&](const Panel<A>& p, A* sum, A* own) {
                 for_each_tile_of(o, p, own, w, [&](Tile<A>& t, int64_t) { policy.accumulate(t, sum, own + w.total); });
@@ -165,7 +165,7 @@ inline void reduce(const Operands<A>& o, const Policy& policy, A* out /* [state_
     }
     for_vote_vectors(o, [&]<int E>() {
         if constexpr (E > 0 && Policy::takes_registers) {
-            const RowsMemory<A> memory(o, o.c.place.threads);
+            const RowsMemory<A> memory(o, o.c.context.threads);
             sum_over_tasks(o.c, 1, policy.row_size(), 0, out, [&](const Tasks& tasks, int64_t task, A* sum, A*) {
                 const auto visit = [&](const Rows<A>& x) {
                     for_each_group<register_rows<A, E>>(0, x.count, [&]<int rows>(int64_t r) {
@@ -184,7 +184,7 @@ inline void reduce(const Operands<A>& o, const Policy& policy, A* out /* [state_
 
 template <class A, class Policy>
 inline void emit_tiles(const Operands<A>& o, const Tasks& tasks, int64_t task, const Policy& policy,
-                       const Workspace<A>& w, A* own, A* scratch, A* params, const GradientWriter<A>& writer) {
+                       const ThreadScratch<A>& w, A* own, A* scratch, A* params, const GradientWriter<A>& writer) {
     const auto visit = [&](Tile<A>& t) {
         policy.emit(t, params, scratch);
         for (int s = 0; s < t.segment_count; ++s) {
@@ -198,7 +198,7 @@ inline void emit_tiles(const Operands<A>& o, const Tasks& tasks, int64_t task, c
 
 template <class A, class Policy>
 inline void emit_panels(const Operands<A>& o, const Tasks& tasks, int64_t task, const Policy& policy,
-                        const Workspace<A>& w, A* own, A* scratch, A* params, const PanelWriter<A>& writer) {
+                        const ThreadScratch<A>& w, A* own, A* scratch, A* params, const PanelWriter<A>& writer) {
     for_each_panel(o, tasks, task, own, w, [&](const Panel<A>& p) {
         for_each_tile_of(o, p, own, w, [&](Tile<A>& t, int64_t s) {
             policy.emit(t, params, scratch);
@@ -233,21 +233,21 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
     const int64_t shared_size = shared ? weight_size : 0;
     const Tasks tasks(c, param_count + shared_size, false);
     Buffer<A> param_partial(tasks.blocks * param_count), shared_partial(tasks.blocks * shared_size);
-    const Workspace<A> w(o, true);
+    const ThreadScratch<A> w(o, true);
     const bool panels = o.layout == Layout::items;
     const int64_t scratch_size = ceil_div(policy.scratch_size(), 16) * 16;
     const int64_t weights_size = ceil_div((panels ? w.capsules : 1) * weight_size, 16) * 16;
     const int64_t memory_size = ceil_div(w.total + scratch_size + weights_size + Tile<A>::size * o.K, 64) * 64;
-    Buffer<A> memory(memory_size * c.place.threads);
-    const RowsMemory<A> rows_memory(o, c.place.threads);
+    Buffer<A> memory(memory_size * c.context.threads);
+    const RowsMemory<A> rows_memory(o, c.context.threads);
     const bool direct = o.direct_gradient() && !shared;
     const int64_t number = size_of(c.dtype), weight_bytes = c.N * o.gradient_stride() * number;
     if (gradients.weight) prefer_huge_pages(gradients.weight, weight_bytes);
     if (gradients.u) prefer_huge_pages(gradients.u, c.B * c.N * o.K * number);
-    const bool past_caches = direct && weight_bytes >= streamed_bytes &&
+    const bool nontemporal = direct && weight_bytes >= nontemporal_bytes &&
                              reinterpret_cast<uintptr_t>(gradients.weight) % CAPSOPS_VECTOR_BYTES == 0;
 
-#pragma omp parallel for schedule(dynamic) num_threads(c.place.threads) if (tasks.count() > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(c.context.threads) if (tasks.count() > 1)
     for (int64_t task = 0; task < tasks.count(); ++task) {
         if (tasks.watch.stopped()) continue;
         A* own = memory.get() + omp_get_thread_num() * memory_size;
@@ -257,11 +257,11 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
         fill(sums, param_count, A(0));
         if (shared) fill(g_weight, weight_size, A(0));
         if (panels) {
-            const PanelWriter<A> writer{o, gradients, direct, past_caches, g_weight, own + w.g_rows};
+            const PanelWriter<A> writer{o, gradients, direct, nontemporal, g_weight, own + w.g_rows};
             emit_panels(o, tasks, task, policy, w, own, scratch, sums, writer);
         } else {
             const GradientWriter<A> writer{o,           gradients, direct,
-                                           past_caches, g_weight,  scratch + scratch_size + weights_size};
+                                           nontemporal, g_weight,  scratch + scratch_size + weights_size};
             for_vote_vectors(o, [&]<int E>() {
                 if constexpr (E > 0 && Policy::takes_registers)
                     emit_rows<E>(o, tasks, task, policy, rows_memory, sums, writer);
@@ -269,10 +269,10 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
                     emit_tiles(o, tasks, task, policy, w, own, scratch, sums, writer);
             });
         }
-        if (past_caches) end_streaming();
+        if (nontemporal) fence_nontemporal();
     }
     tasks.watch.finish();
-    if (param_count) add_blocks(param_partial.get(), tasks.blocks, param_count, params, c.place.threads);
+    if (param_count) add_blocks(param_partial.get(), tasks.blocks, param_count, params, c.context.threads);
     if (shared) {
         add_blocks(shared_partial.get(), tasks.blocks, weight_size, memory.get(), 1);
         o.store_weight_gradient(memory.get(), 0, gradients.weight);

@@ -15,7 +15,7 @@ struct Tasks {
     mutable Watch watch;
 
     // partial_size: numbers that a block keeps. grouped: whether the batch may be cut.
-    Tasks(const Capsules& c, int64_t partial_size, bool grouped) : N(c.N), B(c.B), watch(c.place) {
+    Tasks(const Capsules& c, int64_t partial_size, bool grouped) : N(c.N), B(c.B), watch(c.context) {
         constexpr int64_t most_blocks = 256, most_partial = int64_t{1} << 18, least_work = int64_t{1} << 15,
                           most_capsules = 1024;  // that a sum may run over where more blocks cost little
         const int64_t work = at_least(c.B, 1) * c.rows * c.K * c.J * c.D;  // of one input capsule
@@ -60,9 +60,9 @@ inline void sum_over_tasks(const Capsules& c, int64_t items, int64_t row_size, i
     const Tasks tasks(c, size, true);
     Buffer<A> partial(tasks.blocks * size);
     memory_size = ceil_div(memory_size, 64) * 64;
-    Buffer<A> memory(memory_size * c.place.threads);
+    Buffer<A> memory(memory_size * c.context.threads);
 
-#pragma omp parallel for schedule(dynamic) num_threads(c.place.threads) if (tasks.count() > 1)
+#pragma omp parallel for schedule(dynamic) num_threads(c.context.threads) if (tasks.count() > 1)
     for (int64_t task = 0; task < tasks.count(); ++task) {
         if (tasks.watch.stopped()) continue;
         A* sum = partial.get() + task / tasks.groups * size;
@@ -71,7 +71,7 @@ inline void sum_over_tasks(const Capsules& c, int64_t items, int64_t row_size, i
         run(tasks, task, sum, memory.get() + omp_get_thread_num() * memory_size);
     }
     tasks.watch.finish();
-    add_blocks(partial.get(), tasks.blocks, size, out, c.place.threads);
+    add_blocks(partial.get(), tasks.blocks, size, out, c.context.threads);
 }
 
 }  // namespace capsops::cpu::CAPSOPS_ISA

@@ -8,11 +8,11 @@
 namespace capsops::cpu::CAPSOPS_ISA {
 
 // What one thread needs: offsets into its memory.
-template <class A> struct Workspace {
+template <class A> struct ThreadScratch {
     int64_t capsules;  // whose matrices a tile or a panel takes at a time
     int64_t weight, u, panel_u, panel_g_u, votes, g_rows, total;
 
-    Workspace(const Operands<A>& o, bool gradients) {
+    ThreadScratch(const Operands<A>& o, bool gradients) {
         constexpr int64_t n = Tile<A>::size;
         const bool panels = o.layout == Layout::items;
         // The matrices of a tile stay in the second-level cache, unless the tile would not be full.
@@ -50,7 +50,7 @@ inline void load_items(const Operands<A>& o, Tile<A>& t, int64_t b, int64_t i, i
 // Fills tiles with the pairs that are there, makes their votes if wanted, and calls visit(tile) for each. absent(b, i)
 // is called for the pairs that are not there.
 template <bool with_votes, class A, class Visit, class Absent>
-inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task, A* memory, const Workspace<A>& w,
+inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task, A* memory, const ThreadScratch<A>& w,
                           Visit visit, Absent absent) {
     Tile<A> t;
     t.layout = o.layout, t.K = o.K, t.J = o.J, t.D = o.D, t.JD = o.JD;
@@ -132,7 +132,7 @@ inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task
 // Calls visit(panel) for every panel: for some capsules all batch items of the task, so that their matrices are read
 // once.
 template <class A, class Visit>
-inline void for_each_panel(const Operands<A>& o, const Tasks& tasks, int64_t task, A* memory, const Workspace<A>& w,
+inline void for_each_panel(const Operands<A>& o, const Tasks& tasks, int64_t task, A* memory, const ThreadScratch<A>& w,
                            Visit visit) {
     constexpr int n = Panel<A>::size;
     const int64_t b0 = tasks.first_item(task), b1 = tasks.end_item(task), end = tasks.end_capsule(task);
@@ -164,7 +164,8 @@ inline void for_each_panel(const Operands<A>& o, const Tasks& tasks, int64_t tas
 
 // visit(tile, capsule of the panel) with the votes of every capsule of a panel.
 template <class A, class Visit>
-inline void for_each_tile_of(const Operands<A>& o, const Panel<A>& p, A* memory, const Workspace<A>& w, Visit visit) {
+inline void for_each_tile_of(const Operands<A>& o, const Panel<A>& p, A* memory, const ThreadScratch<A>& w,
+                             Visit visit) {
     Tile<A> t;
     t.layout = o.layout, t.K = o.K, t.J = o.J, t.D = o.D, t.JD = o.JD;
     t.votes = memory + w.votes;

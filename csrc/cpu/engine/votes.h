@@ -65,7 +65,7 @@ CAPSOPS_INLINE void add_coupled(const Votes<A, rows, E>& votes, Lanes<A> c, cons
 // out [K, 2 E vectors] (+)= Σ_r u_r [K]ᵀ g_r.
 template <class A, int rows, int E>
 CAPSOPS_INLINE void outer(const A* const* u, const Votes<A, rows, E>& g, int64_t K, A* out, bool add,
-                          bool past_caches) {
+                          bool nontemporal) {
     constexpr int n = Lanes<A>::count;
     for (int64_t k = 0; k < K; ++k) {
         Lanes<A> sum[2 * E];
@@ -78,8 +78,8 @@ CAPSOPS_INLINE void outer(const A* const* u, const Votes<A, rows, E>& g, int64_t
 #pragma GCC unroll 4
         for (int v = 0; v < 2 * E; ++v) {
             A* to = out + (k * 2 * E + v) * n;
-            if (past_caches)
-                stream(to, sum[v]);
+            if (nontemporal)
+                store_nontemporal(to, sum[v]);
             else
                 store(to, add ? load(to) + sum[v] : sum[v]);
         }
@@ -109,7 +109,7 @@ CAPSOPS_INLINE void project(Votes<A, rows, E>& g, const A* weight, int64_t K, A*
 #pragma GCC unroll 4
             for (int v = 0; v < 2 * E; ++v)
 #pragma GCC unroll 8
-                for (int m = 0; m < rows; ++m) sum[q] += spread<unit>(w + v * n, m) * g.of[m][v];
+                for (int m = 0; m < rows; ++m) sum[q] += broadcast<unit>(w + v * n, m) * g.of[m][v];
         }
         // Lane r · unit + p of sum q: a part of the result for item r and component k + q.
         alignas(64) A results[most / C][n];

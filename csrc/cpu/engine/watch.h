@@ -1,5 +1,5 @@
 // How a long operator is given up: between two passes, and between two steps of one. The calling thread asks
-// Place::stop now and then; the others see its answer.
+// ExecutionContext::stop now and then; the others see its answer.
 #pragma once
 
 #include <atomic>
@@ -15,14 +15,14 @@ namespace capsops::cpu::CAPSOPS_ISA {
 struct Interrupted {};
 
 // Between two passes, or two steps of a serial loop that are not short.
-inline void throw_if_stopped(const Place& place) {
-    if (place.stop && place.stop()) throw Interrupted();
+inline void throw_if_stopped(const ExecutionContext& context) {
+    if (context.stop && context.stop()) throw Interrupted();
 }
 
 // One pass. Its owner calls finish() after the parallel region.
 class Watch {
   public:
-    explicit Watch(const Place& place) : stop_(place.stop) {}
+    explicit Watch(const ExecutionContext& context) : stop_(context.stop) {}
 
     bool stopped() const { return stopped_.load(std::memory_order_relaxed); }
 

@@ -154,7 +154,7 @@ template <class A> struct AttentionGradient {
             for (int64_t m = 0; m < found; ++m) params[k * J + j + m] += x[m];
         });
         for (int64_t k = 0; k < J; ++k) {
-            LongSum<A> sum;
+            KahanSum<A> sum;
             for (int r = 0; r < t.rows(); ++r)
                 for (int64_t d = 0; d < D; d += Lanes<A>::count) sum += load(all_dz + r * t.JD + k * D + d);
             params[J * J + k] += sum.total();
@@ -163,7 +163,7 @@ template <class A> struct AttentionGradient {
 
     // Of dz_1, by û_0, û_1 and 1.
     struct Totals {
-        LongSum<A> of[3];
+        KahanSum<A> of[3];
     };
     Totals totals() const { return {}; }
 

@@ -177,7 +177,7 @@ Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leak
         fill(V.get(), size, A(0));
         fill(total.get(), compact, A(0));
         for (int64_t t = 1; t < iterations; ++t) {
-            throw_if_stopped(c.place);
+            throw_if_stopped(c.context);
             squash_outputs(s + (t - 1) * compact, v.get(), rows, o.H, SquashKind::sabour);
             for (int64_t x = 0; x < compact; ++x) total.get()[x] += v.get()[x];
             o.pack(total.get(), V.get() + t * size);

@@ -49,15 +49,15 @@ Status em_routing(const Capsules& c, const void* activation, const void* beta_u_
         fill(shift.get(), c.B * o.JH, A(0));
         fill(packed_shift.get(), size, A(0));
 
-        const auto maximise_all = [&](int64_t t) {
+        const auto m_step_all = [&](int64_t t) {
             bool precise = true;
             for (int64_t b = 0; b < c.B; ++b)
                 for (int64_t j = 0; j < J; ++j) {
                     A* own_shift = shift.get() + (b * J + j) * o.H;
                     const A mass = moments.of(o, sums.get(), b, j, first.get(), second.get());
                     Gaussian<A> g = gaussians.at(t, b * J + j);
-                    precise &= maximise(g, mass, first.get(), second.get(), own_shift, o.H, A(em_epsilon), beta_u[j],
-                                        beta_a[j], static_cast<A>(inverse_temperatures[t]));
+                    precise &= m_step(g, mass, first.get(), second.get(), own_shift, o.H, A(em_epsilon), beta_u[j],
+                                      beta_a[j], static_cast<A>(inverse_temperatures[t]));
                     g.mean[3 * o.H] = g.mass;
                     g.mean[3 * o.H + 1] = g.logit;
                     std::memcpy(own_shift, g.mean, sizeof(A) * static_cast<size_t>(o.H));
@@ -71,7 +71,7 @@ Status em_routing(const Capsules& c, const void* activation, const void* beta_u_
                 {gaussians.logits(t), static_cast<const A*>(activation), c.N}, moments, packed_shift.get()};
             for (int pass = 0; pass < 2; ++pass) {
                 reduce(o, policy, sums.get());
-                const bool precise = maximise_all(t);
+                const bool precise = m_step_all(t);
                 if (t > 0 && precise) break;
             }
         }
@@ -181,7 +181,7 @@ Status em_routing_backward(const Capsules& c, const void* activation, const void
         const A* beta_u = static_cast<const A*>(beta_u_);
         Gaussians<A> gaussians(o, iterations, static_cast<const A*>(state));
         for (int64_t t = 0; t < iterations; ++t) {
-            throw_if_stopped(c.place);
+            throw_if_stopped(c.context);
             gaussians.load_iteration(t);
         }
 
@@ -194,8 +194,8 @@ Status em_routing_backward(const Capsules& c, const void* activation, const void
         std::memcpy(g_mean.get(), g_mean_, sizeof(A) * static_cast<size_t>(rows * H));
         for (int64_t r = 0; r < rows; ++r) {
             const A z = gaussians.at(iterations - 1, r).logit;
-            const A a = A(1) / (A(1) + std::exp(-z)), rest = A(1) / (A(1) + std::exp(z));
-            g_logit.get()[r] = static_cast<const A*>(g_out_activation)[r] * a * rest;
+            const A a = A(1) / (A(1) + std::exp(-z)), complement = A(1) / (A(1) + std::exp(z));
+            g_logit.get()[r] = static_cast<const A*>(g_out_activation)[r] * a * complement;
         }
 
         const auto adjoint_of = [&](int64_t t) {
@@ -208,10 +208,10 @@ Status em_routing_backward(const Capsules& c, const void* activation, const void
         Buffer<A> sums(o.state_rows * moments.row_size());
         for (int64_t t = iterations - 1; t >= 0; --t) {
             for (int64_t r = 0; r < rows; ++r)
-                maximise_backward(gaussians.at(t, r), g_mean.get() + r * H, g_variance.get() + r * H, g_logit.get()[r],
-                                  H, A(em_epsilon), beta_u[r % J], static_cast<A>(inverse_temperatures[t]),
-                                  constants.get() + r, linears.get() + r * H, quadratics.get() + r * H,
-                                  g_beta_u.get() + r % J, g_beta_a.get() + r % J);
+                m_step_backward(gaussians.at(t, r), g_mean.get() + r * H, g_variance.get() + r * H, g_logit.get()[r], H,
+                                A(em_epsilon), beta_u[r % J], static_cast<A>(inverse_temperatures[t]),
+                                constants.get() + r, linears.get() + r * H, quadratics.get() + r * H,
+                                g_beta_u.get() + r % J, g_beta_a.get() + r % J);
             o.pack(linears.get(), linear.get() + t * size);
             o.pack(quadratics.get(), quadratic.get() + t * size);
             o.pack_scalars(constants.get(), constant.get() + t * o.scalars_size());
@@ -219,7 +219,7 @@ Status em_routing_backward(const Capsules& c, const void* activation, const void
             reduce(o, EmAdjointSum<A>{adjoint_of(t), moments}, sums.get());
             for (int64_t r = 0; r < rows; ++r) {
                 const A mass = moments.of(o, sums.get(), r / J, r % J, first.get(), second.get());
-                g_logit.get()[r] = expect_backward(gaussians.at(t - 1, r), mass, first.get(), second.get(), H,
+                g_logit.get()[r] = e_step_backward(gaussians.at(t - 1, r), mass, first.get(), second.get(), H,
                                                    g_mean.get() + r * H, g_variance.get() + r * H);
             }
         }

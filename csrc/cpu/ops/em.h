@@ -66,7 +66,7 @@ template <class A> struct Moments {
     // The sums of output capsule (b, j): first [H], second [H]; returns the mass.
     A of(const Operands<A>& o, const A* sums, int64_t b, int64_t j, A* first, A* second) const {
         const A* row = sums + o.row(b) * row_size();
-        const A* x = row + o.place(b, j);
+        const A* x = row + o.offset(b, j);
         for (int64_t h = 0; h < o.H; ++h) {
             first[h] = x[h * items];
             second[h] = x[JD + h * items];
@@ -125,7 +125,7 @@ template <class A> struct Gaussians {
         for (int64_t row = 0; row < rows; ++row) {
             const Gaussian<A> g = at(t, row);
             std::memcpy(means.get() + row * H, g.mean, sizeof(A) * static_cast<size_t>(H));
-            constants.get()[row] = expect(g, H, quadratics.get() + row * H);
+            constants.get()[row] = e_step(g, H, quadratics.get() + row * H);
         }
         o.pack(means.get(), mean.get() + t * o.state_size());
         o.pack(quadratics.get(), quadratic.get() + t * o.state_size());

@@ -12,10 +12,10 @@ constexpr int64_t chunk = 64;  // capsules at a time
 // each(features offset, capsules' offset, count, scratch [3, chunk, K]) for every run of neighbouring capsules.
 template <class A, class Each> void for_each_chunk(const PrimaryCapsules& p, Each each) {
     const int64_t chunks = ceil_div(p.inner, chunk), scratch_size = 3 * chunk * p.K;
-    Buffer<A> scratch(scratch_size * p.place.threads);
+    Buffer<A> scratch(scratch_size * p.context.threads);
     const int64_t tasks = p.B * p.outer * chunks;
-    Watch watch(p.place);
-#pragma omp parallel for schedule(static) num_threads(p.place.threads) if (tasks * p.K >= 256)
+    Watch watch(p.context);
+#pragma omp parallel for schedule(static) num_threads(p.context.threads) if (tasks * p.K >= 256)
     for (int64_t task = 0; task < tasks; ++task) {
         if (Steps(watch).stopped()) continue;
         const int64_t begin = task % chunks * chunk, row = task / chunks;

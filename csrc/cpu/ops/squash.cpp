@@ -10,10 +10,10 @@ namespace {
 constexpr int64_t rows_per_task = 1024;
 
 // row(index, scratch [3, dim]) for every row.
-template <class A, class Row> void for_each_row(int64_t rows, int64_t dim, const Place& place, Row row) {
-    Buffer<A> scratch(3 * dim * place.threads);
-    Watch watch(place);
-#pragma omp parallel num_threads(place.threads) if (rows > rows_per_task)
+template <class A, class Row> void for_each_row(int64_t rows, int64_t dim, const ExecutionContext& context, Row row) {
+    Buffer<A> scratch(3 * dim * context.threads);
+    Watch watch(context);
+#pragma omp parallel num_threads(context.threads) if (rows > rows_per_task)
     {
         A* const own = scratch.get() + 3 * dim * omp_get_thread_num();
         Steps steps(watch);
@@ -26,9 +26,10 @@ template <class A, class Row> void for_each_row(int64_t rows, int64_t dim, const
 
 }  // namespace
 
-Status squash(const Place& place, const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind, Dtype dtype) {
+Status squash(const ExecutionContext& context, const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind,
+              Dtype dtype) {
     return for_accumulation(dtype, [&]<class A>() {
-        for_each_row<A>(rows, dim, place, [&](int64_t r, A* x) {
+        for_each_row<A>(rows, dim, context, [&](int64_t r, A* x) {
             read(s, dtype, r * dim, dim, x);
             squash_vector<A>(x, x + dim, dim, kind);
             write(x + dim, dim, v, dtype, r * dim);
@@ -36,10 +37,10 @@ Status squash(const Place& place, const void* s, void* v, int64_t rows, int64_t 
     });
 }
 
-Status squash_backward(const Place& place, const void* g_v, const void* s, void* g_s, int64_t rows, int64_t dim,
-                       SquashKind kind, Dtype dtype) {
+Status squash_backward(const ExecutionContext& context, const void* g_v, const void* s, void* g_s, int64_t rows,
+                       int64_t dim, SquashKind kind, Dtype dtype) {
     return for_accumulation(dtype, [&]<class A>() {
-        for_each_row<A>(rows, dim, place, [&](int64_t r, A* x) {
+        for_each_row<A>(rows, dim, context, [&](int64_t r, A* x) {
             A *g = x + dim, *out = x + 2 * dim;
             read(s, dtype, r * dim, dim, x);
             read(g_v, dtype, r * dim, dim, g);

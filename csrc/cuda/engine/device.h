@@ -31,10 +31,10 @@ inline char* shared_memory() {
 }
 
 template <class... P, class... Q>
-Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, const Place& place,
+Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, const ExecutionContext& context,
               const Q&... arguments) {
-    if (place.needed) return Status::ok;
-    emulation::launch(kernel, place.threads > 1, blocks, dim3{static_cast<unsigned>(threads)},
+    if (context.needed) return Status::ok;
+    emulation::launch(kernel, context.threads > 1, blocks, dim3{static_cast<unsigned>(threads)},
                       static_cast<size_t>(shared), arguments...);
     return Status::ok;
 }
@@ -53,16 +53,16 @@ __device__ inline char* shared_memory() {
 inline thread_local const char* last_error = "";
 
 template <class... P, class... Q>
-Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, const Place& place,
+Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, const ExecutionContext& context,
               const Q&... arguments) {
-    if (place.needed) return Status::ok;
+    if (context.needed) return Status::ok;
     // This library has a CUDA runtime of its own, which takes the device from the driver: torch may not have told it.
-    cudaError_t error = cudaSetDevice(place.device);
+    cudaError_t error = cudaSetDevice(context.device);
     cudaLaunchConfig_t config{};
     config.gridDim = blocks;
     config.blockDim = dim3{static_cast<unsigned>(threads)};
     config.dynamicSmemBytes = static_cast<size_t>(shared);
-    config.stream = static_cast<cudaStream_t>(place.stream);
+    config.stream = static_cast<cudaStream_t>(context.stream);
     if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
     if (error == cudaSuccess) return Status::ok;
     last_error = cudaGetErrorString(error);
@@ -111,15 +111,15 @@ template <class Function> inline Status for_accumulation(Dtype dtype, Function f
 // Takes memory from the workspace of an operator, or counts what it would take.
 class Workspace {
   public:
-    explicit Workspace(const Place& place) : place_(place) {}
+    explicit Workspace(const ExecutionContext& context) : context_(context) {}
     // What a part of an operator takes, for the next part to take again: the kernels of a stream run one after another.
     explicit Workspace(Workspace* whole)
-        : place_(whole->place_), whole_(whole), begin_(whole->used_), used_(begin_), most_(begin_) {}
+        : context_(whole->context_), whole_(whole), begin_(whole->used_), used_(begin_), most_(begin_) {}
     ~Workspace() {
         if (whole_)
             whole_->most_ = at_least(whole_->most_, most_);
-        else if (place_.needed)
-            *place_.needed = most_;
+        else if (context_.needed)
+            *context_.needed = most_;
     }
     Workspace(const Workspace&) = delete;
 
@@ -127,24 +127,24 @@ class Workspace {
         const int64_t at = used_;
         used_ += ceil_div(count * static_cast<int64_t>(sizeof(A)), 256) * 256;
         most_ = at_least(most_, used_);
-        if (place_.needed) return nullptr;
+        if (context_.needed) return nullptr;
         spoil(at);
-        return reinterpret_cast<A*>(static_cast<char*>(place_.workspace) + at);
+        return reinterpret_cast<A*>(static_cast<char*>(context_.workspace) + at);
     }
     // All that this part has taken is about to be written anew.
     void start_over() const {
-        if (!place_.needed) spoil(begin_);
+        if (!context_.needed) spoil(begin_);
     }
 
   private:
     // Under emulation, so that numbers which are read before they are written are seen: NaN.
     void spoil([[maybe_unused]] int64_t from) const {
 #if defined(CAPSOPS_EMULATION)
-        if (used_ > from) std::memset(static_cast<char*>(place_.workspace) + from, 0xff, used_ - from);
+        if (used_ > from) std::memset(static_cast<char*>(context_.workspace) + from, 0xff, used_ - from);
 #endif
     }
 
-    const Place& place_;
+    const ExecutionContext& context_;
     Workspace* whole_ = nullptr;
     int64_t begin_ = 0, used_ = 0, most_ = 0;
 };

@@ -51,7 +51,7 @@ struct Fiber {
     std::unique_ptr<char[]> stack;
     dim3 index;
     State state;
-    double shown;  // to its warp
+    double published;  // to its warp
     void* fake_stack;
 };
 
@@ -96,9 +96,9 @@ inline void wait(State for_others) {
 
 // The other thread's number, of the same warp.
 inline double exchange(double own, unsigned lane_mask) {
-    block.current->shown = own;
+    block.current->published = own;
     wait(State::waits_for_warp);
-    const double other = block.fibers[block.current->index.x ^ lane_mask]->shown;
+    const double other = block.fibers[block.current->index.x ^ lane_mask]->published;
     wait(State::waits_for_warp);
     return other;
 }

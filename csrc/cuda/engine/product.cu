@@ -91,12 +91,12 @@ __global__ void __launch_bounds__(most_threads, sizeof(A) == 8 ? 1 : 2) product_
     }
 }
 
-template <class A, class R, class O> Status launch_product(const Product& p, const Place& place) {
+template <class A, class R, class O> Status launch_product(const Product& p, const ExecutionContext& context) {
     const auto run = [&]<int per_row, int per_column>() {
         constexpr int64_t width = Share<per_row, A, A>::width + Share<per_column, A, R>::width;
         const int64_t blocks = blocks_along(p.columns) * blocks_along(p.rows) * p.batches * p.pieces;
         return launch(product_kernel<per_row, per_column, A, R, O>, dim3{static_cast<unsigned>(blocks)}, most_threads,
-                      depth_step * width * static_cast<int64_t>(sizeof(A)), place, p);
+                      depth_step * width * static_cast<int64_t>(sizeof(A)), context, p);
     };
     if (per_thread(p.rows) == 1)
         return per_thread(p.columns) == 1 ? run.template operator()<1, 1>() : run.template operator()<1, 4>();
@@ -105,15 +105,15 @@ template <class A, class R, class O> Status launch_product(const Product& p, con
 
 }  // namespace
 
-Status multiply_matrices(const Product& p, const Place& place) {
+Status multiply_matrices(const Product& p, const ExecutionContext& context) {
     if (p.rows * p.columns * p.batches == 0) return Status::ok;
     if (p.right_type == p.out_type)
-        return p.out_type == Dtype::float64 ? launch_product<double, double, double>(p, place)
-                                            : launch_product<float, float, float>(p, place);
-    if (p.right_type == Dtype::bfloat16) return launch_product<float, bfloat16, float>(p, place);
-    if (p.right_type == Dtype::float16) return launch_product<float, float16, float>(p, place);
-    return p.out_type == Dtype::bfloat16 ? launch_product<float, float, bfloat16>(p, place)
-                                         : launch_product<float, float, float16>(p, place);
+        return p.out_type == Dtype::float64 ? launch_product<double, double, double>(p, context)
+                                            : launch_product<float, float, float>(p, context);
+    if (p.right_type == Dtype::bfloat16) return launch_product<float, bfloat16, float>(p, context);
+    if (p.right_type == Dtype::float16) return launch_product<float, float16, float>(p, context);
+    return p.out_type == Dtype::bfloat16 ? launch_product<float, float, bfloat16>(p, context)
+                                         : launch_product<float, float, float16>(p, context);
 }
 
 }  // namespace capsops::cuda

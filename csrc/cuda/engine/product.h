@@ -33,7 +33,7 @@ struct Product {
     bool add = false;            // to what out has
 };
 
-Status multiply_matrices(const Product& p, const Place& place);
+Status multiply_matrices(const Product& p, const ExecutionContext& context);
 
 template <class A> constexpr Dtype dtype_of = sizeof(A) == 8 ? Dtype::float64 : Dtype::float32;
 

@@ -53,19 +53,19 @@ template <class A> struct Couplings {
 // memory it takes for each pair of batch item and input capsule.
 template <class P, class A>
 concept StagedReducingPolicy =
-    requires(const P& policy, const StagedVotes<A>& t, A* scratch, Couplings<A>& c, const Place& place) {
+    requires(const P& policy, const StagedVotes<A>& t, A* scratch, Couplings<A>& c, const ExecutionContext& context) {
         { P::staged_numbers(t.J, t.D) } -> std::same_as<int64_t>;
-        { policy.stage_couplings(t, scratch, c, place) } -> std::same_as<Status>;
+        { policy.stage_couplings(t, scratch, c, context) } -> std::same_as<Status>;
     };
 
 // What emit_staged needs: the gradient g of the votes of a tile, computed from the votes if needs_votes, and sums over
 // the tile in params [pieces, param_count].
 template <class P, class A>
 concept StagedEmittingPolicy = requires(const P& policy, const StagedVotes<A>& t, A* scratch, A* g, A* params,
-                                        int64_t pieces, const Place& place) {
+                                        int64_t pieces, const ExecutionContext& context) {
     { P::needs_votes } -> std::convertible_to<bool>;
     { P::staged_numbers(t.J, t.D) } -> std::same_as<int64_t>;
-    { policy.stage_gradient(t, scratch, g, params, pieces, place) } -> std::same_as<Status>;
+    { policy.stage_gradient(t, scratch, g, params, pieces, context) } -> std::same_as<Status>;
 };
 
 // As many pieces of a sum as there should be, if they may take so much memory. size: numbers of a piece.
@@ -82,14 +82,14 @@ template <class A> struct RunningSum {
     RunningSum(Workspace& w, int64_t size_, int64_t count_)
         : size(size_), count(fitting_pieces<A>(count_, size)), total(w.take<double>(size)) {}
     void start_tile(Workspace& tile) { rows = tile.take<A>(size * count); }
-    Status start(const Place& place) const {
-        return launch(write_zeros<double>, blocks_for(size), most_threads, 0, place, total, size);
+    Status start(const ExecutionContext& context) const {
+        return launch(write_zeros<double>, blocks_for(size), most_threads, 0, context, total, size);
     }
-    Status add(const Place& place) const {
-        return launch(add_to_total<A>, blocks_for(size), most_threads, 0, place, rows, count, size, total);
+    Status add(const ExecutionContext& context) const {
+        return launch(add_to_total<A>, blocks_for(size), most_threads, 0, context, rows, count, size, total);
     }
-    template <class To> Status write(To* to, bool more, const Place& place) const {
-        return launch(copy_numbers<double, To>, blocks_for(size), most_threads, 0, place, total, to, size, more);
+    template <class To> Status write(To* to, bool more, const ExecutionContext& context) const {
+        return launch(copy_numbers<double, To>, blocks_for(size), most_threads, 0, context, total, to, size, more);
     }
 };
 
@@ -212,9 +212,9 @@ Status for_tiles(const Capsules& c, StagedVotes<Accumulation<T>>& t, const Works
     for (; t.first < t.N; t.first += most) {
         w.start_over();
         t.count = at_most(most, t.N - t.first);
-        CAPSOPS_TRY(launch(stage_rows<A, T>, blocks_for(t.pairs() * t.K), most_threads, 0, c.place, t,
+        CAPSOPS_TRY(launch(stage_rows<A, T>, blocks_for(t.pairs() * t.K), most_threads, 0, c.context, t,
                            static_cast<const T*>(c.u), t.K, t.u));
-        if (wants_votes) CAPSOPS_TRY(multiply_matrices(Matrices<T>(c, t).votes(t.u, t.votes), c.place));
+        if (wants_votes) CAPSOPS_TRY(multiply_matrices(Matrices<T>(c, t).votes(t.u, t.votes), c.context));
         CAPSOPS_TRY(step());
     }
     return Status::ok;
@@ -234,16 +234,16 @@ Status reduce_staged(const Capsules& c, const Policy& policy, Workspace& whole, 
     t.u = tile.take<A>(t.pairs() * c.K);
     t.votes = tile.take<A>(t.pairs() * JD);
     A* scratch = tile.take<A>(t.pairs() * own);
-    if (c.place.needed) return Status::ok;
-    CAPSOPS_TRY(sum.start(c.place));
+    if (c.context.needed) return Status::ok;
+    CAPSOPS_TRY(sum.start(c.context));
     CAPSOPS_TRY((for_tiles<T>(c, t, tile, true, [&] {
         Couplings<A> couplings{};
-        CAPSOPS_TRY(policy.stage_couplings(t, scratch, couplings, c.place));
-        CAPSOPS_TRY(launch(weigh_votes<A>, blocks_for(sum.count * sum.size), most_threads, 0, c.place, t, couplings,
+        CAPSOPS_TRY(policy.stage_couplings(t, scratch, couplings, c.context));
+        CAPSOPS_TRY(launch(weigh_votes<A>, blocks_for(sum.count * sum.size), most_threads, 0, c.context, t, couplings,
                            sum.count, sum.rows));
-        return sum.add(c.place);
+        return sum.add(c.context);
     })));
-    return sum.write(out, false, c.place);
+    return sum.write(out, false, c.context);
 }
 
 template <class T, StagedEmittingPolicy<Accumulation<T>> Policy, class Add>
@@ -269,28 +269,28 @@ Status emit_staged(const Capsules& c, const Policy& policy, const CapsuleGradien
     const int64_t u_pieces =
         fitting_pieces<A>(pieces_for(m.batches * blocks_along(m.rows) * blocks_along(c.K), JD), pairs * c.K);
     A* g_u = memory.take<A>(gradients.u ? u_pieces * pairs * c.K : 0);
-    if (c.place.needed) return Status::ok;
-    CAPSOPS_TRY(g_weight.start(c.place));
-    CAPSOPS_TRY(params.start(c.place));
+    if (c.context.needed) return Status::ok;
+    CAPSOPS_TRY(g_weight.start(c.context));
+    CAPSOPS_TRY(params.start(c.context));
     CAPSOPS_TRY((for_tiles<T>(c, t, memory, Policy::needs_votes, [&] {
-        CAPSOPS_TRY(policy.stage_gradient(t, scratch, g, params.rows, params.count, c.place));
-        if (param_count) CAPSOPS_TRY(params.add(c.place));
+        CAPSOPS_TRY(policy.stage_gradient(t, scratch, g, params.rows, params.count, c.context));
+        if (param_count) CAPSOPS_TRY(params.add(c.context));
         const Matrices<T> tile(c, t);
         if (gradients.u) {
-            CAPSOPS_TRY(multiply_matrices(tile.capsule_gradients(g, g_u, u_pieces, pairs * c.K), c.place));
-            CAPSOPS_TRY(launch(write_capsule_gradients<A, T>, blocks_for(t.pairs() * c.K), most_threads, 0, c.place, t,
-                               g_u, u_pieces, pairs * c.K, static_cast<T*>(gradients.u), more));
+            CAPSOPS_TRY(multiply_matrices(tile.capsule_gradients(g, g_u, u_pieces, pairs * c.K), c.context));
+            CAPSOPS_TRY(launch(write_capsule_gradients<A, T>, blocks_for(t.pairs() * c.K), most_threads, 0, c.context,
+                               t, g_u, u_pieces, pairs * c.K, static_cast<T*>(gradients.u), more));
         }
         if (!gradients.weight) return Status::ok;
         if (!shared) {
             T* const to = static_cast<T*>(gradients.weight) + t.first * c.weight_stride;
-            return multiply_matrices(tile.weight_gradients(t.u, g, to, c.dtype, 1, more), c.place);
+            return multiply_matrices(tile.weight_gradients(t.u, g, to, c.dtype, 1, more), c.context);
         }
         CAPSOPS_TRY(multiply_matrices(tile.weight_gradients(t.u, g, g_weight.rows, dtype_of<A>, g_weight.count, false),
-                                      c.place));
-        return g_weight.add(c.place);
+                                      c.context));
+        return g_weight.add(c.context);
     })));
-    if (sums) CAPSOPS_TRY(g_weight.write(static_cast<T*>(gradients.weight), more, c.place));
+    if (sums) CAPSOPS_TRY(g_weight.write(static_cast<T*>(gradients.weight), more, c.context));
     return add(static_cast<const double*>(params.total), 1);
 }
 

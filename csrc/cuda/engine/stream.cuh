@@ -25,7 +25,7 @@ namespace capsops::cuda {
 constexpr int u_piece = 2;
 
 // The capsules, cut into tiles and runs. From the shape alone, so that sums have one order.
-template <class T, int width> struct Stream {
+template <class T, int width> struct Tiling {
     const T* u;           // [B, N, K]
     const T* weight;      // [N, K, J, D], or [K, J, D] if weight_stride is 0
     const uint8_t* mask;  // [B, N], or null
@@ -37,7 +37,7 @@ template <class T, int width> struct Stream {
     int64_t run = 0, runs = 0;  // capsules of a block; blocks
 
     // numbers: of the accumulation type, in shared memory, of one thread.
-    Stream(const Capsules& c, int64_t numbers)
+    Tiling(const Capsules& c, int64_t numbers)
         : u(static_cast<const T*>(c.u)),
           weight(static_cast<const T*>(c.weight)),
           mask(c.mask),
@@ -78,7 +78,7 @@ template <class T, int width> struct Stream {
 };
 
 // Where a thread is.
-template <class A, int width> struct At {
+template <class A, int width> struct ThreadPosition {
     int64_t i = 0, b, j;  // its input capsule, batch item and output capsule
     int part, parts;      // of the vote: components part · width … part · width + count − 1
     int count;
@@ -100,18 +100,18 @@ template <class A, int width> struct At {
     __device__ int64_t state() const { return (b * J + j) * D + part * width; }
 
     // Shows numbers of this thread to the others of its batch item and team, after they have read those before.
-    template <int n> __device__ void show(int64_t first, const A (&x)[n]) const {
-        meet();
+    template <int n> __device__ void publish(int64_t first, const A (&x)[n]) const {
+        sync();
         write(first, x);
-        meet();
+        sync();
     }
     // Shows them to the whole block.
-    template <int n> __device__ void show_to_all(int64_t first, const A (&x)[n]) const {
+    template <int n> __device__ void publish_to_block(int64_t first, const A (&x)[n]) const {
         __syncthreads();
         write(first, x);
         __syncthreads();
     }
-    __device__ void meet() const {
+    __device__ void sync() const {
         if (in_warp)
             __syncwarp();
         else
@@ -126,34 +126,34 @@ template <class A, int width> struct At {
 };
 
 template <class T, int width> struct Thread {
-    At<Accumulation<T>, width> at;
+    ThreadPosition<Accumulation<T>, width> at;
     int team;
     bool paired;  // there is a vote for it in this tile
 
-    __device__ explicit Thread(const Stream<T, width>& s) {
+    __device__ explicit Thread(const Tiling<T, width>& tiling) {
         at.slot = static_cast<int>(threadIdx.x);
-        team = at.slot / s.team;
-        const int rest = at.slot % s.team;
-        at.item = rest / s.row, at.items = s.items;
-        at.in_warp = warp_size % s.row == 0;
-        at.j = rest % s.row / s.parts;
-        at.part = rest % s.parts, at.parts = s.parts;
-        at.count = static_cast<int>(at_most(width, s.D - at.part * width));
-        at.row = at.slot - rest % s.row, at.row_size = s.row;
-        at.N = s.N, at.J = s.J, at.D = s.D;
+        team = at.slot / tiling.team;
+        const int rest = at.slot % tiling.team;
+        at.item = rest / tiling.row, at.items = tiling.items;
+        at.in_warp = warp_size % tiling.row == 0;
+        at.j = rest % tiling.row / tiling.parts;
+        at.part = rest % tiling.parts, at.parts = tiling.parts;
+        at.count = static_cast<int>(at_most(width, tiling.D - at.part * width));
+        at.row = at.slot - rest % tiling.row, at.row_size = tiling.row;
+        at.N = tiling.N, at.J = tiling.J, at.D = tiling.D;
         at.memory = reinterpret_cast<Accumulation<T>*>(shared_memory());
     }
     // To a tile of the batch, before any of its capsules.
-    __device__ void go_to_tile(const Stream<T, width>& s, int tile) {
+    __device__ void go_to_tile(const Tiling<T, width>& tiling, int tile) {
         at.tile = tile;
-        at.b = static_cast<int64_t>(tile) * s.items + at.item;
-        paired = at.there = team < s.teams && at.b < s.B;
+        at.b = static_cast<int64_t>(tile) * tiling.items + at.item;
+        paired = at.there = team < tiling.teams && at.b < tiling.B;
     }
     // To the capsules from `first` on, one for each team.
-    __device__ void go_to(const Stream<T, width>& s, int64_t first, int64_t end) {
+    __device__ void go_to(const Tiling<T, width>& tiling, int64_t first, int64_t end) {
         at.i = first + team;
         at.in_run = paired && at.i < end;
-        at.there = at.in_run && (!s.mask || s.mask[at.b * s.N + at.i]);
+        at.there = at.in_run && (!tiling.mask || tiling.mask[at.b * tiling.N + at.i]);
     }
 };
 
@@ -184,49 +184,50 @@ __device__ inline void read_row(const T* from, int count, bool aligned, Accumula
 
 // The thread's part of u_bi W_ij; 0 where there is none, and behind D.
 template <class T, int width>
-__device__ inline void make_vote(const Stream<T, width>& s, const At<Accumulation<T>, width>& at,
+__device__ inline void make_vote(const Tiling<T, width>& tiling, const ThreadPosition<Accumulation<T>, width>& at,
                                  Accumulation<T> (&v)[width]) {
     using A = Accumulation<T>;
 #pragma unroll
     for (int d = 0; d < width; ++d) v[d] = A(0);
     if (!at.there) return;
-    const T* u = s.u + (at.b * s.N + at.i) * s.K;
-    const T* w = s.weight + at.i * s.weight_stride + at.j * s.D + at.part * width;
-    const int64_t JD = s.J * s.D;
+    const T* u = tiling.u + (at.b * tiling.N + at.i) * tiling.K;
+    const T* w = tiling.weight + at.i * tiling.weight_stride + at.j * tiling.D + at.part * width;
+    const int64_t JD = tiling.J * tiling.D;
     const auto add = [&](A a, int64_t k) {
         A row[width];
-        read_row(w + k * JD, at.count, s.aligned, row);
+        read_row(w + k * JD, at.count, tiling.aligned, row);
 #pragma unroll
         for (int d = 0; d < width; ++d) v[d] += a * row[d];
     };
-    if (s.aligned_u) {
+    if (tiling.aligned_u) {
 #pragma unroll 1
-        for (int64_t k = 0; k < s.K; k += u_piece) {
+        for (int64_t k = 0; k < tiling.K; k += u_piece) {
             const auto a = Piece<T, u_piece>::load(u + k);
 #pragma unroll
             for (int m = 0; m < u_piece; ++m) add(a[m], k + m);
         }
     } else {
 #pragma unroll 2
-        for (int64_t k = 0; k < s.K; ++k) add(static_cast<A>(u[k]), k);
+        for (int64_t k = 0; k < tiling.K; ++k) add(static_cast<A>(u[k]), k);
     }
 }
 
 // Asks for what the teams will read in the step from `first` on, so that it is in the cache by then.
 template <class T, int width>
-__device__ inline void ask_for(const Stream<T, width>& s, const At<Accumulation<T>, width>& at, int team, int64_t first,
-                               int64_t end) {
+__device__ inline void ask_for(const Tiling<T, width>& tiling, const ThreadPosition<Accumulation<T>, width>& at,
+                               int team, int64_t first, int64_t end) {
     constexpr int64_t line = 128;
-    if (first + team < end && at.j == 0 && at.part == 0 && at.b < s.B)
-        prefetch(s.u + (at.b * s.N + first + team) * s.K);
-    if (s.shared_weight() || first >= end) return;
-    const char* from = reinterpret_cast<const char*>(s.weight + first * s.weight_stride);
-    const int64_t bytes = at_most(s.teams, end - first) * s.weight_stride * static_cast<int64_t>(sizeof(T));
+    if (first + team < end && at.j == 0 && at.part == 0 && at.b < tiling.B)
+        prefetch(tiling.u + (at.b * tiling.N + first + team) * tiling.K);
+    if (tiling.shared_weight() || first >= end) return;
+    const char* from = reinterpret_cast<const char*>(tiling.weight + first * tiling.weight_stride);
+    const int64_t bytes = at_most(tiling.teams, end - first) * tiling.weight_stride * static_cast<int64_t>(sizeof(T));
     for (int64_t x = threadIdx.x * line; x < bytes; x += blockDim.x * line) prefetch(from + x);
 }
 
 // The thread's part of a state [B, J, D].
-template <class A, int width> __device__ inline void load(const A* x, const At<A, width>& at, A (&to)[width]) {
+template <class A, int width>
+__device__ inline void load(const A* x, const ThreadPosition<A, width>& at, A (&to)[width]) {
 #pragma unroll
     for (int d = 0; d < width; ++d) to[d] = at.there && d < at.count ? x[at.state() + d] : A(0);
 }
@@ -243,18 +244,19 @@ template <int width, class A> __device__ inline A dot(const A (&x)[width], const
 // What `reduce` needs. start() loads what the thread keeps in registers for a tile of the batch; couple() computes the
 // weights c of the components of the vote v.
 template <class P, class T, int width, class A = Accumulation<T>>
-concept ReducingPolicy = StagedReducingPolicy<P, A> && requires(const P& policy, const At<A, width>& at,
-                                                                typename P::Own& own, A (&v)[width], A (&c)[width]) {
-    policy.start(at, own);
-    policy.couple(at, own, v, c);
-};
+concept ReducingPolicy =
+    StagedReducingPolicy<P, A> && requires(const P& policy, const ThreadPosition<A, width>& at,
+                                           typename P::Registers& own, A (&v)[width], A (&c)[width]) {
+        policy.start(at, own);
+        policy.couple(at, own, v, c);
+    };
 
 // What `emit` needs. The host calls cut() with the rows of votes in a block and the parts of a vote. gradient()
 // computes the gradient g of the vote v. end_block() writes the sums of the block to params [runs, param_count].
 template <class P, class T, int width, class A = Accumulation<T>>
 concept EmittingPolicy =
-    StagedEmittingPolicy<P, A> && requires(P& policy, const P& on_device, const At<A, width>& at, typename P::Own& own,
-                                           A (&v)[width], A (&g)[width], A* params) {
+    StagedEmittingPolicy<P, A> && requires(P& policy, const P& on_device, const ThreadPosition<A, width>& at,
+                                           typename P::Registers& own, A (&v)[width], A (&g)[width], A* params) {
         policy.cut(int{}, int{});
         on_device.begin_block();
         on_device.start(at, own);
@@ -266,40 +268,40 @@ concept EmittingPolicy =
 
 // Blocks that a multiprocessor should have room for, and so how many registers a thread may take: one where its numbers
 // are double, or the policy keeps two states of the output capsules.
-template <class A, class Own> constexpr int blocks_of = sizeof(A) == 4 && sizeof(Own) <= 64 ? 2 : 1;
+template <class A, class Registers> constexpr int blocks_of = sizeof(A) == 4 && sizeof(Registers) <= 64 ? 2 : 1;
 
 template <int width, class T, class Policy>
-__global__ void __launch_bounds__(most_threads, blocks_of<Accumulation<T>, typename Policy::Own>)
-    reduce_kernel(Stream<T, width> s, Policy policy, Accumulation<T>* partial /* [runs, B, J, D] */) {
+__global__ void __launch_bounds__(most_threads, blocks_of<Accumulation<T>, typename Policy::Registers>)
+    reduce_kernel(Tiling<T, width> tiling, Policy policy, Accumulation<T>* partial /* [runs, B, J, D] */) {
     using A = Accumulation<T>;
-    Thread<T, width> thread(s);
-    At<A, width>& at = thread.at;
-    const int64_t begin = static_cast<int64_t>(blockIdx.x) * s.run, end = at_most(begin + s.run, s.N);
-    thread.go_to_tile(s, static_cast<int>(blockIdx.y));
-    typename Policy::Own own;
+    Thread<T, width> thread(tiling);
+    ThreadPosition<A, width>& at = thread.at;
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * tiling.run, end = at_most(begin + tiling.run, tiling.N);
+    thread.go_to_tile(tiling, static_cast<int>(blockIdx.y));
+    typename Policy::Registers own;
     policy.start(at, own);
     A sum[width];
 #pragma unroll
     for (int d = 0; d < width; ++d) sum[d] = A(0);
-    for (int64_t first = begin; first < end; first += s.teams) {
-        thread.go_to(s, first, end);
-        ask_for(s, at, thread.team, first + s.teams, end);
+    for (int64_t first = begin; first < end; first += tiling.teams) {
+        thread.go_to(tiling, first, end);
+        ask_for(tiling, at, thread.team, first + tiling.teams, end);
         A v[width], c[width];
-        make_vote(s, at, v);
+        make_vote(tiling, at, v);
         policy.couple(at, own, v, c);
 #pragma unroll
         for (int d = 0; d < width; ++d) sum[d] += c[d] * v[d];
     }
-    at.show_to_all(0, sum);
+    at.publish_to_block(0, sum);
     // Over the teams.
-    for (int64_t x = threadIdx.x; x < static_cast<int64_t>(s.items) * s.J * s.D; x += blockDim.x) {
-        const int64_t item = x / (s.J * s.D), j = x / s.D % s.J, d = x % s.D;
-        const int64_t b = static_cast<int64_t>(blockIdx.y) * s.items + item;
-        if (b >= s.B) continue;
+    for (int64_t x = threadIdx.x; x < static_cast<int64_t>(tiling.items) * tiling.J * tiling.D; x += blockDim.x) {
+        const int64_t item = x / (tiling.J * tiling.D), j = x / tiling.D % tiling.J, d = x % tiling.D;
+        const int64_t b = static_cast<int64_t>(blockIdx.y) * tiling.items + item;
+        if (b >= tiling.B) continue;
         A total = 0;
-        for (int team = 0; team < s.teams; ++team)
-            total += at.shared(d % width, team * s.team + item * s.row + j * s.parts + d / width);
-        partial[blockIdx.x * s.B * s.J * s.D + (b * s.J + j) * s.D + d] = total;
+        for (int team = 0; team < tiling.teams; ++team)
+            total += at.shared(d % width, team * tiling.team + item * tiling.row + j * tiling.parts + d / width);
+        partial[blockIdx.x * tiling.B * tiling.J * tiling.D + (b * tiling.J + j) * tiling.D + d] = total;
     }
 }
 
@@ -320,73 +322,74 @@ template <class T> struct GradientsOf {
 
 // g_u,bi = g_û,bi W_iᵀ: every thread has the products of its part of a vote, which the threads of a batch item add up.
 template <class T, int width>
-__device__ inline void emit_u(const Stream<T, width>& s, const At<Accumulation<T>, width>& at,
+__device__ inline void emit_u(const Tiling<T, width>& tiling, const ThreadPosition<Accumulation<T>, width>& at,
                               const Accumulation<T> (&g)[width], int64_t first, int64_t end, const GradientsOf<T>& to) {
     using A = Accumulation<T>;
-    const T* w = s.weight + at.i * s.weight_stride + at.j * s.D + at.part * width;
-    const int64_t JD = s.J * s.D;
-    for (int64_t k = 0; k < s.K; ++k) {
+    const T* w = tiling.weight + at.i * tiling.weight_stride + at.j * tiling.D + at.part * width;
+    const int64_t JD = tiling.J * tiling.D;
+    for (int64_t k = 0; k < tiling.K; ++k) {
         A row[width], sum = 0;
         if (at.there) {
-            read_row(w + k * JD, at.count, s.aligned, row);
+            read_row(w + k * JD, at.count, tiling.aligned, row);
             sum = dot(row, g);
         }
         if (at.in_warp) {
-            for (int step = s.row / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-            if (at.slot == at.row && at.in_run) to.write(to.u[(at.b * s.N + at.i) * s.K + k], sum);
+            for (int step = tiling.row / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+            if (at.slot == at.row && at.in_run) to.write(to.u[(at.b * tiling.N + at.i) * tiling.K + k], sum);
         } else {
             at.shared(width + k, at.slot) = sum;
         }
     }
     if (at.in_warp) return;
     __syncthreads();
-    const unsigned rows = static_cast<unsigned>(s.teams * s.items), K = static_cast<unsigned>(s.K);
+    const unsigned rows = static_cast<unsigned>(tiling.teams * tiling.items), K = static_cast<unsigned>(tiling.K);
     for (unsigned x = threadIdx.x; x < rows * K; x += blockDim.x) {
         const unsigned row = x / K, k = x % K;
-        const int64_t i = first + row / s.items, b = static_cast<int64_t>(at.tile) * s.items + row % s.items;
-        if (i >= end || b >= s.B) continue;
+        const int64_t i = first + row / tiling.items,
+                      b = static_cast<int64_t>(at.tile) * tiling.items + row % tiling.items;
+        if (i >= end || b >= tiling.B) continue;
         A sum = 0;
-        for (int m = 0; m < s.row; ++m) sum += at.shared(width + k, row * s.row + m);
-        to.write(to.u[(b * s.N + i) * s.K + k], sum);
+        for (int m = 0; m < tiling.row; ++m) sum += at.shared(width + k, row * tiling.row + m);
+        to.write(to.u[(b * tiling.N + i) * tiling.K + k], sum);
     }
 }
 
 // g_W,i = Σ_b u_biᵀ g_û,bi of a tile of the batch. A thread has column jd of one input capsule's matrix, `rows` of its
 // K rows at a time: the same in every tile, and of a shared matrix, which is summed over the teams, in every step.
 template <class T, int width>
-__device__ inline void emit_weight(const Stream<T, width>& s, int tile, int64_t first, int64_t begin, int64_t end,
+__device__ inline void emit_weight(const Tiling<T, width>& tiling, int tile, int64_t first, int64_t begin, int64_t end,
                                    const Accumulation<T>* memory, const GradientsOf<T>& to) {
     using A = Accumulation<T>;
     constexpr int rows = 8;
-    const bool shared = s.shared_weight();
-    const unsigned JD = static_cast<unsigned>(s.J * s.D), D = static_cast<unsigned>(s.D);
-    const int matrices = shared ? 1 : s.teams;
-    const bool again = tile > 0 || (shared && first > begin), last = tile + 1 == s.tiles;
-    const int64_t b0 = static_cast<int64_t>(tile) * s.items;
-    const int items = static_cast<int>(at_most(s.items, s.B - b0));
+    const bool shared = tiling.shared_weight();
+    const unsigned JD = static_cast<unsigned>(tiling.J * tiling.D), D = static_cast<unsigned>(tiling.D);
+    const int matrices = shared ? 1 : tiling.teams;
+    const bool again = tile > 0 || (shared && first > begin), last = tile + 1 == tiling.tiles;
+    const int64_t b0 = static_cast<int64_t>(tile) * tiling.items;
+    const int items = static_cast<int>(at_most(tiling.items, tiling.B - b0));
     for (unsigned x = threadIdx.x; x < matrices * JD; x += blockDim.x) {
         const unsigned jd = x % JD, j = jd / D, d = jd % D;
         const int first_team = shared ? 0 : static_cast<int>(x / JD);
-        const int end_team = static_cast<int>(at_most(shared ? s.teams : first_team + 1, end - first));
-        const A* const own = memory + d % width * (static_cast<int64_t>(blockDim.x) + 1) + j * s.parts + d / width;
-        for (int64_t k = 0; k < s.K; k += rows) {
+        const int end_team = static_cast<int>(at_most(shared ? tiling.teams : first_team + 1, end - first));
+        const A* const own = memory + d % width * (static_cast<int64_t>(blockDim.x) + 1) + j * tiling.parts + d / width;
+        for (int64_t k = 0; k < tiling.K; k += rows) {
             A sum[rows];
 #pragma unroll
             for (int m = 0; m < rows; ++m) sum[m] = A(0);
             for (int team = first_team; team < end_team; ++team)
                 for (int item = 0; item < items; ++item) {
-                    const int64_t pair = (b0 + item) * s.N + first + team;
-                    if (s.mask && !s.mask[pair]) continue;
-                    const A g = own[team * s.team + item * s.row];
-                    const T* u = s.u + pair * s.K + k;
+                    const int64_t pair = (b0 + item) * tiling.N + first + team;
+                    if (tiling.mask && !tiling.mask[pair]) continue;
+                    const A g = own[team * tiling.team + item * tiling.row];
+                    const T* u = tiling.u + pair * tiling.K + k;
 #pragma unroll
                     for (int m = 0; m < rows; ++m)
-                        if (k + m < s.K) sum[m] += static_cast<A>(u[m]) * g;
+                        if (k + m < tiling.K) sum[m] += static_cast<A>(u[m]) * g;
                 }
 #pragma unroll
             for (int m = 0; m < rows; ++m) {
-                if (k + m >= s.K) continue;
-                const int64_t entry = (k + m) * JD + jd, KJD = s.K * JD;
+                if (k + m >= tiling.K) continue;
+                const int64_t entry = (k + m) * JD + jd, KJD = tiling.K * JD;
                 A total = sum[m];
                 if (to.sums) {
                     A& kept = to.sums[(blockIdx.x * static_cast<int64_t>(matrices) + x / JD) * KJD + entry];
@@ -394,7 +397,7 @@ __device__ inline void emit_weight(const Stream<T, width>& s, int tile, int64_t 
                     kept = total;
                 }
                 if (!shared && last && first + first_team < end)
-                    to.write(to.weight[(first + first_team) * s.weight_stride + entry], total);
+                    to.write(to.weight[(first + first_team) * tiling.weight_stride + entry], total);
             }
         }
     }
@@ -402,29 +405,30 @@ __device__ inline void emit_weight(const Stream<T, width>& s, int tile, int64_t 
 
 // The numbers of a thread in shared memory: the gradient of its part of a vote [width], and what it gives g_u [K].
 template <int width, class T, class Policy>
-__global__ void __launch_bounds__(most_threads, 1) emit_kernel(Stream<T, width> s, Policy policy, GradientsOf<T> to,
-                                                               Accumulation<T>* params /* [runs, param_count] */) {
+__global__ void __launch_bounds__(most_threads, 1)
+    emit_kernel(Tiling<T, width> tiling, Policy policy, GradientsOf<T> to,
+                Accumulation<T>* params /* [runs, param_count] */) {
     using A = Accumulation<T>;
-    const int64_t begin = static_cast<int64_t>(blockIdx.x) * s.run, end = at_most(begin + s.run, s.N);
-    Thread<T, width> thread(s);
-    At<A, width>& at = thread.at;
-    typename Policy::Own own;
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * tiling.run, end = at_most(begin + tiling.run, tiling.N);
+    Thread<T, width> thread(tiling);
+    ThreadPosition<A, width>& at = thread.at;
+    typename Policy::Registers own;
     policy.begin_block();
-    for (int64_t first = begin; first < end; first += s.teams) {
-        for (int tile = 0; tile < s.tiles; ++tile) {
-            if (s.tiles > 1 || first == begin) {
-                thread.go_to_tile(s, tile);
+    for (int64_t first = begin; first < end; first += tiling.teams) {
+        for (int tile = 0; tile < tiling.tiles; ++tile) {
+            if (tiling.tiles > 1 || first == begin) {
+                thread.go_to_tile(tiling, tile);
                 policy.start(at, own);
             }
-            thread.go_to(s, first, end);
-            if (tile == 0) ask_for(s, at, thread.team, first + s.teams, end);
+            thread.go_to(tiling, first, end);
+            if (tile == 0) ask_for(tiling, at, thread.team, first + tiling.teams, end);
             A v[width], g[width];
-            make_vote(s, at, v);
+            make_vote(tiling, at, v);
             policy.gradient(at, own, v, g);
-            at.show_to_all(0, g);
-            if (to.u) emit_u(s, at, g, first, end, to);
-            if (to.weight) emit_weight(s, tile, first, begin, end, at.memory, to);
-            __syncthreads();  // before numbers are shown that only a warp waits for
+            at.publish_to_block(0, g);
+            if (to.u) emit_u(tiling, at, g, first, end, to);
+            if (to.weight) emit_weight(tiling, tile, first, begin, end, at.memory, to);
+            __syncthreads();  // before numbers are published that only a warp waits for
         }
     }
     policy.end_block(params);
@@ -448,19 +452,20 @@ Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspac
     const int64_t size = c.B * c.J * c.D;
     if (c.rows != 1) return Status::unsupported;
     if (size == 0) return Status::ok;
-    if (c.N == 0) return launch(write_zeros<A>, blocks_for(size), most_threads, 0, c.place, out, size);
+    if (c.N == 0) return launch(write_zeros<A>, blocks_for(size), most_threads, 0, c.context, out, size);
     numbers = at_least(numbers, width);
-    Stream<T, width> s(c, numbers);
-    if (!s.fits(numbers)) return reduce_staged<T>(c, policy, whole, out);
-    s.cut(size * static_cast<int64_t>(sizeof(A)));
+    Tiling<T, width> tiling(c, numbers);
+    if (!tiling.fits(numbers)) return reduce_staged<T>(c, policy, whole, out);
+    tiling.cut(size * static_cast<int64_t>(sizeof(A)));
     Workspace w(&whole);
     // One run has the sums of all.
-    A* const partial = s.runs == 1 ? out : w.take<A>(s.runs * size);
-    const dim3 blocks{static_cast<unsigned>(s.runs), static_cast<unsigned>(s.tiles)};
-    CAPSOPS_TRY(
-        launch(reduce_kernel<width, T, Policy>, blocks, s.threads, s.bytes(numbers), c.place, s, policy, partial));
-    if (s.runs == 1) return Status::ok;
-    return launch(add_rows<A, A>, blocks_for(size), most_threads, 0, c.place, partial, s.runs, size, size, out, false);
+    A* const partial = tiling.runs == 1 ? out : w.take<A>(tiling.runs * size);
+    const dim3 blocks{static_cast<unsigned>(tiling.runs), static_cast<unsigned>(tiling.tiles)};
+    CAPSOPS_TRY(launch(reduce_kernel<width, T, Policy>, blocks, tiling.threads, tiling.bytes(numbers), c.context,
+                       tiling, policy, partial));
+    if (tiling.runs == 1) return Status::ok;
+    return launch(add_rows<A, A>, blocks_for(size), most_threads, 0, c.context, partial, tiling.runs, size, size, out,
+                  false);
 }
 
 // The gradients where there is no vote: sums of nothing.
@@ -468,7 +473,7 @@ template <class T, class Add> Status emit_nothing(const Capsules& c, const Capsu
     const int64_t KJD = c.K * c.J * c.D;
     const auto clear = [&](void* to, int64_t size) {
         if (!to) return Status::ok;
-        return launch(write_zeros<T>, blocks_for(size), most_threads, 0, c.place, static_cast<T*>(to), size);
+        return launch(write_zeros<T>, blocks_for(size), most_threads, 0, c.context, static_cast<T*>(to), size);
     };
     CAPSOPS_TRY(clear(gradients.u, c.B * c.N * c.K));
     CAPSOPS_TRY(clear(gradients.weight, c.weight_stride ? c.N * KJD : KJD));
@@ -484,25 +489,26 @@ Status emit(const Capsules& c, Policy policy, int64_t numbers, const CapsuleGrad
     if (c.rows != 1) return Status::unsupported;
     if (c.B == 0 || c.N == 0 || c.J == 0 || c.D == 0) return more ? Status::ok : emit_nothing<T>(c, gradients, add);
     numbers = at_least(numbers, width + c.K);
-    Stream<T, width> s(c, numbers);
-    if (!s.fits(numbers)) return emit_staged<T>(c, policy, gradients, param_count, whole, more, add);
-    const int64_t KJD = c.K * c.J * c.D, matrices = s.shared_weight() ? 1 : s.teams;
-    const bool sums = gradients.weight && (s.shared_weight() || s.tiles > 1);
-    s.cut((matrices * KJD * sums + param_count) * static_cast<int64_t>(sizeof(A)));
+    Tiling<T, width> tiling(c, numbers);
+    if (!tiling.fits(numbers)) return emit_staged<T>(c, policy, gradients, param_count, whole, more, add);
+    const int64_t KJD = c.K * c.J * c.D, matrices = tiling.shared_weight() ? 1 : tiling.teams;
+    const bool sums = gradients.weight && (tiling.shared_weight() || tiling.tiles > 1);
+    tiling.cut((matrices * KJD * sums + param_count) * static_cast<int64_t>(sizeof(A)));
     Workspace w(&whole);
     const GradientsOf<T> to{static_cast<T*>(gradients.u), static_cast<T*>(gradients.weight),
-                            sums ? w.take<A>(s.runs * matrices * KJD) : nullptr, more};
-    A* params = w.take<A>(s.runs * param_count);
-    A* total = w.take<A>(s.shared_weight() ? KJD : 0);
-    policy.cut(s.teams * s.items, s.parts);
-    CAPSOPS_TRY(launch(emit_kernel<width, T, Policy>, dim3{static_cast<unsigned>(s.runs)}, s.threads, s.bytes(numbers),
-                       c.place, s, policy, to, params));
-    if (gradients.weight && s.shared_weight()) {
+                            sums ? w.take<A>(tiling.runs * matrices * KJD) : nullptr, more};
+    A* params = w.take<A>(tiling.runs * param_count);
+    A* total = w.take<A>(tiling.shared_weight() ? KJD : 0);
+    policy.cut(tiling.teams * tiling.items, tiling.parts);
+    CAPSOPS_TRY(launch(emit_kernel<width, T, Policy>, dim3{static_cast<unsigned>(tiling.runs)}, tiling.threads,
+                       tiling.bytes(numbers), c.context, tiling, policy, to, params));
+    if (gradients.weight && tiling.shared_weight()) {
+        CAPSOPS_TRY(launch(add_rows<A, A>, blocks_for(KJD), most_threads, 0, c.context, to.sums, tiling.runs, KJD, KJD,
+                           total, false));
         CAPSOPS_TRY(
-            launch(add_rows<A, A>, blocks_for(KJD), most_threads, 0, c.place, to.sums, s.runs, KJD, KJD, total, false));
-        CAPSOPS_TRY(launch(copy_numbers<A, T>, blocks_for(KJD), most_threads, 0, c.place, total, to.weight, KJD, more));
+            launch(copy_numbers<A, T>, blocks_for(KJD), most_threads, 0, c.context, total, to.weight, KJD, more));
     }
-    return add(static_cast<const A*>(params), s.runs);
+    return add(static_cast<const A*>(params), tiling.runs);
 }
 
 }  // namespace capsops::cuda

@@ -8,15 +8,16 @@ namespace {
 
 // Votes that were stored, with their gradients.
 template <class T, int width> struct StoredGradient {
-    struct Own {};
+    struct Registers {};
     using A = Accumulation<T>;
     const T* g_votes;  // [B, N, J, D]
 
     void cut(int, int) {}
     __device__ void begin_block() const {}
     __device__ void end_block(A*) const {}
-    __device__ void start(const At<A, width>&, Own&) const {}
-    __device__ void gradient(const At<A, width>& at, const Own&, const A (&)[width], A (&g)[width]) const {
+    __device__ void start(const ThreadPosition<A, width>&, Registers&) const {}
+    __device__ void gradient(const ThreadPosition<A, width>& at, const Registers&, const A (&)[width],
+                             A (&g)[width]) const {
 #pragma unroll
         for (int d = 0; d < width; ++d)
             g[d] = at.there && d < at.count
@@ -26,8 +27,8 @@ template <class T, int width> struct StoredGradient {
 
     static constexpr bool needs_votes = false;
     static int64_t staged_numbers(int64_t, int64_t) { return 0; }
-    Status stage_gradient(const StagedVotes<A>& t, A*, A* g, A*, int64_t, const Place& place) const {
-        return launch(stage_rows<A, T>, blocks_for(t.pairs() * t.J * t.D), most_threads, 0, place, t, g_votes,
+    Status stage_gradient(const StagedVotes<A>& t, A*, A* g, A*, int64_t, const ExecutionContext& context) const {
+        return launch(stage_rows<A, T>, blocks_for(t.pairs() * t.J * t.D), most_threads, 0, context, t, g_votes,
                       t.J * t.D, g);
     }
 };
@@ -50,8 +51,8 @@ template <class T> __global__ void write_votes(Capsules c, T* votes) {
 Status affine_votes(const Capsules& c, void* votes) {
     if (c.rows != 1) return Status::unsupported;
     return for_storage(c.dtype, [&]<class T>() {
-        const Workspace w(c.place);
-        return launch(write_votes<T>, blocks_for(c.B * c.N * c.J * c.D), most_threads, 0, c.place, c,
+        const Workspace w(c.context);
+        return launch(write_votes<T>, blocks_for(c.B * c.N * c.J * c.D), most_threads, 0, c.context, c,
                       static_cast<T*>(votes));
     });
 }
@@ -60,7 +61,7 @@ Status affine_votes_backward(const Capsules& c, const void* g_votes, void* g_u, 
     const CapsuleGradients gradients{g_u, g_weight};
     return for_storage(c.dtype, [&]<class T>() {
         return for_width<T>(c.D, [&]<int width>() {
-            Workspace w(c.place);
+            Workspace w(c.context);
             const StoredGradient<T, width> policy{static_cast<const T*>(g_votes)};
             return emit<width, T>(c, policy, 0, gradients, 0, w, false, [](auto*, int64_t) { return Status::ok; });
         });

@@ -10,7 +10,7 @@ namespace capsops::cuda {
 // Of the logits of a batch item, number 0 in shared memory, and if wanted the gradients e of its couplings, number 1;
 // both summed over the parts of a vote.
 template <class A, int width> struct RowSoftmax {
-    const At<A, width>& at;
+    const ThreadPosition<A, width>& at;
     A largest, inverse, mean = 0;  // mean: Σ_k c_k e_k
 
     __device__ A dot_of(int number, int64_t k) const {
@@ -18,10 +18,10 @@ template <class A, int width> struct RowSoftmax {
         for (int part = 0; part < at.parts; ++part) sum += at.shared(number, at.row + k * at.parts + part);
         return sum;
     }
-    __device__ RowSoftmax(const At<A, width>& at_, bool leaky, bool with_gradient) : at(at_) {
+    __device__ RowSoftmax(const ThreadPosition<A, width>& at_, bool leaky, bool with_gradient) : at(at_) {
         largest = leaky ? A(0) : dot_of(0, 0);
 #pragma unroll 1
-        for (int64_t k = 0; k < at.J; ++k) largest = larger(dot_of(0, k), largest);
+        for (int64_t k = 0; k < at.J; ++k) largest = max(dot_of(0, k), largest);
         A sum = leaky ? exponential(-largest) : A(0);
 #pragma unroll 1
         for (int64_t k = 0; k < at.J; ++k) {
@@ -39,17 +39,17 @@ template <class A, int width> struct RowSoftmax {
 
 // All couplings equal.
 template <class A, int width> struct Equal {
-    struct Own {};
+    struct Registers {};
     A coupling;
 
-    __device__ void start(const At<A, width>&, Own&) const {}
-    __device__ void couple(const At<A, width>&, const Own&, const A (&)[width], A (&c)[width]) const {
+    __device__ void start(const ThreadPosition<A, width>&, Registers&) const {}
+    __device__ void couple(const ThreadPosition<A, width>&, const Registers&, const A (&)[width], A (&c)[width]) const {
 #pragma unroll
         for (int d = 0; d < width; ++d) c[d] = coupling;
     }
 
     static int64_t staged_numbers(int64_t, int64_t) { return 0; }
-    Status stage_couplings(const StagedVotes<A>&, A*, Couplings<A>& c, const Place&) const {
+    Status stage_couplings(const StagedVotes<A>&, A*, Couplings<A>& c, const ExecutionContext&) const {
         c.equal = coupling;
         return Status::ok;
     }
@@ -57,7 +57,7 @@ template <class A, int width> struct Equal {
 
 // c = softmax_j(û · x) + prior, or from behind δ = c (e − Σ_k c_k e_k) with e = û · y.
 template <class A, int width, bool adjoint> struct Agreement {
-    struct Own {
+    struct Registers {
         A x[width], y[width];
     };
     const A* x;      // [B, J, D]
@@ -65,13 +65,14 @@ template <class A, int width, bool adjoint> struct Agreement {
     const A* prior;  // [N, J], or null
     bool leaky;
 
-    __device__ void start(const At<A, width>& at, Own& own) const {
+    __device__ void start(const ThreadPosition<A, width>& at, Registers& own) const {
         load(x, at, own.x);
         if (adjoint) load(y, at, own.y);
     }
-    __device__ void couple(const At<A, width>& at, const Own& own, const A (&v)[width], A (&c)[width]) const {
+    __device__ void couple(const ThreadPosition<A, width>& at, const Registers& own, const A (&v)[width],
+                           A (&c)[width]) const {
         const A dots[2] = {dot(v, own.x), adjoint ? dot(v, own.y) : A(0)};
-        at.show(0, dots);
+        at.publish(0, dots);
         A weight = 0;
         if (at.there) {
             const RowSoftmax<A, width> softmax(at, leaky, adjoint);
@@ -83,18 +84,19 @@ template <class A, int width, bool adjoint> struct Agreement {
     }
 
     static int64_t staged_numbers(int64_t J, int64_t) { return (adjoint ? 2 : 1) * J; }
-    Status stage_couplings(const StagedVotes<A>& t, A* scratch, Couplings<A>& c, const Place& place) const {
+    Status stage_couplings(const StagedVotes<A>& t, A* scratch, Couplings<A>& c,
+                           const ExecutionContext& context) const {
         A* const e = adjoint ? scratch + t.pairs() * t.J : nullptr;
         c.c = adjoint ? e : scratch;
         c.prior = prior;
-        CAPSOPS_TRY(stage_agreements(t, x, adjoint ? y : nullptr, scratch, place));
-        return stage_softmax(t, scratch, e, leaky, place);
+        CAPSOPS_TRY(stage_agreements(t, x, adjoint ? y : nullptr, scratch, context));
+        return stage_softmax(t, scratch, e, leaky, context);
     }
 };
 
 // g_û = Σ_t [c^t g^t + δ^t x^t] over iterations.
 template <class A, int width> struct AgreementGradient {
-    struct Own {};
+    struct Registers {};
     const A* x;    // [iterations, B, J, D], the states of the logits
     const A* g;    // [iterations, B, J, D], the gradients of the sums
     int64_t size;  // of one iteration
@@ -109,8 +111,9 @@ template <class A, int width> struct AgreementGradient {
     void cut(int, int) {}
     __device__ void begin_block() const {}
     __device__ void end_block(A*) const {}
-    __device__ void start(const At<A, width>&, Own&) const {}
-    __device__ void gradient(const At<A, width>& at, const Own&, const A (&v)[width], A (&out)[width]) const {
+    __device__ void start(const ThreadPosition<A, width>&, Registers&) const {}
+    __device__ void gradient(const ThreadPosition<A, width>& at, const Registers&, const A (&v)[width],
+                             A (&out)[width]) const {
 #pragma unroll
         for (int d = 0; d < width; ++d) out[d] = A(0);
         if (rest) load(rest, at, out);
@@ -120,7 +123,7 @@ template <class A, int width> struct AgreementGradient {
             if (t > 0 || !equal_first) {
                 load(x + t * size, at, own_x);
                 const A dots[2] = {dot(v, own_x), dot(v, own_g)};
-                at.show(0, dots);
+                at.publish(0, dots);
                 if (g_prior) {
                     __syncthreads();
                     add_up(at);
@@ -144,7 +147,8 @@ template <class A, int width> struct AgreementGradient {
 
     static constexpr bool needs_votes = true;
     static int64_t staged_numbers(int64_t J, int64_t) { return 2 * J; }
-    Status stage_gradient(const StagedVotes<A>& t, A* scratch, A* to, A*, int64_t, const Place& place) const {
+    Status stage_gradient(const StagedVotes<A>& t, A* scratch, A* to, A*, int64_t,
+                          const ExecutionContext& context) const {
         for (int64_t m = 0; m < iterations; ++m) {
             const A *own_x = x + m * size, *own_g = g + m * size;
             Couplings<A> c{.equal = equal};
@@ -153,13 +157,13 @@ template <class A, int width> struct AgreementGradient {
                 A* const e = scratch + t.pairs() * t.J;
                 c.c = scratch, c.prior = prior;
                 delta = detach ? nullptr : e;
-                CAPSOPS_TRY(stage_agreements(t, own_x, detach && !g_prior ? nullptr : own_g, scratch, place));
+                CAPSOPS_TRY(stage_agreements(t, own_x, detach && !g_prior ? nullptr : own_g, scratch, context));
                 if (g_prior)
                     CAPSOPS_TRY(
-                        launch(add_over_items<A>, blocks_for(t.count * t.J), most_threads, 0, place, t, e, g_prior));
-                CAPSOPS_TRY(stage_softmax(t, scratch, delta, leaky, place));
+                        launch(add_over_items<A>, blocks_for(t.count * t.J), most_threads, 0, context, t, e, g_prior));
+                CAPSOPS_TRY(stage_softmax(t, scratch, delta, leaky, context));
             }
-            CAPSOPS_TRY(launch_rows<A>(add_agreement_gradient<A>, t.pairs() * t.J, t.D, place, t, c, delta, own_x,
+            CAPSOPS_TRY(launch_rows<A>(add_agreement_gradient<A>, t.pairs() * t.J, t.D, context, t, c, delta, own_x,
                                        own_g, m == 0 ? rest : nullptr, to, m > 0));
         }
         return Status::ok;
@@ -167,7 +171,7 @@ template <class A, int width> struct AgreementGradient {
 
   private:
     // g_prior = Σ_b e, by the thread of the first item of each tile.
-    __device__ void add_up(const At<A, width>& at) const {
+    __device__ void add_up(const ThreadPosition<A, width>& at) const {
         if (at.item > 0 || at.part > 0 || !at.in_run) return;
         A sum = 0;
         for (int item = 0; item < at.items; ++item)

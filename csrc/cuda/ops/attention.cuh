@@ -69,21 +69,22 @@ Product mixing_gradient(const StagedVotes<A>& t, const A* dz, const A* votes, A*
 // the votes [width], then z, or what else the threads of a batch item exchange [width].
 template <class A, int width> struct Attention {
     // Of two output capsules, j and k: z_k − z_j = own û_j + other û_k + constant, and a softmax of two needs no more.
-    struct Own {
+    struct Registers {
         A own, other, constant;
     };
     const A* weight;  // [J, J]
     const A* bias;    // [J], or null
 
-    __device__ void start(const At<A, width>& at, Own& own) const {
+    __device__ void start(const ThreadPosition<A, width>& at, Registers& own) const {
         if (at.J != 2) return;
         const int64_t j = at.j, k = 1 - j;
         own.own = weight[k * 2 + j] - weight[j * 2 + j];
         own.other = weight[k * 2 + k] - weight[j * 2 + k];
         own.constant = bias ? bias[k] - bias[j] : A(0);
     }
-    __device__ void couple(const At<A, width>& at, const Own& own, const A (&v)[width], A (&c)[width]) const {
-        at.show(0, v);
+    __device__ void couple(const ThreadPosition<A, width>& at, const Registers& own, const A (&v)[width],
+                           A (&c)[width]) const {
+        at.publish(0, v);
         if (at.J == 2) {
 #pragma unroll
             for (int d = 0; d < width; ++d)
@@ -98,7 +99,7 @@ template <class A, int width> struct Attention {
 #pragma unroll
             for (int d = 0; d < width; ++d) c[d] += a * at.of(d, k);
         }
-        at.show(width, c);
+        at.publish(width, c);
         if (!at.there) return;
         // c_j = 1 / Σ_k e^(z_k − z_j): without the largest, for `exponential` has a bound.
         A sum[width];
@@ -114,24 +115,25 @@ template <class A, int width> struct Attention {
     }
 
     static int64_t staged_numbers(int64_t J, int64_t D) { return J * D; }
-    Status stage_couplings(const StagedVotes<A>& t, A* scratch, Couplings<A>& c, const Place& place) const {
+    Status stage_couplings(const StagedVotes<A>& t, A* scratch, Couplings<A>& c,
+                           const ExecutionContext& context) const {
         c.c = scratch, c.elementwise = true;
-        return stage(t, scratch, nullptr, nullptr, place);
+        return stage(t, scratch, nullptr, nullptr, context);
     }
     // The couplings, or with g_s the gradients c g_s of the weighted votes, and dz.
-    Status stage(const StagedVotes<A>& t, A* c, const A* g_s, A* dz, const Place& place) const {
+    Status stage(const StagedVotes<A>& t, A* c, const A* g_s, A* dz, const ExecutionContext& context) const {
         Product z = mix_capsules<A>(t, weight, false, t.votes, c);
         z.bias = bias;
-        CAPSOPS_TRY(multiply_matrices(z, place));
-        return launch(couple_components<A>, blocks_for(t.pairs() * t.D), most_threads, 0, place, t, c, g_s, dz);
+        CAPSOPS_TRY(multiply_matrices(z, context));
+        return launch(couple_components<A>, blocks_for(t.pairs() * t.D), most_threads, 0, context, t, c, g_s, dz);
     }
 };
 
 // dz_k = c_k (q_k − Σ_j c_j q_j) with q = g_s û;  g_û,j = c_j g_s,j + Σ_k A_kj dz_k;  g_A,kj = Σ dz_k û_j;  g_a,k = Σ
 // dz_k. In shared memory, behind what Attention has: g_A and g_a of this thread [J + 1].
 template <class A, int width> struct AttentionGradient {
-    struct Own {
-        typename Attention<A, width>::Own attention;
+    struct Registers {
+        typename Attention<A, width>::Registers attention;
         A g_s[width], other[width];  // other: of two output capsules, g_s of the other
     };
     Attention<A, width> attention;
@@ -147,12 +149,13 @@ template <class A, int width> struct AttentionGradient {
     __device__ void begin_block() const {
         for (int64_t m = 0; wants_params && m <= J; ++m) param(m, threadIdx.x) = 0;
     }
-    __device__ void start(const At<A, width>& at, Own& own) const {
+    __device__ void start(const ThreadPosition<A, width>& at, Registers& own) const {
         attention.start(at, own.attention);
         load(g_s, at, own.g_s);
         if (at.J == 2) load(g_s + (at.j == 0 ? at.D : -at.D), at, own.other);
     }
-    __device__ void gradient(const At<A, width>& at, const Own& own, const A (&v)[width], A (&g)[width]) const {
+    __device__ void gradient(const ThreadPosition<A, width>& at, const Registers& own, const A (&v)[width],
+                             A (&g)[width]) const {
         A c[width], dz[width];
         attention.couple(at, own.attention, v, c);
         if (at.J == 2) {
@@ -181,7 +184,7 @@ template <class A, int width> struct AttentionGradient {
             g[d] = c[d] * own.g_s[d];
             dz[d] = g[d] * v[d];
         }
-        at.show(width, dz);
+        at.publish(width, dz);
         A mean[width];
 #pragma unroll
         for (int d = 0; d < width; ++d) mean[d] = A(0);
@@ -192,7 +195,7 @@ template <class A, int width> struct AttentionGradient {
         }
 #pragma unroll
         for (int d = 0; d < width; ++d) dz[d] -= c[d] * mean[d];
-        at.show(width, dz);
+        at.publish(width, dz);
         if (!at.there) return;
 #pragma unroll 1
         for (int64_t k = 0; k < at.J; ++k) {
@@ -225,12 +228,13 @@ template <class A, int width> struct AttentionGradient {
 
     static constexpr bool needs_votes = true;
     static int64_t staged_numbers(int64_t J, int64_t D) { return J * D; }
-    Status stage_gradient(const StagedVotes<A>& t, A* dz, A* g, A* params, int64_t pieces, const Place& place) const {
-        CAPSOPS_TRY(attention.stage(t, g, g_s, dz, place));
-        CAPSOPS_TRY(multiply_matrices(mix_capsules<A>(t, attention.weight, true, dz, g), place));
+    Status stage_gradient(const StagedVotes<A>& t, A* dz, A* g, A* params, int64_t pieces,
+                          const ExecutionContext& context) const {
+        CAPSOPS_TRY(attention.stage(t, g, g_s, dz, context));
+        CAPSOPS_TRY(multiply_matrices(mix_capsules<A>(t, attention.weight, true, dz, g), context));
         if (!wants_params) return Status::ok;
-        CAPSOPS_TRY(multiply_matrices(mixing_gradient<A>(t, dz, t.votes, params, pieces, J * J + J), place));
-        return multiply_matrices(mixing_gradient<A>(t, dz, nullptr, params + J * J, pieces, J * J + J), place);
+        CAPSOPS_TRY(multiply_matrices(mixing_gradient<A>(t, dz, t.votes, params, pieces, J * J + J), context));
+        return multiply_matrices(mixing_gradient<A>(t, dz, nullptr, params + J * J, pieces, J * J + J), context);
     }
 };
 

@@ -4,21 +4,22 @@
 
 namespace capsops::cuda {
 
-Status squash(const Place& place, const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind, Dtype dtype) {
+Status squash(const ExecutionContext& context, const void* s, void* v, int64_t rows, int64_t dim, SquashKind kind,
+              Dtype dtype) {
     return for_storage(dtype, [&]<class T>() {
-        const Workspace w(place);
+        const Workspace w(context);
         if (rows * dim == 0) return Status::ok;
-        return launch(squash_rows<T>, blocks_for(rows), most_threads, 0, place, static_cast<const T*>(s),
+        return launch(squash_rows<T>, blocks_for(rows), most_threads, 0, context, static_cast<const T*>(s),
                       static_cast<T*>(v), rows, dim, kind);
     });
 }
 
-Status squash_backward(const Place& place, const void* g_v, const void* s, void* g_s, int64_t rows, int64_t dim,
-                       SquashKind kind, Dtype dtype) {
+Status squash_backward(const ExecutionContext& context, const void* g_v, const void* s, void* g_s, int64_t rows,
+                       int64_t dim, SquashKind kind, Dtype dtype) {
     return for_storage(dtype, [&]<class T>() {
-        const Workspace w(place);
+        const Workspace w(context);
         if (rows * dim == 0) return Status::ok;
-        return launch(squash_rows_backward<T>, blocks_for(rows), most_threads, 0, place, static_cast<const T*>(g_v),
+        return launch(squash_rows_backward<T>, blocks_for(rows), most_threads, 0, context, static_cast<const T*>(g_v),
                       static_cast<const T*>(s), static_cast<T*>(g_s), rows, dim, kind);
     });
 }

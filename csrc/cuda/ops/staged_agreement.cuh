@@ -29,10 +29,11 @@ template <class A> __device__ inline A sum_over_lanes(A x, int lanes) {
 
 // A kernel over rows, with a number of each thread in shared memory. Its last argument is the lanes.
 template <class A, class... P, class... Q>
-Status launch_rows(void (*kernel)(P...), int64_t rows, int64_t length, const Place& place, const Q&... arguments) {
+Status launch_rows(void (*kernel)(P...), int64_t rows, int64_t length, const ExecutionContext& context,
+                   const Q&... arguments) {
     const int lanes = lanes_for(length);
-    return launch(kernel, blocks_for(rows * lanes), most_threads, most_threads * static_cast<int64_t>(sizeof(A)), place,
-                  arguments..., lanes);
+    return launch(kernel, blocks_for(rows * lanes), most_threads, most_threads * static_cast<int64_t>(sizeof(A)),
+                  context, arguments..., lanes);
 }
 
 // û · x, and behind it û · y: a row for each vote.
@@ -66,8 +67,8 @@ __global__ void couple_rows(A* z, A* e /* [pairs, J]; e may be null */, int64_t 
         const int64_t pair = first + threadIdx.x / lanes, end = pair < pairs ? J : 0;
         A *const c = z + pair * J, *const delta = e + pair * J;
         A largest = leaky || lane >= end ? A(0) : c[lane], sum = 0, mean = 0;
-        for (int64_t j = lane; j < end; j += lanes) largest = larger(c[j], largest);
-        largest = over_lanes(largest, lanes, [](A a, A b) { return larger(a, b); });
+        for (int64_t j = lane; j < end; j += lanes) largest = max(c[j], largest);
+        largest = over_lanes(largest, lanes, [](A a, A b) { return max(a, b); });
         for (int64_t j = lane; j < end; j += lanes) {
             c[j] = exponential(c[j] - largest);
             sum += c[j];
@@ -113,11 +114,12 @@ template <class A> __global__ void add_over_items(StagedVotes<A> t, const A* e, 
 
 // Logits, and if y is there the gradients of the couplings.
 template <class A>
-Status stage_agreements(const StagedVotes<A>& t, const A* x, const A* y, A* dots, const Place& place) {
-    return launch_rows<A>(agreements<A>, t.pairs() * t.J, t.D, place, t, x, y, dots);
+Status stage_agreements(const StagedVotes<A>& t, const A* x, const A* y, A* dots, const ExecutionContext& context) {
+    return launch_rows<A>(agreements<A>, t.pairs() * t.J, t.D, context, t, x, y, dots);
 }
-template <class A> Status stage_softmax(const StagedVotes<A>& t, A* z, A* e, bool leaky, const Place& place) {
-    return launch_rows<A>(couple_rows<A>, t.pairs(), t.J, place, z, e, t.pairs(), t.J, leaky);
+template <class A>
+Status stage_softmax(const StagedVotes<A>& t, A* z, A* e, bool leaky, const ExecutionContext& context) {
+    return launch_rows<A>(couple_rows<A>, t.pairs(), t.J, context, z, e, t.pairs(), t.J, leaky);
 }
 
 }  // namespace capsops::cuda
