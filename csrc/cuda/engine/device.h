@@ -83,6 +83,11 @@ __device__ inline int64_t index_stride() {
     return static_cast<int64_t>(gridDim.x) * blockDim.x;
 }
 
+template <class... P, class... Q>
+Status launch_over(int64_t count, void (*kernel)(P...), const ExecutionContext& context, const Q&... arguments) {
+    return launch(kernel, blocks_for(count), most_threads, 0, context, arguments...);
+}
+
 // The type that sums of a storage type are kept in.
 template <class T> struct AccumulationOf {
     using type = float;

@@ -83,13 +83,13 @@ template <class A> struct RunningSum {
         : size(size_), count(fitting_pieces<A>(count_, size)), total(w.take<double>(size)) {}
     void start_tile(Workspace& tile) { rows = tile.take<A>(size * count); }
     Status start(const ExecutionContext& context) const {
-        return launch(write_zeros<double>, blocks_for(size), most_threads, 0, context, total, size);
+        return launch_over(size, write_zeros<double>, context, total, size);
     }
     Status add(const ExecutionContext& context) const {
-        return launch(add_to_total<A>, blocks_for(size), most_threads, 0, context, rows, count, size, total);
+        return launch_over(size, add_to_total<A>, context, rows, count, size, total);
     }
     template <class To> Status write(To* to, bool more, const ExecutionContext& context) const {
-        return launch(copy_numbers<double, To>, blocks_for(size), most_threads, 0, context, total, to, size, more);
+        return launch_over(size, copy_numbers<double, To>, context, total, to, size, more);
     }
 };
 
@@ -212,8 +212,7 @@ Status for_tiles(const Capsules& c, StagedVotes<Accumulation<T>>& t, const Works
     for (; t.first < t.N; t.first += most) {
         w.start_over();
         t.count = at_most(most, t.N - t.first);
-        CAPSOPS_TRY(launch(stage_rows<A, T>, blocks_for(t.pairs() * t.K), most_threads, 0, c.context, t,
-                           static_cast<const T*>(c.u), t.K, t.u));
+        CAPSOPS_TRY(launch_over(t.pairs() * t.K, stage_rows<A, T>, c.context, t, static_cast<const T*>(c.u), t.K, t.u));
         if (wants_votes) CAPSOPS_TRY(multiply_matrices(Matrices<T>(c, t).votes(t.u, t.votes), c.context));
         CAPSOPS_TRY(step());
     }
@@ -239,8 +238,7 @@ Status reduce_staged(const Capsules& c, const Policy& policy, Workspace& whole, 
     CAPSOPS_TRY((for_tiles<T>(c, t, tile, true, [&] {
         Couplings<A> couplings{};
         CAPSOPS_TRY(policy.stage_couplings(t, scratch, couplings, c.context));
-        CAPSOPS_TRY(launch(weigh_votes<A>, blocks_for(sum.count * sum.size), most_threads, 0, c.context, t, couplings,
-                           sum.count, sum.rows));
+        CAPSOPS_TRY(launch_over(sum.count * sum.size, weigh_votes<A>, c.context, t, couplings, sum.count, sum.rows));
         return sum.add(c.context);
     })));
     return sum.write(out, false, c.context);
@@ -278,8 +276,8 @@ Status emit_staged(const Capsules& c, const Policy& policy, const CapsuleGradien
         const Matrices<T> tile(c, t);
         if (gradients.u) {
             CAPSOPS_TRY(multiply_matrices(tile.capsule_gradients(g, g_u, u_pieces, pairs * c.K), c.context));
-            CAPSOPS_TRY(launch(write_capsule_gradients<A, T>, blocks_for(t.pairs() * c.K), most_threads, 0, c.context,
-                               t, g_u, u_pieces, pairs * c.K, static_cast<T*>(gradients.u), more));
+            CAPSOPS_TRY(launch_over(t.pairs() * c.K, write_capsule_gradients<A, T>, c.context, t, g_u, u_pieces,
+                                    pairs * c.K, static_cast<T*>(gradients.u), more));
         }
         if (!gradients.weight) return Status::ok;
         if (!shared) {

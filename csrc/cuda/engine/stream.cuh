@@ -452,7 +452,7 @@ Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspac
     const int64_t size = c.B * c.J * c.D;
     if (c.rows != 1) return Status::unsupported;
     if (size == 0) return Status::ok;
-    if (c.N == 0) return launch(write_zeros<A>, blocks_for(size), most_threads, 0, c.context, out, size);
+    if (c.N == 0) return launch_over(size, write_zeros<A>, c.context, out, size);
     numbers = at_least(numbers, width);
     Tiling<T, width> tiling(c, numbers);
     if (!tiling.fits(numbers)) return reduce_staged<T>(c, policy, whole, out);
@@ -464,8 +464,7 @@ Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspac
     CAPSOPS_TRY(launch(reduce_kernel<width, T, Policy>, blocks, tiling.threads, tiling.bytes(numbers), c.context,
                        tiling, policy, partial));
     if (tiling.runs == 1) return Status::ok;
-    return launch(add_rows<A, A>, blocks_for(size), most_threads, 0, c.context, partial, tiling.runs, size, size, out,
-                  false);
+    return launch_over(size, add_rows<A, A>, c.context, partial, tiling.runs, size, size, out, false);
 }
 
 // The gradients where there is no vote: sums of nothing.
@@ -473,7 +472,7 @@ template <class T, class Add> Status emit_nothing(const Capsules& c, const Capsu
     const int64_t KJD = c.K * c.J * c.D;
     const auto clear = [&](void* to, int64_t size) {
         if (!to) return Status::ok;
-        return launch(write_zeros<T>, blocks_for(size), most_threads, 0, c.context, static_cast<T*>(to), size);
+        return launch_over(size, write_zeros<T>, c.context, static_cast<T*>(to), size);
     };
     CAPSOPS_TRY(clear(gradients.u, c.B * c.N * c.K));
     CAPSOPS_TRY(clear(gradients.weight, c.weight_stride ? c.N * KJD : KJD));
@@ -503,10 +502,8 @@ Status emit(const Capsules& c, Policy policy, int64_t numbers, const CapsuleGrad
     CAPSOPS_TRY(launch(emit_kernel<width, T, Policy>, dim3{static_cast<unsigned>(tiling.runs)}, tiling.threads,
                        tiling.bytes(numbers), c.context, tiling, policy, to, params));
     if (gradients.weight && tiling.shared_weight()) {
-        CAPSOPS_TRY(launch(add_rows<A, A>, blocks_for(KJD), most_threads, 0, c.context, to.sums, tiling.runs, KJD, KJD,
-                           total, false));
-        CAPSOPS_TRY(
-            launch(copy_numbers<A, T>, blocks_for(KJD), most_threads, 0, c.context, total, to.weight, KJD, more));
+        CAPSOPS_TRY(launch_over(KJD, add_rows<A, A>, c.context, to.sums, tiling.runs, KJD, KJD, total, false));
+        CAPSOPS_TRY(launch_over(KJD, copy_numbers<A, T>, c.context, total, to.weight, KJD, more));
     }
     return add(static_cast<const A*>(params), tiling.runs);
 }

@@ -28,8 +28,7 @@ template <class T, int width> struct StoredGradient {
     static constexpr bool needs_votes = false;
     static int64_t staged_numbers(int64_t, int64_t) { return 0; }
     Status stage_gradient(const StagedVotes<A>& t, A*, A* g, A*, int64_t, const ExecutionContext& context) const {
-        return launch(stage_rows<A, T>, blocks_for(t.pairs() * t.J * t.D), most_threads, 0, context, t, g_votes,
-                      t.J * t.D, g);
+        return launch_over(t.pairs() * t.J * t.D, stage_rows<A, T>, context, t, g_votes, t.J * t.D, g);
     }
 };
 
@@ -52,8 +51,7 @@ Status affine_votes(const Capsules& c, void* votes) {
     if (c.rows != 1) return Status::unsupported;
     return for_storage(c.dtype, [&]<class T>() {
         const Workspace w(c.context);
-        return launch(write_votes<T>, blocks_for(c.B * c.N * c.J * c.D), most_threads, 0, c.context, c,
-                      static_cast<T*>(votes));
+        return launch_over(c.B * c.N * c.J * c.D, write_votes<T>, c.context, c, static_cast<T*>(votes));
     });
 }
 

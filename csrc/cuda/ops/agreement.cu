@@ -53,8 +53,7 @@ Status emit_agreement(const Capsules& c, const AgreementTerms& terms, const Caps
             return emit<width, T>(c, policy, 2, gradients, 0, w, terms.more, [&](const auto*, int64_t runs) {
                 // Without votes nobody has written it.
                 if (!terms.g_prior || runs > 0) return Status::ok;
-                return launch(write_zeros<A>, blocks_for(c.N * c.J), most_threads, 0, c.context,
-                              static_cast<A*>(terms.g_prior), c.N * c.J);
+                return launch_over(c.N * c.J, write_zeros<A>, c.context, static_cast<A*>(terms.g_prior), c.N * c.J);
             });
         });
     });

@@ -158,9 +158,7 @@ template <class A, int width> struct AgreementGradient {
                 c.c = scratch, c.prior = prior;
                 delta = detach ? nullptr : e;
                 CAPSOPS_TRY(stage_agreements(t, own_x, detach && !g_prior ? nullptr : own_g, scratch, context));
-                if (g_prior)
-                    CAPSOPS_TRY(
-                        launch(add_over_items<A>, blocks_for(t.count * t.J), most_threads, 0, context, t, e, g_prior));
+                if (g_prior) CAPSOPS_TRY(launch_over(t.count * t.J, add_over_items<A>, context, t, e, g_prior));
                 CAPSOPS_TRY(stage_softmax(t, scratch, delta, leaky, context));
             }
             CAPSOPS_TRY(launch_rows<A>(add_agreement_gradient<A>, t.pairs() * t.J, t.D, context, t, c, delta, own_x,

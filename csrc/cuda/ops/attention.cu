@@ -14,8 +14,8 @@ Status attention_routing(const Capsules& c, const void* attn_weight, const void*
             Workspace w(c.context);
             const Attention<A, width> policy{static_cast<const A*>(attn_weight), static_cast<const A*>(attn_bias)};
             CAPSOPS_TRY((reduce<width, T>(c, policy, 2 * width, w, static_cast<A*>(s))));
-            return launch(squash_rows<A>, blocks_for(c.B * c.J), most_threads, 0, c.context, static_cast<const A*>(s),
-                          static_cast<A*>(v), c.B * c.J, c.D, SquashKind::sabour);
+            return launch_over(c.B * c.J, squash_rows<A>, c.context, static_cast<const A*>(s), static_cast<A*>(v),
+                               c.B * c.J, c.D, SquashKind::sabour);
         });
     });
 }
@@ -29,9 +29,8 @@ Status attention_routing_backward(const Capsules& c, const void* attn_weight, co
             const int64_t rows = c.B * c.J, JJ = c.J * c.J;
             Workspace w(c.context);
             A* g_s = w.take<A>(rows * c.D);
-            CAPSOPS_TRY(launch(squash_rows_backward<A>, blocks_for(rows), most_threads, 0, c.context,
-                               static_cast<const A*>(g_v), static_cast<const A*>(s), g_s, rows, c.D,
-                               SquashKind::sabour));
+            CAPSOPS_TRY(launch_over(rows, squash_rows_backward<A>, c.context, static_cast<const A*>(g_v),
+                                    static_cast<const A*>(s), g_s, rows, c.D, SquashKind::sabour));
             const bool wants_params = g_attn_weight || g_attn_bias;
             const int64_t param_count = wants_params ? JJ + c.J : 0;
             const int64_t params_at = at_least(2 * width, width + c.K);
@@ -42,11 +41,11 @@ Status attention_routing_backward(const Capsules& c, const void* attn_weight, co
                                                params_at};
             const auto add = [&]<class X>(const X* params, int64_t runs) {
                 if (g_attn_weight)
-                    CAPSOPS_TRY(launch(add_rows<X, A>, blocks_for(JJ), most_threads, 0, c.context, params, runs,
-                                       param_count, JJ, static_cast<A*>(g_attn_weight), false));
+                    CAPSOPS_TRY(launch_over(JJ, add_rows<X, A>, c.context, params, runs, param_count, JJ,
+                                            static_cast<A*>(g_attn_weight), false));
                 if (g_attn_bias)
-                    CAPSOPS_TRY(launch(add_rows<X, A>, blocks_for(c.J), most_threads, 0, c.context, params + JJ, runs,
-                                       param_count, c.J, static_cast<A*>(g_attn_bias), false));
+                    CAPSOPS_TRY(launch_over(c.J, add_rows<X, A>, c.context, params + JJ, runs, param_count, c.J,
+                                            static_cast<A*>(g_attn_bias), false));
                 return Status::ok;
             };
             return emit<width, T>(c, policy, params_at + (wants_params ? c.J + 1 : 0), gradients, param_count, w, false,

@@ -125,7 +125,7 @@ template <class A, int width> struct Attention {
         Product z = mix_capsules<A>(t, weight, false, t.votes, c);
         z.bias = bias;
         CAPSOPS_TRY(multiply_matrices(z, context));
-        return launch(couple_components<A>, blocks_for(t.pairs() * t.D), most_threads, 0, context, t, c, g_s, dz);
+        return launch_over(t.pairs() * t.D, couple_components<A>, context, t, c, g_s, dz);
     }
 };
 

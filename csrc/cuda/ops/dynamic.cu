@@ -37,8 +37,8 @@ Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, 
             A* sum = static_cast<A*>(s) + t * size;
             CAPSOPS_TRY(t == 0 ? sum_votes(c, equal_coupling<double>(c.J, leaky), w, sum)
                                : sum_agreeing(c, V, nullptr, leaky, w, sum));
-            CAPSOPS_TRY(launch(finish_iteration<A>, blocks_for(rows), most_threads, 0, c.context, sum,
-                               static_cast<const A*>(bias), static_cast<A*>(v), V, rows, c.J, c.D, t == 0));
+            CAPSOPS_TRY(launch_over(rows, finish_iteration<A>, c.context, sum, static_cast<const A*>(bias),
+                                    static_cast<A*>(v), V, rows, c.J, c.D, t == 0));
         }
         return Status::ok;
     });
@@ -97,21 +97,21 @@ Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leak
         A* g_V = w.take<A>(size);
         for (int64_t end = iterations; end > 0; end = detach ? 0 : end - group) {
             const int64_t begin = at_least(end - group, 0);
-            CAPSOPS_TRY(launch(states<A>, blocks_for(rows), most_threads, 0, c.context, s,
-                               end == iterations ? static_cast<const A*>(g_v) : nullptr, V, g_s, rows, c.D, begin,
-                               end));
+            CAPSOPS_TRY(launch_over(rows, states<A>, c.context, s,
+                                    end == iterations ? static_cast<const A*>(g_v) : nullptr, V, g_s, rows, c.D, begin,
+                                    end));
             for (int64_t t = end - 1; t >= begin; --t) {
                 const A* const own_V = V + (t - begin) * size;
                 A* const own_g_s = g_s + (t - begin) * size;
                 if (t < last)
-                    CAPSOPS_TRY(launch(earlier_gradient<A>, blocks_for(rows), most_threads, 0, c.context,
-                                       static_cast<const A*>(H), g_V, s + t * size, own_g_s, rows, c.D, t == last - 1));
+                    CAPSOPS_TRY(launch_over(rows, earlier_gradient<A>, c.context, static_cast<const A*>(H), g_V,
+                                            s + t * size, own_g_s, rows, c.D, t == last - 1));
                 if (t > 0 && !detach) CAPSOPS_TRY(sum_adjoint(c, own_V, own_g_s, leaky, w, H));
             }
             if (g_bias)
-                CAPSOPS_TRY(launch(add_rows<A, A>, blocks_for(c.J * c.D), most_threads, 0, c.context,
-                                   static_cast<const A*>(g_s), (end - begin) * c.B, c.J * c.D, c.J * c.D,
-                                   static_cast<A*>(g_bias), end < iterations));
+                CAPSOPS_TRY(launch_over(c.J * c.D, add_rows<A, A>, c.context, static_cast<const A*>(g_s),
+                                        (end - begin) * c.B, c.J * c.D, c.J * c.D, static_cast<A*>(g_bias),
+                                        end < iterations));
             if (!gradients.u && !gradients.weight) continue;
             const AgreementTerms terms{.x = V,
                                        .g = g_s,

@@ -32,16 +32,16 @@ template <class T> __global__ void backward(PrimaryCapsules p, const T* g_u, con
 Status primary_capsules(const PrimaryCapsules& p, const void* features, void* u) {
     return for_storage(p.dtype, [&]<class T>() {
         const Workspace w(p.context);
-        return launch(forward<T>, blocks_for(p.B * p.outer * p.inner), most_threads, 0, p.context, p,
-                      static_cast<const T*>(features), static_cast<T*>(u));
+        return launch_over(p.B * p.outer * p.inner, forward<T>, p.context, p, static_cast<const T*>(features),
+                           static_cast<T*>(u));
     });
 }
 
 Status primary_capsules_backward(const PrimaryCapsules& p, const void* g_u, const void* features, void* g_features) {
     return for_storage(p.dtype, [&]<class T>() {
         const Workspace w(p.context);
-        return launch(backward<T>, blocks_for(p.B * p.outer * p.inner), most_threads, 0, p.context, p,
-                      static_cast<const T*>(g_u), static_cast<const T*>(features), static_cast<T*>(g_features));
+        return launch_over(p.B * p.outer * p.inner, backward<T>, p.context, p, static_cast<const T*>(g_u),
+                           static_cast<const T*>(features), static_cast<T*>(g_features));
     });
 }
 

@@ -14,11 +14,11 @@ Status self_attention_routing(const Capsules& c, const void* prior, double scale
         Workspace w(c.context);
         A* scaled = w.take<A>(size);
         CAPSOPS_TRY(sum_votes(c, 1, w, total));
-        CAPSOPS_TRY(launch(multiply<A>, blocks_for(size), most_threads, 0, c.context, static_cast<const A*>(total),
-                           static_cast<A>(scale), scaled, size));
+        CAPSOPS_TRY(launch_over(size, multiply<A>, c.context, static_cast<const A*>(total), static_cast<A>(scale),
+                                scaled, size));
         CAPSOPS_TRY(sum_agreeing(c, scaled, prior, false, w, s));
-        return launch(squash_rows<A>, blocks_for(rows), most_threads, 0, c.context, static_cast<const A*>(s),
-                      static_cast<A*>(v), rows, c.D, SquashKind::efficient);
+        return launch_over(rows, squash_rows<A>, c.context, static_cast<const A*>(s), static_cast<A*>(v), rows, c.D,
+                           SquashKind::efficient);
     });
 }
 
@@ -31,14 +31,13 @@ Status self_attention_routing_backward(const Capsules& c, const void* prior, dou
         A* x = w.take<A>(size);
         A* g_s = w.take<A>(size);
         A* H = w.take<A>(size);
-        CAPSOPS_TRY(launch(multiply<A>, blocks_for(size), most_threads, 0, c.context, static_cast<const A*>(total),
-                           static_cast<A>(scale), x, size));
-        CAPSOPS_TRY(launch(squash_rows_backward<A>, blocks_for(rows), most_threads, 0, c.context,
-                           static_cast<const A*>(g_v), static_cast<const A*>(s), g_s, rows, c.D,
-                           SquashKind::efficient));
+        CAPSOPS_TRY(
+            launch_over(size, multiply<A>, c.context, static_cast<const A*>(total), static_cast<A>(scale), x, size));
+        CAPSOPS_TRY(launch_over(rows, squash_rows_backward<A>, c.context, static_cast<const A*>(g_v),
+                                static_cast<const A*>(s), g_s, rows, c.D, SquashKind::efficient));
         CAPSOPS_TRY(sum_adjoint(c, x, g_s, false, w, H));
-        CAPSOPS_TRY(launch(multiply<A>, blocks_for(size), most_threads, 0, c.context, static_cast<const A*>(H),
-                           static_cast<A>(scale), H, size));
+        CAPSOPS_TRY(
+            launch_over(size, multiply<A>, c.context, static_cast<const A*>(H), static_cast<A>(scale), H, size));
         const AgreementTerms terms{.x = x,
                                    .g = g_s,
                                    .iterations = 1,
