@@ -208,7 +208,7 @@ PYBIND11_MODULE(_C, m) {
 
     const auto probe = [](Probe what, int64_t size, int threads) {
         double rate = 0;
-        if (size < 1 || size > most_numbers || !valid(ExecutionContext(threads)))
+        if (size < 1 || size > max_numbers || !valid(ExecutionContext(threads)))
             throw py::value_error("size and threads must be at least 1, and possible");
         if (cpu::kernels().probe(what, size, threads, &rate) != Status::ok) throw std::bad_alloc();
         return rate;

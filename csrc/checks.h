@@ -1,6 +1,6 @@
-// What makes the arguments of an operator valid: sizes and strides in range, and a non-null pointer wherever something
-// is read or written. Python checks tensors first and explains what is wrong with them; these checks only keep a kernel
-// from touching memory outside of its operands. They cannot know how much memory is behind a pointer.
+// Checks the arguments of the operators: sizes and strides must be in range, and a pointer must not be null if
+// something is read or written there. Python checks tensors first and explains what is wrong with them; these checks
+// only keep a kernel from touching memory outside of its operands. They cannot know how much memory a pointer has.
 #pragma once
 
 #include <cstdint>
@@ -13,15 +13,15 @@ namespace capsops {
 
 // More numbers than any machine has memory for. Every size that a kernel computes is a product that `fits`, times
 // constants and the number of threads, so it stays within 64 bits.
-constexpr int64_t most_numbers = int64_t{1} << 48;
-constexpr int most_cpu_threads = 1 << 12;
+constexpr int64_t max_numbers = int64_t{1} << 48;
+constexpr int max_cpu_threads = 1 << 12;
 
-// Whether all sizes are at least 0 and their product, with 1 in place of 0, is at most most_numbers.
+// Whether all sizes are at least 0 and their product, with 1 in place of 0, is at most max_numbers.
 inline bool fits(std::initializer_list<int64_t> sizes) {
     int64_t product = 1;
     for (const int64_t size : sizes) {
         if (size < 0) return false;
-        if (__builtin_mul_overflow(product, size > 0 ? size : 1, &product) || product > most_numbers) return false;
+        if (__builtin_mul_overflow(product, size > 0 ? size : 1, &product) || product > max_numbers) return false;
     }
     return true;
 }
@@ -36,7 +36,7 @@ inline bool given(std::initializer_list<const void*> pointers, std::initializer_
 }
 
 inline bool valid(const ExecutionContext& context) {
-    return context.threads >= 1 && context.threads <= most_cpu_threads;
+    return context.threads >= 1 && context.threads <= max_cpu_threads;
 }
 
 inline bool valid(const Capsules& c) {
@@ -65,13 +65,13 @@ inline bool valid(const PrimaryCapsules& p) {
            within(p.K, p.component_stride);
 }
 
-// Capsules that are routed so many times.
+// Checks the capsules and the number of routing iterations.
 inline bool valid(const Capsules& c, int64_t iterations) {
     return valid(c) && iterations >= 1 && fits({iterations, c.B, c.J, c.rows, c.D});
 }
 
-// One check for each operator, with the parameters of its kernel; those without a name are optional or any value will
-// do. A gradient is always optional.
+// One check for each operator, with the parameters of its kernel. A parameter without a name is not checked: it is
+// optional, or every value is valid. Gradients are always optional.
 namespace checks {
 
 inline bool squash(const ExecutionContext& context, const void* s, void* v, int64_t rows, int64_t dim, SquashKind,

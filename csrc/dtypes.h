@@ -1,4 +1,4 @@
-// Storage types, and their conversion from and to the type that sums are kept in.
+// The 16-bit storage types, and the conversion between storage and accumulation types.
 #pragma once
 
 #include <bit>
@@ -12,7 +12,7 @@
 #endif
 
 namespace capsops {
-// One copy for every instruction set that includes this, so that none can be linked to another's.
+// Internal linkage: each instruction set has its own copy, so that the linker cannot mix them.
 namespace {
 
 struct bfloat16 {
@@ -61,7 +61,7 @@ struct float16 {
     }
 };
 
-// n numbers from one type to another.
+// Converts n numbers.
 template <class From, class To> inline void convert(const From* from, int64_t n, To* to) {
     int64_t x = 0;
 #if defined(__F16C__)

@@ -1,9 +1,9 @@
-// The interface between Python and the kernels: plain argument structs and the table of operators. This header and all
-// kernels are free of torch, pybind11 and CUDA types.
+// The interface between Python and the kernels: plain argument structs and the table of operators. No torch, pybind11
+// or CUDA header is included here, and no torch or pybind11 header by a kernel.
 //
 // Symbols, as in the capsule literature: B batch size, N input capsules, K their dimension, J output capsules, D their
-// dimension; u input capsules, W transformation matrices, û_ij = u_i W_ij votes, c coupling coefficients,
-// s = Σ_i c_ij û_ij, v = squash(s).
+// dimension; u input capsules, W transformation matrices, û_ij = u_i W_ij votes, c coupling coefficients, s = Σ_i c_ij
+// û_ij, v = squash(s).
 #pragma once
 
 #include <cstdint>
@@ -81,9 +81,9 @@ struct PrimaryCapsules {
 // What a benchmark measures of the machine: bytes read a second, bytes read and written, floating-point operations.
 enum class Probe : int { read, copy, arithmetic };
 
-// The kernels of one backend. A null pointer: this backend has no kernel for the operator.
+// The kernels of one backend. A null pointer: the backend has no kernel for the operator.
 //
-// Outputs named g_… are gradients; a null one is not wanted. H = P·D is the size of a vote.
+// H = P·D is the size of a vote. An output named g_… is a gradient, and null if it is not wanted.
 struct Kernels {
     // v = squash(s) along rows of length dim.
     Status (*squash)(const ExecutionContext& context,

@@ -4,7 +4,7 @@
 #include <cstdint>
 
 namespace capsops {
-// One copy for every instruction set that includes this.
+// Internal linkage: each instruction set has its own copy, so that the linker cannot mix them.
 namespace {
 
 constexpr int64_t at_most(int64_t a, int64_t b) {

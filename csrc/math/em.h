@@ -1,4 +1,5 @@
-// The statistics of EM routing (Hinton et al. 2018, procedure 1).
+// The M-step and the E-step of EM routing (Hinton et al. 2018, procedure 1) for one output capsule, and their
+// gradients; for the host and for GPUs.
 #pragma once
 
 #include <cmath>
@@ -8,22 +9,23 @@
 #include "softmax.h"
 
 namespace capsops {
-// One copy for every instruction set that includes this, so that none can be linked to another's.
+// Internal linkage: each instruction set has its own copy, so that the linker cannot mix them.
 namespace {
 
-// What iteration t knows of one output capsule. H components of a vote.
+// The Gaussian of one output capsule after one iteration. H: components of a vote.
 template <class A> struct Gaussian {
     A* mean;            // [H]
-    A* rounding_error;  // [H], what rounding took from the mean
+    A* rounding_error;  // [H], the exact mean minus `mean`
     A* variance;        // [H]
     A mass;             // Σ_i w_i
     A logit;            // of the activation
 };
 
-// The M-step, from sums over the input capsules of w (1, x, x²) with x = û − shift: shifted, because Σ w û² − μ² loses
-// its digits. Where a variance has collapsed to ε its gradient is so steep that the rounding of the mean shows:
-// rounding_error keeps what was lost. Sets everything in g. Returns whether the shift was close enough: where the mean
-// moved by many standard deviations the variance has lost digits, and the sums should be taken again with the new mean.
+// The M-step, from sums over the input capsules of w (1, x, x²) with x = û − shift. The shift avoids the cancellation
+// in Σ w û² − μ². Where a variance has collapsed to ε, its gradient is so steep that the rounding of the mean matters;
+// so g keeps the rounding error. Sets everything in g. Returns whether the shift was close enough: if the mean moved by
+// more than two standard deviations, the variance has lost digits, and the sums should be taken again with the new
+// mean.
 template <class A>
 CAPSOPS_HOST_DEVICE inline bool m_step(Gaussian<A>& g, A mass, const A* first, const A* second, const A* shift,
                                        int64_t H, A epsilon, A beta_u, A beta_a, A inverse_temperature) {
@@ -44,9 +46,9 @@ CAPSOPS_HOST_DEVICE inline bool m_step(Gaussian<A>& g, A mass, const A* first, c
     return precise;
 }
 
-// The M-step backwards: w of one input capsule has the gradient
+// The gradient of the M-step. The weight w of one input capsule has the gradient
 //     e = constant + Σ_h (linear_h x + quadratic_h x²)    with x = û − mean.
-// g_variance changes.
+// Overwrites g_variance.
 template <class A>
 CAPSOPS_HOST_DEVICE inline void m_step_backward(const Gaussian<A>& g, const A* g_mean, A* g_variance, A g_logit,
                                                 int64_t H, A epsilon, A beta_u, A inverse_temperature, A* constant,
@@ -58,7 +60,7 @@ CAPSOPS_HOST_DEVICE inline void m_step_backward(const Gaussian<A>& g, const A* g
         logarithms += std::log(g.variance[h]);
         g_variance[h] += g_cost * g.mass / (A(2) * g.variance[h]);
         quadratic[h] = g_variance[h] * inverse;
-        // Σ w (û − μ)² changes with μ because the weights sum to a little less than 1.
+        // Σ w (û − μ)² depends on μ, because ε makes the weights sum to a little less than 1.
         const A slope = (g_mean[h] - A(2) * quadratic[h] * epsilon * g.mean[h]) * inverse;
         linear[h] = slope - A(2) * quadratic[h] * g.rounding_error[h];
         g_mass -= quadratic[h] * (g.variance[h] - epsilon - g.rounding_error[h] * g.rounding_error[h]) +
@@ -69,9 +71,9 @@ CAPSOPS_HOST_DEVICE inline void m_step_backward(const Gaussian<A>& g, const A* g
     *g_beta_a += inverse_temperature * g_logit;
 }
 
-// The E-step: the logit of a vote is constant + Σ_h quadratic_h x², x = û − mean. Returns the constant.
+// The E-step: the logit of a vote is constant + Σ_h quadratic_h x² with x = û − mean. Returns the constant.
 template <class A> CAPSOPS_HOST_DEVICE inline A e_step(const Gaussian<A>& g, int64_t H, A* quadratic) {
-    // ln of the logistic function, without overflow.
+    // log(sigmoid(logit)) without overflow.
     A constant = (g.logit < A(0) ? g.logit : A(0)) - std::log1p(std::exp(-std::fabs(g.logit)));
     for (int64_t h = 0; h < H; ++h) {
         quadratic[h] = A(-0.5) / g.variance[h];
@@ -80,8 +82,8 @@ template <class A> CAPSOPS_HOST_DEVICE inline A e_step(const Gaussian<A>& g, int
     return constant;
 }
 
-// The E-step backwards, from sums over the input capsules of δ (1, x, x²), δ the gradient of the logits. Writes the
-// gradients of the mean and the variance and returns that of the activation's logit.
+// The gradient of the E-step, from sums over the input capsules of δ (1, x, x²), where δ is the gradient of the logits.
+// Writes the gradients of the mean and the variance, and returns the gradient of the activation's logit.
 template <class A>
 CAPSOPS_HOST_DEVICE inline A e_step_backward(const Gaussian<A>& g, A mass, const A* first, const A* second, int64_t H,
                                              A* g_mean, A* g_variance) {

@@ -1,7 +1,6 @@
-// The mathematics of the couplings: softmax over the output capsules and its gradient, the statistics of EM routing,
-// squash. Compiled for the host and for GPUs; the streaming loops of both call these and nothing else.
+// Softmax over the output capsules and its gradient, for the host and for GPUs.
 //
-// X is whatever holds one number of one problem, or of several side by side: float, double, or a vector of lanes.
+// X is the type of one number, or of one number of several problems side by side: float, double, or a vector of lanes.
 #pragma once
 
 #include <cmath>
@@ -11,11 +10,11 @@
 #include "../host_device.h"
 
 namespace capsops {
-// One copy for every instruction set that includes this, so that none can be linked to another's.
+// Internal linkage: each instruction set has its own copy, so that the linker cannot mix them.
 namespace {
 
-// e^x, with x kept below where the reciprocal of e^x would not be a normal number. On GPUs by the hardware's 2^x: a
-// relative error of about (2 + |x|) · 1e-7, and x is at most 0 where a softmax asks.
+// e^x. x is clamped so that the reciprocal of the result is a normal number. GPUs use their own instruction for 2^x,
+// with a relative error of about (2 + |x|) · 1e-7.
 CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE float exponential(float x) {
     x = x > 80.0f ? 80.0f : x;
 #if defined(__CUDA_ARCH__)
@@ -39,7 +38,7 @@ CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE double reciprocal(double x) {
     return 1.0 / x;
 }
 
-// The larger; b if a is not a number.
+// The maximum; b if a is NaN.
 CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE float max(float a, float b) {
     return a > b ? a : b;
 }
@@ -47,10 +46,8 @@ CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE double max(double a, double b) {
     return a > b ? a : b;
 }
 
-// ---- couplings over the output capsules ------------------------------------------------------------
-
-// c_j = softmax over j of z_j, in place. leaky adds one logit that is always 0 and whose share is dropped. Row:
-// whatever has numbers z[j].
+// In place: z_j becomes c_j = softmax_j(z). leaky adds one logit that is always 0 and has no output capsule. Row: any
+// type with numbers z[j].
 template <class Row> CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE void softmax(Row z, int64_t J, bool leaky) {
     using X = std::remove_cvref_t<decltype(z[0])>;
     if (J == 2 && !leaky) {
@@ -71,7 +68,7 @@ template <class Row> CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE void softmax(Row 
     for (int64_t j = 0; j < J; ++j) z[j] *= inverse;
 }
 
-// The gradient of the logits, δ_j = c_j (e_j − Σ_k c_k e_k), in place of e, the gradient of the couplings.
+// In place: e, the gradient of the couplings c, becomes the gradient of the logits, δ_j = c_j (e_j − Σ_k c_k e_k).
 template <class Couplings, class Row>
 CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE void softmax_backward(Couplings c, Row e, int64_t J) {
     std::remove_cvref_t<decltype(e[0])> mean = c[0] * e[0];
@@ -79,7 +76,7 @@ CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE void softmax_backward(Couplings c, Row
     for (int64_t j = 0; j < J; ++j) e[j] = c[j] * (e[j] - mean);
 }
 
-// The coupling of the first iteration of routing by agreement, where all are equal.
+// The coupling in the first iteration of routing by agreement, where all logits are 0.
 template <class A> CAPSOPS_HOST_DEVICE inline A equal_coupling(int64_t J, bool leaky) {
     return A(1) / static_cast<A>(leaky ? J + 1 : J);
 }

@@ -1,4 +1,4 @@
-// squash and its vector-Jacobian product.
+// squash and its vector-Jacobian product, for the host and for GPUs.
 #pragma once
 
 #include <cmath>
@@ -9,7 +9,7 @@
 #include "../sizes.h"
 
 namespace capsops {
-// One copy for every instruction set that includes this, so that none can be linked to another's.
+// Internal linkage: each instruction set has its own copy, so that the linker cannot mix them.
 namespace {
 
 // The factors of v = f(n) s and of its vector-Jacobian product g_s = f g_v + radial (ŝ·g_v) ŝ, with n = ‖s‖
@@ -38,8 +38,8 @@ template <class A> CAPSOPS_HOST_DEVICE inline SquashFactors<A> squash_efficient(
     return {scale, std::exp(-n) - scale};
 }
 
-// Σ_d term(d). A float that many small numbers are added to one by one loses them; so blocks of a few terms are added
-// up, with what rounding takes from the total kept beside it (Kahan). Up to one block this is the plain sum.
+// Σ_d term(d), as a Kahan sum over blocks of a few terms: a float loses many small numbers that are added to it one by
+// one. Up to one block this is the plain sum.
 template <class A, class Term> CAPSOPS_HOST_DEVICE inline A kahan_sum(int64_t count, Term term) {
     constexpr int64_t block = 16;
     A sum = 0, compensation = 0;
@@ -55,27 +55,27 @@ template <class A, class Term> CAPSOPS_HOST_DEVICE inline A kahan_sum(int64_t co
     return sum;
 }
 
-// ‖s‖ as n, the length of s · shrink. shrink is 1, or a small power of 2 where ‖s‖ might overflow.
+// The norm of s, as n = ‖s · shrink‖. shrink is 1, or a small power of 2 if ‖s‖ might overflow.
 template <class A> struct Length {
     A n, shrink;
 };
 
-// The factors for s · shrink in place of s: v = f (s · shrink), g_s = shrink (f g_v + radial (ŝ·g_v) ŝ). So long a
-// vector is squashed to length 1, to the last digit, by either formula.
+// The factors for s · shrink: v = f (s · shrink), g_s = shrink (f g_v + radial (ŝ·g_v) ŝ). By either formula, a vector
+// whose norm had to be shrunk is squashed to length 1, to the last digit.
 template <class A> CAPSOPS_HOST_DEVICE inline SquashFactors<A> squash_factors(Length<A> l, SquashKind kind) {
     if (l.shrink < A(1)) return {A(1) / l.n, A(-1) / l.n};
     return kind == SquashKind::sabour ? squash_sabour(l.n) : squash_efficient(l.n);
 }
 
-// ‖s‖ without overflow or underflow of the squares, or of the length itself. Row: whatever has components s[d].
+// ‖s‖ without overflow or underflow, of the squares or of the norm itself. Row: any type with components s[d].
 template <class A, class Row> CAPSOPS_HOST_DEVICE inline Length<A> length(const Row& s, int64_t dim) {
-    // Beyond `huge` the length of as many components as fit into memory may overflow; shrunk, it cannot.
+    // The norm of many components above `huge` may overflow; the norm of the shrunk ones cannot.
     constexpr A huge = sizeof(A) == 4 ? A(0x1p60) : A(0x1p500);
     constexpr A small = sizeof(A) == 4 ? A(0x1p-56) : A(0x1p-496);
     A largest = 0;
     for (int64_t d = 0; d < dim; ++d) {
         const A magnitude = std::fabs(s[d]);
-        // A NaN is kept: no number is greater.
+        // Keeps a NaN, because no comparison with it is true.
         if (magnitude > largest || magnitude != magnitude) largest = magnitude;
     }
     if (!(largest > A(0)) || std::isinf(largest)) return {largest, A(1)};

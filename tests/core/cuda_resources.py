@@ -1,9 +1,9 @@
-"""What the CUDA kernels of the built extension take: registers, shared memory, and whether any spills.
+"""Report the registers and the shared memory of the built CUDA kernels, and check that no kernel spills.
 
     python tests/core/cuda_resources.py [extension]
 
-Exit status 1 where a kernel spills registers or keeps an array in memory, or an architecture that was asked for is not
-there. An extension without CUDA kernels has nothing to check; with CAPSOPS_CUDA=1 that is an error.
+The exit status is 1 if a kernel spills registers or keeps an array in memory, or if an architecture is missing. An
+extension without CUDA kernels has nothing to check; with CAPSOPS_CUDA=1 that is an error.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from pathlib import Path
 
 
 def cuobjdump() -> str:
-    """On the path, or beside nvcc, or Triton's."""
+    """Find cuobjdump on the path, beside nvcc, or in Triton."""
     triton = importlib.util.find_spec("triton")
     nvcc = shutil.which(os.environ.get("CUDACXX") or "nvcc")
     folders = [Path(nvcc).resolve().parent] if nvcc else []
     if triton and triton.origin:
         folders.append(Path(triton.origin).parent / "backends/nvidia/bin")
     found = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(map(str, folders)))
-    return found or sys.exit("cuobjdump is neither on the path, nor beside nvcc, nor in a Triton that is installed")
+    return found or sys.exit("cuobjdump: not found on the path, beside nvcc or in Triton; expected one of them")
 
 
 def kernels(extension: str) -> Iterator[tuple[str, str, dict[str, int]]]:
-    """Architecture, name and resources of every kernel."""
+    """Yield the architecture, name and resources of every kernel."""
     command = [cuobjdump(), "--dump-resource-usage", extension]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     architecture = name = ""
-    for line in said.splitlines():
+    for line in report.splitlines():
         if match := re.match(r"arch = (\w+)", line):
             architecture = match[1]
         elif match := re.match(r"\s*Function (\w+):", line):

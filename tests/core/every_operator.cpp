@@ -1,13 +1,14 @@
-// Every CPU kernel at small odd shapes, for sanitizers to watch: each instruction set, dtype, mask, shared and own
-// matrices, matrix poses; with one thread and with three, whose results must be the same to the bit; and stopped on the
-// way. Outputs lie in memory of exactly their size and are poisoned with NaN, so that one that is overrun or not
-// written is seen.
+// Runs every CPU kernel at small odd shapes, for the sanitizers: each instruction set, dtype and mask, shared and
+// separate matrices, matrix capsules. Each runs with one thread and with three, which must give the same bits, and is
+// interrupted now and then. Outputs have exactly their size in memory and are filled with NaN first, so that an overrun
+// or a missing write is seen.
 //
-// With CAPSOPS_EMULATION also every CUDA kernel, run on the host (csrc/cuda/engine/emulation.h): twice each, in a
-// workspace of exactly the size it asks for, poisoned; the results must be the same to the bit, and those of the CPU
-// but for rounding. And how large a workspace they ask for at the sizes of real networks, where nothing runs.
+// With CAPSOPS_EMULATION it also runs every CUDA kernel on the host (csrc/cuda/engine/emulation.h): twice, in a
+// workspace of exactly the size that the kernel asks for, filled with NaN. The two results must have the same bits and
+// agree with the CPU within rounding. It also checks the workspace sizes for the shapes of real networks, without
+// running them.
 //
-// tests/core/sanitize.sh builds and runs it; with its argument `emulated` the CUDA kernels too.
+// tests/core/sanitize.sh builds and runs this program; its argument `emulated` adds the CUDA kernels.
 
 #include <algorithm>
 #include <cmath>
@@ -46,7 +47,7 @@ Dtype accumulation(Dtype dtype) {
     return dtype == Dtype::float64 ? dtype : Dtype::float32;
 }
 
-// Numbers of one dtype on a cache line of their own, and nothing behind them.
+// Numbers of one dtype, aligned to a cache line, with nothing allocated behind them.
 class Numbers {
   public:
     Numbers(int64_t count, Dtype dtype)
@@ -64,7 +65,7 @@ class Numbers {
     const void* get() const { return data_; }
     size_t bytes() const { return static_cast<size_t>(count_) * bytes_of(dtype_); }
 
-    // Whether this is x but for rounding.
+    // Whether this equals x within rounding.
     bool close_to(const Numbers& x) const {
         double largest = 0, error = 0;
         for (int64_t n = 0; n < count_; ++n) {
@@ -126,7 +127,7 @@ class Numbers {
 int calls = 0;
 
 #ifdef CAPSOPS_EMULATION
-// What the CPU computed, by name, in the order of the calls.
+// The results of the CPU by name, in the order of the calls.
 std::map<std::string, std::vector<std::vector<std::unique_ptr<Numbers>>>> results;
 std::map<std::string, size_t> compared;
 int64_t needed = 0;
@@ -135,7 +136,7 @@ bool measures = false;
 #endif
 bool emulated = false;
 
-// ExecutionContext::stop says yes when it is asked so many times; 0: never.
+// ExecutionContext::stop returns true at this poll; 0: never.
 int asks = 0;
 bool stop() {
     return --asks == 0;
@@ -159,8 +160,8 @@ using Outputs = const std::vector<std::unique_ptr<Numbers>>&;
 
 // Calls run(threads, outputs) with one thread and with three, each time with fresh outputs of the given sizes.
 template <class Run> void check(const std::string& name, const std::vector<std::pair<int64_t, Dtype>>& sizes, Run run) {
-    // Every third operator is stopped: when it first asks, or later if it asks as often;
-    // before the others, because some keep what they computed for a gradient.
+    // Every third operator is interrupted, at its first poll or a later one if it polls that often. This comes before
+    // the other runs, because some of them keep results for a gradient.
     if (!emulated && calls / 2 % 3 == 0) {
         std::vector<std::unique_ptr<Numbers>> outputs;
         for (const auto& [count, dtype] : sizes) outputs.push_back(std::make_unique<Numbers>(count, dtype));
@@ -217,10 +218,10 @@ std::string name_of(const Shape& s) {
     return name;
 }
 
-// Which input capsules are there: all, some, or none.
+// Which input capsules are not masked.
 enum class Mask { all, some, none };
 
-// expanded: matrices that are the same for all input capsules, and for all output capsules, by strides of 0.
+// expanded: one matrix for all input and output capsules, by strides of 0.
 void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool shared, bool expanded,
               const std::string& name) {
     const bool masked = there != Mask::all;
@@ -233,7 +234,7 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
     Numbers g(outputs, wide), prior(s.N * s.J, wide), g_votes(s.B * s.N * s.J * H, dtype);
     Numbers activation(s.B * s.N, wide), beta_u(s.J, wide), beta_a(s.J, wide), g_activation(s.B * s.J, wide);
     for (Numbers* x : {&u, &mix, &mix_bias, &bias, &g, &prior, &g_votes, &beta_u, &beta_a, &g_activation}) x->random();
-    // So that the votes do not grow with K, and the softmax stays away from 0 and 1.
+    // Keeps the votes from growing with K, and the softmax away from 0 and 1.
     const double largest = s.K > 16 ? 4 / std::sqrt(static_cast<double>(s.K)) : 1;
     weight.random(-largest, largest);
     activation.random(0.1, 0.9);
@@ -358,7 +359,7 @@ void layers(const Kernels& k, Dtype dtype, const std::string& name) {
 }
 
 #ifdef CAPSOPS_EMULATION
-// How much workspace every operator asks for is bounded as csrc/cuda/engine/limits.h says.
+// Checks that the workspace of every operator is within the bound of csrc/cuda/engine/limits.h.
 void workspaces() {
     struct Case {
         Shape shape;
@@ -382,7 +383,7 @@ void workspaces() {
     cuda::limits = {};
     measures = emulated = true;
     const Kernels& k = cuda::kernels;
-    void* const p = reinterpret_cast<void*>(1 << 20);  // what is wanted; nothing is read or written
+    void* const p = reinterpret_cast<void*>(1 << 20);  // any non-null address; nothing is read or written
     int sizes = 0;
     for (const Case& x : cases)
         for (const Dtype dtype : {Dtype::float32, Dtype::float64, Dtype::bfloat16})
@@ -429,13 +430,13 @@ int main() {
     const Shape shapes[] = {{1, 1, 1, 1, 1, 1},   {3, 131, 8, 2, 16, 1}, {2, 19, 9, 17, 3, 1},  {33, 5, 16, 10, 16, 1},
                             {5, 40, 7, 3, 33, 1}, {3, 21, 4, 3, 4, 4},   {11, 20, 9, 2, 16, 1}, {15, 4, 11, 2, 30, 1},
                             {16, 9, 4, 3, 4, 4},  {45, 70, 3, 5, 3, 1}};
-    // Of one batch item too much for a block of GPU threads, or for its shared memory. In turn: many output capsules;
-    // also many batch items; long votes; both; matrices with many rows, when gradients are wanted; a convolution with
-    // many parameters, when theirs are.
+    // Shapes of which one batch item is too large for a block of GPU threads or for its shared memory: many output
+    // capsules; also many batch items; long votes; both; matrices with many rows, if gradients are wanted; a
+    // convolution with many parameters, if their gradients are wanted.
     const Shape large[] = {{2, 5, 3, 300, 3, 1}, {18, 3, 2, 260, 1, 1}, {2, 2, 2, 3, 1361, 1},
                            {2, 2, 2, 86, 33, 1}, {2, 5, 400, 3, 3, 1},  {2, 5, 4, 100, 3, 1}};
-    // Nothing of one size, also where one batch item would be too much for a block. (There is an output capsule: no
-    // operator is called without, and a softmax of nothing is not defined.)
+    // Shapes with a size of 0, also with the large sizes above. J is never 0: operators refuse it, and its softmax is
+    // not defined.
     const Shape empty[] = {{0, 5, 3, 2, 4, 1},   {2, 0, 3, 2, 4, 1},   {0, 0, 3, 3, 4, 1},   {2, 5, 0, 3, 4, 1},
                            {2, 5, 3, 2, 0, 1},   {0, 5, 4, 100, 3, 1}, {2, 0, 4, 100, 3, 1}, {0, 2, 2, 3, 1361, 1},
                            {0, 5, 400, 3, 3, 1}, {2, 3, 0, 260, 1, 1}, {0, 5, 2, 3, 4, 3},   {2, 0, 2, 3, 4, 3}};
@@ -455,7 +456,8 @@ int main() {
             };
             for (const Shape& s : empty)
                 for (const bool shared : {false, true}) run(s, Mask::all, shared);
-            // Fibers are slow, and the half precisions differ in how they are read and written alone.
+            // Fibers are slow, so half precision runs fewer shapes: it differs only in how numbers are read and
+            // written.
             const bool half = bytes_of(dtype) == 2;
             for (const Shape& s : shapes)
                 for (const Mask mask : {Mask::all, Mask::some})

@@ -1,5 +1,5 @@
-// As much of an OpenMP runtime as the kernels use, on std::thread: ThreadSanitizer cannot see into GCC's own, whose
-// barriers it would take for races. Names and meanings are those of GCC's calling convention (libgomp.h).
+// The part of an OpenMP runtime that the kernels use, on std::thread. ThreadSanitizer does not know the barriers of
+// GCC's own runtime and would report races. Names and meanings are those of libgomp's calling convention (libgomp.h).
 
 #include <atomic>
 #include <mutex>
@@ -73,7 +73,7 @@ bool GOMP_loop_nonmonotonic_dynamic_next(long* begin, long* stop) {
 void GOMP_loop_end_nowait() {}
 void GOMP_loop_end() {}
 
-// A loop that is a whole parallel region.
+// A parallel region that consists of one loop.
 void GOMP_parallel_loop_nonmonotonic_dynamic(void (*body)(void*), void* data, unsigned threads, long start, long end,
                                              long step, long chunk, unsigned flags) {
     struct Loop {
@@ -98,7 +98,7 @@ void GOMP_parallel_loop_nonmonotonic_dynamic(void (*body)(void*), void* data, un
     GOMP_parallel(begin, &loop, threads, flags);
 }
 
-// The loop of probe.cpp ends with a barrier and a reduction; nothing here calls it.
+// Used only by probe.cpp, whose loop ends with a barrier and a reduction; the tests do not call it.
 void GOMP_barrier() {
     __builtin_trap();
 }

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The CPU kernels under sanitizers, without Python: every operator, dtype and instruction set that this machine has.
+# Runs the CPU kernels under sanitizers, without Python: every operator and dtype, for each instruction set of this
+# machine.
 #
 #   tests/core/sanitize.sh                                AddressSanitizer (with leaks), UndefinedBehaviorSanitizer
 #   tests/core/sanitize.sh thread                         ThreadSanitizer
-#   tests/core/sanitize.sh address,undefined emulated     of the instruction sets the first alone; and the CUDA kernels,
-#                                                         run on the host (AddressSanitizer) and compared with it
+#   tests/core/sanitize.sh address,undefined emulated     only the baseline instruction set; also the CUDA kernels on
+#                                                         the host (AddressSanitizer), compared with it
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
@@ -43,7 +44,7 @@ export cxx build
 export OPTIONS="${options[*]}"
 printf '%s\n' "${jobs[@]}" | xargs -P "$(nproc)" -I{} bash -c 'set -- {}; $cxx $OPTIONS "${@:3}" -c "$2" -o "$build/$1"'
 if [[ $sanitizers == *thread* ]]; then
-    # Without -fopenmp: the kernels' calls go to openmp.cpp instead of libgomp.
+    # Without -fopenmp, so that the kernels call openmp.cpp instead of libgomp.
     "$cxx" -fsanitize="$sanitizers" "$build"/*.o -o "$build/every_operator" -pthread
 else
     "$cxx" -fsanitize="$sanitizers" -fopenmp "$build"/*.o -o "$build/every_operator"

@@ -1,5 +1,5 @@
-// The choice between the instruction sets that the kernels were compiled for: the best that runs here, or the next one
-// for votes that would leave half of its vectors idle; unless one is asked for.
+// Chooses between the compiled instruction sets: the best one that runs on this machine, or the next one for votes that
+// would leave half of its lanes idle, unless one was selected.
 
 #include <atomic>
 #include <cstring>
@@ -44,7 +44,7 @@ const InstructionSet all[] = {
     {"baseline", 16, &baseline::kernels, [] { return true; }},
 };
 
-// The first that runs here, from `set` on.
+// The first instruction set that runs here, from `set` on.
 const InstructionSet* first_from(const InstructionSet* set) {
     while (!set->runs()) ++set;
     return set;
@@ -67,7 +67,7 @@ const Kernels& kernels() {
 const Kernels& kernels(const Capsules& c) {
     const InstructionSet* set = in_use();
     const int64_t number = c.dtype == Dtype::float64 ? 8 : 4, vote_bytes = c.rows * c.D * number;
-    // Not below AVX2, for multiplications and additions are fused from there on.
+    // Not below AVX2: from AVX2 on, multiplications and additions are fused.
     if (set != forced.load(std::memory_order_relaxed) && set->vector_bytes == 64 && vote_bytes <= 32 &&
         !batch_fills_lanes(c, 64 / number))
         set = first_from(set + 1);

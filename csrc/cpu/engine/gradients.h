@@ -1,4 +1,4 @@
-// Where the gradients of u and W go: from tiles, from votes in registers, and from panels.
+// Writes the gradients of u and W: from tiles, from votes in registers, and from panels.
 #pragma once
 
 #if defined(__linux__)
@@ -12,15 +12,15 @@
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
-// Where one thread puts the gradients of the pairs that it has seen, with the components in the lanes.
+// Writes the gradients of one thread's pairs, with components in the lanes.
 template <class A> struct GradientWriter {
     const Operands<A>& o;
     const CapsuleGradients& gradients;
-    bool direct, nontemporal;  // whether a gradient of W may be written where it belongs at once, and how
-    A* g_weight;               // [K, J, D]: that of a shared matrix, summed over the task; of others, the sum so far
+    bool direct, nontemporal;  // whether a complete gradient of a matrix is written to its destination, and how
+    A* g_weight;               // [K, J, D], the sum so far; for a shared matrix over the whole task
     A* g_u;                    // [lanes, K]
 
-    // Pairs (b_r, i_r) of one matrix, u_r [K] and g [rows, J, D]. first, last: of this matrix in the task.
+    // Pairs (b_r, i_r) that have one matrix, with u_r [K] and g [rows, J, D].
     void put(const Segment<A>& s, const A* const* u, const A* g, const int64_t* b, const int64_t* i) const {
         const int count = s.end - s.begin;
         if (gradients.u && count) put_u(s.weight, count, g, b, i);
@@ -28,7 +28,7 @@ template <class A> struct GradientWriter {
                    [&](A* out, bool add, bool nontemporal) { outer(u, g, count, o.K, o.JD, out, add, nontemporal); });
     }
 
-    // Pairs (b_r, s.i) of one matrix, their gradients in registers, which are used up.
+    // Pairs (b_r, s.i) that have one matrix, with their gradients in registers. Overwrites g.
     template <int rows, int E>
     CAPSOPS_INLINE void put(const Segment<A>& s, const A* const* u, Votes<A, rows, E>& g, const int64_t* b) const {
         put_weight(s, [&](A* out, bool add, bool nontemporal)
@@ -48,7 +48,7 @@ template <class A> struct GradientWriter {
         write(g_u, o.K, gradients.u, o.c.dtype, (b * o.c.N + i) * o.K);
     }
 
-    // No pairs of this matrix.
+    // All pairs with this matrix are masked.
     void put_nothing(int64_t i) const {
         if (!gradients.weight || o.shared()) return;
         fill(g_weight, o.gradient_size, A(0));
@@ -56,7 +56,7 @@ template <class A> struct GradientWriter {
     }
 
   private:
-    // sum(out, whether to add to what is there, whether to write past the caches)
+    // Calls sum(out, add, nontemporal): add to the numbers in out, or store them past the caches.
     template <class Sum> CAPSOPS_INLINE void put_weight(const Segment<A>& s, Sum sum) const {
         if (!gradients.weight) return;
         const bool whole = direct && s.first && s.last;
@@ -70,7 +70,7 @@ template <class A> struct GradientWriter {
         const auto offset = [&](int r) { return (b[r] * o.c.N + i[r]) * o.K; };
         A* rows[n];
         for (int r = 0; r < count; ++r) rows[r] = o.direct_u ? static_cast<A*>(gradients.u) + offset(r) : g_u + r * o.K;
-        // Transposing W pays for several items at once.
+        // Transposing W is worth it for several items only.
         const bool several = count * 4 >= n;
         if (several && o.K == n)
             project<1>(g, o.JD, count, weight, o.JD, o.JD, rows);
@@ -85,11 +85,10 @@ template <class A> struct GradientWriter {
     }
 };
 
-// Gradients of this many bytes are past every cache before anyone reads them.
+// Gradients of at least this many bytes are evicted from every cache before they are read again.
 constexpr int64_t nontemporal_bytes = int64_t{1} << 25;
 
-// Fresh memory of that size comes in huge pages where the system gives them: to fault in 4 KB at a time takes longer
-// than to compute what goes there.
+// Asks for huge pages for large fresh memory: faulting in 4 KB at a time takes longer than computing the numbers.
 inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     if (bytes < nontemporal_bytes) return;
@@ -101,15 +100,15 @@ inline void prefer_huge_pages([[maybe_unused]] void* memory, [[maybe_unused]] in
 #endif
 }
 
-// Where one thread puts the gradients of the panels that it has seen.
+// Writes the gradients of one thread's panels.
 template <class A> struct PanelWriter {
     const Operands<A>& o;
     const CapsuleGradients& gradients;
-    bool direct, nontemporal;  // whether a gradient of W may be summed where it belongs, and how it is written there
-    A* g_weight;               // [gradient_size] of a shared matrix, summed over the task; of others [capsules of it]
-    A* g_rows;                 // [lanes, padded_X]
+    bool direct, nontemporal;  // whether the gradient of a matrix is summed in its destination, and how it is written
+    A* g_weight;  // [gradient_size] for a shared matrix, summed over the task; else [capsules, gradient_size]
+    A* g_rows;    // [lanes, padded_X]
 
-    // The tile of capsule s of the panel.
+    // The gradients of capsule s of the panel, from its tile.
     void put(const Panel<A>& p, int64_t s, const Tile<A>& t) const {
         constexpr int n = Lanes<A>::count;
         const Capsules& c = o.c;
@@ -129,7 +128,7 @@ template <class A> struct PanelWriter {
                         : g_weight + (o.shared() ? 0 : s * o.gradient_size);
         for (int64_t q = 0; q < c.rows; ++q) {
             const A* u[n];
-            int slot[n], count = 0;  // of the items that are there
+            int slot[n], count = 0;  // rows of the items that are not masked
             for (int r = 0; r < p.items; ++r) {
                 slot[r] = count;
                 if (t.has(r)) u[count++] = p.rows[r] + s * o.K + q * c.K;
@@ -151,7 +150,7 @@ template <class A> struct PanelWriter {
         if (p.last && !direct && !o.shared()) o.store_weight_gradient(out, p.i + s, gradients.weight);
     }
 
-    // g_u of the panel to where it belongs.
+    // Writes g_u of the panel to its destination.
     void finish(const Panel<A>& p) const {
         if (!gradients.u) return;
         constexpr int n = Lanes<A>::count;

@@ -1,21 +1,21 @@
-// When the lanes of a vector hold batch items (tile.h): the one rule for the loops and for the choice between
-// instruction sets.
+// Whether the lanes of a vector hold batch items (tile.h). The loops and the choice of the instruction set share this
+// rule.
 #pragma once
 
 #include "../../operators.h"
 
 namespace capsops::cpu {
-// One copy for every instruction set that includes this.
+// Internal linkage: each instruction set has its own copy, so that the linker cannot mix them.
 namespace {
 
-// Whether at most a third of the lanes would be idle, for want of batch items or by the mask.
+// Whether at most a third of the lanes would be idle, because the batch is too small or because of the mask.
 inline bool batch_fills_lanes(const Capsules& c, int64_t lanes) {
     const int64_t all = (c.B + lanes - 1) / lanes * lanes;
     if (3 * c.B < 2 * all || all == 0) return false;
     if (!c.mask) return true;
-    int64_t there = 0;
-    for (int64_t x = 0; x < c.B * c.N; ++x) there += c.mask[x] != 0;
-    return 3 * there >= 2 * all * c.N;
+    int64_t present = 0;
+    for (int64_t x = 0; x < c.B * c.N; ++x) present += c.mask[x] != 0;
+    return 3 * present >= 2 * all * c.N;
 }
 
 }  // namespace

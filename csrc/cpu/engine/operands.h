@@ -1,4 +1,4 @@
-// The capsules as the loops see them, whatever their storage type and shape.
+// The operands as the loops see them, independent of storage type and shape.
 #pragma once
 
 #include <cstring>
@@ -12,9 +12,9 @@
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
-// Uninitialised memory on a cache line. Throws std::bad_alloc where there is none, or where the size is negative or its
-// bytes do not fit into 64 bits; for_accumulation turns that into a status. Never take one inside a parallel region: no
-// exception may leave it.
+// Uninitialised memory, aligned to a cache line. Throws std::bad_alloc if there is too little memory, or if the size is
+// negative or does not fit into 64 bits; for_accumulation maps that to Status::out_of_memory. Never allocate inside an
+// OpenMP region: exceptions cannot leave it.
 template <class A> class Buffer {
   public:
     explicit Buffer(int64_t size) : data_(static_cast<A*>(::operator new(bytes(size), line))) {}
@@ -54,7 +54,7 @@ inline int64_t size_of(Dtype dtype) {
     return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2;
 }
 
-// Calls function.operator()<storage type>() for a dtype whose sums are kept in A.
+// Calls function.operator()<storage type>() for a dtype that accumulates in A.
 template <class A, class Function> inline void for_storage(Dtype dtype, Function function) {
     if (dtype == DtypeOf<A>::value) return function.template operator()<A>();
     if constexpr (sizeof(A) == sizeof(float)) {
@@ -63,7 +63,7 @@ template <class A, class Function> inline void for_storage(Dtype dtype, Function
     }
 }
 
-// n numbers of storage type from x[offset], and back.
+// Converts n numbers from x + offset, and to it.
 template <class A> inline void read(const void* x, Dtype dtype, int64_t offset, int64_t n, A* to) {
     for_storage<A>(dtype, [&]<class T>() { convert(static_cast<const T*>(x) + offset, n, to); });
 }
@@ -71,8 +71,7 @@ template <class A> inline void write(const A* from, int64_t n, void* x, Dtype dt
     for_storage<A>(dtype, [&]<class T>() { convert(from, n, static_cast<T*>(x) + offset); });
 }
 
-// Calls function.operator()<accumulation type>() for a dtype, and turns a lack of memory, and a wish to stop, into a
-// status.
+// Calls function.operator()<accumulation type>(), and maps lack of memory and interruption to a status.
 template <class Function> inline Status for_accumulation(Dtype dtype, Function function) {
     try {
         if (dtype == Dtype::float64)
@@ -89,36 +88,37 @@ template <class Function> inline Status for_accumulation(Dtype dtype, Function f
 
 // ---- the operands ----------------------------------------------------------------------------------------
 
-// Vectors of a vote that the registers have room for (votes.h).
-constexpr int64_t most_vote_vectors = 2;
+// The longest vote, in vectors, that fits into registers (votes.h).
+constexpr int64_t max_vote_vectors = 2;
 
-// The layout for some policies. Those that take votes in registers have their own loops for two output capsules.
+// The layout for an operator with these policies. Those that take the votes of two output capsules in registers
+// (votes.h) need components in the lanes.
 template <class A, class... Policies> inline Layout best_layout(const Capsules& c) {
     constexpr bool in_registers = (Policies::takes_registers && ...);
     constexpr int64_t n = Lanes<A>::count;
     const int64_t H = c.rows * c.D;
-    if (in_registers && c.J == 2 && ceil_div(H, n) <= most_vote_vectors && 4 * H >= 3 * n) return Layout::components;
+    if (in_registers && c.J == 2 && ceil_div(H, n) <= max_vote_vectors && 4 * H >= 3 * n) return Layout::components;
     return batch_fills_lanes(c, n) ? Layout::items : Layout::components;
 }
 
-// The capsules as the loops see them: in the accumulation type A, and what belongs to an output capsule of a batch item
-// in whole vectors. Where the lanes hold components, H is rounded up to whole vectors with zeros behind, and matrices
-// of P rows are vectors of P·K and P·D components, for which W becomes block diagonal.
+// The operands in the accumulation type A, with the vote of an output capsule padded to whole vectors. If the lanes
+// hold components, H is rounded up to whole vectors with zeros behind, and matrices of P rows are treated as vectors of
+// P·K and P·D components, for which W becomes block diagonal.
 //
-// A state is [B, J, H] in that layout: [state_rows, J, D].
+// A state is a tensor [B, J, H] in that layout: [state_rows, J, D].
 template <class A> struct Operands {
     static constexpr int lanes = Lanes<A>::count;
 
     const Capsules& c;
     Layout layout;
     int64_t items;        // batch items in one row of a state
-    int64_t K, J, H, JH;  // K of u, P·K; H = P·D components of a vote
-    int64_t D, JD;        // numbers of one vote, and of one row of votes
-    int64_t X, padded_X;  // J·D of one row of W; in whole vectors
+    int64_t K, J, H, JH;  // P·K components of u; H = P·D components of a vote
+    int64_t D, JD;        // numbers of one vote and of one row of votes, with padding
+    int64_t X, padded_X;  // J·D numbers of one row of W; rounded up to whole vectors
     int64_t state_rows;
     int64_t weight_size;           // numbers of one matrix
-    int64_t gradient_size;         // numbers of its gradient, its rows in whole vectors
-    bool direct_u, direct_weight;  // whether they can be used where they are
+    int64_t gradient_size;         // numbers of its gradient, with rows of whole vectors
+    bool direct_u, direct_weight;  // whether they can be read without conversion
 
     Operands(const Capsules& c, Layout layout)
         : c(c),
@@ -141,12 +141,12 @@ template <class A> struct Operands {
     bool shared() const { return c.shared(); }
     // Numbers from the gradient of one input capsule's matrix to the next.
     int64_t gradient_stride() const { return shared() ? 0 : c.K * X; }
-    // Whether a gradient of a matrix is summed as it is stored.
+    // Whether the gradient of a matrix can be summed in its destination.
     bool direct_gradient() const { return direct_weight && gradient_size == c.K * X; }
 
     // ---- states ----
     int64_t state_size() const { return state_rows * JD; }
-    // In its row, component h of output capsule j of item b is number offset(b, j) + h · items.
+    // Component h of output capsule j of item b is number offset(b, j) + h · items of row(b).
     int64_t row(int64_t b) const { return b / items; }
     int64_t offset(int64_t b, int64_t j) const { return j * D + b % items; }
 
@@ -166,7 +166,7 @@ template <class A> struct Operands {
             }
     }
 
-    // One number of every output capsule: [state_rows, J, items].
+    // One number for each output capsule: [state_rows, J, items].
     int64_t scalars_size() const { return state_rows * J * items; }
     void pack_scalars(const A* from /* [B, J] */, A* to) const {
         fill(to, scalars_size(), A(0));
@@ -175,7 +175,7 @@ template <class A> struct Operands {
     }
 
     // ---- u and W ----
-    // n numbers of u from this offset on; scratch [n]: where they have to be converted.
+    // n numbers of u from an offset on, converted to scratch [n] if necessary.
     const A* load_u(int64_t offset, int64_t n, A* scratch) const {
         if (direct_u) return static_cast<const A*>(c.u) + offset;
         read(c.u, c.dtype, offset, n, scratch);
@@ -204,7 +204,7 @@ template <class A> struct Operands {
         return scratch;
     }
 
-    // Row k of matrix i, of output capsule j: [D].
+    // Row k of matrix i for output capsule j: [D].
     void load_row(int64_t i, int64_t k, int64_t j, A* to) const {
         if (!c.strided) return read(c.weight, c.dtype, i * c.weight_stride + (k * J + j) * c.D, c.D, to);
         const int64_t offset = i * c.weight_stride + k * c.strides[0] + j * c.strides[1], step = c.strides[2];
@@ -215,7 +215,7 @@ template <class A> struct Operands {
         });
     }
 
-    // The gradient of one matrix to where it belongs; `from` [gradient_size] changes if capsules have rows.
+    // Writes the gradient of one matrix to its destination. Overwrites `from` [gradient_size] if capsules have rows.
     void store_weight_gradient(A* from, int64_t i, void* gradient) const {
         const int64_t offset = i * gradient_stride();
         if (layout == Layout::items) {

@@ -1,6 +1,6 @@
-// A panel: as many neighbouring batch items as a vector has lanes, and some neighbouring input capsules. The items lie
-// in the lanes (Layout::items): a vector is one component of all of them, and a product needs one number of W in all
-// lanes.
+// A panel: as many neighbouring batch items as a vector has lanes, times some neighbouring input capsules. The items
+// are in the lanes (Layout::items): a vector holds one component of all items, and a product broadcasts one number of W
+// to all lanes.
 #pragma once
 
 #include "operands.h"
@@ -10,25 +10,25 @@ namespace capsops::cpu::CAPSOPS_ISA {
 template <class A> struct Panel {
     static constexpr int size = Lanes<A>::count;
 
-    int64_t i, capsules;  // the input capsules i … i + capsules − 1
+    int64_t i, capsules;  // input capsules i … i + capsules − 1
     int64_t b;            // the first batch item
-    int items;            // of them; the lanes behind hold zeros
-    bool first, last;     // of the task's batch items
+    int items;            // number of items; the other lanes hold zeros
+    bool first, last;     // whether it has the first, the last batch item of the task
     const A* weight;      // of capsule i
-    int64_t weight_next;  // numbers to the matrix of the next capsule
+    int64_t weight_next;  // numbers from one capsule's matrix to the next
     const A* rows[size];  // u of each item, [capsules, K]
-    A* u;                 // the same in vectors of items, with 0 where a capsule is not there
+    A* u;                 // the same in vectors of items, with 0 for masked capsules
     A* g_u;               // as u
 };
 
-// How many capsules a panel takes: a panel of u stays in the first-level cache, its matrices in the second.
+// Capsules of a panel: its u fits into the first-level cache, its matrices into the second.
 template <class A> inline int64_t panel_capsules(const Operands<A>& o) {
-    constexpr int64_t most_components = 128, most_weights = int64_t{1} << 15;
-    const int64_t fitting = at_most(most_components / at_least(o.K, 1), most_weights / at_least(o.weight_size, 1));
+    constexpr int64_t max_components = 128, max_weights = int64_t{1} << 15;
+    const int64_t fitting = at_most(max_components / at_least(o.K, 1), max_weights / at_least(o.weight_size, 1));
     return at_least(at_most(fitting, o.c.N), 1);
 }
 
-// x [capsules, K] in vectors of items: 0 where a capsule is not there.
+// Sets x [capsules, K], in vectors of items, to 0 for masked capsules.
 template <class A> inline void clear_absent(const Operands<A>& o, const Panel<A>& p, A* x) {
     if (!o.c.mask) return;
     for (int r = 0; r < p.items; ++r) {

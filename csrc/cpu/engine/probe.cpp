@@ -1,5 +1,5 @@
-// What this machine's memory and arithmetic can do, for benchmarks to be measured against: bytes and operations a
-// second of loops that do nothing else.
+// Measures the memory bandwidth and the arithmetic of this machine, as a yardstick for benchmarks: loops that only
+// read, copy or compute.
 
 #include <chrono>
 
@@ -22,7 +22,7 @@ Status probe(Probe what, int64_t size_, int threads, double* rate) {
         constexpr int n = Lanes<A>::count, unroll = 8;
         const int64_t size = what == Probe::arithmetic ? 64 : ceil_div(size_, 4 * 1024) * 1024;
         Buffer<A> from(size), to(what == Probe::copy ? size : 64);
-        // By the thread that will use it.
+        // First touched by the thread that uses it.
 #pragma omp parallel for schedule(static) num_threads(threads)
         for (int64_t x = 0; x < size; x += 64) {
             fill(from.get() + x, 64, A(1));
@@ -59,7 +59,7 @@ Status probe(Probe what, int64_t size_, int threads, double* rate) {
             work = 2.0 * static_cast<double>(size_) * unroll * n * threads;
         else
             work = (what == Probe::copy ? 8.0 : 4.0) * static_cast<double>(size);
-        // The sum is needed, so that the compiler keeps the loops.
+        // Uses the sum, so that the compiler keeps the loops.
         *rate = total == A(-1) ? 0 : work / seconds;
     });
 }

@@ -1,4 +1,5 @@
-// Products of small matrices, their results in registers: with components in the lanes, and with batch items.
+// Products of small matrices with their results in registers, for components in the lanes and for batch items in the
+// lanes.
 #pragma once
 
 #include "../../sizes.h"
@@ -6,11 +7,11 @@
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
-// Rows and vectors of a product that are kept in registers at a time: two thirds of the registers there are.
-constexpr int most_rows = CAPSOPS_VECTOR_BYTES == 64 ? 8 : 4, block_vectors = 2;
-template <class A> constexpr int block_rows = Lanes<A>::count < most_rows ? Lanes<A>::count : most_rows;
+// Rows and vectors of a result that are kept in registers at a time: two thirds of the registers.
+constexpr int max_rows = CAPSOPS_VECTOR_BYTES == 64 ? 8 : 4, block_vectors = 2;
+template <class A> constexpr int block_rows = Lanes<A>::count < max_rows ? Lanes<A>::count : max_rows;
 
-// use.operator()<n>(begin) for runs of n from begin on, n as large as is left of `most`, a power of two.
+// Calls use.operator()<n>(begin) for consecutive runs of n: most as long as they fit, then ever smaller powers of two.
 template <int most, class Use> inline void for_each_group(int64_t begin, int64_t end, Use use) {
     for (; begin + most <= end; begin += most) use.template operator()<most>(begin);
     if constexpr (most > 1) for_each_group<most / 2>(begin, end, use);
@@ -18,7 +19,7 @@ template <int most, class Use> inline void for_each_group(int64_t begin, int64_t
 
 // ---- components in the lanes ---------------------------------------------------------------------------
 
-// sum_r += u_r W over R rows and V vectors of columns, in registers. stride: from one row of W to the next.
+// sum_r += u_r W for R rows and V vectors of columns, in registers. stride: from one row of W to the next.
 template <int R, int V, class A>
 CAPSOPS_INLINE void add_product(const A* const* u, const A* weight, int64_t K, int64_t stride, Lanes<A> (&sum)[R][V]) {
     for (int64_t k = 0; k < K; ++k) {
@@ -34,7 +35,7 @@ CAPSOPS_INLINE void add_product(const A* const* u, const A* weight, int64_t K, i
     }
 }
 
-// out_r (+)= u_r W over R rows and V vectors of columns.
+// out_r (+)= u_r W for R rows and V vectors of columns.
 template <int R, int V, bool add, class A>
 inline void multiply_block(const A* const* u, const A* weight, int64_t K, int64_t stride, A* const* out, int64_t x) {
     constexpr int n = Lanes<A>::count;
@@ -69,8 +70,8 @@ inline void multiply(const A* const* u, int rows, const A* weight, int64_t K, in
     for (; x < X; x += n) multiply_rows<1, add>(u, rows, weight, K, stride, out, x);
 }
 
-// out[r, k] = Σ_x a_r[x] b_k[x], several rows of `a` and of `b` at a time in registers; over `repeats` of them,
-// `period` apart. put(r, k, n, p) takes n neighbouring results from p.
+// out[r, k] = Σ_x a_r[x] b_k[x], for several rows of a and b at a time in registers, summed over `repeats` pairs of a
+// and b that are `period` apart. Calls put(r, k, n, p) with n neighbouring results at p.
 template <class A, class Put>
 inline void dots(const A* a, int64_t a_stride, int64_t rows, const A* b, int64_t b_stride, int64_t columns, int64_t X,
                  int repeats, int64_t period, Put put) {
@@ -106,9 +107,9 @@ inline void dots(const A* a, int64_t a_stride, int64_t rows, const A* b, int64_t
     }
 }
 
-// out_r [K] = W [K, X] g_r [X] where K fits a vector once (P = 1) or twice (P = 2): squares of W are transposed, so
-// that the K results lie in the lanes and no sum crosses them. With P = 2 the lanes hold pairs of columns, which are
-// added at the end.
+// out_r [K] = W [K, X] g_r [X] if K results fill a vector (P = 1) or half of one (P = 2). Squares of W are transposed,
+// so that the K results lie in the lanes and no sum crosses lanes. With P = 2 the lanes hold pairs of columns, which
+// are added at the end.
 template <int P, class A>
 inline void project(const A* g, int64_t g_stride, int rows, const A* weight, int64_t stride, int64_t X, A* const* out) {
     constexpr int n = Lanes<A>::count, K = n / P, R = block_rows<A>;
@@ -144,7 +145,7 @@ inline void project(const A* g, int64_t g_stride, int rows, const A* weight, int
     }
 }
 
-// out[k, x] (+)= Σ_r u_r[k] g_r[x] over KB rows and V vectors of the result.
+// out[k, x] (+)= Σ_r u_r[k] g_r[x] for KB rows and V vectors of the result.
 template <int KB, int V, class A>
 inline void outer_block(const A* const* u, const A* g, int rows, int64_t k, int64_t x, A* out, int64_t stride, bool add,
                         bool nontemporal) {
@@ -199,7 +200,7 @@ inline void outer(const A* const* u, const A* g, int rows, int64_t K, int64_t X,
 // Sums that are kept in registers at a time.
 constexpr int panel_block = 8;
 
-// out [X] (+)= Σ_k W[k, X] u_k for u [K] and out in vectors of items. stride: from one row of W to the next.
+// out [X] (+)= Σ_k W[k, X] u_k, with u [K] and out in vectors of items. stride: from one row of W to the next.
 template <bool add, class A>
 inline void multiply_items(const A* u, const A* weight, int64_t K, int64_t stride, int64_t X, A* out) {
     constexpr int n = Lanes<A>::count;
@@ -218,7 +219,7 @@ inline void multiply_items(const A* u, const A* weight, int64_t K, int64_t strid
     });
 }
 
-// out [K] = Σ_j W[K, j, D] g_j [D], in vectors of items. `next` vectors lie between g_j and g_j+1.
+// out [K] = Σ_j W[K, j, D] g_j [D], in vectors of items. next: vectors from g_j to g_j+1.
 template <class A>
 inline void project_items(const A* g, const A* weight, int64_t K, int64_t J, int64_t D, int64_t next, A* out) {
     constexpr int n = Lanes<A>::count;
@@ -241,7 +242,7 @@ inline void project_items(const A* g, const A* weight, int64_t K, int64_t J, int
 
 // ---- between rows of items and vectors of items ------------------------------------------------------
 
-// x [X] vectors of items = rows[item] [X], and zeros for items beyond `items`.
+// x [X], in vectors of items, from rows[item] [X]; 0 for items beyond `items`.
 template <class A> inline void from_rows(const A* const* rows, int items, int64_t X, A* x) {
     constexpr int n = Lanes<A>::count;
     for (int64_t begin = 0; begin < X; begin += n) {
@@ -257,8 +258,8 @@ template <class A> inline void from_rows(const A* const* rows, int items, int64_
     }
 }
 
-// put(item, begin, found, v): components begin … begin + found − 1 of an item lie first in v, zeros behind them.
-// next() gives the X vectors of items one after another.
+// The reverse. next() returns the X vectors of items in their order. Calls put(item, begin, found, v): the components
+// begin … begin + found − 1 of an item are the first lanes of v, and the others are 0.
 template <class A, class Next, class Put> inline void to_rows(int64_t X, Next next, Put put) {
     constexpr int n = Lanes<A>::count;
     for (int64_t begin = 0; begin < X; begin += n) {

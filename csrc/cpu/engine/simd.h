@@ -1,6 +1,6 @@
-// A vector register as a number: Lanes<A> holds as many A as the instruction set's registers do. Everything is written
-// with the vector extensions of GCC and Clang, so that one source serves every instruction set; CMakeLists.txt compiles
-// it once for each, with CAPSOPS_ISA naming the namespace and CAPSOPS_VECTOR_BYTES the width.
+// A vector register as a number: Lanes<A> holds as many A as fit into a register. The code uses the vector extensions
+// of GCC and Clang, so that one source serves every instruction set. CMakeLists.txt compiles it once for each, where
+// CAPSOPS_ISA is the namespace and CAPSOPS_VECTOR_BYTES the width of a register.
 #pragma once
 
 #include <cstdint>
@@ -10,12 +10,13 @@
 #include <immintrin.h>
 #endif
 
-// A call would spill every register that it crosses.
+// Always inlined, because a call would spill the vector registers that are live across it.
 #define CAPSOPS_INLINE inline __attribute__((always_inline))
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
-// The vector types; spelled out for each number, since attributes are lost on types that depend on a template.
+// The vector types. They are written out for each number, because a type that depends on a template parameter loses its
+// attributes.
 template <class A> struct Register;
 template <> struct Register<float> {
     typedef float Vector __attribute__((vector_size(CAPSOPS_VECTOR_BYTES)));
@@ -37,7 +38,7 @@ template <class A> struct Lanes {
     Vector v;
 
     Lanes() = default;
-    CAPSOPS_INLINE Lanes(A x) : v(x - Vector{}) {}  // minus, because 0 + x would turn −0 into 0
+    CAPSOPS_INLINE Lanes(A x) : v(x - Vector{}) {}  // x + 0 would turn −0 into 0
     CAPSOPS_INLINE Lanes(Vector x) : v(x) {}
 
     CAPSOPS_INLINE Lanes& operator+=(Lanes x) { return v += x.v, *this; }
@@ -47,10 +48,10 @@ template <class A> struct Lanes {
     friend CAPSOPS_INLINE Lanes operator-(Lanes a, Lanes b) { return a.v - b.v; }
     friend CAPSOPS_INLINE Lanes operator*(Lanes a, Lanes b) { return a.v * b.v; }
     friend CAPSOPS_INLINE Lanes operator/(Lanes a, Lanes b) { return a.v / b.v; }
-    // The larger, the smaller; b where a is not a number.
+    // The maximum and the minimum; b where a is NaN.
     friend CAPSOPS_INLINE Lanes max(Lanes a, Lanes b) {
 #if CAPSOPS_VECTOR_BYTES == 64
-        // One instruction, where the comparison makes two.
+        // One instruction; the comparison takes two.
         if constexpr (sizeof(A) == 4) return Vector(_mm512_max_ps(__m512(a.v), __m512(b.v)));
 #endif
         return a.v > b.v ? a.v : b.v;
@@ -64,7 +65,7 @@ template <class A> struct Lanes {
     friend CAPSOPS_INLINE Lanes reciprocal(Lanes x) {
 #if CAPSOPS_VECTOR_BYTES == 64
         if constexpr (sizeof(A) == 4) {
-            // 14 bits and one step of Newton's: 28 bits, in half the time of a division.
+            // 14 bits, and 28 after one Newton step: half the time of a division.
             const Lanes y = Vector(_mm512_rcp14_ps(__m512(x.v)));
             return y * (Lanes(A(2)) - x * y);
         }
@@ -74,7 +75,7 @@ template <class A> struct Lanes {
     friend CAPSOPS_INLINE Lanes exponential(Lanes x) { return exponential_of(x); }
 };
 
-// A long sum that keeps what rounding takes from it (Kahan).
+// A Kahan sum: keeps what rounding takes from the sum.
 template <class A> struct KahanSum {
     Lanes<A> sum = A(0), compensation = A(0);
 
@@ -85,7 +86,7 @@ template <class A> struct KahanSum {
         sum = next;
         return *this;
     }
-    // Over the lanes.
+    // The sum over the lanes.
     A total() const {
         double all = 0;
         for (int l = 0; l < Lanes<A>::count; ++l)
@@ -106,7 +107,7 @@ template <class A> CAPSOPS_INLINE void add_to(A* p, Lanes<A> x) {
     store(p, load(p) + x);
 }
 
-// Past the caches; p is aligned to the vector.
+// Stores without bringing the line into the caches. p is aligned to the vector.
 template <class A> CAPSOPS_INLINE void store_nontemporal(A* p, Lanes<A> x) {
 #if CAPSOPS_VECTOR_BYTES == 64
     _mm512_stream_si512(reinterpret_cast<__m512i*>(p), reinterpret_cast<__m512i>(x.v));
@@ -119,15 +120,15 @@ template <class A> CAPSOPS_INLINE void store_nontemporal(A* p, Lanes<A> x) {
 #endif
 }
 
-// Orders streamed stores before whatever is stored next.
+// Orders non-temporal stores before all later stores.
 inline void fence_nontemporal() {
 #if defined(__x86_64__)
     _mm_sfence();
 #endif
 }
 
-// e^x = 2^n 2^r with |r| ≤ 1/2. x is kept where the result and its reciprocal are normal numbers. 2^r is the polynomial
-// of its degree with the least relative error that is exact at 0: 9.1e-8, 1.6e-7 with rounding.
+// e^x = 2^n 2^r with |r| ≤ 1/2. x is clamped so that the result and its reciprocal are normal numbers. 2^r is the
+// polynomial of this degree with the least relative error that is exact at 0: 9.1e-8, or 1.6e-7 with rounding.
 CAPSOPS_INLINE Lanes<float> exponential_of(Lanes<float> x) {
     using Bits = Lanes<float>::Bits;
     x = min(Lanes<float>(80.0f), max(Lanes<float>(-86.0f), x));
@@ -136,7 +137,7 @@ CAPSOPS_INLINE Lanes<float> exponential_of(Lanes<float> x) {
     const Lanes<float> r = x * 1.44269504f - (shifted - 12582912.0f);
     Lanes<float> p = 1.326472731e-3f;
     for (float c : {9.671512991e-3f, 5.550733581e-2f, 0.2402224243f, 0.6931470037f, 1.0f}) p = p * r + c;
-    // n is added to the exponent.
+    // Adds n to the exponent.
     const Bits power = reinterpret_cast<Bits>(p.v) + (reinterpret_cast<Bits>(shifted.v) << 23);
     return reinterpret_cast<Lanes<float>::Vector>(power);
 }
@@ -155,7 +156,7 @@ CAPSOPS_INLINE Lanes<double> exponential_of(Lanes<double> x) {
     return p * Lanes<double>(reinterpret_cast<Lanes<double>::Vector>(power));
 }
 
-// Transposes a square of units of `unit` lanes: unit l of x[m] and unit m of x[l] change places. V has as many units as
+// Transposes a square of units of `unit` lanes: swaps unit l of x[m] with unit m of x[l]. V holds as many units as
 // there are x.
 template <int bit, class V, int... l> CAPSOPS_INLINE void exchange(V& a, V& b, std::integer_sequence<int, l...>) {
     constexpr int n = sizeof...(l);
@@ -174,7 +175,7 @@ template <int h, int units, int unit, class V> CAPSOPS_INLINE void transpose(V* 
     }
 }
 
-// Unit m of the vector at p, in all units.
+// Copies unit m of the vector at p to all units.
 template <int unit, class A, int... l>
 CAPSOPS_INLINE Lanes<A> broadcast(const A* p, int m, std::integer_sequence<int, l...>) {
     if constexpr (unit == 1) {
@@ -212,18 +213,18 @@ template <int h, int count, class A> CAPSOPS_INLINE Lanes<A> fold_all(Lanes<A>* 
         return x[0];
 }
 
-// Lane l holds the sum over the lanes of x[l mod count], count a power of two. x [count] is used up.
+// Lane l holds the sum over the lanes of x[l mod count], for count a power of two. Overwrites x [count].
 template <int count, class A> CAPSOPS_INLINE Lanes<A> sums(Lanes<A>* x) {
     static_assert(count <= Lanes<A>::count);
     return fold_all<Lanes<A>::count / 2, count>(x);
 }
 
-// Over the lanes of x.
+// The sum over the lanes of x.
 template <class A> CAPSOPS_INLINE A total(Lanes<A> x) {
     return sums<1>(&x).v[0];
 }
 
-// Lane l of the result is lane l of x with bit h flipped.
+// Lane l of the result is lane l of x with bit h of l flipped.
 template <int h, class A, int... l> CAPSOPS_INLINE Lanes<A> flipped(Lanes<A> x, std::integer_sequence<int, l...>) {
     return __builtin_shufflevector(x.v, x.v, (l ^ h)...);
 }
@@ -231,7 +232,7 @@ template <int h, class A> CAPSOPS_INLINE Lanes<A> flipped(Lanes<A> x) {
     return flipped<h>(x, std::make_integer_sequence<int, Lanes<A>::count>());
 }
 
-// Neighbouring lanes added: first those of a, then those of b.
+// Sums of neighbouring lanes: first those of a, then those of b.
 template <class A, int... l>
 CAPSOPS_INLINE Lanes<A> add_neighbours(Lanes<A> a, Lanes<A> b, std::integer_sequence<int, l...>) {
     return __builtin_shufflevector(a.v, b.v, (2 * l)...) + __builtin_shufflevector(a.v, b.v, (2 * l + 1)...);

@@ -53,7 +53,7 @@ concept EmittingPolicy = requires(const P& policy, Tile<A>& tile, A* params, A* 
     };
 };
 
-// visit(tile, sum [B, row_size], scratch [scratch_size]) for every tile.
+// Calls visit(tile, sum [B, row_size], scratch [scratch_size]) for every tile.
 template <bool with_votes, class A, class Visit>
 inline void reduce_tiles(const Operands<A>& o, int64_t row_size, int64_t scratch_size, A* out, Visit visit) {
     const ThreadScratch<A> w(o, false);
@@ -64,7 +64,7 @@ inline void reduce_tiles(const Operands<A>& o, int64_t row_size, int64_t scratch
         });
 }
 
-// visit(panel, sum [state_rows, row_size], own) for every panel.
+// Calls visit(panel, sum [state_rows, row_size], own) for every panel.
 template <class A, class Visit>
 inline void reduce_panels(const Operands<A>& o, const ThreadScratch<A>& w, int64_t row_size, int64_t scratch_size,
                           A* out, Visit visit) {
@@ -74,7 +74,7 @@ inline void reduce_panels(const Operands<A>& o, const ThreadScratch<A>& w, int64
                    });
 }
 
-// Capsules that share a matrix: out[b] = (Σ_i u_bi) W.
+// For capsules that share a matrix: out[b] = (Σ_i u_bi) W.
 template <class A> inline void contract_shared(const Capsules& c, A* out /* [B, J, H] */) {
     const Operands<A> o(c, Layout::components);
     const int64_t K = o.K;
@@ -100,7 +100,7 @@ template <class A> inline void contract_shared(const Capsules& c, A* out /* [B, 
     o.unpack(state.get(), out);
 }
 
-// The components of neighbouring capsules, and the rows of their matrices, follow one another: one long product.
+// The components of neighbouring capsules are contiguous, and so are the rows of their matrices: one long product.
 template <class A> inline void contract_rows(const Operands<A>& o, A* out) {
     const Capsules& c = o.c;
     const int64_t step = at_least((int64_t{1} << 12) / o.weight_size, 1);
@@ -128,7 +128,7 @@ template <class A> inline void contract_panels(const Operands<A>& o, A* out) {
     const ThreadScratch<A> w(o, false);
     reduce_panels(o, w, o.JD, 0, out, [&](const Panel<A>& p, A* sum, A*) {
         A* to = sum + o.row(p.b) * o.JD;
-        // One long product, as above.
+        // One long product, as in contract_rows.
         if (o.c.rows == 1) return multiply_items<true>(p.u, p.weight, p.capsules * o.K, o.X, o.X, to);
         for (int64_t s = 0; s < p.capsules; ++s)
             multiply_capsule<true>(o, p.u + s * o.K * Panel<A>::size, p.weight + s * p.weight_next, to);
@@ -281,7 +281,7 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
 
 // ---- output capsules -------------------------------------------------------------------------------------------
 
-// squash and its vector-Jacobian product over the B·J output capsules of a routing, [rows, D].
+// squash and its vector-Jacobian product for the B·J output capsules of a routing, [rows, D].
 template <class A> inline void squash_outputs(const A* s, A* v, int64_t rows, int64_t D, SquashKind kind) {
     for (int64_t r = 0; r < rows; ++r) squash_vector<A>(s + r * D, v + r * D, D, kind);
 }

@@ -1,4 +1,4 @@
-// The parallel tasks of a pass over the capsules, and the sums over them.
+// The parallel tasks of one pass over the input capsules, and sums over them.
 #pragma once
 
 #include <omp.h>
@@ -7,29 +7,29 @@
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
-// Blocks of input capsules, and groups of batch items, from the shape alone; and what watches over one pass through
-// them.
+// Tasks are pairs of a block of input capsules and a group of batch items. They depend on the shape alone, so that sums
+// have one order for any number of threads.
 struct Tasks {
     int64_t N, B;
     int64_t block_size, blocks, group_size, groups;
     mutable Watch watch;
 
-    // partial_size: numbers that a block keeps. grouped: whether the batch may be cut.
+    // partial_size: numbers that a block sums. grouped: whether the batch may be split.
     Tasks(const Capsules& c, int64_t partial_size, bool grouped) : N(c.N), B(c.B), watch(c.context) {
-        constexpr int64_t most_blocks = 256, most_partial = int64_t{1} << 18, least_work = int64_t{1} << 15,
-                          most_capsules = 1024;  // that a sum may run over where more blocks cost little
-        const int64_t work = at_least(c.B, 1) * c.rows * c.K * c.J * c.D;  // of one input capsule
-        const int64_t smallest = at_most(ceil_div(least_work, at_least(work, 1)), most_capsules);
-        // A group is whole tiles of any instruction set.
-        constexpr int64_t tile = 16, most_tasks = 64, enough = 8, cached = int64_t{1} << 18;
-        int64_t fitting = at_least(most_partial / at_least(partial_size, 1), 1);
-        // Where the groups are enough, and the matrices stay in a cache, partial sums would only cost.
+        constexpr int64_t max_blocks = 256, max_partial = int64_t{1} << 18, min_work = int64_t{1} << 15,
+                          max_capsules = 1024;                             // in one sum of a small problem
+        const int64_t work = at_least(c.B, 1) * c.rows * c.K * c.J * c.D;  // multiplications for one input capsule
+        const int64_t smallest = at_most(ceil_div(min_work, at_least(work, 1)), max_capsules);
+        // A group consists of whole tiles, for any instruction set.
+        constexpr int64_t tile = 16, max_tasks = 64, enough = 8, cached = int64_t{1} << 18;
+        int64_t fitting = at_least(max_partial / at_least(partial_size, 1), 1);
+        // If there are enough groups, and the matrices fit into a cache, partial sums would only cost time.
         const int64_t matrices = c.weight_stride ? c.N * c.weight_stride : c.K * c.J * c.D;
-        if (grouped && N <= most_capsules && ceil_div(B, tile) >= enough && matrices <= cached) fitting = 1;
-        const int64_t wanted = at_least(at_most(ceil_div(N, smallest), at_most(most_blocks, fitting)), 1);
+        if (grouped && N <= max_capsules && ceil_div(B, tile) >= enough && matrices <= cached) fitting = 1;
+        const int64_t wanted = at_least(at_most(ceil_div(N, smallest), at_most(max_blocks, fitting)), 1);
         block_size = at_least(ceil_div(N, wanted), 1);
         blocks = ceil_div(N, block_size);
-        const int64_t cuts = grouped ? at_most(ceil_div(B, tile), ceil_div(most_tasks, at_least(blocks, 1))) : 1;
+        const int64_t cuts = grouped ? at_most(ceil_div(B, tile), ceil_div(max_tasks, at_least(blocks, 1))) : 1;
         group_size = at_least(ceil_div(ceil_div(B, tile), at_least(cuts, 1)) * tile, 1);
         groups = ceil_div(B, group_size);
         if (!grouped) group_size = B, groups = 1;
@@ -41,7 +41,7 @@ struct Tasks {
     int64_t end_item(int64_t task) const { return at_most(first_item(task) + group_size, B); }
 };
 
-// out[x] = Σ_block partial[block, x] in the order of the blocks, in double.
+// out[x] = Σ_block partial[block, x], in the order of the blocks, in double.
 template <class A>
 inline void add_blocks(const A* partial, int64_t blocks, int64_t size, A* out, [[maybe_unused]] int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (blocks * size >= 65536)
@@ -52,8 +52,8 @@ inline void add_blocks(const A* partial, int64_t blocks, int64_t size, A* out, [
     }
 }
 
-// out [rows, row_size] = Σ over the blocks of what run(task, sum, own) adds to sum; a row belongs to so many batch
-// items. own: [memory_size], of one thread.
+// out [rows, row_size] = Σ over the blocks of what run(tasks, task, sum, own) adds to sum. One row stands for `items`
+// batch items. own [memory_size] is scratch memory of the thread.
 template <class A, class Run>
 inline void sum_over_tasks(const Capsules& c, int64_t items, int64_t row_size, int64_t memory_size, A* out, Run run) {
     const int64_t size = ceil_div(c.B, items) * row_size;

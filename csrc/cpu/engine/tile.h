@@ -1,6 +1,6 @@
-// A tile: as many (batch item, input capsule) pairs as a vector has lanes, with their votes in the first-level cache.
-// Logits and couplings lie with the items in the lanes, [J, item], so that the softmax over J crosses none; votes as
-// the layout says.
+// A tile: as many pairs of a batch item and an input capsule as a vector has lanes, with their votes in the first-level
+// cache. Logits and couplings are stored with the pairs in the lanes, [J, item], so that the softmax over J crosses no
+// lanes. The layout says how votes are stored.
 #pragma once
 
 #include "products.h"
@@ -8,53 +8,53 @@
 namespace capsops::cpu::CAPSOPS_ISA {
 
 // What the lanes of a vector of votes hold.
-//   components   of one vote, [item, J, D] with D rounded up to whole vectors, zeros behind. Any batch will do, but a
-//                short vote leaves lanes idle, and agreements have to cross them.
-//   items        one component of the votes of neighbouring batch items, [J, H, item]. Nothing crosses lanes but u and
-//                the gradients, on their way in and out, and the dimensions do not matter; the batch does.
+//   components   one vote, [item, J, D] with D rounded up to whole vectors, zeros behind. Works for any batch, but
+//                a short vote leaves lanes idle, and agreements have to cross lanes.
+//   items        one component of the votes of neighbouring batch items, [J, H, item]. Only u and the gradients cross
+//                lanes, when they are loaded and stored. Works for any dimension, but a small batch leaves lanes idle.
 enum class Layout { components, items };
 
-// A run of items in a tile with the same transformation matrix.
+// A run of items in a tile that have the same transformation matrix.
 template <class A> struct Segment {
-    int begin, end;    // items; equal if the capsule is there for no batch item
-    int64_t i;         // the input capsule; of shared matrices the first one
+    int begin, end;    // items; equal if the capsule is masked for all batch items
+    int64_t i;         // the input capsule; the first one if the matrix is shared
     const A* weight;   // [K, J, D]
-    bool first, last;  // of this matrix in this block of capsules
+    bool first, last;  // whether it has the first, the last item with this matrix in the task
 };
 
 template <class A> struct Tile {
     static constexpr int size = Lanes<A>::count;
-    static constexpr int most_segments = 2 * size;
+    static constexpr int max_segments = 2 * size;
 
     Layout layout;
     int64_t K, J, D, JD;       // as in Operands
     int count = 0;             // items
-    uint32_t absent = 0;       // bit r: item r is not there, and all of its votes are 0 (Layout::items)
+    uint32_t absent = 0;       // bit r: item r is masked, and its votes are 0 (Layout::items)
     int64_t b[size], i[size];  // [count]
     const A* u[size];          // [count] of [K]
     A* votes;                  // [rows(), J, D]
     A* g_votes;                // [rows(), J, D]
     int segment_count = 0;
-    Segment<A> segments[most_segments];
+    Segment<A> segments[max_segments];
 
     bool has(int r) const { return !(absent >> r & 1); }
 
-    // Rows of votes, and the row of a state that belongs to each.
+    // The number of rows of votes, and the row of a state for each of them.
     int rows() const { return layout == Layout::items ? 1 : count; }
     int64_t row(int r) const { return layout == Layout::items ? b[0] / size : b[r]; }
 };
 
-// ---- what the couplings of a tile are made of ----------------------------------------------------------
+// ---- agreements, and sums of couplings times votes ----------------------------------------------------
 
-// out[j], lane r: Σ_d term(own, row, jd) of item r, where term gives one vector, number `own` of the tile's votes and
-// number jd of a row of a state; 0 for lanes without an item.
+// out[j], lane r: Σ_d term(own, row, jd) for item r; 0 for lanes without an item. term returns one vector, for number
+// `own` of the tile's votes and number jd of row `row` of a state.
 template <class A, class Term> inline void agreements(const Tile<A>& t, Term term, Lanes<A>* out /* [J] */) {
     constexpr int n = Tile<A>::size;
     const int64_t J = t.J, D = t.D, JD = t.JD;
     if (t.layout == Layout::items) {
         const int64_t row = t.row(0);
         for (int64_t j = 0; j < J; ++j) {
-            constexpr int chains = 4;  // of additions, each of which waits for the one before
+            constexpr int chains = 4;  // independent sums, because each addition waits for the one before
             Lanes<A> x[chains];
             for (int m = 0; m < chains; ++m) x[m] = A(0);
             int64_t jd = j * D;
@@ -83,7 +83,7 @@ template <class A, class Term> inline void agreements(const Tile<A>& t, Term ter
     }
 }
 
-// û · x, for every output capsule.
+// out[j], lane r: û_j · x_j.
 template <class A> inline void agreements_with(const Tile<A>& t, const A* x /* a state */, Lanes<A>* out) {
     const A* votes = t.votes;
     const int64_t JD = t.JD;
@@ -96,8 +96,8 @@ template <class A> inline A lane(const Lanes<A>* x, int64_t j, int r) {
     return reinterpret_cast<const A*>(x + j)[r];
 }
 
-// each(own, row, jd, coupling) for every vector of the tile's votes, as in agreements: the coupling of its items and
-// output capsule in all lanes.
+// Calls each(own, row, jd, coupling) for every vector of the tile's votes, with indices as in `agreements` and the
+// coupling of its item and output capsule in all lanes.
 template <class A, class Each> inline void for_each_vector(const Tile<A>& t, const Lanes<A>* c, Each each) {
     constexpr int n = Tile<A>::size;
     const bool items = t.layout == Layout::items;
@@ -112,13 +112,13 @@ template <class A, class Each> inline void for_each_vector(const Tile<A>& t, con
     }
 }
 
-// A state, and a coupling for each of its vectors.
+// A state with couplings that weigh its vectors.
 template <class A> struct Term {
     const Lanes<A>* coupling;  // [J]
     const A* state;
 };
 
-// The gradient of the votes as a sum of terms.
+// Writes the gradient of the votes as a sum of terms, coupling · state.
 template <class A> inline void combine(const Tile<A>& t, const Term<A>* terms, int64_t count) {
     constexpr int n = Tile<A>::size;
     const bool items = t.layout == Layout::items;

@@ -1,5 +1,5 @@
-// Where tiles come from: the capsules of a task one after another, with the components in the lanes, or panels of them,
-// with the batch items in the lanes.
+// Makes the tiles of a task: capsule after capsule with components in the lanes, or as panels with batch items in the
+// lanes.
 #pragma once
 
 #include "panel.h"
@@ -7,15 +7,15 @@
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
-// What one thread needs: offsets into its memory.
+// The scratch memory of one thread, as offsets into it.
 template <class A> struct ThreadScratch {
-    int64_t capsules;  // whose matrices a tile or a panel takes at a time
+    int64_t capsules;  // whose matrices are loaded for a tile or a panel
     int64_t weight, u, panel_u, panel_g_u, votes, g_rows, total;
 
     ThreadScratch(const Operands<A>& o, bool gradients) {
         constexpr int64_t n = Tile<A>::size;
         const bool panels = o.layout == Layout::items;
-        // The matrices of a tile stay in the second-level cache, unless the tile would not be full.
+        // The matrices of a tile fit into the second-level cache, unless a full tile needs more.
         const int64_t fitting = (int64_t{1} << 16) / at_least(o.weight_size, 1), full = ceil_div(n, at_least(o.c.B, 1));
         capsules = panels ? panel_capsules(o) : at_most(at_least(fitting, full), n);
         const int64_t rows = panels ? 1 : n, panel = panels ? capsules * o.K * n : 0;
@@ -36,7 +36,7 @@ template <class A> struct ThreadScratch {
     }
 };
 
-// Adds the items (b, i), (b + 1, i) … to a tile. scratch: [lanes, K], where u has to be converted.
+// Adds the items (b, i) … (b + count − 1, i) to a tile. Converts u to scratch [lanes, K] if necessary.
 template <class A>
 inline void load_items(const Operands<A>& o, Tile<A>& t, int64_t b, int64_t i, int count, A* scratch) {
     const int64_t stride = o.c.N * o.K, offset = b * stride + i * o.K;
@@ -47,8 +47,8 @@ inline void load_items(const Operands<A>& o, Tile<A>& t, int64_t b, int64_t i, i
     t.count = begin + count;
 }
 
-// Fills tiles with the pairs that are there, makes their votes if wanted, and calls visit(tile) for each. absent(b, i)
-// is called for the pairs that are not there.
+// Calls visit(tile) for tiles of the pairs (b, i) that are not masked, with their votes if with_votes, and absent(b, i)
+// for the masked pairs.
 template <bool with_votes, class A, class Visit, class Absent>
 inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task, A* memory, const ThreadScratch<A>& w,
                           Visit visit, Absent absent) {
@@ -84,14 +84,14 @@ inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task
         const A* weight = shared_weight;
         bool open = shared && t.segment_count > 0, first = true;
         if (!shared) {
-            if (matrices == w.capsules || t.segment_count == Tile<A>::most_segments) {
+            if (matrices == w.capsules || t.segment_count == Tile<A>::max_segments) {
                 flush();
                 matrices = 0;
             }
             weight = o.load_weight(i, memory + w.weight + matrices++ * o.weight_size);
         }
         for (int64_t b = b0; b < b1;) {
-            int64_t end = b1;  // of a run of pairs that are there
+            int64_t end = b1;  // of a run of pairs that are not masked
             if (const uint8_t* mask = o.c.mask) {
                 if (!mask[b * o.c.N + i]) {
                     absent(b++, i);
@@ -110,7 +110,7 @@ inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task
             if (t.count < Tile<A>::size || b == b1) continue;
             flush();
             open = false;
-            // The matrix in use is the first one of the next tile.
+            // The current matrix becomes the first one of the next tile.
             if (!shared && !o.direct_weight && weight != memory + w.weight) {
                 std::memcpy(memory + w.weight, weight, sizeof(A) * static_cast<size_t>(o.weight_size));
                 weight = memory + w.weight;
@@ -129,8 +129,8 @@ inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task
     if (t.count || t.segment_count) flush();
 }
 
-// Calls visit(panel) for every panel: for some capsules all batch items of the task, so that their matrices are read
-// once.
+// Calls visit(panel) for every panel. All batch items of the task come before the next capsules, so that matrices are
+// read once.
 template <class A, class Visit>
 inline void for_each_panel(const Operands<A>& o, const Tasks& tasks, int64_t task, A* memory, const ThreadScratch<A>& w,
                            Visit visit) {
@@ -162,7 +162,7 @@ inline void for_each_panel(const Operands<A>& o, const Tasks& tasks, int64_t tas
     }
 }
 
-// visit(tile, capsule of the panel) with the votes of every capsule of a panel.
+// Calls visit(tile, s) with the votes of each capsule s of a panel.
 template <class A, class Visit>
 inline void for_each_tile_of(const Operands<A>& o, const Panel<A>& p, A* memory, const ThreadScratch<A>& w,
                              Visit visit) {

@@ -1,12 +1,13 @@
-// Two output capsules, as of a classifier of two classes: the votes of several batch items fit into the registers, and
-// never leave them, nor do their gradients.
+// Votes in registers, for two output capsules, as in a classifier of two classes. The votes of several batch items fit
+// into registers; neither they nor their gradients go through memory.
 #pragma once
 
 #include "tasks.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
-// How many batch items, where a vote is E vectors long; their agreements fit one vector.
+// Batch items whose votes are in registers at a time, where a vote is E vectors long. Their agreements fit into one
+// vector.
 template <class A, int E> constexpr int register_rows = at_least(at_most(block_rows<A>, Lanes<A>::count / 2) / E, 1);
 
 // The votes [2, E vectors] of `rows` batch items.
@@ -22,7 +23,7 @@ template <class A, int rows, int E> struct Votes {
     }
 };
 
-// Lane j · rows + r (counted round): û_rj · x_b(r),j.
+// Lane l, with l mod (2 · rows) = j · rows + r: û_rj · x_b(r),j.
 template <class A, int rows, int E>
 CAPSOPS_INLINE Lanes<A> agreements_with(const Votes<A, rows, E>& votes, const A* x /* [B, J, D] */, const int64_t* b) {
     constexpr int n = Lanes<A>::count;
@@ -40,7 +41,8 @@ CAPSOPS_INLINE Lanes<A> agreements_with(const Votes<A, rows, E>& votes, const A*
     return sums<2 * rows>(products);
 }
 
-// each(r, v, c) for every vector v of the votes: the coupling of its item and output capsule in all lanes.
+// Calls each(r, v, c) for every vector v of the votes of item r, with the coupling of its item and output capsule in
+// all lanes.
 template <class A, int rows, int E, class Each>
 CAPSOPS_INLINE void for_each_vector(const Votes<A, rows, E>&, Lanes<A> couplings, Each each) {
     alignas(64) A c[Lanes<A>::count];
@@ -86,8 +88,8 @@ CAPSOPS_INLINE void outer(const A* const* u, const Votes<A, rows, E>& g, int64_t
     }
 }
 
-// out_r [K] = W [K, 2 E vectors] g_r. The components of the items are transposed, in units of as many as lanes / rows,
-// so that a product needs one number or unit of W in all lanes. g is used up.
+// out_r [K] = W [K, 2 E vectors] g_r. The components of the items are transposed in units of lanes / rows, so that a
+// product broadcasts one number or unit of W to all lanes. Overwrites g.
 template <class A, int rows, int E>
 CAPSOPS_INLINE void project(Votes<A, rows, E>& g, const A* weight, int64_t K, A* const* out) {
     constexpr int n = Lanes<A>::count, X = 2 * E * n, unit = n / rows, most = 8, C = unit < most ? unit : most;
@@ -111,7 +113,7 @@ CAPSOPS_INLINE void project(Votes<A, rows, E>& g, const A* weight, int64_t K, A*
 #pragma GCC unroll 8
                 for (int m = 0; m < rows; ++m) sum[q] += broadcast<unit>(w + v * n, m) * g.of[m][v];
         }
-        // Lane r · unit + p of sum q: a part of the result for item r and component k + q.
+        // Lane r · unit + p of sum q: one part of the result for item r and component k + q.
         alignas(64) A results[most / C][n];
 #pragma GCC unroll 8
         for (int q = 0; q < most; q += C) {
@@ -136,7 +138,7 @@ CAPSOPS_INLINE void project(Votes<A, rows, E>& g, const A* weight, int64_t K, A*
 
 // ---- the capsules of a task ------------------------------------------------------------------------------
 
-// Calls function.operator()<E>(), E the vectors of a vote, where votes can be kept in registers; else with 0.
+// Calls function.operator()<E>() with E the vectors of a vote if votes fit into registers, else with 0.
 template <class A, class Function> inline void for_vote_vectors(const Operands<A>& o, Function function) {
     if (o.layout == Layout::components && o.J == 2) switch (o.D / Lanes<A>::count) {
             case 1: return function.template operator()<1>();
@@ -145,7 +147,7 @@ template <class A, class Function> inline void for_vote_vectors(const Operands<A
     function.template operator()<0>();
 }
 
-// One input capsule and the batch items that it is there for.
+// One input capsule and the batch items for which it is not masked.
 template <class A> struct Rows {
     int64_t i;
     const A* weight;
@@ -154,7 +156,7 @@ template <class A> struct Rows {
     const A* const* u;  // [count], each [K]
 };
 
-// What one thread needs for them.
+// The scratch memory of all threads for Rows.
 template <class A> class RowsMemory {
   public:
     RowsMemory(const Operands<A>& o, int threads)
@@ -177,7 +179,7 @@ template <class A> class RowsMemory {
     Buffer<const A*> u_;
 };
 
-// visit(rows) for every input capsule of a task, absent(b, i) for the pairs that are not there.
+// Calls visit(rows) for every input capsule of a task, and absent(b, i) for the masked pairs.
 template <class A, class Visit, class Absent>
 inline void for_each_capsule(const Operands<A>& o, const Tasks& tasks, int64_t task, const RowsMemory<A>& memory,
                              Visit visit, Absent absent) {

@@ -1,11 +1,11 @@
-// û_bi = u_bi W_i, written out: for inspection only, since [B, N, J, D] is what the routings avoid.
+// The votes û_bi = u_bi W_i as a tensor. For inspection only: the routings avoid this memory, [B, N, J, D].
 
 #include "../engine/stream.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
 namespace {
 
-// The gradient of the votes, as stored by the caller.
+// The gradient of the votes that the caller gave.
 template <class A> struct StoredVoteGradient {
     static constexpr bool needs_votes = false, takes_registers = false;
     const Operands<A>& o;
@@ -37,10 +37,9 @@ Status affine_votes(const Capsules& c, void* votes) {
 }
 
 Status affine_votes_backward(const Capsules& c, const void* g_votes, void* g_u, void* g_weight) {
-    const CapsuleGradients gradients{g_u, g_weight};
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, Layout::components);
-        emit(o, StoredVoteGradient<A>{o, g_votes}, gradients, static_cast<A*>(nullptr));
+        emit(o, StoredVoteGradient<A>{o, g_votes}, {g_u, g_weight}, static_cast<A*>(nullptr));
     });
 }
 

@@ -1,13 +1,14 @@
-// v = squash(Σ_i c_i · û_i) with c = softmax over the output capsules of a 1×1 convolution of the votes (CardioCaps,
-// eq. 4): one pass over u and W. Saves s [B, J, D] and nothing else.
+// Attention routing (CardioCaps, eq. 4): v = squash(Σ_i c_i · û_i), where c is the softmax over the output capsules of
+// a 1×1 convolution of the votes, z_kd = Σ_j A_kj û_jd + a_k. Every component d has couplings of its own, so the lanes
+// stay components. One pass over u and W; only s [B, J, D] is saved.
 //
-// The gradient of attention routing: one pass that recomputes every capsule's votes and couplings and writes g_u and
-// g_W where they belong. For every item and component d:
+// The gradient takes one pass that recomputes votes and couplings, and writes g_u and g_W. For every batch item, input
+// capsule and component d:
 //
 //   q_j = g_s,j û_j;   dz_j = c_j (q_j − Σ_k c_k q_k);   g_û,j = c_j g_s,j + Σ_k A_kj dz_k
-//   g_A,kj = Σ dz_k û_j;   g_a,k = Σ dz_k                over items and components
+//   g_A,kj = Σ dz_k û_j;   g_a,k = Σ dz_k                over items, capsules and components
 //
-// Of two output capsules dz_1 = −dz_0.
+// For two output capsules dz_1 = −dz_0.
 
 #include "../../math/softmax.h"
 #include "../engine/stream.h"
@@ -15,7 +16,7 @@
 namespace capsops::cpu::CAPSOPS_ISA {
 namespace {
 
-// to_k += Σ_j mix_kj x_j for output capsules x, to [J, D] and mix [J, J].
+// to_k += Σ_j mix_kj x_j, for output capsules x and to [J, D], and mix [J, J].
 template <class A> inline void add_mixed(const A* mix, int64_t J, int64_t D, const A* x, A* to) {
     constexpr int most = 16;
     const A* rows[most];
@@ -32,11 +33,11 @@ template <class A> struct Attention {
     const A* bias;    // [J], or null
     int64_t J;
 
-    // Calls use(r, d, c [J]) with the couplings of every row of votes and vector of components. memory: [scratch_size].
-    template <class Use> void for_each(const Tile<A>& t, A* memory, Use use) const {
+    // Calls use(r, d, c [J]) with the couplings of every row r of votes and vector d of components.
+    template <class Use> void for_each(const Tile<A>& t, A* scratch, Use use) const {
         constexpr int n = Lanes<A>::count;
-        Lanes<A>* c = reinterpret_cast<Lanes<A>*>(memory);
-        A* z = memory + J * n;
+        Lanes<A>* c = reinterpret_cast<Lanes<A>*>(scratch);
+        A* z = scratch + J * n;
         for (int r = 0; r < t.rows(); ++r) {
             for (int64_t k = 0; k < J; ++k) fill(z + k * t.D, t.D, bias ? bias[k] : A(0));
             add_mixed(weight, J, t.D, t.votes + r * t.JD, z);
@@ -51,7 +52,7 @@ template <class A> struct Attention {
     int64_t scratch_size(int64_t D) const { return J * (Lanes<A>::count + D); }
 };
 
-// The same of two output capsules, whose couplings depend on z_1 − z_0 alone.
+// The same for two output capsules, whose couplings depend only on z_1 − z_0.
 template <class A> struct PairAttention {
     A weight[2], bias;
 
@@ -161,7 +162,7 @@ template <class A> struct AttentionGradient {
         }
     }
 
-    // Of dz_1, by û_0, û_1 and 1.
+    // Sums of dz_1 û_0, dz_1 û_1 and dz_1.
     struct Totals {
         KahanSum<A> of[3];
     };
@@ -202,7 +203,6 @@ template <class A> struct AttentionGradient {
 
 Status attention_routing_backward(const Capsules& c, const void* attn_weight, const void* attn_bias, const void* s,
                                   const void* g_v, void* g_u, void* g_weight, void* g_attn_weight, void* g_attn_bias) {
-    const CapsuleGradients gradients{g_u, g_weight};
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, AttentionGradient<A>>(c));
         const int64_t rows = c.B * o.J, J = o.J;
@@ -223,7 +223,7 @@ Status attention_routing_backward(const Capsules& c, const void* attn_weight, co
                                           o.D,
                                           o.layout == Layout::items ? 1 : Tile<A>::size,
                                           g_attn_weight || g_attn_bias};
-        emit(o, policy, gradients, params.get());
+        emit(o, policy, {g_u, g_weight}, params.get());
         const A* g_bias = params.get() + J * J;
         if (g_attn_weight) std::memcpy(g_attn_weight, params.get(), sizeof(A) * static_cast<size_t>(J * J));
         if (g_attn_bias) std::memcpy(g_attn_bias, g_bias, sizeof(A) * static_cast<size_t>(J));

@@ -1,10 +1,10 @@
-// Routing by agreement (Sabour et al. 2017, procedure 1): one pass over u and W an iteration. Between the passes only
-// V, the sum of the output capsules so far, is kept; the logits are recomputed from it. Saves s of every iteration,
-// [iterations, B, J, D].
+// Routing by agreement (Sabour et al. 2017, procedure 1), with one pass over u and W for each iteration. Between passes
+// only V is kept, the sum of the output capsules so far; the logits are recomputed from it. s of every iteration is
+// saved, [iterations, B, J, D].
 //
-// The gradient of routing by agreement. With detached logits: one emitting pass with the last iteration's couplings.
-// With the full gradient: for t = R … 2 a reducing pass gives H^t = Σ_i δ^t_ij û_ij, the gradient of V^t; since V^t is
-// the sum of all earlier v, g_v^{t−1} = Σ_{τ≥t} H^τ; then one emitting pass over all iterations,
+// The gradient with detached logits is one emitting pass with the couplings of the last iteration. The full gradient
+// has a reducing pass for each t = R … 2, which computes H^t = Σ_i δ^t_ij û_ij, the gradient of V^t. As V^t is the sum
+// of all earlier v, g_v^{t−1} = Σ_{τ≥t} H^τ. Then one emitting pass over all iterations computes
 //
 //   g_û = Σ_t (c^t g_s^t + δ^t V^t).
 
@@ -36,7 +36,6 @@ template <class A> struct DynamicSum {
 }  // namespace
 
 Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, bool leaky, void* v, void* s) {
-    if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, DynamicSum<A>>(c));
         const int64_t rows = c.B * o.J, size = rows * o.H;
@@ -165,14 +164,13 @@ template <class A> struct DynamicGradient {
 Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leaky, bool detach, const void* s_,
                                 const void* g_v_, void* g_u, void* g_weight, void* g_bias_) {
     const CapsuleGradients gradients{g_u, g_weight};
-    if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, AdjointSum<A>, DynamicGradient<A>>(c));
         const int64_t rows = c.B * o.J, compact = rows * o.H, size = o.state_size();
         const A* s = static_cast<const A*>(s_);
         const int64_t last = iterations - 1;
 
-        // V[t], the sum of v over the iterations before t.
+        // V[t]: the sum of v over the iterations before t.
         Buffer<A> V(iterations * size), v(compact), total(compact);
         fill(V.get(), size, A(0));
         fill(total.get(), compact, A(0));

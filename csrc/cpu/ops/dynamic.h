@@ -1,5 +1,5 @@
-// The couplings of routing by agreement (Sabour et al. 2017, procedure 1) on one tile. The logits need no tensor:
-// b_ij = û_ij · V_j, where V is the sum of the output capsules of the iterations so far.
+// The couplings of routing by agreement (Sabour et al. 2017, procedure 1) for one tile. The logits b_ij = û_ij · V_j
+// are not stored; V is the sum of the output capsules of all earlier iterations.
 #pragma once
 
 #include "../../math/softmax.h"
@@ -16,7 +16,8 @@ template <class A> struct Dynamic {
         softmax(c, t.J, leaky);
     }
 
-    // Of votes in registers, in the lanes of their agreements: the other output capsule is `rows` lanes away.
+    // For votes in registers: couplings in the lanes of their agreements, where the other output capsule is `rows`
+    // lanes away.
     template <int rows, int E>
     CAPSOPS_INLINE Lanes<A> couplings(const Votes<A, rows, E>& votes, const int64_t* b) const {
         const Lanes<A> logits = agreements_with(votes, V, b);
@@ -26,7 +27,7 @@ template <class A> struct Dynamic {
     }
 };
 
-// One iteration seen from behind: e_j = û_j · g_s,j;  δ_j = c_j (e_j − Σ_k c_k e_k).
+// The gradient of one iteration: e_j = û_j · g_s,j;  δ_j = c_j (e_j − Σ_k c_k e_k).
 template <class A> struct DynamicAdjoint {
     Dynamic<A> dynamic;
     const A* g_s;  // [B, J, D]

@@ -1,11 +1,12 @@
-// EM routing (Hinton et al. 2018, procedure 1): every iteration is one pass that recomputes the votes, assigns them by
-// the Gaussians of the iteration before (E-step) and sums w, w x and w x² (M-step). The first iteration knows no mean
-// to shift by, and takes two passes; so does one whose means moved far. Saves the Gaussians of every iteration.
+// EM routing (Hinton et al. 2018, procedure 1). Each iteration is one pass that recomputes the votes, assigns them by
+// the Gaussians of the iteration before (E-step), and sums w, w x and w x² (M-step). The first iteration takes a second
+// pass, because it has no mean to shift by; so does an iteration whose means moved far. The Gaussians of every
+// iteration are saved.
 //
-// The gradient of EM routing through all iterations. The M-step of iteration t gives the weight of a vote the gradient
-// e^t, a quadratic form of the vote; the softmax gives its logit δ^t = w (e − Σ_j r e); the logit's own quadratic form
-// leads to the Gaussians of iteration t − 1, for which a pass sums δ, δ x and δ x². So R − 1 reducing passes from the
-// last iteration to the first, and one emitting pass over all of them:
+// The gradient goes through all iterations. The M-step of iteration t gives the weight of a vote the gradient e^t, a
+// quadratic form of the vote. The softmax gives the logit δ^t = w (e − Σ_j r e). The logit is a quadratic form too, and
+// leads to the Gaussians of iteration t − 1, for which a pass sums δ, δ x and δ x². So there are R − 1 reducing passes,
+// from the last iteration to the first, and one emitting pass over all iterations:
 //
 //   g_û = Σ_t [w^t (linear^t + 2 quadratic^t (û − μ^t)) − δ^t (û − μ^{t−1})/σ²^{t−1}];   g_activation = Σ_t Σ_j r^t e^t
 
@@ -36,7 +37,6 @@ template <class A> struct EmSum {
 Status em_routing(const Capsules& c, const void* activation, const void* beta_u_, const void* beta_a_,
                   std::span<const double> inverse_temperatures, void* mean_, void* out_activation, void* state) {
     const int64_t iterations = static_cast<int64_t>(inverse_temperatures.size());
-    if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, EmSum<A>>(c));
         const int64_t J = o.J, size = o.state_size();
@@ -85,12 +85,12 @@ Status em_routing(const Capsules& c, const void* activation, const void* beta_u_
 
 namespace {
 
-// r, and δ from e.
+// The gradient of the assignment in one iteration.
 template <class A> struct EmAdjoint {
     Assignment<A> assignment;
     Quadratic<A> e;
 
-    // Leaves r [J] and e [J]; returns the activations.
+    // Writes r [J] and e [J], and returns the activations.
     Lanes<A> operator()(const Tile<A>& t, Lanes<A>* r, Lanes<A>* out) const {
         const Lanes<A> a = assignment.responsibilities(t, r);
         e(t, out);
@@ -146,7 +146,7 @@ template <class A> struct EmGradient {
                 }
             softmax_backward(r, delta, J);
             for (int64_t j = 0; j < J; ++j) {
-                r[j] *= a;  // w from here on
+                r[j] *= a;  // now w
                 delta[j] *= a;
             }
             for_each_vector(t, r, [=](int64_t own, int64_t row, int64_t jd, Lanes<A> w) {
@@ -174,7 +174,6 @@ Status em_routing_backward(const Capsules& c, const void* activation, const void
                            void* g_beta_u_, void* g_beta_a_) {
     const CapsuleGradients gradients{g_u, g_weight};
     const int64_t iterations = static_cast<int64_t>(inverse_temperatures.size());
-    if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, EmAdjointSum<A>, EmGradient<A>>(c));
         const int64_t rows = c.B * o.J, J = o.J, H = o.H, size = o.state_size();

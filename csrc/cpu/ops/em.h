@@ -1,5 +1,5 @@
-// What EM routing (Hinton et al. 2018, procedure 1) needs of one tile: quadratic forms of the votes, and sums of the
-// votes and their squares. Both run over x = û − shift, shift being a mean that is known, so that no digits are lost.
+// The parts of EM routing (Hinton et al. 2018, procedure 1) that run on one tile: quadratic forms of the votes, and
+// sums of the votes and their squares. Both use x = û − shift, where shift is a known mean, to avoid cancellation.
 #pragma once
 
 #include "../../math/em.h"
@@ -36,7 +36,8 @@ template <class A> struct Quadratic {
     }
 };
 
-// Σ_i w_ij (1, x, x²): a row of the sums is that of a state for x and one for x², and [J, items] in whole vectors.
+// Sums Σ_i w_ij (1, x, x²). A row of sums consists of a state's row for x, one for x², and the masses [J, items] in
+// whole vectors.
 template <class A> struct Moments {
     int64_t J, JD, items;
 
@@ -63,7 +64,7 @@ template <class A> struct Moments {
             for (int64_t j = 0; j < J; ++j) sums[t.b[r] * size + 2 * JD + j] += lane(w, j, r);
     }
 
-    // The sums of output capsule (b, j): first [H], second [H]; returns the mass.
+    // The sums of output capsule (b, j): writes first [H] and second [H], and returns the mass.
     A of(const Operands<A>& o, const A* sums, int64_t b, int64_t j, A* first, A* second) const {
         const A* row = sums + o.row(b) * row_size();
         const A* x = row + o.offset(b, j);
@@ -75,13 +76,13 @@ template <class A> struct Moments {
     }
 };
 
-// One iteration's weights: r_ij = softmax_j of the logits (equal in the first iteration), w_ij = r_ij activation_i.
+// The weights of one iteration: w_ij = r_ij activation_i with r_ij = softmax_j(logits), equal in the first iteration.
 template <class A> struct Assignment {
-    Quadratic<A> logits;  // constant null: the first iteration
+    Quadratic<A> logits;  // null constant: the first iteration
     const A* activation;  // [B, N]
     int64_t N;
 
-    // r [J]; returns the activations of the items.
+    // Writes r [J] and returns the activations of the items.
     Lanes<A> responsibilities(const Tile<A>& t, Lanes<A>* r) const {
         if (logits.constant) {
             logits(t, r);
@@ -96,7 +97,7 @@ template <class A> struct Assignment {
     }
 };
 
-// The Gaussians of all output capsules after each iteration, as they are saved and as the passes use them.
+// The Gaussians of all output capsules after each iteration, in the saved form and in the form that the passes read.
 template <class A> struct Gaussians {
     const Operands<A>& o;
     int64_t rows;                         // B·J
@@ -111,14 +112,14 @@ template <class A> struct Gaussians {
           constant(iterations * o.scalars_size()),
           saved(saved) {}
 
-    // Nothing is written through it where it was saved by a forward pass.
+    // A view of saved numbers. The backward pass only reads it.
     Gaussian<A> at(int64_t t, int64_t row) const {
         const int64_t H = o.H;
         A* g = const_cast<A*>(saved) + (t * rows + row) * (3 * H + 2);
         return {g, g + H, g + 2 * H, g[3 * H], g[3 * H + 1]};
     }
 
-    // Takes over the saved iteration t.
+    // Prepares iteration t for the passes, from its saved numbers.
     void load_iteration(int64_t t) {
         const int64_t H = o.H;
         Buffer<A> means(rows * H), quadratics(rows * H), constants(rows);
@@ -132,7 +133,7 @@ template <class A> struct Gaussians {
         o.pack_scalars(constants.get(), constant.get() + t * o.scalars_size());
     }
 
-    // The logits of iteration t come from the iteration before.
+    // The logits of iteration t, from the Gaussians of iteration t − 1.
     Quadratic<A> logits(int64_t t) const {
         if (t == 0) return {nullptr, nullptr, nullptr, nullptr};
         const int64_t x = (t - 1) * o.state_size();

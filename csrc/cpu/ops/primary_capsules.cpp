@@ -1,6 +1,6 @@
-// Primary capsules: squash, and the change from the convolution's layout to [B, N, K], in one pass over memory each
-// way. A row of neighbouring capsules is taken at a time, so that both sides are read and written in whole cache lines
-// whatever the layout.
+// Primary capsules: squash, and the change from the convolution's layout to [B, N, K], in one pass over memory in each
+// direction. A chunk of neighbouring capsules is processed at a time, so that both sides are accessed in whole cache
+// lines for any layout.
 
 #include "../engine/stream.h"
 
@@ -9,7 +9,8 @@ namespace {
 
 constexpr int64_t chunk = 64;  // capsules at a time
 
-// each(features offset, capsules' offset, count, scratch [3, chunk, K]) for every run of neighbouring capsules.
+// Calls each(offset in features, offset in capsules, count, scratch [3, chunk, K]) for every chunk of neighbouring
+// capsules.
 template <class A, class Each> void for_each_chunk(const PrimaryCapsules& p, Each each) {
     const int64_t chunks = ceil_div(p.inner, chunk), scratch_size = 3 * chunk * p.K;
     Buffer<A> scratch(scratch_size * p.context.threads);
@@ -26,7 +27,7 @@ template <class A, class Each> void for_each_chunk(const PrimaryCapsules& p, Eac
     watch.finish();
 }
 
-// Components of `count` capsules, from features to [count, K] or back, in the order that memory has them.
+// Calls move(index in features, index in [count, K]) for the components of `count` capsules, in the order of memory.
 template <class A, class Move> void for_each_component(const PrimaryCapsules& p, int64_t count, Move move) {
     if (p.component_stride == 1) {
         for (int64_t n = 0; n < count; ++n)

@@ -1,13 +1,12 @@
-// Self-attention routing (Mazzia et al. 2021, Efficient-CapsNet, eq. 5 to 7). The published form multiplies the N × N
-// gram matrix of the votes and sums its rows; with T_j = Σ_i û_ij that is
+// Self-attention routing (Mazzia et al. 2021, Efficient-CapsNet, eq. 5 to 7). The published form sums the rows of the
+// N×N Gram matrix of the votes. With T_j = Σ_i û_ij this is
 //
 //   l_ij = scale û_ij · T_j;   c_ij = softmax_j(l_ij) + prior_ij;   s_j = Σ_i c_ij û_ij;   v = squash(s)
 //
-// and two passes over u and W. Backward, with e = û · g_s and δ = p (e − Σ_j p e), p the softmax alone:
+// in two passes over u and W. The gradient also takes two passes. With p the softmax without the prior, e = û · g_s and
+// δ = p (e − Σ_j p e):
 //
 //   H_j = Σ_i δ_ij û_ij;   g_û = (p + prior) g_s + scale (δ T + H);   g_prior = Σ_b e
-//
-// again in two passes.
 
 #include "dynamic.h"
 
@@ -108,7 +107,6 @@ Status self_attention_routing(const Capsules& c, const void* prior, double scale
 
 Status self_attention_routing_backward(const Capsules& c, const void* prior, double scale_, const void* total,
                                        const void* s, const void* g_v, void* g_u, void* g_weight, void* g_prior) {
-    const CapsuleGradients gradients{g_u, g_weight};
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, SelfAttentionAdjoint<A>, SelfAttentionGradient<A>>(c));
         const A scale = static_cast<A>(scale_);
@@ -124,7 +122,7 @@ Status self_attention_routing_backward(const Capsules& c, const void* prior, dou
         if (g_prior) fill(static_cast<A*>(g_prior), c.N * o.J, A(0));
         const SelfAttentionGradient<A> policy{
             {T.get(), static_cast<const A*>(prior), o.J, o.D}, g_s_packed.get(), H.get(), static_cast<A*>(g_prior)};
-        emit(o, policy, gradients, static_cast<A*>(nullptr));
+        emit(o, policy, {g_u, g_weight}, static_cast<A*>(nullptr));
     });
 }
 

@@ -1,15 +1,15 @@
 // squash along contiguous rows, forward and backward; the formulas are in math/squash.h. Each row is read once,
-// computed in the accumulation type and written once; nothing is saved but s.
+// computed in the accumulation type and written once. Only s is saved for the gradient.
 
 #include "../engine/stream.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
 namespace {
 
-// Rows of one parallel task; enough to hide the cost of handing it out.
+// Rows of one parallel task: enough to hide the cost of starting it.
 constexpr int64_t rows_per_task = 1024;
 
-// row(index, scratch [3, dim]) for every row.
+// Calls row(index, scratch [3, dim]) for every row.
 template <class A, class Row> void for_each_row(int64_t rows, int64_t dim, const ExecutionContext& context, Row row) {
     Buffer<A> scratch(3 * dim * context.threads);
     Watch watch(context);

@@ -1,4 +1,4 @@
-// What the kernels use of CUDA, or of its emulation on the host.
+// What the kernels use of CUDA or of its emulation on the host: launches, dispatch by dtype, the workspace.
 #pragma once
 
 #if defined(CAPSOPS_EMULATION)
@@ -14,9 +14,9 @@
 
 namespace capsops::cuda {
 
-// Threads of a block.
-constexpr int warp_size = 32, most_threads = 256;
-// Shared memory that every GPU gives a block without being asked.
+// Threads of a warp, and at most of a block.
+constexpr int warp_size = 32, max_threads = 256;
+// Shared memory that a block gets on every GPU without opting in.
 constexpr int64_t shared_bytes = 48 << 10;
 
 constexpr int whole_warps(int64_t threads) {
@@ -39,7 +39,7 @@ Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, co
     return Status::ok;
 }
 #else
-// Asks for the cache line at an address.
+// Prefetches the cache line at an address.
 __device__ inline void prefetch(const void* address) {
     asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
 }
@@ -49,14 +49,14 @@ __device__ inline char* shared_memory() {
     return memory;
 }
 
-// What CUDA said of the last launch in this thread that failed.
+// What CUDA reported for the last failed launch of this thread.
 inline thread_local const char* last_error = "";
 
 template <class... P, class... Q>
 Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, const ExecutionContext& context,
               const Q&... arguments) {
     if (context.needed) return Status::ok;
-    // This library has a CUDA runtime of its own, which takes the device from the driver: torch may not have told it.
+    // This library links its own CUDA runtime, which does not know the device that torch selected.
     cudaError_t error = cudaSetDevice(context.device);
     cudaLaunchConfig_t config{};
     config.gridDim = blocks;
@@ -66,15 +66,15 @@ Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, co
     if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
     if (error == cudaSuccess) return Status::ok;
     last_error = cudaGetErrorString(error);
-    cudaGetLastError();  // so that the next launch is not taken for a failed one
+    cudaGetLastError();  // so that the next launch does not report this error
     return Status::launch_failed;
 }
 #endif
 
-// A kernel over `count` independent numbers or rows.
-constexpr int64_t most_blocks = int64_t{1} << 16;
+// Grids for kernels over `count` independent numbers or rows.
+constexpr int64_t max_blocks = int64_t{1} << 16;
 inline dim3 blocks_for(int64_t count) {
-    return dim3{static_cast<unsigned>(at_least(at_most(ceil_div(count, most_threads), most_blocks), 1))};
+    return dim3{static_cast<unsigned>(at_least(at_most(ceil_div(count, max_threads), max_blocks), 1))};
 }
 __device__ inline int64_t first_index() {
     return static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -85,10 +85,10 @@ __device__ inline int64_t index_stride() {
 
 template <class... P, class... Q>
 Status launch_over(int64_t count, void (*kernel)(P...), const ExecutionContext& context, const Q&... arguments) {
-    return launch(kernel, blocks_for(count), most_threads, 0, context, arguments...);
+    return launch(kernel, blocks_for(count), max_threads, 0, context, arguments...);
 }
 
-// The type that sums of a storage type are kept in.
+// The accumulation type of a storage type.
 template <class T> struct AccumulationOf {
     using type = float;
 };
@@ -113,36 +113,37 @@ template <class Function> inline Status for_accumulation(Dtype dtype, Function f
     return dtype == Dtype::float64 ? function.template operator()<double>() : function.template operator()<float>();
 }
 
-// Takes memory from the workspace of an operator, or counts what it would take.
+// Takes memory from the workspace of an operator, or in a size query counts how much it would take.
 class Workspace {
   public:
     explicit Workspace(const ExecutionContext& context) : context_(context) {}
-    // What a part of an operator takes, for the next part to take again: the kernels of a stream run one after another.
+    // The memory of one part of an operator. The next part takes the same memory again, because the kernels of a stream
+    // run one after another.
     explicit Workspace(Workspace* whole)
-        : context_(whole->context_), whole_(whole), begin_(whole->used_), used_(begin_), most_(begin_) {}
+        : context_(whole->context_), whole_(whole), begin_(whole->used_), used_(begin_), peak_(begin_) {}
     ~Workspace() {
         if (whole_)
-            whole_->most_ = at_least(whole_->most_, most_);
+            whole_->peak_ = at_least(whole_->peak_, peak_);
         else if (context_.needed)
-            *context_.needed = most_;
+            *context_.needed = peak_;
     }
     Workspace(const Workspace&) = delete;
 
     template <class A> A* take(int64_t count) {
         const int64_t at = used_;
         used_ += ceil_div(count * static_cast<int64_t>(sizeof(A)), 256) * 256;
-        most_ = at_least(most_, used_);
+        peak_ = at_least(peak_, used_);
         if (context_.needed) return nullptr;
         spoil(at);
         return reinterpret_cast<A*>(static_cast<char*>(context_.workspace) + at);
     }
-    // All that this part has taken is about to be written anew.
+    // To call before all memory of this part is written anew.
     void start_over() const {
         if (!context_.needed) spoil(begin_);
     }
 
   private:
-    // Under emulation, so that numbers which are read before they are written are seen: NaN.
+    // Under emulation: fills memory with NaN, so that a test sees numbers that are read before they are written.
     void spoil([[maybe_unused]] int64_t from) const {
 #if defined(CAPSOPS_EMULATION)
         if (used_ > from) std::memset(static_cast<char*>(context_.workspace) + from, 0xff, used_ - from);
@@ -151,10 +152,10 @@ class Workspace {
 
     const ExecutionContext& context_;
     Workspace* whole_ = nullptr;
-    int64_t begin_ = 0, used_ = 0, most_ = 0;
+    int64_t begin_ = 0, used_ = 0, peak_ = 0;
 };
 
-// The first status that is not ok ends a sequence of launches.
+// Returns the first status that is not ok.
 #define CAPSOPS_TRY(call)                        \
     do {                                         \
         const Status status = call;              \

@@ -1,10 +1,10 @@
-// The part of CUDA that these kernels use, on the host: for tests on machines without a GPU.
+// The part of CUDA that the kernels use, on the host: for tests on machines without a GPU.
 //
-// Blocks run one after another. The threads of a block are fibers; each runs until it waits at a barrier, and goes on
-// when all have come there. Between two barriers the threads run forward in one block and backward in the next, and the
-// other way round when asked, so that a race changes results. Shared memory is a heap block of exactly the size that
-// was asked for, filled with NaN: AddressSanitizer sees what lies outside, and what is read before it is written spoils
-// the result.
+// Blocks run one after another. The threads of a block are fibers; each runs until a barrier, and continues when all
+// threads have reached it. Threads run in ascending order in one block and in descending order in the next, and the
+// other way round on request, so that a race changes results. Shared memory is a heap allocation of exactly the
+// requested size, filled with NaN: AddressSanitizer sees accesses outside of it, and a number that is read before it is
+// written spoils the result.
 #pragma once
 
 #include <ucontext.h>
@@ -35,10 +35,10 @@ namespace emulation {
 
 enum class State { runs, waits_for_warp, waits_for_block, done };
 
-// Where a thread of control goes on. Not ucontext_t: swapcontext makes two system calls, and took half of the time.
+// Where a thread of control continues. Not ucontext_t: swapcontext makes two system calls, which took half of the time.
 using Point = void* [5];  // of __builtin_setjmp
 
-// AddressSanitizer takes a jump for the end of a stack, and must not see these.
+// Hidden from AddressSanitizer, which would take a jump for the end of a stack.
 #define CAPSOPS_SWITCHES __attribute__((noinline, no_sanitize_address)) inline
 
 CAPSOPS_SWITCHES void jump(Point& to) {
@@ -51,7 +51,7 @@ struct Fiber {
     std::unique_ptr<char[]> stack;
     dim3 index;
     State state;
-    double published;  // to its warp
+    double published;  // to the other threads of its warp
     void* fake_stack;
 };
 
@@ -59,7 +59,7 @@ constexpr size_t stack_size = size_t{1} << 16;
 constexpr int warp = 32;
 
 struct Block {
-    std::vector<std::unique_ptr<Fiber>> fibers;  // those of the largest block so far
+    std::vector<std::unique_ptr<Fiber>> fibers;  // as many as the largest block so far has threads
     int threads = 0;
     dim3 index, blocks, size;
     std::unique_ptr<char[]> memory;
@@ -94,7 +94,7 @@ inline void wait(State for_others) {
     to_scheduler();
 }
 
-// The other thread's number, of the same warp.
+// Returns the number of another thread of the warp.
 inline double exchange(double own, unsigned lane_mask) {
     block.current->published = own;
     wait(State::waits_for_warp);
@@ -107,7 +107,7 @@ inline void run_fiber() {
 #if defined(__SANITIZE_ADDRESS__)
     __sanitizer_finish_switch_fiber(nullptr, &block.scheduler_stack, &block.scheduler_stack_size);
 #endif
-    // A thread of each block after another.
+    // Each turn of the loop is a thread of another block.
     for (;;) {
         block.kernel();
         block.current->state = State::done;
@@ -141,7 +141,7 @@ CAPSOPS_SWITCHES void resume(Fiber& fiber) {
     block.current = nullptr;
 }
 
-// Lets threads go on that wait for one another, if all do; else false.
+// Lets threads continue if all of them wait for each other; else returns false.
 inline bool release(int first, int count, State waiting) {
     for (int t = first; t < first + count; ++t)
         if (block.fibers[t]->state != waiting) return false;
@@ -149,7 +149,7 @@ inline bool release(int first, int count, State waiting) {
     return true;
 }
 
-// Each warp goes as far as it can before the next begins: what one does too early is seen.
+// Each warp runs as far as it can before the next one starts, which reveals what a warp does too early.
 inline void run_warp(int first, bool backward) {
     do {
         for (int m = 0; m < warp; ++m) {
@@ -178,7 +178,7 @@ inline void run_block(bool backward) {
         if (block.fibers[t]->state != State::done) fail("not all threads reach a barrier");
 }
 
-// order: 0, or 1 for the other way round.
+// order: 0, or 1 to reverse the order of the threads.
 template <class Kernel, class... Arguments>
 void launch(Kernel kernel, int order, dim3 blocks, dim3 threads, size_t memory, const Arguments&... arguments) {
     if (threads.x % warp || threads.y * threads.z != 1) fail("a block is not whole warps");

@@ -1,8 +1,8 @@
-// Products of matrices.
+// Matrix products.
 //
-// grid: a block for 64 × 64 entries of a result, a thread for 4 × 4 of them; 16 instead of 64 where there are no more
-// rows or columns. A block goes along k by 16, through shared memory. Where the results alone would make few blocks,
-// the sums are cut into pieces, each a result of its own, to be added in their order.
+// grid: a block for 64 × 64 entries of a result, a thread for 4 × 4 of them; 16 instead of 64 if there are at most 16
+// rows or columns. A block steps along k by 16 through shared memory. If the result alone makes too few blocks, the
+// sums are split into pieces, each with its own result, which the caller adds in their order.
 
 #include "product.h"
 
@@ -11,12 +11,13 @@ namespace {
 
 constexpr int depth_step = 16;
 
-// Of a factor, what a thread brings to shared memory: [depth_step, 16 · per], a little wider against bank conflicts.
+// A factor in shared memory, [depth_step, 16 · per] plus padding against bank conflicts, and the part that a thread
+// loads.
 template <int per, class A, class T> struct Share {
     static constexpr int width = 16 * per + 4;
     const T* x;
     Axis depth;
-    bool along_depth;  // neighbouring threads read along k, or else along the other index
+    bool along_depth;  // whether neighbouring threads read along k or along the other index
     int m, k;
     int64_t at[per];
     bool in[per];
@@ -46,7 +47,7 @@ template <int per, class A, class T> struct Share {
 };
 
 template <int per_row, int per_column, class A, class R, class O>
-__global__ void __launch_bounds__(most_threads, sizeof(A) == 8 ? 1 : 2) product_kernel(Product p) {
+__global__ void __launch_bounds__(max_threads, sizeof(A) == 8 ? 1 : 2) product_kernel(Product p) {
     using Left = Share<per_row, A, A>;
     using Right = Share<per_column, A, R>;
     struct alignas(per_row == 4 ? 16 : sizeof(A)) Rows {
@@ -95,7 +96,7 @@ template <class A, class R, class O> Status launch_product(const Product& p, con
     const auto run = [&]<int per_row, int per_column>() {
         constexpr int64_t width = Share<per_row, A, A>::width + Share<per_column, A, R>::width;
         const int64_t blocks = blocks_along(p.columns) * blocks_along(p.rows) * p.batches * p.pieces;
-        return launch(product_kernel<per_row, per_column, A, R, O>, dim3{static_cast<unsigned>(blocks)}, most_threads,
+        return launch(product_kernel<per_row, per_column, A, R, O>, dim3{static_cast<unsigned>(blocks)}, max_threads,
                       depth_step * width * static_cast<int64_t>(sizeof(A)), context, p);
     };
     if (per_thread(p.rows) == 1)

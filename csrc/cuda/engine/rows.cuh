@@ -1,4 +1,4 @@
-// What is computed of the output capsules between the passes over the input capsules: a thread for each row or number.
+// Kernels for the output capsules between the passes over the input capsules: a thread for each row or number.
 #pragma once
 
 #include "../../math/squash.h"
@@ -6,7 +6,7 @@
 
 namespace capsops::cuda {
 
-// A row of numbers of storage type T, read and written in the accumulation type.
+// A row of numbers of storage type T that is read and written in the accumulation type.
 template <class T> struct Row {
     T* x;
     int64_t stride = 1;
@@ -38,7 +38,7 @@ template <class A> __global__ void multiply(const A* x, A by, A* to, int64_t siz
     for (int64_t m = first_index(); m < size; m += index_stride()) to[m] = by * x[m];
 }
 
-// to[x] = Σ over `count` rows of x [count, size], in double; more: added to what is there.
+// to[x] = Σ over `count` rows of x [count, size], in double. more: adds to the numbers in `to`.
 template <class X, class A>
 __global__ void add_rows(const X* x, int64_t count, int64_t stride, int64_t size, A* to, bool more) {
     for (int64_t m = first_index(); m < size; m += index_stride()) {
@@ -57,7 +57,7 @@ template <class A> __global__ void add_to_total(const A* x, int64_t count, int64
     }
 }
 
-// more: added to what is there.
+// more: adds to the numbers in `to`.
 template <class From, class To> __global__ void copy_numbers(const From* from, To* to, int64_t size, bool more) {
     for (int64_t m = first_index(); m < size; m += index_stride()) {
         const From before = more ? static_cast<From>(static_cast<Accumulation<To>>(to[m])) : From(0);

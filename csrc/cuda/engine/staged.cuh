@@ -1,12 +1,12 @@
-// The loops of stream.cuh where the votes of one batch item do not fit into a block: of any size, with the votes in
-// memory. A tile of input capsules after another, all batch items of a tile together:
+// The loops for votes of which one batch item does not fit into a block: any size, with the votes in memory. Tiles of
+// input capsules are processed one after another, each for all batch items:
 //
-//   û = u W                          a product of matrices, [B, tile, J, D]
-//   reduce   s += Σ_i c û            with the couplings that the policy makes of û
-//   emit     g_u = g_û Wᵀ;  g_W = Σ_b uᵀ g_û      with the gradient that the policy makes of û
+//   û = u W                                      a matrix product, [B, tile, J, D]
+//   reduce   s += Σ_i c û                        with the couplings that the policy computes from û
+//   emit     g_u = g_û Wᵀ;  g_W = Σ_b uᵀ g_û     with the gradient that the policy computes from û
 //
-// The tile has as many capsules as `limits` allow, from the shape alone. What is summed over all capsules is
-// summed in pieces of a tile, and these in their order, in double.
+// `limits` sets the number of capsules of a tile, from the shape alone. Sums over all capsules are made of the pieces
+// of each tile, added in their order, in double.
 //
 // Masked pairs have votes of 0.
 #pragma once
@@ -18,25 +18,25 @@
 
 namespace capsops::cuda {
 
-// Input capsules first … first + count − 1. A pair is b · count + i.
+// The input capsules first … first + count − 1. The pair of batch item b and capsule first + i has index b · count + i.
 template <class A> struct StagedVotes {
     const uint8_t* mask;  // [B, N], or null
     int64_t B, N, K, J, D, first, count;
     A* u;      // [B, count, K]; 0 where masked
     A* votes;  // [B, count, J, D]
 
-    // numbers: of a pair.
+    // numbers: of memory for each pair.
     StagedVotes(const Capsules& c, int64_t numbers) : mask(c.mask), B(c.B), N(c.N), K(c.K), J(c.J), D(c.D), first(0) {
         const int64_t bytes = at_least(B * numbers * static_cast<int64_t>(sizeof(A)), 1);
         count = at_least(at_most(limits.tile / bytes, N), 1);
     }
     __host__ __device__ int64_t pairs() const { return B * count; }
-    // In [B, N].
+    // The index of a pair in [B, N].
     __device__ int64_t of_all(int64_t pair) const { return pair / count * N + first + pair % count; }
-    __device__ bool there(int64_t pair) const { return !mask || mask[of_all(pair)]; }
+    __device__ bool present(int64_t pair) const { return !mask || mask[of_all(pair)]; }
 };
 
-// What a policy makes of votes to weigh them with.
+// The couplings that a policy computes for the votes of a tile.
 template <class A> struct Couplings {
     const A* c = nullptr;      // [pairs, J], or [pairs, J, D] if elementwise; null: all are `equal`
     const A* prior = nullptr;  // [N, J], added; or null
@@ -68,12 +68,12 @@ concept StagedEmittingPolicy = requires(const P& policy, const StagedVotes<A>& t
     { policy.stage_gradient(t, scratch, g, params, pieces, context) } -> std::same_as<Status>;
 };
 
-// As many pieces of a sum as there should be, if they may take so much memory. size: numbers of a piece.
+// The number of pieces of a sum, reduced if they would take too much memory. size: numbers of a piece.
 template <class A> int64_t fitting_pieces(int64_t pieces, int64_t size) {
     return at_least(at_most(pieces, limits.pieces / at_least(size * static_cast<int64_t>(sizeof(A)), 1)), 1);
 }
 
-// A sum over all tiles. Of a tile it gets `count` rows of `size` numbers.
+// A sum over all tiles. Each tile contributes `count` rows of `size` numbers.
 template <class A> struct RunningSum {
     int64_t size, count;
     double* total;
@@ -93,19 +93,19 @@ template <class A> struct RunningSum {
     }
 };
 
-// Of x [B, N, size] the rows of the tile, to [B, count, size]; 0 where masked.
+// Copies the tile's rows of x [B, N, size] to [B, count, size]; 0 where masked.
 template <class A, class T> __global__ void stage_rows(StagedVotes<A> t, const T* x, int64_t size, A* to) {
     for (int64_t m = first_index(); m < t.pairs() * size; m += index_stride()) {
         const int64_t pair = m / size;
-        to[m] = t.there(pair) ? static_cast<A>(x[t.of_all(pair) * size + m % size]) : A(0);
+        to[m] = t.present(pair) ? static_cast<A>(x[t.of_all(pair) * size + m % size]) : A(0);
     }
 }
 
-// The capsules' matrices as factors of products over the pairs: one product for each input capsule, or, where they
-// share a matrix, one for all.
+// The matrices as factors of products over the pairs: a product for each input capsule or, if they share a matrix, one
+// for all.
 template <class T> struct Matrices {
     using A = Accumulation<T>;
-    int64_t batches, rows, row, batch;  // row, batch: pairs from a row, or product, to the next
+    int64_t batches, rows, row, batch;  // row, batch: pairs from one row, one product, to the next
     int64_t K, JD;
     const T* weight;
     int64_t weight_stride;
@@ -136,7 +136,7 @@ template <class T> struct Matrices {
                 .depth = K,
                 .batches = batches};
     }
-    // to: pieces of [B, tile, K], `piece` apart.
+    // to: pieces of [B, tile, K], `piece` numbers apart.
     Product capsule_gradients(const A* g, A* to, int64_t pieces, int64_t piece) const {
         return {.left = {g, {row * JD}, {1}, batch * JD},
                 .right = {weight, {JD}, {1}, weight_stride},
@@ -153,7 +153,7 @@ template <class T> struct Matrices {
                 .batches = batches,
                 .pieces = pieces};
     }
-    // to: as the matrices; or pieces of a shared one.
+    // to: as the matrices, or pieces of the gradient of a shared matrix.
     Product weight_gradients(const A* u, const A* g, void* to, Dtype type, int64_t pieces, bool more) const {
         return {.left = {u, {1}, {row * K}, batch * K},
                 .right = {g, {1}, {row * JD}, batch * JD},
@@ -173,7 +173,7 @@ template <class T> struct Matrices {
     }
 };
 
-// g_u of a tile, from its pieces.
+// Adds up the pieces of g_u of a tile.
 template <class A, class T>
 __global__ void write_capsule_gradients(StagedVotes<A> t, const A* sums, int64_t pieces, int64_t piece, T* g_u,
                                         bool more) {
@@ -181,12 +181,12 @@ __global__ void write_capsule_gradients(StagedVotes<A> t, const A* sums, int64_t
         const int64_t pair = x / t.K;
         T& to = g_u[t.of_all(pair) * t.K + x % t.K];
         double sum = more ? static_cast<double>(static_cast<A>(to)) : 0;
-        for (int64_t m = 0; m < pieces && t.there(pair); ++m) sum += static_cast<double>(sums[m * piece + x]);
+        for (int64_t m = 0; m < pieces && t.present(pair); ++m) sum += static_cast<double>(sums[m * piece + x]);
         to = static_cast<T>(static_cast<A>(sum));
     }
 }
 
-// sums [count, B, J, D] = Σ_i c û over each of `count` runs of the tile's capsules.
+// sums [count, B, J, D] = Σ_i c û, over each of `count` runs of the tile's capsules.
 template <class A> __global__ void weigh_votes(StagedVotes<A> t, Couplings<A> c, int64_t count, A* sums) {
     const int64_t JD = t.J * t.D, size = t.B * JD, run = ceil_div(t.count, count);
     for (int64_t x = first_index(); x < count * size; x += index_stride()) {
@@ -195,7 +195,7 @@ template <class A> __global__ void weigh_votes(StagedVotes<A> t, Couplings<A> c,
         A sum = 0;
         for (int64_t i = begin; i < end; ++i) {
             const int64_t pair = b * t.count + i;
-            if (!t.there(pair)) continue;
+            if (!t.present(pair)) continue;
             sum += (c.elementwise ? c.c[pair * JD + jd] : c.of(t, pair, j)) * t.votes[pair * JD + jd];
         }
         sums[x] = sum;
@@ -204,7 +204,7 @@ template <class A> __global__ void weigh_votes(StagedVotes<A> t, Couplings<A> c,
 
 // ---- the loops ---------------------------------------------------------------------------------------------
 
-// Calls step() for every tile, with its capsules in t.u and, if wanted, its votes. w: the memory of a tile.
+// Calls step() for every tile, after computing t.u and, if wanted, t.votes. w: the memory of a tile.
 template <class T, class Step>
 Status for_tiles(const Capsules& c, StagedVotes<Accumulation<T>>& t, const Workspace& w, bool wants_votes, Step step) {
     using A = Accumulation<T>;
@@ -224,7 +224,7 @@ Status reduce_staged(const Capsules& c, const Policy& policy, Workspace& whole, 
     using A = Accumulation<T>;
     const int64_t JD = c.J * c.D, own = policy.staged_numbers(c.J, c.D);
     StagedVotes<A> t(c, c.K + JD + own);
-    // Some ten thousand threads, and no short run.
+    // Enough runs for some ten thousand threads, but no short run.
     const int64_t runs = at_least(at_most((int64_t{1} << 16) / at_least(c.B * JD, 1), t.count / 16), 1);
     Workspace w(&whole);
     RunningSum<A> sum(w, c.B * JD, runs);

@@ -1,16 +1,16 @@
-// The streaming loops on a GPU, as csrc/cpu/engine/stream.h has them on a CPU:
+// The loops over the input capsules on a GPU, as csrc/cpu/engine/stream.h has them on a CPU:
 //
 //   reduce   out[b] = Σ_i policy(û_bi)
 //   emit     g_u,bi = g_û,bi W_iᵀ;  g_W,i = Σ_b u_biᵀ g_û,bi
 //
-// A thread has one batch item, one output capsule and `width` components of its vote in registers; a longer vote has
-// several threads, its parts. The threads of a tile of the batch make a team; a block is several teams, each with an
-// input capsule of its own, and strides through a run of capsules. The threads of a team read the same matrix at the
-// same time, so that it crosses the memory bus once a pass for the whole tile.
+// A thread has one batch item, one output capsule and `width` components of its vote in registers; a longer vote is
+// split into parts, one for each of several threads. The threads of one tile of the batch form a team. A block consists
+// of several teams, each with its own input capsule, and strides through a run of capsules. The threads of a team read
+// the same matrix at the same time, so that it is loaded once in a pass for the whole tile.
 //
-// grid: runs of capsules, and in reduce also tiles of the batch; emit goes through the tiles one after another, for it
-// sums g_W over them. Every block has partial sums of its own, which are added in the order of the blocks, in double:
-// no atomics, and bitwise the same from run to run.
+// grid: runs of capsules; in reduce also tiles of the batch. In emit a block loops over the tiles, because it sums g_W
+// over them. Every block has its own partial sums, which are added in the order of the blocks, in double: no atomics,
+// and bitwise the same results in every run.
 //
 // What distinguishes the routings is in policies: ReducingPolicy and EmittingPolicy below. All threads of a block call
 // the functions of a policy together, because they exchange numbers through shared memory. If the votes of one batch
@@ -21,22 +21,22 @@
 
 namespace capsops::cuda {
 
-// Numbers of u that a thread loads at once, and with them their rows of W: more would not leave it enough registers.
+// Numbers of u that a thread loads at once, with their rows of W. More would take too many registers.
 constexpr int u_piece = 2;
 
-// The capsules, cut into tiles and runs. From the shape alone, so that sums have one order.
+// How the capsules are divided into tiles and runs. Depends on the shape alone, so that sums have one order.
 template <class T, int width> struct Tiling {
     const T* u;           // [B, N, K]
     const T* weight;      // [N, K, J, D], or [K, J, D] if weight_stride is 0
     const uint8_t* mask;  // [B, N], or null
     int64_t B, N, K, J, D, weight_stride;
-    bool aligned, aligned_u;  // rows of W are whole aligned pieces of 16 bytes, and those of u of u_piece numbers
-    int parts, row;           // threads of a vote, and of the votes of one batch item
+    bool aligned, aligned_u;  // whether rows of W can be read by 16 bytes, and rows of u by u_piece numbers
+    int parts, row;           // threads for a vote, and for the votes of one batch item
     int items, tiles, team;   // batch items of a tile; tiles; threads of a team
     int teams, threads;
     int64_t run = 0, runs = 0;  // capsules of a block; blocks
 
-    // numbers: of the accumulation type, in shared memory, of one thread.
+    // numbers: that each thread has in shared memory, of the accumulation type.
     Tiling(const Capsules& c, int64_t numbers)
         : u(static_cast<const T*>(c.u)),
           weight(static_cast<const T*>(c.weight)),
@@ -49,63 +49,63 @@ template <class T, int width> struct Tiling {
           weight_stride(c.weight_stride),
           aligned(c.D % width == 0 && reinterpret_cast<uintptr_t>(c.weight) % 16 == 0),
           aligned_u(c.K % u_piece == 0 && reinterpret_cast<uintptr_t>(c.u) % 16 == 0),
-          parts(static_cast<int>(at_most(ceil_div(D, width), most_threads + 1))),
-          row(static_cast<int>(at_most(at_least(J * parts, 1), most_threads + 1))) {
+          parts(static_cast<int>(at_most(ceil_div(D, width), max_threads + 1))),
+          row(static_cast<int>(at_most(at_least(J * parts, 1), max_threads + 1))) {
         const int64_t bytes = numbers * static_cast<int64_t>(sizeof(Accumulation<T>));
-        const int64_t fitting = at_most(most_threads, (shared_bytes / bytes - 1) / warp_size * warp_size);
-        // A grid has no more along y. Of a larger batch the tiles do not fit.
-        constexpr int64_t most_tiles = 65535;
-        tiles = static_cast<int>(at_most(at_least(ceil_div(B, at_least(fitting / row, 1)), 1), most_tiles));
+        const int64_t fitting = at_most(max_threads, (shared_bytes / bytes - 1) / warp_size * warp_size);
+        // The limit of a grid along y. A larger batch has tiles that do not fit.
+        constexpr int64_t max_tiles = 65535;
+        tiles = static_cast<int>(at_most(at_least(ceil_div(B, at_least(fitting / row, 1)), 1), max_tiles));
         items = static_cast<int>(at_least(ceil_div(B, tiles), 1));
         team = items * row;
         teams = static_cast<int>(at_least(at_most(fitting / team, N), 1));
         threads = whole_warps(static_cast<int64_t>(teams) * team);
     }
-    // into runs. bytes: what a block leaves to be added up.
+    // Divides the capsules into runs. bytes: the partial sums of a block.
     void cut(int64_t bytes) {
-        constexpr int64_t most_runs = 512, least_steps = 4;
-        const int64_t fitting = at_least(at_most(limits.sums / at_least(bytes, 1), most_runs), 1);
-        run = ceil_div(at_least(ceil_div(N, fitting), at_most(least_steps * teams, N)), teams) * teams;
+        constexpr int64_t max_runs = 512, min_steps = 4;
+        const int64_t fitting = at_least(at_most(limits.sums / at_least(bytes, 1), max_runs), 1);
+        run = ceil_div(at_least(ceil_div(N, fitting), at_most(min_steps * teams, N)), teams) * teams;
         runs = ceil_div(N, at_least(run, 1));
     }
 
     __host__ __device__ bool shared_weight() const { return weight_stride == 0; }
-    // Whether one batch item's votes fit into a block.
-    bool fits(int64_t numbers) const { return threads <= most_threads && bytes(numbers) <= shared_bytes; }
+    // Whether the votes of one batch item fit into a block.
+    bool fits(int64_t numbers) const { return threads <= max_threads && bytes(numbers) <= shared_bytes; }
     int64_t bytes(int64_t numbers) const {
         return numbers * (threads + 1) * static_cast<int64_t>(sizeof(Accumulation<T>));
     }
 };
 
-// Where a thread is.
+// The position of a thread in the work, and its access to shared memory.
 template <class A, int width> struct ThreadPosition {
     int64_t i = 0, b, j;  // its input capsule, batch item and output capsule
-    int part, parts;      // of the vote: components part · width … part · width + count − 1
+    int part, parts;      // it has the components part · width … part · width + count − 1
     int count;
-    bool in_run = false;    // whether there is such a capsule in the block's run, and such a batch item
-    bool there = false;     // and the pair is not masked
-    bool in_warp;           // whether the threads of a batch item are in one warp
-    int item, items, tile;  // batch item of the tile, items of a tile, tile
+    bool in_run = false;    // whether the capsule is in the block's run and the batch item exists
+    bool present = false;   // the same, and the pair is not masked
+    bool in_warp;           // whether all threads of a batch item are in one warp
+    int item, items, tile;  // batch item in the tile, items of a tile, tile
     int64_t N, J, D;
-    int slot, row;  // its place in the block, and that of the first thread of its batch item and team
+    int slot, row;  // index in the block: of this thread, of the first thread of its batch item and team
     int row_size;   // threads of a batch item
-    A* memory;      // [numbers, threads + 1]: one more, so that the numbers of a thread lie in different banks
+    A* memory;      // [numbers, threads + 1]: + 1 against bank conflicts between the numbers of a thread
 
     __device__ A& shared(int64_t number, int64_t slot_) const {
         return memory[number * (static_cast<int64_t>(blockDim.x) + 1) + slot_];
     }
-    // Number `number` of the thread that has the same part of output capsule k.
+    // Number `number` of the thread with the same part of output capsule k.
     __device__ A of(int64_t number, int64_t k) const { return shared(number, row + k * parts + part); }
-    // Its first component in [B, J, D].
+    // The index of its first component in [B, J, D].
     __device__ int64_t state() const { return (b * J + j) * D + part * width; }
 
-    // Shows numbers of this thread to the others of its batch item and team, after they have read those before.
+    // Publishes numbers to the threads of the same batch item and team, after they have read the previous ones.
     template <int n> __device__ void publish(int64_t first, const A (&x)[n]) const {
         sync();
         write(first, x);
         sync();
     }
-    // Shows them to the whole block.
+    // Publishes numbers to the whole block.
     template <int n> __device__ void publish_to_block(int64_t first, const A (&x)[n]) const {
         __syncthreads();
         write(first, x);
@@ -128,7 +128,7 @@ template <class A, int width> struct ThreadPosition {
 template <class T, int width> struct Thread {
     ThreadPosition<Accumulation<T>, width> at;
     int team;
-    bool paired;  // there is a vote for it in this tile
+    bool paired;  // whether it has a batch item in this tile
 
     __device__ explicit Thread(const Tiling<T, width>& tiling) {
         at.slot = static_cast<int>(threadIdx.x);
@@ -143,17 +143,17 @@ template <class T, int width> struct Thread {
         at.N = tiling.N, at.J = tiling.J, at.D = tiling.D;
         at.memory = reinterpret_cast<Accumulation<T>*>(shared_memory());
     }
-    // To a tile of the batch, before any of its capsules.
+    // Moves to a tile of the batch, before its capsules.
     __device__ void go_to_tile(const Tiling<T, width>& tiling, int tile) {
         at.tile = tile;
         at.b = static_cast<int64_t>(tile) * tiling.items + at.item;
-        paired = at.there = team < tiling.teams && at.b < tiling.B;
+        paired = at.present = team < tiling.teams && at.b < tiling.B;
     }
-    // To the capsules from `first` on, one for each team.
+    // Moves to the capsules from `first` on, one for each team.
     __device__ void go_to(const Tiling<T, width>& tiling, int64_t first, int64_t end) {
         at.i = first + team;
         at.in_run = paired && at.i < end;
-        at.there = at.in_run && (!tiling.mask || tiling.mask[at.b * tiling.N + at.i]);
+        at.present = at.in_run && (!tiling.mask || tiling.mask[at.b * tiling.N + at.i]);
     }
 };
 
@@ -165,7 +165,7 @@ template <class T, int size> struct alignas(size * sizeof(T)) Piece {
     __device__ Accumulation<T> operator[](int m) const { return static_cast<Accumulation<T>>(x[m]); }
 };
 
-// `count` numbers of a row of W; 0 behind.
+// Reads `count` numbers of a row of W; the others are 0.
 template <int width, class T>
 __device__ inline void read_row(const T* from, int count, bool aligned, Accumulation<T> (&to)[width]) {
     if (aligned) {
@@ -182,14 +182,14 @@ __device__ inline void read_row(const T* from, int count, bool aligned, Accumula
     }
 }
 
-// The thread's part of u_bi W_ij; 0 where there is none, and behind D.
+// The thread's part of u_bi W_ij; 0 if it has none, and beyond D.
 template <class T, int width>
 __device__ inline void make_vote(const Tiling<T, width>& tiling, const ThreadPosition<Accumulation<T>, width>& at,
                                  Accumulation<T> (&v)[width]) {
     using A = Accumulation<T>;
 #pragma unroll
     for (int d = 0; d < width; ++d) v[d] = A(0);
-    if (!at.there) return;
+    if (!at.present) return;
     const T* u = tiling.u + (at.b * tiling.N + at.i) * tiling.K;
     const T* w = tiling.weight + at.i * tiling.weight_stride + at.j * tiling.D + at.part * width;
     const int64_t JD = tiling.J * tiling.D;
@@ -212,7 +212,7 @@ __device__ inline void make_vote(const Tiling<T, width>& tiling, const ThreadPos
     }
 }
 
-// Asks for what the teams will read in the step from `first` on, so that it is in the cache by then.
+// Prefetches what the teams read in the step from `first` on.
 template <class T, int width>
 __device__ inline void ask_for(const Tiling<T, width>& tiling, const ThreadPosition<Accumulation<T>, width>& at,
                                int team, int64_t first, int64_t end) {
@@ -225,11 +225,11 @@ __device__ inline void ask_for(const Tiling<T, width>& tiling, const ThreadPosit
     for (int64_t x = threadIdx.x * line; x < bytes; x += blockDim.x * line) prefetch(from + x);
 }
 
-// The thread's part of a state [B, J, D].
+// Loads the thread's part of a state [B, J, D].
 template <class A, int width>
 __device__ inline void load(const A* x, const ThreadPosition<A, width>& at, A (&to)[width]) {
 #pragma unroll
-    for (int d = 0; d < width; ++d) to[d] = at.there && d < at.count ? x[at.state() + d] : A(0);
+    for (int d = 0; d < width; ++d) to[d] = at.present && d < at.count ? x[at.state() + d] : A(0);
 }
 
 template <int width, class A> __device__ inline A dot(const A (&x)[width], const A (&y)[width]) {
@@ -266,12 +266,12 @@ concept EmittingPolicy =
 
 // ---- reduce ------------------------------------------------------------------------------------------------
 
-// Blocks that a multiprocessor should have room for, and so how many registers a thread may take: one where its numbers
-// are double, or the policy keeps two states of the output capsules.
+// Blocks that should fit on a multiprocessor, which limits the registers of a thread: one if numbers are double or the
+// policy keeps two states of the output capsules.
 template <class A, class Registers> constexpr int blocks_of = sizeof(A) == 4 && sizeof(Registers) <= 64 ? 2 : 1;
 
 template <int width, class T, class Policy>
-__global__ void __launch_bounds__(most_threads, blocks_of<Accumulation<T>, typename Policy::Registers>)
+__global__ void __launch_bounds__(max_threads, blocks_of<Accumulation<T>, typename Policy::Registers>)
     reduce_kernel(Tiling<T, width> tiling, Policy policy, Accumulation<T>* partial /* [runs, B, J, D] */) {
     using A = Accumulation<T>;
     Thread<T, width> thread(tiling);
@@ -293,7 +293,7 @@ __global__ void __launch_bounds__(most_threads, blocks_of<Accumulation<T>, typen
         for (int d = 0; d < width; ++d) sum[d] += c[d] * v[d];
     }
     at.publish_to_block(0, sum);
-    // Over the teams.
+    // Sums over the teams.
     for (int64_t x = threadIdx.x; x < static_cast<int64_t>(tiling.items) * tiling.J * tiling.D; x += blockDim.x) {
         const int64_t item = x / (tiling.J * tiling.D), j = x / tiling.D % tiling.J, d = x % tiling.D;
         const int64_t b = static_cast<int64_t>(blockIdx.y) * tiling.items + item;
@@ -307,8 +307,8 @@ __global__ void __launch_bounds__(most_threads, blocks_of<Accumulation<T>, typen
 
 // ---- emit --------------------------------------------------------------------------------------------------
 
-// Where gradients go. sums: [K, J, D] of each team of each block, or of each block where the matrix is shared; null if
-// g_weight can take them. more: added to what is there.
+// Destinations of gradients. sums: [K, J, D] for each team of each block, or for each block if the matrix is shared;
+// null if the gradient is complete after one tile. more: adds to the numbers in u and weight.
 template <class T> struct GradientsOf {
     T* u;       // [B, N, K], or null
     T* weight;  // as the matrices, or null
@@ -320,7 +320,8 @@ template <class T> struct GradientsOf {
     }
 };
 
-// g_u,bi = g_û,bi W_iᵀ: every thread has the products of its part of a vote, which the threads of a batch item add up.
+// g_u,bi = g_û,bi W_iᵀ. Every thread computes the products of its part of a vote; the threads of a batch item add them
+// up.
 template <class T, int width>
 __device__ inline void emit_u(const Tiling<T, width>& tiling, const ThreadPosition<Accumulation<T>, width>& at,
                               const Accumulation<T> (&g)[width], int64_t first, int64_t end, const GradientsOf<T>& to) {
@@ -329,7 +330,7 @@ __device__ inline void emit_u(const Tiling<T, width>& tiling, const ThreadPositi
     const int64_t JD = tiling.J * tiling.D;
     for (int64_t k = 0; k < tiling.K; ++k) {
         A row[width], sum = 0;
-        if (at.there) {
+        if (at.present) {
             read_row(w + k * JD, at.count, tiling.aligned, row);
             sum = dot(row, g);
         }
@@ -354,8 +355,9 @@ __device__ inline void emit_u(const Tiling<T, width>& tiling, const ThreadPositi
     }
 }
 
-// g_W,i = Σ_b u_biᵀ g_û,bi of a tile of the batch. A thread has column jd of one input capsule's matrix, `rows` of its
-// K rows at a time: the same in every tile, and of a shared matrix, which is summed over the teams, in every step.
+// g_W,i = Σ_b u_biᵀ g_û,bi for a tile of the batch. A thread has column jd of one input capsule's matrix, `rows` of its
+// K rows at a time. It keeps its column in every tile and, for a shared matrix, which is summed over the teams, in
+// every step.
 template <class T, int width>
 __device__ inline void emit_weight(const Tiling<T, width>& tiling, int tile, int64_t first, int64_t begin, int64_t end,
                                    const Accumulation<T>* memory, const GradientsOf<T>& to) {
@@ -403,11 +405,10 @@ __device__ inline void emit_weight(const Tiling<T, width>& tiling, int tile, int
     }
 }
 
-// The numbers of a thread in shared memory: the gradient of its part of a vote [width], and what it gives g_u [K].
+// A thread's numbers in shared memory: the gradient of its part of a vote [width], and its contribution to g_u [K].
 template <int width, class T, class Policy>
-__global__ void __launch_bounds__(most_threads, 1)
-    emit_kernel(Tiling<T, width> tiling, Policy policy, GradientsOf<T> to,
-                Accumulation<T>* params /* [runs, param_count] */) {
+__global__ void __launch_bounds__(max_threads, 1) emit_kernel(Tiling<T, width> tiling, Policy policy, GradientsOf<T> to,
+                                                              Accumulation<T>* params /* [runs, param_count] */) {
     using A = Accumulation<T>;
     const int64_t begin = static_cast<int64_t>(blockIdx.x) * tiling.run, end = at_most(begin + tiling.run, tiling.N);
     Thread<T, width> thread(tiling);
@@ -428,7 +429,7 @@ __global__ void __launch_bounds__(most_threads, 1)
             at.publish_to_block(0, g);
             if (to.u) emit_u(tiling, at, g, first, end, to);
             if (to.weight) emit_weight(tiling, tile, first, begin, end, at.memory, to);
-            __syncthreads();  // before numbers are published that only a warp waits for
+            __syncthreads();  // before numbers are published for which only a warp waits
         }
     }
     policy.end_block(params);
@@ -436,16 +437,18 @@ __global__ void __launch_bounds__(most_threads, 1)
 
 // ---- the loops, as the operators call them -------------------------------------------------------------------
 
-// Calls function.operator()<width>(): few registers for double, and for short votes of float32.
-template <class T, class Function> inline Status for_width(int64_t D, Function function) {
-    if constexpr (sizeof(T) == 8) return function.template operator()<8>();
-    if constexpr (sizeof(T) == 4) {
-        if (D <= 8) return function.template operator()<8>();
-    }
-    if constexpr (sizeof(T) < 8) return function.template operator()<16>();
+// Calls function.operator()<storage type, width>(). The width is small for double and for short votes of float32, to
+// save registers.
+template <class Function> inline Status for_storage_and_width(const Capsules& c, Function function) {
+    return for_storage(c.dtype, [&]<class T>() {
+        if constexpr (sizeof(T) == 8) return function.template operator()<T, 8>();
+        if constexpr (sizeof(T) == 4)
+            if (c.D <= 8) return function.template operator()<T, 8>();
+        if constexpr (sizeof(T) < 8) return function.template operator()<T, 16>();
+    });
 }
 
-// out [B, J, D] = Σ_i policy(û_bi). numbers: that a thread of the policy has in shared memory.
+// out [B, J, D] = Σ_i policy(û_bi). numbers: that each thread of the policy has in shared memory.
 template <int width, class T, ReducingPolicy<T, width> Policy>
 Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspace& whole, Accumulation<T>* out) {
     using A = Accumulation<T>;
@@ -458,7 +461,7 @@ Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspac
     if (!tiling.fits(numbers)) return reduce_staged<T>(c, policy, whole, out);
     tiling.cut(size * static_cast<int64_t>(sizeof(A)));
     Workspace w(&whole);
-    // One run has the sums of all.
+    // The sums of a single run are the result.
     A* const partial = tiling.runs == 1 ? out : w.take<A>(tiling.runs * size);
     const dim3 blocks{static_cast<unsigned>(tiling.runs), static_cast<unsigned>(tiling.tiles)};
     CAPSOPS_TRY(launch(reduce_kernel<width, T, Policy>, blocks, tiling.threads, tiling.bytes(numbers), c.context,
@@ -467,7 +470,7 @@ Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspac
     return launch_over(size, add_rows<A, A>, c.context, partial, tiling.runs, size, size, out, false);
 }
 
-// The gradients where there is no vote: sums of nothing.
+// The gradients if there are no votes: 0.
 template <class T, class Add> Status emit_nothing(const Capsules& c, const CapsuleGradients& gradients, Add add) {
     const int64_t KJD = c.K * c.J * c.D;
     const auto clear = [&](void* to, int64_t size) {
@@ -479,8 +482,8 @@ template <class T, class Add> Status emit_nothing(const Capsules& c, const Capsu
     return add(static_cast<const Accumulation<T>*>(nullptr), 0);
 }
 
-// param_count: numbers that a block leaves in params [runs, param_count], which `add(params, runs)` then sums. more:
-// the gradients of u and W are added to what is there.
+// The gradients of u and W, and of parameters: each block writes its sums to params [runs, param_count], which
+// add(params, runs) adds up. more: adds to the numbers in the gradients of u and W.
 template <int width, class T, EmittingPolicy<T, width> Policy, class Add>
 Status emit(const Capsules& c, Policy policy, int64_t numbers, const CapsuleGradients& gradients, int64_t param_count,
             Workspace& whole, bool more, Add add) {

@@ -1,12 +1,12 @@
-// û_bi = u_bi W_i, written out: for inspection only, since [B, N, J, D] is what the routings avoid. Forward a thread
-// for each component of a vote.
+// The votes û_bi = u_bi W_i as a tensor. For inspection only: the routings avoid this memory, [B, N, J, D]. The forward
+// kernel has a thread for each component of a vote.
 
 #include "../engine/stream.cuh"
 
 namespace capsops::cuda {
 namespace {
 
-// Votes that were stored, with their gradients.
+// The gradient of the votes that the caller gave.
 template <class T, int width> struct StoredGradient {
     struct Registers {};
     using A = Accumulation<T>;
@@ -20,7 +20,7 @@ template <class T, int width> struct StoredGradient {
                              A (&g)[width]) const {
 #pragma unroll
         for (int d = 0; d < width; ++d)
-            g[d] = at.there && d < at.count
+            g[d] = at.present && d < at.count
                        ? static_cast<A>(g_votes[((at.b * at.N + at.i) * at.J + at.j) * at.D + at.part * width + d])
                        : A(0);
     }
@@ -56,13 +56,10 @@ Status affine_votes(const Capsules& c, void* votes) {
 }
 
 Status affine_votes_backward(const Capsules& c, const void* g_votes, void* g_u, void* g_weight) {
-    const CapsuleGradients gradients{g_u, g_weight};
-    return for_storage(c.dtype, [&]<class T>() {
-        return for_width<T>(c.D, [&]<int width>() {
-            Workspace w(c.context);
-            const StoredGradient<T, width> policy{static_cast<const T*>(g_votes)};
-            return emit<width, T>(c, policy, 0, gradients, 0, w, false, [](auto*, int64_t) { return Status::ok; });
-        });
+    return for_storage_and_width(c, [&]<class T, int width>() {
+        Workspace w(c.context);
+        const StoredGradient<T, width> policy{static_cast<const T*>(g_votes)};
+        return emit<width, T>(c, policy, 0, {g_u, g_weight}, 0, w, false, [](auto*, int64_t) { return Status::ok; });
     });
 }
 

@@ -6,55 +6,46 @@
 namespace capsops::cuda {
 
 Status sum_votes(const Capsules& c, double coupling, Workspace& w, void* out) {
-    return for_storage(c.dtype, [&]<class T>() {
-        return for_width<T>(c.D, [&]<int width>() {
-            using A = Accumulation<T>;
-            return reduce<width, T>(c, Equal<A, width>{static_cast<A>(coupling)}, 0, w, static_cast<A*>(out));
-        });
+    return for_storage_and_width(c, [&]<class T, int width>() {
+        using A = Accumulation<T>;
+        return reduce<width, T>(c, Equal<A, width>{static_cast<A>(coupling)}, 0, w, static_cast<A*>(out));
     });
 }
 
 Status sum_agreeing(const Capsules& c, const void* x, const void* prior, bool leaky, Workspace& w, void* out) {
-    return for_storage(c.dtype, [&]<class T>() {
-        return for_width<T>(c.D, [&]<int width>() {
-            using A = Accumulation<T>;
-            const Agreement<A, width, false> policy{static_cast<const A*>(x), nullptr, static_cast<const A*>(prior),
-                                                    leaky};
-            return reduce<width, T>(c, policy, 2, w, static_cast<A*>(out));
-        });
+    return for_storage_and_width(c, [&]<class T, int width>() {
+        using A = Accumulation<T>;
+        const Agreement<A, width, false> policy{static_cast<const A*>(x), nullptr, static_cast<const A*>(prior), leaky};
+        return reduce<width, T>(c, policy, 2, w, static_cast<A*>(out));
     });
 }
 
 Status sum_adjoint(const Capsules& c, const void* x, const void* y, bool leaky, Workspace& w, void* out) {
-    return for_storage(c.dtype, [&]<class T>() {
-        return for_width<T>(c.D, [&]<int width>() {
-            using A = Accumulation<T>;
-            const Agreement<A, width, true> policy{static_cast<const A*>(x), static_cast<const A*>(y), nullptr, leaky};
-            return reduce<width, T>(c, policy, 2, w, static_cast<A*>(out));
-        });
+    return for_storage_and_width(c, [&]<class T, int width>() {
+        using A = Accumulation<T>;
+        const Agreement<A, width, true> policy{static_cast<const A*>(x), static_cast<const A*>(y), nullptr, leaky};
+        return reduce<width, T>(c, policy, 2, w, static_cast<A*>(out));
     });
 }
 
 Status emit_agreement(const Capsules& c, const AgreementTerms& terms, const CapsuleGradients& gradients, Workspace& w) {
-    return for_storage(c.dtype, [&]<class T>() {
-        return for_width<T>(c.D, [&]<int width>() {
-            using A = Accumulation<T>;
-            const AgreementGradient<A, width> policy{.x = static_cast<const A*>(terms.x),
-                                                     .g = static_cast<const A*>(terms.g),
-                                                     .size = c.B * c.J * c.D,
-                                                     .iterations = terms.iterations,
-                                                     .equal_first = terms.equal_first,
-                                                     .leaky = terms.leaky,
-                                                     .detach = terms.detach,
-                                                     .equal = equal_coupling<A>(c.J, terms.leaky),
-                                                     .prior = static_cast<const A*>(terms.prior),
-                                                     .rest = static_cast<const A*>(terms.rest),
-                                                     .g_prior = static_cast<A*>(terms.g_prior)};
-            return emit<width, T>(c, policy, 2, gradients, 0, w, terms.more, [&](const auto*, int64_t runs) {
-                // Without votes nobody has written it.
-                if (!terms.g_prior || runs > 0) return Status::ok;
-                return launch_over(c.N * c.J, write_zeros<A>, c.context, static_cast<A*>(terms.g_prior), c.N * c.J);
-            });
+    return for_storage_and_width(c, [&]<class T, int width>() {
+        using A = Accumulation<T>;
+        const AgreementGradient<A, width> policy{.x = static_cast<const A*>(terms.x),
+                                                 .g = static_cast<const A*>(terms.g),
+                                                 .size = c.B * c.J * c.D,
+                                                 .iterations = terms.iterations,
+                                                 .equal_first = terms.equal_first,
+                                                 .leaky = terms.leaky,
+                                                 .detach = terms.detach,
+                                                 .equal = equal_coupling<A>(c.J, terms.leaky),
+                                                 .prior = static_cast<const A*>(terms.prior),
+                                                 .rest = static_cast<const A*>(terms.rest),
+                                                 .g_prior = static_cast<A*>(terms.g_prior)};
+        return emit<width, T>(c, policy, 2, gradients, 0, w, terms.more, [&](const auto*, int64_t runs) {
+            // Without votes, no kernel has written it.
+            if (!terms.g_prior || runs > 0) return Status::ok;
+            return launch_over(c.N * c.J, write_zeros<A>, c.context, static_cast<A*>(terms.g_prior), c.N * c.J);
         });
     });
 }

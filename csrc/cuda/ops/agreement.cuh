@@ -1,4 +1,5 @@
-// The policies of dynamic and self-attention routing: one coupling for all components of a vote.
+// The policies of dynamic and self-attention routing: one coupling for all components of a vote. The threads of a batch
+// item and input capsule have its output capsules.
 #pragma once
 
 #include "../../math/softmax.h"
@@ -7,8 +8,8 @@
 
 namespace capsops::cuda {
 
-// Of the logits of a batch item, number 0 in shared memory, and if wanted the gradients e of its couplings, number 1;
-// both summed over the parts of a vote.
+// The softmax over the output capsules of a batch item. The logits are number 0 in shared memory; number 1 is e, the
+// gradient of the couplings, if wanted. Both are summed over the parts of a vote.
 template <class A, int width> struct RowSoftmax {
     const ThreadPosition<A, width>& at;
     A largest, inverse, mean = 0;  // mean: Σ_k c_k e_k
@@ -55,7 +56,7 @@ template <class A, int width> struct Equal {
     }
 };
 
-// c = softmax_j(û · x) + prior, or from behind δ = c (e − Σ_k c_k e_k) with e = û · y.
+// c = softmax_j(û · x) + prior; or, if adjoint, δ = c (e − Σ_k c_k e_k) with e = û · y.
 template <class A, int width, bool adjoint> struct Agreement {
     struct Registers {
         A x[width], y[width];
@@ -74,7 +75,7 @@ template <class A, int width, bool adjoint> struct Agreement {
         const A dots[2] = {dot(v, own.x), adjoint ? dot(v, own.y) : A(0)};
         at.publish(0, dots);
         A weight = 0;
-        if (at.there) {
+        if (at.present) {
             const RowSoftmax<A, width> softmax(at, leaky, adjoint);
             weight = adjoint ? softmax.gradient() : softmax.coupling();
             if (prior) weight += prior[at.i * at.J + at.j];
@@ -101,7 +102,7 @@ template <class A, int width> struct AgreementGradient {
     const A* g;    // [iterations, B, J, D], the gradients of the sums
     int64_t size;  // of one iteration
     int64_t iterations;
-    bool equal_first;  // whether the couplings of the first of them are equal
+    bool equal_first;  // whether the first iteration has equal couplings
     bool leaky, detach;
     A equal;
     const A* prior = nullptr;  // [N, J], or null
@@ -130,7 +131,7 @@ template <class A, int width> struct AgreementGradient {
                     __syncthreads();
                 }
                 c = 0;
-                if (at.there) {
+                if (at.present) {
                     const RowSoftmax<A, width> softmax(at, leaky, !detach);
                     c = softmax.coupling();
                     if (!detach) delta = softmax.gradient();
@@ -168,7 +169,7 @@ template <class A, int width> struct AgreementGradient {
     }
 
   private:
-    // g_prior = Σ_b e, by the thread of the first item of each tile.
+    // g_prior = Σ_b e, computed by the threads of the first item of each tile.
     __device__ void add_up(const ThreadPosition<A, width>& at) const {
         if (at.item > 0 || at.part > 0 || !at.in_run) return;
         A sum = 0;

@@ -1,5 +1,5 @@
-// The passes over the input capsules that dynamic and self-attention routing are made of, compiled once for both.
-// Pointers are to numbers of the accumulation type of the capsules.
+// The passes over the input capsules that dynamic and self-attention routing share. Pointers are to numbers of the
+// accumulation type.
 #pragma once
 
 #include "../engine/device.h"
@@ -21,15 +21,15 @@ Status sum_adjoint(const Capsules& c,
                    const void* y,  // [B, J, D]
                    bool leaky, Workspace& w, void* out);
 
-// The gradient of the votes, Σ_t [c^t g^t + δ^t x^t] over iterations, and where it leads.
+// The gradient of the votes, Σ_t [c^t g^t + δ^t x^t] over iterations, and of u, W and prior.
 struct AgreementTerms {
     const void* x;  // [iterations, B, J, D], the states of the logits
     const void* g;  // [iterations, B, J, D], the gradients of the sums
     int64_t iterations;
-    bool equal_first;  // whether the couplings of the first of these iterations are equal
+    bool equal_first;  // whether the first of these iterations has equal couplings
     bool leaky;
-    bool detach;                  // δ is left out
-    bool more = false;            // the gradients of u and W are added to what is there
+    bool detach;                  // leaves out δ
+    bool more = false;            // adds to the numbers in the gradients of u and W
     const void* prior = nullptr;  // [N, J], or null
     const void* rest = nullptr;   // [B, J, D], added to the gradient of the votes; or null
     void* g_prior = nullptr;      // [N, J], or null

@@ -6,14 +6,15 @@
 
 namespace capsops::cuda {
 
-// The numbers of one component, of all output capsules.
+// The numbers of one component for all output capsules.
 template <class A> struct Component {
     A* x;
     int64_t stride;
     __device__ A& operator[](int64_t j) const { return x[j * stride]; }
 };
 
-// c = softmax_j(z), in place; with g_s instead g = c g_s in place of z, and dz. A thread for each component.
+// In place: z becomes c = softmax_j(z) or, with g_s, the gradient c g_s; then dz is written too. A thread for each
+// component.
 template <class A>
 __global__ void couple_components(StagedVotes<A> t, A* z, const A* g_s /* [B, J, D], or null */, A* dz) {
     for (int64_t x = first_index(); x < t.pairs() * t.D; x += index_stride()) {
@@ -23,14 +24,14 @@ __global__ void couple_components(StagedVotes<A> t, A* z, const A* g_s /* [B, J,
         if (!g_s) continue;
         const Component<A> e{dz + own, t.D}, v{t.votes + own, t.D};
         const Component<const A> g{g_s + pair / t.count * t.J * t.D + d, t.D};
-        const bool there = t.there(pair);
-        for (int64_t j = 0; j < t.J; ++j) e[j] = there ? g[j] * v[j] : A(0);
+        const bool present = t.present(pair);
+        for (int64_t j = 0; j < t.J; ++j) e[j] = present ? g[j] * v[j] : A(0);
         softmax_backward(c, e, t.J);
-        for (int64_t j = 0; j < t.J; ++j) c[j] = there ? c[j] * g[j] : A(0);
+        for (int64_t j = 0; j < t.J; ++j) c[j] = present ? c[j] * g[j] : A(0);
     }
 }
 
-// out [pairs, J, D] = weight û, or weightᵀ û added to it: the 1×1 convolution over the output capsules.
+// out [pairs, J, D] = weight û, or out += weightᵀ û if transposed: the 1×1 convolution over the output capsules.
 template <class A> Product mix_capsules(const StagedVotes<A>& t, const A* weight, bool transposed, const A* x, A* out) {
     const Axis components{1, t.D, t.J * t.D};
     return {.left = {weight, {transposed ? 1 : t.J}, {transposed ? t.J : 1}},
@@ -46,7 +47,7 @@ template <class A> Product mix_capsules(const StagedVotes<A>& t, const A* weight
             .add = transposed};
 }
 
-// out, pieces of [J, columns]: Σ over pairs and components of dz_k û_j, or of dz_k if û is null.
+// out, in pieces of [J, columns]: Σ over pairs and components of dz_k û_j, or of dz_k if votes is null.
 template <class A>
 Product mixing_gradient(const StagedVotes<A>& t, const A* dz, const A* votes, A* out, int64_t pieces, int64_t piece) {
     const Axis components{1, t.D, t.J * t.D};
@@ -65,10 +66,10 @@ Product mixing_gradient(const StagedVotes<A>& t, const A* dz, const A* votes, A*
             .pieces = pieces};
 }
 
-// z_k = Σ_j A_kj û_j + a_k and c = softmax_k(z), for every component by itself (CardioCaps, eq. 4). In shared memory:
-// the votes [width], then z, or what else the threads of a batch item exchange [width].
+// z_k = Σ_j A_kj û_j + a_k and c = softmax_k(z), for each component by itself (CardioCaps, eq. 4). In shared memory:
+// the votes [width], then z or other numbers that the threads of a batch item exchange [width].
 template <class A, int width> struct Attention {
-    // Of two output capsules, j and k: z_k − z_j = own û_j + other û_k + constant, and a softmax of two needs no more.
+    // For two output capsules j and k: z_k − z_j = own û_j + other û_k + constant determines the softmax.
     struct Registers {
         A own, other, constant;
     };
@@ -92,16 +93,16 @@ template <class A, int width> struct Attention {
             return;
         }
 #pragma unroll
-        for (int d = 0; d < width; ++d) c[d] = at.there && bias ? bias[at.j] : A(0);
+        for (int d = 0; d < width; ++d) c[d] = at.present && bias ? bias[at.j] : A(0);
 #pragma unroll 1
-        for (int64_t k = 0; at.there && k < at.J; ++k) {
+        for (int64_t k = 0; at.present && k < at.J; ++k) {
             const A a = weight[at.j * at.J + k];
 #pragma unroll
             for (int d = 0; d < width; ++d) c[d] += a * at.of(d, k);
         }
         at.publish(width, c);
-        if (!at.there) return;
-        // c_j = 1 / Σ_k e^(z_k − z_j): without the largest, for `exponential` has a bound.
+        if (!at.present) return;
+        // c_j = 1 / Σ_k e^(z_k − z_j). Needs no maximum, because `exponential` is bounded.
         A sum[width];
 #pragma unroll
         for (int d = 0; d < width; ++d) sum[d] = A(0);
@@ -120,7 +121,7 @@ template <class A, int width> struct Attention {
         c.c = scratch, c.elementwise = true;
         return stage(t, scratch, nullptr, nullptr, context);
     }
-    // The couplings, or with g_s the gradients c g_s of the weighted votes, and dz.
+    // Computes the couplings c; or, with g_s, the gradients c g_s of the weighted votes, and dz.
     Status stage(const StagedVotes<A>& t, A* c, const A* g_s, A* dz, const ExecutionContext& context) const {
         Product z = mix_capsules<A>(t, weight, false, t.votes, c);
         z.bias = bias;
@@ -129,17 +130,18 @@ template <class A, int width> struct Attention {
     }
 };
 
-// dz_k = c_k (q_k − Σ_j c_j q_j) with q = g_s û;  g_û,j = c_j g_s,j + Σ_k A_kj dz_k;  g_A,kj = Σ dz_k û_j;  g_a,k = Σ
-// dz_k. In shared memory, behind what Attention has: g_A and g_a of this thread [J + 1].
+// dz_k = c_k (q_k − Σ_j c_j q_j) with q = g_s û;   g_û,j = c_j g_s,j + Σ_k A_kj dz_k
+// g_A,kj = Σ dz_k û_j;   g_a,k = Σ dz_k
+// In shared memory, behind the numbers of Attention: this thread's g_A and g_a [J + 1].
 template <class A, int width> struct AttentionGradient {
     struct Registers {
         typename Attention<A, width>::Registers attention;
-        A g_s[width], other[width];  // other: of two output capsules, g_s of the other
+        A g_s[width], other[width];  // other: g_s of the other one of two output capsules
     };
     Attention<A, width> attention;
     const A* g_s;  // [B, J, D]
     bool wants_params;
-    int64_t J, params_at;  // where the gradients of the parameters begin in shared memory
+    int64_t J, params_at;  // params_at: the first number of g_A and g_a in shared memory
     int rows = 0, parts = 0;
 
     void cut(int rows_, int parts_) { rows = rows_, parts = parts_; }
@@ -165,8 +167,8 @@ template <class A, int width> struct AttentionGradient {
             for (int d = 0; d < width; ++d) {
                 const A other = at.of(d, 1 - at.j);
                 const A difference = own.g_s[d] * v[d] - own.other[d] * other;
-                dz[d] = at.there ? c[d] * (A(1) - c[d]) * difference : A(0);
-                g[d] = at.there ? c[d] * own.g_s[d] - own.attention.own * dz[d] : A(0);
+                dz[d] = at.present ? c[d] * (A(1) - c[d]) * difference : A(0);
+                g[d] = at.present ? c[d] * own.g_s[d] - own.attention.own * dz[d] : A(0);
                 own_product += dz[d] * v[d];
                 other_product += dz[d] * other;
                 sum += dz[d];
@@ -180,7 +182,7 @@ template <class A, int width> struct AttentionGradient {
         }
 #pragma unroll
         for (int d = 0; d < width; ++d) {
-            if (!at.there) c[d] = A(0);
+            if (!at.present) c[d] = A(0);
             g[d] = c[d] * own.g_s[d];
             dz[d] = g[d] * v[d];
         }
@@ -189,14 +191,14 @@ template <class A, int width> struct AttentionGradient {
 #pragma unroll
         for (int d = 0; d < width; ++d) mean[d] = A(0);
 #pragma unroll 1
-        for (int64_t k = 0; at.there && k < at.J; ++k) {
+        for (int64_t k = 0; at.present && k < at.J; ++k) {
 #pragma unroll
             for (int d = 0; d < width; ++d) mean[d] += at.of(width + d, k);
         }
 #pragma unroll
         for (int d = 0; d < width; ++d) dz[d] -= c[d] * mean[d];
         at.publish(width, dz);
-        if (!at.there) return;
+        if (!at.present) return;
 #pragma unroll 1
         for (int64_t k = 0; k < at.J; ++k) {
             const A a = attention.weight[k * at.J + at.j];

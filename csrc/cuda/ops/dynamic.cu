@@ -1,10 +1,8 @@
-// Routing by agreement (Sabour et al. 2017, procedure 1): one pass over u and W an iteration. Between the passes only
-// V, the sum of the output capsules so far, is kept; the logits are recomputed from it. Saves s of every iteration,
-// [iterations, B, J, D].
+// Routing by agreement (Sabour et al. 2017, procedure 1); the steps are those of csrc/cpu/ops/dynamic.cpp. One pass
+// over u and W for each iteration. s of every iteration is saved, [iterations, B, J, D].
 //
-// The gradient of routing by agreement; the steps are those of csrc/cpu/ops/dynamic.cpp. With detached
-// logits one emitting pass; with the full gradient R − 1 reducing passes before it. Of so many iterations that their
-// states would take much memory a group at a time is emitted, the last ones first.
+// The gradient with detached logits is one emitting pass; the full gradient has R − 1 reducing passes before it. If the
+// states of all iterations would take too much memory, groups of iterations are emitted, the last ones first.
 
 #include "../../math/softmax.h"
 #include "../engine/rows.cuh"
@@ -13,7 +11,7 @@
 namespace capsops::cuda {
 namespace {
 
-// s += bias; v = squash(s); V (+)= v: a thread for each output capsule.
+// s += bias; v = squash(s); V (+)= v. A thread for each output capsule.
 template <class A>
 __global__ void finish_iteration(A* s, const A* bias, A* v, A* V, int64_t rows, int64_t J, int64_t D, bool first) {
     for (int64_t r = first_index(); r < rows; r += index_stride()) {
@@ -27,10 +25,9 @@ __global__ void finish_iteration(A* s, const A* bias, A* v, A* V, int64_t rows, 
 }  // namespace
 
 Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, bool leaky, void* v, void* s) {
-    if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const int64_t rows = c.B * c.J, size = rows * c.D;
-        if (size == 0) iterations = 1;  // of nothing
+        if (size == 0) iterations = 1;  // nothing to compute
         Workspace w(c.context);
         A* V = w.take<A>(size);
         for (int64_t t = 0; t < iterations; ++t) {
@@ -46,12 +43,12 @@ Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, 
 
 namespace {
 
-// Of the iterations begin … end − 1: V, the sums of v over all iterations before each; and of the last of them g_s, the
-// gradient of s, if g_v is there. A thread for each output capsule.
+// For the iterations begin … end − 1: V, the sum of v over all iterations before each of them. If g_v is not null, also
+// g_s of the last one, the gradient of its s. A thread for each output capsule.
 template <class A>
 __global__ void states(const A* s, const A* g_v, A* V, A* g_s, int64_t rows, int64_t D, int64_t begin, int64_t end) {
     const int64_t size = rows * D;
-    A* const v = g_s;  // no gradient is there yet
+    A* const v = g_s;  // scratch memory: g_s is written later
     for (int64_t r = first_index(); r < rows; r += index_stride()) {
         const int64_t row = r * D;
         for (int64_t d = 0; d < D; ++d) V[row + d] = A(0);
@@ -81,14 +78,13 @@ __global__ void earlier_gradient(const A* H, A* g_V, const A* s, A* g_s, int64_t
 Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leaky, bool detach, const void* s_,
                                 const void* g_v, void* g_u, void* g_weight, void* g_bias) {
     const CapsuleGradients gradients{g_u, g_weight};
-    if (iterations < 1) return Status::invalid_argument;
     return for_accumulation(c.dtype, [&]<class A>() {
         const int64_t rows = c.B * c.J, size = rows * c.D;
-        if (size == 0) iterations = 1;  // of nothing
+        if (size == 0) iterations = 1;  // nothing to compute
         const int64_t last = iterations - 1;
         const A* s = static_cast<const A*>(s_);
         const int64_t bytes = 2 * size * static_cast<int64_t>(sizeof(A));
-        const int64_t fitting = at_least(limits.states / at_least(bytes, 1), limits.least_iterations);
+        const int64_t fitting = at_least(limits.states / at_least(bytes, 1), limits.min_iterations);
         const int64_t group = detach ? 1 : at_most(iterations, fitting);
         Workspace w(c.context);
         A* V = w.take<A>(group * size);

@@ -1,12 +1,12 @@
-// Primary capsules: squash, and the change from the convolution's layout to [B, N, K], in one pass over memory each
-// way. A thread for each capsule, neighbouring capsules in neighbouring threads.
+// Primary capsules: squash, and the change from the convolution's layout to [B, N, K], in one pass over memory in each
+// direction. A thread for each capsule, neighbouring capsules in neighbouring threads.
 
 #include "../engine/rows.cuh"
 
 namespace capsops::cuda {
 namespace {
 
-// Where capsule n of all lies in the features.
+// The offset of capsule n in the features.
 __device__ inline int64_t offset_of(const PrimaryCapsules& p, int64_t n) {
     const int64_t row = n / p.inner;
     return row / p.outer * p.batch_stride + row % p.outer * p.outer_stride + n % p.inner * p.inner_stride;

@@ -1,8 +1,5 @@
-// Self-attention routing (Mazzia et al. 2021, Efficient-CapsNet, eq. 5 to 7), in two passes over u and W each way; the
-// steps are those of csrc/cpu/ops/self_attention.cpp.
-//
-// The gradient of self-attention routing, again in two passes: H_j = Σ_i δ_ij û_ij, and then
-// g_û = (p + prior) g_s + scale (δ T + H).
+// Self-attention routing (Mazzia et al. 2021, Efficient-CapsNet, eq. 5 to 7), in two passes over u and W in each
+// direction; the steps are those of csrc/cpu/ops/self_attention.cpp.
 
 #include "../engine/rows.cuh"
 #include "agreement.h"
@@ -24,7 +21,6 @@ Status self_attention_routing(const Capsules& c, const void* prior, double scale
 
 Status self_attention_routing_backward(const Capsules& c, const void* prior, double scale, const void* total,
                                        const void* s, const void* g_v, void* g_u, void* g_weight, void* g_prior) {
-    const CapsuleGradients gradients{g_u, g_weight};
     return for_accumulation(c.dtype, [&]<class A>() {
         const int64_t rows = c.B * c.J, size = rows * c.D;
         Workspace w(c.context);
@@ -47,7 +43,7 @@ Status self_attention_routing_backward(const Capsules& c, const void* prior, dou
                                    .prior = prior,
                                    .rest = H,
                                    .g_prior = g_prior};
-        return emit_agreement(c, terms, gradients, w);
+        return emit_agreement(c, terms, {g_u, g_weight}, w);
     });
 }
 

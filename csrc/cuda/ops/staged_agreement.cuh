@@ -1,4 +1,5 @@
-// What the policies of agreement.cuh do with votes that are in memory (staged.cuh).
+// The kernels of agreement.cuh for votes that are in memory (staged.cuh). A row of numbers is shared by several threads
+// of a block, its lanes.
 #pragma once
 
 #include "../../math/softmax.h"
@@ -12,7 +13,7 @@ constexpr int lanes_for(int64_t length) {
     return lanes;
 }
 
-// x of all lanes of the row. All threads of the block call it.
+// Combines x of all lanes of a row with `join`. All threads of the block must call it.
 template <class A, class Join> __device__ inline A over_lanes(A x, int lanes, Join join) {
     A* const memory = reinterpret_cast<A*>(shared_memory());
     const int t = static_cast<int>(threadIdx.x), first = t / lanes * lanes;
@@ -27,16 +28,17 @@ template <class A> __device__ inline A sum_over_lanes(A x, int lanes) {
     return over_lanes(x, lanes, [](A a, A b) { return a + b; });
 }
 
-// A kernel over rows, with a number of each thread in shared memory. Its last argument is the lanes.
+// Launches a kernel over rows, with one number for each thread in shared memory and the number of lanes as its last
+// argument.
 template <class A, class... P, class... Q>
 Status launch_rows(void (*kernel)(P...), int64_t rows, int64_t length, const ExecutionContext& context,
                    const Q&... arguments) {
     const int lanes = lanes_for(length);
-    return launch(kernel, blocks_for(rows * lanes), most_threads, most_threads * static_cast<int64_t>(sizeof(A)),
-                  context, arguments..., lanes);
+    return launch(kernel, blocks_for(rows * lanes), max_threads, max_threads * static_cast<int64_t>(sizeof(A)), context,
+                  arguments..., lanes);
 }
 
-// û · x, and behind it û · y: a row for each vote.
+// dots = û · x, followed by û · y if y is not null. A row for each vote.
 template <class A>
 __global__ void agreements(StagedVotes<A> t, const A* x, const A* y /* [B, J, D], or null */,
                            A* dots /* [1 or 2, pairs, J] */, int lanes) {
@@ -58,7 +60,7 @@ __global__ void agreements(StagedVotes<A> t, const A* x, const A* y /* [B, J, D]
     }
 }
 
-// softmax and softmax_backward of math/softmax.h, in place: a row for each pair.
+// softmax and softmax_backward of math/softmax.h, in place. A row for each pair.
 template <class A>
 __global__ void couple_rows(A* z, A* e /* [pairs, J]; e may be null */, int64_t pairs, int64_t J, bool leaky,
                             int lanes) {
@@ -84,19 +86,19 @@ __global__ void couple_rows(A* z, A* e /* [pairs, J]; e may be null */, int64_t 
     }
 }
 
-// g (+)= (c + prior) y + δ x + rest; c = equal if null, δ = 0. A row for each vote.
+// g (+)= (c + prior) y + δ x + rest, without δ if it is null. A row for each vote.
 template <class A>
 __global__ void add_agreement_gradient(StagedVotes<A> t, Couplings<A> c, const A* delta, const A* x, const A* y,
                                        const A* rest, A* g, bool add, int lanes) {
     const int64_t rows = t.pairs() * t.J;
     for (int64_t row = first_index() / lanes; row < rows; row += index_stride() / lanes) {
         const int64_t pair = row / t.J, state = (pair / t.count * t.J + row % t.J) * t.D;
-        const bool there = t.there(pair);
-        const A weight = there ? c.of(t, pair, row % t.J) : A(0), slope = there && delta ? delta[row] : A(0);
+        const bool present = t.present(pair);
+        const A weight = present ? c.of(t, pair, row % t.J) : A(0), slope = present && delta ? delta[row] : A(0);
         for (int64_t d = threadIdx.x % lanes; d < t.D; d += lanes) {
             A sum = add ? g[row * t.D + d] : A(0);
-            if (there) sum += weight * y[state + d] + (rest ? rest[state + d] : A(0));
-            if (there && delta) sum += slope * x[state + d];
+            if (present) sum += weight * y[state + d] + (rest ? rest[state + d] : A(0));
+            if (present && delta) sum += slope * x[state + d];
             g[row * t.D + d] = sum;
         }
     }
@@ -107,12 +109,12 @@ template <class A> __global__ void add_over_items(StagedVotes<A> t, const A* e, 
     for (int64_t x = first_index(); x < t.count * t.J; x += index_stride()) {
         double sum = 0;
         for (int64_t b = 0; b < t.B; ++b)
-            if (t.there(b * t.count + x / t.J)) sum += static_cast<double>(e[b * t.count * t.J + x]);
+            if (t.present(b * t.count + x / t.J)) sum += static_cast<double>(e[b * t.count * t.J + x]);
         g_prior[t.first * t.J + x] = static_cast<A>(sum);
     }
 }
 
-// Logits, and if y is there the gradients of the couplings.
+// The logits û · x, and û · y if y is not null.
 template <class A>
 Status stage_agreements(const StagedVotes<A>& t, const A* x, const A* y, A* dots, const ExecutionContext& context) {
     return launch_rows<A>(agreements<A>, t.pairs() * t.J, t.D, context, t, x, y, dots);
