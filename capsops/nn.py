@@ -10,9 +10,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from . import _ops, functional
-from .couplings import coupling_coefficients
-from .functional import LAYOUTS
+from . import functional
+from .functional import coupling_coefficients
+from .ops import em
+from .ops._checks import check_flag, check_floating, check_iterations, check_tensors, check_votes
+from .ops._declare import settle
+from .ops.primary_capsules import LAYOUTS
+from .ops.squash import SQUASH_KINDS
 
 ROUTINGS = ("attention", "dynamic", "uniform", "self-attention")
 
@@ -33,7 +37,7 @@ def _not_negative(layer: str, name: str, value: int) -> None:
 
 def _flags(layer: str, **flags: bool) -> None:
     for name, flag in flags.items():
-        _ops.check_flag(layer, name, flag)
+        check_flag(layer, name, flag)
 
 
 def _one_of(layer: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
@@ -90,14 +94,14 @@ class PrimaryCapsules(nn.Module):
         _at_least_one("PrimaryCapsules", kernel_size=kernel_size, stride=stride)
         _not_negative("PrimaryCapsules", "padding", padding)
         _one_of("PrimaryCapsules", "layout", layout, LAYOUTS)
-        _one_of("PrimaryCapsules", "squash", squash, _ops.SQUASH_KINDS)
+        _one_of("PrimaryCapsules", "squash", squash, SQUASH_KINDS)
         self.types, self.dim, self.layout, self.squash = types, dim, layout, squash
         self.conv = nn.Conv2d(in_channels, types * dim, kernel_size, stride, padding, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         layer, conv = "PrimaryCapsules", self.conv
         if not isinstance(x, torch.fx.Proxy):  # which torch.fx traces with, and which has no shape
-            _ops.check_tensors(layer, "x", 1, x)
+            check_tensors(layer, "x", 1, x)
             if x.dim() != 4 or x.shape[1] != conv.in_channels:
                 raise ValueError(
                     f"{layer}: x has shape {list(x.shape)}; expected [B, in_channels, H, W] with in_channels = "
@@ -107,7 +111,7 @@ class PrimaryCapsules(nn.Module):
             features = conv(x)
         except RuntimeError:  # which names no layer; autocast has cast what it casts
             _no_window(layer, conv.kernel_size[0], int(conv.padding[0]), *x.shape[2:])
-            _ops.check_floating(layer, "x weight", x, conv.weight)
+            check_floating(layer, "x weight", x, conv.weight)
             raise
         return functional.primary_capsules(features, self.types, layout=self.layout, squash=self.squash)
 
@@ -136,7 +140,7 @@ class _Matrices(nn.Module):
         super().__init__()
         sizes = {"in_capsules": in_capsules, "in_dim": in_dim, "out_capsules": out_capsules, "out_dim": out_dim}
         _at_least_one(layer, **sizes)
-        _ops.check_iterations(layer, iterations)
+        check_iterations(layer, iterations)
         _flags(layer, shared=shared)
         self._layer = layer
         self.in_capsules, self.in_dim, self.out_capsules, self.out_dim = in_capsules, in_dim, out_capsules, out_dim
@@ -301,10 +305,10 @@ class CapsuleLayer(_Matrices):
     def _refuse(self, u: Tensor, mask: Tensor | None) -> None:
         """Raise, in the layer's own terms, for what a routing has refused; a call that succeeds never comes here."""
         layer, names = self._layer, "u weight mask"
-        u, weight, mask = functional.settle(layer, names, 2, u, self.weight, mask)
+        u, weight, mask = settle(layer, names, 2, u, self.weight, mask)
         self._capsules("u", u, "[B, N, K]")
-        _ops.check_floating(layer, names, u, weight)
-        _ops.check_votes(layer, u, weight, mask)
+        check_floating(layer, names, u, weight)
+        check_votes(layer, u, weight, mask)
 
     def extra_repr(self) -> str:
         parts = [
@@ -383,7 +387,7 @@ class EMCapsules(_Matrices):
         _layer: str = "EMCapsules",
     ) -> None:
         super().__init__(_layer, in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype)
-        _ops.inverse_temperatures(_layer, inverse_temperature, iterations)
+        em.inverse_temperatures(_layer, inverse_temperature, iterations)
         _flags(_layer, renormalise=renormalise)
         self.inverse_temperature, self.renormalise = inverse_temperature, renormalise
         self.beta_u = nn.Parameter(torch.empty(out_capsules, device=device, dtype=dtype))
@@ -441,11 +445,9 @@ class EMCapsules(_Matrices):
     def _refuse(self, pose: Tensor, activation: Tensor, mask: Tensor | None) -> None:
         """Raise, in the layer's own terms, for what the routing has refused; a call that succeeds never comes here."""
         names = "pose activation weight beta_u beta_a mask"
-        tensors = functional.settle(
-            self._layer, names, 5, pose, activation, self.weight, self.beta_u, self.beta_a, mask
-        )
+        tensors = settle(self._layer, names, 5, pose, activation, self.weight, self.beta_u, self.beta_a, mask)
         self._capsules("pose", tensors[0], "[B, N, (P,) K]")
-        _ops.check_em(self._layer, *tensors)
+        em.check(self._layer, *tensors)
 
     def extra_repr(self) -> str:
         return (
@@ -525,7 +527,7 @@ class ConvCapsules(nn.Module):
     def _check(self, pose: Tensor, activation: Tensor | None, mask: Tensor | None) -> tuple[int, int, int]:
         """B, H' and W'."""
         em = self.routing == "em"
-        _ops.check_tensors("ConvCapsules", "pose activation mask", 1, pose, activation, mask)
+        check_tensors("ConvCapsules", "pose activation mask", 1, pose, activation, mask)
         dims, last = ((5, 6), "[B, in_types, H, W, (P,) K]") if em else ((5,), "[B, in_types, H, W, K]")
         if pose.dim() not in dims or pose.shape[1] != self.in_types or pose.shape[-1] != self.in_dim:
             raise ValueError(
@@ -551,7 +553,7 @@ class ConvCapsules(nn.Module):
     def _check_kinds(self, pose: Tensor, activation: Tensor | None, mask: Tensor | None) -> None:
         """dtypes and devices."""
         layer, names = "ConvCapsules", "pose weight activation"
-        _ops.check_floating(layer, names, *functional.settle(layer, names, 2, pose, self.capsules.weight, activation))
+        check_floating(layer, names, *settle(layer, names, 2, pose, self.capsules.weight, activation))
         if mask is not None and (mask.dtype != torch.bool or mask.device != pose.device):
             raise ValueError(
                 f"{layer}: mask is {mask.dtype} on {mask.device}; expected torch.bool (True where there is a capsule) "
@@ -612,7 +614,7 @@ def convert_weight(weight: Tensor, layout: str = "JNDK") -> Tensor:
         ValueError: a layout that is no such permutation, or a weight that does not have four dimensions. TypeError: no
             tensor.
     """
-    _ops.check_tensors("convert_weight", "weight", 1, weight)
+    check_tensors("convert_weight", "weight", 1, weight)
     if not isinstance(layout, str) or sorted(layout) != sorted("JNDK"):
         raise ValueError(f"convert_weight: layout is {layout!r}; it must be a permutation of 'JNDK'")
     shape, extra = list(weight.shape), weight.dim() - 4

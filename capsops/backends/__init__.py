@@ -1,7 +1,7 @@
 """The backends, and the choice between them.
 
 Each backend is a module with the same function names. `reference` is plain PyTorch and differentiated by it; the
-compiled ones fill the outputs of the operators in `_ops.py`. A compiled backend says by `why_not` why it cannot run an
+compiled ones fill the outputs of the operators in `capsops.ops`. A compiled backend says by `why_not` why it cannot run an
 operator on tensors of a device and dtype.
 """
 
@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import os
 import platform
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..dtypes import FLOATING
 from . import cpu, cuda, extension, triton
 
 # In the order of preference. The reference takes whatever the others refuse.
@@ -100,20 +103,71 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
         if reason is None:
             return name
         reasons.append(f"{name}: {reason}")
+    if dtype not in FLOATING:
+        return "reference"  # it checks the arguments first, and refuses this one by name
     if only:
         raise BackendError(f"the forced backend cannot run {op} here: {'; '.join(reasons)}")
     _warn_slow(op, "; ".join(reasons))
     return "reference"
 
 
+class Choice(NamedTuple):
+    """The backend that a call has chosen: it runs the operator `op` and its gradient on such tensors."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    backend: ModuleType
+
+    @staticmethod
+    def of(op: str, tensor: Tensor, name: str) -> Choice | None:
+        """The choice of the backend `name`; None for "meta", where nothing runs."""
+        return None if name == "meta" else Choice(op, tensor.device, tensor.dtype, COMPILED[name])
+
+
+class _Thread(threading.local):
+    choice: Choice | None = None
+
+
+_thread = _Thread()
+
+
+class remembered:
+    """A context in which this thread uses a choice for the operator and its gradient, instead of choosing again."""
+
+    def __init__(self, choice: Choice | None) -> None:
+        self._choice = choice
+
+    def __enter__(self) -> None:
+        self._outer, _thread.choice = _thread.choice, self._choice
+
+    def __exit__(self, *_: object) -> None:
+        _thread.choice = self._outer
+
+
+def chosen() -> Choice | None:
+    """The choice that is remembered in this thread."""
+    return _thread.choice
+
+
 def compiled(op: str, tensor: Tensor) -> ModuleType:
-    """The compiled backend for an operator on tensors like this one: the one that is forced, if it can.
+    """The compiled backend for an operator on tensors like this one.
+
+    This is the remembered one; else the one that is forced, if it can run the operator; else the first that can.
 
     Raises:
         BackendError: there is none, or `check_environment` raises it.
     """
-    check_environment()
     device, dtype = tensor.device, tensor.dtype
+    choice = _thread.choice
+    if (
+        choice is not None
+        and choice.dtype == dtype
+        and choice.device == device
+        and choice.op == op.removesuffix("_backward")
+    ):
+        return choice.backend
+    check_environment()
     only = forced()
     if only in COMPILED and COMPILED[only].why_not(op, device, dtype) is None:
         return COMPILED[only]

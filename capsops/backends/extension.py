@@ -1,6 +1,6 @@
 """The operators of the extension `capsops._C`, on the CPU and on GPUs: tensors to pointers, and a call.
 
-Every function fills the outputs that come first among its arguments; the operators in `_ops.py` have checked everything
+Every function fills the outputs that come first among its arguments; the operators in `capsops.ops` have checked everything
 else. Where it runs is where its tensors are.
 """
 

@@ -218,8 +218,11 @@ def test_primary_capsules_of_no_image(layout: str) -> None:
         (lambda: nn.PrimaryCapsules(1, -2, 4), "types is -2"),
         (lambda: nn.EMCapsules(9, 0, 3, 5), "EMCapsules: in_dim is 0"),
         (lambda: nn.EMCapsules(9, 4, 3, 5, iterations=0), "EMCapsules: iterations is 0"),
-        (lambda: nn.EMCapsules(9, 4, 3, 5, inverse_temperature=-1), "inverse_temperature is -1; it must not be"),
-        (lambda: nn.EMCapsules(9, 4, 3, 5, inverse_temperature=(1, 2)), "has 2 numbers, but iterations is 3"),
+        (
+            lambda: nn.EMCapsules(9, 4, 3, 5, inverse_temperature=-1),
+            "inverse_temperature is -1; expected nothing below 0",
+        ),
+        (lambda: nn.EMCapsules(9, 4, 3, 5, inverse_temperature=(1, 2)), "has 2 numbers; expected 3"),
         (lambda: nn.CapsuleLayer(9, 4, 3, 5, "em"), "routing is 'em'; allowed are"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5, kernel_size=0), "kernel_size is 0"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5, stride=1.5), "stride is 1.5"),
@@ -284,7 +287,7 @@ def test_bad_arguments(build, message: str) -> None:
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 5, 4).double()),
             ValueError,
-            "ConvCapsules: weight has dtype torch.float32, but pose has torch.float64",
+            "ConvCapsules: weight has dtype torch.float32; expected torch.float64, the dtype of pose",
         ),
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 5, 4), mask=torch.zeros(1, 2, 5, 5)),
@@ -313,7 +316,7 @@ def test_bad_arguments(build, message: str) -> None:
         (
             lambda: nn.PrimaryCapsules(1, 2, 4)(torch.zeros(1, 1, 20, 20).double()),
             ValueError,
-            "PrimaryCapsules: weight has dtype torch.float32, but x has torch.float64",
+            "PrimaryCapsules: weight has dtype torch.float32; expected torch.float64, the dtype of x",
         ),
         (lambda: nn.PrimaryCapsules(1, 2, 4, kernel_size=0), ValueError, "PrimaryCapsules: kernel_size is 0"),
         (lambda: nn.PrimaryCapsules(1, 2, 4, padding=-1), ValueError, "PrimaryCapsules: padding is -1"),
@@ -347,7 +350,7 @@ def test_errors_of_a_capsule_layer_name_it(routing: str, backend: str, method: s
         ((u[0],), ValueError, r"u has shape \[9, 4\]; expected \[B, N, K\] with N = 9 and K = 4"),
         ((u[:, :8],), ValueError, r"u has shape \[2, 8, 4\]; expected \[B, N, K\] with N = 9 and K = 4"),
         ((u[:, :, :3],), ValueError, r"u has shape \[2, 9, 3\]; expected \[B, N, K\] with N = 9 and K = 4"),
-        ((u.double(),), ValueError, "weight has dtype torch.float32, but u has torch.float64"),
+        ((u.double(),), ValueError, "weight has dtype torch.float32; expected torch.float64, the dtype of u"),
         ((u, torch.zeros(2, 8).bool()), ValueError, r"mask has shape \[2, 8\]"),
     ):
         with capsops.use_backend(backend), pytest.raises(error, match="^CapsuleLayer: " + message):

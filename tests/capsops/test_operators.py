@@ -120,7 +120,7 @@ def test_autocast_layers() -> None:
 
 
 def test_mixed_dtypes_without_autocast_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"weight has dtype torch.float32, but u has torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"weight has dtype torch.float32; expected torch.bfloat16, the dtype of u"):
         capsops.dynamic_routing(torch.randn(2, 3, 4).bfloat16(), torch.randn(3, 4, 2, 5))
 
 

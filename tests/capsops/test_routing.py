@@ -336,13 +336,13 @@ def test_coupling_coefficients_explain_the_output(routing: Routing, backend: str
 
 @by_routing
 def test_coupling_coefficients_in_chunks(routing: Routing, monkeypatch: pytest.MonkeyPatch) -> None:
-    from capsops import couplings
+    from capsops.ops import coupling_coefficients
 
     kind, options = _kind(routing)
     arguments = routing.arguments((2, 50, 4, 3, 5))
     arguments["u"] = arguments.pop(routing.capsules)
     whole = capsops.coupling_coefficients(kind, **arguments, **options)
-    monkeypatch.setattr(couplings, "_CHUNK", 7 * 2 * 15)
+    monkeypatch.setattr(coupling_coefficients, "_CHUNK", 7 * 2 * 15)
     torch.testing.assert_close(capsops.coupling_coefficients(kind, **arguments, **options), whole)
 
 

@@ -1,0 +1,101 @@
+"""Attention routing (CardioCaps, eq. 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..backends import reference
+from ..dtypes import accumulation_dtype
+from ._checks import Sizes, check_floating, check_gradient, check_saved, check_shape, check_vectors, check_votes
+from ._declare import Differentiable, empty_gradients, operator
+from .coupling_coefficients import Couplings, Votes, check_given, explains, widened
+
+
+def check(
+    op: str, u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None, mask: Tensor | None
+) -> Sizes:
+    """Check the arguments of attention routing and return B, N, K, J, D."""
+    check_floating(op, "u weight attn_weight attn_bias", u, weight, attn_weight, attn_bias)
+    check_vectors(op, u)
+    sizes = check_votes(op, u, weight, mask)
+    J = sizes[3]
+    check_shape(op, "attn_weight", attn_weight, "J, J", J, J)
+    if attn_bias is not None:
+        check_shape(op, "attn_bias", attn_bias, "J", J)
+    return sizes
+
+
+@operator(
+    "attention_routing(Tensor u, Tensor weight, Tensor attn_weight, Tensor? attn_bias, Tensor? mask)"
+    " -> (Tensor v, Tensor s)"
+)
+def _outputs(
+    u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    B, _, _, J, D = check("attention_routing", u, weight, attn_weight, attn_bias, mask)
+    return u.new_empty(B, J, D), u.new_empty(B, J, D, dtype=accumulation_dtype(u.dtype))
+
+
+@operator(
+    "attention_routing_backward(Tensor g_v, Tensor s, Tensor u, Tensor weight, Tensor attn_weight, Tensor? attn_bias,"
+    " Tensor? mask, bool[4] wanted)"
+    " -> (Tensor g_u, Tensor g_weight, Tensor g_attn_weight, Tensor g_attn_bias)"
+)
+def _gradients(
+    g_v: Tensor,
+    s: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    attn_weight: Tensor,
+    attn_bias: Tensor | None,
+    mask: Tensor | None,
+    wanted: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    op = "attention_routing_backward"
+    B, _, _, J, D = check(op, u, weight, attn_weight, attn_bias, mask)
+    check_gradient(op, "g_v", g_v, u, "B, J, D", B, J, D)
+    check_saved(op, "s", s, u, "B, J, D", B, J, D)
+    return empty_gradients(op, wanted, u, weight=weight, attn_weight=attn_weight, attn_bias=attn_bias)
+
+
+_attention_routing = Differentiable("attention_routing", check, results=1, batch={"u": 0, "mask": 0, "v": 0, "s": 0})
+
+
+def attention_routing(
+    u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None = None, *, mask: Tensor | None = None
+) -> Tensor:
+    """Attention routing (CardioCaps, eq. 4): v = squash(Σ_i softmax(conv(û_i)) · û_i) in one pass.
+
+    The convolution is 1×1 over the output capsules, and the softmax runs over them, both for each component d
+    separately: z_kd = Σ_j attn_weight_kj û_jd + attn_bias_k.
+
+    Args:
+        u: input capsules [B, N, K].
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+        attn_weight: [J, J].
+        attn_bias: [J].
+        mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
+
+    Returns:
+        output capsules v [B, J, D], squashed.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: wrong shapes, dtypes or devices.
+        MemoryError: no memory for the workspace (a few MB).
+    """
+    return _attention_routing(*_attention_routing.settle(u, weight, attn_weight, attn_bias, mask))
+
+
+@explains("attention")
+def _couplings(
+    op: str, votes: Votes, attn_weight: Tensor | None, attn_bias: Tensor | None, **_: Any
+) -> tuple[tuple[int, ...], Couplings]:
+    """c [B, N, J, D]."""
+    check_given(op, "attention routing", attn_weight=attn_weight)
+    B, N, _K, J, D = check(op, votes.u, votes.weight, attn_weight, attn_bias, votes.mask)  # type: ignore[arg-type]
+    mix, bias = widened(attn_weight, attn_bias)
+    return (B, N, J, D), lambda part, some: reference.attention_couplings(some, mix, bias)
