@@ -48,13 +48,20 @@ def operator(schema: str) -> Callable[[Outputs], Outputs]:
     def declare(outputs: Outputs) -> Outputs:
         def run(*args: Any) -> Tensor | tuple[Tensor, ...]:
             out = outputs(*args)
-            kernel = getattr(backends.compiled(name, args[0]), name)
-            kernel(*(out if isinstance(out, tuple) else (out,)), *args)
+            backend = backends.compiled(name, args[0])
+            inputs = dict(zip(arguments, args, strict=True))
+            results: Any = zip(returns, out if isinstance(out, tuple) else (out,), strict=True)
+            if wants:
+                results = [(n, x if want else None) for (n, x), want in zip(results, inputs.pop("wanted"), strict=True)]
+            backend.run(name, dict(results), inputs)
             return out
 
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"capsops::{name}", outputs, lib=_LIBRARY)
+        declared = _overload(name)._schema
+        arguments, returns = [a.name for a in declared.arguments], [r.name for r in declared.returns]
+        wants = arguments[-1] == "wanted"
         return outputs
 
     return declare

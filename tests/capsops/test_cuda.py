@@ -125,12 +125,12 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a launch would not fail here")
 def test_a_failed_launch_is_an_error_with_cudas_words(pretended: list[int]) -> None:
     u, weight, A = torch.randn(2, 5, 3), torch.randn(5, 3, 2, 4), torch.randn(2, 2)
-    capsules = extension._Capsules(u, weight)
+    capsules = extension.Capsules(u, weight)
     v, s = torch.zeros(2, 2, 4), torch.zeros(2, 2, 4)
     said = r"attention_routing: a kernel could not be launched \(shapes \[2, 5, 3\], \[5, 3, 2, 4\], .*\): .*CUDA"
     for _ in range(2):  # the process lives
         with pytest.raises(RuntimeError, match=said):
-            extension._run(
+            extension.call_kernel(
                 "attention_routing", _on_gpu(u, weight), capsules.struct, A.data_ptr(), 0, v.data_ptr(), s.data_ptr()
             )
     assert len(pretended) == 2
@@ -140,10 +140,10 @@ def test_a_failed_launch_is_an_error_with_cudas_words(pretended: list[int]) -> N
 @needs_kernels
 def test_no_kernel_for_matrix_poses(pretended: list[int]) -> None:
     pose, weight = torch.randn(2, 5, 4, 3), torch.randn(5, 3, 2, 4)
-    capsules = extension._Capsules(pose, weight)
-    with pytest.raises(RuntimeError, match=r"affine_votes: not supported for shapes \[2, 5, 4, 3\]"):
+    capsules = extension.Capsules(pose, weight)
+    with pytest.raises(RuntimeError, match=r"affine_votes: no kernel for shapes \[2, 5, 4, 3\]"):
         votes = torch.zeros(2, 5, 2, 4, 4)
-        extension._run("affine_votes", _on_gpu(pose, weight), capsules.struct, votes.data_ptr())
+        extension.call_kernel("affine_votes", _on_gpu(pose, weight), capsules.struct, votes.data_ptr())
 
 
 @needs_kernels

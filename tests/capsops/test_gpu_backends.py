@@ -305,14 +305,14 @@ def test_memory_of_triton(
 
     weight = zeros(*((K, J, D) if shared else (N, K, J, D)))
     v, small, prior, mix = zeros(B, J, *[rows] * bool(rows), D), zeros(J), zeros(N, J), zeros(J, J)
-    R, no, yes = iterations, False, [True] * 5
+    R, no = iterations, False
     if rows:
         u, activation, out, inverse_temperatures = zeros(B, N, rows, K), zeros(B, N), zeros(B, J), [1.0] * R
         state, floats, params = zeros(R, B, J, 3 * rows * D + 2) + 1, 2 * rows * D + 1, 0
         inputs = (u, activation, weight, small, small, None, inverse_temperatures)
         calls = [
             lambda: triton.em_routing(v, out, state, *inputs),
-            lambda: triton.em_routing_backward(u, activation, weight, small, small, v, out, state, *inputs, yes),
+            lambda: triton.em_routing_backward(u, activation, weight, small, small, v, out, state, *inputs),
         ]
     else:
         u, s, total, bias = zeros(B, N, K), zeros(R, B, J, D), zeros(B, J, D), zeros(J, D)
@@ -322,12 +322,12 @@ def test_memory_of_triton(
         own = (u, weight, prior, None, 1.0)
         calls = [
             lambda: triton.dynamic_routing(v, s, *dynamic[2:], no),
-            lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, False, yes),
-            lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, True, yes),
+            lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, False),
+            lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, True),
             lambda: triton.attention_routing(v, total, *attention),
-            lambda: triton.attention_routing_backward(u, weight, mix, small, v, total, *attention, yes[:4]),
+            lambda: triton.attention_routing_backward(u, weight, mix, small, v, total, *attention),
             lambda: triton.self_attention_routing(v, total, total, *own),
-            lambda: triton.self_attention_routing_backward(u, weight, prior, v, total, total, *own, yes[:3]),
+            lambda: triton.self_attention_routing_backward(u, weight, prior, v, total, total, *own),
         ]
     allowed = 32_000_000 + 24 * B * J * floats * dtype.itemsize + 3 * 8 * params
     assert [n for n in map(_held_at_most, calls) if n > allowed] == []

@@ -51,8 +51,8 @@ def _several(routing: Routing, count: int = 3) -> list[Arguments]:
 def _counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of the kernels that run inside, in order."""
     calls: list[str] = []
-    run = extension._run
-    monkeypatch.setattr(extension, "_run", lambda op, *args: (calls.append(op), run(op, *args))[1])
+    run = extension.call_kernel
+    monkeypatch.setattr(extension, "call_kernel", lambda op, *args: (calls.append(op), run(op, *args))[1])
     yield calls
     monkeypatch.undo()
 
