@@ -17,7 +17,7 @@ from capsops import nn
 @pytest.mark.parametrize("shared", [False, True])
 def test_capsule_layer(routing: str, bias: bool, shared: bool) -> None:
     if routing == "self-attention" and bias and shared:
-        with pytest.raises(ValueError, match="the prior of routing 'self-attention' does not; bias must be False"):
+        with pytest.raises(ValueError, match="bias is True; expected False, because shared matrices"):
             nn.CapsuleLayer(17, 4, 3, 5, routing, shared=True)
         return
     layer = nn.CapsuleLayer(17, 4, 3, 5, routing, bias=bias, shared=shared)
@@ -128,7 +128,7 @@ def test_few_output_capsules_start_as_before(size: tuple[int, int, int, int]) ->
     for routing in nn.ROUTINGS:
         if (routing, J) != ("self-attention", 10):
             layer = nn.CapsuleLayer(*size, routing, device="meta")
-            assert nn._spread(layer) == J / math.sqrt(N * D)
+            assert nn._initial_deviation(layer) == J / math.sqrt(N * D)
 
 
 @pytest.mark.parametrize("routing", nn.ROUTINGS)
@@ -203,17 +203,23 @@ def test_primary_capsules_of_no_image(layout: str) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: nn.CapsuleLayer(9, 4, 3, 5, "atention"), "routing is 'atention'; allowed are 'attention', 'dynamic'"),
+        (
+            lambda: nn.CapsuleLayer(9, 4, 3, 5, "atention"),
+            "routing is 'atention'; expected one of 'attention', ",
+        ),
         (lambda: nn.CapsuleLayer(0, 4, 3, 5), "in_capsules is 0"),
         (lambda: nn.CapsuleLayer(9, 4, 3, 5.0), "out_dim is 5.0"),
         (lambda: nn.CapsuleLayer(9, 4, 3, 5, iterations=0), "iterations is 0"),
-        (lambda: nn.CapsuleLayer(9, 4, 3, 5, "uniform", leaky=True), "leaky belongs to routing 'dynamic'"),
+        (
+            lambda: nn.CapsuleLayer(9, 4, 3, 5, "uniform", leaky=True),
+            "leaky is True; expected False",
+        ),
         (
             lambda: nn.CapsuleLayer(9, 4, 3, 5, detach=True),
-            "detach belongs to routing 'dynamic'",
+            "detach is True; expected False, because routing is 'attention'",
         ),
         (lambda: nn.PrimaryCapsules(1, 2, 4)(torch.zeros(1, 20, 20)), r"x has shape \[1, 20, 20\]; expected \[B,"),
-        (lambda: nn.PrimaryCapsules(1, 2, 4, layout="rows"), "layout is 'rows'; allowed are 'channels', 'legacy'"),
+        (lambda: nn.PrimaryCapsules(1, 2, 4, layout="rows"), "layout is 'rows'; expected one of 'channels', 'legacy'"),
         (lambda: nn.PrimaryCapsules(1, 2, 4, squash="relu"), "squash is 'relu'"),
         (lambda: nn.PrimaryCapsules(1, -2, 4), "types is -2"),
         (lambda: nn.EMCapsules(9, 0, 3, 5), "EMCapsules: in_dim is 0"),
@@ -223,22 +229,25 @@ def test_primary_capsules_of_no_image(layout: str) -> None:
             "inverse_temperature is -1; expected nothing below 0",
         ),
         (lambda: nn.EMCapsules(9, 4, 3, 5, inverse_temperature=(1, 2)), "has 2 numbers; expected 3"),
-        (lambda: nn.CapsuleLayer(9, 4, 3, 5, "em"), "routing is 'em'; allowed are"),
+        (lambda: nn.CapsuleLayer(9, 4, 3, 5, "em"), "routing is 'em'; expected one of"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5, kernel_size=0), "kernel_size is 0"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5, stride=1.5), "stride is 1.5"),
-        (lambda: nn.ConvCapsules(2, 4, 3, 5, padding=-1), "padding is -1; it must be an integer of at least 0"),
-        (lambda: nn.ConvCapsules(2, 4, 3, 5, routing="sda"), "routing is 'sda'; allowed are .* 'em'"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, padding=-1), "padding is -1; expected an integer of at least 0"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, routing="sda"), "routing is 'sda'; expected one of .* 'em'"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 4)), r"pose has shape \[1, 2, 5, 4\]; expected"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 3, 5, 5, 4)), "with in_types = 2 and K = 4"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 5, 2, 4)), r"expected \[B, in_types, H, W, K\]"),
-        (lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 2, 5, 4)), "no window of 3 × 3 fits into the grid of 2"),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 2, 5, 4)),
+            "kernel_size is 3; expected at most 2",
+        ),
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 5, 4), torch.zeros(1, 2, 5, 5)),
-            "activation is given; EM routing needs one",
+            "activation is a tensor; expected None, because routing is 'dynamic'",
         ),
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5, routing="em")(torch.zeros(1, 2, 5, 5, 4)),
-            "activation is missing; EM routing needs one",
+            "activation is None; expected a tensor, because routing is 'em'",
         ),
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5, routing="em")(torch.zeros(1, 2, 5, 5, 4), torch.zeros(1, 2, 5)),
@@ -264,12 +273,12 @@ def test_bad_arguments(build, message: str) -> None:
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5, routing="uniform", leaky=True),
             ValueError,
-            "ConvCapsules: leaky belongs to routing 'dynamic'",
+            "ConvCapsules: leaky is True; expected False",
         ),
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5, routing="self-attention", shared=True),
             ValueError,
-            "ConvCapsules: shared matrices",
+            "ConvCapsules: bias is True; expected False",
         ),
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5, routing="em", inverse_temperature=-1),
@@ -279,9 +288,9 @@ def test_bad_arguments(build, message: str) -> None:
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5, routing="em", bias=True),
             TypeError,
-            "ConvCapsules: bias is no option of routing 'em'; expected one of iterations, inverse_temperature",
+            "ConvCapsules: option is 'bias'; expected one of iterations, inverse_temperature",
         ),
-        (lambda: nn.ConvCapsules(2, 4, 3, 5, _layer="mine"), TypeError, "ConvCapsules: _layer is no option"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, _layer="mine"), TypeError, "ConvCapsules: option is '_layer'; expected"),
         # What the layer inside would refuse.
         (lambda: nn.ConvCapsules(2, 4, 3, 5)(None), TypeError, "ConvCapsules: pose is a NoneType"),
         (
@@ -311,7 +320,7 @@ def test_bad_arguments(build, message: str) -> None:
         (
             lambda: nn.PrimaryCapsules(1, 2, 4)(torch.zeros(1, 1, 8, 20)),
             ValueError,
-            "PrimaryCapsules: no window of 9 × 9 fits into the grid of 8 × 20 with padding 0",
+            "PrimaryCapsules: kernel_size is 9; expected at most 8, because the grid is 8 × 20 with padding 0",
         ),
         (
             lambda: nn.PrimaryCapsules(1, 2, 4)(torch.zeros(1, 1, 20, 20).double()),
@@ -520,7 +529,7 @@ def test_convert_weight() -> None:
 def test_convert_weight_of_one_capsule() -> None:
     assert nn.convert_weight(torch.randn(1, 1, 5, 4)).shape == (1, 4, 1, 5)
     assert nn.convert_weight(torch.randn(1, 1, 7, 5, 4)).shape == (7, 4, 1, 5)
-    with pytest.raises(ValueError, match=r"shape \[1, 7, 5, 4, 1\]; it could be read in several ways"):
+    with pytest.raises(ValueError, match=r"shape \[1, 7, 5, 4, 1\]; expected only one way to drop sizes of 1"):
         nn.convert_weight(torch.randn(1, 7, 5, 4, 1))
 
 
