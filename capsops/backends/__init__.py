@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -122,18 +121,8 @@ def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
     return "reference"
 
 
-class Choice(NamedTuple):
-    """The backend that a call has chosen: it runs the operator `op` and its gradient on such tensors."""
-
-    op: str
-    device: torch.device
-    dtype: torch.dtype
-    backend: ModuleType
-
-    @staticmethod
-    def of(op: str, tensor: Tensor, name: str) -> Choice | None:
-        """The choice of the backend `name`; None for "meta", where nothing runs."""
-        return None if name == "meta" else Choice(op, tensor.device, tensor.dtype, COMPILED[name])
+Choice = tuple[str, torch.device, torch.dtype, ModuleType]
+"""An operator, the device and dtype of its tensors, and the backend that runs it and its gradient on them."""
 
 
 class _Thread(threading.local):
@@ -143,21 +132,14 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-class remembered:
-    """A context in which this thread uses a choice for its operator and gradient, instead of choosing again."""
-
-    def __init__(self, choice: Choice | None) -> None:
-        self._choice = choice
-
-    def __enter__(self) -> None:
-        self._outer, _thread.choice = _thread.choice, self._choice
-
-    def __exit__(self, *_: object) -> None:
-        _thread.choice = self._outer
+def remember(choice: Choice | None) -> Choice | None:
+    """Let the operators that this thread calls use this choice instead of choosing again; return the choice before."""
+    before, _thread.choice = _thread.choice, choice
+    return before
 
 
-def chosen() -> Choice | None:
-    """The choice that is remembered in this thread."""
+def remembered() -> Choice | None:
+    """The choice that this thread remembers."""
     return _thread.choice
 
 
@@ -172,13 +154,8 @@ def compiled(op: str, tensor: Tensor) -> ModuleType:
     device, dtype = tensor.device, tensor.dtype
     choice = _thread.choice
     # Compared, because a torch dispatch mode may call other operators while this call runs.
-    if (
-        choice is not None
-        and choice.dtype == dtype
-        and choice.device == device
-        and choice.op == op.removesuffix("_backward")
-    ):
-        return choice.backend
+    if choice is not None and choice[:3] == (op.removesuffix("_backward"), device, dtype):
+        return choice[3]
     check_environment()
     only = forced()
     name, reasons = _first(op, device, dtype, only if only in COMPILED else None)

@@ -6,9 +6,9 @@ The operators in `capsops.ops` have checked all tensors. A kernel runs on the de
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -146,58 +146,40 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def _accumulated(x: Tensor | None) -> Tensor | None:
-    """A small operand in the accumulation dtype, contiguous."""
-    if x is None:
-        return None
-    return (x.float() if x.dtype in LOW_PRECISION else x).contiguous()
-
-
-def _scratch(out: Tensor | None) -> Tensor | None:
-    """Where a kernel writes a small output: out itself, or memory of the accumulation dtype to copy from."""
-    return out if out is None or out.dtype not in LOW_PRECISION else torch.empty_like(out, dtype=torch.float32)
-
-
 # ---- the operators -------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Row:
-    """What the kernel of an operator takes, in this order; names of tensors and options as in the operator's schema."""
+    """What the kernel of an operator takes, in this order: names of tensors and options in the operator's schema."""
 
-    u: str  # the capsules; with weight and mask they are one struct
-    small: Sequence[str]  # small operands, in the accumulation dtype
-    options: Sequence[str]  # what is no tensor
-    saved: Sequence[str]  # what forward saved and the gradients that arrive, in the accumulation dtype
-    stored: Sequence[str]  # tensors as large as the capsules, matrices or votes, in the dtype of the capsules
-    outputs: Sequence[str]  # small outputs, written in the accumulation dtype and then rounded
-
-
-def _row(
-    u: str = "u", small: str = "", options: str = "", saved: str = "", stored: str = "", outputs: str = ""
-) -> _Row:
-    return _Row(u, *(names.split() for names in (small, options, saved, stored, outputs)))
+    u: str = "u"  # the capsules; with weight and mask they are one struct
+    small: str = ""  # small operands, in the accumulation dtype
+    options: str = ""  # arguments that are not tensors
+    saved: str = ""  # what forward saved and the gradients that arrive, in the accumulation dtype
+    stored: str = ""  # tensors as large as the capsules, matrices or votes, in the dtype of the capsules
+    outputs: str = ""  # small outputs, written in the accumulation dtype and then rounded
 
 
 _ROWS = {
-    "affine_votes": _row(stored="votes"),
-    "affine_votes_backward": _row(stored="g_votes g_u g_weight"),
-    "attention_routing": _row(small="attn_weight attn_bias", outputs="v s"),
-    "attention_routing_backward": _row(
+    "affine_votes": _Row(stored="votes"),
+    "affine_votes_backward": _Row(stored="g_votes g_u g_weight"),
+    "attention_routing": _Row(small="attn_weight attn_bias", outputs="v s"),
+    "attention_routing_backward": _Row(
         small="attn_weight attn_bias", saved="s g_v", stored="g_u g_weight", outputs="g_attn_weight g_attn_bias"
     ),
-    "dynamic_routing": _row(small="bias", options="iterations leaky", outputs="v s"),
-    "dynamic_routing_backward": _row(
+    "dynamic_routing": _Row(small="bias", options="iterations leaky", outputs="v s"),
+    "dynamic_routing_backward": _Row(
         options="iterations leaky detach", saved="s g_v", stored="g_u g_weight", outputs="g_bias"
     ),
-    "self_attention_routing": _row(small="prior", options="scale", outputs="v total s"),
-    "self_attention_routing_backward": _row(
+    "self_attention_routing": _Row(small="prior", options="scale", outputs="v total s"),
+    "self_attention_routing_backward": _Row(
         small="prior", options="scale", saved="total s g_v", stored="g_u g_weight", outputs="g_prior"
     ),
-    "em_routing": _row(
+    "em_routing": _Row(
         "pose", small="activation beta_u beta_a", options="inverse_temperatures", outputs="mean activation_out state"
     ),
-    "em_routing_backward": _row(
+    "em_routing_backward": _Row(
         "pose",
         small="activation beta_u",
         options="inverse_temperatures",
@@ -208,39 +190,81 @@ _ROWS = {
 }
 
 
-def run(op: str, outputs: Mapping[str, Tensor | None], inputs: Mapping[str, Any]) -> None:
-    """Run an operator: fill its outputs, by name; None stands for a gradient that is not wanted."""
-    row = _ROWS.get(op)
-    if row is None:
-        _ON_ROWS[op](op, outputs, inputs)
+class _Plan(NamedTuple):
+    """A row, with the names replaced by positions among the outputs and arguments of the operator."""
+
+    u: int
+    weight: int
+    mask: int | None
+    g_weight: int | None
+    inputs: list[tuple[int, str]]  # the position of each, and the field of the row that names it
+    outputs: list[int]  # the small ones
+
+    @staticmethod
+    def of(row: _Row, names: Sequence[str]) -> _Plan:
+        def position(name: str) -> int | None:
+            return names.index(name) if name in names else None
+
+        inputs = [
+            (names.index(name), field)
+            for field in ("small", "options", "saved", "stored")
+            for name in getattr(row, field).split()
+        ]
+        outputs = [names.index(name) for name in row.outputs.split()]
+        weight = names.index("weight")
+        return _Plan(names.index(row.u), weight, position("mask"), position("g_weight"), inputs, outputs)
+
+
+_plans: dict[str, _Plan] = {}
+
+
+def run(op: str, names: Sequence[str], values: Sequence[Any]) -> None:
+    """Run an operator: fill its outputs.
+
+    Args:
+        op: the name of the operator.
+        names: of its outputs and then its arguments; always the same for an operator.
+        values: the outputs, None for a gradient that is not wanted, and the arguments.
+    """
+    if op not in _ROWS:
+        _ON_ROWS[op](op, **dict(zip(names, values, strict=True)))
         return
-    tensors = {**inputs, **outputs}
-    u, weight = tensors[row.u], tensors["weight"]
-    capsules = Capsules(u, weight, tensors.get("mask"), tensors.get("g_weight") is not None)
-    # These lists also keep copies alive until the kernel has run.
-    small = [_accumulated(tensors[name]) for name in row.small]
-    saved = [_accumulated(tensors[name]) for name in row.saved]
-    stored = [None if (x := tensors[name]) is None else x.contiguous() for name in row.stored]
-    written = [_scratch(tensors[name]) for name in row.outputs]
-    call_kernel(
-        op,
-        (u, weight),
-        capsules.struct,
-        *[_address(x) for x in small],
-        *[tensors[name] for name in row.options],
-        *[_address(x) for x in (*saved, *stored, *written)],
-    )
-    for name, x in zip(row.outputs, written, strict=True):
-        if x is not None and x is not tensors[name]:
-            tensors[name].copy_(x)
+    plan = _plans.get(op)
+    if plan is None:
+        plan = _plans[op] = _Plan.of(_ROWS[op], names)
+    u, weight = values[plan.u], values[plan.weight]
+    mask = None if plan.mask is None else values[plan.mask]
+    capsules = Capsules(u, weight, mask, plan.g_weight is not None and values[plan.g_weight] is not None)
+    low_precision = u.dtype in LOW_PRECISION
+    arguments, held, rounded = [], [], []
+    for position, field in plan.inputs:
+        x = values[position]
+        if x is None:
+            x = 0
+        elif field != "options":
+            if low_precision and field != "stored" and x.dtype in LOW_PRECISION:
+                x = x.float()
+            x = x.contiguous()
+            held.append(x)  # keeps a copy alive until the kernel has run
+            x = x.data_ptr()
+        arguments.append(x)
+    for position in plan.outputs:
+        x = values[position]
+        if low_precision and x is not None and x.dtype in LOW_PRECISION:
+            rounded.append((x, torch.empty_like(x, dtype=torch.float32)))
+            x = rounded[-1][1]
+        arguments.append(0 if x is None else x.data_ptr())
+    call_kernel(op, (u, weight), capsules.struct, *arguments)
+    for out, wide in rounded:
+        out.copy_(wide)
 
 
-def _squash(op: str, outputs: Mapping[str, Tensor | None], inputs: Mapping[str, Any]) -> None:
-    tensors = [x.contiguous() for x in (*inputs.values(), *outputs.values()) if isinstance(x, Tensor)]
-    s = inputs["s"]
+def _squash(op: str, kind: str, **tensors: Tensor) -> None:
+    s = tensors["s"]
     dim = s.shape[-1]
-    rows, kind = s.numel() // max(dim, 1), getattr(_C.SquashKind, inputs["kind"])
-    call_kernel(op, (s,), *[x.data_ptr() for x in tensors], rows, dim, kind, DTYPES[s.dtype])
+    rows = s.numel() // max(dim, 1)
+    operands = [tensors[name].contiguous() for name in ("g_v", "s", "v", "g_s") if name in tensors]
+    call_kernel(op, (s,), *[x.data_ptr() for x in operands], rows, dim, getattr(_C.SquashKind, kind), DTYPES[s.dtype])
 
 
 def _struct(grid: Grid, kind: str) -> Any:
@@ -248,18 +272,18 @@ def _struct(grid: Grid, kind: str) -> Any:
     return _C.PrimaryCapsules(*grid[1:-1], *grid.strides, getattr(_C.SquashKind, kind), dtype)
 
 
-def _primary_capsules(op: str, outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-    u, features = outputs["u"], inputs["features"]
-    grid = Grid.of(features, u.shape[2], inputs["legacy"])
-    call_kernel(op, (features,), _struct(grid, inputs["kind"]), grid.features.data_ptr(), u.data_ptr())
+def _primary_capsules(op: str, u: Tensor, features: Tensor, types: int, legacy: bool, kind: str) -> None:
+    grid = Grid.of(features, u.shape[2], legacy)
+    call_kernel(op, (features,), _struct(grid, kind), grid.features.data_ptr(), u.data_ptr())
 
 
-def _primary_capsules_backward(op: str, outputs: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-    g_features, g_u, features = outputs["g_features"], inputs["g_u"].contiguous(), inputs["features"]
-    grid = Grid.of(features, g_u.shape[2], inputs["legacy"])
+def _primary_capsules_backward(
+    op: str, g_features: Tensor, g_u: Tensor, features: Tensor, types: int, legacy: bool, kind: str
+) -> None:
+    g_u, grid = g_u.contiguous(), Grid.of(features, g_u.shape[2], legacy)
     target = grid.gradient(g_features)
     addresses = g_u.data_ptr(), grid.features.data_ptr(), target.data_ptr()
-    call_kernel(op, (features,), _struct(grid, inputs["kind"]), *addresses)
+    call_kernel(op, (features,), _struct(grid, kind), *addresses)
     if target is not g_features:
         g_features.copy_(target)
 

@@ -48,20 +48,20 @@ def operator(schema: str) -> Callable[[Outputs], Outputs]:
     def declare(outputs: Outputs) -> Outputs:
         def run(*args: Any) -> Tensor | tuple[Tensor, ...]:
             out = outputs(*args)
-            backend = backends.compiled(name, args[0])
-            inputs = dict(zip(arguments, args, strict=True))
-            results: Any = zip(returns, out if isinstance(out, tuple) else (out,), strict=True)
-            if wants:
-                results = [(n, x if want else None) for (n, x), want in zip(results, inputs.pop("wanted"), strict=True)]
-            backend.run(name, dict(results), inputs)
+            results: Any = out if isinstance(out, tuple) else (out,)
+            if has_wanted:
+                *args, wanted = args  # type: ignore[assignment]
+                results = [x if want else None for x, want in zip(results, wanted, strict=True)]
+            backends.compiled(name, args[0]).run(name, names, (*results, *args))
             return out
 
         _LIBRARY.define(schema)
         _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"capsops::{name}", outputs, lib=_LIBRARY)
         declared = _overload(name)._schema
-        arguments, returns = [a.name for a in declared.arguments], [r.name for r in declared.returns]
-        wants = arguments[-1] == "wanted"
+        names = [x.name for x in (*declared.returns, *declared.arguments)]
+        has_wanted = names[-1] == "wanted"
+        names = names[:-1] if has_wanted else names
         return outputs
 
     return declare
@@ -143,8 +143,12 @@ class Differentiable:
             out = self.operator(*args)  # a tracer or a transform has to see the operator
         else:
             # The short way to the autograd kernel, which remembers the backend for the gradient.
-            with backends.remembered(backends.Choice.of(self.name, first, backend)):
+            choice = None if backend == "meta" else (self.name, first.device, first.dtype, backends.COMPILED[backend])
+            outer = backends.remember(choice)
+            try:
                 out = self.autograd_kernel(None, *args)
+            finally:
+                backends.remember(outer)
         if isinstance(out, Tensor):
             return out
         return out[0] if self.results == 1 else tuple(out[: self.results])
@@ -176,7 +180,7 @@ def _register_gradient(operator: Any, tensors: int, results: int) -> Callable[..
         ctx.set_materialize_grads(False)  # otherwise the state, which may be large, gets a gradient of zeros
         ctx.save_for_backward(*state, *args[:tensors])
         ctx.options = args[tensors:]
-        ctx.chosen = backends.chosen()
+        ctx.choice = backends.remembered()
         if results > 1:
             ctx.shapes = [x.shape for x in outputs[:results]]
 
@@ -192,9 +196,12 @@ def _register_gradient(operator: Any, tensors: int, results: int) -> Callable[..
         args = (*g, *ctx.saved_tensors, *ctx.options, *last)
         if forward_ad._current_level >= 0:
             _refuse_tangents(f"{name}_backward", args)
-        with backends.remembered(ctx.chosen):
+        outer = backends.remember(ctx.choice)
+        try:
             # With create_graph the gradient's own autograd kernel is called too: it refuses to be differentiated.
             found = gradient(*args) if torch.is_grad_enabled() else _call_below_autograd(gradient, None, args)
+        finally:
+            backends.remember(outer)
         if gradients == 1:
             return (found, *no_gradients)
         return (*[x if want else None for want, x in zip(wanted, found, strict=True)], *no_gradients)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -81,9 +81,9 @@ def _has(op: str) -> bool:
     return forward in globals() and f"{forward}_backward" in globals()
 
 
-def run(op: str, outputs: Mapping[str, Tensor | None], inputs: Mapping[str, Any]) -> None:
-    """Run an operator: fill its outputs, by name; None stands for a gradient that is not wanted."""
-    globals()[op](**outputs, **inputs)
+def run(op: str, names: Sequence[str], values: Sequence[Any]) -> None:
+    """Run an operator: fill its outputs; see `extension.run`."""
+    globals()[op](**dict(zip(names, values, strict=True)))
 
 
 @cache
