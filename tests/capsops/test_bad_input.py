@@ -1,4 +1,4 @@
-"""Every operator refuses what it cannot take, and names the culprit."""
+"""Every operator refuses arguments that it cannot take, and the error names the argument."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_votes(routing: Routing, backend: str, change: dict[str, torch.Tensor], 
         change = {routing.capsules if n == "u" else n: x for n, x in change.items()}
         message = re.sub(r"\bu( has|$)", r"pose\1", message)
     arguments = {n: x.float() for n, x in routing.arguments((2, 7, 4, 3, 5)).items()}
-    if routing.em:  # vectors, as the changes are
+    if routing.em:  # vectors, because the changes are vectors
         arguments["pose"] = torch.zeros(2, 7, 4)
     with capsops.use_backend(backend), pytest.raises(ValueError, match=message):
         routing.call(**{**arguments, **change})
@@ -289,7 +289,7 @@ def test_backward_operators_check_too() -> None:
 
 @pytest.mark.parametrize("name", list(EXAMPLES))
 def test_operators_called_directly_check_every_tensor(name: str) -> None:
-    """Each tensor in turn of another shape, dtype, device or layout: refused by name, or (squash) taken as it is."""
+    """Each tensor in turn gets another shape, dtype, device or layout: it is refused by name, or is valid too."""
     operator, arguments = getattr(torch.ops.capsops, name), EXAMPLES[name]
     refused = 0
     for i, x in enumerate(arguments):
@@ -307,7 +307,7 @@ def test_operators_called_directly_check_every_tensor(name: str) -> None:
             "sparse": x.to_sparse(),
         }
         for what, other in others.items():
-            # Rows of any shape and dtype; another D, a shared weight, another B.
+            # Still valid: rows of any shape and dtype; another D, a shared weight, another B.
             free = (
                 (name in ("squash", "primary_capsules") and what not in ("integers", "sparse"))
                 or (argument == "weight" and what in ("flatter", "wider"))

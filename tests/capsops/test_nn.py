@@ -1,4 +1,4 @@
-"""The layers: shapes, layouts, initialisation, state, and that a network learns through them."""
+"""The layers: shapes, layouts, initialisation, state; networks learn through them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_capsule_layer(routing: str, bias: bool, shared: bool) -> None:
     v.square().sum().backward()
     for name, p in layer.named_parameters():
         assert p.grad is not None, name
-        # A bias common to all couplings would have none; these have.
+        # A bias that is common to all couplings would have no gradient; these biases have one.
         assert p.grad.abs().max() > 0, name
     mask = torch.ones(2, 17, dtype=torch.bool)
     mask[0, :5] = False
@@ -54,7 +54,7 @@ def _start(layer: nn.CapsuleLayer, u: torch.Tensor) -> tuple[float, torch.Tensor
     v = layer(u)
     if layer.routing != "dynamic":
         return layer.coupling_coefficients(u).amax(dim=2).mean().item(), v.norm(dim=-1)
-    # The logits are û · V with V the sum of the output capsules of the iterations before: no need of all the votes.
+    # The logits are û · V, with V the sum of the output capsules of the iterations before: a part of the votes will do.
     V = torch.zeros_like(v)
     for t in range(1, layer.iterations):
         V += capsops.dynamic_routing(u, layer.weight, t)
@@ -88,7 +88,7 @@ STARTS = [
         (routing, *sizes)
         for routing in ("attention", "dynamic", "self-attention")
         for sizes in STARTS
-        # The couplings of all input capsules would otherwise take half a minute.
+        # The couplings of all input capsules of the larger ones would take half a minute.
         if routing == "dynamic" or sizes[0] * sizes[2] < 300_000
     ],
 )
@@ -103,7 +103,7 @@ def test_initial_couplings_are_soft_and_lengths_in_range(
         largest, lengths = _start(layer, directions * length)
         assert largest < (0.6 if J == 2 else 0.3)
         assert shortest < lengths.median() < 0.95
-        assert lengths.quantile(0.1) > shortest / 10  # no capsule is lost
+        assert lengths.quantile(0.1) > shortest / 10  # no capsule vanishes
         if length == 1:
             assert largest * J > 1.0001  # the routing has begun to choose
 
@@ -123,7 +123,7 @@ def test_initial_logits_of_any_number_of_iterations(iterations: int) -> None:
     "size", [(1152, 8, 10, 16), (460_800, 8, 2, 16), (16, 8, 2, 16), (512, 8, 2, 16), (512, 4, 2, 8)]
 )
 def test_few_output_capsules_start_as_before(size: tuple[int, int, int, int]) -> None:
-    """Those that trained networks of this repository have: σ = J / √(N D)."""
+    """The networks that this repository has trained have σ = J / √(N D)."""
     N, _, J, D = size
     for routing in nn.ROUTINGS:
         if (routing, J) != ("self-attention", 10):
@@ -140,7 +140,7 @@ def test_state_dict_round_trip(routing: str, tmp_path: Path) -> None:
     assert torch.equal(layer(u), other(u))
 
 
-def test_repr_says_what_it_is() -> None:
+def test_repr() -> None:
     text = repr(nn.CapsuleLayer(9, 4, 3, 5, "dynamic", iterations=2, bias=False, leaky=True))
     for part in (
         "in_capsules=9",
@@ -184,8 +184,8 @@ def test_primary_capsules_legacy() -> None:
 
 
 @pytest.mark.parametrize("routing", nn.ROUTINGS)
-def test_layers_without_memory_say_what_comes_out(routing: str) -> None:
-    """On the device "meta", where autocast is unknown."""
+def test_layers_on_meta_compute_shapes(routing: str) -> None:
+    """On the device "meta", which autocast does not know."""
     with torch.device("meta"):
         u = nn.PrimaryCapsules(3, types=2, dim=4, kernel_size=3, stride=2)(torch.zeros(2, 3, 9, 17))
         assert u.shape == (2, 64, 4)
@@ -267,7 +267,7 @@ def test_bad_arguments(build, message: str) -> None:
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        # Options of the layer that routes inside.
+        # Options of the inner layer, which routes.
         (lambda: nn.ConvCapsules(2, 4, 3, 5, iterations=0), ValueError, "ConvCapsules: iterations is 0"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5, leaky="yes"), ValueError, "ConvCapsules: leaky is 'yes'"),
         (
@@ -291,7 +291,7 @@ def test_bad_arguments(build, message: str) -> None:
             "ConvCapsules: option is 'bias'; expected one of iterations, inverse_temperature",
         ),
         (lambda: nn.ConvCapsules(2, 4, 3, 5, _layer="mine"), TypeError, "ConvCapsules: option is '_layer'; expected"),
-        # What the layer inside would refuse.
+        # Inputs that the inner layer would refuse.
         (lambda: nn.ConvCapsules(2, 4, 3, 5)(None), TypeError, "ConvCapsules: pose is a NoneType"),
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 5, 4).double()),
@@ -310,7 +310,7 @@ def test_bad_arguments(build, message: str) -> None:
             ValueError,
             "ConvCapsules: activation has dtype torch.float16",
         ),
-        # What functions and torch's convolution would refuse.
+        # Inputs that the functions and torch's convolution would refuse.
         (lambda: nn.PrimaryCapsules(1, 2, 4)(None), TypeError, "PrimaryCapsules: x is a NoneType"),
         (
             lambda: nn.PrimaryCapsules(1, 2, 4)(torch.zeros(1, 2, 20, 20)),
@@ -395,7 +395,7 @@ def test_em_capsules_keep_the_scale_of_the_pose() -> None:
 
 
 def _unfolded(layer: nn.ConvCapsules, pose: torch.Tensor, activation: torch.Tensor | None, mask: torch.Tensor) -> list:
-    """Position by position: the capsules of the window, gathered one by one, and an ordinary routing of those alone."""
+    """The same layer, position by position: gather the capsules of the window one by one and route only those."""
     B, types, height, width = pose.shape[:4]
     k, stride, padding = layer.kernel_size, layer.stride, layer.padding
     items = []
@@ -471,7 +471,7 @@ def test_conv_capsules(
 
 
 def test_conv_capsules_beyond_the_padding() -> None:
-    """A window of nothing but padding has no capsule: 0, and no gradient."""
+    """A window that lies in the padding has no capsule: it gives 0 and no gradient."""
     layer = nn.ConvCapsules(2, 3, 4, 5, kernel_size=1, padding=1, bias=False)
     pose = torch.randn(2, 2, 3, 3, 3, requires_grad=True)
     v = layer(pose)
@@ -491,7 +491,7 @@ def test_conv_capsules_of_no_image(routing: str) -> None:
 
 
 def test_conv_capsules_hold_no_votes() -> None:
-    """Of all tensors that a training step makes, none is as large as the votes."""
+    """No tensor that a training step creates is as large as the votes."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -557,7 +557,7 @@ def test_a_network_learns(routing: str) -> None:
 
 
 def test_a_network_of_em_capsules_learns() -> None:
-    """The same through poses and activations: a convolutional layer of capsules and one that sees all of them."""
+    """The same with poses and activations: a convolutional capsule layer, then one that is connected to all of them."""
     torch.manual_seed(1)
     grid = nn.ConvCapsules(2, 2, 3, 2, kernel_size=2, routing="em", iterations=2, inverse_temperature=0.05)
     top = nn.EMCapsules(4 * 3, 2, 2, 2, iterations=2, inverse_temperature=0.05)
