@@ -87,7 +87,7 @@ def forced() -> str | None:
 
 def _first(op: str, device: torch.device, dtype: torch.dtype, only: str | None) -> tuple[str | None, list[str]]:
     """The first compiled backend that can run an operator, and why those before it cannot; only: ask no other one."""
-    reasons = []
+    reasons: list[str] = []
     for name, module in COMPILED.items():
         if only not in (None, name):
             continue

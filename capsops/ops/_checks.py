@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..dtypes import FLOATING, accumulation_dtype
+from ..dtypes import FLOATING
 
 Sizes = tuple[int, int, int, int, int]
 """B, N, K, J, D."""
@@ -131,17 +131,3 @@ def check_choice(op: str, name: str, value: str, allowed: Sequence[str]) -> None
     """Require one of the allowed strings."""
     if value not in allowed:
         fail(op, f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")
-
-
-def check_gradient(op: str, name: str, g: Tensor, u: Tensor, axes: str, *sizes: int) -> None:
-    """Check a gradient that backward receives: [*sizes], with the dtype and device of u."""
-    check_floating(op, f"u {name}", u, g)
-    check_shape(op, name, g, axes, *sizes)
-
-
-def check_saved(op: str, name: str, x: Tensor, u: Tensor, axes: str, *sizes: int) -> None:
-    """Check a tensor that forward saved: [*sizes], in the accumulation dtype of u."""
-    check_shape(op, name, x, axes, *sizes)
-    dtype = accumulation_dtype(u.dtype)
-    if x.dtype != dtype or x.device != u.device or x.layout != torch.strided:
-        fail(op, f"{name} is {x.dtype} on {x.device}, {x.layout}; expected {dtype} on {u.device}, {torch.strided}")

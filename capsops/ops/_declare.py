@@ -1,9 +1,8 @@
 """How an operator is declared, called, differentiated and batched.
 
-`operator` registers a schema with torch's dispatcher. `Differentiable` gives the operator `name` its gradient, the
-operator `name_backward`, which has none itself, and lets `torch.func.vmap` take both; the public function of `name`
-calls it. Every call of `torch.ops.capsops.name` has the gradient: from the public function, from a graph that was
-exported or traced, and inside a transform of `torch.func`.
+`Differentiable` registers the operator `name` and its gradient, the operator `name_backward`, with torch's dispatcher,
+and lets `torch.func.vmap` take both. The public function of `name` calls it. Every call of `torch.ops.capsops.name` has
+a gradient: from the public function, from a graph that was exported or traced, and in a transform of `torch.func`.
 
 `torch.library.register_autograd` would be the usual way, but a call through it takes more than 25 µs longer, its
 forward-mode derivative is silently 0, and `torch.func.grad` refuses it. The autograd kernel here works like those of
@@ -25,58 +24,54 @@ from torch.jit._trace import is_tracing
 from .. import backends, memory
 from ..backends import reference
 from ..dtypes import LOW_PRECISION
-from ._checks import check_tensors, fail
+from ._checks import check_floating, check_shape, check_tensors, fail
 
 _LIBRARY = torch.library.Library("capsops", "DEF")
 
 _USE_REFERENCE = '`with capsops.use_backend("reference"):` around the forward pass allows it'
 
-Outputs = Callable[..., "Tensor | tuple[Tensor, ...]"]
+Output = tuple[str, Sequence[int], torch.dtype]
+"""An output of an operator: the names of its axes, for messages, its shape and its dtype."""
 
 BatchAxes = Mapping[str, int] | None
 """The axis of B in each tensor of an operator, by name; a tensor that is not named has no B. The gradient g_x has the
 axis of x. None stands for an operator on rows: all axes of its tensors but the last are batch axes."""
 
 
-def operator(schema: str) -> Callable[[Outputs], Outputs]:
-    """Declare the operator `schema`; the decorated function checks its arguments and allocates its outputs.
+def _define(schema: str, outputs: Callable[..., tuple[Tensor, ...]]) -> Any:
+    """Define an operator and return it.
 
-    Where the last argument is called "wanted", it says which outputs, all of them gradients, a backend computes.
+    Args:
+        schema: as torch.library takes it. Where the last argument is called "wanted", it says which outputs, all of
+            them gradients, a backend computes.
+        outputs: checks the arguments and allocates the outputs. On real tensors a backend then fills these; for fake
+            tensors it is the shape rule that torch.compile and torch.export use.
     """
     name = schema[: schema.index("(")]
 
-    def declare(outputs: Outputs) -> Outputs:
-        def run(*args: Any) -> Tensor | tuple[Tensor, ...]:
-            out = outputs(*args)
-            results: Any = out if isinstance(out, tuple) else (out,)
-            if has_wanted:
-                *args, wanted = args  # type: ignore[assignment]
-                results = [x if want else None for x, want in zip(results, wanted, strict=True)]
-            backends.compiled(name, args[0]).run(name, names, (*results, *args))
-            return out
+    def allocate(*args: Any) -> Tensor | tuple[Tensor, ...]:
+        out = outputs(*args)
+        return out if several else out[0]
 
-        _LIBRARY.define(schema)
-        _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"capsops::{name}", outputs, lib=_LIBRARY)
-        declared = _overload(name)._schema
-        names = [x.name for x in (*declared.returns, *declared.arguments)]
-        has_wanted = names[-1] == "wanted"
-        names = names[:-1] if has_wanted else names
-        return outputs
+    def run(*args: Any) -> Tensor | tuple[Tensor, ...]:
+        out = outputs(*args)
+        filled: Sequence[Tensor | None] = out
+        if has_wanted:
+            *args, wanted = args  # type: ignore[assignment]
+            filled = [x if want else None for x, want in zip(out, wanted, strict=True)]
+        backends.compiled(name, args[0]).run(name, names, (*filled, *args))
+        return out if several else out[0]
 
-    return declare
-
-
-def empty_gradients(op: str, wanted: Sequence[bool], first: Tensor, **others: Tensor | None) -> tuple[Tensor, ...]:
-    """Allocate the gradients of these tensors that are wanted; a tensor without elements stands for each other one."""
-    if len(wanted) != 1 + len(others):
-        fail(op, f"wanted has {len(wanted)} values; expected {1 + len(others)}, one for each gradient")
-    gradients = [memory.empty_like(first) if wanted[0] else first.new_empty(0)]
-    for (name, x), want in zip(others.items(), wanted[1:], strict=True):
-        if want and x is None:
-            fail(op, f"{name} is None; expected a tensor, because wanted asks for its gradient")
-        gradients.append(memory.empty_like(x) if want and x is not None else first.new_empty(0))
-    return tuple(gradients)
+    _LIBRARY.define(schema)
+    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"capsops::{name}", allocate, lib=_LIBRARY)
+    overload = getattr(torch.ops.capsops, name).default
+    declared = overload._schema
+    several = len(declared.returns) > 1
+    names = [x.name for x in (*declared.returns, *declared.arguments)]
+    has_wanted = names[-1] == "wanted"
+    names = names[:-1] if has_wanted else names
+    return overload
 
 
 def float32(x: Tensor) -> torch.autocast:
@@ -98,30 +93,70 @@ def settle(op: str, names: str, required: int, *tensors: Any) -> tuple[Any, ...]
 
 
 class Differentiable:
-    """An operator with its gradient and batch rules; both `name` and `name_backward` are declared.
-
-    name_backward takes, in this order: the gradients of the first `results` outputs of name; the other outputs of
-    name, which are saved for it and have no gradient; the arguments of name, the tensors first; and, where it returns
-    several gradients, a list of those that are wanted.
+    """An operator `name`, with its gradient, the operator `name_backward`, and batch rules for both.
 
     Args:
-        name: of the operator, and of its function in `backends.reference`.
-        check: `check(op, *arguments)` raises ValueError for arguments that the operator refuses.
+        schema: of name. There is a function of this name, with these arguments, in `backends.reference`.
+        gradient_schema: of name_backward. It takes, in this order: the gradients of the results; the other outputs of
+            name, which are saved for it and have no gradient; the arguments of name, the tensors first; and, where it
+            returns several gradients, "bool[n] wanted". It returns gradients of the first arguments.
+        outputs: `outputs(op, *arguments)` checks the arguments of name and returns the `Output`s.
         results: how many outputs users get.
         batch: see `BatchAxes`.
+        empty_gradient: allocates the gradient of an argument.
     """
 
-    def __init__(self, name: str, check: Callable[..., object], results: int, batch: BatchAxes) -> None:
-        self.name, self.check, self.results = name, check, results
-        self.operator = _overload(name)
+    def __init__(
+        self,
+        schema: str,
+        gradient_schema: str,
+        outputs: Callable[..., Sequence[Output]],
+        *,
+        results: int = 1,
+        batch: BatchAxes,
+        empty_gradient: Callable[[Tensor], Tensor] = memory.empty_like,
+    ) -> None:
+        self.name, self.check, self.results = schema[: schema.index("(")], outputs, results
+        name = self.name
+
+        def allocate(*args: Any) -> tuple[Tensor, ...]:
+            first: Tensor = args[0]
+            return tuple([first.new_empty(shape, dtype=dtype) for _, shape, dtype in outputs(name, *args)])
+
+        self.operator = _define(schema, allocate)
         arguments = self.operator._schema.arguments
         tensors = [a for a in arguments if "Tensor" in str(a.type)]
         self.names = " ".join(a.name for a in tensors)
         self.required = len([a for a in tensors if str(a.type) == "Tensor"])
-        self.tensors = len(tensors)
-        self.autograd_kernel = _register_gradient(self.operator, self.tensors, results)
-        _register_batch_rule(name, batch)
-        _register_batch_rule(f"{name}_backward", batch)
+
+        def allocate_gradients(*args: Any) -> tuple[Tensor, ...]:
+            op, given, wanted = f"{name}_backward", args[count:], [True]
+            if gradients > 1:
+                *given, wanted = given  # type: ignore[assignment]
+            expected, first = outputs(op, *given), given[0]
+            for i, (x, (axes, shape, dtype)) in enumerate(zip(args, expected, strict=False)):
+                if i < results:
+                    check_floating(op, f"{tensors[0].name} {received[i]}", first, x)
+                check_shape(op, received[i], x, axes, *shape)
+                if i >= results and (x.dtype != dtype or x.device != first.device or x.layout != torch.strided):
+                    found = f"{x.dtype} on {x.device}, {x.layout}"
+                    fail(op, f"{received[i]} is {found}; expected {dtype} on {first.device}, {torch.strided}")
+            if len(wanted) != gradients:
+                fail(op, f"wanted has {len(wanted)} values; expected {gradients}, one for each gradient")
+            for argument, x, want in zip(tensors, given, wanted, strict=False):
+                if want and x is None:
+                    fail(op, f"{argument.name} is None; expected a tensor, because wanted asks for its gradient")
+            # A tensor without elements stands for a gradient that is not wanted.
+            return tuple(
+                [empty_gradient(x) if want else first.new_empty(0) for x, want in zip(given, wanted, strict=False)]
+            )
+
+        gradient = _define(gradient_schema, allocate_gradients)
+        count, gradients = len(self.operator._schema.returns), len(gradient._schema.returns)
+        received = [a.name for a in gradient._schema.arguments[:count]]
+        self.autograd_kernel = _register_gradient(self.operator, gradient, len(tensors), results)
+        _register_batch_rule(self.operator, batch)
+        _register_batch_rule(gradient, batch)
 
     def settle(self, *tensors: Any) -> tuple[Any, ...]:
         """Check that all are tensors, or None where that is allowed, and apply the autocast rule; see `settle`."""
@@ -159,17 +194,16 @@ def _for_other_programs() -> bool:
     return is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
 
 
-def _overload(name: str) -> Any:
-    return getattr(torch.ops.capsops, name).default
-
-
 # ---- autograd ------------------------------------------------------------------------------------
 
 
-def _register_gradient(operator: Any, tensors: int, results: int) -> Callable[..., Any]:
+def _name(operator: Any) -> str:
+    return operator._schema.name.removeprefix("capsops::")
+
+
+def _register_gradient(operator: Any, gradient: Any, tensors: int, results: int) -> Callable[..., Any]:
     """Give an operator whose first arguments are `tensors` tensors its gradient; return its autograd kernel."""
-    name = operator._schema.name.removeprefix("capsops::")
-    gradient = _overload(f"{name}_backward")
+    name = _name(operator)
     gradients = len(gradient._schema.returns)
     no_gradients = [None] * (len(operator._schema.arguments) - gradients)
 
@@ -215,8 +249,8 @@ def _register_gradient(operator: Any, tensors: int, results: int) -> Callable[..
             f"grad); {_USE_REFERENCE}"
         )
 
-    _register_autograd(gradient, f"{name}_backward", save_nothing, refuse_second_derivative)
-    return _register_autograd(operator, name, save, backward)
+    _register_autograd(gradient, save_nothing, refuse_second_derivative)
+    return _register_autograd(operator, save, backward)
 
 
 def _call_below_autograd(operator: Any, keys: Any, args: Sequence[Any]) -> Any:
@@ -229,7 +263,6 @@ def _call_below_autograd(operator: Any, keys: Any, args: Sequence[Any]) -> Any:
 
 def _register_autograd(
     operator: Any,
-    name: str,
     save: Callable[[Any, Sequence[Any], Any], None],
     backward: Callable[..., Sequence[Tensor | None]],
 ) -> Callable[..., Any]:
@@ -242,6 +275,7 @@ def _register_autograd(
     Returns:
         The autograd kernel, `call(keys, *args)`; keys as in `_call_below_autograd`.
     """
+    name = _name(operator)
 
     def forward(ctx: Any, keys: Any, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active():
@@ -289,13 +323,12 @@ def _refuse_tangents(name: str, args: Sequence[Any]) -> None:
 # ---- batch rules ---------------------------------------------------------------------------------
 
 
-def _register_batch_rule(name: str, batch: BatchAxes) -> None:
+def _register_batch_rule(operator: Any, batch: BatchAxes) -> None:
     """Let `torch.func.vmap` take an operator: in one call if B can hold the new batch, else in one call for each item.
 
     B cannot hold it where a tensor without B (a weight, for example) differs from item to item, nor where the gradient
     of such a tensor is wanted, which is a sum over B.
     """
-    operator = _overload(name)
     arguments = [a.name for a in operator._schema.arguments]
     returns = [r.name for r in operator._schema.returns]
 
@@ -330,7 +363,7 @@ def _register_batch_rule(name: str, batch: BatchAxes) -> None:
         ]
         return (tuple(outputs), tuple(axes)) if isinstance(out, tuple) else (outputs[0], axes[0])
 
-    torch.library.register_vmap(f"capsops::{name}", rule, lib=_LIBRARY)
+    torch.library.register_vmap(operator._schema.name, rule, lib=_LIBRARY)
 
 
 def _expanded(x: Tensor, axis: int, size: int) -> Tensor:

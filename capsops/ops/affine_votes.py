@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import Tensor
 
-from ._checks import Sizes, check_floating, check_gradient, check_vectors, check_votes
-from ._declare import Differentiable, empty_gradients, operator
+from ._checks import check_floating, check_vectors, check_votes
+from ._declare import Differentiable, Output
 
 
-def check(op: str, u: Tensor, weight: Tensor) -> Sizes:
-    """Check the arguments of affine_votes and return B, N, K, J, D."""
+def _outputs(op: str, u: Tensor, weight: Tensor) -> list[Output]:
     check_floating(op, "u weight", u, weight)
     check_vectors(op, u)
-    return check_votes(op, u, weight)
+    B, N, _, J, D = check_votes(op, u, weight)
+    return [("B, N, J, D", (B, N, J, D), u.dtype)]
 
 
-@operator("affine_votes(Tensor u, Tensor weight) -> Tensor votes")
-def _outputs(u: Tensor, weight: Tensor) -> Tensor:
-    B, N, _, J, D = check("affine_votes", u, weight)
-    return u.new_empty(B, N, J, D)
-
-
-@operator(
-    "affine_votes_backward(Tensor g_votes, Tensor u, Tensor weight, bool[2] wanted) -> (Tensor g_u, Tensor g_weight)"
+_affine_votes = Differentiable(
+    "affine_votes(Tensor u, Tensor weight) -> Tensor votes",
+    "affine_votes_backward(Tensor g_votes, Tensor u, Tensor weight, bool[2] wanted) -> (Tensor g_u, Tensor g_weight)",
+    _outputs,
+    batch={"u": 0, "votes": 0},
 )
-def _gradients(g_votes: Tensor, u: Tensor, weight: Tensor, wanted: Sequence[bool]) -> tuple[Tensor, ...]:
-    op = "affine_votes_backward"
-    B, N, _, J, D = check(op, u, weight)
-    check_gradient(op, "g_votes", g_votes, u, "B, N, J, D", B, N, J, D)
-    return empty_gradients(op, wanted, u, weight=weight)
-
-
-_affine_votes = Differentiable("affine_votes", check, results=1, batch={"u": 0, "votes": 0})
 
 
 def affine_votes(u: Tensor, weight: Tensor) -> Tensor:

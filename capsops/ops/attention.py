@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ..backends import reference
 from ..dtypes import accumulation_dtype
-from ._checks import Sizes, check_floating, check_gradient, check_saved, check_shape, check_vectors, check_votes
-from ._declare import Differentiable, empty_gradients, operator
+from ._checks import Sizes, check_floating, check_shape, check_vectors, check_votes
+from ._declare import Differentiable, Output
 from .coupling_coefficients import Couplings, Votes, check_given, explains, widened
 
 
@@ -28,40 +27,20 @@ def check(
     return sizes
 
 
-@operator(
+def _outputs(op: str, u: Tensor, *others: Any) -> list[Output]:
+    B, _, _, J, D = check(op, u, *others)
+    return [("B, J, D", (B, J, D), u.dtype), ("B, J, D", (B, J, D), accumulation_dtype(u.dtype))]
+
+
+_attention_routing = Differentiable(
     "attention_routing(Tensor u, Tensor weight, Tensor attn_weight, Tensor? attn_bias, Tensor? mask)"
-    " -> (Tensor v, Tensor s)"
-)
-def _outputs(
-    u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    B, _, _, J, D = check("attention_routing", u, weight, attn_weight, attn_bias, mask)
-    return u.new_empty(B, J, D), u.new_empty(B, J, D, dtype=accumulation_dtype(u.dtype))
-
-
-@operator(
+    " -> (Tensor v, Tensor s)",
     "attention_routing_backward(Tensor g_v, Tensor s, Tensor u, Tensor weight, Tensor attn_weight, Tensor? attn_bias,"
     " Tensor? mask, bool[4] wanted)"
-    " -> (Tensor g_u, Tensor g_weight, Tensor g_attn_weight, Tensor g_attn_bias)"
+    " -> (Tensor g_u, Tensor g_weight, Tensor g_attn_weight, Tensor g_attn_bias)",
+    _outputs,
+    batch={"u": 0, "mask": 0, "v": 0, "s": 0},
 )
-def _gradients(
-    g_v: Tensor,
-    s: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    attn_weight: Tensor,
-    attn_bias: Tensor | None,
-    mask: Tensor | None,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    op = "attention_routing_backward"
-    B, _, _, J, D = check(op, u, weight, attn_weight, attn_bias, mask)
-    check_gradient(op, "g_v", g_v, u, "B, J, D", B, J, D)
-    check_saved(op, "s", s, u, "B, J, D", B, J, D)
-    return empty_gradients(op, wanted, u, weight=weight, attn_weight=attn_weight, attn_bias=attn_bias)
-
-
-_attention_routing = Differentiable("attention_routing", check, results=1, batch={"u": 0, "mask": 0, "v": 0, "s": 0})
 
 
 def attention_routing(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,20 +13,16 @@ from ._checks import (
     Sizes,
     check_flag,
     check_floating,
-    check_gradient,
     check_iterations,
-    check_saved,
     check_shape,
     check_vectors,
     check_votes,
 )
-from ._declare import Differentiable, empty_gradients, operator
+from ._declare import Differentiable, Output
 from .coupling_coefficients import Couplings, Votes, explains, widened
 
 
-def check(
-    op: str, u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, iterations: int, *_: bool
-) -> Sizes:
+def check(op: str, u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, iterations: int) -> Sizes:
     """Check the arguments of dynamic routing and return B, N, K, J, D."""
     check_floating(op, "u weight bias", u, weight, bias)
     check_vectors(op, u)
@@ -38,43 +33,23 @@ def check(
     return sizes
 
 
-@operator(
-    "dynamic_routing(Tensor u, Tensor weight, Tensor? bias, Tensor? mask, int iterations, bool leaky, bool detach)"
-    " -> (Tensor v, Tensor s)"
-)
 def _outputs(
-    u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, iterations: int, leaky: bool, detach: bool
-) -> tuple[Tensor, Tensor]:
-    # detach changes only the gradient.
-    B, _, _, J, D = check("dynamic_routing", u, weight, bias, mask, iterations)
-    return u.new_empty(B, J, D), u.new_empty(iterations, B, J, D, dtype=accumulation_dtype(u.dtype))
+    op: str, u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, iterations: int, *_: bool
+) -> list[Output]:
+    B, _N, _K, J, D = check(op, u, weight, bias, mask, iterations)
+    s = "iterations, B, J, D", (iterations, B, J, D), accumulation_dtype(u.dtype)
+    return [("B, J, D", (B, J, D), u.dtype), s]
 
 
-@operator(
+_dynamic_routing = Differentiable(
+    "dynamic_routing(Tensor u, Tensor weight, Tensor? bias, Tensor? mask, int iterations, bool leaky, bool detach)"
+    " -> (Tensor v, Tensor s)",
     "dynamic_routing_backward(Tensor g_v, Tensor s, Tensor u, Tensor weight, Tensor? bias, Tensor? mask,"
     " int iterations, bool leaky, bool detach, bool[3] wanted)"
-    " -> (Tensor g_u, Tensor g_weight, Tensor g_bias)"
+    " -> (Tensor g_u, Tensor g_weight, Tensor g_bias)",
+    _outputs,
+    batch={"u": 0, "mask": 0, "v": 0, "s": 1},
 )
-def _gradients(
-    g_v: Tensor,
-    s: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    mask: Tensor | None,
-    iterations: int,
-    leaky: bool,
-    detach: bool,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    op = "dynamic_routing_backward"
-    B, _, _, J, D = check(op, u, weight, bias, mask, iterations)
-    check_gradient(op, "g_v", g_v, u, "B, J, D", B, J, D)
-    check_saved(op, "s", s, u, "iterations, B, J, D", iterations, B, J, D)
-    return empty_gradients(op, wanted, u, weight=weight, bias=bias)
-
-
-_dynamic_routing = Differentiable("dynamic_routing", check, results=1, batch={"u": 0, "mask": 0, "v": 0, "s": 1})
 
 
 def dynamic_routing(

@@ -15,16 +15,14 @@ from ._checks import (
     Sizes,
     check_flag,
     check_floating,
-    check_gradient,
     check_iterations,
     check_number,
-    check_saved,
     check_shape,
     check_votes,
     fail,
     shape_of,
 )
-from ._declare import Differentiable, empty_gradients, operator
+from ._declare import Differentiable, Output
 from .coupling_coefficients import Couplings, Votes, check_given, explains, widened
 
 
@@ -59,70 +57,23 @@ def check(
     return sizes
 
 
-def _shapes(pose: Tensor, D: int) -> tuple[tuple[int, ...], int]:
-    """The shape of a vote, [D] or [P, D], and how many numbers an iteration saves for each output capsule.
-
-    With H = P · D these are μ [H], its rounding error [H], σ² [H], Σ_i w_i and the logit of the activation.
-    """
-    if pose.dim() == 3:
-        return (D,), 3 * D + 2
-    return (pose.shape[2], D), 3 * pose.shape[2] * D + 2
-
-
-@operator(
-    "em_routing(Tensor pose, Tensor activation, Tensor weight, Tensor beta_u, Tensor beta_a, Tensor? mask,"
-    " float[] inverse_temperatures) -> (Tensor mean, Tensor activation_out, Tensor state)"
-)
-def _outputs(
-    pose: Tensor,
-    activation: Tensor,
-    weight: Tensor,
-    beta_u: Tensor,
-    beta_a: Tensor,
-    mask: Tensor | None,
-    inverse_temperatures: Sequence[float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, _, _, J, D = check("em_routing", pose, activation, weight, beta_u, beta_a, mask, inverse_temperatures)
-    vote, state = _shapes(pose, D)
-    wide = accumulation_dtype(pose.dtype)
-    return (
-        pose.new_empty(B, J, *vote),
-        pose.new_empty(B, J),
-        pose.new_empty(len(inverse_temperatures), B, J, state, dtype=wide),
-    )
-
-
-@operator(
-    "em_routing_backward(Tensor g_mean, Tensor g_activation, Tensor state, Tensor pose, Tensor activation,"
-    " Tensor weight, Tensor beta_u, Tensor beta_a, Tensor? mask, float[] inverse_temperatures, bool[5] wanted)"
-    " -> (Tensor g_pose, Tensor g_activation_in, Tensor g_weight, Tensor g_beta_u, Tensor g_beta_a)"
-)
-def _gradients(
-    g_mean: Tensor,
-    g_activation: Tensor,
-    state: Tensor,
-    pose: Tensor,
-    activation: Tensor,
-    weight: Tensor,
-    beta_u: Tensor,
-    beta_a: Tensor,
-    mask: Tensor | None,
-    inverse_temperatures: Sequence[float],
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    op = "em_routing_backward"
-    B, _, _, J, D = check(op, pose, activation, weight, beta_u, beta_a, mask, inverse_temperatures)
-    vote, state_size = _shapes(pose, D)
-    check_gradient(op, "g_mean", g_mean, pose, "B, J, (P,) D", B, J, *vote)
-    check_gradient(op, "g_activation", g_activation, pose, "B, J", B, J)
-    iterations = len(inverse_temperatures)
-    check_saved(op, "state", state, pose, "iterations, B, J, 3H + 2", iterations, B, J, state_size)
-    return empty_gradients(op, wanted, pose, activation=activation, weight=weight, beta_u=beta_u, beta_a=beta_a)
+def _outputs(op: str, pose: Tensor, *others: Any) -> list[Output]:
+    B, _, _, J, D = check(op, pose, *others)
+    iterations, wide = len(others[-1]), accumulation_dtype(pose.dtype)
+    vote = (D,) if pose.dim() == 3 else (pose.shape[2], D)
+    H = math.prod(vote)
+    # Saved for each output capsule: the mean [H], its rounding error [H], the variance [H], Σ_i w_i and the logit.
+    state = "iterations, B, J, 3H + 2", (iterations, B, J, 3 * H + 2), wide
+    return [("B, J, (P,) D", (B, J, *vote), pose.dtype), ("B, J", (B, J), pose.dtype), state]
 
 
 _em_routing = Differentiable(
-    "em_routing",
-    check,
+    "em_routing(Tensor pose, Tensor activation, Tensor weight, Tensor beta_u, Tensor beta_a, Tensor? mask,"
+    " float[] inverse_temperatures) -> (Tensor mean, Tensor activation_out, Tensor state)",
+    "em_routing_backward(Tensor g_mean, Tensor g_activation, Tensor state, Tensor pose, Tensor activation,"
+    " Tensor weight, Tensor beta_u, Tensor beta_a, Tensor? mask, float[] inverse_temperatures, bool[5] wanted)"
+    " -> (Tensor g_pose, Tensor g_activation_in, Tensor g_weight, Tensor g_beta_u, Tensor g_beta_a)",
+    _outputs,
     results=2,
     batch={"pose": 0, "activation": 0, "mask": 0, "mean": 0, "activation_out": 0, "state": 1, "activation_in": 0},
 )

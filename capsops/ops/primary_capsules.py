@@ -5,15 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_at_least, check_choice, check_floating, check_shape, fail, shape_of
-from ._declare import Differentiable, operator
+from ._checks import check_at_least, check_choice, check_floating, fail, shape_of
+from ._declare import Differentiable, Output
 from .squash import SQUASH_KINDS
 
 LAYOUTS = ("channels", "legacy")
 
 
-def check(op: str, features: Tensor, types: int, legacy: bool, kind: str) -> tuple[int, int, int]:
-    """Check the arguments of primary_capsules and return B, N, K."""
+def _outputs(op: str, features: Tensor, types: int, legacy: bool, kind: str) -> list[Output]:
     check_floating(op, "features", features)
     if features.dim() != 4:
         fail(op, f"features has shape {shape_of(features)}; expected 4 dimensions, [B, C, H, W]")
@@ -22,28 +21,22 @@ def check(op: str, features: Tensor, types: int, legacy: bool, kind: str) -> tup
     B, C, height, width = features.shape
     if C == 0 or C % types != 0:
         fail(op, f"features has shape {shape_of(features)}, {C} channels; expected a multiple of types = {types}")
-    return B, types * height * width, C // types
+    return [("B, N, K", (B, types * height * width, C // types), features.dtype)]
 
 
-@operator("primary_capsules(Tensor features, int types, bool legacy, str kind) -> Tensor u")
-def _outputs(features: Tensor, types: int, legacy: bool, kind: str) -> Tensor:
-    return features.new_empty(check("primary_capsules", features, types, legacy, kind))
-
-
-@operator(
-    "primary_capsules_backward(Tensor g_u, Tensor features, int types, bool legacy, str kind) -> Tensor g_features"
-)
-def _gradients(g_u: Tensor, features: Tensor, types: int, legacy: bool, kind: str) -> Tensor:
-    op = "primary_capsules_backward"
-    sizes = check(op, features, types, legacy, kind)
-    check_floating(op, "features g_u", features, g_u)
-    check_shape(op, "g_u", g_u, "B, N, K", *sizes)
-    # In the memory format of the features, because the convolution before wants its gradient in that of its output.
+def _empty_like(features: Tensor) -> Tensor:
+    """In the memory format of the features: the convolution before them wants its gradient in that of its output."""
     last = not features.is_contiguous() and features.is_contiguous(memory_format=torch.channels_last)
     return torch.empty_like(features, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-_primary_capsules = Differentiable("primary_capsules", check, results=1, batch={"features": 0, "u": 0})
+_primary_capsules = Differentiable(
+    "primary_capsules(Tensor features, int types, bool legacy, str kind) -> Tensor u",
+    "primary_capsules_backward(Tensor g_u, Tensor features, int types, bool legacy, str kind) -> Tensor g_features",
+    _outputs,
+    batch={"features": 0, "u": 0},
+    empty_gradient=_empty_like,
+)
 
 
 def primary_capsules(features: Tensor, types: int, *, layout: str = "channels", squash: str = "sabour") -> Tensor:

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.jit._trace import is_tracing
 
 from ..backends import reference
 from ..dtypes import accumulation_dtype
 from ._checks import (
     Sizes,
     check_floating,
-    check_gradient,
     check_number,
-    check_saved,
     check_shape,
     check_vectors,
     check_votes,
 )
-from ._declare import Differentiable, empty_gradients, operator
+from ._declare import Differentiable, Output
 from .coupling_coefficients import Couplings, Votes, explains, widened
 
 
@@ -30,47 +28,24 @@ def check(op: str, u: Tensor, weight: Tensor, prior: Tensor | None, mask: Tensor
     sizes = check_votes(op, u, weight, mask)
     if prior is not None:
         check_shape(op, "prior", prior, "N, J", sizes[1], sizes[3])
-    check_number(op, "scale", scale)
+    if not is_tracing():  # torch.jit.trace turns sizes into tensors, and with them the default scale
+        check_number(op, "scale", scale)
     return sizes
 
 
-@operator(
-    "self_attention_routing(Tensor u, Tensor weight, Tensor? prior, Tensor? mask, float scale)"
-    " -> (Tensor v, Tensor total, Tensor s)"
-)
-def _outputs(
-    u: Tensor, weight: Tensor, prior: Tensor | None, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    B, _, _, J, D = check("self_attention_routing", u, weight, prior, mask, scale)
-    wide = accumulation_dtype(u.dtype)
-    return u.new_empty(B, J, D), u.new_empty(B, J, D, dtype=wide), u.new_empty(B, J, D, dtype=wide)
-
-
-@operator(
-    "self_attention_routing_backward(Tensor g_v, Tensor total, Tensor s, Tensor u, Tensor weight, Tensor? prior,"
-    " Tensor? mask, float scale, bool[3] wanted) -> (Tensor g_u, Tensor g_weight, Tensor g_prior)"
-)
-def _gradients(
-    g_v: Tensor,
-    total: Tensor,
-    s: Tensor,
-    u: Tensor,
-    weight: Tensor,
-    prior: Tensor | None,
-    mask: Tensor | None,
-    scale: float,
-    wanted: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    op = "self_attention_routing_backward"
-    B, _, _, J, D = check(op, u, weight, prior, mask, scale)
-    check_gradient(op, "g_v", g_v, u, "B, J, D", B, J, D)
-    check_saved(op, "total", total, u, "B, J, D", B, J, D)
-    check_saved(op, "s", s, u, "B, J, D", B, J, D)
-    return empty_gradients(op, wanted, u, weight=weight, prior=prior)
+def _outputs(op: str, u: Tensor, *others: Any) -> list[Output]:
+    B, _, _, J, D = check(op, u, *others)
+    sums = "B, J, D", (B, J, D), accumulation_dtype(u.dtype)
+    return [("B, J, D", (B, J, D), u.dtype), sums, sums]
 
 
 _self_attention_routing = Differentiable(
-    "self_attention_routing", check, results=1, batch={"u": 0, "mask": 0, "v": 0, "total": 0, "s": 0}
+    "self_attention_routing(Tensor u, Tensor weight, Tensor? prior, Tensor? mask, float scale)"
+    " -> (Tensor v, Tensor total, Tensor s)",
+    "self_attention_routing_backward(Tensor g_v, Tensor total, Tensor s, Tensor u, Tensor weight, Tensor? prior,"
+    " Tensor? mask, float scale, bool[3] wanted) -> (Tensor g_u, Tensor g_weight, Tensor g_prior)",
+    _outputs,
+    batch={"u": 0, "mask": 0, "v": 0, "total": 0, "s": 0},
 )
 
 

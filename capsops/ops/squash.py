@@ -4,35 +4,26 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._checks import check_choice, check_floating, check_shape, fail
-from ._declare import Differentiable, operator
+from ._checks import check_choice, check_floating, fail
+from ._declare import Differentiable, Output
 
 SQUASH_KINDS = ("sabour", "efficient")
 
 
-def check(op: str, s: Tensor, kind: str) -> None:
-    """Check the arguments of squash."""
+def _outputs(op: str, s: Tensor, kind: str) -> list[Output]:
     check_floating(op, "s", s)
     if s.dim() == 0:
         fail(op, "s has 0 dimensions; expected at least 1, along which the length is taken")
     check_choice(op, "kind", kind, SQUASH_KINDS)
+    return [("as s", s.shape, s.dtype)]
 
 
-@operator("squash(Tensor s, str kind) -> Tensor v")
-def _outputs(s: Tensor, kind: str) -> Tensor:
-    check("squash", s, kind)
-    return s.new_empty(s.shape)
-
-
-@operator("squash_backward(Tensor g_v, Tensor s, str kind) -> Tensor g_s")
-def _gradients(g_v: Tensor, s: Tensor, kind: str) -> Tensor:
-    check("squash_backward", s, kind)
-    check_floating("squash_backward", "s g_v", s, g_v)
-    check_shape("squash_backward", "g_v", g_v, "as s", *s.shape)
-    return s.new_empty(s.shape)
-
-
-_squash = Differentiable("squash", check, results=1, batch=None)
+_squash = Differentiable(
+    "squash(Tensor s, str kind) -> Tensor v",
+    "squash_backward(Tensor g_v, Tensor s, str kind) -> Tensor g_s",
+    _outputs,
+    batch=None,
+)
 
 
 def squash(s: Tensor, dim: int = -1, kind: str = "sabour") -> Tensor:
