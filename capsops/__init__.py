@@ -11,10 +11,10 @@ import torch.fx
 
 from . import functional, nn
 from .backends import BackendError, info, use_backend
-from .couplings import coupling_coefficients
 from .functional import (
     affine_votes,
     attention_routing,
+    coupling_coefficients,
     dynamic_routing,
     em_routing,
     primary_capsules,
@@ -23,7 +23,7 @@ from .functional import (
 )
 from .memory import release_memory
 
-# Under the names that they have here too, torch.fx.symbolic_trace records them as one node.
+# torch.fx.symbolic_trace records a call by the names of this module as one node too.
 for _name in functional.OPERATORS:
     torch.fx.wrap(_name)
 

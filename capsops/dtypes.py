@@ -1,4 +1,4 @@
-"""The dtypes that capsules come in."""
+"""The dtypes of capsules, and of the sums over them."""
 
 import torch
 

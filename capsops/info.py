@@ -1,6 +1,6 @@
 """`python -m capsops.info`: what was built, what runs here, and why not the rest.
 
-Exit status: 0; 2 if CAPSOPS_BACKEND or CAPSOPS_ISA names what there is not.
+Exit status: 0, or 2 if CAPSOPS_BACKEND or CAPSOPS_ISA has a value that is not allowed.
 """
 
 import sys
@@ -10,7 +10,7 @@ from .backends import BackendError, Info, info
 
 
 class _Callable(ModuleType):
-    """This module under its own name, `capsops.info`, which is the function's name too: both answer a call."""
+    """Makes this module callable: importing it replaces the function `capsops.info`, which has the same name."""
 
     def __call__(self) -> Info:
         return info()

@@ -1,8 +1,8 @@
-"""Memory of large gradients, kept from one training step to the next.
+"""A cache for the memory of large gradients, which a training loop frees and allocates again in every step.
 
-The gradient of the transformation matrices is as large as they are, and a training loop frees it and asks for it anew
-in every step. The system hands out such memory zeroed, page by page, which takes about as long as to compute the
-gradient. So a block that is no longer in use is kept for the next gradient of the same size.
+The gradient of the transformation matrices is as large as they are. The system zeroes fresh memory of this size page by
+page, which takes about as long as computing the gradient. So a block that is no longer in use is kept for the next
+gradient of the same size.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from collections import deque
 import torch
 from torch import Tensor
 
-# From this size on; the allocator of the system keeps smaller ones itself.
+# The smallest block that is cached; the system's allocator caches smaller ones itself.
 LEAST_BYTES = 1 << 25
-# A block that so many gradients were not of the size of is given back.
+# Free an idle block after this many requests for other sizes.
 MOST_PASSED_OVER = 64
 
-_idle: deque[tuple[int, mmap.mmap]] = deque()  # when each was put there, counted in requests
+_idle: deque[tuple[int, mmap.mmap]] = deque()  # each with the number of requests before it became idle
 _requests = 0
 _idle_bytes = _used_bytes = _most_used_bytes = 0
-# A tensor may end while the lock is held, in the same thread.
+# Reentrant, because the garbage collector may free a tensor, which takes the lock, while this thread holds it.
 _lock = threading.RLock()
 
 
 def release_memory() -> None:
-    """Give the memory that is kept for coming gradients back to the system.
+    """Return the memory that is kept for later gradients, and that no tensor uses, to the system.
 
-    Only what no tensor uses. Never is more held, in use and kept together, than was in use at one time.
+    The memory in use and the memory kept are together never more than was in use at one time.
     """
     global _idle_bytes
     with _lock:
@@ -40,14 +40,14 @@ def release_memory() -> None:
 
 def empty_like(x: Tensor) -> Tensor:
     """An uninitialised, contiguous tensor of the shape, dtype and device of x."""
-    # Not for the tensors without memory that torch.compile traces with: their type is looked at first.
+    # The type is tested first: torch.compile traces with tensors of other types, which have no memory.
     plain = type(x) in (Tensor, torch.nn.Parameter)
     if not plain or x.nbytes < LEAST_BYTES or x.device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
         return x.new_empty(x.shape)
     size = x.nbytes
     block = _take(size)
     view = memoryview(block)
-    # The tensor holds the view, and nothing else does.
+    # Only the tensor holds the view. When the view dies, the block becomes idle.
     weakref.finalize(view, _keep, block).atexit = False
     storage = torch.frombuffer(view, dtype=torch.uint8).untyped_storage()
     return torch.empty(0, dtype=x.dtype).set_(storage, 0, x.shape)  # type: ignore[call-overload, no-any-return]
@@ -68,7 +68,7 @@ def _take(size: int) -> mmap.mmap:
                 _idle.append((since, block))
                 continue
             _idle_bytes -= len(block)
-        while _idle and _used_bytes + _idle_bytes > _most_used_bytes:  # the oldest first
+        while _idle and _used_bytes + _idle_bytes > _most_used_bytes:  # free the oldest first
             _idle_bytes -= len(_idle.popleft()[1])
     try:
         return found or mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

@@ -10,43 +10,36 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from . import _ops, functional
-from .couplings import coupling_coefficients
-from .functional import LAYOUTS
+from . import functional
+from .ops import em
+from .ops._checks import (
+    check_at_least,
+    check_choice,
+    check_flag,
+    check_floating,
+    check_iterations,
+    check_tensors,
+    check_votes,
+    fail,
+)
+from .ops._declare import settle
+from .ops.primary_capsules import LAYOUTS
+from .ops.squash import SQUASH_KINDS
 
 ROUTINGS = ("attention", "dynamic", "uniform", "self-attention")
 
-# What keeps the couplings of the first step soft; see `CapsuleLayer.reset_parameters`.
-_LOGIT_SPREAD, _GROWTH = 1.5, 1.5
+# Bounds that keep the couplings of the first step soft; see `CapsuleLayer.reset_parameters`.
+_LOGIT_DEVIATION, _GROWTH = 1.5, 1.5
 
 
-def _at_least_one(layer: str, **sizes: int) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{layer}: {name} is {value!r}; it must be an integer of at least 1")
-
-
-def _not_negative(layer: str, name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError(f"{layer}: {name} is {value!r}; it must be an integer of at least 0")
-
-
-def _flags(layer: str, **flags: bool) -> None:
-    for name, flag in flags.items():
-        _ops.check_flag(layer, name, flag)
-
-
-def _one_of(layer: str, name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{layer}: {name} is {value!r}; allowed are {', '.join(map(repr, allowed))}")
-
-
-def _no_window(layer: str, kernel_size: int, padding: int, height: int, width: int) -> None:
-    """Raise ValueError where a kernel is larger than what it is to slide over."""
-    if min(height, width) + 2 * padding < kernel_size:
-        raise ValueError(
-            f"{layer}: no window of {kernel_size} × {kernel_size} fits into the grid of "
-            f"{height} × {width} with padding {padding}"
+def _check_window(layer: str, kernel_size: int, padding: int, height: int, width: int) -> None:
+    """Require a grid that is at least as large as the kernel."""
+    most = min(height, width) + 2 * padding
+    if kernel_size > most:
+        fail(
+            layer,
+            f"kernel_size is {kernel_size}; expected at most {most}, because the grid is {height} × {width} with "
+            f"padding {padding}",
         )
 
 
@@ -57,18 +50,19 @@ class PrimaryCapsules(nn.Module):
         in_channels: channels of the image or feature map.
         types: capsule types; the convolution has types · dim channels.
         dim: K, the dimension of a capsule.
-        kernel_size, stride, padding: of the convolution.
+        kernel_size: of the convolution, as are stride and padding.
         layout: "channels": the components of a capsule are neighbouring channels at one location. "legacy": a plain
-            reshape of [B, C, H, W], as in published CardioCaps: they are `dim` neighbouring pixels of one channel, and
-            where H' · W' is no multiple of `dim`, a capsule goes on in the next channel.
+            reshape of [B, C, H, W], as in the published CardioCaps: the components are `dim` neighbouring pixels of one
+            channel, and where H' · W' is not a multiple of `dim`, a capsule continues in the next channel.
         squash: "sabour" or "efficient".
 
     Shape: [B, in_channels, H, W] -> [B, N, K] with N = types · H' · W'. In layout "channels" the capsules run over
     types, then rows, then columns.
 
     Raises:
-        ValueError: sizes that are no such integers, an unknown layout or squash; an image of another shape, dtype or
-            device, or smaller than the kernel. TypeError: no tensor.
+        TypeError: the image is not a tensor.
+        ValueError: wrong sizes, an unknown layout or squash; an image of a wrong shape, dtype or device, or smaller
+            than the kernel.
     """
 
     def __init__(
@@ -86,28 +80,29 @@ class PrimaryCapsules(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _at_least_one("PrimaryCapsules", in_channels=in_channels, types=types, dim=dim)
-        _at_least_one("PrimaryCapsules", kernel_size=kernel_size, stride=stride)
-        _not_negative("PrimaryCapsules", "padding", padding)
-        _one_of("PrimaryCapsules", "layout", layout, LAYOUTS)
-        _one_of("PrimaryCapsules", "squash", squash, _ops.SQUASH_KINDS)
+        check_at_least("PrimaryCapsules", 1, in_channels=in_channels, types=types, dim=dim)
+        check_at_least("PrimaryCapsules", 1, kernel_size=kernel_size, stride=stride)
+        check_at_least("PrimaryCapsules", 0, padding=padding)
+        check_choice("PrimaryCapsules", "layout", layout, LAYOUTS)
+        check_choice("PrimaryCapsules", "squash", squash, SQUASH_KINDS)
         self.types, self.dim, self.layout, self.squash = types, dim, layout, squash
         self.conv = nn.Conv2d(in_channels, types * dim, kernel_size, stride, padding, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         layer, conv = "PrimaryCapsules", self.conv
-        if not isinstance(x, torch.fx.Proxy):  # which torch.fx traces with, and which has no shape
-            _ops.check_tensors(layer, "x", 1, x)
+        if not isinstance(x, torch.fx.Proxy):  # the placeholder of torch.fx, which has no shape
+            check_tensors(layer, "x", 1, x)
             if x.dim() != 4 or x.shape[1] != conv.in_channels:
-                raise ValueError(
-                    f"{layer}: x has shape {list(x.shape)}; expected [B, in_channels, H, W] with in_channels = "
-                    f"{conv.in_channels}"
+                fail(
+                    layer,
+                    f"x has shape {list(x.shape)}; expected [B, in_channels, H, W] with in_channels = "
+                    f"{conv.in_channels}",
                 )
         try:
             features = conv(x)
-        except RuntimeError:  # which names no layer; autocast has cast what it casts
-            _no_window(layer, conv.kernel_size[0], int(conv.padding[0]), *x.shape[2:])
-            _ops.check_floating(layer, "x weight", x, conv.weight)
+        except RuntimeError:  # whose message does not name the layer
+            _check_window(layer, conv.kernel_size[0], int(conv.padding[0]), *x.shape[2:])
+            check_floating(layer, "x weight", x, conv.weight)
             raise
         return functional.primary_capsules(features, self.types, layout=self.layout, squash=self.squash)
 
@@ -116,9 +111,9 @@ class PrimaryCapsules(nn.Module):
 
 
 class _Matrices(nn.Module):
-    """The sizes of a layer from N input capsules to J output capsules, and its transformation matrices.
+    """The base of layers from N input capsules to J output capsules: their sizes and transformation matrices.
 
-    layer: what errors call it, the class that the user made.
+    layer: the name of the layer in error messages, that of the class which the user made.
     """
 
     def __init__(
@@ -135,9 +130,9 @@ class _Matrices(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"in_capsules": in_capsules, "in_dim": in_dim, "out_capsules": out_capsules, "out_dim": out_dim}
-        _at_least_one(layer, **sizes)
-        _ops.check_iterations(layer, iterations)
-        _flags(layer, shared=shared)
+        check_at_least(layer, 1, **sizes)
+        check_iterations(layer, iterations)
+        check_flag(layer, "shared", shared)
         self._layer = layer
         self.in_capsules, self.in_dim, self.out_capsules, self.out_dim = in_capsules, in_dim, out_capsules, out_dim
         self.iterations, self.shared = iterations, shared
@@ -146,35 +141,53 @@ class _Matrices(nn.Module):
         self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """As for every module; but `model.to(memory_format=torch.channels_last)` means images, and four dimensions
-        alone do not make one of the matrices. In that order they would be copied at every call."""
+        """Keep the matrices contiguous under `model.to(memory_format=torch.channels_last)`.
+
+        That call means images, but it changes every parameter of four dimensions; matrices in that order would be
+        copied at every call.
+        """
         super()._apply(fn, recurse)
         for x in (self.weight, self.weight.grad):
             if x is not None:
                 x.data = x.data.contiguous()
         return self
 
-    def _capsules(self, name: str, x: Tensor, axes: str) -> None:
-        """Raise ValueError for capsules of a shape that the matrices do not take."""
+    def _call(self, routing: Callable[[], Any], *inputs: Tensor | None) -> Any:
+        """Call a routing; if it refuses the inputs, raise an error in the terms of the layer, not of the function."""
+        try:
+            return routing()
+        except (TypeError, ValueError):
+            self._refuse(*inputs)
+            raise
+
+    def _refuse(self, *inputs: Any) -> None:
+        """Raise for inputs that the layer cannot take; only called after a routing has failed."""
+        raise NotImplementedError
+
+    def _check_capsules(self, name: str, x: Tensor, axes: str) -> None:
+        """Require capsules of a shape that the matrices take."""
         wrong_number = not self.shared and x.shape[1:2] != (self.in_capsules,)
         if x.dim() not in (3, axes.count(",") + 1) or x.shape[-1] != self.in_dim or wrong_number:
             wanted = f"K = {self.in_dim}" if self.shared else f"N = {self.in_capsules} and K = {self.in_dim}"
-            raise ValueError(f"{self._layer}: {name} has shape {list(x.shape)}; expected {axes} with {wanted}")
+            fail(self._layer, f"{name} has shape {list(x.shape)}; expected {axes} with {wanted}")
 
 
 class CapsuleLayer(_Matrices):
     """Affine votes and routing from every input capsule to every output capsule, without holding the votes.
 
     Args:
-        in_capsules: N. in_dim: K. out_capsules: J. out_dim: D.
+        in_capsules: N.
+        in_dim: K.
+        out_capsules: J.
+        out_dim: D.
         routing: "attention" (CardioCaps, eq. 4), "dynamic" (Sabour et al. 2017), "uniform" (all couplings equal) or
             "self-attention" (Mazzia et al. 2021). `EMCapsules` has EM routing.
         iterations: of dynamic routing.
-        bias: attention: the bias of the 1×1 convolution; self-attention: the prior [N, J] of the couplings; otherwise
-            a bias [J, D] inside the squash.
-        leaky, detach: of dynamic routing only; see `capsops.dynamic_routing`.
-        shared: one matrix [K, J, D] for all input capsules; N may then vary from call to call. Self-attention routing
-            then has no prior, bias must be False.
+        bias: for attention the bias of the 1×1 convolution; for self-attention the prior [N, J] of the couplings;
+            otherwise a bias [J, D] inside the squash.
+        leaky: for dynamic routing only, as is detach; see `capsops.dynamic_routing`.
+        shared: use one matrix [K, J, D] for all input capsules; N may then vary from call to call. Self-attention
+            routing then has no prior, so bias must be False.
 
     Parameters: weight [N, K, J, D] (or [K, J, D]); attn_weight [J, J] and attn_bias [J]; or prior [N, J]; or bias
     [J, D].
@@ -182,8 +195,10 @@ class CapsuleLayer(_Matrices):
     Shape: u [B, N, K] (and mask, bool [B, N]) -> v [B, J, D].
 
     Raises:
-        ValueError: sizes that are no such integers, an unknown routing, options that do not belong to it; an input of
-            another shape, dtype or device. TypeError: no tensor. MemoryError: no room for the work space.
+        TypeError: an input is not a tensor.
+        ValueError: wrong sizes, an unknown routing, options that do not belong to it; an input of a wrong shape, dtype
+            or device.
+        MemoryError: no memory for the workspace.
     """
 
     def __init__(
@@ -204,15 +219,17 @@ class CapsuleLayer(_Matrices):
         _layer: str = "CapsuleLayer",
     ) -> None:
         super().__init__(_layer, in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype)
-        _one_of(_layer, "routing", routing, ROUTINGS)
-        _flags(_layer, bias=bias, leaky=leaky, detach=detach)
+        check_choice(_layer, "routing", routing, ROUTINGS)
+        check_flag(_layer, "bias", bias)
         for name, flag in (("leaky", leaky), ("detach", detach)):
+            check_flag(_layer, name, flag)
             if flag and routing != "dynamic":
-                raise ValueError(f"{_layer}: {name} belongs to routing 'dynamic'; routing is {routing!r}")
+                fail(_layer, f"{name} is True; expected False, because routing is {routing!r} and not 'dynamic'")
         if shared and bias and routing == "self-attention":
-            raise ValueError(
-                f"{_layer}: shared matrices take any number of capsules, the prior of routing 'self-attention' does "
-                "not; bias must be False"
+            fail(
+                _layer,
+                "bias is True; expected False, because shared matrices take any number of capsules and the prior of "
+                "routing 'self-attention' does not",
             )
         self.routing, self.iterations = routing, 1 if routing == "uniform" else iterations
         self.leaky, self.detach = leaky, detach
@@ -228,36 +245,37 @@ class CapsuleLayer(_Matrices):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Matrices that start with soft couplings and with output capsules that are neither lost nor saturated.
+        """Initialise the matrices so that couplings start soft, and output capsules neither vanish nor saturate.
 
         The weights are normal with standard deviation σ, for input capsules of length up to 1 in random directions:
 
             σ = n J / √(N D)        n is then the length of s where all couplings are 1 / J
 
-        n = 1 is where the squash is steepest; uniform routing has it always. With it votes have the length J / √N,
-        and for many output capsules their logits make the softmax a choice of one: the others get nothing, and no
-        gradient. So n is less where it has to be:
+        The squash is steepest at n = 1, which uniform routing always uses. But then votes have the length J / √N, and
+        with many output capsules the softmax of their logits selects a single one: the others get no votes and no
+        gradient. So the other routings use a smaller n where necessary:
 
-        * dynamic, R iterations. V is about t f s after t iterations, f = n / (1 + n²), and while the logits û·V are
-          small, the next makes s longer by the factor 1 + t g with g = f σ² M / J. (Σ_i û_i û_iᵀ is σ² M along s, with
-          M = N + D for matrices of their own. Votes of a shared one lie in K dimensions, M = N + D + N D / K.) All
-          iterations together: the exponent g R (R − 1) / 2, and it is at most 1.5 / √ln J, for of J logits the largest
-          counts, √(2 ln J) of their standard deviations above the mean. So n solves
-              n³ / (1 + n²) = 3 N D / (M J R (R − 1) √ln J), and is 1 where that is above 1/2
+        * dynamic, R iterations. After t iterations V is about t f s, with f = n / (1 + n²). While the logits û·V are
+          small, the next iteration makes s longer by the factor 1 + t g with g = f σ² M / J. (Σ_i û_i û_iᵀ is σ² M
+          along s. M = N + D if each input capsule has its own matrix. Votes of a shared matrix lie in K dimensions, and
+          M = N + D + N D / K.) Over all iterations s grows by the exponent g R (R − 1) / 2. It is limited to
+          1.5 / √ln J, because the largest of J logits decides, and that lies √(2 ln J) standard deviations above their
+          mean. So n solves
+              n³ / (1 + n²) = 3 N D / (M J R (R − 1) √ln J), and is 1 where the right side is above 1/2
           (for R = 3, D = 16 and N ≫ D: J ≤ 10).
-        * self-attention. T = J s is not squashed; g = σ² M / √D is at most 1.5 / √ln J.
-        * attention. The logits have the standard deviation σ / √3, which is at most 1.5. With a shared matrix a logit
-          covaries with the vote it weighs in the same way for all input capsules, and s² is longer by the factor
-          1 + N σ² / (3 K): together with n² at most 2.
+        * self-attention. T = J s is not squashed; g = σ² M / √D is limited to 1.5 / √ln J.
+        * attention. The logits have the standard deviation σ / √3, which is limited to 1.5. With a shared matrix a
+          logit covaries with the vote that it weighs, in the same way for all input capsules, and s² grows by the
+          factor 1 + N σ² / (3 K). The product of this factor and n² is limited to 2.
 
         For J from 2 to 1,000, N from 16 to 100,000 and lengths of the input capsules from 0.3 to 1, the mean of the
-        largest coupling is then below 0.3 (of two capsules 0.6), and the median length of v below 0.95 and above 1e-4,
-        for length 1 above 1e-3. Input capsules of a shared matrix that all point in one direction give a longer s, up
-        to √N times.
+        largest coupling is then below 0.3 (below 0.6 for two output capsules). The median length of v is below 0.95 and
+        above 1e-4 (above 1e-3 for input capsules of length 1). With a shared matrix, input capsules that all point in
+        one direction give an s that is up to √N times as long.
 
         The 1×1 convolution starts as `torch.nn.Conv2d` does, bias and prior at 0 (the prior as in Mazzia et al. 2021).
         """
-        nn.init.normal_(self.weight, std=_spread(self))
+        nn.init.normal_(self.weight, std=_initial_deviation(self))
         bound = 1 / math.sqrt(self.out_capsules)
         for convolution in (self.attn_weight, self.attn_bias):
             if convolution is not None:
@@ -267,7 +285,7 @@ class CapsuleLayer(_Matrices):
                 nn.init.zeros_(start)
 
     def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
-        try:
+        def route() -> Tensor:
             if self.routing == "self-attention":
                 return functional.self_attention_routing(u, self.weight, self.prior, mask=mask)
             if self.attn_weight is not None:
@@ -275,14 +293,14 @@ class CapsuleLayer(_Matrices):
             return functional.dynamic_routing(
                 u, self.weight, self.iterations, bias=self.bias, leaky=self.leaky, detach=self.detach, mask=mask
             )
-        except (TypeError, ValueError):
-            self._refuse(u, mask)
-            raise
+
+        return self._call(route, u, mask)
 
     def coupling_coefficients(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
         """c [B, N, J] (attention: [B, N, J, D]) for these input capsules; see `capsops.coupling_coefficients`."""
-        try:
-            return coupling_coefficients(
+
+        def explain() -> Tensor:
+            return functional.coupling_coefficients(
                 self.routing,
                 u,
                 self.weight,
@@ -294,17 +312,15 @@ class CapsuleLayer(_Matrices):
                 prior=self.prior,
                 mask=mask,
             )
-        except (TypeError, ValueError):
-            self._refuse(u, mask)
-            raise
+
+        return self._call(explain, u, mask)
 
     def _refuse(self, u: Tensor, mask: Tensor | None) -> None:
-        """Raise, in the layer's own terms, for what a routing has refused; a call that succeeds never comes here."""
         layer, names = self._layer, "u weight mask"
-        u, weight, mask = functional.settle(layer, names, 2, u, self.weight, mask)
-        self._capsules("u", u, "[B, N, K]")
-        _ops.check_floating(layer, names, u, weight)
-        _ops.check_votes(layer, u, weight, mask)
+        u, weight, mask = settle(layer, names, 2, u, self.weight, mask)
+        self._check_capsules("u", u, "[B, N, K]")
+        check_floating(layer, names, u, weight)
+        check_votes(layer, u, weight, mask)
 
     def extra_repr(self) -> str:
         parts = [
@@ -320,13 +336,13 @@ class CapsuleLayer(_Matrices):
         return ", ".join(parts)
 
 
-def _spread(layer: CapsuleLayer) -> float:
-    """σ of the matrices; `CapsuleLayer.reset_parameters` derives it."""
+def _initial_deviation(layer: CapsuleLayer) -> float:
+    """The σ of the matrices that `CapsuleLayer.reset_parameters` derives."""
     N, K, J, D = layer.in_capsules, layer.in_dim, layer.out_capsules, layer.out_dim
     steps = layer.iterations * (layer.iterations - 1) / 2
     unit = J / math.sqrt(N * D)  # gives s the length 1
     if layer.routing == "attention":
-        most = _LOGIT_SPREAD * math.sqrt(3)
+        most = _LOGIT_DEVIATION * math.sqrt(3)
         if layer.shared:
             q = N / (3 * K)
             most = min(most, math.sqrt((math.sqrt(1 + 8 * q / (N * D) * J**2) - 1) / (2 * q)))
@@ -352,19 +368,23 @@ class EMCapsules(_Matrices):
     same, because each row of a vote is a row of the pose times the same matrix [K, D].
 
     Args:
-        in_capsules: N. in_dim: K, of a matrix its columns. out_capsules: J. out_dim: D, of a matrix its columns.
+        in_capsules: N.
+        in_dim: K, the columns of a pose that is a matrix.
+        out_capsules: J.
+        out_dim: D, the columns of an output pose that is a matrix.
         iterations: at least 1.
-        inverse_temperature, renormalise: see `capsops.em_routing`.
-        shared: one matrix [K, J, D] for all input capsules; N may then vary from call to call.
+        inverse_temperature: see `capsops.em_routing`, also for renormalise.
+        shared: use one matrix [K, J, D] for all input capsules; N may then vary from call to call.
 
     Parameters: weight [N, K, J, D] (or [K, J, D]); beta_u [J] and beta_a [J].
 
     Shape: pose [B, N, K] and activation [B, N] (and mask, bool [B, N]) -> pose [B, J, D] and activation [B, J];
-    matrices: pose [B, N, P, K] -> [B, J, P, D].
+    for matrices pose [B, N, P, K] -> [B, J, P, D].
 
     Raises:
-        ValueError: sizes that are no such integers, or no such temperatures; an input of another shape, dtype or
-            device. TypeError: no tensor. MemoryError: no room for the work space.
+        TypeError: an input is not a tensor.
+        ValueError: wrong sizes or temperatures; an input of a wrong shape, dtype or device.
+        MemoryError: no memory for the workspace.
     """
 
     def __init__(
@@ -383,27 +403,27 @@ class EMCapsules(_Matrices):
         _layer: str = "EMCapsules",
     ) -> None:
         super().__init__(_layer, in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype)
-        _ops.inverse_temperatures(_layer, inverse_temperature, iterations)
-        _flags(_layer, renormalise=renormalise)
+        em.inverse_temperatures(_layer, inverse_temperature, iterations)
+        check_flag(_layer, "renormalise", renormalise)
         self.inverse_temperature, self.renormalise = inverse_temperature, renormalise
         self.beta_u = nn.Parameter(torch.empty(out_capsules, device=device, dtype=dtype))
         self.beta_a = nn.Parameter(torch.empty(out_capsules, device=device, dtype=dtype))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Matrices such that a vote's components have the variance of the pose's, σ = 1 / √K; both β at 0.
+        """Initialise the matrices with σ = 1 / √K, so that votes have the variance of the poses, and both β with 0.
 
-        The paper gives no initial values. The responsibilities do not depend on σ: a vote is measured in standard
-        deviations of the votes. The logit of an activation does: it is λ N / J times the cost of a vote, about
-        D (β_u + ln σ_vote). From thousands of input capsules to few output capsules it leaves the range of the logistic
-        function for any σ, and `inverse_temperature` is best taken in proportion to J / N.
+        The paper gives no initial values. The responsibilities do not depend on σ, because a vote is measured in
+        standard deviations of the votes. The logit of an activation does: it is λ N / J times the cost of a vote, about
+        D (β_u + ln σ_vote). Between thousands of input capsules and few output capsules it leaves the range of the
+        logistic function for any σ; choose `inverse_temperature` in proportion to J / N there.
         """
         nn.init.normal_(self.weight, std=1 / math.sqrt(self.in_dim))
         nn.init.zeros_(self.beta_u)
         nn.init.zeros_(self.beta_a)
 
     def forward(self, pose: Tensor, activation: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        try:
+        def route() -> tuple[Tensor, Tensor]:
             return functional.em_routing(
                 pose,
                 activation,
@@ -415,14 +435,14 @@ class EMCapsules(_Matrices):
                 renormalise=self.renormalise,
                 mask=mask,
             )
-        except (TypeError, ValueError):
-            self._refuse(pose, activation, mask)
-            raise
+
+        return self._call(route, pose, activation, mask)
 
     def coupling_coefficients(self, pose: Tensor, activation: Tensor, mask: Tensor | None = None) -> Tensor:
         """The responsibilities [B, N, J] of the last iteration; see `capsops.coupling_coefficients`."""
-        try:
-            return coupling_coefficients(
+
+        def explain() -> Tensor:
+            return functional.coupling_coefficients(
                 "em",
                 pose,
                 self.weight,
@@ -434,18 +454,14 @@ class EMCapsules(_Matrices):
                 renormalise=self.renormalise,
                 mask=mask,
             )
-        except (TypeError, ValueError):
-            self._refuse(pose, activation, mask)
-            raise
+
+        return self._call(explain, pose, activation, mask)
 
     def _refuse(self, pose: Tensor, activation: Tensor, mask: Tensor | None) -> None:
-        """Raise, in the layer's own terms, for what the routing has refused; a call that succeeds never comes here."""
         names = "pose activation weight beta_u beta_a mask"
-        tensors = functional.settle(
-            self._layer, names, 5, pose, activation, self.weight, self.beta_u, self.beta_a, mask
-        )
-        self._capsules("pose", tensors[0], "[B, N, (P,) K]")
-        _ops.check_em(self._layer, *tensors)
+        tensors = settle(self._layer, names, 5, pose, activation, self.weight, self.beta_u, self.beta_a, mask)
+        self._check_capsules("pose", tensors[0], "[B, N, (P,) K]")
+        em.check(self._layer, *tensors)
 
     def extra_repr(self) -> str:
         return (
@@ -460,19 +476,23 @@ class ConvCapsules(nn.Module):
 
     As in the convolutional capsule layers of Hinton et al. 2018, an output position routes the capsules of the
     kernel_size × kernel_size window below it, N = kernel_size² · in_types of them. Positions in the padding hold no
-    capsule; they are left out of the routing, not taken for capsules of pose 0.
+    capsule: they are left out of the routing instead of being capsules of pose 0.
 
     Every position is an item of the batch of an ordinary routing. So the votes are never held, but the poses of the
     receptive fields are: (kernel_size / stride)² copies of the input.
 
     Args:
-        in_types: capsule types at a position. in_dim: K. out_types: J. out_dim: D.
-        kernel_size, stride, padding: of the receptive fields, in both directions.
+        in_types: the number of capsule types at a position.
+        in_dim: K.
+        out_types: J.
+        out_dim: D.
+        kernel_size: of the receptive fields in both directions, as are stride and padding.
         routing: one of `CapsuleLayer`, or "em".
-        options: further keyword arguments of the layer that routes, `CapsuleLayer` or, for "em", `EMCapsules`.
+        options: further keyword arguments of the layer that routes: `CapsuleLayer` or, for "em", `EMCapsules`.
 
-    Attributes: capsules, the layer that routes. Its input capsules run over the rows of the window, then the columns,
-    then the types.
+    Attributes:
+        capsules: the layer that routes. Its input capsules run over the rows of the window, then the columns, then the
+            types.
 
     Shape: u [B, in_types, H, W, K] -> v [B, out_types, H', W', D] with H' = (H + 2 padding − kernel_size) // stride + 1
     and W' alike. EM: pose [B, in_types, H, W, K] or [B, in_types, H, W, P, K] and activation [B, in_types, H, W] ->
@@ -480,9 +500,10 @@ class ConvCapsules(nn.Module):
     bool [B, in_types, H, W], True where there is a capsule.
 
     Raises:
-        ValueError: sizes that are no such integers, an unknown routing; an input of another shape, dtype or device, or
-            smaller than a window. TypeError: no tensor, or an option that the routing does not have. MemoryError: no
-            room for the work space.
+        TypeError: an input is not a tensor, or the routing does not have an option.
+        ValueError: wrong sizes, an unknown routing; an input of a wrong shape, dtype or device, or smaller than a
+            window.
+        MemoryError: no memory for the workspace.
     """
 
     def __init__(
@@ -498,15 +519,15 @@ class ConvCapsules(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        _at_least_one("ConvCapsules", in_types=in_types, in_dim=in_dim, out_types=out_types, out_dim=out_dim)
-        _at_least_one("ConvCapsules", kernel_size=kernel_size, stride=stride)
-        _not_negative("ConvCapsules", "padding", padding)
-        _one_of("ConvCapsules", "routing", routing, (*ROUTINGS, "em"))
+        check_at_least("ConvCapsules", 1, in_types=in_types, in_dim=in_dim, out_types=out_types, out_dim=out_dim)
+        check_at_least("ConvCapsules", 1, kernel_size=kernel_size, stride=stride)
+        check_at_least("ConvCapsules", 0, padding=padding)
+        check_choice("ConvCapsules", "routing", routing, (*ROUTINGS, "em"))
         self.in_types, self.in_dim, self.out_types, self.out_dim = in_types, in_dim, out_types, out_dim
         self.kernel_size, self.stride, self.padding, self.routing = kernel_size, stride, padding, routing
         sizes = (kernel_size**2 * in_types, in_dim, out_types, out_dim)
         kind = EMCapsules if routing == "em" else CapsuleLayer
-        _options("ConvCapsules", routing, kind, options)
+        _check_options("ConvCapsules", routing, kind, options)
         if routing == "em":
             self.capsules: EMCapsules | CapsuleLayer = EMCapsules(*sizes, **options, _layer="ConvCapsules")
         else:
@@ -516,50 +537,47 @@ class ConvCapsules(nn.Module):
         self, pose: Tensor, activation: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         B, rows, columns = self._check(pose, activation, mask)
-        there = self._there(pose, mask)
+        present = self._present(pose, mask)
         if activation is None:
-            return self._grid(self.capsules(self._receptive_fields(pose), there), B, rows, columns)
-        out = self.capsules(self._receptive_fields(pose), self._receptive_fields(activation), there)
+            return self._grid(self.capsules(self._receptive_fields(pose), present), B, rows, columns)
+        out = self.capsules(self._receptive_fields(pose), self._receptive_fields(activation), present)
         return self._grid(out[0], B, rows, columns), self._grid(out[1], B, rows, columns)
 
     def _check(self, pose: Tensor, activation: Tensor | None, mask: Tensor | None) -> tuple[int, int, int]:
-        """B, H' and W'."""
-        em = self.routing == "em"
-        _ops.check_tensors("ConvCapsules", "pose activation mask", 1, pose, activation, mask)
+        """Check the inputs and return B, H' and W'."""
+        layer, em = "ConvCapsules", self.routing == "em"
+        check_tensors(layer, "pose activation mask", 1, pose, activation, mask)
         dims, last = ((5, 6), "[B, in_types, H, W, (P,) K]") if em else ((5,), "[B, in_types, H, W, K]")
         if pose.dim() not in dims or pose.shape[1] != self.in_types or pose.shape[-1] != self.in_dim:
-            raise ValueError(
-                f"ConvCapsules: the pose has shape {list(pose.shape)}; expected {last} with "
-                f"in_types = {self.in_types} and K = {self.in_dim}"
+            fail(
+                layer,
+                f"pose has shape {list(pose.shape)}; expected {last} with in_types = {self.in_types} and "
+                f"K = {self.in_dim}",
             )
         if em != (activation is not None):
-            raise ValueError(
-                f"ConvCapsules: activation is {'missing' if em else 'given'}; EM routing needs one, no other takes one"
-            )
+            found, wanted = ("None", "a tensor") if em else ("a tensor", "None")
+            fail(layer, f"activation is {found}; expected {wanted}, because routing is {self.routing!r}")
         for name, x in (("activation", activation), ("mask", mask)):
             if x is not None and x.shape != pose.shape[:4]:
-                raise ValueError(
-                    f"ConvCapsules: {name} has shape {list(x.shape)}; expected [B, in_types, H, W] = "
-                    f"{list(pose.shape[:4])}"
+                fail(
+                    layer,
+                    f"{name} has shape {list(x.shape)}; expected [B, in_types, H, W] = {list(pose.shape[:4])}",
                 )
-        self._check_kinds(pose, activation, mask)
+        names = "pose weight activation"
+        check_floating(layer, names, *settle(layer, names, 2, pose, self.capsules.weight, activation))
+        if mask is not None and (mask.dtype != torch.bool or mask.device != pose.device):
+            fail(
+                layer,
+                f"mask is {mask.dtype} on {mask.device}; expected torch.bool (True where there is a capsule) on "
+                f"{pose.device}, the device of pose",
+            )
         B, _, height, width = pose.shape[:4]
-        _no_window("ConvCapsules", self.kernel_size, self.padding, height, width)
+        _check_window(layer, self.kernel_size, self.padding, height, width)
         rows, columns = ((n + 2 * self.padding - self.kernel_size) // self.stride + 1 for n in (height, width))
         return B, rows, columns
 
-    def _check_kinds(self, pose: Tensor, activation: Tensor | None, mask: Tensor | None) -> None:
-        """dtypes and devices."""
-        layer, names = "ConvCapsules", "pose weight activation"
-        _ops.check_floating(layer, names, *functional.settle(layer, names, 2, pose, self.capsules.weight, activation))
-        if mask is not None and (mask.dtype != torch.bool or mask.device != pose.device):
-            raise ValueError(
-                f"{layer}: mask is {mask.dtype} on {mask.device}; expected torch.bool (True where there is a capsule) "
-                f"on {pose.device}, as pose is"
-            )
-
-    def _there(self, pose: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The mask of the receptive fields [B · H' · W', N]; None if every position of theirs holds capsules."""
+    def _present(self, pose: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask of the receptive fields [B · H' · W', N]; None if all of their positions hold capsules."""
         if mask is None and self.padding == 0:
             return None
         if mask is None:
@@ -567,7 +585,7 @@ class ConvCapsules(nn.Module):
         return self._receptive_fields(mask)
 
     def _receptive_fields(self, x: Tensor) -> Tensor:
-        """[B, T, H, W, …] -> [B · H' · W', N, …]: a strided view, copied once into the order of the routing."""
+        """[B, T, H, W, …] -> [B · H' · W', N, …]: a strided view, which is copied once, in the order of the routing."""
         further = x.dim() - 4
         if self.padding:
             p = self.padding
@@ -589,14 +607,14 @@ class ConvCapsules(nn.Module):
         )
 
 
-def _options(layer: str, routing: str, kind: type[nn.Module], options: dict[str, Any]) -> None:
-    """Raise TypeError for options that are not among the keyword arguments of the layer that routes."""
+def _check_options(layer: str, routing: str, kind: type[nn.Module], options: dict[str, Any]) -> None:
+    """Require options that are keyword arguments of the layer that routes."""
     parameters = inspect.signature(kind.__init__).parameters.values()
     allowed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and not p.name.startswith("_")]
     for name in options:
         if name not in allowed:
             raise TypeError(
-                f"{layer}: {name} is no option of routing {routing!r}; expected one of {', '.join(allowed)}"
+                f"{layer}: option is {name!r}; expected one of {', '.join(allowed)} for routing {routing!r}"
             )
 
 
@@ -604,22 +622,22 @@ def convert_weight(weight: Tensor, layout: str = "JNDK") -> Tensor:
     """Transformation matrices of another implementation as [N, K, J, D], contiguous.
 
     Args:
-        weight: four dimensions, besides leading or trailing ones of size 1 (as in [1, J, N, D, K]).
+        weight: four dimensions, and any leading or trailing dimensions of size 1 (as in [1, J, N, D, K]).
         layout: the meaning of its dimensions, a permutation of "JNDK" (output capsules, input capsules, output
             dimension, input dimension); "JNDK" is the common one.
 
     Raises:
-        ValueError: a layout that is no such permutation, or a weight that does not have four dimensions. TypeError: no
-            tensor.
+        TypeError: weight is not a tensor.
+        ValueError: layout is not such a permutation, or weight does not have four dimensions.
     """
-    _ops.check_tensors("convert_weight", "weight", 1, weight)
+    check_tensors("convert_weight", "weight", 1, weight)
     if not isinstance(layout, str) or sorted(layout) != sorted("JNDK"):
-        raise ValueError(f"convert_weight: layout is {layout!r}; it must be a permutation of 'JNDK'")
+        fail("convert_weight", f"layout is {layout!r}; expected a permutation of 'JNDK'")
     shape, extra = list(weight.shape), weight.dim() - 4
-    # Every way to leave out ones at both ends so that four dimensions are left.
+    # All ways to drop dimensions of size 1 at both ends so that four dimensions are left.
     ways = [first for first in range(extra + 1) if all(n == 1 for n in (*shape[:first], *shape[first + 4 :]))]
     if len(ways) != 1:
-        reason = "it could be read in several ways" if ways else "expected four dimensions"
-        raise ValueError(f"convert_weight: weight has shape {shape}; {reason}, {layout}")
+        wanted = "only one way to drop sizes of 1 that leaves" if ways else "four dimensions,"
+        fail("convert_weight", f"weight has shape {shape}; expected {wanted} {layout}")
     squeezed = weight.reshape(shape[ways[0] : ways[0] + 4])
     return squeezed.permute(*(layout.index(axis) for axis in "NKJD")).contiguous()

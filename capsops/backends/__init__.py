@@ -1,14 +1,15 @@
 """The backends, and the choice between them.
 
-Each backend is a module with the same function names. `reference` is plain PyTorch and differentiated by it; the
-compiled ones fill the outputs of the operators in `_ops.py`. A compiled backend says by `why_not` why it cannot run an
-operator on tensors of a device and dtype.
+`reference` has the functions of the operators in plain PyTorch, which differentiates them. The others are compiled.
+Each of those is a module with two functions: `why_not` tells why it cannot run an operator on tensors of a device and
+dtype, and `run` fills the outputs of an operator.
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -18,9 +19,10 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..dtypes import FLOATING
 from . import cpu, cuda, extension, triton
 
-# In the order of preference. The reference takes whatever the others refuse.
+# In the order of preference. What none of them can run, the reference runs.
 COMPILED: dict[str, ModuleType] = {"cpu": cpu, "cuda": cuda, "triton": triton}
 NAMES = (*COMPILED, "reference")
 
@@ -31,10 +33,11 @@ class BackendError(RuntimeError):
 
 _EXPECTED = f"expected one of {', '.join(NAMES)}"
 
-# The last one counts.
+# The names that `use_backend` and CAPSOPS_BACKEND have forced; the last one counts.
 _forced: list[str] = []
 
-# What is wrong with the environment. An import that failed would be a traceback in every program.
+# What is wrong with the environment variables, if anything. It is raised by the first operator: an exception during
+# the import would be a traceback in every program.
 _environment_error = cpu.ENVIRONMENT_ERROR
 if _named := os.environ.get("CAPSOPS_BACKEND"):
     if _named in NAMES:
@@ -44,7 +47,7 @@ if _named := os.environ.get("CAPSOPS_BACKEND"):
 
 
 def check_environment() -> None:
-    """Raise BackendError if CAPSOPS_BACKEND or CAPSOPS_ISA names what there is not. Every operator asks this."""
+    """Raise BackendError if CAPSOPS_BACKEND or CAPSOPS_ISA has a value that is not allowed. Every operator calls it."""
     if _environment_error is not None:
         raise BackendError(_environment_error)
 
@@ -52,10 +55,12 @@ def check_environment() -> None:
 def use_backend(name: str) -> AbstractContextManager[None]:
     """Use one backend inside a block, `with use_backend("reference"):`, for all tensors.
 
-    name: "cpu", "cuda", "triton" or "reference".
+    This holds for the whole process, not for one thread: of overlapping blocks, the one that began last counts. A
+    gradient runs on the backend of its forward pass. The environment variable CAPSOPS_BACKEND forces a backend for a
+    whole run; if it has no backend's name, every operator raises an error.
 
-    Holds for the whole process, not for one thread: of overlapping blocks the last begun counts. The environment
-    variable CAPSOPS_BACKEND does the same for a whole run; if it names no backend, every operator raises an error.
+    Args:
+        name: "cpu", "cuda", "triton" or "reference".
 
     Raises:
         BackendError: there is no such backend; or, at the first operator, it cannot take the tensors.
@@ -71,70 +76,110 @@ def _using(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        # The last of this name, for another thread's block may have begun meanwhile.
+        # Remove the last entry of this name: another thread's block may have begun in the meantime.
         del _forced[len(_forced) - 1 - _forced[::-1].index(name)]
 
 
 def forced() -> str | None:
-    """The backend that is forced, if one is."""
+    """The name of the backend that is forced, or None."""
     return _forced[-1] if _forced else None
 
 
+def _first(op: str, device: torch.device, dtype: torch.dtype, only: str | None) -> tuple[str | None, list[str]]:
+    """The first compiled backend that can run an operator, and why those before it cannot; only: ask no other one."""
+    reasons: list[str] = []
+    for name, module in COMPILED.items():
+        if only not in (None, name):
+            continue
+        reason = module.why_not(op, device, dtype)
+        if reason is None:
+            return name, reasons
+        reasons.append(f"{name}: {reason}")
+    return None, reasons
+
+
 def select(op: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the backend that runs an operator on tensors like these.
+    """The name of the backend that runs an operator on tensors like these; "meta" where only shapes are computed.
 
     Raises:
-        BackendError: a backend is forced and cannot, or `check_environment` raises it.
+        BackendError: a backend is forced that cannot run it, or the environment is wrong (`check_environment`).
     """
     check_environment()
     only = forced()
     if only == "reference":
         return "reference"
     if device.type == "meta" and only is None:
-        return "meta"  # shapes only, by the operators' own rules
-    reasons = []
-    for name, module in COMPILED.items():
-        if only not in (None, name):
-            continue
-        reason = module.why_not(op, device, dtype)
-        if reason is None:
-            return name
-        reasons.append(f"{name}: {reason}")
+        return "meta"
+    name, reasons = _first(op, device, dtype, only)
+    if name is not None:
+        return name
+    if dtype not in FLOATING:
+        return "reference"  # the arguments are checked before it runs, and the check names this one
     if only:
         raise BackendError(f"the forced backend cannot run {op} here: {'; '.join(reasons)}")
     _warn_slow(op, "; ".join(reasons))
     return "reference"
 
 
+Choice = tuple[str, torch.device, torch.dtype, ModuleType]
+"""An operator, the device and dtype of its tensors, and the backend that runs it and its gradient on them."""
+
+
+class _Thread(threading.local):
+    choice: Choice | None = None
+
+
+_thread = _Thread()
+
+
+def remember(choice: Choice | None) -> Choice | None:
+    """Let the operators that this thread calls use this choice instead of choosing again; return the choice before."""
+    before, _thread.choice = _thread.choice, choice
+    return before
+
+
+def remembered() -> Choice | None:
+    """The choice that this thread remembers."""
+    return _thread.choice
+
+
 def compiled(op: str, tensor: Tensor) -> ModuleType:
-    """The compiled backend for an operator on tensors like this one: the one that is forced, if it can.
+    """The compiled backend for an operator on tensors like this one.
+
+    It is the remembered one; otherwise the forced one, if it can run the operator; otherwise the first that can.
 
     Raises:
-        BackendError: there is none, or `check_environment` raises it.
+        BackendError: there is none, or the environment is wrong (`check_environment`).
     """
-    check_environment()
     device, dtype = tensor.device, tensor.dtype
+    choice = _thread.choice
+    # Compared, because a torch dispatch mode may call other operators while this call runs.
+    if choice is not None and choice[:3] == (op.removesuffix("_backward"), device, dtype):
+        return choice[3]
+    check_environment()
     only = forced()
-    if only in COMPILED and COMPILED[only].why_not(op, device, dtype) is None:
-        return COMPILED[only]
-    for module in COMPILED.values():
-        if module.why_not(op, device, dtype) is None:
-            return module
-    raise BackendError(f"{op}: no compiled backend takes a {dtype} tensor on {device}\n{info()}")
+    name, reasons = _first(op, device, dtype, only if only in COMPILED else None)
+    if name is None and only in COMPILED:
+        name, reasons = _first(op, device, dtype, None)
+    if name is None:
+        raise BackendError(
+            f"{op}: no compiled backend takes a {dtype} tensor on {device} ({'; '.join(reasons)})\n{info()}"
+        )
+    return COMPILED[name]
 
 
 _warned: set[str] = set()
 
 
 def _warn_slow(op: str, reasons: str) -> None:
-    # A graph that is being compiled has no place for a warning; whoever compiles has run the code before.
+    # Not while torch.compile traces: a warning would break the graph.
     if reasons not in _warned and not torch.compiler.is_compiling():
         _warned.add(reasons)
         warnings.warn(
             f"capsops runs {op} on its slow reference backend, which materialises the votes ({reasons}). "
             "`python -m capsops.info` says what was built.",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -147,12 +192,12 @@ class Info:
     python: str
     machine: str
     threads: int
-    extension: str  # what built it, or that it was not built
-    instruction_set: str  # the instruction set of the CPU kernels
-    gpus: tuple[str, ...]  # those that torch sees
+    extension: str  # what built it, or "not built"
+    instruction_set: str  # of the CPU kernels
+    gpus: tuple[str, ...]  # as torch sees them
     forced: str | None
     backends: dict[str, str]  # name -> "yes", or why not
-    chosen: dict[str, str]  # device -> what runs on its tensors
+    chosen: dict[str, str]  # device -> the backend that runs on its tensors
 
     def __str__(self) -> str:
         rows = [
@@ -171,12 +216,12 @@ class Info:
     __repr__ = __str__
 
 
-# One that all backends have, and one that not all have.
+# An operator that all backends have, and one that some lack.
 _USUAL, _RARE = "dynamic_routing", "em_routing"
 
 
 def _chosen(device: torch.device) -> str:
-    """What runs on the tensors of a device."""
+    """The backend that runs on the tensors of a device, for `Info`."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -189,6 +234,7 @@ def _chosen(device: torch.device) -> str:
 
 
 def _state(module: ModuleType) -> str:
+    """Whether a compiled backend runs here, for `Info`."""
     usual, rare = (module.why_not(op, torch.device(module.DEVICE_TYPE), torch.float32) for op in (_USUAL, _RARE))
     return f"no: {usual}" if usual else f"yes, but {rare}" if rare else "yes"
 
@@ -197,7 +243,7 @@ def info() -> Info:
     """What was built, what runs here, and why not the rest.
 
     Raises:
-        BackendError: `check_environment` raises it.
+        BackendError: the environment is wrong (`check_environment`).
     """
     check_environment()
     from .. import __version__

@@ -1,4 +1,4 @@
-"""What torch.compile must not look into."""
+"""Marks functions that torch.compile must not trace."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ F = TypeVar("F", bound=Callable[..., object])
 
 
 def constant_when_compiled(function: F) -> F:
-    """Let torch.compile call the function once and take the result for a constant, instead of tracing it.
+    """Let torch.compile call the function once and use the result as a constant, instead of tracing it.
 
-    For functions that ask the machine: what they call cannot be traced. This is the mark that
-    `torch.compiler.assume_constant_result` sets; that one would import the compiler, which takes seconds.
+    For functions that query the machine, which cannot be traced. This sets the same mark as
+    `torch.compiler.assume_constant_result`, without importing the compiler, which takes seconds.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function

@@ -1,4 +1,4 @@
-"""The compiled CPU backend: the extension's operators, on tensors of the CPU."""
+"""The compiled CPU backend: the kernels of the extension, for tensors on the CPU."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ import os
 import torch
 
 from . import extension
-from .extension import *  # noqa: F403
+from .extension import run as run
 
 DEVICE_TYPE = "cpu"
 
 
 def instruction_sets() -> tuple[str, ...]:
-    """The instruction sets that the kernels were compiled for and that run here, best first."""
+    """The instruction sets that the kernels were compiled for and that this CPU has, best first."""
     return () if extension._C is None else tuple(extension._C.instruction_sets().split())
 
 
 def use_instruction_set(name: str) -> None:
     """Use the kernels of one instruction set from now on; CAPSOPS_ISA does so from the start.
 
-    "auto", the default: the best one, or the next for votes that would leave half of its vectors idle.
+    Args:
+        name: one of `instruction_sets`, or "auto", the default: the best one, or the next one for votes that would
+            leave half of its vectors unused.
 
     Raises:
-        ValueError: it was not compiled or does not run here.
+        ValueError: the instruction set was not compiled or does not run here.
     """
     if extension._C is None or not extension._C.use_instruction_set(name):
-        allowed = ", ".join(("auto", *instruction_sets())) if extension._C else "none, for the extension does not load"
+        allowed = ", ".join(("auto", *instruction_sets())) if extension._C else "none: the extension does not load"
         raise ValueError(f"CAPSOPS_ISA is {name!r}; expected one of {allowed}, which run here")
 
 
-# What is wrong with CAPSOPS_ISA.
+# The error message for a wrong CAPSOPS_ISA.
 ENVIRONMENT_ERROR: str | None = None
 if extension._C is not None and os.environ.get("CAPSOPS_ISA"):
     try:
@@ -51,7 +53,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def instructions() -> str | None:
-    """The instruction set in use, and the others that could be."""
+    """The instruction set in use and those that could be forced, for `capsops.info`."""
     if extension._C is None:
         return None
     others = [name for name in instruction_sets() if name != extension._C.instruction_set()]

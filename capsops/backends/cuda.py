@@ -11,7 +11,7 @@ import torch
 
 from . import extension
 from ._compiling import constant_when_compiled
-from .extension import *  # noqa: F403
+from .extension import run as run
 
 DEVICE_TYPE = "cuda"
 
@@ -32,7 +32,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 @cache
 @constant_when_compiled
 def unfit(index: int) -> str | None:
-    """Why the kernels that were built do not run on a GPU, or None if they do."""
+    """Why the kernels that were built do not run on GPU number `index`, or None if they do."""
     architectures = extension._C.cuda_architectures
     if architectures is None:
         return "the extension was built without CUDA kernels (no nvcc was found, or CAPSOPS_CUDA=0)"
@@ -45,8 +45,8 @@ def unfit(index: int) -> str | None:
         return f"its driver runs CUDA up to {_version(driver)}, and the kernels were built by CUDA {_version(runtime)}"
     major, minor = torch.cuda.get_device_capability(index)
     built = [divmod(int(a), 10) for a in architectures.split()]
-    # Machine code runs on GPUs of the same major version from its minor one on; the last is there as PTX too, which
-    # the driver compiles for whatever comes after it.
+    # Machine code runs on GPUs of the same major version and at least its minor version. The newest architecture is
+    # there as PTX too, which the driver compiles for later GPUs.
     if any(a == major and b <= minor for a, b in built) or (major, minor) >= built[-1]:
         return None
     return (

@@ -1,7 +1,7 @@
-"""The routings in plain PyTorch: readable, differentiated by autograd, and materialising the votes.
+"""The routings in plain PyTorch: readable, differentiated by autograd; the votes are materialised.
 
-This is the only oracle of the tests and the "naive routing" that the benchmarks compare with. It runs on any device and
-any dtype. Symbols: u [B, N, K] input capsules, W [N, K, J, D] or [K, J, D], û [B, N, J, D] votes, c couplings,
+The tests compare everything with it, and the benchmarks call it the "naive routing". It runs on any device and with any
+floating dtype. Symbols: u [B, N, K] input capsules, W [N, K, J, D] or [K, J, D], û [B, N, J, D] votes, c couplings,
 v [B, J, D] output capsules.
 """
 
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# What keeps the divisions and logarithms of EM routing finite. The kernels have the same.
+# Keeps the divisions and logarithms of EM routing finite. The kernels use the same value.
 EM_EPSILON = 1e-8
 
 
@@ -26,17 +26,17 @@ def squash(s: Tensor, kind: str = "sabour") -> Tensor:
         return s.clone()
     largest = x.detach().abs().amax(dim=-1, keepdim=True)
     zero = largest == 0
-    # Scaled to a largest component of 1, so that no square overflows or vanishes; the scale is a constant to autograd
-    # because the length does not depend on it. Summed by torch.sum, which adds pairwise; linalg.vector_norm does not.
+    # Scaled to a largest component of 1, so that no square overflows or vanishes. The scale is a constant for autograd,
+    # because the length does not depend on it. torch.sum adds pairwise; linalg.vector_norm does not.
     scale = torch.where(zero, 1, largest)
     ratio = x / scale
     root = torch.where(zero, 1, ratio.square().sum(dim=-1, keepdim=True)).sqrt()
-    # Where the length itself might overflow v is the direction of s, to the last digit, by either formula. Of every
-    # choice both sides see only lengths that they can take.
+    # Where the length itself might overflow, v is the direction of s to the last digit, in either formula. Every
+    # torch.where below evaluates both sides, so each side gets only lengths for which it is finite.
     huge = largest > (2.0**500 if x.dtype == torch.float64 else 2.0**60)
     n = torch.where(zero, 0, torch.where(huge, 1, scale) * root)
     if kind == "sabour":
-        # 1/(n + 1/n) where n² could overflow.
+        # Written as 1/(n + 1/n) where n² could overflow.
         long = n > 1
         factor = 1 / (torch.where(long, n, 1) + 1 / torch.where(long, n, 1))
         short = torch.where(long, 1, n)
@@ -59,9 +59,9 @@ def primary_capsules(features: Tensor, types: int, legacy: bool = False, kind: s
 
 
 def affine_votes(u: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
-    """û_ij = u_i W_ij; 0 where no capsule is, so that whatever stands there (a NaN, say) has no effect.
+    """û_ij = u_i W_ij; 0 where the mask is False, so that a masked value (even a NaN) has no effect.
 
-    A capsule that is a matrix [P, K] casts the matrix [P, D] as its vote.
+    The vote of a capsule that is a matrix [P, K] is a matrix [P, D].
     """
     if mask is not None:
         u = _masked(u, mask)
@@ -79,7 +79,7 @@ def attention_couplings(votes: Tensor, attn_weight: Tensor, attn_bias: Tensor | 
 
 
 def dynamic_couplings(logits: Tensor, leaky: bool) -> Tensor:
-    """c [B, N, J]: softmax over the output capsules, with one more logit of 0 if leaky."""
+    """c [B, N, J]: a softmax over the output capsules, with one more logit, 0, if leaky."""
     if not leaky:
         return logits.softmax(dim=2)
     leak = torch.zeros_like(logits[:, :, :1])
@@ -87,16 +87,16 @@ def dynamic_couplings(logits: Tensor, leaky: bool) -> Tensor:
 
 
 def self_attention_couplings(votes: Tensor, total: Tensor, prior: Tensor | None, scale: float) -> Tensor:
-    """c [B, N, J]: how far a vote agrees with the sum of them all, total [B, J, D] (Mazzia et al. 2021).
+    """c [B, N, J]: how far a vote agrees with total [B, J, D], the sum of all votes (Mazzia et al. 2021).
 
-    Their N×N matrix of the products of votes is only ever summed along a row, and û_i · Σ_k û_k is that sum.
+    The paper only uses the row sums of its N×N matrix of products of votes, and û_i · Σ_k û_k is such a sum.
     """
     c = (torch.einsum("bnjd,bjd->bnj", votes, total) * scale).softmax(dim=2)
     return c if prior is None else c + prior
 
 
 def em_responsibilities(votes: Tensor, mean: Tensor, variance: Tensor, log_activation: Tensor) -> Tensor:
-    """r [B, N, J]: how far each output capsule explains each vote [B, N, J, H] (Hinton et al. 2018, the E-step)."""
+    """r [B, N, J], the E-step: how well each output capsule explains each vote [B, N, J, H] (Hinton et al. 2018)."""
     deviation = (votes - mean[:, None]).square() / variance[:, None]
     return (log_activation[:, None] - 0.5 * (deviation.sum(dim=-1) + variance.log().sum(dim=-1)[:, None])).softmax(
         dim=2
@@ -104,12 +104,12 @@ def em_responsibilities(votes: Tensor, mean: Tensor, variance: Tensor, log_activ
 
 
 def em_cost(support: Tensor, variance: Tensor, beta_u: Tensor) -> Tensor:
-    """[B, J]: what it costs an output capsule to describe its votes (Hinton et al. 2018, the M-step)."""
+    """[B, J], in the M-step: the cost of describing the votes by an output capsule (Hinton et al. 2018)."""
     return support * (beta_u[:, None] + 0.5 * variance.log()).sum(dim=-1)
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
-    """0 for the input capsules that are not there; x is [B, N, …]."""
+    """x [B, N, …] with 0 where the mask is False."""
     return x if mask is None else torch.where(mask.reshape(*mask.shape, *[1] * (x.dim() - 2)), x, 0)
 
 
@@ -167,8 +167,8 @@ def em_routing(
 ) -> tuple[Tensor, Tensor]:
     """EM routing (Hinton et al. 2018, procedure 1), an iteration for each inverse temperature.
 
-    A mixture of Gaussians with a diagonal covariance is fitted to the votes. The votes are made in their own dtype;
-    what follows is in float32 at least, because float16 has no number as small as ε.
+    It fits a mixture of Gaussians with diagonal covariance to the votes. The votes are computed in their own dtype, the
+    rest in float32 at least, because float16 has no number as small as ε.
     """
     dtype = pose.dtype
     matrices = affine_votes(pose, weight, mask)

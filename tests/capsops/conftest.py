@@ -1,9 +1,9 @@
-"""What the tests of capsops run under."""
+"""The environment of the tests of capsops."""
 
 import os
 
 import torch
 
-# Where there is no GPU, Triton's kernels run in its interpreter, which has to be said before they are loaded.
+# Without a GPU Triton's kernels run in its interpreter. The variable must be set before they are imported.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

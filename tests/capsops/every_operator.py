@@ -1,10 +1,9 @@
-"""Every operator of a backend, forward and backward, on small shapes: for tools that watch the kernels.
+"""Runs every operator of a backend, forward and backward, on small shapes, for tools that observe the kernels.
 
     compute-sanitizer --tool memcheck python -m tests.capsops.every_operator --backend cuda
 
-Run it with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that every tensor is an allocation of its own. Whether the results are
-right is for the test matrix to say; here they must be finite. Prints a line at the end; the exit status is 1 where an
-operator fails.
+Run it with PYTORCH_NO_CUDA_MEMORY_CACHING=1, so that every tensor is an allocation of its own. The results only have to
+be finite; the test matrix checks their values. Prints a line at the end; the exit status is 1 if an operator fails.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from capsops.backends import COMPILED
 
 from .routings import OPERATORS, ROUTINGS, SHAPES, device_of, run
 
-# Ones; primes; the paper's J and D; MNIST's, with more batch items than registers take; a wide batch.
+# Ones; primes; the paper's J and D; those of MNIST, with more batch items than fit into registers; a wide batch.
 FEW = [SHAPES[i] for i in (0, 1, 2, 8, 9)]
 
 
 def rows(backend: str) -> int:
-    """Squash and primary capsules; how many calls."""
+    """Run squash and primary capsules; return the number of calls."""
     device, calls = device_of(backend), 0
     for kind, dtype, shape in itertools.product(
         ("sabour", "efficient"), (torch.float32, torch.bfloat16), ((1, 1), (7, 5), (67, 16), (3, 300))
@@ -51,7 +50,7 @@ def rows(backend: str) -> int:
 
 
 def routings(backend: str) -> int:
-    """The routings and the votes; how many calls."""
+    """Run the routings and the votes; return the number of calls."""
     calls = 0
     able = COMPILED[backend].why_not("em_routing", device_of(backend), torch.float32) is None
     for routing, shape, shared in itertools.product(OPERATORS, FEW, (False, True)):

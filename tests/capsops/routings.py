@@ -11,9 +11,9 @@ from torch import Tensor
 
 import capsops
 
-# B, N, K, J, D: ones, primes, one past a vector width, the paper's J and D, MNIST's; two output capsules with votes of
-# one and of two vectors, and as many batch items as the registers take, and more; batches that fill vectors, the last
-# of them in part, with more input capsules than are taken at a time.
+# B, N, K, J, D: ones; primes; one more than a vector width; J and D of the paper and of MNIST; two output capsules,
+# with votes of one and of two vectors, and with as many batch items as fit into registers, and more; batches that fill
+# vectors, the last vector in part, with more input capsules than one step takes.
 SHAPES = [
     (1, 1, 1, 1, 1),
     (2, 7, 5, 3, 11),
@@ -32,18 +32,18 @@ Arguments = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Routing:
-    """One operator with its options fixed: `call(**arguments)`, and the sizes of its small arguments from N, J, D."""
+    """One operator with fixed options: `call(**arguments)`, and the sizes of its small arguments from N, J, D."""
 
     name: str
     call: Callable[..., Tensor | tuple[Tensor, Tensor]]
     parameters: Callable[[int, int, int], dict[str, tuple[int, ...]]]
     detached: bool = False
-    rows: int | None = None  # of EM routing: 0 for capsules that are vectors
-    inverse_temperature: float | tuple[float, ...] = 0.01  # of EM routing
+    rows: int | None = None  # for EM routing; 0 for capsules that are vectors
+    inverse_temperature: float | tuple[float, ...] = 0.01  # for EM routing
 
     @property
     def em(self) -> bool:
-        """Whether there are a pose and an activation, coming in and going out."""
+        """Whether the inputs and the outputs are a pose and an activation."""
         return self.rows is not None
 
     @property
@@ -56,7 +56,7 @@ class Routing:
         return 2 if self.em else 1
 
     def arguments(self, shape: tuple[int, ...], *, shared: bool = False, seed: int = 0) -> Arguments:
-        """Random arguments in float64; votes of about unit length."""
+        """Random arguments in float64, with votes of about unit length."""
         B, N, K, J, D = shape
         g = torch.Generator().manual_seed(crc32(repr((self.name, shape, shared, seed)).encode()))
 
@@ -90,7 +90,7 @@ def _self_attention(*, prior: bool, scale: float | None) -> Routing:
 def _em(
     iterations: int, rows: int, inverse_temperature: float | tuple[float, ...], renormalise: bool = False
 ) -> Routing:
-    # Temperatures at which the activations of some shapes are saturated and those of others are not.
+    # At these temperatures the activations are saturated for some shapes and not for others.
     def call(**arguments: Tensor) -> tuple[Tensor, Tensor]:
         return capsops.em_routing(
             iterations=iterations, inverse_temperature=inverse_temperature, renormalise=renormalise, **arguments
@@ -121,18 +121,18 @@ OPERATORS = [*ROUTINGS, VOTES]
 
 
 def each(out: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """The outputs of an operator, one or several."""
+    """The outputs of an operator as a tuple."""
     return out if isinstance(out, tuple) else (out,)
 
 
 def device_of(backend: str) -> torch.device:
-    """Where a backend's tensors are, in these tests: those of GPUs on a GPU, if there is one."""
+    """The device for the tensors of a backend: for the backends of GPUs a GPU, if there is one."""
     on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
     return torch.device("cuda" if on_gpu else "cpu")
 
 
 def run(routing: Routing, arguments: Arguments, dtype: torch.dtype, backend: str, **fixed: Tensor) -> list[Tensor]:
-    """Outputs and gradients of all arguments, for fixed random gradients of the outputs: float64, on the CPU."""
+    """The outputs and, for fixed random gradients of them, the gradients of all arguments; in float64 on the CPU."""
     device = device_of(backend)
     leaves = {n: x.detach().to(device, dtype, copy=True).requires_grad_() for n, x in arguments.items()}
     fixed = {n: x.to(device) for n, x in fixed.items()}
@@ -146,7 +146,7 @@ def run(routing: Routing, arguments: Arguments, dtype: torch.dtype, backend: str
 
 
 def relative_error(got: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest number expected."""
+    """The largest difference, divided by the largest expected number."""
     if expected.numel() == 0:
         assert got.shape == expected.shape
         return 0.0
@@ -155,7 +155,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 
 
 def _examples() -> dict[str, tuple]:
-    """Arguments for every operator there is, forward and backward."""
+    """Arguments for every operator, forward and backward."""
     B, N, K, J, D = 2, 7, 3, 4, 5
     u, weight, shared = torch.randn(B, N, K), torch.randn(N, K, J, D), torch.randn(K, J, D)
     a, bias, full = torch.randn(J, J), torch.randn(J), torch.randn(J, D)
@@ -164,7 +164,7 @@ def _examples() -> dict[str, tuple]:
     pose, activation, beta = torch.randn(B, N, 2, K), torch.rand(B, N), torch.randn(J)
     features = torch.randn(B, 6, 4, 5).to(memory_format=torch.channels_last)
     prior, temperatures = torch.randn(N, J), [0.1, 0.3]
-    # As forward leaves it: variances above 0.
+    # Above 0, as the variances are after forward.
     state = torch.rand(2, B, J, 3 * 2 * D + 2) + 0.1
     return {
         "squash": (u, "sabour"),

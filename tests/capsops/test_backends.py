@@ -1,4 +1,4 @@
-"""The choice of a backend, and what `info` says of it."""
+"""The choice of a backend, and the report of `info`."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_unknown_backend() -> None:
         ("CAPSOPS_ISA", r"CAPSOPS_ISA is 'gpu\\x1b'; expected one of auto, .*baseline, which run here"),
     ],
 )
-def test_an_environment_that_names_what_there_is_not(name: str, message: str) -> None:
-    """Programs say so in one line; importing is no error, every operator is one."""
+def test_a_wrong_environment_variable(name: str, message: str) -> None:
+    """Programs report it in one line. Importing succeeds; every operator raises."""
     wrong = {name: "gpu\x1b"}
     for program in ("capsops.info", "cardiocaps.train"):
         run = _python("-W", "ignore", "-m", program, **wrong)
@@ -72,7 +72,7 @@ def test_environment_variable() -> None:
     assert run.stdout.strip() == "reference"
 
 
-def test_a_missing_extension_is_said_once_and_not_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extension_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     monkeypatch.setattr(backends.extension, "_C", None)
     monkeypatch.setattr(backends.extension, "MISSING", "no such file")
@@ -92,7 +92,7 @@ def test_forced_backend_that_cannot() -> None:
 
 
 def test_overlapping_blocks_leave_nothing_forced() -> None:
-    """As two threads would begin and end them."""
+    """The blocks begin and end in the order in which two threads might do so."""
     first, second = capsops.use_backend("reference"), capsops.use_backend("cpu")
     first.__enter__()
     second.__enter__()
@@ -124,3 +124,45 @@ def test_instruction_set_can_be_forced() -> None:
         assert run.stdout.startswith(name), run.stderr
     with pytest.raises(ValueError, match="CAPSOPS_ISA is 'mmx'; expected one of auto, "):
         backends.cpu.use_instruction_set("mmx")
+
+
+@pytest.mark.skipif(not backends.triton._installed(), reason="Triton is not installed")
+@pytest.mark.parametrize("lacking", ["em_routing", "em_routing_backward"])
+def test_an_operator_that_triton_lacks_is_a_fallback(monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
+    """An operator without its gradient counts as lacking too: forward would otherwise find no kernel for backward."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backends.extension, "MISSING", "no such file")
+    monkeypatch.setattr(backends, "_warned", set())
+    monkeypatch.delattr(backends.triton, lacking)
+    assert backends.select("dynamic_routing", U.device, U.dtype) == "triton"
+    activation, beta = torch.rand(2, 5), torch.zeros(2)
+    weight = WEIGHT.clone().requires_grad_()
+    arguments = (U, activation, weight, beta, beta)
+    with pytest.warns(RuntimeWarning, match="slow reference backend.*triton: it has no kernel for em_routing"):
+        pose, _ = capsops.em_routing(*arguments)
+    pose.sum().backward()
+    assert weight.grad is not None
+    message = "cannot run em_routing here: triton: it has no kernel for em_routing"
+    with capsops.use_backend("triton"), pytest.raises(capsops.BackendError, match=message):
+        capsops.em_routing(*arguments)
+    message = "em_routing: no compiled backend .*triton: it has no kernel for em_routing"
+    with pytest.raises(capsops.BackendError, match=message):
+        torch.ops.capsops.em_routing(*arguments, None, [0.1])
+
+
+def test_a_gradient_runs_on_the_backend_of_its_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is chosen once, also where another one is forced when backward runs."""
+    seen: list[tuple[str, str]] = []
+    for name, module in backends.COMPILED.items():
+        run = module.run
+        monkeypatch.setattr(module, "run", lambda op, *a, run=run, name=name: (seen.append((name, op)), run(op, *a))[1])
+    weight = WEIGHT.clone().requires_grad_()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    on = "triton" if backends.triton._installed() else "cpu"
+    with capsops.use_backend(on):
+        v = capsops.dynamic_routing(U, weight)
+    monkeypatch.setattr(backends, "select", None)  # nothing chooses again
+    monkeypatch.setattr(backends, "_first", None)
+    v.sum().backward()
+    assert seen == [(on, "dynamic_routing"), (on, "dynamic_routing_backward")]
+    assert backends.remembered() is None

@@ -1,4 +1,4 @@
-"""The bindings themselves, called with what no operator calls them with: a status, never a crash."""
+"""The bindings, called with invalid arguments that no operator passes: they return a status and never crash."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import torch
 from capsops.backends import extension
 
 _C = extension._C
-X = torch.zeros(4096)  # memory for every pointer
+X = torch.zeros(4096)  # the memory that every pointer points to
 P = X.data_ptr()
 F32 = _C.Dtype.float32
 SABOUR = _C.SquashKind.sabour
 PLACE = _C.Place(1)
-# B, N, K, J, D, rows and what W's stride should be.
+# B, N, K, J, D and rows.
 SIZES = (2, 3, 2, 2, 4, 1)
 
 
@@ -25,7 +25,7 @@ def capsules(u: int = P, weight: int = P, sizes: tuple[int, ...] = SIZES, stride
 
 
 def calls(c: Any, place: Any = PLACE, iterations: int = 2, p: int = P) -> dict[str, Callable[[], Any]]:
-    """Every operator on capsules; p: where its other operands are."""
+    """A call of every operator on capsules; p: the address of its other operands."""
     lambdas = [0.5] * min(iterations, 2)
     return {
         "affine_votes": lambda: _C.affine_votes(place, c, p),
@@ -55,7 +55,7 @@ by_operator = pytest.mark.parametrize("op", list(calls(None)))
 
 
 @by_operator
-def test_what_is_valid_is_run(op: str) -> None:
+def test_valid_arguments_run(op: str) -> None:
     X.zero_()
     assert calls(capsules())[op]() == _C.Status.ok
     X.zero_()
@@ -66,7 +66,7 @@ def test_what_is_valid_is_run(op: str) -> None:
 @pytest.mark.parametrize("size", [-1, 2**31, 2**62])
 def test_sizes(op: str, axis: int, size: int) -> None:
     sizes = (*SIZES[:axis], size, *SIZES[axis + 1 :])
-    # As large as this there are sizes of which all products fit, and whose memory would have to exist.
+    # With 2**31 alone all products of the sizes would still fit into 64 bits, and the memory would have to exist.
     if size == 2**31:
         sizes = tuple(2**31 if n == size else 2**20 for n in sizes)
     check_refused(calls(capsules(sizes=sizes, stride=0))[op])
@@ -103,7 +103,7 @@ def test_iterations(op: str) -> None:
 
 
 def test_more_work_space_than_there_is() -> None:
-    """2³⁰ iterations: an int overflowed."""
+    """2³⁰ iterations once overflowed an int."""
     c = capsules(sizes=(2, 3, 2, 64, 64, 1), stride=0)
     for op in ("dynamic_routing_backward",):
         assert calls(c, iterations=2**30)[op]() == _C.Status.out_of_memory
@@ -139,12 +139,12 @@ def test_probes() -> None:
 
 
 def test_python_says_which_operator() -> None:
-    with pytest.raises(ValueError, match=r"capsops\.squash: an argument is outside of what its kernel takes"):
-        extension._run("squash", (X,), P, P, -1, 4, SABOUR, F32)
+    with pytest.raises(ValueError, match=r"capsops\.squash: the kernel does not take an argument"):
+        extension.call_kernel("squash", (X,), P, P, -1, 4, SABOUR, F32)
 
 
 def test_an_operator_that_a_place_has_no_kernel_for() -> None:
-    """EM routing has no CUDA kernels; without any, Python is told so."""
+    """EM routing has no CUDA kernel. An extension without any CUDA kernels raises."""
     place = _C.Place(0, 0, 0)
     if _C.cuda_architectures:
         assert calls(capsules(), place)["em_routing"]() == _C.Status.unsupported

@@ -1,4 +1,4 @@
-"""The CUDA backend where there is no GPU: when it is chosen, and what a launch that fails looks like."""
+"""The CUDA backend on a machine without a GPU: when it is chosen, and the errors of a launch that fails."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def _machine(
     gpu: bool = True,
     hip: str | None = None,
 ) -> None:
-    """A machine with such a GPU, driver and extension."""
+    """Pretend to be a machine with this GPU, driver and extension."""
     kernels = SimpleNamespace(cuda_architectures=built, cuda_runtime=13000, cuda_driver=lambda: driver)
     monkeypatch.setattr(extension, "_C", kernels)
     monkeypatch.setattr(extension, "MISSING", None)
@@ -100,13 +100,13 @@ def test_without_any_backend_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def _on_gpu(*tensors: torch.Tensor) -> list[Any]:
-    """What an operator asks of its operands, as if they were on a GPU."""
+    """Stand-ins with the attributes that a call reads, as if the tensors were on a GPU."""
     return [SimpleNamespace(device=DEVICE, shape=x.shape, dtype=x.dtype) for x in tensors]
 
 
 @pytest.fixture
 def pretended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Tensors of the CPU where a GPU's are asked for; the sizes of the workspaces."""
+    """Allocate on the CPU where a GPU is asked for; returns the sizes of the workspaces."""
     sizes: list[int] = []
     empty = torch.empty
 
@@ -123,14 +123,14 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @needs_kernels
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a launch would not fail here")
-def test_a_failed_launch_is_an_error_with_cudas_words(pretended: list[int]) -> None:
+def test_a_failed_launch_raises_the_message_of_cuda(pretended: list[int]) -> None:
     u, weight, A = torch.randn(2, 5, 3), torch.randn(5, 3, 2, 4), torch.randn(2, 2)
-    capsules = extension._Capsules(u, weight)
+    capsules = extension.Capsules(u, weight)
     v, s = torch.zeros(2, 2, 4), torch.zeros(2, 2, 4)
     said = r"attention_routing: a kernel could not be launched \(shapes \[2, 5, 3\], \[5, 3, 2, 4\], .*\): .*CUDA"
-    for _ in range(2):  # the process lives
+    for _ in range(2):  # the process survives it
         with pytest.raises(RuntimeError, match=said):
-            extension._run(
+            extension.call_kernel(
                 "attention_routing", _on_gpu(u, weight), capsules.struct, A.data_ptr(), 0, v.data_ptr(), s.data_ptr()
             )
     assert len(pretended) == 2
@@ -140,31 +140,31 @@ def test_a_failed_launch_is_an_error_with_cudas_words(pretended: list[int]) -> N
 @needs_kernels
 def test_no_kernel_for_matrix_poses(pretended: list[int]) -> None:
     pose, weight = torch.randn(2, 5, 4, 3), torch.randn(5, 3, 2, 4)
-    capsules = extension._Capsules(pose, weight)
-    with pytest.raises(RuntimeError, match=r"affine_votes: not supported for shapes \[2, 5, 4, 3\]"):
+    capsules = extension.Capsules(pose, weight)
+    with pytest.raises(RuntimeError, match=r"affine_votes: no kernel for shapes \[2, 5, 4, 3\]"):
         votes = torch.zeros(2, 5, 2, 4, 4)
-        extension._run("affine_votes", _on_gpu(pose, weight), capsules.struct, votes.data_ptr())
+        extension.call_kernel("affine_votes", _on_gpu(pose, weight), capsules.struct, votes.data_ptr())
 
 
 @needs_kernels
 def test_the_workspace_follows_the_shape(pretended: list[int]) -> None:
-    """It holds partial sums and states, not votes, and no more of them for more iterations."""
+    """It holds partial sums and states, not votes, and does not grow with the iterations."""
 
     some = torch.zeros(1).data_ptr()  # nothing is read or written there
 
-    def require_package(B: int, N: int, iterations: int = 3) -> int:
+    def workspace_bytes(B: int, N: int, iterations: int = 3) -> int:
         counting = extension._C.Counting(0)
         struct = extension._C.Capsules(some, some, 0, B, N, 8, 2, 16, 1, 8 * 2 * 16, extension._C.Dtype.float32)
         status = extension._C.dynamic_routing(counting, struct, 0, iterations, False, some, some)
         assert status == extension._C.Status.ok
         return int(counting.bytes)
 
-    assert 0 < require_package(8, 1000) <= require_package(8, 460_800) < 32_000_000
-    assert require_package(8, 1000) == require_package(8, 1000, 100)
+    assert 0 < workspace_bytes(8, 1000) <= workspace_bytes(8, 460_800) < 32_000_000
+    assert workspace_bytes(8, 1000) == workspace_bytes(8, 1000, 100)
     assert not pretended
 
 
-def test_what_is_built_is_said() -> None:
+def test_info_reports_what_was_built() -> None:
     info = capsops.info()
     assert set(info.backends) == {"cpu", "cuda", "triton", "reference"}
     assert info.chosen["cpu"] == "cpu"

@@ -1,4 +1,4 @@
-"""Weights that were expanded without a copy (strides of 0) are not copied, and have the gradients of autograd."""
+"""Weights that were expanded (strides of 0) are not copied, and their gradients are those of autograd."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .routings import OPERATORS, Routing, device_of, each, relative_error
 BACKENDS = ["cpu"] + [
     b for b in ("cuda", "triton") if COMPILED[b].why_not("squash", device_of(b), torch.float32) is None
 ]
-# How [N, K, J, D], or [K, J, D], comes out of fewer numbers.
+# Ways to expand fewer numbers to [N, K, J, D] or [K, J, D].
 EXPANSIONS: dict[str, Callable[..., Tensor]] = {
     "all capsules": lambda randn, N, K, J, D: randn(K, J, D).expand(N, K, J, D),
     "all output capsules": lambda randn, N, K, J, D: randn(N, K, 1, D).expand(N, K, J, D),
@@ -29,7 +29,7 @@ EXPANSIONS: dict[str, Callable[..., Tensor]] = {
     "permuted": lambda randn, N, K, J, D: randn(D, 1, K).permute(2, 1, 0).expand(N, K, J, D),
     "shared": lambda randn, N, K, J, D: randn(K, 1, D).expand(K, J, D),
 }
-# Components and batch items in the lanes; votes in registers.
+# Kernels with components in the vector lanes, with batch items in the lanes, and with votes in registers.
 SHAPES = [(3, 21, 4, 3, 5), (33, 9, 5, 4, 3), (5, 12, 8, 2, 16)]
 FEW = ("attention", "dynamic3", "self-attention-prior", "em2-rows4-renormalise", "em3", "votes")
 
@@ -42,7 +42,7 @@ def _run(routing: Routing, arguments: dict[str, Tensor], gradient: bool) -> list
     return [*(x.detach() for x in out), *(x.grad for x in leaves.values() if x.grad is not None)]
 
 
-# Triton's interpreter has time for little, and Triton knows one expansion alone.
+# Triton's interpreter is slow, and its backend treats only expansion along N specially.
 GPU = torch.cuda.is_available()
 CASES = [
     (backend, routing, expansion)
@@ -58,7 +58,7 @@ CASES = [
 def test_as_a_copy(backend: str, routing: Routing, expansion: str) -> None:
     torch.manual_seed(0)
     interpreted = backend == "triton" and not GPU
-    # A dtype that is read where it is, and one that has to be converted; and how far sums in another order may differ.
+    # dtypes that are read directly, and one that is converted; each with the tolerance for sums in another order.
     for dtype, error in ((torch.float64, 1e-9), (torch.float32, 1e-3), (torch.bfloat16, 0.05)):
         if interpreted and dtype != torch.float32:
             continue
@@ -76,7 +76,7 @@ def test_as_a_copy(backend: str, routing: Routing, expansion: str) -> None:
 
 
 def test_gradient_of_what_was_expanded() -> None:
-    """Through expand, whose backward sums over N."""
+    """The gradient passes through expand, whose backward sums over N."""
     base, u = torch.randn(4, 3, 5, dtype=torch.float64), torch.randn(2, 7, 4, dtype=torch.float64)
     for matrices in (base, base[None].expand(7, 4, 3, 5)):
         assert torch.autograd.gradcheck(
@@ -87,7 +87,7 @@ def test_gradient_of_what_was_expanded() -> None:
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc of Linux")
 @pytest.mark.parametrize("backward", [False, True])
 def test_memory(backward: bool) -> None:
-    """1 KB stays 1 KB: as a copy it would be 205 MB."""
+    """The 1 KB of matrices is not copied: the copy would have 205 MB."""
 
     def memory(name: str) -> int:
         (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))

@@ -1,5 +1,7 @@
-"""Graphs of the operators: exported and traced ones train like the module they come from; ONNX and TorchScript get the
-reference."""
+"""Graphs of the operators: exported and traced graphs train like the module they come from.
+
+ONNX and TorchScript get the reference.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,7 @@ BATCH = torch.export.Dim("batch", min=1, max=64)
 
 
 class Network(torch.nn.Module):
-    """Every operator, one behind the other or side by side."""
+    """A network with every operator."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +143,7 @@ def test_distributed_data_parallel(network: Network, tmp_path: Path) -> None:
 
 
 def test_a_call_leaves_out_what_has_no_gradient(network: Network) -> None:
-    """Of two outputs one may be used; what is saved for backward is no output that has a gradient."""
+    """One of two outputs may be unused; the state that is saved for backward has no gradient."""
     pose, activation = torch.randn(2, 7, 4), torch.rand(2, 7)
     weight, beta = torch.randn(7, 4, 3, 5, requires_grad=True), torch.zeros(3)
     out = torch.ops.capsops.em_routing(pose, activation, weight, beta, beta, None, [0.1, 0.2])
@@ -153,7 +155,7 @@ def test_a_call_leaves_out_what_has_no_gradient(network: Network) -> None:
         torch.testing.assert_close(got, torch.autograd.grad(other.sum(), weight)[0])
 
     class Nothing(torch.autograd.Function):
-        """What comes from it has no gradient to give."""
+        """A function whose backward gives no gradient."""
 
         @staticmethod
         def forward(ctx: object, x: Tensor) -> Tensor:
@@ -168,12 +170,12 @@ def test_a_call_leaves_out_what_has_no_gradient(network: Network) -> None:
 
 
 def test_onnx(network: Network, tmp_path: Path) -> None:
-    """The exporter takes the reference by itself; onnxruntime gives the kernels' values for any batch."""
+    """The exporter records the reference; onnxruntime computes the same values as the kernels for any batch."""
     onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     path = tmp_path / "network.onnx"
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of the exporter itself
+        warnings.simplefilter("ignore")  # warnings of the exporter itself
         shapes = ({0: BATCH}, {0: BATCH})
         program = torch.onnx.export(network.eval(), _images(3), dynamic_shapes=shapes, optimize=False, verbose=False)
     program.save(path)
@@ -189,7 +191,7 @@ def test_onnx(network: Network, tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_torch_jit_trace(network: Network) -> None:
-    """A traced module holds the reference, for any batch. In float64, where rounding hides nothing."""
+    """A traced module holds the reference, for any batch. In float64, so that rounding hides no error."""
     network = copy.deepcopy(network).double()
 
     def inputs_of(batch: int) -> tuple[Tensor, Tensor]:

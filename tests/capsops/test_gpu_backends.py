@@ -1,7 +1,7 @@
 """The CUDA and the Triton backend against the reference in float64.
 
 On a GPU both run the whole matrix of shapes. Without one Triton's interpreter runs small shapes, cut into tiles and
-programs small enough that there are several of each; the CUDA kernels are then proven by tests/core.
+programs small enough that there are several of each; tests/core then tests the CUDA kernels.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ GPU = torch.cuda.is_available()
 BACKENDS = [
     name for name in ("cuda", "triton") if COMPILED[name].why_not("squash", device_of(name), torch.float32) is None
 ]
-# Several programs and tiles of both kinds, the last ones in part; with padding along every axis.
+# Several programs, several tiles along both axes with the last ones incomplete, and padding along every axis.
 SMALL = [(1, 1, 1, 1, 1), (2, 5, 3, 3, 5), (3, 7, 2, 2, 4), (5, 3, 2, 9, 1)]
 
-# What the interpreter has time for; the others differ from these in options that their own shape tests.
+# The interpreter is slow, so only these run all tests; the others differ in options, which one shape tests.
 FEW = ("attention", "dynamic3", "dynamic2-leaky-bias", "self-attention-prior", "em3", "votes")
 
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -47,7 +47,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton, "_TILE", 64)
         monkeypatch.setattr(triton, "_PROGRAMS", 3)
         monkeypatch.setattr(triton, "_SUMMED_BYTES", 100)
-        # Of three iterations two are emitted together, and then the first.
+        # Of three iterations the last two are emitted together, and then the first.
         monkeypatch.setattr(triton, "_STATE_BYTES", 0)
         monkeypatch.setattr(triton, "_LEAST_ITERATIONS", 2)
 
@@ -57,11 +57,11 @@ def _can(backend: str, routing: Routing) -> bool:
 
 
 def _agrees(routing: Routing, got: list[torch.Tensor], naive: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
-    """To 2e-5, or to four times the error of plain PyTorch in the same precision where that is more."""
+    """Require an error below 2e-5, or below four times that of plain PyTorch in the same precision if that is more."""
     for x, plain, y in zip(got, naive, exact, strict=True):
         if y.abs().max() > 1e-3:
             assert relative_error(x, y) < max(2e-5, 4 * relative_error(plain, y))
-        else:  # nothing to be coupled away from, or a saturated activation: the gradient has vanished
+        else:  # the gradient vanishes: there is one output capsule, or an activation is saturated
             assert (x - y).abs().max() < 2e-5
 
 
@@ -96,7 +96,7 @@ def test_mask(backend: str, routing: Routing, shared: bool) -> None:
     mask = torch.rand(shape[:2], generator=torch.Generator().manual_seed(5)) < 0.6
     mask[2] = False
     for name in {routing.capsules, "activation"} & set(arguments):
-        arguments[name][~mask] = float("nan")  # what is not there may hold anything
+        arguments[name][~mask] = float("nan")  # masked values may be anything
     exact = run(routing, arguments, torch.float64, "reference", mask=mask)
     naive = run(routing, arguments, torch.float32, "reference", mask=mask)
     got = run(routing, arguments, torch.float32, backend, mask=mask)
@@ -110,7 +110,7 @@ def test_mask(backend: str, routing: Routing, shared: bool) -> None:
 @by_backend
 @by_some
 def test_float64(backend: str, routing: Routing) -> None:
-    """Precise enough for gradcheck."""
+    """The error is small enough for gradcheck."""
     if not _can(backend, routing):
         pytest.skip("EM routing has no CUDA kernels")
     arguments = routing.arguments((2, 5, 3, 3, 5))
@@ -200,7 +200,7 @@ def test_squash(backend: str, kind: str, dtype: torch.dtype) -> None:
         results.append([v.detach().double().cpu(), g.double().cpu()])
     exact, naive, got = results
     for x, plain, y in zip(got, naive, exact, strict=True):
-        # A few digits of the largest component, or of what plain PyTorch loses.
+        # A few units in the last place of the largest component, or twice the error of plain PyTorch.
         largest = y.abs().amax(dim=-1, keepdim=True)
         error = (plain - y).abs().amax(dim=-1, keepdim=True)
         allowed = 2 * error + 16 * torch.finfo(dtype).eps * largest + torch.finfo(dtype).tiny
@@ -239,7 +239,7 @@ def test_primary_capsules(backend: str, layout: str, memory: torch.memory_format
 
 @pytest.mark.parametrize("shared", [False, True])
 def test_attention_to_many_output_capsules(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Beyond what Triton mixes in registers, and in several tiles."""
+    """More output capsules than Triton mixes in registers, in several tiles."""
     if "triton" not in BACKENDS:
         pytest.skip("Triton does not run here")
     monkeypatch.setattr(triton, "_MOST_MIXED", 4)
@@ -261,7 +261,7 @@ class _Idle:
 
 
 def _held_at_most(call: Callable[[], object]) -> int:
-    """The bytes that torch holds besides what it held before, at the moment when they are most."""
+    """The peak of the bytes that torch allocates during the call."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -271,7 +271,7 @@ def _held_at_most(call: Callable[[], object]) -> int:
 @pytest.mark.parametrize(
     ("shape", "rows", "shared", "iterations", "dtype"),
     [
-        ((128, 1152, 2, 10, 16), 0, False, 40, torch.float32),  # MNIST, but for K
+        ((128, 1152, 2, 10, 16), 0, False, 40, torch.float32),  # MNIST with a smaller K
         ((128, 1152, 2, 10, 16), 0, False, 10, torch.float64),
         ((1024, 100, 2, 10, 16), 0, False, 10, torch.float32),
         ((2048, 50, 64, 4, 64), 0, True, 6, torch.float32),  # a recommender
@@ -288,10 +288,10 @@ def test_memory_of_triton(
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """At most 32 MB and 24 states of the output capsules, whatever the iterations. The kernels are idle."""
+    """At most 32 MB and 24 states of the output capsules for any number of iterations. The kernels are stubs."""
     if "triton" not in BACKENDS:
         pytest.skip("Triton does not run here")
-    monkeypatch.undo()  # the tiles and programs of a GPU
+    monkeypatch.undo()  # use the tiles and programs of a GPU
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # quicker
     stream, row_kernels = (importlib.import_module(f"capsops.backends.triton.{name}") for name in ("stream", "rows"))
     for name in ("reduce_kernel", "emit_kernel"):
@@ -305,14 +305,14 @@ def test_memory_of_triton(
 
     weight = zeros(*((K, J, D) if shared else (N, K, J, D)))
     v, small, prior, mix = zeros(B, J, *[rows] * bool(rows), D), zeros(J), zeros(N, J), zeros(J, J)
-    R, no, yes = iterations, False, [True] * 5
+    R, no = iterations, False
     if rows:
         u, activation, out, inverse_temperatures = zeros(B, N, rows, K), zeros(B, N), zeros(B, J), [1.0] * R
         state, floats, params = zeros(R, B, J, 3 * rows * D + 2) + 1, 2 * rows * D + 1, 0
         inputs = (u, activation, weight, small, small, None, inverse_temperatures)
         calls = [
             lambda: triton.em_routing(v, out, state, *inputs),
-            lambda: triton.em_routing_backward(u, activation, weight, small, small, v, out, state, *inputs, yes),
+            lambda: triton.em_routing_backward(u, activation, weight, small, small, v, out, state, *inputs),
         ]
     else:
         u, s, total, bias = zeros(B, N, K), zeros(R, B, J, D), zeros(B, J, D), zeros(J, D)
@@ -322,12 +322,12 @@ def test_memory_of_triton(
         own = (u, weight, prior, None, 1.0)
         calls = [
             lambda: triton.dynamic_routing(v, s, *dynamic[2:], no),
-            lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, False, yes),
-            lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, True, yes),
+            lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, False),
+            lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, True),
             lambda: triton.attention_routing(v, total, *attention),
-            lambda: triton.attention_routing_backward(u, weight, mix, small, v, total, *attention, yes[:4]),
+            lambda: triton.attention_routing_backward(u, weight, mix, small, v, total, *attention),
             lambda: triton.self_attention_routing(v, total, total, *own),
-            lambda: triton.self_attention_routing_backward(u, weight, prior, v, total, total, *own, yes[:3]),
+            lambda: triton.self_attention_routing_backward(u, weight, prior, v, total, total, *own),
         ]
     allowed = 32_000_000 + 24 * B * J * floats * dtype.itemsize + 3 * 8 * params
     assert [n for n in map(_held_at_most, calls) if n > allowed] == []
@@ -336,7 +336,7 @@ def test_memory_of_triton(
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux alone")
 @pytest.mark.parametrize("capability", [80, 90])
 def test_triton_compiles_for_gpus(capability: int) -> None:
-    """To machine code, of a GPU that need not be there."""
+    """The kernels compile to machine code; no GPU is needed."""
     pytest.importorskip("triton")
     run = subprocess.run(
         [sys.executable, "-m", "tests.capsops.triton_cubins", str(capability)],
@@ -351,7 +351,7 @@ def test_triton_compiles_for_gpus(capability: int) -> None:
         assert f"sm_{capability} {kernel}" in run.stdout
 
 
-# ---- on a GPU alone ----------------------------------------------------------------------------------
+# ---- only on a GPU -----------------------------------------------------------------------------------
 
 
 @needs_gpu
@@ -377,7 +377,7 @@ def test_on_a_side_stream(backend: str) -> None:
         stream = torch.cuda.Stream()
         with torch.cuda.stream(stream):
             torch.cuda._sleep(10_000_000)
-            late = u * 2  # only this stream knows it
+            late = u * 2  # computed in this stream only
             got = capsops.dynamic_routing(late / 2, weight)
         stream.synchronize()
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
@@ -435,18 +435,18 @@ def test_long_sums_do_not_drift(backend: str) -> None:
 
 
 @needs_gpu
-def test_what_is_chosen() -> None:
+def test_the_choice_on_a_gpu() -> None:
     u, weight = torch.randn(2, 5, 3, device="cuda"), torch.randn(5, 3, 2, 4, device="cuda")
     name = capsops.backends.select("dynamic_routing", u.device, u.dtype)
     assert name == BACKENDS[0]
     assert capsops.dynamic_routing(u, weight).device == u.device
-    with pytest.raises(ValueError, match="they must be on one device"):
+    with pytest.raises(ValueError, match="the device of u"):
         capsops.dynamic_routing(u, weight.cpu())
 
 
 @by_backend
 def test_compiled_into_one_graph(backend: str) -> None:
-    """The compiler must not look into the choice of a backend, which asks the machine."""
+    """The compiler must not trace the choice of a backend, which queries the machine."""
     s = torch.randn(2, 5).to(device_of(backend))
     COMPILED[backend].unfit.cache_clear()
     triton._installed.cache_clear()

@@ -1,4 +1,4 @@
-"""Memory of large gradients: used again once it is free, never while somebody holds it."""
+"""The memory of large gradients is reused once it is free, and never while a tensor uses it."""
 
 import subprocess
 import sys
@@ -46,7 +46,7 @@ def test_a_freed_gradient_is_where_the_next_one_goes(operands: tuple[Tensor, Ten
 
 
 def test_a_gradient_in_use_stays_as_it_is(operands: tuple[Tensor, Tensor]) -> None:
-    held = gradients(*operands)[1][3:5]  # a view is enough
+    held = gradients(*operands)[1][3:5]  # a view keeps the memory in use
     before = held.clone()
     for _ in range(3):
         gradients(*operands)[1].fill_(torch.nan)
@@ -63,7 +63,7 @@ def test_gradients_accumulate(operands: tuple[Tensor, Tensor]) -> None:
     assert weight.grad.is_contiguous() and not weight.grad._is_view()
 
 
-def test_what_nobody_asks_for_is_given_back() -> None:
+def test_an_idle_block_is_freed_after_requests_for_other_sizes() -> None:
     memory.empty_like(torch.zeros(7))
     assert len(memory._idle) == 1
     for _ in range(memory.MOST_PASSED_OVER + 2):
@@ -77,7 +77,7 @@ def test_sizes_that_change_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> No
     for n in range(1, 40):
         held = memory.empty_like(torch.zeros(100 + n))
         del held
-        assert len(memory._idle) == 1  # and the two together would be more than was ever in use
+        assert len(memory._idle) == 1  # two blocks would be more than was ever in use
     assert memory._idle_bytes == sum(len(block) for _, block in memory._idle)
 
 

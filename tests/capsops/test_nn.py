@@ -1,4 +1,4 @@
-"""The layers: shapes, layouts, initialisation, state, and that a network learns through them."""
+"""The layers: shapes, layouts, initialisation, state; networks learn through them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from capsops import nn
 @pytest.mark.parametrize("shared", [False, True])
 def test_capsule_layer(routing: str, bias: bool, shared: bool) -> None:
     if routing == "self-attention" and bias and shared:
-        with pytest.raises(ValueError, match="the prior of routing 'self-attention' does not; bias must be False"):
+        with pytest.raises(ValueError, match="bias is True; expected False, because shared matrices"):
             nn.CapsuleLayer(17, 4, 3, 5, routing, shared=True)
         return
     layer = nn.CapsuleLayer(17, 4, 3, 5, routing, bias=bias, shared=shared)
@@ -27,7 +27,7 @@ def test_capsule_layer(routing: str, bias: bool, shared: bool) -> None:
     v.square().sum().backward()
     for name, p in layer.named_parameters():
         assert p.grad is not None, name
-        # A bias common to all couplings would have none; these have.
+        # A bias that is common to all couplings would have no gradient; these biases have one.
         assert p.grad.abs().max() > 0, name
     mask = torch.ones(2, 17, dtype=torch.bool)
     mask[0, :5] = False
@@ -54,7 +54,7 @@ def _start(layer: nn.CapsuleLayer, u: torch.Tensor) -> tuple[float, torch.Tensor
     v = layer(u)
     if layer.routing != "dynamic":
         return layer.coupling_coefficients(u).amax(dim=2).mean().item(), v.norm(dim=-1)
-    # The logits are û · V with V the sum of the output capsules of the iterations before: no need of all the votes.
+    # The logits are û · V, with V the sum of the output capsules of the iterations before: a part of the votes will do.
     V = torch.zeros_like(v)
     for t in range(1, layer.iterations):
         V += capsops.dynamic_routing(u, layer.weight, t)
@@ -88,7 +88,7 @@ STARTS = [
         (routing, *sizes)
         for routing in ("attention", "dynamic", "self-attention")
         for sizes in STARTS
-        # The couplings of all input capsules would otherwise take half a minute.
+        # The couplings of all input capsules of the larger ones would take half a minute.
         if routing == "dynamic" or sizes[0] * sizes[2] < 300_000
     ],
 )
@@ -103,7 +103,7 @@ def test_initial_couplings_are_soft_and_lengths_in_range(
         largest, lengths = _start(layer, directions * length)
         assert largest < (0.6 if J == 2 else 0.3)
         assert shortest < lengths.median() < 0.95
-        assert lengths.quantile(0.1) > shortest / 10  # no capsule is lost
+        assert lengths.quantile(0.1) > shortest / 10  # no capsule vanishes
         if length == 1:
             assert largest * J > 1.0001  # the routing has begun to choose
 
@@ -123,12 +123,12 @@ def test_initial_logits_of_any_number_of_iterations(iterations: int) -> None:
     "size", [(1152, 8, 10, 16), (460_800, 8, 2, 16), (16, 8, 2, 16), (512, 8, 2, 16), (512, 4, 2, 8)]
 )
 def test_few_output_capsules_start_as_before(size: tuple[int, int, int, int]) -> None:
-    """Those that trained networks of this repository have: σ = J / √(N D)."""
+    """The networks that this repository has trained have σ = J / √(N D)."""
     N, _, J, D = size
     for routing in nn.ROUTINGS:
         if (routing, J) != ("self-attention", 10):
             layer = nn.CapsuleLayer(*size, routing, device="meta")
-            assert nn._spread(layer) == J / math.sqrt(N * D)
+            assert nn._initial_deviation(layer) == J / math.sqrt(N * D)
 
 
 @pytest.mark.parametrize("routing", nn.ROUTINGS)
@@ -140,7 +140,7 @@ def test_state_dict_round_trip(routing: str, tmp_path: Path) -> None:
     assert torch.equal(layer(u), other(u))
 
 
-def test_repr_says_what_it_is() -> None:
+def test_repr() -> None:
     text = repr(nn.CapsuleLayer(9, 4, 3, 5, "dynamic", iterations=2, bias=False, leaky=True))
     for part in (
         "in_capsules=9",
@@ -184,8 +184,8 @@ def test_primary_capsules_legacy() -> None:
 
 
 @pytest.mark.parametrize("routing", nn.ROUTINGS)
-def test_layers_without_memory_say_what_comes_out(routing: str) -> None:
-    """On the device "meta", where autocast is unknown."""
+def test_layers_on_meta_compute_shapes(routing: str) -> None:
+    """On the device "meta", which autocast does not know."""
     with torch.device("meta"):
         u = nn.PrimaryCapsules(3, types=2, dim=4, kernel_size=3, stride=2)(torch.zeros(2, 3, 9, 17))
         assert u.shape == (2, 64, 4)
@@ -203,39 +203,51 @@ def test_primary_capsules_of_no_image(layout: str) -> None:
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: nn.CapsuleLayer(9, 4, 3, 5, "atention"), "routing is 'atention'; allowed are 'attention', 'dynamic'"),
+        (
+            lambda: nn.CapsuleLayer(9, 4, 3, 5, "atention"),
+            "routing is 'atention'; expected one of 'attention', ",
+        ),
         (lambda: nn.CapsuleLayer(0, 4, 3, 5), "in_capsules is 0"),
         (lambda: nn.CapsuleLayer(9, 4, 3, 5.0), "out_dim is 5.0"),
         (lambda: nn.CapsuleLayer(9, 4, 3, 5, iterations=0), "iterations is 0"),
-        (lambda: nn.CapsuleLayer(9, 4, 3, 5, "uniform", leaky=True), "leaky belongs to routing 'dynamic'"),
+        (
+            lambda: nn.CapsuleLayer(9, 4, 3, 5, "uniform", leaky=True),
+            "leaky is True; expected False",
+        ),
         (
             lambda: nn.CapsuleLayer(9, 4, 3, 5, detach=True),
-            "detach belongs to routing 'dynamic'",
+            "detach is True; expected False, because routing is 'attention'",
         ),
         (lambda: nn.PrimaryCapsules(1, 2, 4)(torch.zeros(1, 20, 20)), r"x has shape \[1, 20, 20\]; expected \[B,"),
-        (lambda: nn.PrimaryCapsules(1, 2, 4, layout="rows"), "layout is 'rows'; allowed are 'channels', 'legacy'"),
+        (lambda: nn.PrimaryCapsules(1, 2, 4, layout="rows"), "layout is 'rows'; expected one of 'channels', 'legacy'"),
         (lambda: nn.PrimaryCapsules(1, 2, 4, squash="relu"), "squash is 'relu'"),
         (lambda: nn.PrimaryCapsules(1, -2, 4), "types is -2"),
         (lambda: nn.EMCapsules(9, 0, 3, 5), "EMCapsules: in_dim is 0"),
         (lambda: nn.EMCapsules(9, 4, 3, 5, iterations=0), "EMCapsules: iterations is 0"),
-        (lambda: nn.EMCapsules(9, 4, 3, 5, inverse_temperature=-1), "inverse_temperature is -1; it must not be"),
-        (lambda: nn.EMCapsules(9, 4, 3, 5, inverse_temperature=(1, 2)), "has 2 numbers, but iterations is 3"),
-        (lambda: nn.CapsuleLayer(9, 4, 3, 5, "em"), "routing is 'em'; allowed are"),
+        (
+            lambda: nn.EMCapsules(9, 4, 3, 5, inverse_temperature=-1),
+            "inverse_temperature is -1; expected nothing below 0",
+        ),
+        (lambda: nn.EMCapsules(9, 4, 3, 5, inverse_temperature=(1, 2)), "has 2 numbers; expected 3"),
+        (lambda: nn.CapsuleLayer(9, 4, 3, 5, "em"), "routing is 'em'; expected one of"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5, kernel_size=0), "kernel_size is 0"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5, stride=1.5), "stride is 1.5"),
-        (lambda: nn.ConvCapsules(2, 4, 3, 5, padding=-1), "padding is -1; it must be an integer of at least 0"),
-        (lambda: nn.ConvCapsules(2, 4, 3, 5, routing="sda"), "routing is 'sda'; allowed are .* 'em'"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, padding=-1), "padding is -1; expected an integer of at least 0"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, routing="sda"), "routing is 'sda'; expected one of .* 'em'"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 4)), r"pose has shape \[1, 2, 5, 4\]; expected"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 3, 5, 5, 4)), "with in_types = 2 and K = 4"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 5, 2, 4)), r"expected \[B, in_types, H, W, K\]"),
-        (lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 2, 5, 4)), "no window of 3 × 3 fits into the grid of 2"),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 2, 5, 4)),
+            "kernel_size is 3; expected at most 2",
+        ),
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 5, 4), torch.zeros(1, 2, 5, 5)),
-            "activation is given; EM routing needs one",
+            "activation is a tensor; expected None, because routing is 'dynamic'",
         ),
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5, routing="em")(torch.zeros(1, 2, 5, 5, 4)),
-            "activation is missing; EM routing needs one",
+            "activation is None; expected a tensor, because routing is 'em'",
         ),
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5, routing="em")(torch.zeros(1, 2, 5, 5, 4), torch.zeros(1, 2, 5)),
@@ -255,18 +267,18 @@ def test_bad_arguments(build, message: str) -> None:
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [
-        # Options of the layer that routes inside.
+        # Options of the inner layer, which routes.
         (lambda: nn.ConvCapsules(2, 4, 3, 5, iterations=0), ValueError, "ConvCapsules: iterations is 0"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5, leaky="yes"), ValueError, "ConvCapsules: leaky is 'yes'"),
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5, routing="uniform", leaky=True),
             ValueError,
-            "ConvCapsules: leaky belongs to routing 'dynamic'",
+            "ConvCapsules: leaky is True; expected False",
         ),
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5, routing="self-attention", shared=True),
             ValueError,
-            "ConvCapsules: shared matrices",
+            "ConvCapsules: bias is True; expected False",
         ),
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5, routing="em", inverse_temperature=-1),
@@ -276,15 +288,15 @@ def test_bad_arguments(build, message: str) -> None:
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5, routing="em", bias=True),
             TypeError,
-            "ConvCapsules: bias is no option of routing 'em'; expected one of iterations, inverse_temperature",
+            "ConvCapsules: option is 'bias'; expected one of iterations, inverse_temperature",
         ),
-        (lambda: nn.ConvCapsules(2, 4, 3, 5, _layer="mine"), TypeError, "ConvCapsules: _layer is no option"),
-        # What the layer inside would refuse.
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, _layer="mine"), TypeError, "ConvCapsules: option is '_layer'; expected"),
+        # Inputs that the inner layer would refuse.
         (lambda: nn.ConvCapsules(2, 4, 3, 5)(None), TypeError, "ConvCapsules: pose is a NoneType"),
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 5, 4).double()),
             ValueError,
-            "ConvCapsules: weight has dtype torch.float32, but pose has torch.float64",
+            "ConvCapsules: weight has dtype torch.float32; expected torch.float64, the dtype of pose",
         ),
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 5, 4), mask=torch.zeros(1, 2, 5, 5)),
@@ -298,7 +310,7 @@ def test_bad_arguments(build, message: str) -> None:
             ValueError,
             "ConvCapsules: activation has dtype torch.float16",
         ),
-        # What functions and torch's convolution would refuse.
+        # Inputs that the functions and torch's convolution would refuse.
         (lambda: nn.PrimaryCapsules(1, 2, 4)(None), TypeError, "PrimaryCapsules: x is a NoneType"),
         (
             lambda: nn.PrimaryCapsules(1, 2, 4)(torch.zeros(1, 2, 20, 20)),
@@ -308,12 +320,12 @@ def test_bad_arguments(build, message: str) -> None:
         (
             lambda: nn.PrimaryCapsules(1, 2, 4)(torch.zeros(1, 1, 8, 20)),
             ValueError,
-            "PrimaryCapsules: no window of 9 × 9 fits into the grid of 8 × 20 with padding 0",
+            "PrimaryCapsules: kernel_size is 9; expected at most 8, because the grid is 8 × 20 with padding 0",
         ),
         (
             lambda: nn.PrimaryCapsules(1, 2, 4)(torch.zeros(1, 1, 20, 20).double()),
             ValueError,
-            "PrimaryCapsules: weight has dtype torch.float32, but x has torch.float64",
+            "PrimaryCapsules: weight has dtype torch.float32; expected torch.float64, the dtype of x",
         ),
         (lambda: nn.PrimaryCapsules(1, 2, 4, kernel_size=0), ValueError, "PrimaryCapsules: kernel_size is 0"),
         (lambda: nn.PrimaryCapsules(1, 2, 4, padding=-1), ValueError, "PrimaryCapsules: padding is -1"),
@@ -347,7 +359,7 @@ def test_errors_of_a_capsule_layer_name_it(routing: str, backend: str, method: s
         ((u[0],), ValueError, r"u has shape \[9, 4\]; expected \[B, N, K\] with N = 9 and K = 4"),
         ((u[:, :8],), ValueError, r"u has shape \[2, 8, 4\]; expected \[B, N, K\] with N = 9 and K = 4"),
         ((u[:, :, :3],), ValueError, r"u has shape \[2, 9, 3\]; expected \[B, N, K\] with N = 9 and K = 4"),
-        ((u.double(),), ValueError, "weight has dtype torch.float32, but u has torch.float64"),
+        ((u.double(),), ValueError, "weight has dtype torch.float32; expected torch.float64, the dtype of u"),
         ((u, torch.zeros(2, 8).bool()), ValueError, r"mask has shape \[2, 8\]"),
     ):
         with capsops.use_backend(backend), pytest.raises(error, match="^CapsuleLayer: " + message):
@@ -383,7 +395,7 @@ def test_em_capsules_keep_the_scale_of_the_pose() -> None:
 
 
 def _unfolded(layer: nn.ConvCapsules, pose: torch.Tensor, activation: torch.Tensor | None, mask: torch.Tensor) -> list:
-    """Position by position: the capsules of the window, gathered one by one, and an ordinary routing of those alone."""
+    """The same layer, position by position: gather the capsules of the window one by one and route only those."""
     B, types, height, width = pose.shape[:4]
     k, stride, padding = layer.kernel_size, layer.stride, layer.padding
     items = []
@@ -459,7 +471,7 @@ def test_conv_capsules(
 
 
 def test_conv_capsules_beyond_the_padding() -> None:
-    """A window of nothing but padding has no capsule: 0, and no gradient."""
+    """A window that lies in the padding has no capsule: it gives 0 and no gradient."""
     layer = nn.ConvCapsules(2, 3, 4, 5, kernel_size=1, padding=1, bias=False)
     pose = torch.randn(2, 2, 3, 3, 3, requires_grad=True)
     v = layer(pose)
@@ -479,7 +491,7 @@ def test_conv_capsules_of_no_image(routing: str) -> None:
 
 
 def test_conv_capsules_hold_no_votes() -> None:
-    """Of all tensors that a training step makes, none is as large as the votes."""
+    """No tensor that a training step creates is as large as the votes."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     largest = 0
@@ -517,7 +529,7 @@ def test_convert_weight() -> None:
 def test_convert_weight_of_one_capsule() -> None:
     assert nn.convert_weight(torch.randn(1, 1, 5, 4)).shape == (1, 4, 1, 5)
     assert nn.convert_weight(torch.randn(1, 1, 7, 5, 4)).shape == (7, 4, 1, 5)
-    with pytest.raises(ValueError, match=r"shape \[1, 7, 5, 4, 1\]; it could be read in several ways"):
+    with pytest.raises(ValueError, match=r"shape \[1, 7, 5, 4, 1\]; expected only one way to drop sizes of 1"):
         nn.convert_weight(torch.randn(1, 7, 5, 4, 1))
 
 
@@ -545,7 +557,7 @@ def test_a_network_learns(routing: str) -> None:
 
 
 def test_a_network_of_em_capsules_learns() -> None:
-    """The same through poses and activations: a convolutional layer of capsules and one that sees all of them."""
+    """The same with poses and activations: a convolutional capsule layer, then one that is connected to all of them."""
     torch.manual_seed(1)
     grid = nn.ConvCapsules(2, 2, 3, 2, kernel_size=2, routing="em", iterations=2, inverse_temperature=0.05)
     top = nn.EMCapsules(4 * 3, 2, 2, 2, iterations=2, inverse_temperature=0.05)

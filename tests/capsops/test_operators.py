@@ -1,4 +1,4 @@
-"""The operators as torch sees them: opcheck, torch.compile, autocast, double backward, poisoned memory."""
+"""The operators in torch: opcheck, torch.compile, autocast, double backward, poisoned memory."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_examples_cover_every_operator() -> None:
 
 
 def _asking(arguments: tuple) -> tuple:
-    """The arguments, those that can asking for a gradient."""
+    """The arguments; all that can have a gradient require one."""
     return tuple(
         x.clone().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments
     )
@@ -36,8 +36,8 @@ def test_opcheck(name: str) -> None:
 
 @pytest.mark.parametrize("name", list(EXAMPLES))
 def test_opcheck_with_gradients(name: str) -> None:
-    """Every operator is registered with autograd; forward ones have gradients, under torch.compile too."""
-    # A backward operator has none, and its autograd kernel says so, whenever it is differentiated.
+    """Every operator is registered with autograd; forward operators have gradients, under torch.compile too."""
+    # A backward operator has none: its autograd kernel raises whenever it is differentiated.
     tests = {"test_utils": "test_autograd_registration"} if name.endswith("_backward") else {}
     torch.library.opcheck(getattr(OPS, name).default, _asking(EXAMPLES[name]), **tests)
 
@@ -51,7 +51,7 @@ def test_a_backward_operator_refuses_to_be_differentiated(name: str) -> None:
 
 
 def test_new_tensors_are_poisoned() -> None:
-    """What the other tests rely on to see an output that nobody wrote."""
+    """The other tests rely on this to detect an output that was not written."""
     assert torch.ones(3).new_empty(64).isnan().all()
     assert torch.empty(64, dtype=torch.bfloat16).isnan().all()
 
@@ -120,7 +120,7 @@ def test_autocast_layers() -> None:
 
 
 def test_mixed_dtypes_without_autocast_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"weight has dtype torch.float32, but u has torch.bfloat16"):
+    with pytest.raises(ValueError, match=r"weight has dtype torch.float32; expected torch.bfloat16, the dtype of u"):
         capsops.dynamic_routing(torch.randn(2, 3, 4).bfloat16(), torch.randn(3, 4, 2, 5))
 
 
@@ -153,8 +153,8 @@ def test_double_backward_of_the_reference(routing: Routing) -> None:
         )
 
 
-def test_backward_takes_saved_tensors_as_they_come_back() -> None:
-    """Hooks may bring a saved tensor back with other strides, or with a dtype that must not be taken for another."""
+def test_backward_checks_saved_tensors() -> None:
+    """Hooks may return a saved tensor with other strides, or with another dtype, which has to be refused."""
     u, weight = torch.randn(3, 7, 4, requires_grad=True), torch.randn(7, 4, 2, 5, requires_grad=True)
     attn_weight = torch.randn(2, 2, requires_grad=True)
     leaves = (u, weight, attn_weight)
@@ -180,7 +180,7 @@ def test_backward_takes_saved_tensors_as_they_come_back() -> None:
             torch.autograd.grad(out.sum(), leaves)
 
 
-def test_compile_says_what_is_wrong() -> None:
+def test_errors_under_compile() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(capsops.dynamic_routing, fullgraph=True, backend="eager")
     with pytest.raises(Exception, match=r"weight has shape \[8, 4, 3, 5\]"):

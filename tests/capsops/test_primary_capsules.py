@@ -10,8 +10,8 @@ import capsops
 
 from .routings import relative_error
 
-# B, types, K, H, W: ones, primes, one past a vector width, that of MNIST (whose pixels are no multiple of K), an image
-# of many pixels, capsules longer than a channel.
+# B, types, K, H, W: ones; primes; one more than a vector width; MNIST (its pixels are not a multiple of K); an image of
+# many pixels; capsules longer than a channel.
 SHAPES = [(1, 1, 1, 1, 1), (2, 3, 5, 5, 7), (3, 2, 17, 4, 17), (2, 32, 8, 6, 6), (1, 2, 8, 64, 65), (2, 3, 8, 1, 3)]
 
 by_layout = pytest.mark.parametrize("layout", ["channels", "legacy"])
@@ -29,7 +29,7 @@ def _features(shape: tuple[int, ...]) -> Tensor:
 
 
 def _run(features: Tensor, types: int, layout: str, kind: str, backend: str) -> tuple[Tensor, Tensor]:
-    """The capsules, and the gradient for a fixed random gradient of theirs."""
+    """The capsules, and the gradient of the features for a fixed random gradient of the capsules."""
     leaf = features.detach().clone(memory_format=torch.preserve_format).requires_grad_()
     with capsops.use_backend(backend):
         u = capsops.primary_capsules(leaf, types, layout=layout, squash=kind)
@@ -51,13 +51,13 @@ def test_agrees_with_the_reference(shape: tuple[int, ...], layout: str, kind: st
         for x, y in zip(got, exact, strict=True):
             assert relative_error(x.double(), y) < bound
         assert got[0].is_contiguous()
-        assert got[1].stride() == features.stride()  # a convolution wants its gradient as it gave its output
+        assert got[1].stride() == features.stride()  # a convolution wants its gradient in the strides of its output
 
 
 @by_format
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_legacy_is_a_plain_reshape(backend: str, memory: torch.memory_format) -> None:
-    """Also where the 6 × 6 pixels of a channel are no multiple of K = 8 and a capsule goes on in the next channel."""
+    """Also if the 6 × 6 pixels of a channel are not a multiple of K = 8 and a capsule continues in the next channel."""
     features = _features((2, 32, 8, 6, 6))
     expected = capsops.squash(features.reshape(2, 1152, 8))
     with capsops.use_backend(backend):
@@ -97,7 +97,7 @@ def test_other_strides(layout: str, backend: str) -> None:
         got = _run(odd, types, layout, "sabour", backend)
         for x, y in zip(got, _run(odd.contiguous(), types, layout, "sabour", "reference"), strict=True):
             torch.testing.assert_close(x, y)
-        # As it is, without the copy that a leaf of its own makes.
+        # In its own strides: `_run` copies the features.
         with capsops.use_backend(backend):
             torch.testing.assert_close(capsops.primary_capsules(odd, types, layout=layout), got[0])
 

@@ -1,4 +1,4 @@
-"""The reference, which is the oracle of the other tests, against the papers' formulas written out as loops."""
+"""The reference, with which the other tests compare, against the formulas of the papers written as loops."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _rng() -> np.random.Generator:
 def _em(
     votes: Array, activation: Array, beta_u: Array, beta_a: Array, temperatures: list[float], *, normalise: bool = False
 ) -> tuple[Array, Array]:
-    """Procedure 1 of Hinton et al. 2018 for one item, votes [N, J, H], line by line; `normalise`: as the ports do."""
+    """Procedure 1 of Hinton et al. 2018 for one item, line by line. votes [N, J, H]; normalise: see em_routing."""
     N, J, H = votes.shape
     R = np.full((N, J), 1 / J)
     mean, sigma, a = np.zeros((J, H)), np.zeros((J, H)), np.zeros(J)
@@ -81,9 +81,9 @@ def test_em(rows: int | None, iterations: int, normalise: bool) -> None:
         votes = np.zeros((N, J, rows or 1, D))
         for i in range(N):
             for j in range(J):
-                votes[i, j] = pose[b, i] @ weight[i, :, j]  # a matrix times a matrix
+                votes[i, j] = pose[b, i] @ weight[i, :, j]  # a product of matrices
         expected = _em(votes.reshape(N, J, -1), activation[b], beta_u, beta_a, temperatures, normalise=normalise)
-        # But for ε, 1e-8, which the paper does not have.
+        # They differ by ε, 1e-8, which the paper does not have.
         np.testing.assert_allclose(mean[b].reshape(J, -1).numpy(), expected[0], rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(a[b].numpy(), expected[1], rtol=1e-5, atol=1e-6)
 
@@ -122,7 +122,7 @@ def test_em_of_no_capsules_is_the_bias() -> None:
 
 
 def test_em_of_capsules_that_are_off() -> None:
-    """Activation 0 is as good as absent, with and without normalising again, and has a finite gradient."""
+    """Activation 0 acts like a mask, with and without normalising again, and has a finite gradient."""
     routing = next(r for r in ROUTINGS if r.name == "em3")
     arguments = routing.arguments((2, 9, 3, 4, 2))
     off = torch.arange(9) % 2 == 0
@@ -188,7 +188,7 @@ def test_primary_capsules() -> None:
 
 @by_routing
 def test_dtypes(routing: Routing) -> None:
-    """What low precision gives is near what float64 gives: nothing overflows, and ε does not vanish."""
+    """Low precision gives nearly the results of float64: nothing overflows, and ε does not vanish."""
     arguments = routing.arguments((2, 9, 3, 4, 2))
     exact = each(routing.call(**arguments))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -210,11 +210,11 @@ def test_gradcheck(routing: Routing, shared: bool) -> None:
 
 
 @by_routing
-def test_mask_hides_whatever_is_there(routing: Routing) -> None:
+def test_masked_values_have_no_effect(routing: Routing) -> None:
     arguments = {n: x.requires_grad_() for n, x in routing.arguments((3, 7, 3, 4, 3)).items()}
     mask = torch.rand(3, 7, generator=torch.Generator().manual_seed(1)) < 0.6
     mask[1] = False
-    mask[:, 2] = False  # nobody has this one: its parameters count for nothing either
+    mask[:, 2] = False  # masked in all items: its parameters have no effect either
     out = each(routing.call(**arguments, mask=mask))
     expected = torch.autograd.grad(sum(x.sum() for x in out), list(arguments.values()))
     hidden = {n: x.detach().clone() for n, x in arguments.items()}

@@ -21,8 +21,8 @@ by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name
 by_routing = pytest.mark.parametrize("routing", ROUTINGS, ids=lambda r: r.name)
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 by_instructions = pytest.mark.parametrize("instructions", capsops.backends.cpu.instruction_sets(), indirect=True)
-by_outputs = pytest.mark.parametrize("J", [2, 3])  # two have loops of their own
-by_batch = pytest.mark.parametrize("B", [3, 16])  # one that fills vectors has loops of its own
+by_outputs = pytest.mark.parametrize("J", [2, 3])  # two output capsules have loops of their own
+by_batch = pytest.mark.parametrize("B", [3, 16])  # a batch that fills vectors has loops of its own
 by_sharing = pytest.mark.parametrize("shared", [False, True], ids=["matrices", "shared"])
 
 
@@ -39,16 +39,16 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
 @by_shape
 @by_sharing
 def test_agrees_with_the_reference(routing: Routing, shape: tuple[int, ...], shared: bool) -> None:
-    """To 1e-12 in float64 and 1e-5 in float32, or to what the last digit of the inputs changes where that is more."""
+    """To 1e-12 in float64 and 1e-5 in float32, or to the effect of the last digit of the inputs if that is more."""
     arguments = routing.arguments(shape, shared=shared)
     exact = run(routing, arguments, torch.float64, "reference")
     for dtype, bound in ((torch.float64, 1e-10 if routing.em else 1e-12), (torch.float32, 1e-5)):
         unavoidable = _sensitivity(routing, arguments, exact, torch.finfo(dtype).eps)
         for got, expected, error in zip(run(routing, arguments, dtype, "cpu"), exact, unavoidable, strict=True):
-            # Where the exact gradient is zero (one output capsule has nothing to be coupled away from), so is ours.
+            # Where the exact gradient is zero (as with one output capsule), so is the gradient of the kernels.
             if expected.abs().max() > (1e-3 if routing.em else 1e-12):
                 assert relative_error(got, expected) < max(bound, 10 * error)
-            elif routing.em:  # saturated activations: the gradient has vanished, and the reference lost it too
+            elif routing.em:  # saturated activations: the gradient vanishes, and the reference loses its digits too
                 assert (got - expected).abs().max() < 1e-3 * max(bound, 10 * error)
             else:
                 assert got.abs().max() < bound
@@ -64,12 +64,12 @@ def test_short_votes_get_shorter_vectors(B: int, D: int, expected: str) -> None:
         capsops.backends.cpu.use_instruction_set(instructions)
         results[instructions] = run(routing, arguments, torch.float32, "cpu")[0]
     capsops.backends.cpu.use_instruction_set("auto")
-    assert not torch.equal(results["avx2"], results["avx512"])  # or the next line would say nothing
+    assert not torch.equal(results["avx2"], results["avx512"])  # otherwise the next line would prove nothing
     assert torch.equal(results["auto"], results[expected])
 
 
 def _sensitivity(routing: Routing, arguments: Arguments, exact: list[torch.Tensor], digit: float) -> list[float]:
-    """The relative change of every result of EM routing where the inputs change in the last digit; for others 0.
+    """The relative change of each result of EM routing when the inputs change in the last digit; for other routings 0.
 
     EM routing divides by variances, which collapse where an output capsule has one vote, and its activations saturate.
     """
@@ -94,7 +94,7 @@ def test_low_precision_is_at_most_twice_as_wrong(routing: Routing, shape: tuple[
     naive = run(routing, arguments, dtype, "reference")
     ours = run(routing, arguments, dtype, "cpu")
     for got, reference, expected in zip(ours, naive, exact, strict=True):
-        # Half a unit in the last place is what rounding the exact result would cost.
+        # Rounding the exact result would cost half a unit in the last place.
         rounding = torch.finfo(dtype).eps / 2 * expected.abs().max()
         error = (reference - expected).abs().max()
         assert (got - expected).abs().max() <= 2 * error + rounding + 1e-12
@@ -148,13 +148,13 @@ def test_mask(routing: Routing, shared: bool, J: int, B: int, share: float) -> N
     mask[2] = False
     mask[:, 5] = False
     for name in {routing.capsules, "activation"} & set(arguments):
-        arguments[name][~mask] = float("nan")  # what is not there may hold anything
+        arguments[name][~mask] = float("nan")  # masked values may be anything
     got = run(routing, arguments, torch.float64, "cpu", mask=mask)
     expected = run(routing, arguments, torch.float64, "reference", mask=mask)
     without = run(routing, {n: x.nan_to_num() for n, x in arguments.items()}, torch.float64, "reference", mask=mask)
     torch.testing.assert_close(expected, without, rtol=0, atol=0)
     for x, y in zip(got, expected, strict=True):
-        # A gradient that vanishes with a saturated activation loses digits in EM routing.
+        # In EM routing the gradient of a saturated activation vanishes and loses digits.
         assert relative_error(x, y) < (1e-10 if routing.em else 1e-12)
     if "bias" not in routing.name or routing.name.startswith("attention"):
         assert (got[0][2] == 0).all(), "an item without capsules gives 0"
@@ -235,7 +235,7 @@ def test_gradient_that_arrives_expanded(routing: Routing) -> None:
 @by_operator
 @by_outputs
 @by_batch
-def test_only_what_is_asked_for_is_computed(routing: Routing, J: int, B: int) -> None:
+def test_only_wanted_gradients_are_computed(routing: Routing, J: int, B: int) -> None:
     arguments = routing.arguments((B, 13, 4, J, 5))
     everything = dict(zip(arguments, run(routing, arguments, torch.float64, "cpu")[routing.outputs :], strict=True))
     for name in arguments:
@@ -267,7 +267,7 @@ def test_bitwise_the_same_for_any_number_of_threads(routing: Routing, dtype: tor
 
 
 def test_long_sums_do_not_drift() -> None:
-    # 200,000 votes that all point the same way: a single running sum in float32 would lose four digits.
+    # 200,000 votes in one direction: a single running sum in float32 would lose four digits.
     N = 200_000
     u = torch.full((1, N, 1), 1.0) + torch.rand(1, N, 1) * 1e-3
     weight = torch.full((1, 2, 4), 1e-5)
@@ -293,7 +293,7 @@ def test_any_shape(B: int, N: int, K: int, J: int, D: int, which: int, shared: b
 
 
 def _kind(routing: Routing) -> tuple[str, dict[str, Any]]:
-    """What `coupling_coefficients` calls a routing, and its options."""
+    """The name of a routing in `coupling_coefficients`, and its options."""
     if routing.em:
         given = {"inverse_temperature": routing.inverse_temperature, "renormalise": "renormalise" in routing.name}
         return "em", {"iterations": int(routing.name[2]), **given}
@@ -320,7 +320,7 @@ def test_coupling_coefficients_explain_the_output(routing: Routing, backend: str
         a = (arguments["activation"] > 0).double() if options["renormalise"] else arguments["activation"]
         w = c * a[:, :, None]
         mean = torch.einsum("bnj,bnj...->bj...", w / w.sum(dim=1, keepdim=True), votes)
-        torch.testing.assert_close(mean, out, rtol=1e-6, atol=1e-6)  # but for ε
+        torch.testing.assert_close(mean, out, rtol=1e-6, atol=1e-6)  # they differ by ε
     else:
         votes = torch.einsum("bnk,nkjd->bnjd", u, weight)
         s = (c * votes if c.dim() == 4 else c[..., None] * votes).sum(dim=1)
@@ -336,13 +336,13 @@ def test_coupling_coefficients_explain_the_output(routing: Routing, backend: str
 
 @by_routing
 def test_coupling_coefficients_in_chunks(routing: Routing, monkeypatch: pytest.MonkeyPatch) -> None:
-    from capsops import couplings
+    from capsops.ops import coupling_coefficients
 
     kind, options = _kind(routing)
     arguments = routing.arguments((2, 50, 4, 3, 5))
     arguments["u"] = arguments.pop(routing.capsules)
     whole = capsops.coupling_coefficients(kind, **arguments, **options)
-    monkeypatch.setattr(couplings, "_CHUNK", 7 * 2 * 15)
+    monkeypatch.setattr(coupling_coefficients, "_CHUNK", 7 * 2 * 15)
     torch.testing.assert_close(capsops.coupling_coefficients(kind, **arguments, **options), whole)
 
 
@@ -350,7 +350,7 @@ def test_coupling_coefficients_in_chunks(routing: Routing, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_coupling_coefficients_in_low_precision(kind: str, dtype: torch.dtype, scale: float) -> None:
-    """As exact as their rounding, where the votes themselves would overflow too, and under autocast."""
+    """The only error is their rounding, even if the votes would overflow, and under autocast."""
     g = torch.Generator().manual_seed(6)
     u = (torch.randn(2, 30, 4, generator=g) * scale).to(dtype)
     weight = (torch.randn(30, 4, 3, 5, generator=g) * scale).to(dtype)
@@ -372,7 +372,7 @@ def test_uniform_couplings() -> None:
 
 
 def test_the_votes_are_never_held() -> None:
-    """Peak memory of a process, far below the votes' 640 MB, let alone the three copies of the naive form."""
+    """The peak memory of a process is far below the 640 MB of the votes, of which the naive form has three copies."""
     script = """
 import resource, torch, capsops
 u = torch.rand(8, 20000, 8, requires_grad=True)

@@ -1,4 +1,4 @@
-"""Ctrl-C while a kernel runs: within a second, forward and backward, and not where a handler does not want it."""
+"""Ctrl-C ends a running kernel within a second, forward and backward, unless the signal handler does not raise."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch import Tensor
 import capsops
 
 OPS = torch.ops.capsops
-SECONDS = 0.25  # of the processor, after which the signal comes
-# Of many short passes; and of one long pass, without a pause where the sums are too large to be taken in several parts.
+SECONDS = 0.25  # of CPU time, after which the signal arrives
+# Shapes with many short passes; and with one long pass, which is not interrupted between parts of a large sum.
 PASSES, LONG = (32, 1500, 8, 10, 16), (8, 20_000, 16, 512, 64)
 
 
@@ -76,9 +76,9 @@ class Raised(Exception):
 
 @contextmanager
 def timer(handler: Callable[[int, object], object], every: float = 0) -> Iterator[None]:
-    """Calls handler when this process has used so many seconds of the processor.
+    """Call handler after SECONDS of CPU time, and then after every `every` seconds of it.
 
-    Not of the clock: other processes may leave this one little of the machine.
+    CPU time and not wall time, because other processes may take most of the machine.
     """
     before = signal.signal(signal.SIGPROF, handler)
     try:
@@ -99,7 +99,7 @@ def test_a_handler_that_raises_ends_a_kernel(case: Callable[[int], Callable[[], 
     start = time.process_time()
     with pytest.raises(Raised), timer(raise_):
         call()
-    # Of all threads together: on a machine of its own it takes less.
+    # This is the CPU time of all threads together.
     assert time.process_time() - start - SECONDS < 1
 
 
@@ -109,12 +109,12 @@ def test_handlers_that_do_not_raise_run_meanwhile_and_change_nothing() -> None:
     results: list[Tensor] = []
 
     def handler(*_: object) -> None:
-        # The tensors of the call are not there yet.
+        # Empty, because the call has not returned yet.
         seen.append(len(results))
         if len(seen) == 3:
             signal.setitimer(signal.ITIMER_PROF, 0)
 
-    # Fast machines need many iterations to run for three signals; slow ones would take minutes for as many.
+    # A fast machine needs many iterations until three signals arrive; a slow one would take minutes for as many.
     for iterations in (250, 500, 1000, 2000, 4000, 8000):
         seen.clear()
         results.clear()
@@ -128,7 +128,7 @@ def test_handlers_that_do_not_raise_run_meanwhile_and_change_nothing() -> None:
 
 
 def test_kernels_of_other_threads_end_by_themselves() -> None:
-    """Python's handlers run in its main thread alone."""
+    """Python runs signal handlers only in its main thread."""
     u, weight, got, seen = torch.randn(8, 1000, 8), torch.randn(1000, 8, 10, 16), [], []
     expected = OPS.dynamic_routing(u, weight, None, None, 50, False, False)
     thread = threading.Thread(target=lambda: got.extend(OPS.dynamic_routing(u, weight, None, None, 50, False, False)))
@@ -167,7 +167,7 @@ print("done", flush=True)
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_control_c(direction: str) -> None:
-    """As from a terminal: KeyboardInterrupt ends the program, inside of autograd too. By itself it takes minutes."""
+    """As in a terminal, KeyboardInterrupt ends the program, also inside autograd. Without it the run takes minutes."""
     with subprocess.Popen(
         [sys.executable, "-c", SCRIPT, direction], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as program:
@@ -184,7 +184,7 @@ def test_control_c(direction: str) -> None:
     assert not out
 
 
-def test_what_was_stopped_leaves_nothing_behind() -> None:
+def test_an_interrupted_kernel_does_not_affect_the_next() -> None:
     u, weight = torch.randn(3, 20, 8), torch.randn(20, 8, 4, 5)
     expected, call = capsops.dynamic_routing(u, weight), dynamic(2000)
     with pytest.raises(Raised), timer(raise_):

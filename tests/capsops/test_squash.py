@@ -1,4 +1,4 @@
-"""squash: values, gradients, and the ends of the number range."""
+"""squash: values, gradients, and the limits of the number range."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ by_backend = pytest.mark.parametrize("backend", ["cpu", "reference"])
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-# The instruction sets of the CPU, and the backends, of which Triton's runs in its interpreter where there is no GPU.
+# The instruction sets of the CPU, and the backends. Without a GPU Triton runs in its interpreter.
 EVERYWHERE = [f"cpu {name}" for name in cpu.instruction_sets()] + ["reference"]
 EVERYWHERE += [b for b in ("cuda", "triton") if COMPILED[b].why_not("squash", device_of(b), torch.float32) is None]
 
 
 @pytest.fixture(params=EVERYWHERE)
 def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
-    """Where the tensors of a backend are that is in use meanwhile."""
+    """Force a backend, and return the device for its tensors."""
     backend, _, instructions = request.param.partition(" ")
     if instructions:
         cpu.use_instruction_set(instructions)
@@ -35,7 +35,7 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 def exact(s: torch.Tensor, kind: str) -> torch.Tensor:
-    """The textbook formula in float64, for lengths that it can take."""
+    """The formula as in the papers, in float64; the lengths must be neither 0 nor too large for it."""
     s = s.double()
     n = s.norm(dim=-1, keepdim=True)
     return s * (n / (1 + n**2) if kind == "sabour" else (1 - torch.exp(-n)) / n)
@@ -104,7 +104,7 @@ def test_squares_neither_overflow_nor_vanish(backend: str, length: float) -> Non
 
 
 def rays(dtype: torch.dtype) -> list[torch.Tensor]:
-    """Vectors as long as the dtype can say, whose length it cannot always."""
+    """Vectors of the largest numbers of the dtype, whose lengths may overflow it."""
     top = torch.finfo(dtype).max
     equal, one, mixed = [top] * 4, [0.0, -top, 0.0, 0.0], [top, -top / 2, top / 2**20, 0.0]
     three = [top / 4] * 3 + [0.0]
@@ -114,7 +114,7 @@ def rays(dtype: torch.dtype) -> list[torch.Tensor]:
 @by_kind
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_longest_vectors(device: torch.device, kind: str, dtype: torch.dtype) -> None:
-    """v is the direction of s, and its gradient what of g_v is across it, over the length."""
+    """v is the direction of s; the gradient is the part of g_v that is perpendicular to it, divided by the length."""
     for s in rays(dtype):
         leaf, g_v = s.to(device).requires_grad_(), torch.tensor([0.5, 1.0, -2.0, 3.0], dtype=dtype)
         v = capsops.squash(leaf, kind=kind)
@@ -127,20 +127,20 @@ def test_the_longest_vectors(device: torch.device, kind: str, dtype: torch.dtype
         direction = ratio / ratio.norm()
         torch.testing.assert_close(v[0].cpu().double(), direction, rtol=4 * eps, atol=torch.finfo(dtype).tiny)
         across = g_v.double() - (direction @ g_v.double()) * direction
-        # Numbers this small have fewer digits: the error is of the longest of their sum's terms, or the last digit.
+        # Such small numbers have fewer digits: the error is relative to the largest term, or is the last digit.
         last = 5e-324 if dtype == torch.float64 else torch.finfo(dtype).tiny * eps
         if dtype == torch.bfloat16 and device.type == "cpu" and capsops.info().forced == "triton":
-            last = torch.finfo(dtype).tiny  # its interpreter has no smaller ones
+            last = torch.finfo(dtype).tiny  # the interpreter has no smaller numbers
         error = (g[0].cpu().double() - across / ratio.norm() / largest).abs()
         assert (error <= 16 * eps * g_v.abs().max() / largest + 4 * last).all()
-        # Another row is not touched by it.
+        # The other row is not affected.
         torch.testing.assert_close(v[1].cpu().double(), exact(s[1:], kind)[0], rtol=4 * eps, atol=0)
 
 
 @by_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_a_million_components(device: torch.device, kind: str, dtype: torch.dtype) -> None:
-    """No length above 1 but for the rounding of v; of equal components, whose sum rounds to one side."""
+    """The length is at most 1 up to the rounding of v. Equal components make their sum round in one direction."""
     eps = torch.finfo(dtype).eps
     for component in (0.1, 3e37):
         s = torch.full((1, 1_000_003), component, dtype=dtype)
@@ -151,7 +151,7 @@ def test_a_million_components(device: torch.device, kind: str, dtype: torch.dtyp
         n = s[0, 0].item() * s.shape[1] ** 0.5
         expected = n**2 / (1 + n**2) if kind == "sabour" else -math.expm1(-n)
         assert abs(length - expected) <= 4 * eps
-        # Along s: d length / dn.
+        # The gradient along s is d length / dn.
         slope = 2 * n / (1 + n**2) ** 2 if kind == "sabour" else math.exp(-n)
         assert (g.double() - slope).abs().max() <= 16 * eps * max(1 / n, slope)
 
@@ -162,7 +162,7 @@ def test_routings_squash_the_longest_sums(device: torch.device) -> None:
         capsops.dynamic_routing(u, weight, iterations=1),
         capsops.attention_routing(u, weight, torch.zeros(1, 1, device=device)),
     ]
-    if capsops.info().forced != "reference":  # which multiplies by the scale last, what has overflowed
+    if capsops.info().forced != "reference":  # the reference multiplies by the scale last, after the overflow
         outputs.append(capsops.self_attention_routing(u, weight, scale=0.0))
     for v in outputs:
         torch.testing.assert_close(v, torch.full_like(v, 0.5))
@@ -187,7 +187,7 @@ def test_nan_is_not_hidden(backend: str) -> None:
     assert torch.isfinite(v[0]).all()
     assert v[1].isnan().all()
     assert v[2].isnan().all()
-    for place in range(3):  # with nothing but zeros after it
+    for place in range(3):  # followed by zeros only
         s = torch.zeros(1, 3)
         s[0, place] = float("nan")
         with capsops.use_backend(backend):
@@ -215,7 +215,7 @@ def test_low_precision_rounds_once(dtype: torch.dtype) -> None:
 
 
 def test_every_half_survives_the_round_trip() -> None:
-    """The conversions of the kernels, over all 65,536 numbers of both half types: votes of 1·x are x."""
+    """The kernels convert all 65,536 numbers of both half types exactly: the vote 1·x is x."""
     for dtype in (torch.float16, torch.bfloat16):
         x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
         x = x[torch.isfinite(x)]
@@ -224,7 +224,7 @@ def test_every_half_survives_the_round_trip() -> None:
 
 
 def test_float32_rounds_to_the_nearest_half() -> None:
-    """Products that lie between two halves, against the rounding of torch."""
+    """Products that lie between two half-precision numbers round as in torch."""
     g = torch.Generator().manual_seed(0)
     for dtype in (torch.float16, torch.bfloat16):
         for exponent in (-7, -4, 0, 3):

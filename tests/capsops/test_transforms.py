@@ -1,4 +1,4 @@
-"""The operators under the transforms of `torch.func`: gradients, batches, ensembles, and what is refused."""
+"""The operators under the transforms of `torch.func`: gradients, batches, ensembles, unsupported transforms."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from .routings import OPERATORS, Arguments, Routing, each
 by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name)
 B, SHAPE = 2, (2, 5, 3, 2, 4)
 
-# Arguments that have a batch dimension, besides the capsules.
+# The arguments that have a batch dimension.
 BATCHED = ("u", "pose", "activation")
 
 
 def _loss(routing: Routing) -> Callable[[Arguments], Tensor]:
-    """A number that every output has a part in, and whose gradient is not constant."""
+    """A number that depends on every output, with a gradient that is not constant."""
     return lambda arguments: torch.stack([x.sin().sum() for x in each(routing.call(**arguments))]).sum()
 
 
 def _gradients(routing: Routing, arguments: Arguments) -> Arguments:
-    """By eager autograd."""
+    """The gradients by eager autograd."""
     leaves = {n: x.detach().clone().requires_grad_() for n, x in arguments.items()}
     _loss(routing)(leaves).backward()
     return {n: x.grad for n, x in leaves.items()}
@@ -51,8 +51,8 @@ def _several(routing: Routing, count: int = 3) -> list[Arguments]:
 def _counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of the kernels that run inside, in order."""
     calls: list[str] = []
-    run = extension._run
-    monkeypatch.setattr(extension, "_run", lambda op, *args: (calls.append(op), run(op, *args))[1])
+    run = extension.call_kernel
+    monkeypatch.setattr(extension, "call_kernel", lambda op, *args: (calls.append(op), run(op, *args))[1])
     yield calls
     monkeypatch.undo()
 
@@ -89,7 +89,7 @@ def test_jacrev(routing: Routing) -> None:
 
 @by_operator
 def test_a_batch_of_capsules_is_one_call(routing: Routing, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The further batch goes into B, in either direction, wherever it stands in the tensor."""
+    """The batch of vmap is folded into B, forward and backward, whichever axis of the tensor it is."""
     arguments = routing.arguments(SHAPE)
     batch = {n: _stack(_several(routing))[n] for n in arguments if n in BATCHED}
     shared = {n: x for n, x in arguments.items() if n not in BATCHED}
@@ -116,7 +116,7 @@ def test_a_batch_of_capsules_is_one_call(routing: Routing, monkeypatch: pytest.M
 
 @by_operator
 def test_a_batch_of_everything_is_a_call_for_each(routing: Routing, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of an ensemble: the very numbers of the single calls."""
+    """As in an ensemble: the results are bitwise those of the single calls."""
     several = _several(routing)
     with _counted(monkeypatch) as calls:
         out = vmap(lambda a: each(routing.call(**a)))(_stack(several))
@@ -144,7 +144,7 @@ def test_gradients_of_every_sample(routing: Routing) -> None:
 
 @by_operator
 def test_a_gradient_through_vmap(routing: Routing) -> None:
-    """grad of vmap, and eager autograd of vmap, where no tensor that Python sees asks for a gradient."""
+    """grad of vmap, and eager autograd of vmap, where no tensor visible to Python requires a gradient."""
     several = _several(routing)
     expected = _stack([_gradients(routing, a) for a in several])
     _assert_same(grad(lambda a: vmap(_loss(routing))(a).sum())(_stack(several)), expected)
@@ -165,7 +165,7 @@ def test_vmap_inside_vmap_and_of_nothing(routing: Routing) -> None:
 
 @pytest.mark.parametrize("routing", ["attention", "dynamic", "self-attention", "em"])
 def test_an_ensemble_of_layers_trains(routing: str) -> None:
-    """stack_module_state and vmap give every model the gradient it has alone."""
+    """stack_module_state and vmap give every model the gradient that it has on its own."""
     torch.manual_seed(0)
     layers = [
         nn.EMCapsules(7, 4, 3, 5) if routing == "em" else nn.CapsuleLayer(7, 4, 3, 5, routing, shared=False)
@@ -218,7 +218,7 @@ def test_vmap_takes_a_mask_and_low_precision() -> None:
 
 @pytest.mark.parametrize("routing", [r for r in OPERATORS if not r.detached], ids=lambda r: r.name)
 @pytest.mark.parametrize("transform", ["jvp", "jacfwd", "hessian", "grad of grad", "jacrev of grad", "dual"])
-def test_what_the_kernels_cannot_says_so(routing: Routing, transform: str) -> None:
+def test_unsupported_transforms_raise(routing: Routing, transform: str) -> None:
     arguments = routing.arguments((1, 3, 2, 2, 2))
     loss = _loss(routing)
     second = "grad of grad", "jacrev of grad"
@@ -247,7 +247,7 @@ def test_what_the_kernels_cannot_says_so(routing: Routing, transform: str) -> No
 
 @by_operator
 def test_operators_called_directly_are_transformed_too(routing: Routing) -> None:
-    """As a graph that was exported calls them."""
+    """An exported graph calls the operators directly."""
     arguments = routing.arguments(SHAPE)
     graph = torch.fx.experimental.proxy_tensor.make_fx(_loss(routing))(arguments)
     assert any("capsops" in str(node.target) for node in graph.graph.nodes)
@@ -260,7 +260,7 @@ def test_operators_called_directly_are_transformed_too(routing: Routing) -> None
 
 @by_operator
 def test_a_second_derivative_outside_of_a_transform(routing: Routing) -> None:
-    """The gradient by a transform, differentiated by eager autograd, is refused and not without a gradient."""
+    """Eager autograd cannot differentiate the gradient of a transform; that raises instead of giving no gradient."""
     leaves = {n: x.requires_grad_() for n, x in routing.arguments(SHAPE).items()}
     inner = grad(_loss(routing))(leaves)
     with pytest.raises(RuntimeError, match="differentiated twice"):
@@ -268,7 +268,7 @@ def test_a_second_derivative_outside_of_a_transform(routing: Routing) -> None:
 
 
 def test_a_tangent_that_arrives_with_a_gradient_is_refused() -> None:
-    """In the backward of a call that had none."""
+    """The call itself had no tangent; the gradient that its backward receives has one."""
     s = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
 
     def run() -> torch.Tensor | None:

@@ -1,4 +1,4 @@
-"""Compiles every kernel of the Triton backend for an NVIDIA GPU that need not be there.
+"""Compiles every kernel of the Triton backend for an NVIDIA GPU; the machine does not need one.
 
     python -m tests.capsops.triton_cubins 80 90 [--dtype float32] [--shape 8,4096,8,2,16]
 
@@ -28,12 +28,12 @@ from capsops.backends import triton as backend
 
 from .routings import OPERATORS, run
 
-# One of each kernel; the others differ from these in options.
+# These use every kernel; the other routings differ from them in options.
 FEW = ("attention", "dynamic3", "self-attention-prior", "em3", "votes")
 
 
 class Absent(DriverBase):
-    """The driver of a GPU that is not there."""
+    """The driver of a GPU that the machine does not have."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
@@ -42,7 +42,7 @@ class Absent(DriverBase):
         return GPUTarget("cuda", self.capability, 32)
 
     def get_current_device(self) -> int:
-        return self.capability  # so that the kernels of each are kept apart
+        return self.capability  # keeps the kernels of different GPUs apart
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -62,7 +62,7 @@ class Absent(DriverBase):
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """Bytes of stack, where registers are spilled to, and registers."""
+    """The bytes of stack, into which registers spill, and the number of registers."""
     if cubin in known:
         return known[cubin]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -74,7 +74,7 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return known[cubin]
 
 
-# Triton brings its own.
+# Triton ships one.
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 
 known: dict[bytes, tuple[int, int]] = {}

@@ -1,14 +1,14 @@
 """The Triton backend: for GPUs without the compiled extension, for GPUs that are not NVIDIA's, and for EM routing.
 
-Triton compiles its kernels for the GPU when they first run, for each shape anew but for B and N. Where TRITON_INTERPRET
-is 1 they run on the CPU too, slowly: for tests.
+Triton compiles a kernel for the GPU when it first runs, and again for every new shape, but not for new B and N. With
+TRITON_INTERPRET=1 the kernels run on the CPU, slowly: for tests.
 
-Every function fills the outputs that come first among its arguments, as in `extension.py`. Between the passes over the
-votes plain PyTorch does what is left, on [B, J, D] numbers.
+A function for each operator, with the argument names of its schema, fills the outputs, which come first; a gradient
+that is not wanted is None. Between the passes over the votes plain PyTorch does the rest, on [B, J, D] numbers.
 
-Besides its operands and results an operator holds at most 32 MB and 24 times [B, J, D] numbers of the accumulation
-dtype, for any number of input capsules and of iterations; for EM routing they are [B, J, 2 P·D + 1]. For more than
-`_MOST_MIXED` output capsules attention routing also holds sums of the size of its parameters and of a shared matrix.
+Besides its operands and results an operator allocates at most 32 MB and 24 tensors [B, J, D] of the accumulation dtype,
+for any number of input capsules and of iterations; for EM routing these tensors are [B, J, 2 P·D + 1]. For more than
+`_MOST_MIXED` output capsules attention routing also allocates sums of the size of its parameters and a shared matrix.
 """
 
 from __future__ import annotations
@@ -27,24 +27,26 @@ from torch import Tensor
 from ...dtypes import FLOATING, accumulation_dtype
 from .. import reference
 from .._compiling import constant_when_compiled
+from .._features import Grid
 from . import wide_attention
-from .gaussians import Gaussians, expect_backward, maximise, maximise_backward
+from .gaussians import Gaussians, e_step_backward, m_step, m_step_backward
 
 DEVICE_TYPE = "cuda"
 DEVICE_TYPES = ("cuda", "xpu")
 
-# Numbers of a tile of votes that a program holds, and the threads (in warps of 32) for more of them.
+# How many numbers a tile of votes has, and how many warps a program of that size.
 _TILE, _WARPS = 2048, 4
-# Programs that a pass is cut into at most, by the shape alone so that sums have one order; the bytes of partial sums
-# that it leaves at most, if there are several; and those of the partial sums that are added up at a time.
+# Limits for a pass: the number of programs, which depends on the shape alone so that sums have one order; the bytes of
+# their partial sums, if there are several programs; and the bytes of partial sums that are added up at a time.
 _PROGRAMS, _PARTIAL_BYTES, _SUMMED_BYTES = 2048, 16_000_000, 8_000_000
-# Of a gradient through all iterations, the bytes of states that are kept together, and the iterations at least.
+# A gradient through all iterations keeps the states of several iterations together: this many bytes, or this many
+# iterations if that is more.
 _STATE_BYTES, _LEAST_ITERATIONS = 6_000_000, 4
-# Numbers that Triton lets a tile have.
+# The largest number of elements of a Triton tensor.
 _MOST_NUMBERS = 1 << 20
-# Components of a row that one program squashes; longer rows are left to PyTorch.
+# The longest row that one program squashes; PyTorch squashes longer rows.
 _MOST_COMPONENTS = 1 << 15
-# Output capsules that attention routing mixes in the registers of one program.
+# The most output capsules that attention routing mixes in the registers of one program.
 _MOST_MIXED = 64
 
 
@@ -67,7 +69,21 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it does not run on {device.type}" + " without TRITON_INTERPRET=1" * (device.type == "cpu")
     if dtype not in FLOATING:
         return f"it does not take {dtype}"
+    if not _has(op):
+        return f"it has no kernel for {op}"
     return None if device.type == "cpu" else unfit(device)
+
+
+@constant_when_compiled
+def _has(op: str) -> bool:
+    """Whether this module has the functions of an operator and of its gradient."""
+    forward = op.removesuffix("_backward")
+    return forward in globals() and f"{forward}_backward" in globals()
+
+
+def run(op: str, names: Sequence[str], values: Sequence[Any]) -> None:
+    """Run an operator: fill its outputs; see `extension.run`."""
+    globals()[op](**dict(zip(names, values, strict=True)))
 
 
 @cache
@@ -82,7 +98,7 @@ def unfit(device: torch.device) -> str | None:
 
 
 def _on(x: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device."""
+    """Make the device of x the current one, on which Triton launches."""
     return nullcontext() if x.device.type == "cpu" else getattr(torch, x.device.type).device(x.device)
 
 
@@ -92,12 +108,12 @@ def _padded(n: int) -> int:
 
 
 def _wide(x: Tensor | None) -> Tensor | None:
-    """A small operand, in the dtype that sums are kept in."""
+    """A small operand in the accumulation dtype."""
     return None if x is None else x.to(accumulation_dtype(x.dtype)).contiguous()
 
 
 def _matrices(weight: Tensor, gradient: bool) -> Tensor:
-    """W, contiguous; [K, J, D] where it was expanded along N and no gradient of the expanded shape is wanted."""
+    """W, contiguous; [K, J, D] if it was expanded along N and has no gradient of the expanded shape."""
     expanded = weight.dim() == 4 and weight.shape[0] > 1 and weight.stride(0) == 0
     return (weight[0] if expanded and not gradient else weight).contiguous()
 
@@ -113,17 +129,17 @@ def _language(dtype: torch.dtype) -> Any:
 
 @dataclass(frozen=True)
 class _Stream:
-    """Capsules, and how a pass over them is cut into tiles and programs."""
+    """Capsules, and how a pass over them is split into tiles and programs."""
 
     u: Tensor  # [B, N, P, K]
     weight: Tensor  # [N, K, J, D] or [K, J, D]
     mask: Tensor | None  # uint8 [B, N]
-    tile: dict[str, int]  # NB, BB and the padded sizes
+    tile: dict[str, int]  # NB, BB and the padded sizes JP, PP and DP
     warps: int
 
     @staticmethod
     def of(u: Tensor, weight: Tensor, mask: Tensor | None = None, gradient: bool = False) -> _Stream:
-        # gradient: whether one of W is wanted
+        """gradient: whether the gradient of W is wanted."""
         B, N = u.shape[:2]
         K, J, D = weight.shape[-3:]
         P = u.shape[2] if u.dim() == 4 else 1
@@ -131,8 +147,8 @@ class _Stream:
         row = JP * PP * DP
         if row > _MOST_NUMBERS:
             raise ValueError(
-                f"a vote of {J} output capsules with {P * D} components has {row} numbers, padded to powers of two; "
-                f"Triton takes at most {_MOST_NUMBERS}"
+                f"triton: the votes of an input capsule are {row} numbers, {J} output capsules with {P * D} components "
+                f"padded to powers of two; expected at most {_MOST_NUMBERS}"
             )
         BB = min(_padded(B), max(_TILE // row, 1))
         NB = min(_padded(N), max(_TILE // (row * BB), 1))
@@ -163,14 +179,14 @@ class _Stream:
         return -(-self.sizes[0] // self.tile["BB"])
 
     def runs(self, most: int) -> tuple[int, int]:
-        """Input capsules of a program, and programs: as many as allowed."""
+        """How many input capsules a program takes, and how many programs there are: at most `most`."""
         N, NB = self.sizes[1], self.tile["NB"]
         tiles = -(-N // NB)
         run = max(-(-tiles // most), 1) * NB
         return run, -(-N // run)
 
     def fitting(self, numbers: int) -> int:
-        """Programs that may leave so many partial sums each."""
+        """How many programs may write this many partial sums each."""
         return max(_PARTIAL_BYTES // max(self.wide.itemsize * numbers, 1), 1)
 
     def constants(self) -> dict[str, Any]:
@@ -225,10 +241,10 @@ class _Stream:
         g_activation: Tensor | None = None,
         leaky: bool = False,
         detach: bool = False,
-        has_rest: bool = False,
+        has_addend: bool = False,
         more: bool = False,
     ) -> None:
-        """Fill the gradients that are not None; more: add to those of u, W and the activation."""
+        """Fill the gradients that are not None; more: add to the gradients of u, W and the activation instead."""
         from .stream import emit_kernel
 
         B, N, _, K, J, D = self.sizes
@@ -250,7 +266,7 @@ class _Stream:
             emit_kernel[(programs,)](
                 self.u, self.weight, self.mask, _stacked(states), _stacked(scalars), attn_weight, attn_bias, prior,
                 activation, g_votes, g_u, g_weight, sums, own_weight, own_bias, g_prior, g_activation, B, N, run,
-                iterations, **self.constants(), routing=routing, leaky=leaky, detach=detach, has_rest=has_rest,
+                iterations, **self.constants(), routing=routing, leaky=leaky, detach=detach, has_addend=has_addend,
                 more=more,
             )  # fmt: skip
         elif g_weight is not None and not more:
@@ -272,7 +288,7 @@ def _stacked(x: Sequence[Tensor] | Tensor) -> Tensor | None:
 
 
 def _summed(x: Tensor) -> Tensor:
-    """The sum over the first axis in float64, some rows at a time, for torch makes a float64 copy of what it sums."""
+    """The sum over the first axis in float64; a few rows at a time, because torch.sum copies its operand to float64."""
     rows = max(_SUMMED_BYTES // max(8 * x[:1].numel(), 1), 1)
     total = x[:rows].sum(dim=0, dtype=torch.float64)
     for some in x[rows:].split(rows):
@@ -281,14 +297,10 @@ def _summed(x: Tensor) -> Tensor:
 
 
 def _groups(iterations: int, nbytes: int) -> Iterator[tuple[int, int]]:
-    """Begin and end of groups of iterations with so many bytes of states each, the last group first."""
+    """Begin and end of groups of iterations, the last group first; nbytes: of the states of one iteration."""
     size = max(_STATE_BYTES // max(nbytes, 1), _LEAST_ITERATIONS)
     for end in range(iterations, 0, -size):
         yield max(end - size, 0), end
-
-
-def _asked(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor | None]:
-    return [g if want else None for g, want in zip(gradients, wanted, strict=True)]
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -314,7 +326,7 @@ def _squash_backward(g_v: Tensor, s: Tensor, g_s: Tensor, kind: str) -> None:
     from .rows import squash_backward_kernel
 
     if s.shape[-1] > _MOST_COMPONENTS:
-        # Not torch.autograd.grad: an operator's kernel runs below autograd.
+        # torch.autograd.grad would find no graph: the kernel of an operator runs below autograd.
         gradient = torch.func.vjp(lambda x: reference.squash(x, kind), s.detach())[1]
         g_s.copy_(gradient(g_v)[0])
     elif s.numel():
@@ -344,54 +356,34 @@ def squash_backward(g_s: Tensor, g_v: Tensor, s: Tensor, kind: str) -> None:
         _squash_backward(g_v.contiguous(), s.contiguous(), g_s, kind)
 
 
-def _primary(features: Tensor, u: Tensor | None, g_u: Tensor | None, g: Tensor | None, legacy: bool, kind: str) -> None:
+def _primary(grid: Grid, kind: str, u: Tensor | None, g_u: Tensor | None, g_features: Tensor | None) -> None:
     from .rows import primary_capsules_kernel
 
-    B, C, height, width = features.shape
-    pixels = height * width
-    K = (u if u is not None else g_u).shape[-1]  # type: ignore[union-attr]
-    # Rows and columns as one axis: features are contiguous or channels_last.
-    channel, pixel = features.stride(1), features.stride(3)
-    if features.stride(3) == 1 or C == 1 or pixels == 1:
-        channel, pixel = (pixels, 1) if features.is_contiguous() else (1, C)
-    if legacy and pixels % K:  # capsules that go on in the next channel
-        outer, inner, strides = 1, C * pixels // K, (0, K, 1)
-    elif legacy:
-        outer, inner, strides = C, pixels // K, (channel, K * pixel, pixel)
-    else:
-        outer, inner, strides = C // K, pixels, (K * channel, pixel, channel)
+    features, B, outer, inner, K, strides = grid
     if not features.numel():
         return
     KP = _padded(K)
     CB = max(1024 // KP, 1)
     primary_capsules_kernel[(B * outer * -(-inner // CB),)](
-        features, u, g_u, g, outer, inner, C * pixels, *strides,
+        features, u, g_u, g_features, outer, inner, *strides,
         K=K, CB=CB, KP=KP, A=_language(features.dtype), sabour=kind == "sabour",
     )  # fmt: skip
 
 
-def _dense(features: Tensor, K: int, legacy: bool) -> Tensor:
-    """Contiguous or channels_last; contiguous where capsules go on from one channel to the next."""
-    straddling = legacy and features.shape[2] * features.shape[3] % K
-    last = features.is_contiguous(memory_format=torch.channels_last) and not straddling
-    return features if last else features.contiguous()
-
-
 def primary_capsules(u: Tensor, features: Tensor, types: int, legacy: bool, kind: str) -> None:
     with _on(features):
-        _primary(_dense(features, u.shape[2], legacy), u, None, None, legacy, kind)
+        _primary(Grid.of(features, u.shape[2], legacy), kind, u, None, None)
 
 
 def primary_capsules_backward(
     g_features: Tensor, g_u: Tensor, features: Tensor, types: int, legacy: bool, kind: str
 ) -> None:
-    read = _dense(features, g_u.shape[2], legacy)
-    # Written with the strides that are read; g_features has them too, unless features had to be copied.
-    target = g_features if g_features.stride() == read.stride() else torch.empty_like(read)
     with _on(features):
-        _primary(read, None, g_u.contiguous(), target, legacy, kind)
-    if target is not g_features:
-        g_features.copy_(target)
+        grid = Grid.of(features, g_u.shape[2], legacy)
+        target = grid.gradient(g_features)
+        _primary(grid, kind, None, g_u.contiguous(), target)
+        if target is not g_features:
+            g_features.copy_(target)
 
 
 def affine_votes(votes: Tensor, u: Tensor, weight: Tensor) -> None:
@@ -409,12 +401,11 @@ def affine_votes(votes: Tensor, u: Tensor, weight: Tensor) -> None:
 
 
 def affine_votes_backward(
-    g_u: Tensor, g_weight: Tensor, g_votes: Tensor, u: Tensor, weight: Tensor, wanted: Sequence[bool]
+    g_u: Tensor | None, g_weight: Tensor | None, g_votes: Tensor, u: Tensor, weight: Tensor
 ) -> None:
     with _on(u):
-        own_u, own_weight = _asked((g_u, g_weight), wanted)
-        stream = _Stream.of(u, weight, None, wanted[1])
-        stream.emit("stored", own_u, own_weight, g_votes=g_votes.contiguous())
+        stream = _Stream.of(u, weight, None, g_weight is not None)
+        stream.emit("stored", g_u, g_weight, g_votes=g_votes.contiguous())
 
 
 # ---- the routings --------------------------------------------------------------------------------
@@ -441,10 +432,10 @@ def attention_routing(
 
 
 def attention_routing_backward(
-    g_u: Tensor,
-    g_weight: Tensor,
-    g_attn_weight: Tensor,
-    g_attn_bias: Tensor,
+    g_u: Tensor | None,
+    g_weight: Tensor | None,
+    g_attn_weight: Tensor | None,
+    g_attn_bias: Tensor | None,
     g_v: Tensor,
     s: Tensor,
     u: Tensor,
@@ -452,19 +443,18 @@ def attention_routing_backward(
     attn_weight: Tensor,
     attn_bias: Tensor | None,
     mask: Tensor | None,
-    wanted: Sequence[bool],
 ) -> None:
     A, a = _wide(attn_weight), _wide(attn_bias)
     assert A is not None
-    own_u, own_weight, own_A, own_a = _asked((g_u, g_weight, g_attn_weight, g_attn_bias), wanted)
     with _on(u):
         g_s = _gradient_of_s(g_v.to(s.dtype), s)
         if A.shape[0] > _MOST_MIXED:
-            wide_attention.backward(own_u, own_weight, own_A, own_a, g_s, u, weight, A, a, mask)
+            wide_attention.backward(g_u, g_weight, g_attn_weight, g_attn_bias, g_s, u, weight, A, a, mask)
             return
-        _Stream.of(u, weight, mask, own_weight is not None).emit(
-            "attention", own_u, own_weight, [g_s], attn_weight=A, attn_bias=a, g_attn_weight=own_A, g_attn_bias=own_a
-        )
+        _Stream.of(u, weight, mask, g_weight is not None).emit(
+            "attention", g_u, g_weight, [g_s], attn_weight=A, attn_bias=a, g_attn_weight=g_attn_weight,
+            g_attn_bias=g_attn_bias,
+        )  # fmt: skip
 
 
 def dynamic_routing(
@@ -481,7 +471,7 @@ def dynamic_routing(
     with _on(u):
         stream = _Stream.of(u, weight, mask)
         J = weight.shape[-2]
-        total = torch.zeros_like(s[0])  # V, the sum of the output capsules so far
+        total = torch.zeros_like(s[0])  # V, the sum of the output capsules of all iterations so far
         for t in range(iterations):
             own = stream.reduce("agreement", [total], leaky=leaky) if t else stream.reduce("sum") / (J + leaky)
             s[t].copy_(own if bias is None else own + bias)
@@ -491,9 +481,9 @@ def dynamic_routing(
 
 
 def dynamic_routing_backward(
-    g_u: Tensor,
-    g_weight: Tensor,
-    g_bias: Tensor,
+    g_u: Tensor | None,
+    g_weight: Tensor | None,
+    g_bias: Tensor | None,
     g_v: Tensor,
     s: Tensor,
     u: Tensor,
@@ -503,17 +493,15 @@ def dynamic_routing_backward(
     iterations: int,
     leaky: bool,
     detach: bool,
-    wanted: Sequence[bool],
 ) -> None:
     with _on(u):
-        stream = _Stream.of(u, weight, mask, wanted[1])
-        own_u, own_weight = _asked((g_u, g_weight), wanted[:2])
-        to_v, to_bias = g_v.to(s.dtype), s.new_zeros(g_bias.shape, dtype=torch.float64)
+        stream = _Stream.of(u, weight, mask, g_weight is not None)
+        to_v, to_bias = g_v.to(s.dtype), s.new_zeros(s.shape[2:], dtype=torch.float64)
         g_total = torch.zeros_like(s[0])
         last = iterations - 1
         groups = [(last, iterations)] if detach else _groups(iterations, 2 * s[0].nbytes)
         for begin, end in groups:
-            # Of these iterations the sums of v before each, and the gradients of s.
+            # For each of these iterations x, the sum of v before it, and the gradient of s.
             states = s.new_empty(2, end - begin, *s.shape[1:])
             x, g = states
             total = torch.zeros_like(s[0])
@@ -525,16 +513,16 @@ def dynamic_routing_backward(
             for t in range(end - 1, begin - 1, -1):
                 own = g[t - begin]
                 own.copy_(_gradient_of_s(to_v if t == last else g_total, s[t]))
-                if wanted[2]:
+                if g_bias is not None:
                     to_bias += own.sum(dim=0, dtype=torch.float64)
                 if t > 0 and not detach:
                     g_total = g_total + stream.reduce("adjoint", [x[t - begin], own], leaky=leaky)
-            if own_u is not None or own_weight is not None:
+            if g_u is not None or g_weight is not None:
                 stream.emit(
-                    "agreement", own_u, own_weight, states.flatten(0, 1), iterations=end - begin, leaky=leaky,
+                    "agreement", g_u, g_weight, states.flatten(0, 1), iterations=end - begin, leaky=leaky,
                     detach=detach, more=end < iterations,
                 )  # fmt: skip
-        if wanted[2]:
+        if g_bias is not None:
             g_bias.copy_(to_bias)
 
 
@@ -556,9 +544,9 @@ def self_attention_routing(
 
 
 def self_attention_routing_backward(
-    g_u: Tensor,
-    g_weight: Tensor,
-    g_prior: Tensor,
+    g_u: Tensor | None,
+    g_weight: Tensor | None,
+    g_prior: Tensor | None,
     g_v: Tensor,
     total: Tensor,
     s: Tensor,
@@ -567,22 +555,20 @@ def self_attention_routing_backward(
     prior: Tensor | None,
     mask: Tensor | None,
     scale: float,
-    wanted: Sequence[bool],
 ) -> None:
-    own_u, own_weight, own_prior = _asked((g_u, g_weight, g_prior), wanted)
     with _on(u):
-        stream = _Stream.of(u, weight, mask, own_weight is not None)
+        stream = _Stream.of(u, weight, mask, g_weight is not None)
         x, g_s = total * scale, _gradient_of_s(g_v.to(s.dtype), s, "efficient")
         rest = stream.reduce("adjoint", [x, g_s]) * scale
-        wide = None if own_prior is None else torch.empty_like(own_prior, dtype=s.dtype)
-        stream.emit("agreement", own_u, own_weight, [x, g_s, rest], prior=_wide(prior), g_prior=wide, has_rest=True)
-        if own_prior is not None and wide is not None:
-            own_prior.copy_(wide)
+        wide = None if g_prior is None else torch.empty_like(g_prior, dtype=s.dtype)
+        stream.emit("agreement", g_u, g_weight, [x, g_s, rest], prior=_wide(prior), g_prior=wide, has_addend=True)
+        if g_prior is not None and wide is not None:
+            g_prior.copy_(wide)
 
 
 def em_routing(
     mean: Tensor,
-    out_activation: Tensor,
+    activation_out: Tensor,
     state: Tensor,
     pose: Tensor,
     activation: Tensor,
@@ -602,25 +588,25 @@ def em_routing(
         flat = state.new_zeros(B, J, H)
         before, width, constant, shift = flat, flat, state.new_zeros(B, J), flat
         for t, inverse_temperature in enumerate(inverse_temperatures):
-            # Twice: the sums lose their digits where the mean moves far, and the second time it is known.
+            # Twice, because the sums lose digits where the mean is far from the shift; the second shift is the mean.
             for _ in range(2):
                 sums = stream.reduce("em", [before, width, shift], scalars=[constant], activation=a)
-                g = maximise(sums[..., -1], sums[..., :H], sums[..., H:-1], shift, cost, bonus, inverse_temperature)
+                g = m_step(sums[..., -1], sums[..., :H], sums[..., H:-1], shift, cost, bonus, inverse_temperature)
                 shift = g.mean
             g.save(state[t])
-            before, (width, constant) = g.mean, g.expectation()
+            before, (width, constant) = g.mean, g.e_step()
         mean.copy_(g.mean.reshape(mean.shape))
-        out_activation.copy_(g.logit.sigmoid())
+        activation_out.copy_(g.logit.sigmoid())
 
 
 def em_routing_backward(
-    g_pose: Tensor,
-    g_activation: Tensor,
-    g_weight: Tensor,
-    g_beta_u: Tensor,
-    g_beta_a: Tensor,
+    g_pose: Tensor | None,
+    g_activation_in: Tensor | None,
+    g_weight: Tensor | None,
+    g_beta_u: Tensor | None,
+    g_beta_a: Tensor | None,
     g_mean: Tensor,
-    g_out_activation: Tensor,
+    g_activation: Tensor,
     state: Tensor,
     pose: Tensor,
     activation: Tensor,
@@ -629,13 +615,9 @@ def em_routing_backward(
     beta_a: Tensor,
     mask: Tensor | None,
     inverse_temperatures: Sequence[float],
-    wanted: Sequence[bool],
 ) -> None:
-    own_pose, own_activation, own_weight, own_beta_u, own_beta_a = _asked(
-        (g_pose, g_activation, g_weight, g_beta_u, g_beta_a), wanted
-    )
     with _on(pose):
-        stream = _Stream.of(pose, weight, mask, own_weight is not None)
+        stream = _Stream.of(pose, weight, mask, g_weight is not None)
         a, cost = _wide(activation), _wide(beta_u)
         assert cost is not None
         B, _, P, _, J, D = stream.sizes
@@ -646,35 +628,35 @@ def em_routing_backward(
         probability = gaussians[-1].logit.sigmoid()
         to_mean = g_mean.to(state.dtype).reshape(B, J, H)
         to_variance = zeros
-        to_logit = g_out_activation.to(state.dtype) * probability * torch.sigmoid(-gaussians[-1].logit)
+        to_logit = g_activation.to(state.dtype) * probability * torch.sigmoid(-gaussians[-1].logit)
         sum_u = sum_a = zero
-        wide = None if own_activation is None else torch.zeros_like(own_activation, dtype=state.dtype)
+        wide = None if g_activation_in is None else torch.zeros_like(g_activation_in, dtype=state.dtype)
         for begin, end in _groups(iterations, 5 * zeros.nbytes):
             states, scalars = state.new_empty(end - begin, 5, B, J, H), state.new_empty(end - begin, 2, B, J)
             for t in range(end - 1, begin - 1, -1):
                 g = gaussians[t]
-                linear, quadratic, constant, to_beta_u, to_beta_a = maximise_backward(
+                linear, quadratic, constant, to_beta_u, to_beta_a = m_step_backward(
                     g, to_mean, to_variance, to_logit, cost, inverse_temperatures[t]
                 )
                 sum_u, sum_a = sum_u + to_beta_u, sum_a + to_beta_a
                 before, width, bias = (
-                    (zeros, zeros, zero) if t == 0 else (gaussians[t - 1].mean, *gaussians[t - 1].expectation())
+                    (zeros, zeros, zero) if t == 0 else (gaussians[t - 1].mean, *gaussians[t - 1].e_step())
                 )
                 own, own_scalars = states[t - begin], scalars[t - begin]
                 torch.stack([before, width, g.mean, linear, quadratic], out=own)
                 torch.stack([bias, constant], out=own_scalars)
                 if t > 0:
                     sums = stream.reduce("em_adjoint", own, scalars=own_scalars, activation=a)
-                    to_mean, to_variance, to_logit = expect_backward(
+                    to_mean, to_variance, to_logit = e_step_backward(
                         gaussians[t - 1], sums[..., -1], sums[..., :H], sums[..., H:-1]
                     )
-            if own_pose is not None or own_weight is not None or wide is not None:
+            if g_pose is not None or g_weight is not None or wide is not None:
                 stream.emit(
-                    "em", own_pose, own_weight, states.flatten(0, 1), scalars=scalars.flatten(0, 1),
+                    "em", g_pose, g_weight, states.flatten(0, 1), scalars=scalars.flatten(0, 1),
                     iterations=end - begin, activation=a, g_activation=wide, more=end < iterations,
                 )  # fmt: skip
-        for out, value in ((own_beta_u, sum_u), (own_beta_a, sum_a)):
+        for out, value in ((g_beta_u, sum_u), (g_beta_a, sum_a)):
             if out is not None:
                 out.copy_(value.sum(dim=0, dtype=torch.float64))
-        if own_activation is not None and wide is not None:
-            own_activation.copy_(wide)
+        if g_activation_in is not None and wide is not None:
+            g_activation_in.copy_(wide)

@@ -1,8 +1,8 @@
-"""What each routing does with a vote, for Triton: the policies of the streaming loops in `stream.py`.
+"""The couplings of each routing and their gradients, from tiles of votes: called by the loops in `stream.py`.
 
-Their mathematics is that of csrc/coupling.h. A tile of votes is [NB, BB, JP, PP, DP]: input capsules, batch items,
-output capsules, rows of a matrix capsule (1 for vectors) and components, padded to powers of two. States of the output
-capsules are [1, BB, JP, PP, DP]; padded numbers of votes and states are 0.
+The mathematics is that of csrc/math. A tile of votes is [NB, BB, JP, PP, DP]: input capsules, batch items, output
+capsules, rows of a matrix capsule (1 for vectors) and components, padded to powers of two. States of the output
+capsules are [1, BB, JP, PP, DP]. The padding of votes and states is 0.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def over_capsules(x):
 
 @triton.jit
 def softmax(z, is_capsule, leaky: tl.constexpr):
-    """c_j over the output capsules; leaky adds one logit that is always 0 and whose share is dropped."""
+    """c_j over the output capsules; leaky adds a logit that is always 0, whose share is dropped."""
     z = tl.where(is_capsule, z, float("-inf"))
     largest = tl.max(z, 2, keep_dims=True)
     if leaky:
@@ -39,13 +39,13 @@ def softmax(z, is_capsule, leaky: tl.constexpr):
 
 @triton.jit
 def softmax_backward(c, e):
-    """δ_j = c_j (e_j − Σ_k c_k e_k), the gradient of the logits from e, that of the couplings."""
+    """δ_j = c_j (e_j − Σ_k c_k e_k), the gradient of the logits; e is the gradient of the couplings."""
     return c * (e - over_capsules(c * e))
 
 
 @triton.jit
 def mixed(matrix, x, j, J: tl.constexpr, row_stride: tl.constexpr, column_stride: tl.constexpr):
-    """Σ_k matrix_jk x_k over the output capsules, every component by itself; matrix [J, J] by its strides."""
+    """Σ_k matrix_jk x_k over the output capsules, for each component; matrix [J, J] is read with these strides."""
     out = tl.zeros_like(x)
     for k in range(J):
         own = over_capsules(tl.where(j == k, x, 0.0))
@@ -55,7 +55,7 @@ def mixed(matrix, x, j, J: tl.constexpr, row_stride: tl.constexpr, column_stride
 
 @triton.jit
 def attention(v, attn_weight, attn_bias, j, J: tl.constexpr, has_bias: tl.constexpr):
-    """c = softmax_k(Σ_j A_kj û_j + a_k), for every component by itself (CardioCaps, eq. 4)."""
+    """c = softmax_k(Σ_j A_kj û_j + a_k), for each component separately (CardioCaps, eq. 4)."""
     z = mixed(attn_weight, v, j, J, J, 1)
     if has_bias:
         z += tl.load(attn_bias + j, mask=j < J, other=0.0)
@@ -63,9 +63,9 @@ def attention(v, attn_weight, attn_bias, j, J: tl.constexpr, has_bias: tl.conste
 
 
 @triton.jit
-def attention_gradient(v, g_s, attn_weight, attn_bias, j, there, J: tl.constexpr, has_bias: tl.constexpr):
+def attention_gradient(v, g_s, attn_weight, attn_bias, j, valid, J: tl.constexpr, has_bias: tl.constexpr):
     """g_û,j = c_j g_s,j + Σ_k A_kj dz_k, and dz_k = c_k (q_k − Σ_j c_j q_j) with q = g_s û."""
-    c = tl.where(there, attention(v, attn_weight, attn_bias, j, J, has_bias), 0.0)
+    c = tl.where(valid, attention(v, attn_weight, attn_bias, j, J, has_bias), 0.0)
     dz = softmax_backward(c, g_s * v)
     return c * g_s + mixed(attn_weight, dz, j, J, 1, J), dz
 
@@ -79,6 +79,6 @@ def gaussian_logits(v, mean, quadratic, constant):
 
 @triton.jit
 def gaussian_adjoint(v, mean, linear, quadratic, constant):
-    """e, the gradient that the M-step gives the weight of a vote: constant + Σ_h (linear x + quadratic x²)."""
+    """e, the gradient of the weight of a vote in the M-step: constant + Σ_h (linear x + quadratic x²)."""
     x = v - mean
     return constant + over_components((linear + quadratic * x) * x)

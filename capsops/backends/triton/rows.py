@@ -1,4 +1,4 @@
-"""squash, primary capsules and votes on Triton: a program for a block of rows."""
+"""squash, primary capsules and votes on Triton: each program takes a block of rows."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import triton.language as tl
 
 @triton.jit
 def squash_factors(n, sabour: tl.constexpr):
-    """The factors of v = f(n) s and of g_s = f g_v + radial (ŝ·g_v) ŝ, as csrc/coupling.h has them."""
+    """The factors of v = f(n) s and of g_s = f g_v + radial (ŝ·g_v) ŝ, as in csrc/math/squash.h."""
     if sabour:
         inverse = 1 / n
         scale = 1 / (inverse + n)
         ratio = tl.where(n > 1, (inverse - n) / (inverse + n), (1 - n * n) / (1 + n * n))
         return scale, scale * ratio
-    # The closed forms lose their digits to cancellation where n is small.
+    # A series where n is small: the closed forms lose digits there, by cancellation.
     short = tl.minimum(n, 1.0)
     term = tl.full(n.shape, 1.0, n.dtype)
     near = term
@@ -29,8 +29,8 @@ def squash_factors(n, sabour: tl.constexpr):
 
 
 @triton.jit
-def long_sum(x):
-    """Sum along the last axis, kept. By pairs of 32, for a thread adds what it holds of a sum one by one."""
+def blocked_sum(x):
+    """The sum along the last axis, which is kept. In blocks of 32, because a thread adds its own numbers one by one."""
     rows: tl.constexpr = x.shape[0]
     for _ in tl.static_range(4):
         if x.shape[1] > 32:
@@ -40,7 +40,7 @@ def long_sum(x):
 
 @triton.jit
 def length(s):
-    """‖s‖ along the last axis, kept, as the length of s · shrink, and shrink: as csrc/coupling.h has them."""
+    """shrink, and the length of s · shrink along the last axis, which is kept; as in csrc/math/squash.h."""
     double: tl.constexpr = s.dtype == tl.float64
     huge: tl.constexpr = 2.0**500 if double else 2.0**60
     small: tl.constexpr = 2.0**-496 if double else 2.0**-56
@@ -48,14 +48,14 @@ def length(s):
     ordinary = (largest > 0) & (largest < float("inf"))
     ratio = s / tl.where(ordinary, largest, 1.0)
     shrink = tl.where(ordinary & (largest > huge), small, 1.0).to(s.dtype)
-    n = largest * shrink * tl.sqrt(long_sum(ratio * ratio))
-    # A NaN among the numbers is kept; a maximum may lose it.
+    n = largest * shrink * tl.sqrt(blocked_sum(ratio * ratio))
+    # The sum keeps a NaN, which the maximum may lose.
     return tl.where(ordinary, n, tl.sum(tl.abs(s), 1, keep_dims=True)), shrink
 
 
 @triton.jit
 def shrunk_factors(n, shrink, sabour: tl.constexpr):
-    """squash_factors for s · shrink in place of s; so long a vector is squashed to length 1 by either formula."""
+    """squash_factors for s · shrink; a vector that has to be shrunk is so long that both formulas give the length 1."""
     scale, radial = squash_factors(n, sabour)
     return tl.where(shrink < 1, 1 / n, scale), tl.where(shrink < 1, -1 / n, radial)
 
@@ -72,7 +72,7 @@ def squashed_backward(g_v, s, sabour: tl.constexpr):
     n, shrink = length(s)
     scale, radial = shrunk_factors(n, shrink, sabour)
     direction = s * shrink / tl.where(n == 0, 1.0, n)
-    return (scale * g_v + radial * long_sum(direction * g_v) * direction) * shrink
+    return (scale * g_v + radial * blocked_sum(direction * g_v) * direction) * shrink
 
 
 @triton.jit
@@ -102,7 +102,7 @@ def squash_backward_kernel(
 def primary_capsules_kernel(
     features,  # strided, storage
     u,  # [B, outer, inner, K] storage
-    g_u,  # as u, or None: forward
+    g_u,  # as u; None in the forward pass
     g_features,  # strided as features, storage, or None
     outer, inner, batch_stride, outer_stride, inner_stride, component_stride,
     K: tl.constexpr, CB: tl.constexpr, KP: tl.constexpr, A: tl.constexpr, sabour: tl.constexpr,

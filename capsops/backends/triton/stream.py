@@ -1,21 +1,22 @@
-"""The streaming loops on Triton, as csrc/cuda/stream.cuh has them in CUDA:
+"""The streaming loops on Triton, like those of csrc/cuda/engine/stream.cuh in CUDA:
 
-    reduce   Σ_i c_i û_bi, the couplings c by a routing; for EM routing Σ_i w_i (1, x, x²) with x = û − shift
+    reduce   Σ_i c_i û_bi with the couplings c of a routing; for EM routing Σ_i w_i (1, x, x²) with x = û − shift
     emit     g_u,bi = g_û,bi W_iᵀ;  g_W,i = Σ_b u_biᵀ g_û,bi
 
-A program goes through a run of input capsules, NB at a time, with the votes of BB batch items in registers. In reduce
-there is a program for each run and tile of the batch; in emit one for each run, which goes through the tiles of the
-batch, for it sums g_W over them. No atomics: every program leaves sums of its own, which torch adds in their order.
+A program loops over a run of input capsules, NB at a time, and holds the votes of BB batch items in registers. reduce
+has a program for each run and tile of the batch. emit has a program for each run, which loops over the tiles of the
+batch too, because it sums g_W over them. There are no atomics: every program writes sums of its own, which torch adds
+in a fixed order.
 
-All sizes but B and N are known to the compiler. Padded and masked pairs have votes of 0.
+All sizes but B and N are known at compile time. Padded and masked pairs have votes of 0.
 
-States, [B, J, P, D] each, and scalars, [B, J] each, that the policies read:
+States, [B, J, P, D] each, and scalars, [B, J] each, that the routings read:
 
-    agreement   x; emitting, of each iteration x, then of each iteration g_s, then what is added to g_û if has_rest
+    agreement   x; in emit the x of all iterations, then the g_s of all, then, if has_addend, an addend of g_û
     adjoint     x, y
     em          mean and quadratic of the E-step, shift; scalar: constant of the E-step
-    em_adjoint  mean and quadratic of the E-step, then mean, linear and quadratic of the M-step backwards; scalars: both
-                constants; x is taken from the first mean. Emitting: these of each iteration
+    em_adjoint  mean and quadratic of the E-step; mean, linear and quadratic of the gradient of the M-step; scalars:
+                both constants. The sums are of x = û − the first mean. In emit these of all iterations
 """
 
 from __future__ import annotations
@@ -54,39 +55,39 @@ def axis(size: tl.constexpr, number: tl.constexpr):
 
 @triton.jit
 def present(mask, i, b, end, B, N, has_mask: tl.constexpr):
-    """Which pairs of input capsule and batch item there are, [NB, BB, 1, 1, 1]."""
-    there = (i < end) & (b < B)
+    """Which pairs of input capsule and batch item exist and are not masked, [NB, BB, 1, 1, 1]."""
+    valid = (i < end) & (b < B)
     if has_mask:
-        there = there & (tl.load(mask + b * N + i, mask=there, other=0) != 0)
-    return there
+        valid = valid & (tl.load(mask + b * N + i, mask=valid, other=0) != 0)
+    return valid
 
 
 @triton.jit
-def capsule(u, i, b, p, k, there, N, K: tl.constexpr, P: tl.constexpr, A: tl.constexpr):
+def capsule(u, i, b, p, k, valid, N, K: tl.constexpr, P: tl.constexpr, A: tl.constexpr):
     """Component k of u, [NB, BB, 1, PP, 1]."""
-    return tl.load(u + ((b * N + i) * P + p) * K + k, mask=there & (p < P), other=0.0).to(A)
+    return tl.load(u + ((b * N + i) * P + p) * K + k, mask=valid & (p < P), other=0.0).to(A)
 
 
 @triton.jit
 def matrix(
     weight, i, j, d, k, end, K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, shared: tl.constexpr, A: tl.constexpr
 ):
-    """Row k of W, [NB, 1, JP, 1, DP], or [1, 1, JP, 1, DP] where all input capsules share it."""
+    """Row k of W, [NB, 1, JP, 1, DP]; [1, 1, JP, 1, DP] if all input capsules share it."""
     if shared:
         return tl.load(weight + (k * J + j) * D + d, mask=(j < J) & (d < D), other=0.0).to(A)
-    else:  # noqa: RET505  (Triton compiles both branches otherwise)
+    else:  # noqa: RET505  (without else Triton compiles both branches)
         return tl.load(weight + ((i * K + k) * J + j) * D + d, mask=(i < end) & (j < J) & (d < D), other=0.0).to(A)
 
 
 @triton.jit
 def make_votes(
-    u, weight, i, b, j, p, d, there, end, N,
+    u, weight, i, b, j, p, d, valid, end, N,
     K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr, A: tl.constexpr,
 ):  # fmt: skip
     """û = u W, [NB, BB, JP, PP, DP]."""
     v = tl.zeros([i.shape[0], b.shape[1], j.shape[2], p.shape[3], d.shape[4]], A)
     for k in tl.range(0, K, loop_unroll_factor=4):
-        v += capsule(u, i, b, p, k, there, N, K, P, A) * matrix(weight, i, j, d, k, end, K, J, D, shared, A)
+        v += capsule(u, i, b, p, k, valid, N, K, P, A) * matrix(weight, i, j, d, k, end, K, J, D, shared, A)
     return v
 
 
@@ -113,7 +114,7 @@ def reduce_kernel(
     u,  # [B, N, P, K] storage
     weight,  # [N, K, J, D] storage; [K, J, D] if shared
     mask,  # [B, N] uint8, or None
-    states,  # [·, B, J, P, D] accumulation; agreement: x, and of the adjoint y; EM routing: below; or None
+    states,  # [·, B, J, P, D] accumulation, as listed above, or None
     scalars,  # [·, B, J] accumulation, of EM routing
     attn_weight,  # [J, J] accumulation, of attention
     attn_bias,  # [J] accumulation, of attention, or None
@@ -125,7 +126,7 @@ def reduce_kernel(
     NB: tl.constexpr, BB: tl.constexpr, JP: tl.constexpr, DP: tl.constexpr, PP: tl.constexpr, A: tl.constexpr,
     routing: tl.constexpr, leaky: tl.constexpr,
 ):  # fmt: skip
-    # Tiles of the batch next to one another, for they read the same matrices.
+    # Tiles of the batch run side by side, because they read the same matrices.
     tiles = tl.cdiv(B, BB)
     program = (tl.program_id(0) // tiles).to(tl.int64)
     first = program * run
@@ -144,8 +145,8 @@ def reduce_kernel(
         mass = tl.zeros([NB, BB, JP, 1, 1], A)
     for start in range(first, end, NB):
         i = start + axis(NB, 0)
-        there = present(mask, i, b, end, B, N, mask is not None)
-        v = make_votes(u, weight, i, b, j, p, d, there, end, N, K, J, D, P, shared, A)
+        valid = present(mask, i, b, end, B, N, mask is not None)
+        v = make_votes(u, weight, i, b, j, p, d, valid, end, N, K, J, D, P, shared, A)
         if routing == "sum":
             total += v
         elif routing == "agreement":
@@ -159,7 +160,7 @@ def reduce_kernel(
         elif routing == "attention":
             total += attention(v, attn_weight, attn_bias, j, J, attn_bias is not None) * v
         else:
-            a = tl.load(activation + b * N + i, mask=there, other=0.0)
+            a = tl.load(activation + b * N + i, mask=valid, other=0.0)
             before, width = state(states, 0, b, j, p, d, B, J, D, P), state(states, 1, b, j, p, d, B, J, D, P)
             w = softmax(gaussian_logits(v, before, width, scalar(scalars, 0, b, j, B, J)), j < J, False)
             if routing == "em_adjoint":
@@ -183,7 +184,7 @@ def reduce_kernel(
 @triton.jit
 def plus(to, x, inside):
     """*to + x."""
-    # A number may be held by several threads, of which one stores it.
+    # Several threads may hold the same number, and one of them stores it: no thread may load after that store.
     tl.debug_barrier()
     x += tl.load(to, mask=inside, other=0.0).to(x.dtype)
     tl.debug_barrier()
@@ -192,7 +193,7 @@ def plus(to, x, inside):
 
 @triton.jit
 def add_to(to, x, inside, again):
-    """*to = x, or *to += x where this program has written there before."""
+    """*to = x; *to += x if this program has written there before."""
     tl.debug_barrier()
     if again:
         x += tl.load(to, mask=inside, other=0.0)
@@ -205,11 +206,11 @@ def add_to(to, x, inside, again):
 def agreement_gradient(
     v, states, prior, i, b, j, p, d, end, B, iterations,
     J: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
-    leaky: tl.constexpr, detach: tl.constexpr, has_rest: tl.constexpr,
+    leaky: tl.constexpr, detach: tl.constexpr, has_addend: tl.constexpr,
 ):  # fmt: skip
     """g_û = Σ_t [c^t g^t + δ^t x^t]."""
     g = tl.zeros_like(v)
-    if has_rest:
+    if has_addend:
         g += state(states, 2 * iterations, b, j, p, d, B, J, D, P)
     for t in range(iterations):
         x, g_t = state(states, t, b, j, p, d, B, J, D, P), state(states, iterations + t, b, j, p, d, B, J, D, P)
@@ -238,7 +239,7 @@ def em_gradient(v, states, scalars, a, b, j, p, d, B, iterations, J: tl.constexp
 
 @triton.jit
 def em_states(states, n, b, j, p, d, B, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
-    """Of EM routing backwards: mean and quadratic of the E-step, mean, linear and quadratic of the M-step."""
+    """For the gradient of EM routing: mean and quadratic of the E-step, mean, linear and quadratic of the M-step."""
     return (
         state(states, n, b, j, p, d, B, J, D, P),
         state(states, n + 1, b, j, p, d, B, J, D, P),
@@ -266,13 +267,13 @@ def write_g_u(
 
 @triton.jit
 def write_g_weight(
-    g, u, g_weight, sums, n, i, b, j, p, d, there, end, program, N, again, last,
+    g, u, g_weight, sums, n, i, b, j, p, d, valid, end, program, N, again, last,
     K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, NB: tl.constexpr, shared: tl.constexpr,
     A: tl.constexpr, more: tl.constexpr,
 ):  # fmt: skip
-    """g_W,i = Σ_b u_biᵀ g_û,bi of a tile of the batch; n: 0 … NB − 1 of the input capsules."""
+    """g_W,i = Σ_b u_biᵀ g_û,bi over a tile of the batch; n: the number of the input capsule, 0 … NB − 1."""
     for k in tl.range(0, K, loop_unroll_factor=4):
-        own = capsule(u, i, b, p, k, there, N, K, P, A) * g
+        own = capsule(u, i, b, p, k, valid, N, K, P, A) * g
         own = tl.sum(tl.sum(own, 3, keep_dims=True), 1, keep_dims=True)
         if shared:
             own = tl.sum(own, 0, keep_dims=True)
@@ -290,10 +291,10 @@ def write_g_weight(
 @triton.jit
 def emit_kernel(
     u, weight, mask, states, scalars, attn_weight, attn_bias, prior, activation,  # as in reduce_kernel
-    g_votes,  # [B, N, J, D] storage, of affine votes
+    g_votes,  # [B, N, J, D] storage, for affine votes
     g_u,  # as u, or None
     g_weight,  # as weight, or None; not written if shared
-    sums,  # [programs, NB or 1, K, J, D] accumulation: g_W of a program; None if g_weight is written at once
+    sums,  # [programs, NB or 1, K, J, D] accumulation: the g_W of a program; None if it writes g_weight directly
     g_attn_weight,  # [programs, J, J] accumulation, or None
     g_attn_bias,  # [programs, J] accumulation, or None
     g_prior,  # [N, J] accumulation, or None
@@ -301,48 +302,48 @@ def emit_kernel(
     B, N, run, iterations,
     K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr,
     NB: tl.constexpr, BB: tl.constexpr, JP: tl.constexpr, DP: tl.constexpr, PP: tl.constexpr, A: tl.constexpr,
-    routing: tl.constexpr, leaky: tl.constexpr, detach: tl.constexpr, has_rest: tl.constexpr,
-    more: tl.constexpr,  # added to g_u, g_weight and g_activation
+    routing: tl.constexpr, leaky: tl.constexpr, detach: tl.constexpr, has_addend: tl.constexpr,
+    more: tl.constexpr,  # add to g_u, g_weight and g_activation
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     begin = program * run
     end = tl.minimum(begin + run, N)
     j, p, d = axis(JP, 2), axis(PP, 3), axis(DP, 4)
     if routing == "attention":
-        # Over all pairs; [1, 1, JP, 1, JP] with g_A,kj at k along the output capsules and j along the last axis.
+        # Sums over all pairs; g_A,kj [1, 1, JP, 1, JP] has k along the output capsules and j along the last axis.
         params = tl.zeros([1, 1, JP, 1, JP], A)
         biases = tl.zeros([1, 1, JP, 1, 1], A)
     for start in range(begin, end, NB):
         i = start + axis(NB, 0)
         for first in range(0, B, BB):
             b = first + axis(BB, 1)
-            there = present(mask, i, b, end, B, N, mask is not None)
+            valid = present(mask, i, b, end, B, N, mask is not None)
             pair = b * N + i
             if routing == "stored":
-                inside = there & (j < J) & (d < D) & (p < P)
+                inside = valid & (j < J) & (d < D) & (p < P)
                 g = tl.load(g_votes + (pair * J + j) * D + d, mask=inside, other=0.0).to(A)
             else:
-                v = make_votes(u, weight, i, b, j, p, d, there, end, N, K, J, D, P, shared, A)
+                v = make_votes(u, weight, i, b, j, p, d, valid, end, N, K, J, D, P, shared, A)
             if routing == "agreement":
                 g = agreement_gradient(
-                    v, states, prior, i, b, j, p, d, end, B, iterations, J, D, P, leaky, detach, has_rest
+                    v, states, prior, i, b, j, p, d, end, B, iterations, J, D, P, leaky, detach, has_addend
                 )
                 if g_prior is not None:
                     e = over_components(v * state(states, iterations, b, j, p, d, B, J, D, P))
-                    e = tl.sum(tl.where(there, e, 0.0), 1, keep_dims=True)
+                    e = tl.sum(tl.where(valid, e, 0.0), 1, keep_dims=True)
                     add_to(g_prior + i * J + j, e, (i < end) & (j < J), first > 0)
             elif routing == "em":
-                a = tl.load(activation + pair, mask=there, other=0.0)
+                a = tl.load(activation + pair, mask=valid, other=0.0)
                 g, g_a = em_gradient(v, states, scalars, a, b, j, p, d, B, iterations, J, D, P)
                 if g_activation is not None:
                     exists = (i < end) & (b < B)
-                    g_a = tl.where(there, g_a, 0.0)
+                    g_a = tl.where(valid, g_a, 0.0)
                     if more:
                         g_a = plus(g_activation + pair, g_a, exists)
                     tl.store(g_activation + pair, g_a, mask=exists)
             elif routing == "attention":
                 g_s = state(states, 0, b, j, p, d, B, J, D, P)
-                g, dz = attention_gradient(v, g_s, attn_weight, attn_bias, j, there, J, attn_bias is not None)
+                g, dz = attention_gradient(v, g_s, attn_weight, attn_bias, j, valid, J, attn_bias is not None)
                 if g_attn_weight is not None:
                     for k in range(J):
                         column = over_components(dz * over_capsules(tl.where(j == k, v, 0.0)))
@@ -350,13 +351,13 @@ def emit_kernel(
                         params += tl.where(axis(JP, 4) == k, column, 0.0)
                 if g_attn_bias is not None:
                     biases += tl.sum(tl.sum(over_components(dz), 0, keep_dims=True), 1, keep_dims=True)
-            g = tl.where(there, g, 0.0)
+            g = tl.where(valid, g, 0.0)
             if g_u is not None:
                 write_g_u(g, g_u, weight, i, b, j, p, d, end, B, N, K, J, D, P, shared, A, more)
             if g_weight is not None:
                 again = (first > 0) | (start > begin) if shared else first > 0
                 write_g_weight(
-                    g, u, g_weight, sums, axis(NB, 0), i, b, j, p, d, there, end, program, N, again, first + BB >= B,
+                    g, u, g_weight, sums, axis(NB, 0), i, b, j, p, d, valid, end, program, N, again, first + BB >= B,
                     K, J, D, P, NB, shared, A, more,
                 )  # fmt: skip
     if routing == "attention":

@@ -1,7 +1,7 @@
 """Attention routing to more output capsules than a program can mix in registers, in plain PyTorch.
 
-Mixing J output capsules is a product with a J × J matrix: most of the work where J is large, and what PyTorch's own
-matrix product is for. The votes of a few input capsules at a time are held, and what is made of them is made in place.
+Mixing J output capsules is a product with a J × J matrix, which for large J is most of the work and is done best by
+PyTorch's own matrix product. Only the votes of a few input capsules are held at a time, and they are changed in place.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Bytes of the votes and of as many numbers made of them as are held at a time: their couplings, two gradients, and what
-# a product of matrices copies.
+# The bytes of all that is held at a time, and how many tensors of the size of the votes that is: the votes, their
+# couplings, two gradients, and the copies that a matrix product makes.
 _TILE_BYTES, _HELD = 24_000_000, 6
 
 
 def _tiles(u: Tensor, weight: Tensor, mask: Tensor | None, wide: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Input capsules, u [B, n, K] of them, 0 where there is none, and their matrices [n, K, J, D] or [K, J, D]."""
+    """A slice of input capsules, their u [B, n, K], 0 where the mask is False, and their matrices [(n,) K, J, D]."""
     B, N, _ = u.shape
     J, D = weight.shape[-2:]
     size = max(_TILE_BYTES // max(_HELD * B * J * D * wide.itemsize, 1), 1)
@@ -48,7 +48,7 @@ def forward(
     total = torch.zeros_like(s, dtype=torch.float64)
     for _, own, matrices in _tiles(u, weight, mask, s.dtype):
         votes, c = _couplings(own, matrices, attn_weight, attn_bias)
-        total += c.mul_(votes).sum(dim=1)  # 0 where there is no capsule, for its votes are
+        total += c.mul_(votes).sum(dim=1)  # masked capsules add 0, because their votes are 0
     s.copy_(total)
 
 

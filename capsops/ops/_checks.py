@@ -1,0 +1,133 @@
+"""The checks that several operators share.
+
+They run on every call, so each is one cheap condition; the error message is worked out only on failure. A message reads
+"op: name is VALUE; expected WHAT".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from ..dtypes import FLOATING
+
+Sizes = tuple[int, int, int, int, int]
+"""B, N, K, J, D."""
+
+
+def fail(op: str, message: str) -> NoReturn:
+    """Raise ValueError."""
+    raise ValueError(f"{op}: {message}")
+
+
+def shape_of(x: Tensor) -> str:
+    """The shape of x for a message, as in "[2, 3]"; the sizes may be symbolic."""
+    return f"[{', '.join([str(n) for n in x.shape])}]"
+
+
+def check_tensors(op: str, names: str, required: int, *tensors: object) -> None:
+    """Raise TypeError unless all are tensors; those after the first `required` may be None. names: as in "u mask"."""
+    for i, x in enumerate(tensors):
+        if not isinstance(x, Tensor) and (x is not None or i < required):
+            raise TypeError(f"{op}: {names.split()[i]} is a {type(x).__name__}; expected a torch.Tensor")
+
+
+def check_floating(op: str, names: str, first: Tensor, *others: Tensor | None) -> None:
+    """Require one floating dtype, one device and strided tensors. names: as in "u weight bias"; None is skipped."""
+    dtype, device = first.dtype, first.device
+    good = dtype in FLOATING and first.layout == torch.strided
+    for x in others:
+        if x is not None and (x.dtype != dtype or x.device != device or x.layout != torch.strided):
+            good = False
+    if not good:
+        _refuse_floating(op, names.split(), first, *others)
+
+
+def _refuse_floating(op: str, names: Sequence[str], first: Tensor, *others: Tensor | None) -> None:
+    for name, x in zip(names, (first, *others), strict=False):
+        if x is None:
+            continue
+        if x.layout != torch.strided:
+            fail(op, f"{name} has layout {x.layout}; expected a dense (strided) tensor")
+        if x.dtype not in FLOATING:
+            fail(op, f"{name} has dtype {x.dtype}; expected float32, float64, bfloat16 or float16")
+        if x.dtype != first.dtype:
+            fail(op, f"{name} has dtype {x.dtype}; expected {first.dtype}, the dtype of {names[0]}")
+        if x.device != first.device:
+            fail(op, f"{name} is on {x.device}; expected {first.device}, the device of {names[0]}")
+
+
+def check_shape(op: str, name: str, x: Tensor, axes: str, *sizes: int) -> None:
+    """Require x [*sizes]; axes: their names, as in "B, N"."""
+    if x.shape != sizes:
+        wanted = ", ".join([str(n) for n in sizes])
+        fail(op, f"{name} has shape {shape_of(x)}; expected [{axes}] = [{wanted}]")
+
+
+def check_vectors(op: str, u: Tensor) -> None:
+    """Require u [B, N, K]."""
+    if u.dim() != 3:
+        fail(op, f"u has shape {shape_of(u)}; expected 3 dimensions, [B, N, K]")
+
+
+def check_votes(op: str, u: Tensor, weight: Tensor, mask: Tensor | None = None, name: str = "u") -> Sizes:
+    """Check the shapes of u [B, N, (P,) K] (called `name`), weight [(N,) K, J, D] and mask [B, N]; return the sizes."""
+    sizes, matrices = u.shape, weight.shape
+    B, N, K = sizes[0], sizes[1], sizes[-1]
+    if matrices[:-2] != ((N, K) if len(matrices) == 4 else (K,)):
+        if len(matrices) not in (3, 4):
+            fail(op, f"weight has shape {shape_of(weight)}; expected [N, K, J, D], or [K, J, D] to share it")
+        axes = "[B, N, K]" if len(sizes) == 3 else "[B, N, P, K]"
+        wanted = f"[{N}, {K}, J, D]" if len(matrices) == 4 else f"[{K}, J, D]"
+        fail(op, f"weight has shape {shape_of(weight)}; expected {wanted} for {name} {axes} = {shape_of(u)}")
+    J, D = matrices[-2], matrices[-1]
+    if K == 0 or J == 0 or D == 0:
+        empty = "K" if K == 0 else "J" if J == 0 else "D"
+        fail(op, f"{empty} is 0 ({name} {shape_of(u)}, weight {shape_of(weight)}); expected at least 1")
+    if mask is not None and (
+        mask.dtype != torch.bool or mask.shape != (B, N) or mask.device != u.device or mask.layout != torch.strided
+    ):
+        if mask.layout != torch.strided:
+            fail(op, f"mask has layout {mask.layout}; expected a dense (strided) tensor")
+        if mask.dtype != torch.bool:
+            fail(op, f"mask has dtype {mask.dtype}; expected torch.bool (True where there is a capsule)")
+        if mask.device != u.device:
+            fail(op, f"mask is on {mask.device}; expected {u.device}, the device of {name}")
+        check_shape(op, "mask", mask, "B, N", B, N)
+    return B, N, K, J, D
+
+
+def check_at_least(op: str, least: int, **values: object) -> None:
+    """Require integers of at least `least`."""
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            fail(op, f"{name} is {value!r}; expected an integer of at least {least}")
+
+
+def check_iterations(op: str, iterations: object) -> None:
+    """Require an integer that a kernel can take as a number of iterations."""
+    if isinstance(iterations, bool) or not isinstance(iterations, int) or not 1 <= iterations < 2**31:
+        fail(op, f"iterations is {iterations!r}; expected an integer of at least 1 (and below 2³¹)")
+
+
+def check_flag(op: str, name: str, flag: object) -> None:
+    """Require a bool."""
+    if not isinstance(flag, bool):
+        fail(op, f"{name} is {flag!r}; expected True or False")
+
+
+def check_number(op: str, name: str, value: object) -> None:
+    """Require a finite number."""
+    numbers = int | float | torch.SymInt | torch.SymFloat
+    if isinstance(value, bool) or not isinstance(value, numbers) or not -math.inf < value < math.inf:
+        fail(op, f"{name} is {value!r}; expected a finite number")
+
+
+def check_choice(op: str, name: str, value: str, allowed: Sequence[str]) -> None:
+    """Require one of the allowed strings."""
+    if value not in allowed:
+        fail(op, f"{name} is {value!r}; expected one of {', '.join(map(repr, allowed))}")

@@ -1,0 +1,40 @@
+"""affine_votes: û_ij = u_i W_ij, materialised."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ._checks import check_floating, check_vectors, check_votes
+from ._declare import Differentiable, Output
+
+
+def _outputs(op: str, u: Tensor, weight: Tensor) -> list[Output]:
+    check_floating(op, "u weight", u, weight)
+    check_vectors(op, u)
+    B, N, _, J, D = check_votes(op, u, weight)
+    return [("B, N, J, D", (B, N, J, D), u.dtype)]
+
+
+_affine_votes = Differentiable(
+    "affine_votes(Tensor u, Tensor weight) -> Tensor votes",
+    "affine_votes_backward(Tensor g_votes, Tensor u, Tensor weight, bool[2] wanted) -> (Tensor g_u, Tensor g_weight)",
+    _outputs,
+    batch={"u": 0, "votes": 0},
+)
+
+
+def affine_votes(u: Tensor, weight: Tensor) -> Tensor:
+    """The votes û_ij = u_i W_ij, materialised. For inspection: the routings never hold them.
+
+    Args:
+        u: input capsules [B, N, K].
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+
+    Returns:
+        votes [B, N, J, D].
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: wrong shapes, dtypes or devices.
+    """
+    return _affine_votes(*_affine_votes.settle(u, weight))

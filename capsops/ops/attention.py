@@ -1,0 +1,80 @@
+"""Attention routing (CardioCaps, eq. 4)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..backends import reference
+from ..dtypes import accumulation_dtype
+from ._checks import Sizes, check_floating, check_shape, check_vectors, check_votes
+from ._declare import Differentiable, Output
+from .coupling_coefficients import Couplings, Votes, check_given, explains, widened
+
+
+def check(
+    op: str, u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None, mask: Tensor | None
+) -> Sizes:
+    """Check the arguments of attention routing and return B, N, K, J, D."""
+    check_floating(op, "u weight attn_weight attn_bias", u, weight, attn_weight, attn_bias)
+    check_vectors(op, u)
+    sizes = check_votes(op, u, weight, mask)
+    J = sizes[3]
+    check_shape(op, "attn_weight", attn_weight, "J, J", J, J)
+    if attn_bias is not None:
+        check_shape(op, "attn_bias", attn_bias, "J", J)
+    return sizes
+
+
+def _outputs(op: str, u: Tensor, *others: Any) -> list[Output]:
+    B, _, _, J, D = check(op, u, *others)
+    return [("B, J, D", (B, J, D), u.dtype), ("B, J, D", (B, J, D), accumulation_dtype(u.dtype))]
+
+
+_attention_routing = Differentiable(
+    "attention_routing(Tensor u, Tensor weight, Tensor attn_weight, Tensor? attn_bias, Tensor? mask)"
+    " -> (Tensor v, Tensor s)",
+    "attention_routing_backward(Tensor g_v, Tensor s, Tensor u, Tensor weight, Tensor attn_weight, Tensor? attn_bias,"
+    " Tensor? mask, bool[4] wanted)"
+    " -> (Tensor g_u, Tensor g_weight, Tensor g_attn_weight, Tensor g_attn_bias)",
+    _outputs,
+    batch={"u": 0, "mask": 0, "v": 0, "s": 0},
+)
+
+
+def attention_routing(
+    u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None = None, *, mask: Tensor | None = None
+) -> Tensor:
+    """Attention routing (CardioCaps, eq. 4): v = squash(Σ_i softmax(conv(û_i)) · û_i) in one pass.
+
+    The convolution is 1×1 over the output capsules, and the softmax runs over them, both for each component d
+    separately: z_kd = Σ_j attn_weight_kj û_jd + attn_bias_k.
+
+    Args:
+        u: input capsules [B, N, K].
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+        attn_weight: [J, J].
+        attn_bias: [J].
+        mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
+
+    Returns:
+        output capsules v [B, J, D], squashed.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: wrong shapes, dtypes or devices.
+        MemoryError: no memory for the workspace (a few MB).
+    """
+    return _attention_routing(*_attention_routing.settle(u, weight, attn_weight, attn_bias, mask))
+
+
+@explains("attention")
+def _couplings(
+    op: str, votes: Votes, attn_weight: Tensor | None, attn_bias: Tensor | None, **_: Any
+) -> tuple[tuple[int, ...], Couplings]:
+    """c [B, N, J, D]."""
+    check_given(op, "attention routing", attn_weight=attn_weight)
+    B, N, _K, J, D = check(op, votes.u, votes.weight, attn_weight, attn_bias, votes.mask)  # type: ignore[arg-type]
+    mix, bias = widened(attn_weight, attn_bias)
+    return (B, N, J, D), lambda part, some: reference.attention_couplings(some, mix, bias)

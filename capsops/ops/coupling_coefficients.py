@@ -1,0 +1,145 @@
+"""coupling_coefficients: the couplings that a routing ends with, for explanation.
+
+Each routing registers its own couplings with `explains`, in its own file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ..dtypes import accumulation_dtype
+from ._checks import fail
+from ._declare import float32, settle
+
+# How many numbers of the votes are held at a time.
+_CHUNK = 1 << 22
+
+Couplings = Callable[[slice, Tensor], Tensor]
+"""couplings(part, votes): the couplings of the input capsules in `part`, from their votes [B, n, J, H]."""
+
+_ROUTINGS: dict[str, Callable[..., tuple[tuple[int, ...], Couplings]]] = {}
+
+
+def explains(routing: str) -> Callable[..., Any]:
+    """Register the couplings of a routing.
+
+    The decorated function takes `op`, the `Votes` and, by name, the arguments of `coupling_coefficients` after weight.
+    It checks them and returns the shape of c and its `Couplings`.
+    """
+
+    def register(function: Any) -> Any:
+        _ROUTINGS[routing] = function
+        return function
+
+    return register
+
+
+class Votes:
+    """The votes of u and weight, in the accumulation dtype. Iterating makes them in chunks of input capsules.
+
+    Each iteration yields a slice of input capsules and their votes [B, n, J, H], H = P · D, which are 0 where the mask
+    says that there is no capsule.
+    """
+
+    def __init__(self, u: Tensor, weight: Tensor, mask: Tensor | None) -> None:
+        self.u, self.weight, self.mask = u, weight, mask
+        self.dtype = accumulation_dtype(u.dtype)
+        self.rows = u.shape[2] if u.dim() == 4 else 1
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        u, weight, mask = self.u, self.weight, self.mask
+        step = max(1, _CHUNK // max(u.shape[0] * self.rows * weight.shape[-2] * weight.shape[-1], 1))
+        for i in range(0, u.shape[1], step):
+            part = slice(i, i + step)
+            matrices = (weight[part] if weight.dim() == 4 else weight).to(self.dtype)
+            present = None if mask is None else mask[:, part]
+            yield part, reference.affine_votes(u[:, part].to(self.dtype), matrices, present).flatten(start_dim=3)
+
+    def zero(self) -> Tensor:
+        """A sum over the input capsules to begin with, [B, J, H]."""
+        J, D = self.weight.shape[-2:]
+        return self.u.new_zeros(self.u.shape[0], J, self.rows * D, dtype=self.dtype)
+
+
+def check_given(op: str, routing: str, **tensors: Tensor | None) -> None:
+    """Raise ValueError for a tensor that a routing needs and that was not given."""
+    for name, x in tensors.items():
+        if x is None:
+            fail(op, f"{name} is None; expected a tensor for {routing}")
+
+
+def widened(*operands: Tensor | None) -> Any:
+    """Small operands in the accumulation dtype; None stays None."""
+    return [x if x is None else x.to(accumulation_dtype(x.dtype)) for x in operands]
+
+
+@torch.no_grad()
+def coupling_coefficients(
+    routing: str,
+    u: Tensor,
+    weight: Tensor,
+    attn_weight: Tensor | None = None,
+    attn_bias: Tensor | None = None,
+    *,
+    iterations: int = 3,
+    bias: Tensor | None = None,
+    leaky: bool = False,
+    prior: Tensor | None = None,
+    scale: float | None = None,
+    activation: Tensor | None = None,
+    beta_u: Tensor | None = None,
+    beta_a: Tensor | None = None,
+    inverse_temperature: float | Sequence[float] = 0.01,
+    renormalise: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """The coupling coefficients c that a routing ends with, for explanation; without gradient.
+
+    The votes are made in chunks of input capsules and never all held.
+
+    Args:
+        routing: "attention", "dynamic", "uniform", "self-attention" or "em". The other arguments are those of the
+            routing function; for EM routing u is the pose.
+
+    Returns:
+        c [B, N, J]; for attention [B, N, J, D]; for EM the responsibilities r of the last iteration. 0 where the mask
+        says that there is no capsule. Sums to 1 over J; if leaky, to less, by the leak's share; with a prior, to more,
+        by the prior's sum.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: an unknown routing, or arguments that the routing function itself refuses.
+    """
+    op = "coupling_coefficients"
+    names = "u weight attn_weight attn_bias bias prior activation beta_u beta_a mask"
+    tensors = settle(op, names, 2, u, weight, attn_weight, attn_bias, bias, prior, activation, beta_u, beta_a, mask)
+    if routing not in _ROUTINGS:
+        fail(op, f"routing is {routing!r}; expected one of {', '.join(map(repr, _ROUTINGS))}")
+    u, weight, *_, mask = tensors
+    votes = Votes(u, weight, mask)
+    with float32(u):
+        shape, couplings = _ROUTINGS[routing](
+            op,
+            votes,
+            **dict(zip(names.split()[2:-1], tensors[2:-1], strict=True)),
+            iterations=iterations,
+            leaky=leaky,
+            scale=scale,
+            inverse_temperature=inverse_temperature,
+            renormalise=renormalise,
+        )
+        c: Tensor | None = None
+        for part, some in votes:
+            found = couplings(part, some)
+            if c is None:
+                # From the couplings, not from u: under torch.func.vmap u may be the same for the whole batch.
+                c = found.new_empty(shape, dtype=u.dtype)
+            c[:, part] = found
+    if c is None:
+        return u.new_empty(shape)
+    return c if mask is None else c.masked_fill_(~mask.reshape(*mask.shape, *[1] * (c.dim() - 2)), 0)

@@ -1,0 +1,117 @@
+"""Dynamic routing, or routing by agreement (Sabour et al. 2017, procedure 1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ..dtypes import accumulation_dtype
+from ._checks import (
+    Sizes,
+    check_flag,
+    check_floating,
+    check_iterations,
+    check_shape,
+    check_vectors,
+    check_votes,
+)
+from ._declare import Differentiable, Output
+from .coupling_coefficients import Couplings, Votes, explains, widened
+
+
+def check(op: str, u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, iterations: int) -> Sizes:
+    """Check the arguments of dynamic routing and return B, N, K, J, D."""
+    check_floating(op, "u weight bias", u, weight, bias)
+    check_vectors(op, u)
+    sizes = check_votes(op, u, weight, mask)
+    if bias is not None:
+        check_shape(op, "bias", bias, "J, D", sizes[3], sizes[4])
+    check_iterations(op, iterations)
+    return sizes
+
+
+def _outputs(
+    op: str, u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, iterations: int, *_: bool
+) -> list[Output]:
+    B, _N, _K, J, D = check(op, u, weight, bias, mask, iterations)
+    s = "iterations, B, J, D", (iterations, B, J, D), accumulation_dtype(u.dtype)
+    return [("B, J, D", (B, J, D), u.dtype), s]
+
+
+_dynamic_routing = Differentiable(
+    "dynamic_routing(Tensor u, Tensor weight, Tensor? bias, Tensor? mask, int iterations, bool leaky, bool detach)"
+    " -> (Tensor v, Tensor s)",
+    "dynamic_routing_backward(Tensor g_v, Tensor s, Tensor u, Tensor weight, Tensor? bias, Tensor? mask,"
+    " int iterations, bool leaky, bool detach, bool[3] wanted)"
+    " -> (Tensor g_u, Tensor g_weight, Tensor g_bias)",
+    _outputs,
+    batch={"u": 0, "mask": 0, "v": 0, "s": 1},
+)
+
+
+def dynamic_routing(
+    u: Tensor,
+    weight: Tensor,
+    iterations: int = 3,
+    *,
+    bias: Tensor | None = None,
+    leaky: bool = False,
+    detach: bool = False,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Routing by agreement (Sabour et al. 2017, procedure 1), in one pass for each iteration.
+
+    Args:
+        u: input capsules [B, N, K].
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+        iterations: at least 1; with 1 all couplings are equal (uniform routing).
+        bias: [J, D], added inside the squash of every iteration.
+        leaky: give the softmax one more logit, which is always 0 and whose share is dropped.
+        detach: let the gradient pass only through the votes of the last iteration, with the couplings as constants; by
+            default it is exact.
+        mask: bool [B, N], True where there is a capsule. A batch item without any gives squash(bias), or 0.
+
+    Returns:
+        output capsules v [B, J, D], squashed.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: wrong shapes, dtypes, devices or iterations.
+        MemoryError: no memory for the workspace.
+    """
+    op = "dynamic_routing"
+    u, weight, bias, mask = _dynamic_routing.settle(u, weight, bias, mask)
+    check_iterations(op, iterations)
+    check_flag(op, "leaky", leaky)
+    check_flag(op, "detach", detach)
+    return _dynamic_routing(u, weight, bias, mask, iterations, leaky, detach)
+
+
+@explains("dynamic")
+def _couplings(
+    op: str, votes: Votes, bias: Tensor | None, iterations: int, leaky: bool, **_: Any
+) -> tuple[tuple[int, ...], Couplings]:
+    """c [B, N, J]; the logits are û · V, with V the sum of the output capsules of the iterations before."""
+    B, N, _K, J, _D = check(op, votes.u, votes.weight, bias, votes.mask, iterations)
+    zero = votes.zero()
+    (bias,) = widened(bias)
+    V = zero
+
+    def couplings(part: slice, some: Tensor) -> Tensor:
+        return reference.dynamic_couplings(torch.einsum("bnjd,bjd->bnj", some, V), leaky)
+
+    for _iteration in range(iterations - 1):
+        s = zero if bias is None else zero + bias
+        for part, some in votes:
+            s = s + torch.einsum("bnj,bnjd->bjd", couplings(part, some), some)
+        V = V + reference.squash(s)
+    return (B, N, J), couplings
+
+
+@explains("uniform")
+def _uniform_couplings(op: str, votes: Votes, iterations: int, **options: Any) -> tuple[tuple[int, ...], Couplings]:
+    """c [B, N, J]: those of one iteration of dynamic routing."""
+    return _couplings(op, votes, iterations=1, **options)

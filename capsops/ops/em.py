@@ -1,0 +1,203 @@
+"""EM routing of matrix capsules (Hinton et al. 2018, procedure 1)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ..dtypes import accumulation_dtype
+from ._checks import (
+    Sizes,
+    check_flag,
+    check_floating,
+    check_iterations,
+    check_number,
+    check_shape,
+    check_votes,
+    fail,
+    shape_of,
+)
+from ._declare import Differentiable, Output
+from .coupling_coefficients import Couplings, Votes, check_given, explains, widened
+
+
+def check(
+    op: str,
+    pose: Tensor,
+    activation: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    mask: Tensor | None,
+    *temperatures: Sequence[float],
+) -> Sizes:
+    """Check the arguments of EM routing and return B, N, K, J, D; without temperatures, only the tensors."""
+    names = "pose activation weight beta_u beta_a"
+    check_floating(op, names, pose, activation, weight, beta_u, beta_a)
+    if pose.dim() not in (3, 4):
+        fail(op, f"pose has shape {shape_of(pose)}; expected 3 or 4 dimensions, [B, N, K] or [B, N, P, K]")
+    sizes = check_votes(op, pose, weight, mask, "pose")
+    B, N, _, J, _ = sizes
+    if pose.dim() == 4 and pose.shape[2] == 0:
+        fail(op, f"P is 0 (pose {shape_of(pose)}); expected at least 1")
+    check_shape(op, "activation", activation, "B, N", B, N)
+    check_shape(op, "beta_u", beta_u, "J", J)
+    check_shape(op, "beta_a", beta_a, "J", J)
+    for values in temperatures:
+        if not values:
+            fail(op, "inverse_temperatures is []; expected at least one number, one for each iteration")
+        for value in values:
+            if not 0 <= value < math.inf:
+                fail(op, f"inverse_temperatures has {value!r}; expected finite numbers of at least 0")
+    return sizes
+
+
+def _outputs(op: str, pose: Tensor, *others: Any) -> list[Output]:
+    B, _, _, J, D = check(op, pose, *others)
+    iterations, wide = len(others[-1]), accumulation_dtype(pose.dtype)
+    vote = (D,) if pose.dim() == 3 else (pose.shape[2], D)
+    H = math.prod(vote)
+    # Saved for each output capsule: the mean [H], its rounding error [H], the variance [H], Σ_i w_i and the logit.
+    state = "iterations, B, J, 3H + 2", (iterations, B, J, 3 * H + 2), wide
+    return [("B, J, (P,) D", (B, J, *vote), pose.dtype), ("B, J", (B, J), pose.dtype), state]
+
+
+_em_routing = Differentiable(
+    "em_routing(Tensor pose, Tensor activation, Tensor weight, Tensor beta_u, Tensor beta_a, Tensor? mask,"
+    " float[] inverse_temperatures) -> (Tensor mean, Tensor activation_out, Tensor state)",
+    "em_routing_backward(Tensor g_mean, Tensor g_activation, Tensor state, Tensor pose, Tensor activation,"
+    " Tensor weight, Tensor beta_u, Tensor beta_a, Tensor? mask, float[] inverse_temperatures, bool[5] wanted)"
+    " -> (Tensor g_pose, Tensor g_activation_in, Tensor g_weight, Tensor g_beta_u, Tensor g_beta_a)",
+    _outputs,
+    results=2,
+    batch={"pose": 0, "activation": 0, "mask": 0, "mean": 0, "activation_out": 0, "state": 1, "activation_in": 0},
+)
+
+
+def em_routing(
+    pose: Tensor,
+    activation: Tensor,
+    weight: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    iterations: int = 3,
+    *,
+    inverse_temperature: float | Sequence[float] = 0.01,
+    renormalise: bool = False,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """EM routing of matrix capsules (Hinton et al. 2018, procedure 1); its gradient is exact through all iterations.
+
+    Args:
+        pose: input capsules [B, N, K], or matrices [B, N, P, K]; a vote is the product of one with W_ij [K, D].
+        activation: [B, N], between 0 and 1.
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+        beta_u: [J], the cost of leaving a vote undescribed by the output capsule.
+        beta_a: [J], the cost of activating the output capsule.
+        iterations: at least 1.
+        inverse_temperature: λ of every iteration, a sequence of that many numbers; or one number f for the schedule
+            of the published implementations, λ_t = f (1 − 0.95^(t+1)) with t = 0 … iterations − 1.
+        renormalise: normalise the products of responsibility and activation over the output capsules again, as some
+            implementations do: in effect every activation above 0 becomes 1.
+        mask: bool [B, N], True where there is a capsule. A batch item without any gives pose 0 and activation
+            logistic(λ beta_a).
+
+    Returns:
+        pose [B, J, D] or [B, J, P, D], and activation [B, J].
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: wrong shapes, dtypes, devices, iterations or temperatures.
+        MemoryError: no memory for the workspace.
+    """
+    op = "em_routing"
+    tensors = _em_routing.settle(pose, activation, weight, beta_u, beta_a, mask)
+    temperatures = inverse_temperatures(op, inverse_temperature, iterations)
+    check_flag(op, "renormalise", renormalise)
+    if renormalise:
+        check(op, *tensors)
+        pose, activation, *others, mask = tensors
+        tensors = (pose, _renormalised(activation if mask is None else torch.where(mask, activation, 0)), *others, mask)
+    return _em_routing(*tensors, temperatures)
+
+
+def inverse_temperatures(op: str, inverse_temperature: float | Sequence[float], iterations: int) -> list[float]:
+    """λ of every iteration: the numbers given, or for one number f the schedule f (1 − 0.95^(t+1)).
+
+    Raises:
+        ValueError: iterations is not a number of iterations, or the numbers are not finite, below 0, or not one for
+            each iteration.
+    """
+    check_iterations(op, iterations)
+    name = "inverse_temperature"
+    if isinstance(inverse_temperature, Sequence) and not isinstance(inverse_temperature, str):
+        values = list(inverse_temperature)
+        if len(values) != iterations:
+            fail(op, f"{name} has {len(values)} numbers; expected {iterations}, one for each iteration")
+    else:
+        check_number(op, name, inverse_temperature)
+        values = [inverse_temperature * (1 - 0.95 ** (t + 1)) for t in range(iterations)]
+    for value in values:
+        check_number(op, name, value)
+        if value < 0:
+            fail(op, f"{name} is {inverse_temperature!r}; expected nothing below 0")
+    return [float(value) for value in values]
+
+
+def _renormalised(activation: Tensor) -> Tensor:
+    """a / (a + ε), because r a / (Σ_j r a + ε) is r times that: Σ_j r = 1. Written so that the derivative is exact."""
+    a = activation.to(accumulation_dtype(activation.dtype))
+    return (1 - reference.EM_EPSILON / (a + reference.EM_EPSILON)).to(activation.dtype)
+
+
+@explains("em")
+def _couplings(
+    op: str,
+    votes: Votes,
+    activation: Tensor | None,
+    beta_u: Tensor | None,
+    beta_a: Tensor | None,
+    iterations: int,
+    inverse_temperature: float | Sequence[float],
+    renormalise: bool,
+    **_: Any,
+) -> tuple[tuple[int, ...], Couplings]:
+    """The responsibilities [B, N, J] of the last iteration."""
+    check_given(op, "EM routing", activation=activation, beta_u=beta_u, beta_a=beta_a)
+    temperatures = inverse_temperatures(op, inverse_temperature, iterations)
+    check_flag(op, "renormalise", renormalise)
+    tensors: Any = activation, votes.weight, beta_u, beta_a, votes.mask
+    B, N, _K, J, _D = check(op, votes.u, *tensors)
+    a, cost, bonus = widened(activation, beta_u, beta_a)
+    if votes.mask is not None:
+        a = torch.where(votes.mask, a, 0)
+    if renormalise:
+        a = _renormalised(a)
+    # Each iteration but the last takes two passes: one for the mean, then one for the variance about it.
+    gaussians: tuple[Tensor, Tensor, Tensor] | None = None  # mean, variance, log activation
+    zero = votes.zero()
+
+    def responsibilities(part: slice, some: Tensor) -> Tensor:
+        if gaussians is None:
+            return torch.full_like(some[..., 0], 1 / some.shape[2])
+        return reference.em_responsibilities(some, *gaussians)
+
+    for inverse in temperatures[:-1]:
+        support, moment, spread = zero[:, :, 0], zero, zero
+        for part, some in votes:
+            w = responsibilities(part, some) * a[:, part, None]
+            support = support + w.sum(dim=1)
+            moment = moment + torch.einsum("bnj,bnjh->bjh", w, some)
+        mean = moment / (support + reference.EM_EPSILON)[:, :, None]
+        for part, some in votes:
+            w = responsibilities(part, some) * a[:, part, None]
+            spread = spread + torch.einsum("bnj,bnjh->bjh", w, (some - mean[:, None]).square())
+        variance = spread / (support + reference.EM_EPSILON)[:, :, None] + reference.EM_EPSILON
+        logit = inverse * (bonus - reference.em_cost(support, variance, cost))
+        gaussians = mean, variance, torch.nn.functional.logsigmoid(logit)
+    return (B, N, J), responsibilities

@@ -1,0 +1,109 @@
+"""Self-attention routing (Efficient-CapsNet, Mazzia et al. 2021)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.jit._trace import is_tracing
+
+from ..backends import reference
+from ..dtypes import accumulation_dtype
+from ._checks import (
+    Sizes,
+    check_floating,
+    check_number,
+    check_shape,
+    check_vectors,
+    check_votes,
+)
+from ._declare import Differentiable, Output
+from .coupling_coefficients import Couplings, Votes, explains, widened
+
+
+def check(op: str, u: Tensor, weight: Tensor, prior: Tensor | None, mask: Tensor | None, scale: float) -> Sizes:
+    """Check the arguments of self-attention routing and return B, N, K, J, D."""
+    check_floating(op, "u weight prior", u, weight, prior)
+    check_vectors(op, u)
+    sizes = check_votes(op, u, weight, mask)
+    if prior is not None:
+        check_shape(op, "prior", prior, "N, J", sizes[1], sizes[3])
+    if not is_tracing():  # torch.jit.trace turns sizes into tensors, and with them the default scale
+        check_number(op, "scale", scale)
+    return sizes
+
+
+def _outputs(op: str, u: Tensor, *others: Any) -> list[Output]:
+    B, _, _, J, D = check(op, u, *others)
+    sums = "B, J, D", (B, J, D), accumulation_dtype(u.dtype)
+    return [("B, J, D", (B, J, D), u.dtype), sums, sums]
+
+
+_self_attention_routing = Differentiable(
+    "self_attention_routing(Tensor u, Tensor weight, Tensor? prior, Tensor? mask, float scale)"
+    " -> (Tensor v, Tensor total, Tensor s)",
+    "self_attention_routing_backward(Tensor g_v, Tensor total, Tensor s, Tensor u, Tensor weight, Tensor? prior,"
+    " Tensor? mask, float scale, bool[3] wanted) -> (Tensor g_u, Tensor g_weight, Tensor g_prior)",
+    _outputs,
+    batch={"u": 0, "mask": 0, "v": 0, "total": 0, "s": 0},
+)
+
+
+def self_attention_routing(
+    u: Tensor,
+    weight: Tensor,
+    prior: Tensor | None = None,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    """Self-attention routing (Efficient-CapsNet, Mazzia et al. 2021), in two passes.
+
+    T_j = Σ_i û_ij; c_ij = softmax_j(û_ij · T_j · scale) + prior_ij; v_j = squash(Σ_i c_ij û_ij), with the "efficient"
+    squash. û_ij · T_j is the row sum of the paper's N×N attention matrix, which is never materialised.
+
+    Args:
+        u: input capsules [B, N, K].
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+        prior: [N, J], added to the couplings after the softmax.
+        scale: the factor of the logits; D**-0.5 by default.
+        mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
+
+    Returns:
+        output capsules v [B, J, D], squashed.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: wrong shapes, dtypes, devices or scale.
+        MemoryError: no memory for the workspace.
+    """
+    op = "self_attention_routing"
+    u, weight, prior, mask = _self_attention_routing.settle(u, weight, prior, mask)
+    if scale is None:
+        scale = _default_scale(weight)
+    else:
+        check_number(op, "scale", scale)
+    return _self_attention_routing(u, weight, prior, mask, scale)
+
+
+def _default_scale(weight: Tensor) -> float:
+    """D**-0.5; any number for a weight without a D above 0, which the operator refuses."""
+    return weight.shape[-1] ** -0.5 if weight.dim() and weight.shape[-1] else 1.0
+
+
+@explains("self-attention")
+def _couplings(
+    op: str, votes: Votes, prior: Tensor | None, scale: float | None, **_: Any
+) -> tuple[tuple[int, ...], Couplings]:
+    """c [B, N, J]."""
+    scale = _default_scale(votes.weight) if scale is None else scale
+    B, N, _K, J, _D = check(op, votes.u, votes.weight, prior, votes.mask, scale)
+    (prior,) = widened(prior)
+    total = votes.zero()
+    for _part, some in votes:
+        total = total + some.sum(dim=1)
+
+    def couplings(part: slice, some: Tensor) -> Tensor:
+        return reference.self_attention_couplings(some, total, None if prior is None else prior[part], scale)
+
+    return (B, N, J), couplings
