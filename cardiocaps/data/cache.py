@@ -28,8 +28,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from cardiocaps.data.echonet_lvh import Clip, Study
-from cardiocaps.data.measurements import Problem, refuse_many, summarise
+from cardiocaps.data.problems import Problem, refuse_many, summarise
+from cardiocaps.data.study import Clip, Study
 from cardiocaps.data.video import (
     MAX_FRAMES,
     MAX_SIDE,

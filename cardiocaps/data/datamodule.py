@@ -23,7 +23,8 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from cardiocaps.data import cache, splits
-from cardiocaps.data.echonet_lvh import Clip, Study, read_folder
+from cardiocaps.data.echonet_lvh import read_folder
+from cardiocaps.data.study import Clip, Study
 from cardiocaps.data.views import base_side, draw_jitter, three_views
 from cardiocaps.errors import ConfigError, OutputError, ResourceError
 from cardiocaps.runtime.processes import start_errors

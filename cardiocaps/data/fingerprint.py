@@ -22,8 +22,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.data.echonet_lvh import Clip, Study
-from cardiocaps.data.measurements import FILE_NAME, Problem
+from cardiocaps.data.echonet_lvh.measurements import FILE_NAME
+from cardiocaps.data.problems import Problem
+from cardiocaps.data.study import Clip, Study
 from cardiocaps.errors import ConfigError, printable
 
 _KIND, _VERSION = "cardiocaps data", 1

@@ -12,16 +12,14 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cardiocaps.data.measurements import Problem, Row
+from cardiocaps.data.problems import Problem
 from cardiocaps.errors import DataError
 
 SPLITS = ("train", "val", "test")
 MIXED = "mixed"  # the paper protocol: a clip's frames are spread over all three splits
 SHARES = (0.6, 0.2, 0.2)
 
-# The published code: these rows of the table (300 of them), the first 50 frames of each, train / validation
-# / test.
-PAPER_ROWS = range(11464, 11764)
+# Of the published code: train / validation / test.
 PAPER_SHARES = (0.6, 0.32, 0.08)
 
 _COLUMN_VALUES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
@@ -88,18 +86,6 @@ def divided(chosen: Mapping[str, str], groups: Mapping[str, str]) -> list[tuple[
         if chosen[other] != split:
             apart.setdefault(groups[name], (other, name))
     return list(apart.values())
-
-
-def paper_rows(rows: Sequence[Row], total: int) -> list[Row]:
-    """The rows that the published code used; all, with a warning, where the table is shorter."""
-    if total < PAPER_ROWS.stop:
-        warnings.warn(
-            f"the paper protocol uses rows {PAPER_ROWS.start} to {PAPER_ROWS.stop - 1} of the table;"
-            f" this one has {total} rows: all are used",
-            stacklevel=3,
-        )
-        return list(rows)
-    return [row for row in rows if row.position in PAPER_ROWS]
 
 
 def warn_of_leak(what: str) -> None:

@@ -13,7 +13,7 @@ from cardiocaps.metrics import THRESHOLD, Floats, Integers, by_video, mean_by
 from cardiocaps.runtime.files import write_csv
 
 if TYPE_CHECKING:
-    from cardiocaps.data.echonet_lvh import Clip
+    from cardiocaps.data.study import Clip
     from cardiocaps.training.run_folder import RunFolder
 
 UNITS = ("video", "frame")

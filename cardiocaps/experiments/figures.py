@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from cardiocaps.evaluate import METRIC_NAMES, PAPER_NAMES
+from cardiocaps.evaluation.names import METRIC_NAMES, PAPER_NAMES
 from cardiocaps.experiments.exhibits import Exhibit
 from cardiocaps.experiments.reported import BINARY_F1, CONFUSION_OF, LAMBDAS, ON
 from cardiocaps.experiments.summaries import CALIBRATION_BINS, Summary, lambda_of

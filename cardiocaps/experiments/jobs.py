@@ -10,19 +10,33 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback
+from threadpoolctl import threadpool_limits
 
 from cardiocaps.config import TrainConfig
+from cardiocaps.data.datamodule import EchoDataModule
+from cardiocaps.data.open import decode_for_run, read_study
+from cardiocaps.evaluation.decision import Decision, training_mean, write_decision
+from cardiocaps.evaluation.names import unit_of
+from cardiocaps.evaluation.pixel_baseline import PIXEL_SIDE
+from cardiocaps.evaluation.predictions import Predictions
+from cardiocaps.evaluation.scores import predict
 from cardiocaps.experiments.exhibits import System
+from cardiocaps.experiments.folder import ExperimentFolder
+from cardiocaps.experiments.results import Result, is_finished, write_result
+from cardiocaps.models.pixel_classifiers import fit
+from cardiocaps.runtime.device import Machine, machine_for
+from cardiocaps.runtime.files import lock_folder, write_json
+from cardiocaps.runtime.peak_memory import PeakMemory
 from cardiocaps.runtime.program import Interruption
-
-if TYPE_CHECKING:
-    from lightning.pytorch.callbacks import Callback
-
-    from cardiocaps.data.datamodule import EchoDataModule
-    from cardiocaps.evaluation.predictions import Predictions
-    from cardiocaps.runtime.device import Machine
-    from cardiocaps.training.run_folder import RunFolder
+from cardiocaps.training.checkpoints import best_network, weights_digest
+from cardiocaps.training.fit import make_trainer, quiet, train
+from cardiocaps.training.run_folder import RunFolder
 
 _OTHER_DATA = "choose another --out for these"
 
@@ -64,13 +78,6 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
     Raises:
         CardioCapsError: see cardiocaps.errors. What was reached is saved, and another call goes on from there.
     """
-    from cardiocaps.experiments.folder import ExperimentFolder
-    from cardiocaps.experiments.results import is_finished
-    from cardiocaps.runtime.device import machine_for
-    from cardiocaps.runtime.files import lock_folder, write_json
-    from cardiocaps.train import decode_for_run, quiet, read_study
-    from cardiocaps.training.run_folder import RunFolder
-
     quiet()
     if is_finished(job.folder):
         return
@@ -86,7 +93,9 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
             known = ExperimentFolder(job.folder.parents[2]).known_data(job.config)
             if known is not None:
                 write_json(folder.data, known.as_dict())
-        data = decode_for_run(job.config, machine, folder, read_study(job.config), _OTHER_DATA, keep=True).data
+        data = decode_for_run(
+            job.config, machine, read_study(job.config), folder.data, _OTHER_DATA, trained=folder.is_trained, keep=True
+        ).data
         config = replace(job.config, resume=folder.path) if begun else job.config
         if begun:
             folder.keep(*job.config.kept())
@@ -105,14 +114,6 @@ def _network(
     watch: Watch,
     interruption: Interruption,
 ) -> None:
-    from statistics import median
-
-    from cardiocaps.evaluate import predict, unit_of
-    from cardiocaps.evaluation.decision import Decision, training_mean, write_decision
-    from cardiocaps.runtime.peak_memory import PeakMemory
-    from cardiocaps.train import make_trainer, train
-    from cardiocaps.training.module import best_network, weights_digest
-
     memory = PeakMemory(machine.device)
     history = train(config, machine, folder, data, interruption, callbacks=[_progress(watch), memory])
     watch(1.0, "evaluating")
@@ -140,13 +141,6 @@ def _network(
 
 
 def _pixels(job: Job, config: TrainConfig, data: EchoDataModule, watch: Watch) -> None:
-    import torch
-    from threadpoolctl import threadpool_limits
-
-    from cardiocaps.evaluation.pixel_baseline import PIXEL_SIDE
-    from cardiocaps.evaluation.predictions import Predictions
-    from cardiocaps.models.pixel_classifiers import fit
-
     pixels = {split: data.pixels(split, PIXEL_SIDE) for split in ("train", "val", "test")}
     watch(0.5, "fitting")
     assert config.patience is not None
@@ -190,10 +184,6 @@ def _pixels(job: Job, config: TrainConfig, data: EchoDataModule, watch: Watch) -
 
 
 def _write(job: Job, scores: Mapping[str, Predictions], **measured: Any) -> None:
-    import torch
-
-    from cardiocaps.evaluate import unit_of
-    from cardiocaps.experiments.results import Result, write_result
 
     result = Result(
         system=job.system.key,
@@ -209,10 +199,7 @@ def _write(job: Job, scores: Mapping[str, Predictions], **measured: Any) -> None
 
 
 def _progress(watch: Watch) -> Callback:
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import Callback as LightningCallback
-
-    class Progress(LightningCallback):
+    class Progress(Callback):
         """Tells `watch` where training is."""
 
         def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:

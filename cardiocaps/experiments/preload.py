@@ -8,14 +8,7 @@ import sklearn.ensemble
 import sklearn.linear_model
 import torch
 
-import cardiocaps.data.datamodule
-import cardiocaps.evaluate
 import cardiocaps.experiments.jobs
-import cardiocaps.experiments.results
-import cardiocaps.metrics
-import cardiocaps.plots
-import cardiocaps.runtime.peak_memory
-import cardiocaps.training.module
 
 # Those that may be missing or broken; a job that needs one says so.
 with suppress(Exception):

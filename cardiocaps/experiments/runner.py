@@ -18,6 +18,7 @@ from typing import Protocol
 
 from cardiocaps.errors import CardioCapsError
 from cardiocaps.experiments.jobs import Job, run
+from cardiocaps.experiments.results import is_finished
 from cardiocaps.runtime.processes import die_with_parent, start_errors
 from cardiocaps.runtime.program import Interrupted, Interruption, defer_signals
 
@@ -86,8 +87,6 @@ def run_jobs(jobs: Sequence[Job], at_once: int, display: Display) -> Mapping[str
 
 def _why_it_ended(one: _Running) -> str | None:
     """None where a job is finished, else what kept it from that."""
-    from cardiocaps.experiments.results import is_finished
-
     code = one.process.exitcode
     if code == 0 and is_finished(one.job.folder):
         return None

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cardiocaps import DISCLAIMER
 from cardiocaps.errors import ConfigError, plural
-from cardiocaps.evaluate import DISCLAIMER, METRIC_NAMES, PAPER_NAMES
+from cardiocaps.evaluation.names import METRIC_NAMES, PAPER_NAMES
 from cardiocaps.experiments.exhibits import Exhibit
 from cardiocaps.experiments.reported import BINARY_F1, CONFUSION_OF, LAMBDAS, ON, reported
 from cardiocaps.experiments.summaries import CALIBRATION_BINS, Row, Summary, lambda_of, summarise

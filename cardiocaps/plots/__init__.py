@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cardiocaps import DISCLAIMER
 from cardiocaps.metrics import Report, evaluate, threshold_counts
 from cardiocaps.runtime.files import write_bytes
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-FOOTER = "Research use only. Not a medical device."
 CLASSES = ("normal", "abnormal")
 
 BLUE, VERMILION, GREEN, INK, GREY = "#0072B2", "#D55E00", "#009E73", "#222222", "#767676"
@@ -231,7 +231,7 @@ def new_figure(width: float, height: float, title: str) -> "Figure":
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13, color=INK)
-    figure.supxlabel(FOOTER, fontsize=7, color=GREY)
+    figure.supxlabel(DISCLAIMER, fontsize=7, color=GREY)
     return figure
 
 

@@ -823,7 +823,7 @@ def test_damage_within_a_checkpoint_is_an_error_of_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from cardiocaps.training import module as learning
+    from cardiocaps.training import checkpoints, fit
 
     run = tmp_path / "run"
     run.mkdir()
@@ -831,7 +831,8 @@ def test_damage_within_a_checkpoint_is_an_error_of_one_line(
         (run / name).symlink_to(finished / name)
     checkpoint = copy.deepcopy(torch.load(finished / "last.ckpt", weights_only=True))
     damage(checkpoint)
-    monkeypatch.setattr(learning, "read_checkpoint", lambda path: copy.deepcopy(checkpoint))
+    for module in (checkpoints, fit):
+        monkeypatch.setattr(module, "read_checkpoint", lambda path: copy.deepcopy(checkpoint))
     assert train.main(["--resume", str(run), "--epochs", "4"]) == 5
     errors = capsys.readouterr().err
     assert message in errors and errors.count("\n") == 1
@@ -1022,7 +1023,7 @@ def test_bad_options_of_evaluate(options: list[str], finished: Path, capsys: pyt
 
 
 def test_help_answers_at_once() -> None:
-    for module in ("train", "evaluate", "data.phantom"):
+    for module in ("train", "evaluate", "phantom"):
         start = time.monotonic()
         command = [sys.executable, "-m", f"cardiocaps.{module}", "--help"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cardiocaps.data import Clip, Study, cache, read_folder
+from cardiocaps.data import cache
+from cardiocaps.data.echonet_lvh import read_folder
+from cardiocaps.data.study import Clip, Study
 from cardiocaps.data.video import resize
 from cardiocaps.errors import ConfigError, DataError, OutputError
 from cardiocaps.runtime import progress

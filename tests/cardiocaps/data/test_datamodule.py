@@ -13,8 +13,9 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from cardiocaps.data import cache, read_folder
+from cardiocaps.data import cache
 from cardiocaps.data.datamodule import EchoDataModule, FrameSampler
+from cardiocaps.data.echonet_lvh import read_folder
 from cardiocaps.errors import ConfigError, DataError, OutputError
 
 from .sample_videos import measurement, split_of, write_folder, write_table

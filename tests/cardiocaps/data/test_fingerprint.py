@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from cardiocaps.data.echonet_lvh import Clip, Study
+from cardiocaps.data.echonet_lvh.labels import THRESHOLDS
 from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
-from cardiocaps.data.labels import THRESHOLDS
+from cardiocaps.data.study import Clip, Study
 from cardiocaps.errors import ConfigError
 from cardiocaps.runtime.files import write_json
 

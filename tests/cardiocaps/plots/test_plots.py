@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cardiocaps import plots
+from cardiocaps import DISCLAIMER, plots
 from cardiocaps.errors import OutputError
 from cardiocaps.metrics import confusion, evaluate
 
@@ -78,7 +78,7 @@ def test_each_figure_is_a_png_with_the_footer_and_something_on_it(
     assert image.format == "PNG" and min(image.size) > 400
     pixels = np.asarray(image.convert("L"))
     assert 0.001 < (pixels < 128).mean() < 0.5
-    assert plots.FOOTER in _texts(figures[0])
+    assert DISCLAIMER in _texts(figures[0])
     assert [item.name for item in tmp_path.iterdir()] == ["figure.png"]
 
 

@@ -13,8 +13,8 @@ import io
 import math
 import re
 import unicodedata
+import warnings
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +22,8 @@ from pathlib import Path
 from statistics import median_low
 from typing import NamedTuple
 
-from cardiocaps.data.labels import CALCS, LIMITS, WALLS
+from cardiocaps.data.echonet_lvh.labels import CALCS, LIMITS, WALLS
+from cardiocaps.data.problems import Problem, check_share, refuse_many
 from cardiocaps.data.video import MAX_FRAMES, MAX_SIDE, Header, VideoError, allowed_name, regular_file
 from cardiocaps.errors import ConfigError, DataError, printable
 
@@ -54,25 +55,11 @@ _LONGEST_LINE = 1 << 20
 _NO_TYPE = f"Calc is no type of measurement: used are {', '.join(CALCS)}"
 _LINES_NAMED = 4  # of those that contradict each other
 
+# The published code used these rows of the table.
+PAPER_ROWS = range(11464, 11764)
+
 # Medians, in the table's unit, that no group of hearts has in centimetres, and any has in millimetres.
 _MILLIMETRES = {"walls": (4.0, 40.0), "diameters": (15.0, 100.0)}
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Something left out, or worth knowing: where (a line of the table, a video) and why.
-
-    The reason reads ``kind`` or ``kind: detail``; summaries count the kinds. A harmless one loses nothing that
-    should be there, and does not count as bad.
-    """
-
-    where: str
-    reason: str
-    harmless: bool = False
-
-    @property
-    def kind(self) -> str:
-        return self.reason.partition(": ")[0]
 
 
 class Row(NamedTuple):
@@ -131,7 +118,7 @@ def read_measurements(
         DataError: unreadable, empty, a column missing or given twice, too many bad rows, or no usable one.
         ConfigError: ``max_bad_share`` outside [0, 1], or no column ``group_column``.
     """
-    _check_share(max_bad_share)
+    check_share(max_bad_share)
     records = _records(path, follow_links)
     _, header = next(records, (0, []))
     if not header:
@@ -173,32 +160,16 @@ def read_measurements(
     )
 
 
-def refuse_many(
-    bad: int, total: int, max_bad_share: float, what: str, problems: Sequence[Problem], note: str = ""
-) -> None:
-    """Raise DataError, with the first problems, where more than ``max_bad_share`` of ``total`` is bad."""
-    _check_share(max_bad_share)
-    if bad > max_bad_share * total:
-        first = "; ".join(f"{p.where}: {p.reason}" for p in problems[:4])
-        raise DataError(
-            f"{bad} of {total} {printable(what)} cannot be used, max_bad_share = {max_bad_share:g} allows"
-            f" {int(max_bad_share * total)}; the first: {first}{f'. Note: {note}' if note else ''}"
+def paper_rows(rows: Sequence[Row], total: int) -> list[Row]:
+    """The rows that the published code used; all, with a warning, where the table is shorter."""
+    if total < PAPER_ROWS.stop:
+        warnings.warn(
+            f"the paper protocol uses rows {PAPER_ROWS.start} to {PAPER_ROWS.stop - 1} of the table;"
+            f" this one has {total} rows: all are used",
+            stacklevel=3,
         )
-
-
-def _check_share(max_bad_share: float) -> None:
-    if not 0 <= max_bad_share <= 1:
-        raise ConfigError(f"max_bad_share must be from 0 to 1, got {max_bad_share}")
-
-
-def summarise(problems: Iterable[Problem]) -> str:
-    """Problems counted by kind, one line each, most frequent first, with the first place each was seen."""
-    first: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    for problem in problems:
-        counts[problem.kind] += 1
-        first.setdefault(problem.kind, problem.where)
-    return "\n".join(f"{count:6d} × {kind} (first: {first[kind]})" for kind, count in counts.most_common())
+        return list(rows)
+    return [row for row in rows if row.position in PAPER_ROWS]
 
 
 def _records(path: Path, follow_links: bool) -> Iterator[tuple[int, list[str]]]:

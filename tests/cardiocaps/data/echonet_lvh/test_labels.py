@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cardiocaps.data.labels import THRESHOLDS, abnormal, check_thresholds, teichholz_ef, width_target
+from cardiocaps.data.echonet_lvh.labels import THRESHOLDS, abnormal, check_thresholds, teichholz_ef, width_target
 from cardiocaps.errors import ConfigError
 
 

@@ -9,110 +9,29 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
 from cardiocaps.data import splits
-from cardiocaps.data.labels import THRESHOLDS, abnormal, check_thresholds, teichholz_ef, width_target
-from cardiocaps.data.measurements import (
+from cardiocaps.data.echonet_lvh.labels import THRESHOLDS, abnormal, check_thresholds, teichholz_ef, width_target
+from cardiocaps.data.echonet_lvh.measurements import (
     FILE_NAME,
     SUFFIXES,
-    Problem,
     Row,
     Table,
+    paper_rows,
     plain_name,
     read_measurements,
-    refuse_many,
-    summarise,
 )
-from cardiocaps.data.video import Header, VideoError, regular_file
+from cardiocaps.data.problems import Problem, refuse_many
+from cardiocaps.data.study import Clip, Study
+from cardiocaps.data.video import VideoError, regular_file
 from cardiocaps.errors import ConfigError, DataError, plural, printable
 
 PROTOCOLS = ("video", "paper")
 SPLIT_RULES = ("auto", "column", "stratified", "frames")
 
 _UNMEASURED = "no measurement of a type that is used"
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One video (protocol ``video``) or one measurement row (protocol ``paper``)."""
-
-    name: str
-    path: Path
-    split: str  # "train", "val", "test"; "mixed" in the paper protocol, which splits frames
-    label: int  # 1 = abnormal
-    width: float  # cm; NaN where not measured
-    ef: float  # percent (Teichholz); NaN where not measured
-    measurements: Mapping[str, float]  # Calc -> cm, the mean where measured on several frames
-    # The same key, made up for this study, for videos of one patient; None where the table names no patients. To be
-    # counted and drawn by, never to be shown or written.
-    patient: str | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
-class Study:
-    """The usable clips of a folder, and what was left out and why."""
-
-    root: Path
-    protocol: str
-    split_rule: str  # "column", "stratified" or "frames"
-    clips: tuple[Clip, ...]
-    problems: tuple[Problem, ...]
-    claims: Mapping[str, Header]  # video name -> what the table says about the video
-    unlisted: int  # videos in the folder that the table does not name
-    label_rule: Mapping[str, float]  # Calc -> smallest abnormal value in cm, of every type
-    needed_splits: tuple[str, ...] = splits.SPLITS  # those without which the study is of no use
-    group_column: str | None = None  # the table's column that says whose video it is
-    group_kind: str = ""  # "patient", or "study" (a patient's on one day), where there is such a column
-
-    def clips_in(self, split: str) -> tuple[Clip, ...]:
-        """The clips that have frames in a split, in the order that a batch's ``clip`` counts them."""
-        if split not in splits.SPLITS:
-            raise ConfigError(f"split must be one of {', '.join(splits.SPLITS)}, got {split!r}")
-        return tuple(clip for clip in self.clips if clip.split in (split, splits.MIXED))
-
-    def check_splits(self) -> None:
-        """Raise DataError unless each needed split (all clips, in the paper protocol) has clips of both classes."""
-        splits.check_classes({s: [clip.label for clip in self.clips_in(s)] for s in self.needed_splits})
-
-    def summary(self) -> str:
-        """A few lines of text: clips and abnormal ones per split, the rule of the labels, problems by kind."""
-        rule = {
-            "column": "by video, the table's own column",
-            "stratified": "by video, drawn at random in each class",
-            "frames": "over frames: it leaks",
-        }[self.split_rule]
-        lines = [f"{len(self.clips)} clips, protocol {self.protocol}, split {rule}"]
-        for split in splits.SPLITS if self.split_rule != "frames" else ():
-            labels = [clip.label for clip in self.clips_in(split)]
-            lines.append(f"  {split:5s} {len(labels):6d} clips, {sum(labels)} abnormal")
-        if self.split_rule == "frames":
-            lines.append(f"  all   {len(self.clips):6d} clips, {sum(clip.label for clip in self.clips)} abnormal")
-        else:
-            lines.append(f"  ({self._whose()})")
-        limits = ", ".join(f"{calc} {cm:g}" for calc, cm in self.label_rule.items())
-        lines.append(f"abnormal from these lengths in cm on: {limits}")
-        if self.unlisted:
-            lines.append(f"videos in the folder that the table does not name: {self.unlisted}")
-        for what, harmless in (("problems", False), ("notes", True)):
-            found = [problem for problem in self.problems if problem.harmless == harmless]
-            if found:
-                lines += [f"{len(found)} {what}:", summarise(found)]
-        return "\n".join(lines)
-
-    def _whose(self) -> str:
-        """Whether videos of one patient can stand in different splits, as far as the table says."""
-        unknown = "videos of one patient may stand in different splits"
-        if self.group_column is None:
-            return f"the table names no patients: {unknown}"
-        names = {clip.name: clip for clip in self.clips}
-        groups = {name: clip.patient or name for name, clip in names.items()}
-        apart = splits.divided({name: clip.split for name, clip in names.items()}, groups)
-        of = f"{len(set(groups.values()))} {plural(self.group_kind)} of the column {self.group_column}"
-        said = f"{len(apart)} of {of} stand in several splits" if apart else f"each of {of} stands in one split"
-        return f"{said}; the table names no patients: {unknown}" if self.group_kind == "study" else said
 
 
 def read_folder(
@@ -198,7 +117,7 @@ def read_folder(
     refuse_many(len(bad), len(by_name), max_bad_share, f"videos of {root}", bad)
 
     if protocol == "paper":
-        groups = [[row] for row in splits.paper_rows(table.rows, table.total) if row.name in chosen]
+        groups = [[row] for row in paper_rows(table.rows, table.total) if row.name in chosen]
     else:
         groups = [usable[name] for name in chosen]
     clips = [

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from cardiocaps.config import TrainConfig
-from cardiocaps.data import Study, cache, read_folder
-from cardiocaps.data.labels import THRESHOLDS
+from cardiocaps.data import cache
+from cardiocaps.data.echonet_lvh import read_folder
+from cardiocaps.data.echonet_lvh.labels import THRESHOLDS
+from cardiocaps.data.open import read_study
+from cardiocaps.data.study import Study
 from cardiocaps.data.video import Header
 from cardiocaps.errors import ConfigError, DataError
-from cardiocaps.train import read_study
 
-from .sample_videos import COLUMNS, encode, measurement, picture, split_of, write_folder, write_table
+from ..sample_videos import COLUMNS, encode, measurement, picture, split_of, write_folder, write_table
 
 
 def found(study: Study, name: str) -> list[str]:
@@ -429,7 +431,7 @@ def test_the_paper_protocol_has_a_clip_per_row(shared_folder: Path) -> None:
         study = read_folder(shared_folder, protocol="paper")
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == 2 and "leaks" in messages[0] and "this one has 16 rows" in messages[1]
-    assert {Path(warning.filename).name for warning in caught} == {"test_echonet.py"}
+    assert {Path(warning.filename).name for warning in caught} == {Path(__file__).name}
     assert len(study.clips) == 16 and {clip.split for clip in study.clips} == {"mixed"}
     septum, ventricle = study.clips[2:4]
     assert septum.path == ventricle.path
@@ -442,7 +444,7 @@ def test_the_paper_protocol_has_a_clip_per_row(shared_folder: Path) -> None:
 def test_a_split_by_frame_leaks_with_the_labels_of_videos(shared_folder: Path) -> None:
     with pytest.warns(UserWarning, match="a split by frame leaks") as caught:
         study = read_folder(shared_folder, split="frames")
-    assert {Path(warning.filename).name for warning in caught} == {"test_echonet.py"}
+    assert {Path(warning.filename).name for warning in caught} == {Path(__file__).name}
     assert {clip.split for clip in study.clips} == {"mixed"}
     by_video = {clip.name: clip.label for clip in read_folder(shared_folder).clips}
     assert {clip.name: clip.label for clip in study.clips} == by_video

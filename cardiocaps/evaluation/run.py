@@ -1,0 +1,158 @@
+"""Evaluates the best network of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cardiocaps.config import MAY_DIFFER_ON_RESUME, TrainConfig, read_run
+from cardiocaps.data.datamodule import EchoDataModule
+from cardiocaps.data.fingerprint import Fingerprint
+from cardiocaps.data.open import decode_for_run, read_study
+from cardiocaps.data.splits import SPLITS
+from cardiocaps.errors import CardioCapsError, printable
+from cardiocaps.evaluation.decision import Decision, read_decision, training_mean
+from cardiocaps.evaluation.names import unit_of
+from cardiocaps.evaluation.pixel_baseline import PixelBaseline
+from cardiocaps.evaluation.report import print_means, print_table, write_results
+from cardiocaps.evaluation.scores import Scores, predict
+from cardiocaps.runtime.device import Machine, machine_for
+from cardiocaps.runtime.files import write_json
+from cardiocaps.runtime.program import Interrupted, print_line
+from cardiocaps.training.checkpoints import best_network, weights_digest
+from cardiocaps.training.fit import make_trainer, quiet
+from cardiocaps.training.run_folder import RunFolder
+
+_CHANGED_DATA = "--allow-changed-data evaluates on it all the same"
+
+
+def evaluate_network(
+    config: TrainConfig,
+    machine: Machine,
+    run: RunFolder,
+    data: EchoDataModule,
+    results: RunFolder | None,
+    *,
+    own_data: bool = True,
+    fingerprint: str | None = None,
+    left_out: int = 0,
+) -> tuple[Scores, Scores | None]:
+    """Evaluate a run's best network beside the run's logistic regression on pixels; print the table, write into
+    `results`.
+
+    What the run keeps of its training, its threshold and that regression, is used; at the end of training, where
+    `results` is the run itself, both are made and kept. `own_data`: whether `data` is what the run was trained on, so
+    that what an older run does not keep can be made anew. `fingerprint`: of the data, None to find it out. `left_out`:
+    how many test videos are not in `data`, for the run was trained or validated on them.
+
+    Raises:
+        CheckpointError: the checkpoint is missing, damaged or of another configuration, or what the run keeps is
+            damaged. OutputError.
+    """
+    training = results is not None and results.path == run.path
+    unit = unit_of(config)
+    network = best_network(config, run)
+    weights = weights_digest(network)
+    machine.lay_out(network.model)
+    trainer = make_trainer(config, machine)
+    test = predict(trainer, network, data, "test")
+    decision = None if training else read_decision(run.decision, weights)
+    validation = None
+    if own_data and (results is not None or decision is None):
+        validation = predict(trainer, network, data, "val")
+        decision = decision or Decision.choose(validation, unit, weights, training_mean(data))
+    scores = Scores.of(test, validation, decision or Decision.unknown(unit, weights), config.bootstrap)
+
+    baseline = None if training else PixelBaseline.read(run.pixel_baseline)
+    if baseline is None and own_data:
+        baseline = PixelBaseline.fit(data, unit)
+        if training:
+            baseline.write(run.pixel_baseline)
+    pixels = None
+    if baseline is not None:
+        pixels = Scores.of(baseline.predict(data, "test"), None, baseline.decision, config.bootstrap)
+    fingerprint = fingerprint or Fingerprint.of(data.study).digest
+    if results:
+        identity: dict[str, str | int | None] = {
+            "weights": weights,
+            "fingerprint": fingerprint,
+            "test_videos_left_out": left_out,
+        }
+        write_results(results, scores, pixels, config, **identity)
+    if results and not training:
+        # Names, not paths: these may say who keeps them, and results are shown to others.
+        run_name, data_name = (place.resolve().name for place in (run.path, data.study.root))
+        write_json(results.evaluation, {"run": run_name, "data": data_name, **identity, "own_data": own_data})
+    place, source = printable(run.path), printable(data.study.root)
+    title = f"{place} (weights {weights[:12]}) on {source} (fingerprint {fingerprint})"
+    print_table(scores, pixels, config, title)
+    return scores, pixels
+
+
+def evaluate_run(
+    path: Path, changed: Mapping[str, Any], out: Path | None = None, *, allow_changed_data: bool = False
+) -> tuple[Scores, Scores | None, TrainConfig, Fingerprint]:
+    """Evaluate the run in folder `path` with some settings `changed`; print the table, and write to `out` if given.
+
+    `allow_changed_data`: on other data than the run was trained on, too; on those of another folder all of them, in
+    the splits of their own table where it has some. The fingerprint is that of the data.
+
+    Raises:
+        CardioCapsError: the folder is no run's, its checkpoint or data cannot be used, or `out` cannot be written.
+    """
+    run = RunFolder.open(path)
+    config = replace(read_run(path), **changed)
+    with machine_for(config) as machine:
+        # What is made anew for an older run needs all splits; other data only have to be tested on.
+        needed = ("test",) if allow_changed_data or "data" in changed else SPLITS
+        reading = config
+        if allow_changed_data and "data" in changed and not config.splits_frames:
+            reading = replace(config, limit=None, split="auto")
+        study = read_study(reading, again=True, needed_splits=needed)
+        used = decode_for_run(
+            reading, machine, study, run.data, _CHANGED_DATA, trained=run.is_trained, allow_changed=allow_changed_data
+        )
+        results = RunFolder.create(out) if out else None
+        own_data = "data" not in changed if used.is_own is None else used.is_own  # data of the run may have moved
+        try:
+            scores, pixels = evaluate_network(
+                config,
+                machine,
+                run,
+                used.data,
+                results,
+                own_data=own_data,
+                fingerprint=used.fingerprint.digest,
+                left_out=used.left_out,
+            )
+        except (CardioCapsError, Interrupted):
+            if results:
+                results.discard()
+            raise
+    if results:
+        print_line(f"written to {printable(results.path)}")
+    return scores, pixels, config, used.fingerprint
+
+
+def but_for_the_seed(config: TrainConfig, data: Fingerprint) -> str:
+    """What runs that may be averaged have in common: their data, wherever these lie, and their settings but for those
+    of the machine."""
+    ignored = {*MAY_DIFFER_ON_RESUME, "seed", "out", "resume", "overwrite"} - {"epochs", "patience"}
+    settings = {name: value for name, value in config.as_dict().items() if name not in ignored}
+    # With a limit, another split is of other videos.
+    return repr((settings, data.digest_without_splits if config.limit is None else data.table))
+
+
+def evaluate_runs(
+    runs: Sequence[Path], changed: Mapping[str, Any], out: Path | None = None, *, allow_changed_data: bool = False
+) -> None:
+    """As `evaluate_run`, for each of the runs; of several that differ in their seed alone, print the mean too."""
+    quiet()
+    results = [evaluate_run(run, changed, out, allow_changed_data=allow_changed_data) for run in runs]
+    differing = {but_for_the_seed(config, data) for _, _, config, data in results}
+    if len(differing) > 1:
+        print_line("note: the runs differ in more than their seed, so there is no mean over them")
+    elif len(results) > 1:
+        print_means([(network, pixels, config) for network, pixels, config, _ in results])

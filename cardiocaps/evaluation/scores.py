@@ -1,0 +1,97 @@
+"""What a model says of the test split, judged by its own decision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from cardiocaps.errors import CheckpointError
+from cardiocaps.evaluation.predictions import UNITS, Predictions
+from cardiocaps.metrics import DECISIONS, THRESHOLD, RegressionReport, Report, evaluate, mean_by, regression_report
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from cardiocaps.data.datamodule import EchoDataModule
+    from cardiocaps.evaluation.decision import Decision
+    from cardiocaps.training.module import Classifier
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model says of the test split, judged by its own decision: reports by video and by frame, the same at a
+    threshold of 0.5, and by either how far the regression is off."""
+
+    test: Predictions
+    validation: Predictions | None
+    decision: Decision
+    video: Report
+    frame: Report
+    video_at_half: Report
+    frame_at_half: Report
+    regression: Mapping[str, RegressionReport]  # by unit; empty for a model that does not regress
+
+    @classmethod
+    def of(cls, test: Predictions, validation: Predictions | None, decision: Decision, bootstrap: int) -> Scores:
+        """The bootstrap draws videos, or patients where the table names them."""
+        reports = {
+            (unit, threshold): evaluate(
+                *test.samples(unit), threshold=threshold, bootstrap=bootstrap, group_name=test.group_name
+            )
+            for unit in UNITS
+            for threshold in (decision.threshold, THRESHOLD)
+        }
+        regression = {}
+        if test.regression is not None and test.target is not None:
+            said, truth = test.regression, test.target
+            regression = {
+                "video": regression_report(mean_by(said, test.clip), mean_by(truth, test.clip), decision.target_mean),
+                "frame": regression_report(said, truth, decision.target_mean),
+            }
+        return cls(
+            test,
+            validation,
+            decision,
+            video=reports["video", decision.threshold],
+            frame=reports["frame", decision.threshold],
+            video_at_half=reports["video", THRESHOLD],
+            frame_at_half=reports["frame", THRESHOLD],
+            regression=regression,
+        )
+
+    def report(self, unit: str) -> Report:
+        """By video or by frame."""
+        return self.video if unit == "video" else self.frame
+
+    def report_at_half(self, unit: str) -> Report:
+        return self.video_at_half if unit == "video" else self.frame_at_half
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        content: dict[str, Any] = {
+            "decision": {"threshold": self.decision.threshold, "unit": self.decision.unit, "rule": self.decision.rule}
+        }
+        content |= {unit: self.report(unit).as_dict() for unit in UNITS}
+        for unit in UNITS:
+            report = self.report_at_half(unit).as_dict()
+            metrics = {name: report["metrics"][name] for name in DECISIONS}
+            content[f"{unit}_at_0.5"] = {"metrics": metrics, "confusion": report["confusion"]}
+        return content
+
+
+def predict(trainer: Trainer, network: Classifier, data: EchoDataModule, split: str) -> Predictions:
+    """What the network says of every frame of a split, in evaluation mode and in one process.
+
+    Raises CheckpointError where it is not finite.
+    """
+    data.predicted = split
+    batches = trainer.predict(network, datamodule=data, return_predictions=True)
+    assert batches is not None
+    out: dict[str, Any] = {name: torch.cat([b[name].cpu() for b in batches]).numpy() for name in batches[0]}
+    if not all(np.isfinite(out[name]).all() for name in ("probability", "regression") if name in out):
+        raise CheckpointError("the network's output is not finite: its training diverged")
+    return Predictions.of(out, data.clips(split), data.study.group_kind)

@@ -1,0 +1,174 @@
+"""What happens beside the training steps: the history of a run, its checkpoints, and when it stops."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
+from torch import Tensor
+
+from cardiocaps.errors import CardioCapsError
+from cardiocaps.metrics import by_video, evaluate
+from cardiocaps.runtime.files import write_csv
+from cardiocaps.runtime.program import Interrupted, Interruption, print_line
+from cardiocaps.training.checkpoints import CheckpointFiles
+from cardiocaps.training.run_folder import RunFolder
+
+# Longest stretch of work, in seconds, that a killed run can lose.
+_SAVE_EVERY = 600.0
+
+
+class Restored(Callback):
+    """Notes when Lightning has taken over what a checkpoint holds."""
+
+    def __init__(self, files: CheckpointFiles) -> None:
+        self.files = files
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.files.restoring = False
+
+
+class History(Callback):
+    """One row of numbers an epoch: averages of every part of the loss, and the videos' AUROC in validation.
+
+    The averages are kept here and not by Lightning's `log`, because here they survive in a checkpoint in mid-epoch.
+    `rows` is written to metrics.csv after every epoch.
+    """
+
+    def __init__(self, run: RunFolder, parts: Sequence[str]) -> None:
+        self.run, self.parts = run, parts
+        self.rows: list[dict[str, float]] = []
+        self._sums: Tensor | None = None  # float64 [parts + 1], the last is the number of frames
+        self._seconds = 0.0
+        self._since = 0.0
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the last epoch has the least validation loss of all, and is the first that has it."""
+        return self.rows[-1] is min(self.rows, key=lambda row: row["val_loss"])
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = None if self._sums is None else self._sums.tolist()
+        return {"rows": [dict(row) for row in self.rows], "sums": sums, "seconds": self._elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = [dict(row) for row in state_dict["rows"]]
+        sums = state_dict["sums"]
+        self._sums = None if sums is None else torch.tensor(sums, dtype=torch.float64)
+        self._seconds = state_dict["seconds"]
+
+    def _elapsed(self) -> float:
+        return self._seconds + time.monotonic() - self._since
+
+    def _add(self, sums: Tensor | None, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        n = len(batch["label"])
+        parts = torch.stack([outputs[name].detach().double() for name in self.parts]) * n
+        added = torch.cat([parts, parts.new_full((1,), n)])
+        return added if sums is None else sums.to(added.device) + added
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._sums = self._add(self._sums, outputs, batch)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation: Tensor | None = None
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._validation = self._add(self._validation, outputs, batch)
+        self._seen.append((outputs["probability"].float().cpu(), batch["label"].cpu(), batch["clip"].cpu()))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        row: dict[str, float] = {"epoch": trainer.current_epoch + 1}
+        for stage, sums in (("train", self._sums), ("val", self._validation)):
+            assert sums is not None
+            *parts, n = sums.tolist()
+            row |= {f"{stage}_{name}": part / n for name, part in zip(self.parts, parts, strict=True)}
+        if not all(math.isfinite(x) for x in row.values()):
+            raise CardioCapsError(
+                f"the loss is not finite in epoch {row['epoch']:.0f}: a smaller --learning-rate may help; "
+                f"{self.run.best.name} holds the best epoch before"
+            )
+        probability, label, clip = (torch.cat(x).numpy() for x in zip(*self._seen, strict=True))
+        report = evaluate(*by_video(probability, label, clip), bootstrap=0)
+        row["val_auroc"] = report.metrics["auroc"].value
+        row["seconds"] = round(self._elapsed(), 2)
+        self._sums, self._seconds, self._since = None, 0.0, time.monotonic()
+        self.rows.append(row)
+        # For early stopping, which reads what Lightning calls callback metrics.
+        trainer.callback_metrics["val_loss"] = torch.tensor(row["val_loss"], dtype=torch.float64)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        write_csv(self.run.metrics_csv, self.rows)
+        row = self.rows[-1]
+        print_line(
+            f"epoch {row['epoch']:3d}/{trainer.max_epochs}  loss {row['train_loss']:.4f}"
+            f"  validation {row['val_loss']:.4f}  AUROC {row['val_auroc']:.3f}"
+            f"  {row['seconds']:.1f} s{'  best' if self.is_best else ''}"
+        )
+
+
+class Checkpoints(Checkpoint):
+    """`last.ckpt` after every epoch, every ten minutes and on a signal; `best.ckpt` by the least validation loss."""
+
+    def __init__(self, run: RunFolder, history: History, interruption: Interruption) -> None:
+        self.run, self.history, self.interruption = run, history, interruption
+        self._saved = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.interruption.defer(True)
+        self._saved = time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.interruption.defer(False)
+
+    def _save_last(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.run.last)
+        self._saved = time.monotonic()
+        if self.interruption.signum is not None:
+            raise Interrupted(self.interruption.signum, f"saved; go on with --resume {self.run.path}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # After the last batch the epoch's end is near, and saves more.
+        due = self.interruption.signum is not None or time.monotonic() - self._saved > _SAVE_EVERY
+        if due and not trainer.is_last_batch:
+            self._save_last(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.history.is_best:
+            trainer.save_checkpoint(self.run.best, weights_only=True)
+        self._save_last(trainer)
+
+
+class Patience(EarlyStopping):
+    """Stops when the validation loss has not become smaller for `patience` epochs."""
+
+    def __init__(self, patience: int) -> None:
+        super().__init__("val_loss", min_delta=0.0, patience=patience, check_on_train_epoch_end=True)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """All but the patience, which may be another than before."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+    def waited(self, checkpoint: Mapping[str, Any]) -> int:
+        """For how many epochs the run of a checkpoint had made no progress."""
+        return int(checkpoint["callbacks"][self.state_key]["wait_count"])
