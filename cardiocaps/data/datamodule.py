@@ -23,13 +23,10 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from cardiocaps.data import cache, splits
-from cardiocaps.data.echonet_lvh import read_folder
 from cardiocaps.data.study import Clip, Study
 from cardiocaps.data.views import base_side, draw_jitter, three_views
 from cardiocaps.errors import ConfigError, OutputError, ResourceError
 from cardiocaps.runtime.processes import start_errors
-
-TARGETS = ("width", "ef")
 
 # What torch says where /dev/shm is full: a worker that notices, and one that is killed as it writes there.
 _SIGNS_OF_SHARED_MEMORY = ("unable to write to file </torch", "unable to allocate shared memory", "Bus error")
@@ -72,7 +69,7 @@ class FrameDataset(Dataset[dict[str, Any]]):
             "jitter": torch.from_numpy(jitter),
             "tone": torch.from_numpy(tone),
             "label": clip.label,
-            "target": torch.tensor(clip.width if self.target == "width" else clip.ef, dtype=torch.float32),
+            "target": torch.tensor(clip.targets[self.target], dtype=torch.float32),
             "clip": number,
             "frame": int(self.cached.numbers[clip.path][frame]),
         }
@@ -157,12 +154,12 @@ class EchoDataModule(LightningDataModule):
     ``clips(split)``; frame int64 [B], the frame's number in its video.
 
     Args:
-        study: a `Study`, or a folder for `read_folder`.
+        study: what a reader of `cardiocaps.data.datasets` returns.
         size: side of the network's input in pixels.
         batch_size: frames.
         frames_per_clip: at most so many frames of each clip.
         frame_choice: ``spread`` or ``first``; default ``first`` in the paper protocol, else ``spread``.
-        target: ``width`` (cm) or ``ef`` (percent).
+        target: what is regressed, one of `study.units`.
         seed: of order and augmentation.
         split_seed: of the paper protocol's split; default: `seed`.
         cache_dir: see `cache.default_folder`.
@@ -174,13 +171,13 @@ class EchoDataModule(LightningDataModule):
         channels_last: images in this order in memory instead of contiguous.
 
     Raises:
-        ConfigError, DataError, OutputError: from the constructor, or from `setup` as `read_folder` and
-            `cache.build`.
+        ConfigError: an argument that is not allowed.
+        DataError, OutputError: from `setup`, as `cache.build`.
     """
 
     def __init__(
         self,
-        study: Study | Path | str,
+        study: Study,
         *,
         size: int = 256,
         batch_size: int = 8,
@@ -200,8 +197,8 @@ class EchoDataModule(LightningDataModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        if target not in TARGETS:
-            raise ConfigError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+        if target not in study.units:
+            raise ConfigError(f"target is {target!r}; expected one of {', '.join(study.units)}")
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
         if num_workers < 0:
@@ -209,8 +206,6 @@ class EchoDataModule(LightningDataModule):
         for name, value in (("seed", seed), ("split_seed", split_seed)):
             if value is not None and value < 0:
                 raise ConfigError(f"{name} must be at least 0, got {value}")
-        if not isinstance(study, Study):
-            study = read_folder(study, seed=seed if split_seed is None else split_seed, max_bad_share=max_bad_share)
         choice = frame_choice or ("first" if study.protocol == "paper" else "spread")
         cache.choose_frames(1, frames_per_clip, choice)
         self.study = study
@@ -300,7 +295,7 @@ class EchoDataModule(LightningDataModule):
 
     def train_target_mean(self) -> float:
         """Mean of the regression target over the training clips that have one; 0 if none has."""
-        targets = [getattr(clip, self.target) for clip in self.clips("train")]
+        targets = [clip.targets[self.target] for clip in self.clips("train")]
         measured = [x for x in targets if not math.isnan(x)]
         return fmean(measured) if measured else 0.0
 

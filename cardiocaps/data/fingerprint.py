@@ -22,7 +22,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.data.echonet_lvh.measurements import FILE_NAME
 from cardiocaps.data.problems import Problem
 from cardiocaps.data.study import Clip, Study
 from cardiocaps.errors import ConfigError, printable
@@ -57,11 +56,9 @@ class Fingerprint:
             patient = own[0].patient
             number = patients.setdefault(patient, str(len(patients))) if patient else "-"
             # Six digits, for the last ones of an average depend on the machine.
-            targets = " ".join(f"{clip.width:.6g} {clip.ef:.6g}" for clip in own)
+            targets = " ".join(f"{value:.6g}" for clip in own for value in clip.targets.values())
             videos[name] = own[0].split, "".join(str(clip.label) for clip in own), _digest(targets), number
-        return cls(
-            videos, dict(study.label_rule), _file_digest(study.root / FILE_NAME), study.protocol, study.split_rule
-        )
+        return cls(videos, dict(study.label_rule), _file_digest(study.table), study.protocol, study.split_rule)
 
     def with_contents(self, contents: Mapping[str, str]) -> Fingerprint:
         """The same, with the SHA-256 of the bytes of each video that could be decoded, by its name."""

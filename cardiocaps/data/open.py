@@ -8,8 +8,7 @@ from pathlib import Path
 
 from cardiocaps.config import TRAINABLE_PHANTOM, TrainConfig
 from cardiocaps.data.datamodule import EchoDataModule
-from cardiocaps.data.echonet_lvh import read_folder
-from cardiocaps.data.echonet_lvh.labels import THRESHOLDS
+from cardiocaps.data.datasets import DATASETS, PHANTOM
 from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
 from cardiocaps.data.study import Study
 from cardiocaps.errors import ConfigError, DataError, printable
@@ -49,14 +48,14 @@ def read_study(
                 )
             print_line(f"making {config.phantom_videos} phantom videos in {root}")
             write_phantom(root, config.phantom_videos, config.phantom_seed, progress=config.progress)
-    return read_folder(
+    return DATASETS[PHANTOM].read(
         root,
         protocol=config.protocol,
         split=config.split,
         seed=config.seed if config.split_seed is None else config.split_seed,
         max_bad_share=config.max_bad_share,
         limit=config.limit,
-        thresholds={**THRESHOLDS, **(config.threshold or {})},  # type: ignore[dict-item]
+        thresholds=config.threshold,  # type: ignore[arg-type]
         group_column=config.group_column,
         allow_split_patients=config.allow_split_patients,
         follow_links=config.follow_links,

@@ -14,32 +14,33 @@ from cardiocaps.errors import ConfigError, plural
 
 @dataclass(frozen=True)
 class Clip:
-    """One video (protocol ``video``) or one measurement row (protocol ``paper``)."""
+    """What one label stands for: a video, or a row of the table (protocol `paper`)."""
 
     name: str
     path: Path
     split: str  # "train", "val", "test"; "mixed" in the paper protocol, which splits frames
     label: int  # 1 = abnormal
-    width: float  # cm; NaN where not measured
-    ef: float  # percent (Teichholz); NaN where not measured
-    measurements: Mapping[str, float]  # Calc -> cm, the mean where measured on several frames
-    # The same key, made up for this study, for videos of one patient; None where the table names no patients. To be
-    # counted and drawn by, never to be shown or written.
+    targets: Mapping[str, float]  # what can be regressed, by the names in `Study.units`; NaN: not measured
+    measurements: Mapping[str, float]  # name -> value, the mean if measured on several frames
+    # A key made up for this study, the same for all videos of a patient; None if the table names no patients. Patients
+    # are counted and drawn by it. It is never shown or written.
     patient: str | None = field(default=None, repr=False)
 
 
 @dataclass(frozen=True)
 class Study:
-    """The usable clips of a folder, and what was left out and why."""
+    """The usable clips of a data set, and what was left out and why."""
 
-    root: Path
+    root: Path  # the folder
+    table: Path  # the file in it that holds the labels
     protocol: str
     split_rule: str  # "column", "stratified" or "frames"
     clips: tuple[Clip, ...]
     problems: tuple[Problem, ...]
     claims: Mapping[str, Header]  # video name -> what the table says about the video
     unlisted: int  # videos in the folder that the table does not name
-    label_rule: Mapping[str, float]  # Calc -> smallest abnormal value in cm, of every type
+    label_rule: Mapping[str, float]  # measurement -> smallest abnormal value in cm, of every type
+    units: Mapping[str, str]  # regression target -> unit of its errors
     needed_splits: tuple[str, ...] = splits.SPLITS  # those without which the study is of no use
     group_column: str | None = None  # the table's column that says whose video it is
     group_kind: str = ""  # "patient", or "study" (a patient's on one day), where there is such a column

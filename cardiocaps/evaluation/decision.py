@@ -91,7 +91,7 @@ def decision_of(content: Mapping[str, Any]) -> Decision:
 
 def training_mean(data: EchoDataModule) -> float:
     """Mean of the regression target over the training clips; NaN where none has it."""
-    measured = any(not math.isnan(getattr(clip, data.target)) for clip in data.clips("train"))
+    measured = any(not math.isnan(clip.targets[data.target]) for clip in data.clips("train"))
     return data.train_target_mean() if measured else math.nan
 
 

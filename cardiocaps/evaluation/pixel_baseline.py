@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from cardiocaps.models.pixel_classifiers import PixelClassifier
 
 PIXEL_SIDE = 32
-"""Of the downsized frames that classical classifiers see, in pixels."""
+"""Side in pixels of the downsized frames that classical classifiers see."""
+
+TITLE = f"logistic regression, {PIXEL_SIDE}×{PIXEL_SIDE} pixels"
+"""What tables call the baseline."""
 
 _KIND = "cardiocaps pixel baseline"
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from cardiocaps.config import TrainConfig
 from cardiocaps.metrics import THRESHOLD, Floats, Integers, by_video, mean_by
 from cardiocaps.runtime.files import write_csv
 
@@ -20,6 +21,11 @@ UNITS = ("video", "frame")
 """What a sample of a result is: a video, or a frame where frames of one video are in every split."""
 GROUP_KINDS = ("patient", "study")
 """What the table may name that has several videos: a patient, or a study, which is a patient's on one day."""
+
+
+def unit_of(config: TrainConfig) -> str:
+    """Whether results of a run are counted by video or by frame: by frame if the frames of a video were split."""
+    return "frame" if config.splits_frames else "video"
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,15 +11,9 @@ from cardiocaps import DISCLAIMER, plots
 from cardiocaps.config import TrainConfig
 from cardiocaps.errors import plural
 from cardiocaps.evaluation.decision import write_decision
-from cardiocaps.evaluation.names import (
-    METRIC_NAMES,
-    PAPER_NAMES,
-    PIXELS_NAME,
-    TARGET_UNITS,
-    network_name,
-    unit_of,
-)
-from cardiocaps.evaluation.predictions import write_predictions
+from cardiocaps.evaluation.names import METRIC_NAMES, PAPER_NAMES
+from cardiocaps.evaluation.pixel_baseline import TITLE as PIXELS
+from cardiocaps.evaluation.predictions import unit_of, write_predictions
 from cardiocaps.evaluation.scores import Scores
 from cardiocaps.metrics import (
     BOOTSTRAP,
@@ -32,6 +26,7 @@ from cardiocaps.metrics import (
     RunsReport,
     evaluate_runs,
 )
+from cardiocaps.models import title as network_title
 from cardiocaps.runtime.files import output_errors, write_json
 from cardiocaps.runtime.program import print_line
 from cardiocaps.training.run_folder import RunFolder
@@ -46,8 +41,9 @@ INTERVALS = {
 _THRESHOLD_ROW = "at the threshold of validation"
 
 
-def print_table(network: Scores, pixels: Scores | None, config: TrainConfig, title: str) -> None:
-    """The test results of a run side by side, for people; `title` names the run and the data."""
+def print_table(network: Scores, pixels: Scores | None, config: TrainConfig, measure: str, title: str) -> None:
+    """The test results of a run side by side, for people; `measure` is the unit of the regression's
+    errors; `title` names the run and the data."""
     unit = unit_of(config)
     both = [network] if pixels is None else [network, pixels]
     reports = [scores.report(unit) for scores in both]
@@ -63,10 +59,10 @@ def print_table(network: Scores, pixels: Scores | None, config: TrainConfig, tit
         (f"as published: {text}", *(f"{report.paper[key]:.3f}" for report in reports))
         for key, text in PAPER_NAMES.items()
     ]
-    regression = _regression_rows(network, unit, config.regression_target)
+    regression = _regression_rows(network, unit, config.regression_target, measure)
     ours = reports[0]
     title = f"{title}: test split, {ours.n} {unit}s, {ours.positives} abnormal"
-    head = ("with 95 % interval" if config.bootstrap else "", network_name(config), *([PIXELS_NAME] if pixels else []))
+    head = ("with 95 % interval" if config.bootstrap else "", network_title(config), *([PIXELS] if pixels else []))
     if all(report.threshold == THRESHOLD for report in reports):
         at_half = []
     sections = [metrics(reports, ranks), decided, at_half, published, regression]
@@ -75,11 +71,10 @@ def print_table(network: Scores, pixels: Scores | None, config: TrainConfig, tit
         print_line(f"note: {note}")
 
 
-def _regression_rows(network: Scores, unit: str, target: str) -> list[tuple[str, ...]]:
+def _regression_rows(network: Scores, unit: str, target: str, measure: str) -> list[tuple[str, ...]]:
     report = network.regression.get(unit)
     if report is None or not report.n:
         return []
-    measure = TARGET_UNITS[target]
     rows = [
         (f"{target}: mean absolute error, {report.n} {unit}s", f"{report.mae:.2f} {measure}"),
         (f"{target}: error of the training mean", f"{report.constant_mae:.2f} {measure}"),
@@ -133,7 +128,7 @@ def print_means(runs: Sequence[tuple[Scores, Scores | None, TrainConfig]]) -> No
         reports.append(over_runs(pixels))
     rows = [(METRIC_NAMES[name], *(str(report.metrics[name]) for report in reports)) for name in METRICS]
     title = f"Mean over {len(runs)} runs ± standard deviation, decisions at each run's threshold"
-    head = ("with 95 % interval" if config.bootstrap else "", network_name(config), PIXELS_NAME)
+    head = ("with 95 % interval" if config.bootstrap else "", network_title(config), PIXELS)
     drawn = plural(runs[0][0].test.group_name)
     caption = (
         f"bootstrap: the middle of {config.bootstrap:,} resamples of the {drawn} and the runs. exact: Clopper and "
@@ -169,10 +164,22 @@ def _print(title: str, head: Sequence[str], *sections: Sequence[Sequence[str]], 
 
 
 def write_results(
-    run: RunFolder, network: Scores, pixels: Scores | None, config: TrainConfig, **identity: str | int | None
+    run: RunFolder,
+    network: Scores,
+    pixels: Scores | None,
+    config: TrainConfig,
+    measure: str,
+    **identity: str | int | None,
 ) -> None:
-    """The predictions, the decision, the plots and, last, metrics.json of a run. `identity` says what was evaluated,
-    and on what. Raises OutputError."""
+    """Write the predictions, the decision, the plots and, last, metrics.json into a run's folder.
+
+    Args:
+        measure: as in `print_table`.
+        identity: what was evaluated, and on what.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
     unit = unit_of(config)
     report, at_half = network.report(unit), network.report_at_half(unit)
     scores, truth, _ = network.test.samples(unit)
@@ -189,14 +196,14 @@ def write_results(
     plots.precision_recall_curve(scores, truth, run.precision_recall_curve, report=report)
     regression = {
         "target": config.regression_target,
-        "unit": TARGET_UNITS[config.regression_target],
+        "unit": measure,
         **{of: of_unit.as_dict() for of, of_unit in network.regression.items()},
     }
     # Last, for its presence says that the run is complete.
     results = {
         **identity,
         "network": {
-            "name": network_name(config),
+            "name": network_title(config),
             **network.as_dict(),
             **({"regression": regression} if network.regression else {}),
         },

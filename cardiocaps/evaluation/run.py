@@ -14,8 +14,8 @@ from cardiocaps.data.open import decode_for_run, read_study
 from cardiocaps.data.splits import SPLITS
 from cardiocaps.errors import CardioCapsError, printable
 from cardiocaps.evaluation.decision import Decision, read_decision, training_mean
-from cardiocaps.evaluation.names import unit_of
 from cardiocaps.evaluation.pixel_baseline import PixelBaseline
+from cardiocaps.evaluation.predictions import unit_of
 from cardiocaps.evaluation.report import print_means, print_table, write_results
 from cardiocaps.evaluation.scores import Scores, predict
 from cardiocaps.runtime.device import Machine, machine_for
@@ -52,7 +52,7 @@ def evaluate_network(
             damaged. OutputError.
     """
     training = results is not None and results.path == run.path
-    unit = unit_of(config)
+    unit, measure = unit_of(config), data.study.units[config.regression_target]
     network = best_network(config, run)
     weights = weights_digest(network)
     machine.lay_out(network.model)
@@ -80,14 +80,14 @@ def evaluate_network(
             "fingerprint": fingerprint,
             "test_videos_left_out": left_out,
         }
-        write_results(results, scores, pixels, config, **identity)
+        write_results(results, scores, pixels, config, measure, **identity)
     if results and not training:
         # Names, not paths: these may say who keeps them, and results are shown to others.
         run_name, data_name = (place.resolve().name for place in (run.path, data.study.root))
         write_json(results.evaluation, {"run": run_name, "data": data_name, **identity, "own_data": own_data})
     place, source = printable(run.path), printable(data.study.root)
     title = f"{place} (weights {weights[:12]}) on {source} (fingerprint {fingerprint})"
-    print_table(scores, pixels, config, title)
+    print_table(scores, pixels, config, measure, title)
     return scores, pixels
 
 

@@ -22,9 +22,8 @@ from cardiocaps.config import TrainConfig
 from cardiocaps.data.datamodule import EchoDataModule
 from cardiocaps.data.open import decode_for_run, read_study
 from cardiocaps.evaluation.decision import Decision, training_mean, write_decision
-from cardiocaps.evaluation.names import unit_of
 from cardiocaps.evaluation.pixel_baseline import PIXEL_SIDE
-from cardiocaps.evaluation.predictions import Predictions
+from cardiocaps.evaluation.predictions import Predictions, unit_of
 from cardiocaps.evaluation.scores import predict
 from cardiocaps.experiments.exhibits import System
 from cardiocaps.experiments.folder import ExperimentFolder

@@ -13,6 +13,7 @@ import torch
 from cardiocaps.config import TrainConfig
 from cardiocaps.data.cache import default_folder
 from cardiocaps.data.datamodule import EchoDataModule
+from cardiocaps.data.datasets import DATASETS, PHANTOM
 from cardiocaps.data.fingerprint import Fingerprint
 from cardiocaps.data.open import decode, read_study
 from cardiocaps.errors import CardioCapsError, ConfigError, DataError
@@ -118,7 +119,7 @@ def _described(config: TrainConfig, data: EchoDataModule) -> str:
     if config.data is None:
         what = f"The synthetic phantom ({config.phantom_videos} videos, seed {config.phantom_seed}), no patients' data"
     else:
-        what = "A folder in the layout of EchoNet-LVH"
+        what = DATASETS[PHANTOM].title
     parts = []
     for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
         labels = data.labels(split)

@@ -31,6 +31,9 @@ from cardiocaps.errors import ConfigError, DataError, plural, printable
 PROTOCOLS = ("video", "paper")
 SPLIT_RULES = ("auto", "column", "stratified", "frames")
 
+UNITS = {"width": "cm", "ef": "percentage points"}
+"""Regression target -> unit of its errors. Two ejection fractions, in percent, differ by percentage points."""
+
 _UNMEASURED = "no measurement of a type that is used"
 
 
@@ -38,7 +41,7 @@ def read_folder(
     root: Path | str,
     *,
     protocol: str = "video",
-    thresholds: Mapping[str, float] = THRESHOLDS,
+    thresholds: Mapping[str, float] | None = None,
     split: str = "auto",
     seed: int = 10,
     max_bad_share: float = 0.05,
@@ -54,7 +57,7 @@ def read_folder(
         root: holds ``MeasurementsList.csv`` and the videos, in ``Batch*`` folders or directly, .avi or .mp4.
         protocol: ``video``: a clip per video, abnormal where any measurement is. ``paper``: a clip per row,
             as the published code did; warns that it leaks.
-        thresholds: measurement -> smallest abnormal value in cm.
+        thresholds: measurement -> smallest abnormal value in cm, where it differs from THRESHOLDS.
         split: ``column`` (the table's own), ``stratified`` (60/20/20 by video, or by patient where the table
             names them), ``auto`` (the first where there is one), ``frames`` (60/32/8 over the frames of all
             videos; warns that it leaks). The paper protocol splits frames and takes only ``auto``.
@@ -83,6 +86,7 @@ def read_folder(
         raise ConfigError(f"limit must be at least 1, got {limit}")
     if not needed_splits or not set(needed_splits) <= set(splits.SPLITS):
         raise ConfigError(f"needed_splits must name some of {', '.join(splits.SPLITS)}, got {tuple(needed_splits)!r}")
+    thresholds = {**THRESHOLDS, **(thresholds or {})}
     check_thresholds(thresholds)
 
     found = _find_videos(root)
@@ -136,6 +140,7 @@ def read_folder(
         clips = _thinned(clips, limit)
     study = Study(
         root=root,
+        table=root / FILE_NAME,
         protocol=protocol,
         split_rule=split_rule,
         clips=tuple(clips),
@@ -143,6 +148,7 @@ def read_folder(
         claims={clip.name: table.claims[clip.name] for clip in clips},
         unlisted=unlisted,
         label_rule=dict(thresholds),
+        units=UNITS,
         needed_splits=tuple(needed_splits),
         group_column=table.group_column if kind else None,
         group_kind=kind,
@@ -271,8 +277,10 @@ def _clip(
         path=path,
         split=split,
         label=_label(rows, thresholds),
-        width=rows[0].cm if protocol == "paper" else width_target(measurements),
-        ef=teichholz_ef(*(all_measurements.get(calc, float("nan")) for calc in ("LVIDd", "LVIDs"))),
+        targets={
+            "width": rows[0].cm if protocol == "paper" else width_target(measurements),
+            "ef": teichholz_ef(*(all_measurements.get(calc, math.nan) for calc in ("LVIDd", "LVIDs"))),
+        },
         measurements=measurements,
         patient=patient,
     )

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from cardiocaps.data.echonet_lvh import UNITS
 from cardiocaps.data.echonet_lvh.labels import THRESHOLDS
+from cardiocaps.data.echonet_lvh.measurements import FILE_NAME
 from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
 from cardiocaps.data.study import Clip, Study
 from cardiocaps.errors import ConfigError
@@ -21,7 +23,7 @@ from .sample_videos import within
 
 
 def _clip(name: str, split: str, label: int, width: float) -> Clip:
-    return Clip(name, Path(f"/data/{name}.avi"), split, label, width, math.nan, {"LVIDd": width})
+    return Clip(name, Path(f"/data/{name}.avi"), split, label, {"width": width, "ef": math.nan}, {"LVIDd": width})
 
 
 CLIPS = tuple(
@@ -31,7 +33,7 @@ CLIPS = tuple(
 
 
 def _study(clips: tuple[Clip, ...] = CLIPS, root: Path = Path("/nowhere")) -> Study:
-    return Study(root, "video", "column", clips, (), {}, 0, THRESHOLDS)
+    return Study(root, root / FILE_NAME, "video", "column", clips, (), {}, 0, THRESHOLDS, UNITS)
 
 
 def _changed(place: int, **values: object) -> tuple[Clip, ...]:
@@ -45,9 +47,9 @@ def _changed(place: int, **values: object) -> tuple[Clip, ...]:
         (CLIPS, []),
         (_changed(0, split="test"), ["1 video changed its split"]),
         (_changed(3, label=0), ["1 video changed its label"]),
-        (_changed(6, width=4.6001), ["1 video changed its measurements"]),
-        (_changed(6, ef=60.0), ["1 video changed its measurements"]),
-        (_changed(6, width=4.6 + 1e-12), []),  # the last digits of an average
+        (_changed(6, targets={"width": 4.6001, "ef": math.nan}), ["1 video changed its measurements"]),
+        (_changed(6, targets={"width": 4.6, "ef": 60.0}), ["1 video changed its measurements"]),
+        (_changed(6, targets={"width": 4.6 + 1e-12, "ef": math.nan}), []),  # the last digits of an average
         (_changed(2, name="another"), ["1 video was added", "1 video was removed"]),
         (CLIPS[2:], ["2 videos were removed"]),
         ((*CLIPS, _clip("more", "val", 0, 5.0)), ["1 video was added"]),

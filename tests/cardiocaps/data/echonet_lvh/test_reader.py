@@ -32,7 +32,11 @@ def test_a_good_folder(shared_folder: Path) -> None:
     clip = study.clips[5]
     assert clip.name == "0X0000000000000005" and clip.split == "val" and clip.label == 1
     assert clip.path == (shared_folder / "Batch2" / f"{clip.name}.avi").resolve()
-    assert clip.measurements == {"IVSd": 1.4, "LVIDd": 4.75} and clip.width == 4.75 and math.isnan(clip.ef)
+    assert (
+        clip.measurements == {"IVSd": 1.4, "LVIDd": 4.75}
+        and clip.targets["width"] == 4.75
+        and math.isnan(clip.targets["ef"])
+    )
     assert [len(study.clips_in(split)) for split in ("train", "val", "test")] == [4, 2, 2]
     assert study.claims[clip.name] == Header(12, 64, 48, 50.0)
     with pytest.raises(ConfigError, match="split must be one of train, val, test, got 'all'"):
@@ -85,7 +89,7 @@ def test_nothing_there_is_named(tmp_path: Path) -> None:
         ({"needed_splits": ()}, r"needed_splits must name some of train, val, test, got \(\)"),
         ({"needed_splits": ("holdout",)}, r"needed_splits must name some of train, val, test, got \('holdout',\)"),
         ({"max_bad_share": -1}, "max_bad_share must be from 0 to 1, got -1"),
-        ({"thresholds": {}}, "thresholds must name"),
+        ({"thresholds": {"EF": 1.0}}, "thresholds must name"),
     ],
 )
 def test_arguments_are_checked(shared_folder: Path, arguments: dict[str, Any], reason: str) -> None:
@@ -150,10 +154,10 @@ def test_labels_come_from_all_rows_of_a_video(tmp_path: Path) -> None:
     ]
     write_table(root, rows)
     clip = read_folder(root).clips[0]
-    assert clip.label == 0 and clip.width == pytest.approx(5.1)
+    assert clip.label == 0 and clip.targets["width"] == pytest.approx(5.1)
     d, s = (7 * x**3 / (2.4 + x) for x in (5.1, 3.0))
-    assert clip.ef == pytest.approx(100 * (d - s) / d)
-    assert math.isnan(read_folder(root).clips[1].width)
+    assert clip.targets["ef"] == pytest.approx(100 * (d - s) / d)
+    assert math.isnan(read_folder(root).clips[1].targets["width"])
     low = {**THRESHOLDS, "LVIDs": 2.0}
     assert read_folder(root, thresholds=low).clips[0].label == 1
 
@@ -292,12 +296,12 @@ def test_more_in_systole_than_in_diastole_is_reported(tmp_path: Path) -> None:
     study = read_folder(root, max_bad_share=0)
     reason = "LVIDs above LVIDd (kept, without ejection fraction): 5.2 cm and 4.6 cm"
     assert found(study, "0X0000000000000002") == [reason]
-    assert math.isnan(study.clips[2].ef) and len(study.clips) == 8
+    assert math.isnan(study.clips[2].targets["ef"]) and len(study.clips) == 8
     assert "1 notes:\n     1 × LVIDs above LVIDd" in study.summary()
 
 
 def test_the_rule_of_the_labels_is_part_of_the_study(shared_folder: Path) -> None:
-    study = read_folder(shared_folder, thresholds={**THRESHOLDS, "IVSd": 1.3})
+    study = read_folder(shared_folder, thresholds={"IVSd": 1.3})
     assert study.label_rule == {**THRESHOLDS, "IVSd": 1.3} and type(study.label_rule) is dict
     assert "abnormal from these lengths in cm on: IVSd 1.3, IVSs 1.1, LVPWd 1.1, " in study.summary()
 
@@ -436,7 +440,7 @@ def test_the_paper_protocol_has_a_clip_per_row(shared_folder: Path) -> None:
     septum, ventricle = study.clips[2:4]
     assert septum.path == ventricle.path
     assert (septum.label, ventricle.label) == (1, 0)  # contradictory labels of one video, as published
-    assert (septum.width, ventricle.width) == (1.4, 4.55)
+    assert (septum.targets["width"], ventricle.targets["width"]) == (1.4, 4.55)
     assert study.clips_in("train") == study.clips_in("test") == study.clips
     assert "it leaks" in study.summary()
 
