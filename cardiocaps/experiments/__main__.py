@@ -13,7 +13,8 @@ from typing import Any
 
 from cardiocaps import DISCLAIMER
 from cardiocaps.config import CommandLine, TrainConfig, add_options, options
-from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED
+from cardiocaps.experiments.exhibits import EXHIBITS
+from cardiocaps.experiments.plan import FIRST_SEED
 from cardiocaps.runtime.program import Interruption, run_program
 
 # What a system decides itself, and what one run has that many do not.

@@ -25,8 +25,8 @@ from cardiocaps.evaluation.decision import Decision, training_mean, write_decisi
 from cardiocaps.evaluation.pixel_baseline import PIXEL_SIDE
 from cardiocaps.evaluation.predictions import Predictions, unit_of
 from cardiocaps.evaluation.scores import predict
-from cardiocaps.experiments.exhibits import System
 from cardiocaps.experiments.folder import ExperimentFolder
+from cardiocaps.experiments.plan import System
 from cardiocaps.experiments.results import Result, is_finished, write_result
 from cardiocaps.models.pixel_classifiers import fit
 from cardiocaps.runtime.device import Machine, machine_for

@@ -18,14 +18,16 @@ from cardiocaps.data.fingerprint import Fingerprint
 from cardiocaps.data.open import decode, read_study
 from cardiocaps.errors import CardioCapsError, ConfigError, DataError
 from cardiocaps.experiments.display import display
-from cardiocaps.experiments.exhibits import Exhibit
+from cardiocaps.experiments.exhibits import EXHIBITS, keys_of
+from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.folder import ExperimentFolder
 from cardiocaps.experiments.jobs import Job
-from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED, SYSTEMS, configure, keys_of, trained_as
+from cardiocaps.experiments.markdown import count
+from cardiocaps.experiments.plan import FIRST_SEED, SYSTEMS, configure, trained_as
 from cardiocaps.experiments.results import is_finished, read_result
 from cardiocaps.experiments.runner import run_jobs
 from cardiocaps.experiments.summaries import Row
-from cardiocaps.experiments.tables import count, write_exhibit, write_index
+from cardiocaps.experiments.tables import write_exhibit, write_index
 from cardiocaps.runtime.device import decide, machine_for, visible_gpu
 from cardiocaps.runtime.files import lock_folder, output_errors, remove_leftovers
 from cardiocaps.runtime.program import Interrupted, print_line

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from cardiocaps.config import TrainConfig
 from cardiocaps.errors import plural
-from cardiocaps.experiments.reported import Reported, reported
+from cardiocaps.experiments.reported import Reported
 from cardiocaps.experiments.results import Result
 from cardiocaps.metrics import MeanEstimate, RunsReport, evaluate_runs, expected_calibration_error
 
@@ -78,23 +77,19 @@ def mean_and_deviation(values: Sequence[float]) -> MeanEstimate:
     return MeanEstimate(fmean(values), stdev(values) if len(values) > 1 else math.nan)
 
 
-def lambda_of(system: str) -> float:
-    """λ_reg of a key such as "cardiocaps-lambda-0.1"; CardioCaps itself has the default. Raises ValueError for another
-    key."""
-    if system == "cardiocaps":
-        return TrainConfig.regression_weight
-    _, _, number = system.partition("-lambda-")
-    try:
-        return float(number)
-    except ValueError:
-        raise ValueError(f"system: must end in -lambda-NUMBER, is {system!r}") from None
+def summarise(row: Row, of_paper: Reported | None, bootstrap: int) -> Summary:
+    """The numbers of a row that has results.
 
+    Args:
+        of_paper: the paper's own figures, if it has any.
+        bootstrap: resamples for the intervals; 0: none.
 
-def summarise(row: Row, exhibit: str, bootstrap: int) -> Summary:
-    """The numbers of a row that has results. Raises ValueError where they are by different units."""
+    Raises:
+        ValueError: results are counted by different units.
+    """
     units = {result.unit for result in row.results}
     if len(units) != 1:
-        raise ValueError(f"row: the results of {row.system!r} must be by one unit, are by {sorted(units)}")
+        raise ValueError(f"summarise: units of {row.system!r} are {sorted(units)}; expected one")
     unit = units.pop()
     thresholds, notes = [], []
     for result in row.results:
@@ -123,6 +118,6 @@ def summarise(row: Row, exhibit: str, bootstrap: int) -> Summary:
         calibration_error=mean_and_deviation(
             [expected_calibration_error(p, y, CALIBRATION_BINS) for p, y in zip(probabilities, labels, strict=True)]
         ),
-        reported=reported(exhibit, row.system),
+        reported=of_paper,
         notes=tuple(notes),
     )
