@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from cardiocaps.config import TrainConfig
+from cardiocaps.errors import ConfigError
 from cardiocaps.metrics import THRESHOLD, Floats, Integers, by_video, mean_by
 from cardiocaps.runtime.files import write_csv
 
@@ -156,6 +159,43 @@ def write_predictions(run: RunFolder, test: Predictions, validation: Predictions
         if split is not None:
             write_csv(by_frame, split.frame_rows())
             write_csv(by_video_csv, split.video_rows(threshold))
+
+
+def read_predictions(path: Path) -> Predictions:
+    """The predictions by frame that `write_predictions` has written, without targets and regressions.
+
+    Raises:
+        ConfigError: the file is missing or damaged.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            names = reader.fieldnames or ()
+            missing = [name for name in ("video", "clip", "label", "probability") if name not in names]
+            if missing:
+                raise ConfigError(f"{path} is damaged: it has no column {', '.join(missing)}")
+            rows = list(reader)
+        if any(None in row or None in row.values() for row in rows):
+            raise ConfigError(f"{path} is damaged: not all of its rows have the same number of columns")
+        columns: dict[str, list[str]] = {name: [row[name] for row in rows] for name in names}
+        kind = next((kind for kind in GROUP_KINDS if kind in columns), None)
+
+        def whole(name: str) -> Integers:
+            return np.array([int(text) for text in columns[name]], np.int64)
+
+        return Predictions(
+            probability=np.array([float(text) for text in columns["probability"]]),
+            label=whole("label"),
+            clip=whole("clip"),
+            video=tuple(columns["video"]),
+            frame=whole("frame") if "frame" in columns else None,
+            patient=whole(kind) if kind else None,
+            group_kind=kind or GROUP_KINDS[0],
+        )
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, csv.Error) as error:
+        raise ConfigError(f"{path} is damaged: {error}") from error
 
 
 def _patients(clips: Sequence[Clip]) -> Integers | None:

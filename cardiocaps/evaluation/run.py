@@ -22,7 +22,7 @@ from cardiocaps.runtime.device import Machine, machine_for
 from cardiocaps.runtime.files import write_json
 from cardiocaps.runtime.program import Interrupted, print_line
 from cardiocaps.training.checkpoints import best_network, weights_digest
-from cardiocaps.training.fit import make_trainer, quiet
+from cardiocaps.training.fit import quiet
 from cardiocaps.training.run_folder import RunFolder
 
 _CHANGED_DATA = "--allow-changed-data evaluates on it all the same"
@@ -55,15 +55,12 @@ def evaluate_network(
     unit, measure = unit_of(config), data.study.units[config.regression_target]
     network = best_network(config, run)
     weights = weights_digest(network)
-    machine.lay_out(network.model)
-    trainer = make_trainer(config, machine)
-    test = predict(trainer, network, data, "test")
     decision = None if training else read_decision(run.decision, weights)
-    validation = None
-    if own_data and (results is not None or decision is None):
-        validation = predict(trainer, network, data, "val")
-        decision = decision or Decision.choose(validation, unit, weights, training_mean(data))
-    scores = Scores.of(test, validation, decision or Decision.unknown(unit, weights), config.bootstrap)
+    with_validation = own_data and (results is not None or decision is None)
+    said = predict(config, machine, network, data, ("test", "val") if with_validation else ("test",))
+    if with_validation:
+        decision = decision or Decision.choose(said["val"], unit, weights, training_mean(data))
+    scores = Scores.of(said["test"], said.get("val"), decision or Decision.unknown(unit, weights), config.bootstrap)
 
     baseline = None if training else PixelBaseline.read(run.pixel_baseline)
     if baseline is None and own_data:

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
+from cardiocaps.config import TrainConfig
+from cardiocaps.data.datamodule import EchoDataModule
 from cardiocaps.errors import CheckpointError
+from cardiocaps.evaluation.decision import Decision
 from cardiocaps.evaluation.predictions import UNITS, Predictions
 from cardiocaps.metrics import DECISIONS, THRESHOLD, RegressionReport, Report, evaluate, mean_by, regression_report
-
-if TYPE_CHECKING:
-    from lightning.pytorch import Trainer
-
-    from cardiocaps.data.datamodule import EchoDataModule
-    from cardiocaps.evaluation.decision import Decision
-    from cardiocaps.training.module import Classifier
+from cardiocaps.runtime.device import Machine
+from cardiocaps.training.fit import make_trainer
+from cardiocaps.training.module import Classifier
 
 
 @dataclass(frozen=True)
@@ -83,15 +82,23 @@ class Scores:
         return content
 
 
-def predict(trainer: Trainer, network: Classifier, data: EchoDataModule, split: str) -> Predictions:
-    """What the network says of every frame of a split, in evaluation mode and in one process.
+def predict(
+    config: TrainConfig, machine: Machine, network: Classifier, data: EchoDataModule, splits: Sequence[str]
+) -> dict[str, Predictions]:
+    """What the network says of every frame of some splits, in evaluation mode and in one process.
 
-    Raises CheckpointError where it is not finite.
+    Raises:
+        CheckpointError: an output is not finite.
     """
-    data.predicted = split
-    batches = trainer.predict(network, datamodule=data, return_predictions=True)
-    assert batches is not None
-    out: dict[str, Any] = {name: torch.cat([b[name].cpu() for b in batches]).numpy() for name in batches[0]}
-    if not all(np.isfinite(out[name]).all() for name in ("probability", "regression") if name in out):
-        raise CheckpointError("the network's output is not finite: its training diverged")
-    return Predictions.of(out, data.clips(split), data.study.group_kind)
+    machine.lay_out(network.model)
+    trainer = make_trainer(config, machine)
+    said = {}
+    for split in splits:
+        data.predicted = split
+        batches = trainer.predict(network, datamodule=data, return_predictions=True)
+        assert batches is not None
+        out: dict[str, Any] = {name: torch.cat([b[name].cpu() for b in batches]).numpy() for name in batches[0]}
+        if not all(np.isfinite(out[name]).all() for name in ("probability", "regression") if name in out):
+            raise CheckpointError("the network's output is not finite: its training diverged")
+        said[split] = Predictions.of(out, data.clips(split), data.study.group_kind)
+    return said

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,9 @@ from cardiocaps.runtime.files import write_csv
 from cardiocaps.runtime.program import Interrupted, Interruption, print_line
 from cardiocaps.training.checkpoints import CheckpointFiles
 from cardiocaps.training.run_folder import RunFolder
+
+Watch = Callable[[float, str], None]
+"""Is told how much of a job is done, from 0 to 1, and what is being done."""
 
 # Longest stretch of work, in seconds, that a killed run can lose.
 _SAVE_EVERY = 600.0
@@ -172,3 +175,17 @@ class Patience(EarlyStopping):
     def waited(self, checkpoint: Mapping[str, Any]) -> int:
         """For how many epochs the run of a checkpoint had made no progress."""
         return int(checkpoint["callbacks"][self.state_key]["wait_count"])
+
+
+class Progress(Callback):
+    """Tells `watch` which part of the epochs is done."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert trainer.max_epochs is not None
+        done = trainer.current_epoch + (trainer.fit_loop.batch_idx + 1) / trainer.num_training_batches
+        self.watch(done / trainer.max_epochs, f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")

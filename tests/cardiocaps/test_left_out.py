@@ -67,7 +67,7 @@ def test_experiments_go_on_without_what_failed_when_they_began(
     system, folder = SYSTEMS["logistic-regression-class-weight"], ExperimentFolder(tmp_path / "out")
     folder.make()
     used: list[tuple[Clip, ...]] = []
-    monkeypatch.setattr(jobs, "_pixels", lambda job, config, data, watch: used.append(data.study.clips))
+    monkeypatch.setattr(jobs, "_fit_pixels", lambda job, config, data, watch: used.append(data.study.clips))
     study = read_study(configure(config, system, 10, tmp_path))
     for seed in (10, 11):
         job = jobs.Job(system, seed, configure(config, system, seed, folder.job(system.key, seed)))
