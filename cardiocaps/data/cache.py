@@ -105,9 +105,9 @@ def choose_frames(count: int, wanted: int, choice: str) -> NDArray[np.int64]:
     ``spread`` takes the middle of ``wanted`` equal stretches.
     """
     if wanted < 1:
-        raise ConfigError(f"frames_per_clip must be at least 1, got {wanted}")
+        raise ConfigError(f"frames_per_clip is {wanted}; expected at least 1")
     if choice not in FRAME_CHOICES:
-        raise ConfigError(f"frame_choice must be one of {', '.join(FRAME_CHOICES)}, got {choice!r}")
+        raise ConfigError(f"frame_choice is {choice!r}; expected one of {', '.join(FRAME_CHOICES)}")
     n = min(wanted, count)
     if choice == "first":
         return np.arange(n, dtype=np.int64)
@@ -143,12 +143,12 @@ def build(
         OutputError: the cache cannot be written, or has files of another user that cannot be read.
     """
     if size < 1:
-        raise ConfigError(f"size must be at least 1, got {size}")
+        raise ConfigError(f"size is {size}; expected at least 1")
     workers = cores() if workers is None else workers
     if workers < 1:
-        raise ConfigError(f"workers must be at least 1, got {workers}")
+        raise ConfigError(f"workers is {workers}; expected at least 1")
     if reader not in READERS:
-        raise ConfigError(f"reader must be one of {', '.join(READERS)}, got {reader!r}")
+        raise ConfigError(f"reader is {reader!r}; expected one of {', '.join(READERS)}")
     if reader == "decord":
         require_package("decord", "decord", "video_reader: 'decord'", extra="decord")
     choose_frames(1, frames_per_clip, frame_choice)

@@ -200,12 +200,12 @@ class EchoDataModule(LightningDataModule):
         if target not in study.units:
             raise ConfigError(f"target is {target!r}; expected one of {', '.join(study.units)}")
         if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+            raise ConfigError(f"batch_size is {batch_size}; expected at least 1")
         if num_workers < 0:
-            raise ConfigError(f"num_workers must be at least 0, got {num_workers}")
+            raise ConfigError(f"num_workers is {num_workers}; expected at least 0")
         for name, value in (("seed", seed), ("split_seed", split_seed)):
             if value is not None and value < 0:
-                raise ConfigError(f"{name} must be at least 0, got {value}")
+                raise ConfigError(f"{name} is {value}; expected at least 0")
         choice = frame_choice or ("first" if study.protocol == "paper" else "spread")
         cache.choose_frames(1, frames_per_clip, choice)
         self.study = study
@@ -306,7 +306,7 @@ class EchoDataModule(LightningDataModule):
             float32 [n, side·side] in [0, 1], labels int64 [n], clip indices int64 [n].
         """
         if side < 1:
-            raise ConfigError(f"side must be at least 1, got {side}")
+            raise ConfigError(f"side is {side}; expected at least 1")
         dataset = self._dataset(split)
         grey = np.empty((len(dataset), side * side), np.float32)
         luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R BT.601
@@ -318,7 +318,7 @@ class EchoDataModule(LightningDataModule):
 
     def _dataset(self, split: str) -> FrameDataset:
         if split not in splits.SPLITS:
-            raise ConfigError(f"split must be one of {', '.join(splits.SPLITS)}, got {split!r}")
+            raise ConfigError(f"split is {split!r}; expected one of {', '.join(splits.SPLITS)}")
         self.setup()
         return self._datasets[split]
 

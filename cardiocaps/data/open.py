@@ -43,8 +43,8 @@ def read_study(
                 )
             if config.phantom_videos < TRAINABLE_PHANTOM:
                 raise ConfigError(
-                    f"phantom_videos: {config.phantom_videos} is not allowed; give at least {TRAINABLE_PHANTOM}: fewer "
-                    "leave a split without abnormal videos"
+                    f"phantom_videos is {config.phantom_videos}; expected at least {TRAINABLE_PHANTOM}: fewer leave a "
+                    "split without abnormal videos"
                 )
             print_line(f"making {config.phantom_videos} phantom videos in {root}")
             write_phantom(root, config.phantom_videos, config.phantom_seed, progress=config.progress)

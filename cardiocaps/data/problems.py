@@ -41,7 +41,7 @@ def refuse_many(
 
 def check_share(max_bad_share: float) -> None:
     if not 0 <= max_bad_share <= 1:
-        raise ConfigError(f"max_bad_share must be from 0 to 1, got {max_bad_share}")
+        raise ConfigError(f"max_bad_share is {max_bad_share}; expected a share from 0 to 1")
 
 
 def summarise(problems: Iterable[Problem]) -> str:

@@ -48,7 +48,7 @@ class Study:
     def clips_in(self, split: str) -> tuple[Clip, ...]:
         """The clips that have frames in a split, in the order that a batch's ``clip`` counts them."""
         if split not in splits.SPLITS:
-            raise ConfigError(f"split must be one of {', '.join(splits.SPLITS)}, got {split!r}")
+            raise ConfigError(f"split is {split!r}; expected one of {', '.join(splits.SPLITS)}")
         return tuple(clip for clip in self.clips if clip.split in (split, splits.MIXED))
 
     def check_splits(self) -> None:

@@ -211,7 +211,7 @@ def resize(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     from torch.nn.functional import interpolate
 
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
-        raise ValueError(f"frames must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+        raise ValueError(f"frames is {frames.dtype} {list(frames.shape)}; expected uint8 [T, H, W, 3]")
     result = np.empty((len(frames), 3, size, size), np.uint8)
     for frame, out in zip(frames, result, strict=True):
         planes = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1), dtype=np.float32))

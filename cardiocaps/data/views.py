@@ -29,7 +29,7 @@ _LOG_GAIN = 0.15
 def base_side(size: int) -> int:
     """Side of the cached frames, in pixels, for a network input of ``size``: 256 -> 728, 64 -> 182."""
     if size < 8:
-        raise ConfigError(f"size must be at least 8 pixels, got {size}")
+        raise ConfigError(f"size is {size}; expected at least 8 pixels")
     return round(size * _BASE_OVER_INPUT)
 
 
@@ -81,9 +81,9 @@ def three_views(base: Tensor, size: int, jitter: Tensor, tone: Tensor | None = N
     """
     side = base.shape[-1]
     if base.dtype != torch.uint8 or base.ndim != 4 or base.shape[1] != 3 or base.shape[2] != side:
-        raise ValueError(f"base must be uint8 [B, 3, S, S], got {base.dtype} {list(base.shape)}")
+        raise ValueError(f"base is {base.dtype} {list(base.shape)}; expected uint8 [B, 3, S, S]")
     if jitter.shape != (len(base), 3, 4):
-        raise ValueError(f"jitter must be [{len(base)}, 3, 4], got {list(jitter.shape)}")
+        raise ValueError(f"jitter is {list(jitter.shape)}; expected [{len(base)}, 3, 4]")
     # In place where that is possible: fresh memory for a batch of frames costs more than the arithmetic.
     pixels = base.float().div_(255)
     small = interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)

@@ -81,11 +81,11 @@ def decision_of(content: Mapping[str, Any]) -> Decision:
     threshold, mean = content.get("threshold"), content.get("target_mean")
     unit, rule, weights = (content.get(name) for name in ("unit", "rule", "weights"))
     if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-        raise ValueError(f"threshold: must be a number from 0 to 1, is {threshold!r}")
+        raise ValueError(f"threshold is {threshold!r}; expected a number from 0 to 1")
     if not all(isinstance(text, str) for text in (unit, rule, weights)) or unit not in UNITS:
-        raise ValueError("unit, rule and weights: must be text, unit one of video and frame")
+        raise ValueError(f"unit, rule, weights are {(unit, rule, weights)!r}; expected texts, unit video or frame")
     if mean is not None and not isinstance(mean, int | float):
-        raise ValueError(f"target_mean: must be a number or null, is {mean!r}")
+        raise ValueError(f"target_mean is {mean!r}; expected a number or null")
     return Decision(threshold, unit, str(rule), str(weights), math.nan if mean is None else mean)
 
 

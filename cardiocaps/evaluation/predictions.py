@@ -55,26 +55,26 @@ class Predictions:
         probability = np.asarray(self.probability, np.float64)
         n = probability.size
         if probability.shape != (n,) or not n:
-            raise ValueError(f"probability: must be [n] and not empty, has shape {list(probability.shape)}")
+            raise ValueError(f"probability has shape {list(probability.shape)}; expected [n], not empty")
         wrong = ~((probability >= 0) & (probability <= 1))
         if wrong.any():
-            raise ValueError(f"probability: must lie in [0, 1], one is {probability[wrong][0]}")
+            raise ValueError(f"probability is {probability[wrong][0]}; expected a number in [0, 1]")
         object.__setattr__(self, "probability", probability)
         for name in ("label", "clip", "frame", "patient"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, _integers(getattr(self, name), n, name))
         if not np.isin(self.label, (0, 1)).all():
-            raise ValueError(f"label: must be 0 or 1, are {np.unique(self.label)[:5].tolist()}")
+            raise ValueError(f"label is {np.unique(self.label)[:5].tolist()}; expected 0 or 1")
         if self.group_kind not in GROUP_KINDS:
-            raise ValueError(f"group_kind: must be one of {', '.join(GROUP_KINDS)}, is {self.group_kind!r}")
+            raise ValueError(f"group_kind is {self.group_kind!r}; expected one of {', '.join(GROUP_KINDS)}")
         object.__setattr__(self, "video", tuple(self.video))
         if len(self.video) != n:
-            raise ValueError(f"video: must have {n} names, has {len(self.video)}")
+            raise ValueError(f"video has {len(self.video)} names; expected {n}")
         for name in ("target", "regression"):
             values = getattr(self, name)
             if values is not None:
                 if np.shape(values) != (n,):
-                    raise ValueError(f"{name}: must be [{n}], has shape {list(np.shape(values))}")
+                    raise ValueError(f"{name} has shape {list(np.shape(values))}; expected [{n}]")
                 object.__setattr__(self, name, np.asarray(values, np.float64))
 
     @classmethod
@@ -221,5 +221,5 @@ def _rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _integers(values: ArrayLike, n: int, name: str) -> Integers:
     array = np.asarray(values)
     if array.shape != (n,) or array.dtype.kind not in "biu":
-        raise ValueError(f"{name}: must be integers [{n}], is {array.dtype} {list(array.shape)}")
+        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}; expected integers [{n}]")
     return array.astype(np.int64)

@@ -65,7 +65,7 @@ class Result:
 
     def __post_init__(self) -> None:
         if self.unit not in UNITS:
-            raise ValueError(f"unit: must be one of {', '.join(UNITS)}, is {self.unit!r}")
+            raise ValueError(f"unit is {self.unit!r}; expected one of {', '.join(UNITS)}")
 
 
 def is_finished(folder: Path) -> bool:
@@ -103,16 +103,16 @@ def read_result(folder: Path) -> Result:
     for name, types in _FIELDS.items():
         if name not in content or type(content[name]) not in types:
             raise ConfigError(f"{path} is damaged: {name} is {content.get(name)!r}")
-    rows, splits = content.get("rows"), {}
+    fields: dict[str, Any] = {name: content[name] for name in _FIELDS}
+    rows = content.get("rows")
     for split, table in (("validation", run.validation_csv), ("test", run.predictions_csv)):
         if not isinstance(rows, dict) or type(rows.get(split)) is not int:
             raise ConfigError(f"{path} is damaged: it does not say how many rows the splits have")
-        splits[split] = read_predictions(table)
-        if splits[split].label.size != rows[split]:
-            found = splits[split].label.size
+        fields[split] = read_predictions(table)
+        found = fields[split].label.size
+        if found != rows[split]:
             raise ConfigError(f"{table} is damaged: it has {found} rows, {_NAME} says {rows[split]}")
-    fields: dict[str, Any] = {name: content[name] for name in _FIELDS}
     try:
-        return Result(**fields, **splits)
+        return Result(**fields)
     except ValueError as error:
         raise ConfigError(f"{path} is damaged: {error}") from error

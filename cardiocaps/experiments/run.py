@@ -45,7 +45,7 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
 
     quiet()
     if config.split == "frames" and "leakage" in names:
-        raise ConfigError("split: 'frames' is a row of leakage itself; allowed are 'auto', 'column', 'stratified'")
+        raise ConfigError("split is 'frames', which is a row of leakage itself; expected auto, column or stratified")
     decide(config, visible_gpu())  # before anything is written, whether the device is there
     exhibits = [EXHIBITS[name] for name in names]
     threads = config.threads or max(1, torch.get_num_threads() // at_once)

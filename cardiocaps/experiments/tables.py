@@ -37,7 +37,7 @@ def write_exhibit(exhibit: Exhibit, rows: Sequence[Row], folder: Path, *, data: 
     """
     foreign = [row.system for row in rows if row.system not in exhibit.systems]
     if not rows or foreign:
-        raise ValueError(f"rows: must be of {', '.join(exhibit.systems)}, are of {', '.join(foreign) or 'none'}")
+        raise ValueError(f"rows are of {', '.join(foreign) or 'none'}; expected rows of {', '.join(exhibit.systems)}")
     summaries = [summarise(row, exhibit.reported(row.system), bootstrap) for row in rows if row.results]
     write_csv(folder / f"{exhibit.name}.csv", _csv_rows(exhibit, rows, summaries))
     picture = folder / f"{exhibit.name}.png"

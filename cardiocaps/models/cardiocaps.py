@@ -64,7 +64,7 @@ class CardioCaps(nn.Module):
         super().__init__()
         self.size = sizes.size
         if affine not in AFFINE:
-            raise ValueError(f"CardioCaps: affine is {affine!r}; allowed are {', '.join(map(repr, AFFINE))}")
+            raise ValueError(f"CardioCaps: affine is {affine!r}; expected one of {', '.join(AFFINE)}")
         side = _after(
             _after(sizes.size, sizes.conv_kernel, sizes.conv_stride), sizes.primary_kernel, sizes.primary_stride
         )

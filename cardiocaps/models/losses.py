@@ -81,18 +81,18 @@ def class_weights(counts: Tensor, mode: ClassWeight = "balanced") -> Tensor:
     and non-negative with a positive sum, and for a class without a sample under `balanced`.
     """
     if mode not in get_args(ClassWeight):
-        raise ValueError(f"mode: must be one of {', '.join(get_args(ClassWeight))}, is {mode!r}")
+        raise ValueError(f"mode is {mode!r}; expected one of {', '.join(get_args(ClassWeight))}")
     if counts.ndim != 1 or counts.numel() == 0:
-        raise ValueError(f"counts: must be a non-empty [J] tensor, is {_describe(counts)}")
+        raise ValueError(f"counts is {_describe(counts)}; expected a non-empty [J] tensor")
     count = counts.double()
     if not bool((count.isfinite() & (count >= 0)).all()) or float(count.sum()) == 0:
-        raise ValueError(f"counts: must be finite, not negative and not all zero, is {counts.tolist()}")
+        raise ValueError(f"counts is {counts.tolist()}; expected finite, not negative and not all zero")
     if mode == "none":
         weight = torch.ones_like(count)
     elif mode == "proportion":
         weight = count / count.sum()
     elif bool((count == 0).any()):
-        raise ValueError(f"counts: balanced weights need a sample of every class, is {counts.tolist()}")
+        raise ValueError(f"counts is {counts.tolist()}; expected a sample of every class for balanced weights")
     else:
         weight = count.sum() / (count.numel() * count)
     return weight.float()
@@ -105,9 +105,9 @@ def reconstruction_loss(reconstruction: Tensor, image: Tensor, *, weight: float 
     ValueError for shapes that differ. Source: Sabour et al. 2017, section 4.1.
     """
     if image.ndim != 4 or image.numel() == 0:
-        raise ValueError(f"image: must be a non-empty [B, C, H, W] tensor, is {_describe(image)}")
+        raise ValueError(f"image is {_describe(image)}; expected a non-empty [B, C, H, W] tensor")
     if reconstruction.shape != image.shape:
-        raise ValueError(f"reconstruction: must have image's shape {list(image.shape)}, is {_describe(reconstruction)}")
+        raise ValueError(f"reconstruction is {_describe(reconstruction)}; expected image's shape {list(image.shape)}")
     error = _at_least_float32(reconstruction) - _at_least_float32(image)
     return weight * image[0].numel() * error.square().mean()
 
@@ -120,11 +120,11 @@ def regression_loss(prediction: Tensor, target: Tensor) -> Tensor:
     broadcast to [B, B]), and for an infinite target (CPU tensors).
     """
     if prediction.ndim != 1 or prediction.numel() == 0:
-        raise ValueError(f"prediction: must be a non-empty [B] tensor, is {_describe(prediction)}")
+        raise ValueError(f"prediction is {_describe(prediction)}; expected a non-empty [B] tensor")
     if target.shape != prediction.shape or not target.is_floating_point():
-        raise ValueError(f"target: must be a floating [B] = [{len(prediction)}] tensor, is {_describe(target)}")
+        raise ValueError(f"target is {_describe(target)}; expected a floating [B] = [{len(prediction)}] tensor")
     if target.device.type == "cpu" and bool(target.isinf().any()):
-        raise ValueError("target: must be finite, or NaN where missing; one is infinite")
+        raise ValueError("target is infinite; expected finite, or NaN where missing")
     prediction, target = _at_least_float32(prediction), _at_least_float32(target)
     measured = ~target.isnan()
     error = torch.where(measured, prediction - target, 0.0)
@@ -142,7 +142,7 @@ class _ClassWeighted(nn.Module):
         if class_weight is None:
             class_weight = torch.ones(2)
         if class_weight.ndim != 1 or not bool((class_weight.isfinite() & (class_weight >= 0)).all()):
-            raise ValueError(f"class_weight: must be a finite, non-negative [J] tensor, is {class_weight.tolist()}")
+            raise ValueError(f"class_weight is {class_weight.tolist()}; expected a finite, non-negative [J] tensor")
         self.register_buffer("class_weight", class_weight.detach().clone().float())
 
 
@@ -185,9 +185,9 @@ class CardioCapsLoss(_ClassWeighted):
         `reconstruction_loss` and `regression_loss`.
         """
         if (reconstruction is None) != (image is None):
-            raise ValueError("reconstruction, image: give both or neither")
+            raise ValueError("reconstruction, image: one is given; expected both or neither")
         if (prediction is None) != (target is None):
-            raise ValueError("prediction, target: give both or neither")
+            raise ValueError("prediction, target: one is given; expected both or neither")
         margin = margin_loss(
             scores,
             labels,
@@ -233,7 +233,7 @@ class SpreadLoss(_ClassWeighted):
     def begin_epoch(self, epoch: int, epochs: int) -> None:
         """Set the margin for training in `epoch`, 0 … epochs − 1; it depends on these two alone. Raises ValueError."""
         if not 0 <= epoch < epochs:
-            raise ValueError(f"epoch: must lie in 0 … epochs - 1 = {epochs - 1}, is {epoch}")
+            raise ValueError(f"epoch is {epoch}; expected 0 … {epochs - 1}")
         grown = min(1.0, 2 * epoch / epochs)
         self._training_margin = self.first_margin + grown * (self.last_margin - self.first_margin)
 
@@ -271,15 +271,15 @@ class CrossEntropyLoss(_ClassWeighted):
 
 def _check_scores(name: str, scores: Tensor, labels: Tensor, class_weight: Tensor | None) -> None:
     if scores.ndim != 2 or scores.numel() == 0 or not scores.is_floating_point():
-        raise ValueError(f"{name}: must be a non-empty floating [B, J] tensor, is {_describe(scores)}")
+        raise ValueError(f"{name} is {_describe(scores)}; expected a non-empty floating [B, J] tensor")
     batch, classes = scores.shape
     if labels.shape != (batch,) or labels.dtype != torch.int64:
-        raise ValueError(f"labels: must be an int64 [B] = [{batch}] tensor, is {_describe(labels)}")
+        raise ValueError(f"labels is {_describe(labels)}; expected an int64 [B] = [{batch}] tensor")
     if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < classes:
         worst = int(labels.min()) if int(labels.min()) < 0 else int(labels.max())
-        raise ValueError(f"labels: must lie in 0 … {classes - 1}, one is {worst}")
+        raise ValueError(f"labels is {worst}; expected labels in 0 … {classes - 1}")
     if class_weight is not None and class_weight.shape != (classes,):
-        raise ValueError(f"class_weight: must be [J] = [{classes}], is {_describe(class_weight)}")
+        raise ValueError(f"class_weight is {_describe(class_weight)}; expected [J] = [{classes}]")
 
 
 def _weighted_mean(loss: Tensor, labels: Tensor, class_weight: Tensor | None) -> Tensor:

@@ -49,7 +49,7 @@ class PixelClassifier:
         """Probability of class 1 [m] for `pixels` [m, p]. Raises ValueError for another p, and as `fit`."""
         values = _pixels(pixels, "pixels")
         if values.shape[1] != self.pixels:
-            raise ValueError(f"pixels: must have as many as in training, {self.pixels}; has {values.shape[1]}")
+            raise ValueError(f"pixels has {values.shape[1]} columns; expected {self.pixels}, as in training")
         # XGBoost's are float32.
         return np.clip(self.model.predict_proba(values)[:, 1].astype(np.float64), 0.0, 1.0)
 
@@ -59,7 +59,7 @@ class PixelClassifier:
         steps = getattr(self.model, "named_steps", {})
         if [*steps] != ["scale", "classifier"]:
             raise ValueError(
-                f"classifier: must be a logistic regression without sampling, has steps {', '.join(steps)}"
+                f"classifier has steps {', '.join(steps)}; expected a logistic regression without sampling"
             )
         scale, classifier = steps["scale"], steps["classifier"]
         return {
@@ -82,7 +82,7 @@ class PixelClassifier:
         right = {"mean": (pixels,), "scale": (pixels,), "coefficients": (pixels,), "intercept": ()}
         if not pixels or any(array.shape != right[name] for name, array in values.items()):
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in values.items())
-            raise ValueError(f"content: must be one intercept and as many numbers of each other kind, is {shapes}")
+            raise ValueError(f"content is {shapes}; expected one intercept and as many numbers of each other kind")
         scale, classifier = StandardScaler(), LogisticRegression()
         scale.mean_, scale.scale_, scale.n_features_in_ = values["mean"], values["scale"], pixels
         classifier.coef_, classifier.intercept_ = values["coefficients"][None], values["intercept"][None]
@@ -121,7 +121,7 @@ def fit(
     train = _pixels(pixels, "pixels")
     y = _labels(labels, len(train), "labels")
     if len(np.unique(y)) != 2:
-        raise ValueError(f"labels: must be 0 and 1, both present, are {np.unique(y).tolist()}")
+        raise ValueError(f"labels is {np.unique(y).tolist()}; expected 0 and 1, both present")
 
     steps, options = [], {}
     if sampling != "class-weight":
@@ -132,11 +132,11 @@ def fit(
         steps.append(("scale", StandardScaler()))
     if classifier == "xgboost":
         if validation_pixels is None or validation_labels is None:
-            raise ValueError("validation_pixels: xgboost needs validation frames to know when to stop, got none")
+            raise ValueError("validation_pixels is None; expected frames: xgboost stops by them")
         validation = _pixels(validation_pixels, "validation_pixels")
         truth = _labels(validation_labels, len(validation), "validation_labels")
         if validation.shape[1] != train.shape[1]:
-            raise ValueError(f"validation_pixels: must have {train.shape[1]} pixels, has {validation.shape[1]}")
+            raise ValueError(f"validation_pixels has {validation.shape[1]} columns; expected {train.shape[1]}")
         options = {
             "classifier__eval_set": [(validation, truth)],
             "classifier__sample_weight_eval_set": [_balanced(truth)],
@@ -204,15 +204,15 @@ def _balanced(y: Integers) -> Floats:
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}: must be one of {', '.join(allowed)}, is {value!r}")
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
 
 
 def _labels(values: ArrayLike, n: int, name: str) -> Integers:
     labels = np.asarray(values)
     if labels.shape != (n,):
-        raise ValueError(f"{name}: must have shape [{n}], has {list(labels.shape)}")
+        raise ValueError(f"{name} has shape {list(labels.shape)}; expected [{n}]")
     if not np.isin(labels, (0, 1)).all():
-        raise ValueError(f"{name}: must be 0 or 1, are {np.unique(labels)[:5].tolist()}")
+        raise ValueError(f"{name} is {np.unique(labels)[:5].tolist()}; expected 0 or 1")
     return labels.astype(np.int64)
 
 
@@ -222,15 +222,16 @@ def _numbers(content: Mapping[str, Any], name: str) -> Floats:
     except (TypeError, ValueError):
         array = np.array(np.nan)
     if not np.isfinite(array).all() or (name == "scale" and not (array > 0).all()):
-        raise ValueError(f"content: {name} must be finite numbers{', above 0' if name == 'scale' else ''}")
+        positive = ", above 0" if name == "scale" else ""
+        raise ValueError(f"{name} is {content.get(name)!r:.60}; expected finite numbers{positive}")
     return array
 
 
 def _pixels(values: ArrayLike, name: str) -> Floats:
     array = np.asarray(values)
     if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "biuf":
-        raise ValueError(f"{name}: must be a non-empty numeric [n, p] array, is {array.dtype} {list(array.shape)}")
+        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}; expected a non-empty numeric [n, p] array")
     pixels = array.astype(np.float64)
     if not np.isfinite(pixels).all():
-        raise ValueError(f"{name}: must be finite, one value is {pixels[~np.isfinite(pixels)][0]}")
+        raise ValueError(f"{name} has the value {pixels[~np.isfinite(pixels)][0]}; expected finite numbers")
     return pixels

@@ -95,11 +95,11 @@ def confusion_matrices(
     Raises ValueError for none, and for a matrix that does not fit `classes`; OutputError.
     """
     if not counts:
-        raise ValueError("counts: must have at least one matrix, is empty")
+        raise ValueError("counts is empty; expected at least one matrix")
     matrices = {name: np.asarray(matrix) for name, matrix in counts.items()}
     for matrix in matrices.values():
         if matrix.shape != (len(classes), len(classes)) or (matrix < 0).any():
-            raise ValueError(f"counts: must be [{len(classes)}, {len(classes)}] and not negative, is {matrix.tolist()}")
+            raise ValueError(f"counts is {matrix.tolist()}; expected [{len(classes)}, {len(classes)}], not negative")
     figure = new_figure(4.2 * len(matrices) + 0.8, 4.8, title)
     panels = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axes, (name, matrix) in zip(panels, matrices.items(), strict=True):

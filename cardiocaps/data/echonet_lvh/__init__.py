@@ -77,15 +77,15 @@ def read_folder(
     """
     root = Path(root)
     if protocol not in PROTOCOLS:
-        raise ConfigError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+        raise ConfigError(f"protocol is {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
     if split not in SPLIT_RULES:
-        raise ConfigError(f"split must be one of {', '.join(SPLIT_RULES)}, got {split!r}")
+        raise ConfigError(f"split is {split!r}; expected one of {', '.join(SPLIT_RULES)}")
     if protocol == "paper" and split != "auto":
-        raise ConfigError(f"split must be auto in the paper protocol, which splits frames, got {split!r}")
+        raise ConfigError(f"split is {split!r}; expected auto in the paper protocol, which splits frames")
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit must be at least 1, got {limit}")
+        raise ConfigError(f"limit is {limit}; expected at least 1")
     if not needed_splits or not set(needed_splits) <= set(splits.SPLITS):
-        raise ConfigError(f"needed_splits must name some of {', '.join(splits.SPLITS)}, got {tuple(needed_splits)!r}")
+        raise ConfigError(f"needed_splits is {tuple(needed_splits)!r}; expected some of {', '.join(splits.SPLITS)}")
     thresholds = {**THRESHOLDS, **(thresholds or {})}
     check_thresholds(thresholds)
 

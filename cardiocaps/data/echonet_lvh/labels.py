@@ -59,10 +59,10 @@ def check_thresholds(thresholds: Mapping[str, float]) -> None:
     """
     if set(thresholds) != set(CALCS):
         got = printable(", ".join(sorted(thresholds)))[:200] or "none"
-        raise ConfigError(f"thresholds must name {', '.join(CALCS)}, got {got}")
+        raise ConfigError(f"thresholds is for {got}; expected {', '.join(CALCS)}")
     for calc, cm in thresholds.items():
         if not cm > 0:
-            raise ConfigError(f"thresholds[{calc}] must be above 0 cm, got {cm}")
+            raise ConfigError(f"thresholds[{calc}] is {cm}; expected more than 0 cm")
 
 
 def abnormal(calc: str, cm: float, thresholds: Mapping[str, float] = THRESHOLDS) -> bool:
@@ -72,7 +72,7 @@ def abnormal(calc: str, cm: float, thresholds: Mapping[str, float] = THRESHOLDS)
         ConfigError: ``calc`` has no threshold.
     """
     if calc not in thresholds:
-        raise ConfigError(f"calc must be one of {', '.join(thresholds)}, got {calc!r}")
+        raise ConfigError(f"calc is {calc!r}; expected one of {', '.join(thresholds)}")
     return cm >= thresholds[calc]
 
 

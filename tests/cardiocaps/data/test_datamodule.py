@@ -240,9 +240,9 @@ def test_pixels_for_the_baselines(shared_folder: Path, shared_cache: Path) -> No
     np.testing.assert_allclose(grey, luma.flatten(1).numpy(), atol=1e-5)
     half = interpolate(luma[:, None], (8, 8), mode="bilinear", antialias=True).flatten(1)
     assert float(np.abs(data.pixels("test", 8)[0] - half.numpy()).mean()) < 0.02
-    with pytest.raises(ConfigError, match="side must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="side is 0; expected at least 1"):
         data.pixels("test", 0)
-    with pytest.raises(ConfigError, match="split must be one of train, val, test, got 'all'"):
+    with pytest.raises(ConfigError, match="split is 'all'; expected one of train, val, test"):
         data.pixels("all", 8)
 
 
@@ -279,12 +279,12 @@ def test_a_study_that_changed_is_reported(tmp_path: Path) -> None:
     "options, reason",
     [
         ({"target": "mass"}, "target is 'mass'; expected one of width, ef"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"size": 2}, "size must be at least 8 pixels, got 2"),
-        ({"frames_per_clip": 0}, "frames_per_clip must be at least 1, got 0"),
-        ({"frame_choice": "last"}, "frame_choice must be one of spread, first, got 'last'"),
+        ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"num_workers": -1}, "num_workers is -1; expected at least 0"),
+        ({"seed": -1}, "seed is -1; expected at least 0"),
+        ({"size": 2}, "size is 2; expected at least 8 pixels"),
+        ({"frames_per_clip": 0}, "frames_per_clip is 0; expected at least 1"),
+        ({"frame_choice": "last"}, "frame_choice is 'last'; expected one of spread, first"),
     ],
 )
 def test_options_are_checked_before_anything_is_decoded(

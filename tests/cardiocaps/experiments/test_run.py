@@ -293,7 +293,7 @@ def test_a_split_that_leakage_compares(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert program.main(["leakage", *arguments, "--split", "frames", "--out", str(tmp_path / "out")]) == 2
-    assert "split: 'frames' is a row of leakage itself; allowed are 'auto'" in capsys.readouterr().err
+    assert "split is 'frames', which is a row of leakage itself; expected auto" in capsys.readouterr().err
 
 
 def test_other_data_are_refused(

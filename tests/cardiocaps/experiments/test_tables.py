@@ -309,9 +309,9 @@ def test_the_files_are_the_same_each_time(tmp_path: Path) -> None:
 
 def test_rows_of_another_exhibit_are_refused(tmp_path: Path) -> None:
     shown = Exhibit("table5", "Table V", ("vit",))
-    with pytest.raises(ValueError, match="rows: must be of vit, are of unet"):
+    with pytest.raises(ValueError, match="rows are of unet; expected rows of vit"):
         write_exhibit(shown, [row("unet", "U-Net")], tmp_path, data=DATA, bootstrap=0)
-    with pytest.raises(ValueError, match="rows: must be of vit, are of none"):
+    with pytest.raises(ValueError, match="rows are of none; expected rows of vit"):
         write_exhibit(shown, [], tmp_path, data=DATA, bootstrap=0)
 
 

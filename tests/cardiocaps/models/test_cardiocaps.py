@@ -67,7 +67,7 @@ def test_constant_votes_are_not_learned(routing: str) -> None:
 
 
 def test_unknown_affine_map() -> None:
-    with pytest.raises(ValueError, match=r"affine is 'affine'; allowed are 'matrices', 'convolution', 'constant'"):
+    with pytest.raises(ValueError, match=r"affine is 'affine'; expected one of matrices, convolution, constant"):
         CardioCaps(PRESETS["tiny"], affine="affine")
 
 

@@ -179,7 +179,7 @@ def test_too_many_bad_rows_stop_the_run(tmp_path: Path) -> None:
     assert len(read_measurements(path, max_bad_share=0.1).rows) == 27
     with pytest.raises(DataError, match=r"3 of 30 rows of .*allows 1; the first: line 2: CalcValue out of range: 99"):
         read_measurements(path, max_bad_share=0.05)
-    with pytest.raises(ConfigError, match=r"max_bad_share must be from 0 to 1, got 1\.5"):
+    with pytest.raises(ConfigError, match=r"max_bad_share is 1\.5; expected a share from 0 to 1"):
         read_measurements(path, max_bad_share=1.5)
 
 
