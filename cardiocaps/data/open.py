@@ -21,13 +21,16 @@ from cardiocaps.runtime.program import print_line
 def read_study(
     config: TrainConfig, *, again: bool = False, needed_splits: Sequence[str] = ("train", "val", "test")
 ) -> Study:
-    """The study of a run: its folder, or the phantom, which is made if it is not there.
+    """Read the study of a run: from its folder, or from the phantom, which is made if it is missing.
 
-    `again`: the run has used it before, so that nothing is made, for that would be something else. `needed_splits`: as
-    `read_folder`.
+    Args:
+        config: settings of the run.
+        again: the run has used the study before, so a missing phantom is an error: a new one might differ.
+        needed_splits: each of them needs clips of both classes.
 
     Raises:
-        DataError, OutputError: as `read_folder` and `write_phantom`; and where it is not where it was.
+        DataError: as the reader; or the run's folder or phantom is missing.
+        OutputError: as `write_phantom`.
     """
     root = config.data
     if again and root is not None and is_missing(root):
@@ -64,7 +67,7 @@ def read_study(
 
 
 def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModule:
-    """The study's frames, decoded or found in the cache. Raises DataError, OutputError as `cache.build`."""
+    """The data module of a study, after decoding. Raises DataError and OutputError as `cache.build`."""
     data = EchoDataModule(
         study,
         size=config.network.size,
@@ -89,12 +92,12 @@ def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModul
 
 @dataclass(frozen=True)
 class RunData:
-    """The decoded study that a run is trained on or judged by."""
+    """A decoded study on which a run is trained or judged."""
 
     data: EchoDataModule
     fingerprint: Fingerprint
-    is_own: bool | None  # whether the run was trained on it; None where the run does not remember
-    left_out: int = 0  # videos that were to be tested on, but that the run was trained or validated on
+    is_own: bool | None  # whether the run was trained on it; None if the run has no record of its data
+    left_out: int = 0  # number of test videos left out because the run was trained or validated on them
 
 
 def decode_for_run(
@@ -112,31 +115,32 @@ def decode_for_run(
 
     Args:
         record: the fingerprint of the run's data, `RunFolder.data`.
-        advice: what to do where it is not, for the error.
+        advice: what to do if the study differs; the error message ends with it.
         trained: whether the run has trained already.
-        allow_changed: say what has changed and go on, without test videos that the run was trained or validated on.
+        allow_changed: print what has changed and go on, without test videos that the run was trained or validated on.
         keep: write the record where there is none yet.
 
     Raises:
-        DataError, OutputError: as `decode`; where something has changed that a network learns or is judged by, or may
-            have: a run that remembers no study, whose split is drawn; and where no test video is left.
+        DataError: as `decode`; or the study has changed, or may have changed (a random split without a record); or no
+            test video is left.
+        OutputError: as `decode`.
         ConfigError: the record is damaged.
     """
     before, now = read_fingerprint(record), Fingerprint.of(study)
     if before is None and trained:
         forgotten = "this run kept no fingerprint of its data, as older versions did not"
         if study.split_rule != "stratified":
-            print_line(f"note: {forgotten}: nobody knows if they changed")
+            print_line(f"note: {forgotten}: whether they have changed is unknown")
         elif allow_changed:
             print_line(f"note: {forgotten}, and its split is drawn anew: videos it was trained on may be tested on")
         else:
-            # What is left out, whose a video is and the limit decide what is drawn, and versions differ in them.
+            # A random split depends on the usable videos, the patients and the limit, which versions treat differently.
             raise DataError(
                 f"data: {printable(study.root)} may be split in another way than then: the split is drawn, and "
                 f"{forgotten}; {'begin a new run' if keep else advice}"
             )
     if before is not None and not allow_changed:
-        _refuse_changes(before.differences(now), study, advice)  # the sooner the better
+        _refuse_changes(before.differences(now), study, advice)  # before decoding, which takes long
     data = decode(config, machine, study if before is None else before.as_used(study))
     now = now.with_contents(data.contents())
     changes = [] if before is None else before.differences(now)
@@ -163,8 +167,13 @@ def decode_for_run(
 
 
 def _without_seen(usable: Study, study: Study, before: Fingerprint, contents: Mapping[str, str]) -> tuple[Study, int]:
-    """The `usable` part of a study without the test videos that a run on `before` has seen, or whose patient it has,
-    and how many these are. Raises DataError where none is left."""
+    """The `usable` part of a study without the test videos that are not new to a run on `before`, and their number.
+
+    A video is not new if the run has trained or validated on it, or on a video of its patient.
+
+    Raises:
+        DataError: no test video is left.
+    """
     seen = {clip.name: clip for clip in study.clips if before.has_seen(clip.name, contents.get(clip.name))}
     patients = {clip.patient for clip in seen.values() if clip.patient is not None}
     tested = {clip.name: clip for clip in usable.clips_in("test")}

@@ -11,15 +11,11 @@ from cardiocaps.errors import ConfigError, DataError, printable
 
 @dataclass(frozen=True)
 class Problem:
-    """Something left out, or worth knowing: where (a line of the table, a video) and why.
+    """A row or video that is left out, or a note about one."""
 
-    The reason reads ``kind`` or ``kind: detail``; summaries count the kinds. A harmless one loses nothing that
-    should be there, and does not count as bad.
-    """
-
-    where: str
-    reason: str
-    harmless: bool = False
+    where: str  # a line of the table, or a video
+    reason: str  # "KIND" or "KIND: DETAIL"; summaries count the kinds
+    harmless: bool = False  # nothing useful is lost: it does not count as bad
 
     @property
     def kind(self) -> str:
@@ -29,7 +25,7 @@ class Problem:
 def refuse_many(
     bad: int, total: int, max_bad_share: float, what: str, problems: Sequence[Problem], note: str = ""
 ) -> None:
-    """Raise DataError, with the first problems, where more than ``max_bad_share`` of ``total`` is bad."""
+    """Raise DataError with the first problems if more than `max_bad_share` of `total` is bad."""
     check_share(max_bad_share)
     if bad > max_bad_share * total:
         first = "; ".join(f"{p.where}: {p.reason}" for p in problems[:4])
@@ -45,7 +41,7 @@ def check_share(max_bad_share: float) -> None:
 
 
 def summarise(problems: Iterable[Problem]) -> str:
-    """Problems counted by kind, one line each, most frequent first, with the first place each was seen."""
+    """A line for each kind of problem, most frequent first: its number and the first place."""
     first: dict[str, str] = {}
     counts: Counter[str] = Counter()
     for problem in problems:

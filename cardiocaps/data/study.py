@@ -38,15 +38,15 @@ class Study:
     clips: tuple[Clip, ...]
     problems: tuple[Problem, ...]
     claims: Mapping[str, Header]  # video name -> what the table says about the video
-    unlisted: int  # videos in the folder that the table does not name
+    unlisted: int  # number of videos in the folder that the table does not name
     label_rule: Mapping[str, float]  # measurement -> smallest abnormal value in cm, of every type
     units: Mapping[str, str]  # regression target -> unit of its errors
-    needed_splits: tuple[str, ...] = splits.SPLITS  # those without which the study is of no use
-    group_column: str | None = None  # the table's column that says whose video it is
-    group_kind: str = ""  # "patient", or "study" (a patient's on one day), where there is such a column
+    needed_splits: tuple[str, ...] = splits.SPLITS  # each of them must have clips of both classes
+    group_column: str | None = None  # the table's column that names patients or studies
+    group_kind: str = ""  # what it names: "patient", or "study" (of a patient on one day); "" without the column
 
     def clips_in(self, split: str) -> tuple[Clip, ...]:
-        """The clips that have frames in a split, in the order that a batch's ``clip`` counts them."""
+        """The clips that have frames in a split, in the order that a batch's `clip` counts them."""
         if split not in splits.SPLITS:
             raise ConfigError(f"split is {split!r}; expected one of {', '.join(splits.SPLITS)}")
         return tuple(clip for clip in self.clips if clip.split in (split, splits.MIXED))
@@ -56,7 +56,7 @@ class Study:
         splits.check_classes({s: [clip.label for clip in self.clips_in(s)] for s in self.needed_splits})
 
     def summary(self) -> str:
-        """A few lines of text: clips and abnormal ones per split, the rule of the labels, problems by kind."""
+        """Some lines of text: clips and abnormal clips in each split, the label rule, and problems by kind."""
         rule = {
             "column": "by video, the table's own column",
             "stratified": "by video, drawn at random in each class",
@@ -81,7 +81,7 @@ class Study:
         return "\n".join(lines)
 
     def _whose(self) -> str:
-        """Whether videos of one patient can stand in different splits, as far as the table says."""
+        """Whether videos of one patient are in different splits, as far as the table shows."""
         unknown = "videos of one patient may stand in different splits"
         if self.group_column is None:
             return f"the table names no patients: {unknown}"

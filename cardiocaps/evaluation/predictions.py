@@ -1,4 +1,4 @@
-"""What a system says of one split, frame by frame, and the tables that are written of it: by frame and by video."""
+"""Predictions of a system for the frames of a split, and the CSV files that hold them by frame and by video."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from cardiocaps.training.run_folder import RunFolder
 
 UNITS = ("video", "frame")
-"""What a sample of a result is: a video, or a frame where frames of one video are in every split."""
+"""What results can be counted by."""
 GROUP_KINDS = ("patient", "study")
-"""What the table may name that has several videos: a patient, or a study, which is a patient's on one day."""
+"""What can have several videos: a patient, or a study of a patient on one day."""
 
 
 def unit_of(config: TrainConfig) -> str:
@@ -33,23 +33,21 @@ def unit_of(config: TrainConfig) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """A system's probabilities of class 1 in one split, a row a frame: `probability` float64 [n] in [0, 1], `label`
-    int64 [n] in {0, 1}, `clip` int64 [n], `video` n names; and, where known, `frame` int64 [n], its number in the
-    video, `patient` int64 [n], a number that videos of one patient share (or of one study, as `group_kind` says), and
-    of a network that regresses `target` and `regression` float64 [n] (the target NaN where it was not measured).
+    """Predictions of a system for n frames of a split.
 
-    Raises ValueError for other shapes and values, and for none at all.
+    Raises:
+        ValueError: other shapes or values, or n is 0.
     """
 
-    probability: Floats
-    label: Integers
-    clip: Integers
-    video: tuple[str, ...]
-    frame: Integers | None = None
-    patient: Integers | None = None
-    target: Floats | None = None
-    regression: Floats | None = None
-    group_kind: str = GROUP_KINDS[0]
+    probability: Floats  # float64 [n] in [0, 1], of class 1
+    label: Integers  # int64 [n] in {0, 1}
+    clip: Integers  # int64 [n]
+    video: tuple[str, ...]  # n names
+    frame: Integers | None = None  # int64 [n], number of the frame in its video
+    patient: Integers | None = None  # int64 [n], the same for all videos of a patient, or of a study: see group_kind
+    target: Floats | None = None  # float64 [n], NaN if not measured
+    regression: Floats | None = None  # float64 [n]
+    group_kind: str = GROUP_KINDS[0]  # what `patient` counts
 
     def __post_init__(self) -> None:
         probability = np.asarray(self.probability, np.float64)
@@ -79,7 +77,7 @@ class Predictions:
 
     @classmethod
     def of(cls, out: Mapping[str, Any], clips: Sequence[Clip], group_kind: str = "") -> Predictions:
-        """From arrays [n] by name, `clip` counting `clips`, whose patients are of the study's `group_kind`."""
+        """From arrays [n] by name. `clip` is an index into `clips`; `group_kind` is that of their study."""
         number = np.asarray(out["clip"])
         patient = _patients(clips)
         return cls(
@@ -94,21 +92,27 @@ class Predictions:
 
     @property
     def videos(self) -> int:
-        """How many videos the frames are of."""
+        """The number of videos."""
         return len(set(self.video))
 
     @property
     def group_name(self) -> str:
-        """What the bootstrap draws as a whole."""
+        """What the bootstrap draws: videos, patients or studies."""
         return "video" if self.patient is None else self.group_kind
 
     def samples(self, unit: str) -> tuple[Floats, Integers, NDArray[Any]]:
-        """Probability [m], label [m] and group [m] (the video's name, or that of the patient's first video in order) of
-        the videos or the frames, whichever `unit` names. Runs that were tested on the same groups call them the same.
+        """The samples that results are computed from.
+
+        Args:
+            unit: "video" or "frame".
+
+        Returns:
+            Probability [m], label [m] and group [m]: the name of the video, or of the patient's first video by name.
+            The groups of two runs that were tested on the same videos are equal.
         """
         group = np.array(self.video)
         if self.patient is not None:
-            # Not by the patients' numbers, which begin at 0 in every split.
+            # Not the numbers of the patients, which begin at 0 in every split.
             patients = self.patient.tolist()
             first = dict(sorted(zip(patients, self.video, strict=True), reverse=True))
             group = np.array([first[patient] for patient in patients])
@@ -117,7 +121,7 @@ class Predictions:
         return *by_video(self.probability, self.label, self.clip), group[self._first_frames()]
 
     def frame_rows(self) -> list[dict[str, Any]]:
-        """A row a frame."""
+        """A row for each frame."""
         columns = {
             self.group_kind if name == "patient" else name: getattr(self, name)
             for name in ("video", "clip", "patient", "frame", "target", "regression", "label", "probability")
@@ -125,8 +129,10 @@ class Predictions:
         return _rows(columns)
 
     def video_rows(self, threshold: float) -> list[dict[str, Any]]:
-        """A row a video (of the paper protocol: a clip), with the mean probability of its frames and the decisions, 1
-        for abnormal, at the threshold and at 0.5."""
+        """A row for each video (in the paper protocol: for each clip).
+
+        It has the mean probability of the frames, and the decisions at the threshold and at 0.5 (1: abnormal).
+        """
         first = self._first_frames()
         probability, label = by_video(self.probability, self.label, self.clip)
         columns = {
@@ -145,13 +151,16 @@ class Predictions:
         return _rows(columns)
 
     def _first_frames(self) -> Integers:
-        """The place of a frame of each clip, in the order of the clips' numbers."""
+        """The index of one frame of each clip, in the order of the clips' numbers."""
         return np.unique(self.clip, return_index=True)[1].astype(np.int64)
 
 
 def write_predictions(run: RunFolder, test: Predictions, validation: Predictions | None, threshold: float) -> None:
-    """Write the predictions of the test split, and of the validation split if given, by frame and by video. Raises
-    OutputError."""
+    """Write the predictions of the test split, and of the validation split if given, by frame and by video.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
     for split, by_frame, by_video_csv in (
         (validation, run.validation_csv, run.validation_by_video_csv),
         (test, run.predictions_csv, run.predictions_by_video_csv),
@@ -199,11 +208,13 @@ def read_predictions(path: Path) -> Predictions:
 
 
 def _patients(clips: Sequence[Clip]) -> Integers | None:
-    """A number for each clip, the same for one patient's; None where no clip names a patient. Nothing of what a patient
-    is called goes into it."""
+    """A number for each clip, the same for all clips of a patient; None if no clip has a patient.
+
+    The numbers do not depend on the patients' names.
+    """
     if all(clip.patient is None for clip in clips):
         return None
-    # A clip without a patient is a patient by itself, with all clips of its video.
+    # A video without a patient counts as a patient of its own.
     names = [("video", clip.name) if clip.patient is None else ("patient", clip.patient) for clip in clips]
     numbers: dict[tuple[str, str], int] = {}
     return np.array([numbers.setdefault(name, len(numbers)) for name in names], np.int64)

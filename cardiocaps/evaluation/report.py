@@ -1,4 +1,4 @@
-"""The results of a run as tables on the terminal and as files."""
+"""Prints the results of a run as a table, and writes them into files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _THRESHOLD_ROW = "at the threshold of validation"
 
 
 def print_table(network: Scores, pixels: Scores | None, config: TrainConfig, measure: str, title: str) -> None:
-    """The test results of a run side by side, for people; `measure` is the unit of the regression's
+    """Print the test results of a run side by side, for people; `measure` is the unit of the regression's
     errors; `title` names the run and the data."""
     unit = unit_of(config)
     both = [network] if pixels is None else [network, pixels]
@@ -84,7 +84,7 @@ def _regression_rows(network: Scores, unit: str, target: str, measure: str) -> l
 
 
 def _methods(reports: Sequence[Report]) -> str:
-    """What the names of methods in the cells mean."""
+    """The meaning of the methods that the cells name."""
     used = {estimate.method for report in reports for estimate in report.metrics.values()}
     drawn = f"{reports[0].groups} {plural(reports[0].group_name)}"
     means = {
@@ -107,7 +107,7 @@ def _notes(network: Scores, pixels: Scores | None, unit: str) -> list[str]:
 
 
 def print_means(runs: Sequence[tuple[Scores, Scores | None, TrainConfig]]) -> None:
-    """Mean and standard deviation over several runs, of both models, with intervals that draw the runs too."""
+    """Print mean and standard deviation over several runs, of network and baseline; the intervals draw runs too."""
     config = runs[0][2]
     unit = unit_of(config)
 
@@ -146,7 +146,7 @@ def _print(title: str, head: Sequence[str], *sections: Sequence[Sequence[str]], 
     from rich.text import Text
 
     unicode = (sys.stdout.encoding or "").lower().startswith("utf")
-    # A Text, for a path may hold what rich takes for its markup.
+    # A Text, because a path may contain rich's markup.
     below = Text(f"{caption}\n{DISCLAIMER}" if caption else DISCLAIMER)
     table = Table(title=Text(title), caption=below, box=box.HEAVY_HEAD if unicode else box.ASCII)
     table.title_justify = table.caption_justify = "left"
@@ -156,7 +156,7 @@ def _print(title: str, head: Sequence[str], *sections: Sequence[Sequence[str]], 
         for row in section:
             table.add_row(*row)
         table.add_section()
-    # To a text first, which `say` gets out whatever has become of the terminal.
+    # Rendered to text first, because `print_line` works for every terminal, also a closed one.
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
     text = io.StringIO()
     Console(file=text, width=width).print(table)
@@ -199,7 +199,7 @@ def write_results(
         "unit": measure,
         **{of: of_unit.as_dict() for of, of_unit in network.regression.items()},
     }
-    # Last, for its presence says that the run is complete.
+    # metrics.json comes last: its presence says that the run is complete.
     results = {
         **identity,
         "network": {

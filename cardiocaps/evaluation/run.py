@@ -39,17 +39,27 @@ def evaluate_network(
     fingerprint: str | None = None,
     left_out: int = 0,
 ) -> tuple[Scores, Scores | None]:
-    """Evaluate a run's best network beside the run's logistic regression on pixels; print the table, write into
-    `results`.
+    """Evaluate the best network of a run beside its baseline, logistic regression on pixels; print the table.
 
-    What the run keeps of its training, its threshold and that regression, is used; at the end of training, where
-    `results` is the run itself, both are made and kept. `own_data`: whether `data` is what the run was trained on, so
-    that what an older run does not keep can be made anew. `fingerprint`: of the data, None to find it out. `left_out`:
-    how many test videos are not in `data`, for the run was trained or validated on them.
+    The threshold and the baseline are those that the run keeps. At the end of training, when `results` is the run
+    itself, both are made and kept.
+
+    Args:
+        config: settings of the run.
+        machine: what it computes on.
+        run: its folder.
+        data: the decoded data.
+        results: where to write; None: print only.
+        own_data: whether the run was trained on `data`. If so, what an older run does not keep is made anew.
+        fingerprint: of the data; None: compute it.
+        left_out: number of test videos that `data` lacks because the run was trained or validated on them.
+
+    Returns:
+        The scores of the network and of the baseline; None if there is no baseline.
 
     Raises:
-        CheckpointError: the checkpoint is missing, damaged or of another configuration, or what the run keeps is
-            damaged. OutputError.
+        CheckpointError: a file of the run is missing, damaged or of another configuration.
+        OutputError: a file cannot be written.
     """
     training = results is not None and results.path == run.path
     unit, measure = unit_of(config), data.study.units[config.regression_target]
@@ -79,7 +89,7 @@ def evaluate_network(
         }
         write_results(results, scores, pixels, config, measure, **identity)
     if results and not training:
-        # Names, not paths: these may say who keeps them, and results are shown to others.
+        # Names, not paths: results are shown to others, and paths can identify the user.
         run_name, data_name = (place.resolve().name for place in (run.path, data.study.root))
         write_json(results.evaluation, {"run": run_name, "data": data_name, **identity, "own_data": own_data})
     place, source = printable(run.path), printable(data.study.root)
@@ -91,18 +101,25 @@ def evaluate_network(
 def evaluate_run(
     path: Path, changed: Mapping[str, Any], out: Path | None = None, *, allow_changed_data: bool = False
 ) -> tuple[Scores, Scores | None, TrainConfig, Fingerprint]:
-    """Evaluate the run in folder `path` with some settings `changed`; print the table, and write to `out` if given.
+    """Evaluate a run and print the table.
 
-    `allow_changed_data`: on other data than the run was trained on, too; on those of another folder all of them, in
-    the splits of their own table where it has some. The fingerprint is that of the data.
+    Args:
+        path: folder of the run.
+        changed: settings that differ from the run's.
+        out: new folder for the results.
+        allow_changed_data: also evaluate on data that differ from those of the training. Data of another folder are
+            then read whole, with the splits of their own table.
+
+    Returns:
+        The scores of network and baseline, the settings, and the fingerprint of the data.
 
     Raises:
-        CardioCapsError: the folder is no run's, its checkpoint or data cannot be used, or `out` cannot be written.
+        CardioCapsError: `path` is not a run, its checkpoint or data cannot be used, or `out` cannot be written.
     """
     run = RunFolder.open(path)
     config = replace(read_run(path), **changed)
     with machine_for(config) as machine:
-        # What is made anew for an older run needs all splits; other data only have to be tested on.
+        # Making anew what an older run does not keep needs all splits; other data only need the test split.
         needed = ("test",) if allow_changed_data or "data" in changed else SPLITS
         reading = config
         if allow_changed_data and "data" in changed and not config.splits_frames:
@@ -134,18 +151,20 @@ def evaluate_run(
 
 
 def but_for_the_seed(config: TrainConfig, data: Fingerprint) -> str:
-    """What runs that may be averaged have in common: their data, wherever these lie, and their settings but for those
-    of the machine."""
+    """A text that is equal for runs that may be averaged: those with the same data and the same settings.
+
+    Seed, machine and places of the data may differ.
+    """
     ignored = {*MAY_DIFFER_ON_RESUME, "seed", "out", "resume", "overwrite"} - {"epochs", "patience"}
     settings = {name: value for name, value in config.as_dict().items() if name not in ignored}
-    # With a limit, another split is of other videos.
+    # With a limit, another split has other videos.
     return repr((settings, data.digest_without_splits if config.limit is None else data.table))
 
 
 def evaluate_runs(
     runs: Sequence[Path], changed: Mapping[str, Any], out: Path | None = None, *, allow_changed_data: bool = False
 ) -> None:
-    """As `evaluate_run`, for each of the runs; of several that differ in their seed alone, print the mean too."""
+    """Evaluate each run as `evaluate_run`; for several runs that differ only in their seed print the mean too."""
     quiet()
     results = [evaluate_run(run, changed, out, allow_changed_data=allow_changed_data) for run in runs]
     differing = {but_for_the_seed(config, data) for _, _, config, data in results}

@@ -1,4 +1,4 @@
-"""What a model says of the test split, judged by its own decision."""
+"""Predictions of a network, and the scores of a model on the test split."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ from cardiocaps.training.module import Classifier
 
 @dataclass(frozen=True)
 class Scores:
-    """What one model says of the test split, judged by its own decision: reports by video and by frame, the same at a
-    threshold of 0.5, and by either how far the regression is off."""
+    """Reports of a model on the test split, by video and by frame: at its threshold, at 0.5, and of its regression."""
 
     test: Predictions
     validation: Predictions | None
@@ -32,11 +31,11 @@ class Scores:
     frame: Report
     video_at_half: Report
     frame_at_half: Report
-    regression: Mapping[str, RegressionReport]  # by unit; empty for a model that does not regress
+    regression: Mapping[str, RegressionReport]  # by unit; empty if the model does not regress
 
     @classmethod
     def of(cls, test: Predictions, validation: Predictions | None, decision: Decision, bootstrap: int) -> Scores:
-        """The bootstrap draws videos, or patients where the table names them."""
+        """From predictions. The bootstrap draws videos, or patients if the table names them."""
         reports = {
             (unit, threshold): evaluate(
                 *test.samples(unit), threshold=threshold, bootstrap=bootstrap, group_name=test.group_name
@@ -63,7 +62,7 @@ class Scores:
         )
 
     def report(self, unit: str) -> Report:
-        """By video or by frame."""
+        """The report by `unit`, "video" or "frame"."""
         return self.video if unit == "video" else self.frame
 
     def report_at_half(self, unit: str) -> Report:
@@ -85,7 +84,7 @@ class Scores:
 def predict(
     config: TrainConfig, machine: Machine, network: Classifier, data: EchoDataModule, splits: Sequence[str]
 ) -> dict[str, Predictions]:
-    """What the network says of every frame of some splits, in evaluation mode and in one process.
+    """Predictions of the network for every frame of some splits, in evaluation mode and in one process.
 
     Raises:
         CheckpointError: an output is not finite.

@@ -1,5 +1,6 @@
-"""`python -m cardiocaps.experiments table1 … | all`: train every system that a table or a figure of the paper compares,
-under the same conditions, and write the table.
+"""`python -m cardiocaps.experiments table1 … | all`: train the systems that tables and figures of the paper compare.
+
+All systems are trained under the same conditions. Then the tables and figures are written.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from cardiocaps.experiments.exhibits import EXHIBITS
 from cardiocaps.experiments.plan import FIRST_SEED
 from cardiocaps.runtime.program import Interruption, run_program
 
-# What a system decides itself, and what one run has that many do not.
+# Settings that a system decides itself, and settings that only a single run has.
 _NOT_COMMON = {
     *("model", "routing", "affine", "class_weight", "regression_weight", "backend"),
     *("seed", "split_seed", "out", "overwrite", "resume"),
@@ -28,7 +29,7 @@ def parser() -> CommandLine:
     parser = CommandLine(
         prog="python -m cardiocaps.experiments",
         description="Train every system that the named tables and figures compare, each with several seeds, and write "
-        "them. What is finished is not done again: after whatever stopped it, the same command goes on.",
+        "them. Finished jobs are not repeated: after an interruption, the same command goes on.",
         epilog=DISCLAIMER,
     )
     parser.add_argument(
@@ -38,7 +39,7 @@ def parser() -> CommandLine:
         choices=[*EXHIBITS, "all"],
         help=f"what to write: {', '.join(EXHIBITS)}, or all",
     )
-    number = options()["phantom_videos"]  # an integer's reader; the bounds are ours
+    number = options()["phantom_videos"]  # its reader of integers, with other bounds
     parser.add_argument(
         "--seeds",
         metavar="N",
@@ -64,7 +65,7 @@ def parser() -> CommandLine:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0; 1 where a system failed; else as `cardiocaps.train.main`."""
+    """Returns the exit status: 0; 1 if a system failed; else as `cardiocaps.train.main`."""
     given = vars(parser().parse_args(argv))
     names, seeds, at_once, out = (given.pop(name) for name in ("exhibits", "seeds", "jobs", "out"))
     exhibits = list(EXHIBITS) if "all" in names else list(dict.fromkeys(names))
@@ -81,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _as_typed(given: Mapping[str, Any]) -> Iterator[str]:
-    """The settings of a command line, without paths: they say nothing to others, and may say who ran it."""
+    """The settings of a command line, without paths, which can identify the user."""
     for name, value in given.items():
         option = options()[name]
         if value is None or (option.kind is Path and name != "data"):

@@ -1,4 +1,4 @@
-"""How far the jobs of an experiment are: bars on a terminal, else a line for each job that ends."""
+"""Shows the progress of the jobs: bars on a terminal, else a line for each job that ends."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Lines:
-    """A line for each job that ends: for a log, or whoever wants no bars."""
+    """Prints a line for each job that ends."""
 
     def __init__(self, jobs: int) -> None:
         self.jobs, self.done = jobs, 0
@@ -33,7 +33,7 @@ class Lines:
 
 
 class Bars(Lines):
-    """A bar over all jobs, and one in each that runs; the lines above them."""
+    """Shows a bar for all jobs and one for each running job, below the lines."""
 
     def __init__(self, jobs: int, bars: Progress) -> None:
         super().__init__(jobs)

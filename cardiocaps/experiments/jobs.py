@@ -1,6 +1,6 @@
-"""One job: a system trained with one seed in a folder of its own, and what it says of validation and test.
+"""A job: trains a system with one seed in a folder of its own, and evaluates it on validation and test.
 
-A network's folder is that of a run of `cardiocaps.train`: `cardiocaps.evaluate` takes it too.
+The folder of a network is the folder of a run, so `cardiocaps.evaluate` can evaluate it too.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Job:
     system: System
     seed: int
     config: TrainConfig
-    at_once: int = 1  # how many jobs share the machine
+    at_once: int = 1  # number of jobs that share the machine
 
     @property
     def name(self) -> str:
@@ -58,7 +58,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What the job printed. Beside its folder, which is a run's."""
+        """The output of the job. It lies beside the folder, which holds only files of the run."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
@@ -67,10 +67,10 @@ class Job:
 
 
 def run(job: Job, watch: Watch, interruption: Interruption) -> None:
-    """Do a job, or what is left of it; nothing if it is finished.
+    """Run a job, or go on with it; do nothing if it is finished.
 
     Raises:
-        CardioCapsError: see cardiocaps.errors. What was reached is saved, and another call goes on from there.
+        CardioCapsError: see `cardiocaps.errors`. The progress is saved, and another call goes on from there.
     """
     quiet()
     if is_finished(job.folder):
@@ -83,7 +83,7 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
         if not begun:
             yaml, paths = job.config.kept()
             folder.begin(yaml, machine.device, paths)
-            # All jobs go without what the first ones went without, whether it can be decoded by now or not.
+            # All jobs leave out the videos that the first jobs left out, even if they can be decoded by now.
             known = ExperimentFolder(job.folder.parents[2]).known_data(job.config)
             if known is not None:
                 write_json(folder.data, known.as_dict())

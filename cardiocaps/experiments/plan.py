@@ -14,13 +14,13 @@ MAIN = "cardiocaps"
 """The key of the system that the others are compared with."""
 
 LAMBDAS = (1e-4, 1e-3, 1e-2, 0.05, 0.1, 0.5, 1.0)
-"""λ_reg of figure 6. 0.05 is the default: CardioCaps itself."""
+"""λ_reg of figure 6. 0.05 is the default, with which the system is CardioCaps itself."""
 
 FIRST_SEED = 10
-"""The paper's."""
+"""The paper's first seed."""
 
 PAPER_CLIPS = 300
-"""Rows of the table that the published code used."""
+"""Number of rows of the table that the published code used."""
 
 CLASSIFIERS = {"logistic-regression": "Logistic regression", "random-forest": "Random forest", "xgboost": "XGBoost"}
 SAMPLINGS = {"oversampling": "oversampling", "undersampling": "undersampling", "class-weight": "class weight"}
@@ -88,9 +88,9 @@ def trained_as(key: str, protocol: str) -> str:
 
 
 def configure(base: TrainConfig, system: System, seed: int, folder: Path) -> TrainConfig:
-    """The resolved settings of one job: those of the whole experiment, the system's own, its seed and its folder."""
+    """The resolved settings of a job: those of the experiment with the system's own, its seed and its folder."""
     own = {name: value for name, value in system.settings.items() if name not in ("classifier", "sampling")}
     if own.get("protocol") == "paper" and base.protocol == "video":
-        # The phantom's table is not long enough for the published code's own rows.
+        # The phantom's table is too short for the rows that the published code used.
         own |= {"split": "auto", "limit": PAPER_CLIPS if base.limit is None else base.limit}
     return replace(base, **own, seed=seed, split_seed=base.seed, out=folder).resolved()

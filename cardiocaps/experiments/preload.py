@@ -1,4 +1,4 @@
-"""What the jobs import, imported once. Nothing here computes, for threads do not survive a fork."""
+"""Imports the packages of the jobs once. It must start no threads: they do not survive a fork."""
 # ruff: noqa: F401
 
 from contextlib import suppress
@@ -10,7 +10,7 @@ import torch
 
 import cardiocaps.experiments.jobs
 
-# Those that may be missing or broken; a job that needs one says so.
+# These may be missing or broken; a job that needs one reports it.
 with suppress(Exception):
     import imblearn.over_sampling
 with suppress(Exception):

@@ -1,4 +1,4 @@
-"""The paper's own figures, tables I to VI, as it reports them on EchoNet-LVH: to stand beside ours, never as ours.
+"""The figures that the paper reports on EchoNet-LVH in tables I to VI. They are shown beside ours and marked.
 
 The paper's "ROC AUC" is that of hard labels and its "PR AUC" a precision (see `cardiocaps.metrics.Report`); its F1 is
 that of the abnormal class for the classical classifiers and weighted for the networks.
@@ -13,7 +13,7 @@ ON = "reported on EchoNet-LVH"
 
 @dataclass(frozen=True)
 class Figure:
-    """A reported number and its deviation over seeds; NaN where the paper gives none."""
+    """A reported number and its deviation over seeds; NaN if the paper gives none."""
 
     value: float
     sd: float = math.nan

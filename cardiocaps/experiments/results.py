@@ -97,7 +97,7 @@ def read_result(folder: Path) -> Result:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"{path} is damaged: it is no JSON ({error})") from error
+        raise ConfigError(f"{path} is damaged: it is not JSON ({error})") from error
     if not isinstance(content, dict) or content.get("kind") != _KIND:
         raise ConfigError(f"{path} was not written by cardiocaps.experiments")
     for name, types in _FIELDS.items():

@@ -1,4 +1,4 @@
-"""The jobs of an experiment, from the data that they need to the exhibits that are made of their results."""
+"""Runs an experiment: prepares the data, runs the jobs, and writes the exhibits from their results."""
 
 from __future__ import annotations
 
@@ -36,17 +36,24 @@ from cardiocaps.training.run_folder import RunFolder
 
 
 def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out: Path, command: str) -> None:
-    """Do the jobs that these exhibits need and that `out` does not hold yet, and write the exhibits to `out`/tables,
-    with the `command` that makes them.
+    """Run the jobs of these exhibits that are not finished yet, and write the exhibits to `out`/tables.
+
+    Args:
+        names: of the exhibits.
+        config: settings that all jobs share.
+        seeds: number of seeds for each system.
+        at_once: number of jobs that run at the same time.
+        out: folder of the experiments.
+        command: command line that makes the exhibits; the index shows it.
 
     Raises:
-        CardioCapsError: the settings, the data or the folder cannot be used; or, at the end, some systems failed.
+        CardioCapsError: the settings, the data or the folder cannot be used; or some jobs failed.
     """
 
     quiet()
     if config.split == "frames" and "leakage" in names:
         raise ConfigError("split is 'frames', which is a row of leakage itself; expected auto, column or stratified")
-    decide(config, visible_gpu())  # before anything is written, whether the device is there
+    decide(config, visible_gpu())  # raises before anything is written if the device is missing
     exhibits = [EXHIBITS[name] for name in names]
     threads = config.threads or max(1, torch.get_num_threads() // at_once)
     folder = ExperimentFolder(out)
@@ -55,7 +62,7 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
         own = configure(config, SYSTEMS[key], seed, folder.job(key, seed))
         return Job(SYSTEMS[key], seed, replace(own, threads=threads, progress=False), at_once)
 
-    # Seed by seed: whoever stops early has all systems with the first seeds.
+    # Seed by seed, so that an early stop leaves all systems with the first seeds.
     jobs = [job(key, FIRST_SEED + i) for i in range(seeds) for key in keys_of(exhibits, config.protocol)]
     folder.make()
     with lock_folder(folder.path):
@@ -81,15 +88,13 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
 def _prepare(
     jobs: Sequence[Job], config: TrainConfig, folder: ExperimentFolder
 ) -> tuple[Mapping[str, str], Mapping[str, str]]:
-    """Read and decode, once, what the jobs need.
+    """Read and decode the data of the jobs once.
 
     Returns:
-        What the data of each protocol and split are, in a sentence; and, by the name of a job, why its data cannot be
-        used.
+        A sentence about the data of each protocol and split; and by the name of a job, why its data cannot be used.
 
     Raises:
-        DataError: the data of the first job, which are most jobs', cannot be used, or have changed since they were
-            first used here.
+        DataError: the data of the first job, which most jobs share, cannot be used or have changed since the first use.
     """
     said: dict[str, str] = {}
     refused: dict[str, DataError] = {}
@@ -112,12 +117,12 @@ def _prepare(
 
 
 def _data_of(job: Job) -> str:
-    """What tells a job's data from those of others."""
+    """A key that is equal for jobs with the same data."""
     return f"protocol {job.config.protocol}, split {job.config.split}"
 
 
 def _described(config: TrainConfig, data: EchoDataModule) -> str:
-    """Without the data's place, which may name people."""
+    """A sentence about the data, without their path, which can contain names."""
     if config.data is None:
         what = f"The synthetic phantom ({config.phantom_videos} videos, seed {config.phantom_seed}), no patients' data"
     else:
@@ -143,7 +148,7 @@ def _write(
     folder: ExperimentFolder,
     command: str,
 ) -> None:
-    """Every exhibit from the jobs that are finished, and the index of all that are there."""
+    """Write the exhibits from the finished jobs, and the index of all exhibits in the folder."""
 
     finished = [job for job in jobs if is_finished(job.folder)]
 
@@ -172,7 +177,7 @@ def _write(
 
 
 def _without_paths(text: str, config: TrainConfig, folder: ExperimentFolder) -> str:
-    """An error for tables, which are shown to others: without where it was, which may say who ran it."""
+    """An error text for tables, which are shown to others: paths are replaced, because they can identify the user."""
     places = {
         "OUT": folder.path,
         "DATA": config.data,
@@ -181,6 +186,6 @@ def _without_paths(text: str, config: TrainConfig, folder: ExperimentFolder) -> 
     }
     for name, place in places.items():
         for form in () if place is None else (place.resolve(), place.absolute(), place):
-            if len(form.parts) > 1:  # not the root of the file system, nor a name without a path
+            if len(form.parts) > 1:  # neither the root of the file system nor a bare name
                 text = re.sub(rf"(?<![\w/.-]){re.escape(str(form))}(?![\w.-])", name, text)
     return text

@@ -1,4 +1,4 @@
-"""A row of a table in numbers: metrics over the seeds, by the published definitions too, and what it cost."""
+"""The numbers of a table's row: metrics over the seeds, the published definitions, and the cost."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ CALIBRATION_BINS = 10
 
 @dataclass(frozen=True)
 class Row:
-    """A system in an exhibit, and its results."""
+    """A system of an exhibit and its results."""
 
     system: str  # its key
     title: str
-    results: tuple[Result, ...]  # one a seed, in the order of the seeds; may be empty
-    error: str | None  # why there are none, or fewer than asked for
+    results: tuple[Result, ...]  # one for each seed, in their order; may be empty
+    error: str | None  # why results are missing
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a row's results say. Made by `summarise`."""
+    """The numbers of a row. Made by `summarise`."""
 
     row: Row
-    unit: str  # what a sample is: "video" or "frame"
+    unit: str  # what is counted: "video" or "frame"
     drawn: str  # what the bootstrap draws: "video", "patient" or "study"
     thresholds: tuple[float, ...]  # of each result
-    report: RunsReport  # by the unit, decisions at the thresholds
-    published: RunsReport  # by frame, decisions at 0.5
+    report: RunsReport  # by `unit`, with decisions at the thresholds
+    published: RunsReport  # by frame, with decisions at 0.5
     calibration_error: MeanEstimate
     reported: Reported | None  # the paper's own figures
     notes: tuple[str, ...]
@@ -57,12 +57,12 @@ class Summary:
 
     @property
     def parameters(self) -> int | None:
-        """Trainable numbers."""
+        """The number of trainable parameters."""
         return next((r.parameters for r in self.row.results if r.parameters is not None), None)
 
     @property
     def peak_memory(self) -> int | None:
-        """Bytes, the most of all seeds."""
+        """The largest of all seeds, in bytes."""
         return max((r.peak_memory for r in self.row.results if r.peak_memory is not None), default=None)
 
     def cost(self, name: str) -> MeanEstimate:
@@ -71,7 +71,7 @@ class Summary:
 
 
 def mean_and_deviation(values: Sequence[float]) -> MeanEstimate:
-    """NaN where there is no value, and the deviation of a single one."""
+    """Mean and deviation; NaN without a value, and for the deviation of a single one."""
     if not values:
         return MeanEstimate(math.nan)
     return MeanEstimate(fmean(values), stdev(values) if len(values) > 1 else math.nan)

@@ -1,4 +1,4 @@
-"""A table of the paper as Markdown to read, CSV to compute with, and a figure; and the index of all of them."""
+"""Writes an exhibit as Markdown, CSV and figure, and the index of all exhibits."""
 
 from __future__ import annotations
 
@@ -25,15 +25,19 @@ from cardiocaps.runtime.files import write_csv, write_text
 def write_exhibit(exhibit: Exhibit, rows: Sequence[Row], folder: Path, *, data: str, bootstrap: int) -> None:
     """Write NAME.md, NAME.csv and NAME.png of an exhibit into an existing folder.
 
-    A row without results stands in the tables with its error and not in the figure; where no row has results there is
-    no figure, and one of an earlier time is removed.
+    Tables show the error of a row without results; the figure leaves the row out. If no row has results, there is no
+    figure, and an older one is removed.
 
     Args:
-        exhibit: its name and title. rows: in order; those of a system that the exhibit does not name are refused.
-        data: what the data were, in a few words. bootstrap: resamples for the intervals, 0 for none.
+        exhibit: to write.
+        rows: of its systems, in order.
+        folder: where to write.
+        data: a sentence about the data.
+        bootstrap: resamples for the intervals; 0: none.
 
     Raises:
-        ValueError: no row, or rows that do not belong to the exhibit. OutputError.
+        ValueError: there is no row, or a row of a system that the exhibit does not have.
+        OutputError: a file cannot be written.
     """
     foreign = [row.system for row in rows if row.system not in exhibit.systems]
     if not rows or foreign:
@@ -56,16 +60,18 @@ def write_index(
     commands: Sequence[str],
     environments: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write README.md into the folder of the exhibits' files: CardioCaps against the other systems, links to every
-    table and figure, and what they were made with.
+    """Write README.md: CardioCaps against the other systems, links to all files, and how they were made.
 
     Args:
-        exhibits: those whose files are there, or are missing and named as such. data: as `write_exhibit`.
-        commands: with which all of it is made again. environments: of the jobs, each as
-            `cardiocaps.training.run_folder.environment`.
+        exhibits: to link. A file that is missing is shown as missing.
+        folder: that holds the files of the exhibits.
+        data: a sentence about the data.
+        commands: command lines that make the files.
+        environments: of the jobs, as `cardiocaps.training.environment.environment` returns them.
 
     Raises:
-        ConfigError: a table that cannot be read. OutputError.
+        ConfigError: a table cannot be read.
+        OutputError: the file cannot be written.
     """
     names = [exhibit.name for exhibit in exhibits if (folder / f"{exhibit.name}.csv").is_file()]
     parts = [
@@ -75,7 +81,7 @@ def write_index(
         "## Tables and figures",
         table(("", "table", "numbers", "figure"), [_links(exhibit, folder) for exhibit in exhibits]),
         "## How it was made",
-        "\n".join(["```", *commands, "```"]),
+        "\n".join(["``", *commands, "``"]),
         table(("", ""), _environment_rows(environments)),
         DISCLAIMER,
     ]
@@ -106,7 +112,7 @@ def _csv_rows(exhibit: Exhibit, rows: Sequence[Row], summaries: Sequence[Summary
 
 
 def _csv_row(exhibit: Exhibit, row: Row, summary: Summary | None) -> dict[str, Any]:
-    """Every column, empty where there is no number; a failed row has the columns of the others."""
+    """All columns, in every row; a cell without a number is empty."""
     nothing = MeanEstimate(math.nan)
     cells: dict[str, Any] = {
         "system": row.system,
@@ -155,7 +161,7 @@ def _read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def _main_table(tables: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
-    """CardioCaps first, then every system of the paper's comparisons once, from their tables."""
+    """CardioCaps first, then every other system of the compared tables once."""
     rows: dict[str, Mapping[str, str]] = {}
     for name in COMPARED:
         for row in tables.get(name, ()):
@@ -200,7 +206,7 @@ def _links(exhibit: Exhibit, folder: Path) -> tuple[str, ...]:
 
 
 def _environment_rows(environments: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
-    """A line for each thing that was there; where it was not the same for all jobs, everything that it was."""
+    """A line for each property, with all values if it differs between jobs."""
     rows: dict[str, dict[str, None]] = {}
     for environment in environments:
         for name, value in environment.items():

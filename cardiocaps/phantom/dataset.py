@@ -69,7 +69,7 @@ def write_phantom(
     The same `videos` and `seed` give the same bytes, whatever the number of `processes` (default: one for
     each CPU). An unfinished study with the same settings is completed, and a complete one left as it is; with
     `overwrite`, any phantom is made anew. A second call waits for the first. Processes are spawned, so a
-    script that calls this needs the usual ``if __name__ == "__main__"``.
+    script that calls this needs the usual `if __name__ == "__main__"`.
 
     Raises ConfigError for a bad argument, OutputError where `out` holds anything else or cannot be written.
     """

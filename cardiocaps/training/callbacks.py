@@ -1,4 +1,4 @@
-"""What happens beside the training steps: the history of a run, its checkpoints, and when it stops."""
+"""Callbacks of the training: the history of a run, its checkpoints, early stopping and progress."""
 
 from __future__ import annotations
 
@@ -20,14 +20,13 @@ from cardiocaps.training.checkpoints import CheckpointFiles
 from cardiocaps.training.run_folder import RunFolder
 
 Watch = Callable[[float, str], None]
-"""Is told how much of a job is done, from 0 to 1, and what is being done."""
+"""Called with the share of a job that is done, from 0 to 1, and what is being done."""
 
-# Longest stretch of work, in seconds, that a killed run can lose.
-_SAVE_EVERY = 600.0
+_SAVE_EVERY = 600.0  # seconds: a killed run loses no more work than this
 
 
 class Restored(Callback):
-    """Notes when Lightning has taken over what a checkpoint holds."""
+    """Clears `CheckpointFiles.restoring` when Lightning has restored a checkpoint."""
 
     def __init__(self, files: CheckpointFiles) -> None:
         self.files = files
@@ -37,10 +36,10 @@ class Restored(Callback):
 
 
 class History(Callback):
-    """One row of numbers an epoch: averages of every part of the loss, and the videos' AUROC in validation.
+    """Keeps a row of numbers for each epoch: the mean of every part of the loss, and the validation AUROC by video.
 
-    The averages are kept here and not by Lightning's `log`, because here they survive in a checkpoint in mid-epoch.
-    `rows` is written to metrics.csv after every epoch.
+    It does not use Lightning's `log`, whose sums are not part of a checkpoint in the middle of an epoch. `rows` is
+    written to metrics.csv after every epoch.
     """
 
     def __init__(self, run: RunFolder, parts: Sequence[str]) -> None:
@@ -52,7 +51,7 @@ class History(Callback):
 
     @property
     def is_best(self) -> bool:
-        """Whether the last epoch has the least validation loss of all, and is the first that has it."""
+        """Whether the last epoch is the first with the least validation loss."""
         return self.rows[-1] is min(self.rows, key=lambda row: row["val_loss"])
 
     def state_dict(self) -> dict[str, Any]:
@@ -115,7 +114,7 @@ class History(Callback):
         row["seconds"] = round(self._elapsed(), 2)
         self._sums, self._seconds, self._since = None, 0.0, time.monotonic()
         self.rows.append(row)
-        # For early stopping, which reads what Lightning calls callback metrics.
+        # Early stopping reads Lightning's callback metrics.
         trainer.callback_metrics["val_loss"] = torch.tensor(row["val_loss"], dtype=torch.float64)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -129,7 +128,7 @@ class History(Callback):
 
 
 class Checkpoints(Checkpoint):
-    """`last.ckpt` after every epoch, every ten minutes and on a signal; `best.ckpt` by the least validation loss."""
+    """Saves `last.ckpt` after every epoch, every ten minutes and on a signal, and `best.ckpt` after the best epoch."""
 
     def __init__(self, run: RunFolder, history: History, interruption: Interruption) -> None:
         self.run, self.history, self.interruption = run, history, interruption
@@ -151,7 +150,7 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # After the last batch the epoch's end is near, and saves more.
+        # Not after the last batch: the end of the epoch saves anyway.
         due = self.interruption.signum is not None or time.monotonic() - self._saved > _SAVE_EVERY
         if due and not trainer.is_last_batch:
             self._save_last(trainer)
@@ -163,22 +162,22 @@ class Checkpoints(Checkpoint):
 
 
 class Patience(EarlyStopping):
-    """Stops when the validation loss has not become smaller for `patience` epochs."""
+    """Stops when the validation loss has not decreased for `patience` epochs."""
 
     def __init__(self, patience: int) -> None:
         super().__init__("val_loss", min_delta=0.0, patience=patience, check_on_train_epoch_end=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """All but the patience, which may be another than before."""
+        """Restore everything but the patience, which may have been changed."""
         super().load_state_dict({**state_dict, "patience": self.patience})
 
     def waited(self, checkpoint: Mapping[str, Any]) -> int:
-        """For how many epochs the run of a checkpoint had made no progress."""
+        """The number of epochs without a decrease in a checkpoint."""
         return int(checkpoint["callbacks"][self.state_key]["wait_count"])
 
 
 class Progress(Callback):
-    """Tells `watch` which part of the epochs is done."""
+    """Tells `watch` the share of the epochs that is done."""
 
     def __init__(self, watch: Watch) -> None:
         self.watch = watch

@@ -1,4 +1,4 @@
-"""Checkpoints and the weights in them: read, written and compared."""
+"""Reads, writes and compares checkpoints and the weights in them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from cardiocaps.training.run_folder import RunFolder
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, on the CPU, without executing anything that it might hold.
+    """The content of a checkpoint, on the CPU. Code in the file is never executed.
 
     Raises:
-        CheckpointError: it is not there, or damaged, or holds what a checkpoint has no business to hold.
+        CheckpointError: the file is missing or damaged, or holds other types than a checkpoint.
     """
     if not path.is_file():
         raise CheckpointError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
@@ -32,16 +32,16 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
-    # A truncated or foreign file can make torch raise almost anything; what it then says helps nobody.
+    # A truncated or foreign file can make torch raise almost any exception, with an unhelpful message.
     except Exception as error:
-        raise CheckpointError(f"{path} is damaged, or no checkpoint of this program") from error
+        raise CheckpointError(f"{path} is damaged, or not a checkpoint of this program") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is no checkpoint: it holds a {type(content).__name__}")
+        raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
     return content
 
 
 def load_weights(network: Classifier, checkpoint: Mapping[str, Any], path: Path) -> None:
-    """Put a checkpoint's weights into the network. Raises CheckpointError where they do not fit."""
+    """Load the weights of a checkpoint into the network. Raises CheckpointError if they do not fit."""
     check_configuration(checkpoint, network.config)
     own, weights = network.state_dict(), checkpoint["state_dict"]
     for name in own.keys() & weights.keys():
@@ -50,32 +50,32 @@ def load_weights(network: Classifier, checkpoint: Mapping[str, Any], path: Path)
             raise CheckpointError(f"{path} does not fit the network: {name} is {wrong}")
     try:
         network.load_state_dict(weights)
-    # What keys and values that are no texts and tensors make torch raise can be almost anything.
+    # Keys that are not text and values that are not tensors can make torch raise almost any exception.
     except Exception as error:
         reason = str(error).splitlines()[-1].strip()
         raise CheckpointError(f"{path} does not fit the network: {reason}") from error
 
 
 def _not_weights(value: Any, own: Tensor) -> str | None:
-    """What a value is that cannot be copied into weights as it is; None where it can, but for its shape."""
+    """What `value` is, if it cannot be copied into the weights `own`; None if it can. Ignores the shape."""
     if not isinstance(value, Tensor):
         return f"a {type(value).__name__}"
     if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_nested:
-        return "no plain tensor"
+        return "not a plain tensor"
     if value.is_complex() or value.is_floating_point() != own.is_floating_point():
         return f"of {str(value.dtype).removeprefix('torch.')}, not {str(own.dtype).removeprefix('torch.')}"
     return None
 
 
 def best_network(config: TrainConfig, run: RunFolder) -> Classifier:
-    """The network of a run's least validation loss. Raises CheckpointError where it is missing or does not fit."""
+    """The network with the run's least validation loss. Raises CheckpointError if it is missing or does not fit."""
     network = Classifier(config, torch.ones(2), 0.0)
     load_weights(network, read_checkpoint(run.best), run.best)
     return network
 
 
 def weights_digest(network: Classifier) -> str:
-    """SHA-256 of a network's weights by name, in hexadecimal: equal for equal weights, whatever file they came from."""
+    """SHA-256 of a network's weights and their names, in hexadecimal. It does not depend on the file."""
     digest = hashlib.sha256()
     for name, weights in sorted(network.state_dict().items()):
         array = weights.detach().cpu().contiguous()
@@ -85,9 +85,9 @@ def weights_digest(network: Classifier) -> str:
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Checkpoints appear whole or not at all, and are read without executing code."""
+    """Writes checkpoints whole or not at all, and reads them without executing code."""
 
-    restoring = False  # whether one has been read for a training that has not begun yet
+    restoring = False  # whether a checkpoint was read for a training that has not begun yet
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic_write(Path(path)) as temporary:
@@ -100,7 +100,7 @@ class CheckpointFiles(TorchCheckpointIO):
 
 @contextmanager
 def restoring_errors(files: CheckpointFiles, path: Path) -> Iterator[None]:
-    """Raise CheckpointError for what Lightning and torch raise while they take over a checkpoint that `files` read."""
+    """Raise CheckpointError for exceptions of Lightning and torch while they restore a checkpoint that `files` read."""
     try:
         yield
     except (CardioCapsError, MemoryError, torch.OutOfMemoryError):

@@ -1,4 +1,4 @@
-"""What a result can depend on beside its settings: versions, processor, GPU, commit."""
+"""The environment of a run, on which a result can depend: versions, processor, GPU, commit."""
 
 import os
 import platform
@@ -26,10 +26,12 @@ _PACKAGES = (
 
 
 def environment(device: str) -> dict[str, Any]:
-    """What a result can depend on: versions, processor, threads, GPU, commit; and the device, cpu or cuda, that is
-    computed on.
+    """Versions, processor, threads, GPU and commit.
 
-    Nothing that says who ran it or where: no host or user name, no path, no environment variable.
+    It never identifies the user or the machine: no host name, user name, path or environment variable.
+
+    Args:
+        device: the one that the run computes on, "cpu" or "cuda".
     """
     import torch  # here, because tables read run folders without it
 
@@ -66,8 +68,7 @@ def _cpu_model() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package lies in, `+` where files differ from it; None for an installed
-    package."""
+    """The commit of the checkout that holds this package, with `+` if files differ from it; None if installed."""
     root = Path(__file__).resolve().parents[2]
 
     def git(*arguments: str) -> str:
@@ -77,7 +78,7 @@ def _commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        # An installed package can lie inside somebody else's checkout; its commit would say nothing.
+        # An installed package can lie inside the checkout of another project, whose commit means nothing here.
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return None
         changed = git("status", "--porcelain", "--untracked-files=no")

@@ -28,8 +28,8 @@ from cardiocaps.training.run_folder import RunFolder
 
 
 def make_trainer(config: TrainConfig, machine: Machine, **options: Any) -> Trainer:
-    """Lightning's trainer on the run's device and in its precision; `options` are Trainer's own."""
-    # Not whatever Lightning makes of the variables of a cluster, for there is one process.
+    """Lightning's trainer on the run's device and in its precision; `options` are passed to `Trainer`."""
+    # Without this plugin Lightning would read the variables of a cluster; there is only one process.
     plugins = [LightningEnvironment(), *options.pop("plugins", ())]
     return Trainer(
         plugins=plugins,
@@ -54,17 +54,31 @@ def train(
     interruption: Interruption,
     callbacks: Sequence[Callback] = (),
 ) -> list[dict[str, float]]:
-    """Train from the beginning or from last.ckpt, to best.ckpt, metrics.csv and the learning curves.
+    """Train from the beginning or from last.ckpt; write best.ckpt, metrics.csv and the learning curves.
 
-    Returns the rows of metrics.csv. Further `callbacks` may keep a state in the checkpoints.
+    Args:
+        config: the resolved settings of the run.
+        machine: what it computes on.
+        folder: of the run.
+        data: the decoded data.
+        interruption: signals wait for a save while the network is trained.
+        callbacks: further ones, which may keep a state in the checkpoints.
+
+    Returns:
+        The rows of metrics.csv.
+
+    Raises:
+        CheckpointError: the checkpoint to go on from is missing, damaged or of another configuration.
+        CardioCapsError: the loss is not finite.
+        OutputError: a file cannot be written.
     """
     seed_everything(config.seed, workers=True, verbose=False)
-    # It would cost time and change no result.
+    # Filling it would cost time and change no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     network = Classifier(config, data.train_class_counts(), data.train_target_mean())
     assert config.patience is not None and config.epochs is not None
     history, patience, files = History(folder, network.loss.parts), Patience(config.patience), CheckpointFiles()
-    start, ended = folder.last, ""  # why there is nothing left to train
+    start, ended = folder.last, ""  # `ended`: why there is nothing left to train
     bar = [RichProgressBar()] if _watched(config) else []
     own = [history, patience, Checkpoints(folder, history, interruption), Restored(files), *bar, *callbacks]
     trainer = make_trainer(config, machine, max_epochs=config.epochs, callbacks=own, plugins=[files])
@@ -112,12 +126,12 @@ def train(
 
 
 def _watched(config: TrainConfig) -> bool:
-    """Whether somebody looks who wants progress bars."""
+    """Whether to show progress bars: they are wanted, and standard error is a terminal."""
     return config.progress and sys.stderr.isatty()
 
 
 def quiet() -> None:
-    """Silence what Lightning and torch say about themselves; errors and our own words stay."""
+    """Silence notes of Lightning and torch; errors and messages of this program stay."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
     for module in (r"lightning\..*", r"torch\.jit\..*", r"torchmetrics\..*"):

@@ -1,8 +1,8 @@
-"""How a network learns, for Lightning.
+"""The Lightning module: a network with its loss and optimiser.
 
-A checkpoint holds everything that the rest of the run depends on, in the middle of an epoch too, so that a run that was
-cut off ends like one that was not. No generator's state is among it, the CPU's or a GPU's: once the weights are drawn,
-what is drawn depends on (seed, epoch, item) alone.
+A checkpoint holds everything that the rest of the run depends on, also in the middle of an epoch. A run that was
+interrupted therefore ends with the same numbers. States of random generators are not part of it, because after the
+weights are drawn, every random number depends only on (seed, epoch, item).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from cardiocaps.models import build, make_loss
 from cardiocaps.models.losses import SpreadLoss, class_weights
 from cardiocaps.models.prediction import RECONSTRUCTED_CHANNELS, Prediction
 
-# Settings that the meaning of a network's parameters depends on; the others only say how it is trained.
+# Settings that decide what the parameters of a network mean; the others only decide how it is trained.
 _SHAPING = ("model", "routing", "affine", "iterations", "primary_layout", "regression_target")
-_SHAPE_OF_OLDER = {"model": "cardiocaps", "affine": "matrices"}  # checkpoints, which have no word of these
+_SHAPE_OF_OLDER = {"model": "cardiocaps", "affine": "matrices"}  # checkpoints do not hold these
 _TRAINING_DEFAULTS = ("frames_per_clip", "batch_size", "learning_rate", "epochs", "patience")
 
 
@@ -32,9 +32,9 @@ class Classifier(LightningModule):
     """A network with its loss and optimiser.
 
     Args:
-        config: of the run, resolved.
-        class_counts: int64 [2], training frames of each class.
-        target_mean: of the regression target in training, where the regression head starts.
+        config: the resolved settings of the run.
+        class_counts: int64 [2], number of training frames of each class.
+        target_mean: mean of the regression target in training, at which the regression head starts.
     """
 
     def __init__(self, config: TrainConfig, class_counts: Tensor, target_mean: float) -> None:
@@ -52,7 +52,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
         if isinstance(self.loss, SpreadLoss):
             assert self.config.epochs is not None
-            # At every step, for a run that goes on in mid-epoch is not told that an epoch begins.
+            # In every step, because Lightning calls no hook at the start of an epoch that is resumed in its middle.
             self.loss.begin_epoch(self.current_epoch, self.config.epochs)
         return self._losses(batch, batch["label"] if self.config.decoder_mask == "label" else None)[1]
 
@@ -61,7 +61,7 @@ class Classifier(LightningModule):
         return {**losses, "probability": out.probability}
 
     def predict_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
-        """The batch without its image, with probability [B] and, of a network that regresses, regression [B]."""
+        """The batch without its image, with probability [B] and, if the network regresses, regression [B]."""
         out: Prediction = self.model(batch["image"])
         rest = {name: x for name, x in batch.items() if name != "image"}
         if out.regression is not None:
@@ -70,7 +70,7 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         assert self.config.learning_rate is not None
-        # One kernel for all: on a CPU the default takes a tenth of a step of preset tiny.
+        # Fused: one kernel for all parameters. On a CPU the default takes a tenth of a step of preset tiny.
         return torch.optim.Adam(self.parameters(), lr=self.config.learning_rate, fused=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -81,13 +81,13 @@ class Classifier(LightningModule):
 
 
 def _shape(config: TrainConfig) -> dict[str, Any]:
-    """The network's sizes too, for a preset may change from version to version."""
+    """The settings that decide the parameters, and the sizes, because a preset can change between versions."""
     sizes = {f"preset.{name}": x for name, x in asdict(config.network).items() if name not in _TRAINING_DEFAULTS}
     return {**{name: getattr(config, name) for name in _SHAPING}, **sizes}
 
 
 def check_configuration(checkpoint: Mapping[str, Any], config: TrainConfig) -> None:
-    """Raise CheckpointError where a checkpoint belongs to a network of another configuration."""
+    """Raise CheckpointError if a checkpoint belongs to a network of another configuration."""
     has = checkpoint.get("cardiocaps")
     if isinstance(has, dict):
         has = {**_SHAPE_OF_OLDER, **has}

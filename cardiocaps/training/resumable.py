@@ -1,7 +1,7 @@
-"""Whether a checkpoint holds all that a training needs to go on, in the form that it needs it.
+"""Checks that a training can go on from a checkpoint.
 
-A file that can be read may still be damaged, or have been edited. What is wrong in it should be said in a line before
-training begins, not crash in Lightning or, worse, be trained on.
+A checkpoint that can be read may still be damaged or edited. Then a message of one line must say so before training
+begins. Otherwise Lightning would crash or, worse, train on wrong values.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _NEEDED = {
     "callbacks": dict,
     "optimizer_states": list,
 }
-# Parts of the state of Lightning's loops that are there only while they run.
+# Parts of the state of Lightning's loops that exist only while the loops run.
 _TRANSIENT = "state_dict"
 
 
@@ -41,11 +41,13 @@ def check_resumable_state(
     """Raise CheckpointError unless a training can go on from a checkpoint.
 
     Args:
-        checkpoint: from `path`, which the error names.
-        optimizer: a new one, of the network that the checkpoint is of.
-        loop: the state of a new trainer's loop of epochs.
-        history, patience: keys of the two callbacks' states.
-        parts: the parts of the loss, of which `history` keeps averages.
+        checkpoint: content of the file.
+        path: of the file; the error names it.
+        optimizer: a new one for the checkpoint's network.
+        loop: state of the epoch loop of a new trainer.
+        history: key of the state of the callback `History`.
+        patience: key of the state of the callback `Patience`.
+        parts: names of the parts of the loss.
     """
     problem = next(_problems(checkpoint, optimizer, loop, history, patience, parts), None)
     if problem is not None:
@@ -59,7 +61,7 @@ def in_epoch(checkpoint: Mapping[str, Any]) -> bool:
 
 
 def epochs_ended(checkpoint: Mapping[str, Any]) -> int:
-    """How many epochs of a checkpoint's training have ended."""
+    """The number of epochs that had ended when a checkpoint was saved."""
     return int(checkpoint["epoch"]) + (not in_epoch(checkpoint))
 
 
@@ -71,13 +73,13 @@ def _problems(
     patience: str,
     parts: Sequence[str],
 ) -> Iterator[str]:
-    """What is wrong, each only sought where what stands before it is right."""
+    """The problems of a checkpoint. Stop at the first: the checks after it rely on it."""
     missing = [name for name in _NEEDED if name not in checkpoint]
     if missing:
         yield f"it has no {', '.join(missing)}"
     for name, kind in _NEEDED.items():
         if type(checkpoint[name]) is not kind:
-            yield f"its {name} is no {kind.__name__}"
+            yield f"its {name} is not of type {kind.__name__}"
     yield from _problems_of_loops(checkpoint, loop)
     yield from _problems_of_optimizer(checkpoint, optimizer)
     states = checkpoint["callbacks"]
@@ -95,7 +97,7 @@ def _problems_of_loops(checkpoint: Mapping[str, Any], loop: Mapping[str, Any]) -
         yield f"{where} is missing or of another kind"
     batches = state["epoch_loop.batch_progress"]
     steps = checkpoint["global_step"]
-    # In mid-epoch it is saved before Lightning has counted the last step here.
+    # In the middle of an epoch the checkpoint is saved before Lightning counts the last step here.
     stepped = state["epoch_loop.state_dict"].get("_batches_that_stepped")
     right = batches["total"]["ready"] == steps and stepped == steps - in_epoch(checkpoint)
     if steps < 0 or checkpoint["epoch"] < 0 or not right:
@@ -109,7 +111,7 @@ def _problems_of_loops(checkpoint: Mapping[str, Any], loop: Mapping[str, Any]) -
 
 
 def _unlike(state: Any, template: Any, where: str) -> str | None:
-    """The first place where a state is not built as the template is; None where there is none."""
+    """The first place where the structure of a state differs from the template; None if it does not."""
     if isinstance(template, dict):
         if not isinstance(state, dict):
             return where
@@ -134,7 +136,7 @@ def _problems_of_optimizer(checkpoint: Mapping[str, Any], optimizer: torch.optim
         if not isinstance(group, dict) or not {"params", "lr", "betas", "eps"} <= set(group):
             yield f"{what} is incomplete"
         for name in expected.keys() & group.keys():
-            # By their texts, for a tensor in a number's place compares to a tensor.
+            # Compared as text, because comparing a tensor in place of a number gives a tensor.
             if type(group[name]) is not type(expected[name]) or repr(group[name]) != repr(expected[name]):
                 yield f"{what} has another {name} than the run"
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -179,7 +181,7 @@ def _problems_of_history(state: Mapping[str, Any], epochs: int, parts: Sequence[
         yield f"its history is of {len(rows)} epochs, {epochs} have ended"
     is_list = isinstance(sums, list) and len(sums) == len(parts) + 1
     if sums is not None and not (is_list and all(type(x) is float and math.isfinite(x) for x in sums)):
-        yield "its sums of the losses are no numbers"
+        yield "its sums of the losses are not numbers"
     if type(state.get("seconds")) not in (int, float):
         yield "its history has no seconds"
 
@@ -188,10 +190,10 @@ def _problems_of_patience(state: Mapping[str, Any]) -> Iterator[str]:
     counts = [state.get(name) for name in ("wait_count", "stopped_epoch", "stopping_reason")]
     best = state.get("best_score")
     if not all(_is_count(x) for x in counts):
-        yield "its counts of epochs without progress are no counts"
+        yield "its counts of epochs without progress are not counts"
     # Infinite before the first epoch has ended.
     if not (isinstance(best, Tensor) and best.shape == () and best.is_floating_point() and not best.isnan()):
-        yield "its best loss is no number"
+        yield "its best loss is not a number"
 
 
 def _is_count(value: Any) -> bool:

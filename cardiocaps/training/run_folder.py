@@ -1,4 +1,4 @@
-"""The folder of one training run, where its files lie, and what it was run with."""
+"""The folder of a training run and the paths of its files."""
 
 import json
 import shutil
@@ -17,16 +17,20 @@ _KIND = "cardiocaps run"
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder and the places of its files. Made by `create`, found again by `open`."""
+    """A run's folder and the paths of its files. `create` makes it, `open` finds it again."""
 
     path: Path
 
     @classmethod
     def create(cls, path: Path, overwrite: bool = False) -> "RunFolder":
-        """Make the folder, and `run.json` in it, which marks it as a run's.
+        """Make the folder, and in it `run.json`, which marks it as the folder of a run.
 
-        A folder that holds anything is refused, unless `overwrite` is given and it is recognisably a run's
-        folder: then it is deleted first. Raises OutputError.
+        Args:
+            path: of the folder.
+            overwrite: first delete the folder if it is the folder of a run.
+
+        Raises:
+            OutputError: the folder cannot be written, or holds files that are not to be deleted.
         """
         with output_errors(path):
             if path.is_symlink() and not path.exists():
@@ -38,13 +42,13 @@ class RunFolder:
                     raise OutputError(
                         f"{path} exists and is not empty; choose another --out (training replaces a run by --overwrite)"
                     )
-                with lock_folder(path):  # not while the run still goes on
+                with lock_folder(path):  # fails while the run is going on
                     _refuse_deletion(path)
                     shutil.rmtree(path)
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path)
             try:
-                # Exclusive: of two runs started at once with the same folder, one must fail.
+                # Exclusive, so that of two runs started at once with the same folder one fails.
                 with folder.marker.open("x", encoding="utf-8") as file:
                     json.dump({"kind": _KIND, "version": __version__}, file)
             except FileExistsError as error:
@@ -54,7 +58,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """The folder of an earlier run. Raises ConfigError where `path` is not one."""
+        """The folder of an earlier run. Raises ConfigError if `path` is not one."""
         folder = cls(path)
         try:
             is_run = folder.is_run()
@@ -71,14 +75,14 @@ class RunFolder:
         return self.last.exists() or self.best.exists()
 
     def discard(self) -> None:
-        """Remove a folder that `create` has just made, if there is nothing in it but what a run begins with."""
+        """Remove a folder that `create` has just made, if it holds only the files that a run begins with."""
         begun = {self.marker, self.config, self.environment, self.paths, self.plots}
         with output_errors(self.path):
             if set(self.path.iterdir()) <= begun and not any(self.plots.iterdir()):
                 shutil.rmtree(self.path)
 
     def remove_leftovers(self) -> None:
-        """Remove what killed processes left half-written. The folder must be held (`files.exclusive`)."""
+        """Remove unfinished files of killed processes. Hold the folder (`files.lock_folder`) during the call."""
         remove_leftovers(self.path, self.plots)
 
     def is_run(self) -> bool:
@@ -105,8 +109,8 @@ class RunFolder:
 
     @property
     def paths(self) -> Path:
-        """Where the data lie. This file and `config`, which holds the paths as given, may say who ran it, for whoever
-        shares a run; no other does."""
+        """The paths of the data. Only this file and `config` hold paths, which can identify the user: remove them to
+        share a run."""
         return self.path / "paths.json"
 
     @property
@@ -126,17 +130,17 @@ class RunFolder:
 
     @property
     def predictions_csv(self) -> Path:
-        """Of the test split, a row a frame."""
+        """Predictions of the test split, with a row for each frame."""
         return self.path / "predictions.csv"
 
     @property
     def predictions_by_video_csv(self) -> Path:
-        """The same, a row a video, with decisions."""
+        """The same with a row for each video, and decisions."""
         return self.path / "predictions_by_video.csv"
 
     @property
     def validation_csv(self) -> Path:
-        """As `predictions_csv`, of the validation split."""
+        """As `predictions_csv`, for the validation split."""
         return self.path / "validation.csv"
 
     @property
@@ -145,12 +149,12 @@ class RunFolder:
 
     @property
     def decision(self) -> Path:
-        """The threshold that was chosen on validation; see `cardiocaps.evaluation.decision`."""
+        """The threshold that was chosen on the validation split; see `cardiocaps.evaluation.decision`."""
         return self.path / "decision.json"
 
     @property
     def evaluation(self) -> Path:
-        """Which run was evaluated on which data; in a folder of results that is not the run's own."""
+        """Which run was evaluated on which data. Only in a folder of results outside of the run."""
         return self.path / "evaluation.json"
 
     @property
@@ -198,9 +202,9 @@ class RunFolder:
 
 
 def _refuse_deletion(path: Path) -> None:
-    """Raise OutputError unless `path` may be deleted: a run's own folder, with nobody standing in it."""
+    """Raise OutputError unless `path` is the folder of a run and does not hold the working folder."""
     folder = RunFolder(path)
-    # A run that ended before it wrote its configuration has left what comes before it, the last of it perhaps torn.
+    # A run that ended before it wrote its configuration has left only these files, the last of them perhaps incomplete.
     first = (folder.marker, folder.plots, folder.environment, folder.paths)
     begun = all(item in first or item.suffix == ".part" for item in path.iterdir())
     torn = begun and folder.marker.is_file() and not folder.marker.stat().st_size

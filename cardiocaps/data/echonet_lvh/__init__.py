@@ -1,4 +1,4 @@
-"""A folder in EchoNet-LVH's layout: ``Batch*/NAME.avi`` and ``MeasurementsList.csv``.
+"""A folder in EchoNet-LVH's layout: `Batch*/NAME.avi` and `MeasurementsList.csv`.
 
 Reading it opens no video: what only decoding shows (a truncated file, a table that disagrees with its
 video) is found when the frames are cached.
@@ -54,17 +54,17 @@ def read_folder(
     """Read a folder in EchoNet-LVH's layout.
 
     Args:
-        root: holds ``MeasurementsList.csv`` and the videos, in ``Batch*`` folders or directly, .avi or .mp4.
-        protocol: ``video``: a clip per video, abnormal where any measurement is. ``paper``: a clip per row,
+        root: holds `MeasurementsList.csv` and the videos, in `Batch*` folders or directly, .avi or .mp4.
+        protocol: `video`: a clip per video, abnormal where any measurement is. `paper`: a clip per row,
             as the published code did; warns that it leaks.
         thresholds: measurement -> smallest abnormal value in cm, where it differs from THRESHOLDS.
-        split: ``column`` (the table's own), ``stratified`` (60/20/20 by video, or by patient where the table
-            names them), ``auto`` (the first where there is one), ``frames`` (60/32/8 over the frames of all
-            videos; warns that it leaks). The paper protocol splits frames and takes only ``auto``.
+        split: `column` (the table's own), `stratified` (60/20/20 by video, or by patient where the table
+            names them), `auto` (the first where there is one), `frames` (60/32/8 over the frames of all
+            videos; warns that it leaks). The paper protocol splits frames and takes only `auto`.
         seed: of the stratified split.
         max_bad_share: largest share of rows, and of videos, that may be unusable.
         limit: at most so many clips, evenly over splits and classes.
-        needed_splits: each of these needs clips of both classes; for evaluation alone, ``("test",)``.
+        needed_splits: each of these needs clips of both classes; for evaluation alone, `("test",)`.
         group_column: the table's column that says whose video it is; see `read_measurements`.
         allow_split_patients: keep the table's own split although videos of one patient stand in several; without
             "train" among `needed_splits` that is kept anyway.
@@ -158,7 +158,7 @@ def read_folder(
 
 
 def _find_videos(root: Path) -> dict[str, list[Path]]:
-    """Video name -> its files, in ``root`` and in its ``Batch*`` folders."""
+    """Video name -> its files, in `root` and in its `Batch*` folders."""
     found: dict[str, list[Path]] = {}
     try:
         if not root.is_dir():
@@ -298,7 +298,7 @@ def _means(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def _thinned(clips: Sequence[Clip], limit: int) -> list[Clip]:
-    """The first ``limit`` clips, dealt out so that each split and class keeps its share, and one at least."""
+    """The first `limit` clips, dealt out so that each split and class keeps its share, and one at least."""
     groups: dict[tuple[str, int], list[int]] = {}
     for i, clip in enumerate(clips):
         groups.setdefault((clip.split, clip.label), []).append(i)

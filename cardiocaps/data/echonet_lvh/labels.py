@@ -55,7 +55,7 @@ Beyond what is normal and beyond the extremes that are reported, so that no real
 def check_thresholds(thresholds: Mapping[str, float]) -> None:
     """Raise ConfigError unless every measurement has a positive threshold in cm (infinity: never abnormal).
 
-    To change one, pass ``{**THRESHOLDS, "IVSd": 1.2}``.
+    To change one, pass `{**THRESHOLDS, "IVSd": 1.2}`.
     """
     if set(thresholds) != set(CALCS):
         got = printable(", ".join(sorted(thresholds)))[:200] or "none"
@@ -66,10 +66,10 @@ def check_thresholds(thresholds: Mapping[str, float]) -> None:
 
 
 def abnormal(calc: str, cm: float, thresholds: Mapping[str, float] = THRESHOLDS) -> bool:
-    """Whether a measurement of ``cm`` reaches its threshold.
+    """Whether a measurement of `cm` reaches its threshold.
 
     Raises:
-        ConfigError: ``calc`` has no threshold.
+        ConfigError: `calc` has no threshold.
     """
     if calc not in thresholds:
         raise ConfigError(f"calc is {calc!r}; expected one of {', '.join(thresholds)}")

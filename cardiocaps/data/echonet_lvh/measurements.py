@@ -1,7 +1,7 @@
-"""Strict reader of EchoNet-LVH's ``MeasurementsList.csv``: a row per measurement, nothing guessed.
+"""Strict reader of EchoNet-LVH's `MeasurementsList.csv`: a row per measurement, nothing guessed.
 
-Everything is read as text (a parser that looks for numbers and missing values turns the name ``12E5`` into
-a number and ``NA`` into nothing), a row at a time. A table that cannot be what it should be raises; a row that
+Everything is read as text (a parser that looks for numbers and missing values turns the name `12E5` into
+a number and `NA` into nothing), a row at a time. A table that cannot be what it should be raises; a row that
 cannot be right is left out and reported by line. What a cell holds is repeated only where it is a number or the
 name of a known column or type: a shifted column could hold a patient's name.
 """
@@ -63,7 +63,7 @@ _MILLIMETRES = {"walls": (4.0, 40.0), "diameters": (15.0, 100.0)}
 
 
 class Row(NamedTuple):
-    """One measurement: its place in the table (``position`` counts data rows from 0), value and video."""
+    """One measurement: its place in the table (`position` counts data rows from 0), value and video."""
 
     position: int
     line: int
@@ -116,7 +116,7 @@ def read_measurements(
 
     Raises:
         DataError: unreadable, empty, a column missing or given twice, too many bad rows, or no usable one.
-        ConfigError: ``max_bad_share`` outside [0, 1], or no column ``group_column``.
+        ConfigError: `max_bad_share` outside [0, 1], or no column `group_column`.
     """
     check_share(max_bad_share)
     records = _records(path, follow_links)

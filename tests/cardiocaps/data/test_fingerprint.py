@@ -115,8 +115,8 @@ def test_it_comes_back_from_json_and_names_nobody(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: [], "is no record of a run's data"),
-        (lambda d: {**d, "kind": "x"}, "is no record of a run's data"),
+        (lambda d: [], "is not a record of a run's data"),
+        (lambda d: {**d, "kind": "x"}, "is not a record of a run's data"),
         (lambda d: {**d, "version": 99}, "another version"),
         (lambda d: {**d, "videos": []}, "is damaged"),
         (lambda d: {**d, "label_rule": {"IVSd": "x"}}, "is damaged"),
@@ -155,5 +155,5 @@ def test_what_was_left_out_at_first_is_left_out_again() -> None:
 def test_a_fifo_in_its_place_is_not_waited_for(tmp_path: Path) -> None:
     assert read_fingerprint(tmp_path / "data.json") is None
     os.mkfifo(tmp_path / "data.json")
-    with within(5), pytest.raises(ConfigError, match=r"cannot read .*data\.json: it is no file"):
+    with within(5), pytest.raises(ConfigError, match=r"cannot read .*data\.json: it is not a file"):
         read_fingerprint(tmp_path / "data.json")

@@ -101,7 +101,7 @@ def _cut(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "result.json").write_text("{"), r"result\.json is damaged: it is no JSON"),
+        (lambda folder: (folder / "result.json").write_text("{"), r"result\.json is damaged: it is not JSON"),
         (lambda folder: (folder / "result.json").write_text("[]"), r"result\.json was not written by"),
         (lambda folder: (folder / "result.json").unlink(), r"cannot read .*result\.json: No such file"),
         (lambda folder: (folder / "predictions.csv").unlink(), r"cannot read .*predictions\.csv: No such file"),
