@@ -30,24 +30,23 @@ class CardioCaps(nn.Module):
     """The network.
 
     Args:
-        sizes: of the network; `cardiocaps.config.PRESETS` has those of the paper.
+        sizes: of the network. `cardiocaps.config.PRESETS` has those of the paper.
         routing: "attention" (the paper's), "dynamic" (DR-CapsNet) or "uniform".
-        iterations: of dynamic routing, whose logits are detached as in the published code.
+        iterations: of dynamic routing. Its logits are detached, as in the published code.
         primary_layout: see `capsops.nn.PrimaryCapsules`.
-        affine: what makes the votes (table III of the paper): "matrices", learned, one for each primary capsule and
-            class; "convolution", a learned 1×1 convolution, that is one matrix for all primary capsules; "constant",
-            2 / N everywhere, that is not learned: routed uniformly, a class capsule is then the mean of its votes,
-            squashed. (With ones it is their sum, and of thousands of capsules the squash is saturated for good.)
-            Constant votes are the same for every class: dynamic and uniform routing then give class capsules that are
-            equal to one another, and no image is told from any other. Attention routing can still weigh the classes
-            differently.
-        regression_start: bias that the regression head starts with, best the mean of the targets.
+        affine: what makes the votes (table III of the paper). "matrices": a learned matrix for each primary capsule and
+            class. "convolution": a learned 1×1 convolution, that is one matrix for all primary capsules. "constant":
+            2 / N everywhere, not learned. Under uniform routing a class capsule is then the squashed mean of its votes.
+            (With ones in place of 2 / N it would be their sum, which saturates the squash.) Constant votes are the
+            same for every class, so dynamic and uniform routing give equal class capsules and cannot classify;
+            attention routing can still weigh the classes differently.
+        regression_start: bias with which the regression head starts, best the mean of the targets.
         device: where the parameters are made; "meta" makes none.
 
     Shape: image [B, 9, S, S] in [0, 1] and, in training, label [B] int64 -> `Prediction`, in all its parts.
 
     Raises:
-        ValueError: an image of another shape, a preset whose convolutions leave nothing, an unknown affine map.
+        ValueError: an image of another shape, a preset whose convolutions leave no capsule, or an unknown affine map.
     """
 
     def __init__(
@@ -97,14 +96,14 @@ class CardioCaps(nn.Module):
                 value = CLASSES / self.classes.in_capsules
                 constant = torch.full_like(self.classes.weight, value, requires_grad=False)
                 del self.classes.weight
-                # In no checkpoint: nothing that is loaded can change it.
+                # Not part of checkpoints, so that loading cannot change it.
                 self.classes.register_buffer("weight", constant, persistent=False)
             self.decoder = Decoder(sizes.out_dim, sizes.decoder, sizes.size)
             self.regression = nn.Linear(RECONSTRUCTED_CHANNELS * sizes.size**2, 1)
             nn.init.constant_(self.regression.bias, regression_start)
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
-        """The decoder sees the capsule of `label`, or without one that of the predicted class."""
+        """The decoder sees the capsule of `label`, or without a label that of the predicted class."""
         check_image("CardioCaps", image, self.size)
         capsules = self.classes(self.primary(self.conv(image)))
         lengths = capsules.norm(dim=2)
@@ -118,8 +117,11 @@ class CardioCaps(nn.Module):
         )
 
     def _regressed(self, pixels: Tensor) -> Tensor:
-        """Of decoded pixels [B, 3·S·S], [B]; never below the weights' precision, for bfloat16 would give an ejection
-        fraction in steps of a quarter of a percent."""
+        """Regression from decoded pixels: [B, 3·S·S] -> [B].
+
+        It is computed in the precision of the weights: bfloat16 would round an ejection fraction to a quarter of a
+        percent.
+        """
         wide = self.regression.weight.dtype
         if pixels.dtype == wide:
             return self.regression(pixels).squeeze(1)
@@ -128,5 +130,5 @@ class CardioCaps(nn.Module):
 
 
 def _after(size: int, kernel: int, stride: int) -> int:
-    """Pixels along a side after a convolution without padding."""
+    """The side in pixels of a map after a convolution without padding."""
     return (size - kernel) // stride + 1

@@ -20,18 +20,18 @@ _HIDDEN = (16, 8)
 class CNN(nn.Module):
     """The network.
 
-    Pooling is the maximum of 3×3 neighbours with stride 1, which leaves a map its size; the last of CNN-(1) is the
-    maximum of the whole map.
+    Pooling is the maximum of 3×3 neighbours with stride 1, which keeps the size of a map. The last pooling of CNN-(1)
+    is the maximum of the whole map.
 
     Args:
-        sizes: of the image, and kernels and strides of the first two convolutions, which are those of CardioCaps.
+        sizes: of the image; also kernels and strides of the first two convolutions, which are those of CardioCaps.
         pooled: True for CNN-(1), False for CNN-(2).
         device: where the parameters are made; "meta" makes none.
 
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
 
     Raises:
-        ValueError: an image of another shape, or a preset whose convolutions leave nothing.
+        ValueError: an image of another shape, or a preset whose convolutions leave no feature.
     """
 
     def __init__(self, sizes: Preset, *, pooled: bool, device: torch.device | str | None = None) -> None:

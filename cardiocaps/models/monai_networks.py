@@ -1,4 +1,4 @@
-"""ResNet18, U-Net and ViT as MONAI has them, to classify (table V of the paper)."""
+"""MONAI's ResNet18, U-Net and ViT as classifiers (table V of the paper)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class ResNet18(nn.Module):
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
 
     Raises:
-        ValueError: an image of another shape. ConfigError: MONAI is not installed.
+        ValueError: an image of another shape.
+        ConfigError: MONAI is not installed.
     """
 
     def __init__(self, sizes: Preset, *, device: torch.device | str | None = None) -> None:
@@ -33,7 +34,7 @@ class ResNet18(nn.Module):
         self.size = sizes.size
         nets: Any = require_package("monai.networks.nets", "monai", "model: 'resnet18'")
         with torch.device(device or torch.get_default_device()):
-            # The last two keywords make it the usual network, of stride 32, where MONAI's own is for volumes.
+            # The last two keywords give the usual network with stride 32; MONAI's defaults are for volumes.
             self.network = nets.resnet18(
                 spatial_dims=2,
                 n_input_channels=IN_CHANNELS,
@@ -51,8 +52,8 @@ class ResNet18(nn.Module):
 class UNet(nn.Module):
     """U-Net (Ronneberger et al. 2015) with a head that averages the 32 maps of the decoder and classifies.
 
-    Four levels of 32 to 256 channels. Batch normalisation, for instance normalisation would take from a map the mean
-    that the head looks at.
+    It has four levels of 32 to 256 channels and batch normalisation. (Instance normalisation would remove the mean of
+    each map, which is what the head uses.)
 
     Args:
         sizes: of the image, a multiple of 8 pixels.
@@ -61,7 +62,8 @@ class UNet(nn.Module):
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
 
     Raises:
-        ValueError: an image of another shape, or sizes that are no multiple of 8. ConfigError: MONAI is not installed.
+        ValueError: an image of another shape, or a size that is not a multiple of 8.
+        ConfigError: MONAI is not installed.
     """
 
     def __init__(self, sizes: Preset, *, device: torch.device | str | None = None) -> None:
@@ -99,8 +101,8 @@ class ViT(nn.Module):
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
 
     Raises:
-        ValueError: an image of another shape, or sizes that are no multiple of 4. ConfigError: MONAI or einops, which
-            MONAI's needs, is not installed.
+        ValueError: an image of another shape, or a size that is not a multiple of 4.
+        ConfigError: MONAI, or einops, which it needs for this network, is not installed.
     """
 
     def __init__(self, sizes: Preset, *, device: torch.device | str | None = None) -> None:
@@ -126,8 +128,8 @@ class ViT(nn.Module):
                 post_activation="",  # or MONAI would put a hyperbolic tangent on the logits
             )
         for block in self.network.blocks:
-            block.norm_cross_attn = nn.Identity()  # of cross-attention, which is not there: it would never learn
-            # torch's own, which does not hold the weights of 4097 tokens for each other.
+            block.norm_cross_attn = nn.Identity()  # there is no cross-attention, so this would never learn
+            # torch's own attention, which does not hold the weights of all pairs of 4097 tokens.
             block.attn.use_flash_attention = True
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:

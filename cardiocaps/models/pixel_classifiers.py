@@ -1,7 +1,7 @@
-"""Classical classifiers on pixels: the floor that a network must clear before its accuracy means anything.
+"""Classical classifiers of pixels: baselines that a network must beat.
 
-They see downsized grey frames, 32×32 numbers each: SMOTE draws between nearest neighbours, and among the 589,824 raw
-numbers of a network's input a few hundred frames are all about equally far from one another.
+They see small grey frames of 32×32 pixels. On the 589,824 numbers of a network's input SMOTE would not work: it needs
+nearest neighbours, and there all frames have nearly the same distance.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,17 +16,17 @@ from cardiocaps.runtime.packages import require_package
 
 CLASSIFIERS = ("logistic-regression", "random-forest", "xgboost")
 SAMPLINGS = ("oversampling", "undersampling", "class-weight")
-"""What balances the classes: SMOTE (Chawla et al. 2002), random undersampling, or weights of the classes."""
+"""How the classes are balanced: SMOTE (Chawla et al. 2002), random undersampling, or class weights."""
 
 C = 0.01
-"""Inverse strength of the L2 penalty, fixed beforehand: with about as many pixels as frames, and far fewer
-videos than either, the data separate perfectly at scikit-learn's default of 1."""
+"""Inverse strength of the L2 penalty, not tuned. With scikit-learn's default of 1 the training data are separated
+perfectly, because there are as many pixels as frames and far fewer videos."""
 
 TREES = 300
-"""Of a random forest, and the most of XGBoost."""
+"""Number of trees of a random forest, and the largest number for XGBoost."""
 
 NEIGHBOURS = 5
-"""Of a frame of the rarer class, towards which SMOTE draws new ones; fewer where the class has no more."""
+"""Nearest neighbours of a frame of the rarer class between which SMOTE draws; fewer if the class is smaller."""
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -41,12 +41,12 @@ class PixelClassifier:
 
     @property
     def parameters(self) -> int | None:
-        """Numbers that were fitted; None for trees, which have none to count."""
+        """The number of fitted parameters; None for trees."""
         coefficients = getattr(self.model[-1], "coef_", None)
         return None if coefficients is None else int(coefficients.size + self.model[-1].intercept_.size)
 
     def probability(self, pixels: ArrayLike) -> Floats:
-        """Probability of class 1 [m] for `pixels` [m, p]. Raises ValueError for another p, and as `fit`."""
+        """Probability of class 1, [m], for `pixels` [m, p]. Raises ValueError for another p, and as `fit`."""
         values = _pixels(pixels, "pixels")
         if values.shape[1] != self.pixels:
             raise ValueError(f"pixels has {values.shape[1]} columns; expected {self.pixels}, as in training")
@@ -54,8 +54,11 @@ class PixelClassifier:
         return np.clip(self.model.predict_proba(values)[:, 1].astype(np.float64), 0.0, 1.0)
 
     def as_dict(self) -> dict[str, Any]:
-        """The numbers of a logistic regression on whole training frames, exactly, for JSON; `from_dict` takes them
-        back. Nothing in them is executed by who reads them. Raises ValueError for another classifier."""
+        """The exact parameters of a logistic regression without sampling, for JSON.
+
+        Raises:
+            ValueError: another classifier.
+        """
         steps = getattr(self.model, "named_steps", {})
         if [*steps] != ["scale", "classifier"]:
             raise ValueError(
@@ -71,8 +74,7 @@ class PixelClassifier:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "PixelClassifier":
-        """What `as_dict` gave, which says the same as the original of every frame. Raises ValueError for other
-        content."""
+        """The inverse of `as_dict`: a classifier with the same predictions. Raises ValueError for other content."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import Pipeline
         from sklearn.preprocessing import StandardScaler
@@ -104,15 +106,23 @@ def fit(
 ) -> PixelClassifier:
     """Fit one of CLASSIFIERS, balanced by one of SAMPLINGS, to `pixels` [n, p] and `labels` [n] in {0, 1}.
 
-    Pixels are real numbers in any unit: for logistic regression each is standardised with the training mean and
-    deviation, and trees are indifferent to units. XGBoost alone looks at the validation frames [m, p], [m]: it stops
-    when their log loss, with classes weighted to balance as they are in training, has not fallen for `patience` trees.
-    The others have no such choice to make. Deterministic for a seed, which logistic regression with class weights does
-    not use. `threads`: None for all of the machine's.
+    The result is deterministic for a seed. Logistic regression with class weights does not use the seed.
+
+    Args:
+        classifier: one of CLASSIFIERS.
+        sampling: one of SAMPLINGS.
+        pixels: real numbers in any unit; logistic regression standardises each column.
+        labels: 0 or 1.
+        validation_pixels: [m, p], for XGBoost only. It stops when the log loss of these frames, with balanced classes,
+            has not decreased for `patience` trees.
+        validation_labels: [m], for XGBoost only.
+        seed: of the random numbers.
+        threads: None: all of the machine.
+        patience: see `validation_pixels`.
 
     Raises:
-        ValueError: unknown names, shapes that do not fit, values that are not finite, other labels, training labels of
-            one class only, XGBoost without validation frames.
+        ValueError: unknown names, wrong shapes or values, training labels of only one class, or XGBoost without
+            validation frames.
         DataError: SMOTE with a single frame of the rarer class.
         ConfigError: a package that is not installed.
     """
@@ -147,7 +157,7 @@ def fit(
     if weighted:
         from sklearn.pipeline import Pipeline
     else:
-        # imbalanced-learn's leaves the sampling out when it predicts.
+        # The pipeline of imbalanced-learn samples in fitting only, not in prediction.
         Pipeline = require_package("imblearn.pipeline", "imbalanced-learn", f"sampling: {sampling!r}").Pipeline
     model = Pipeline(steps)
     model.fit(train, y, **options)
@@ -169,7 +179,7 @@ def _sampler(sampling: str, y: Integers, seed: int) -> Any:
 
 
 def _classifier(name: str, weighted: Integers | None, seed: int, threads: int | None, patience: int) -> Any:
-    """The classifier before it is fitted; `weighted`: the labels whose classes are to be weighted to balance."""
+    """The classifier before it is fitted; `weighted`: the labels by which the classes are balanced."""
     class_weight = None if weighted is None else "balanced"
     jobs = -1 if threads is None else threads
     if name == "logistic-regression":
@@ -185,7 +195,7 @@ def _classifier(name: str, weighted: Integers | None, seed: int, threads: int | 
         n_estimators=TREES,
         learning_rate=0.1,
         max_depth=4,
-        # A share of frames and pixels for each tree, without which the seed would decide nothing.
+        # Each tree sees a share of the frames and pixels; without this the seed would have no effect.
         subsample=0.8,
         colsample_bytree=0.8,
         scale_pos_weight=float(negatives / positives),
@@ -197,7 +207,7 @@ def _classifier(name: str, weighted: Integers | None, seed: int, threads: int | 
 
 
 def _balanced(y: Integers) -> Floats:
-    """Weights [n] with which each class that occurs has the same sum."""
+    """Weights [n] with which all classes have the same sum of weights."""
     weight: Floats = 1 / np.bincount(y, minlength=2)[y]
     return weight
 

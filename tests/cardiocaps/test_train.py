@@ -275,10 +275,10 @@ def test_a_threshold_of_other_weights_is_not_used(finished: Path, tmp_path: Path
     [
         ("decision.json", "{", "is damaged: it is not JSON"),
         ("decision.json", "[]", "is damaged, or not a file of this program"),
-        ("decision.json", {"threshold": 2}, "threshold: must be a number from 0 to 1, is 2"),
-        ("decision.json", {"unit": "patient"}, "unit one of video and frame"),
+        ("decision.json", {"threshold": 2}, "threshold is 2; expected a number from 0 to 1"),
+        ("decision.json", {"unit": "patient"}, "unit video or frame"),
         ("pixel_baseline.json", {"side": 16}, "frames of another size than 32x32"),
-        ("pixel_baseline.json", {"logistic_regression": {"mean": [1]}}, "must be finite numbers"),
+        ("pixel_baseline.json", {"logistic_regression": {"mean": [1]}}, "expected finite numbers"),
         ("pixel_baseline.json", {"decision": None}, "is damaged"),
     ],
 )

@@ -1,7 +1,7 @@
-"""A folder in EchoNet-LVH's layout: `Batch*/NAME.avi` and `MeasurementsList.csv`.
+"""The reader of EchoNet-LVH's layout: `Batch*/NAME.avi` and `MeasurementsList.csv`.
 
-Reading it opens no video: what only decoding shows (a truncated file, a table that disagrees with its
-video) is found when the frames are cached.
+It opens no video. Problems that only decoding shows, such as a truncated file or a table that contradicts its video,
+are found when the frames are cached.
 """
 
 from __future__ import annotations
@@ -54,26 +54,26 @@ def read_folder(
     """Read a folder in EchoNet-LVH's layout.
 
     Args:
-        root: holds `MeasurementsList.csv` and the videos, in `Batch*` folders or directly, .avi or .mp4.
-        protocol: `video`: a clip per video, abnormal where any measurement is. `paper`: a clip per row,
-            as the published code did; warns that it leaks.
+        root: holds `MeasurementsList.csv` and the videos (.avi or .mp4), in `Batch*` folders or directly.
+        protocol: "video": a clip for each video, abnormal if any of its measurements is. "paper": a clip for each row,
+            as in the published code; warns that it leaks.
         thresholds: measurement -> smallest abnormal value in cm, where it differs from THRESHOLDS.
-        split: `column` (the table's own), `stratified` (60/20/20 by video, or by patient where the table
-            names them), `auto` (the first where there is one), `frames` (60/32/8 over the frames of all
-            videos; warns that it leaks). The paper protocol splits frames and takes only `auto`.
+        split: "column" (the table's own), "stratified" (60/20/20 by video, or by patient if the table names patients),
+            "auto" ("column" if the table has one, else "stratified"), or "frames" (60/32/8 over the frames of all
+            videos; warns that it leaks). The paper protocol splits frames and takes only "auto".
         seed: of the stratified split.
         max_bad_share: largest share of rows, and of videos, that may be unusable.
-        limit: at most so many clips, evenly over splits and classes.
-        needed_splits: each of these needs clips of both classes; for evaluation alone, `("test",)`.
-        group_column: the table's column that says whose video it is; see `read_measurements`.
-        allow_split_patients: keep the table's own split although videos of one patient stand in several; without
-            "train" among `needed_splits` that is kept anyway.
+        limit: the most clips, spread evenly over splits and classes; None: all.
+        needed_splits: each of these needs clips of both classes. For evaluation `("test",)` is enough.
+        group_column: the table's column that names patients or studies; see `read_measurements`.
+        allow_split_patients: keep the table's own split even if videos of one patient are in several splits. Without
+            "train" in `needed_splits` it is kept anyway.
         follow_links: the table and the videos may be links that leave the folder.
 
     Raises:
-        DataError: folder, table or videos missing or unusable, a video or (unless allowed) a patient in two
-            splits, a needed split without both classes.
-        ConfigError: an argument that is not allowed.
+        DataError: folder, table or videos are missing or unusable; a video or (unless allowed) a patient is in two
+            splits; or a needed split lacks a class.
+        ConfigError: an argument is not allowed.
     """
     root = Path(root)
     if protocol not in PROTOCOLS:
@@ -109,7 +109,7 @@ def read_folder(
         if split_rule == "column":
             chosen, unknown = splits.from_column({n: [row.split for row in rows] for n, rows in usable.items()})
             problems += unknown
-            # Who only tests asks what the run was trained on, not what this table would train on.
+            # Without training, patients in several splits do no harm: the run's own training data decide.
             if kind and not allow_split_patients and "train" in needed_splits:
                 _refuse_divided(chosen, patients, table)
         elif split_rule == "stratified":
@@ -190,7 +190,7 @@ def _locate(
     found: Mapping[str, Sequence[Path]],
     follow_links: bool,
 ) -> tuple[dict[str, Path], list[Problem]]:
-    """The real path of each video in the table that has usable rows and one plausible file."""
+    """The real path of each video of the table that has usable rows and exactly one file, and the problems."""
     videos: dict[str, Path] = {}
     names: dict[Path, str] = {}
     problems: list[Problem] = []
@@ -210,7 +210,7 @@ def _locate(
                 raise VideoError(f"a link to the file of another video: {names[path]}")
             videos[name], names[path] = path, name
         except VideoError as error:
-            # Without a file of that name, the cell may hold anything.
+            # A name without a file is not shown: the cell may hold anything.
             where = name if paths else f"line {table.lines[name]}"
             problems.append(Problem(where, str(error), harmless=str(error) == _UNMEASURED))
     return videos, problems
@@ -219,10 +219,13 @@ def _locate(
 def _whose_videos(
     table: Table, usable: Mapping[str, Sequence[Row]], asked: bool
 ) -> tuple[dict[str, str], str, list[Problem]]:
-    """Video -> a key for its patient (or study), of which kind these are, and what is worth knowing about them.
+    """Group the videos by patient or study.
 
-    A video of which the table does not say whose it is counts as a patient of its own. A column that was not `asked`
-    for is not used where it says the same of all videos.
+    A video without a patient counts as a patient of its own. A column that was not `asked` for is not used if it has
+    the same value for all videos.
+
+    Returns:
+        video -> key of its patient or study; what the column names, "patient", "study" or "" if unused; notes.
     """
     if table.group_column is None:
         return {}, "", []
@@ -237,7 +240,7 @@ def _whose_videos(
 
 
 def _refuse_divided(chosen: Mapping[str, str], patients: Mapping[str, str], table: Table) -> None:
-    """Raise DataError where videos of one patient stand in different splits of the table's own."""
+    """Raise DataError if the table's own split puts videos of one patient into different splits."""
     apart = splits.divided(chosen, patients)
     if not apart:
         return
@@ -252,7 +255,7 @@ def _refuse_divided(chosen: Mapping[str, str], patients: Mapping[str, str], tabl
 
 
 def _backwards(name: str, rows: Iterable[Row]) -> Problem | None:
-    """A ventricle that is larger in systole than in diastole: measured wrongly, or under each other's names."""
+    """A note if the ventricle is larger in systole than in diastole: a wrong or swapped measurement."""
     means = _means(rows)
     diastole, systole = means.get("LVIDd", math.inf), means.get("LVIDs", 0.0)
     if systole <= diastole:
@@ -270,7 +273,7 @@ def _clip(
     thresholds: Mapping[str, float],
     patient: str | None,
 ) -> Clip:
-    """A clip from its rows; the ejection fraction may need another row of the same video."""
+    """A clip from its rows. The ejection fraction also uses the other rows of the video, `of_video`."""
     measurements, all_measurements = _means(rows), _means(of_video)
     return Clip(
         name=rows[0].name,
@@ -298,7 +301,7 @@ def _means(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def _thinned(clips: Sequence[Clip], limit: int) -> list[Clip]:
-    """The first `limit` clips, dealt out so that each split and class keeps its share, and one at least."""
+    """`limit` clips, chosen so that each split and class keeps its share, and at least one clip."""
     groups: dict[tuple[str, int], list[int]] = {}
     for i, clip in enumerate(clips):
         groups.setdefault((clip.split, clip.label), []).append(i)
