@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from cardiocaps.config import TrainConfig
 
-    Device = torch.device | str | None
-
 
 @dataclass(frozen=True)
 class Model:
@@ -27,14 +25,14 @@ class Model:
 
     Attributes:
         title: the network's name in tables. Raises ValueError if it is empty.
-        build: makes the network from the run's settings, the value at which its regression starts, and the device.
+        build: makes the network from the run's settings and the value at which its regression starts.
         loss: makes the loss from the run's settings and the class weights [2] (None: ones).
         settings: settings of TrainConfig that only this network has. TrainConfig refuses them for every other network.
         title_of: the title under these settings, for a network whose settings change what it is.
     """
 
     title: str
-    build: Callable[[TrainConfig, float, Device], nn.Module]
+    build: Callable[[TrainConfig, float], nn.Module]
     loss: Callable[[TrainConfig, Tensor | None], nn.Module]
     settings: tuple[str, ...] = ()
     title_of: Callable[[TrainConfig], str] | None = None
@@ -44,7 +42,7 @@ class Model:
             raise ValueError(f"Model: title is {self.title!r}; expected the name that tables show")
 
 
-def build(config: TrainConfig, regression_start: float = 0.0, device: Device = None) -> nn.Module:
+def build(config: TrainConfig, regression_start: float = 0.0, device: torch.device | str | None = None) -> nn.Module:
     """The network `config.model` of the sizes `config.network`, with freshly drawn parameters.
 
     A network is called with image [B, 9, S, S] and, in training, label int64 [B]. It returns a
@@ -58,7 +56,11 @@ def build(config: TrainConfig, regression_start: float = 0.0, device: Device = N
     Raises:
         ConfigError: an unknown model, or one that needs a package that is not installed.
     """
-    return _registered(config).build(config, regression_start, device)
+    import torch
+
+    model = _registered(config)
+    with torch.device(device or torch.get_default_device()):
+        return model.build(config, regression_start)
 
 
 def make_loss(config: TrainConfig, class_weights: Tensor | None) -> nn.Module:
@@ -86,7 +88,7 @@ def _registered(config: TrainConfig) -> Model:
     return MODELS[config.model]
 
 
-def _cardiocaps(config: TrainConfig, regression_start: float, device: Device) -> nn.Module:
+def _cardiocaps(config: TrainConfig, regression_start: float) -> nn.Module:
     from cardiocaps.models.cardiocaps import CardioCaps
 
     return CardioCaps(
@@ -96,7 +98,6 @@ def _cardiocaps(config: TrainConfig, regression_start: float, device: Device) ->
         primary_layout=config.primary_layout,
         affine=config.affine,
         regression_start=regression_start,
-        device=device,
     )
 
 
@@ -105,31 +106,31 @@ def _cardiocaps_title(config: TrainConfig) -> str:
     return routing if config.affine == "matrices" else f"{routing}, {config.affine} affine map"
 
 
-def _em_capsnet(config: TrainConfig, _: float, device: Device) -> nn.Module:
+def _em_capsnet(config: TrainConfig, _: float) -> nn.Module:
     from cardiocaps.models.em_capsnet import EMCapsNet
 
-    return EMCapsNet(config.network, iterations=config.iterations, device=device)
+    return EMCapsNet(config.network, iterations=config.iterations)
 
 
-def _efficient_capsnet(config: TrainConfig, _: float, device: Device) -> nn.Module:
+def _efficient_capsnet(config: TrainConfig, _: float) -> nn.Module:
     from cardiocaps.models.efficient_capsnet import EfficientCapsNet
 
-    return EfficientCapsNet(config.network, device=device)
+    return EfficientCapsNet(config.network)
 
 
-def _cnn(config: TrainConfig, _: float, device: Device) -> nn.Module:
+def _cnn(config: TrainConfig, _: float) -> nn.Module:
     from cardiocaps.models.cnn import CNN
 
-    return CNN(config.network, pooled=config.model == "cnn-1", device=device)
+    return CNN(config.network, pooled=config.model == "cnn-1")
 
 
-def _monai(name: str) -> Callable[[TrainConfig, float, Device], nn.Module]:
+def _monai(name: str) -> Callable[[TrainConfig, float], nn.Module]:
     """Builds the class of this name in `cardiocaps.models.monai_networks`."""
 
-    def build(config: TrainConfig, _: float, device: Device) -> nn.Module:
+    def build(config: TrainConfig, _: float) -> nn.Module:
         from cardiocaps.models import monai_networks
 
-        network: nn.Module = getattr(monai_networks, name)(config.network, device=device)
+        network: nn.Module = getattr(monai_networks, name)(config.network)
         return network
 
     return build

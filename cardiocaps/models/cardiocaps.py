@@ -41,7 +41,6 @@ class CardioCaps(nn.Module):
             same for every class, so dynamic and uniform routing give equal class capsules and cannot classify;
             attention routing can still weigh the classes differently.
         regression_start: bias with which the regression head starts, best the mean of the targets.
-        device: where the parameters are made; "meta" makes none.
 
     Shape: image [B, 9, S, S] in [0, 1] and, in training, label [B] int64 -> `Prediction`, in all its parts.
 
@@ -58,7 +57,6 @@ class CardioCaps(nn.Module):
         primary_layout: str = "channels",
         affine: str = "matrices",
         regression_start: float = 0.0,
-        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.size = sizes.size
@@ -69,38 +67,37 @@ class CardioCaps(nn.Module):
         )
         if side < 1:
             raise ValueError(f"CardioCaps: images of {sizes.size} pixels leave no primary capsule with {sizes}")
-        with torch.device(device or torch.get_default_device()):
-            self.conv = nn.Sequential(
-                nn.Conv2d(IN_CHANNELS, sizes.conv_channels, sizes.conv_kernel, sizes.conv_stride), nn.ReLU()
-            )
-            self.primary = PrimaryCapsules(
-                sizes.conv_channels,
-                sizes.primary_types,
-                sizes.primary_dim,
-                sizes.primary_kernel,
-                sizes.primary_stride,
-                layout=primary_layout,
-            )
-            self.classes = CapsuleLayer(
-                sizes.primary_types * side * side,
-                sizes.primary_dim,
-                CLASSES,
-                sizes.out_dim,
-                routing,
-                iterations=iterations,
-                bias=routing == "attention",
-                detach=routing == "dynamic",
-                shared=affine != "matrices",
-            )
-            if affine == "constant":
-                value = CLASSES / self.classes.in_capsules
-                constant = torch.full_like(self.classes.weight, value, requires_grad=False)
-                del self.classes.weight
-                # Not part of checkpoints, so that loading cannot change it.
-                self.classes.register_buffer("weight", constant, persistent=False)
-            self.decoder = Decoder(sizes.out_dim, sizes.decoder, sizes.size)
-            self.regression = nn.Linear(RECONSTRUCTED_CHANNELS * sizes.size**2, 1)
-            nn.init.constant_(self.regression.bias, regression_start)
+        self.conv = nn.Sequential(
+            nn.Conv2d(IN_CHANNELS, sizes.conv_channels, sizes.conv_kernel, sizes.conv_stride), nn.ReLU()
+        )
+        self.primary = PrimaryCapsules(
+            sizes.conv_channels,
+            sizes.primary_types,
+            sizes.primary_dim,
+            sizes.primary_kernel,
+            sizes.primary_stride,
+            layout=primary_layout,
+        )
+        self.classes = CapsuleLayer(
+            sizes.primary_types * side * side,
+            sizes.primary_dim,
+            CLASSES,
+            sizes.out_dim,
+            routing,
+            iterations=iterations,
+            bias=routing == "attention",
+            detach=routing == "dynamic",
+            shared=affine != "matrices",
+        )
+        if affine == "constant":
+            value = CLASSES / self.classes.in_capsules
+            constant = torch.full_like(self.classes.weight, value, requires_grad=False)
+            del self.classes.weight
+            # Not part of checkpoints, so that loading cannot change it.
+            self.classes.register_buffer("weight", constant, persistent=False)
+        self.decoder = Decoder(sizes.out_dim, sizes.decoder, sizes.size)
+        self.regression = nn.Linear(RECONSTRUCTED_CHANNELS * sizes.size**2, 1)
+        nn.init.constant_(self.regression.bias, regression_start)
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
         """The decoder sees the capsule of `label`, or without a label that of the predicted class."""

@@ -7,7 +7,6 @@ features at the paper's size.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from cardiocaps.config import Preset
@@ -26,7 +25,6 @@ class CNN(nn.Module):
     Args:
         sizes: of the image; also kernels and strides of the first two convolutions, which are those of CardioCaps.
         pooled: True for CNN-(1), False for CNN-(2).
-        device: where the parameters are made; "meta" makes none.
 
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
 
@@ -34,7 +32,7 @@ class CNN(nn.Module):
         ValueError: an image of another shape, or a preset whose convolutions leave no feature.
     """
 
-    def __init__(self, sizes: Preset, *, pooled: bool, device: torch.device | str | None = None) -> None:
+    def __init__(self, sizes: Preset, *, pooled: bool) -> None:
         super().__init__()
         self.size = sizes.size
         first, second, last = _CHANNELS
@@ -46,26 +44,25 @@ class CNN(nn.Module):
         def pooling() -> nn.Module:
             return nn.MaxPool2d(3, stride=1, padding=1)
 
-        with torch.device(device or torch.get_default_device()):
-            self.features = nn.Sequential(
-                nn.Conv2d(IN_CHANNELS, first, sizes.conv_kernel, sizes.conv_stride),
-                nn.ReLU(),
-                pooling() if pooled else nn.Identity(),
-                nn.Conv2d(first, second, sizes.primary_kernel, sizes.primary_stride),
-                nn.ReLU(),
-                pooling() if pooled else nn.Identity(),
-                nn.Conv2d(second, last, 1),
-                nn.ReLU(),
-                nn.AdaptiveMaxPool2d(1) if pooled else pooling(),
-                nn.Flatten(),
-            )
-            self.classifier = nn.Sequential(
-                nn.Linear(last if pooled else last * side**2, _HIDDEN[0]),
-                nn.ReLU(),
-                nn.Linear(*_HIDDEN),
-                nn.ReLU(),
-                nn.Linear(_HIDDEN[1], CLASSES),
-            )
+        self.features = nn.Sequential(
+            nn.Conv2d(IN_CHANNELS, first, sizes.conv_kernel, sizes.conv_stride),
+            nn.ReLU(),
+            pooling() if pooled else nn.Identity(),
+            nn.Conv2d(first, second, sizes.primary_kernel, sizes.primary_stride),
+            nn.ReLU(),
+            pooling() if pooled else nn.Identity(),
+            nn.Conv2d(second, last, 1),
+            nn.ReLU(),
+            nn.AdaptiveMaxPool2d(1) if pooled else pooling(),
+            nn.Flatten(),
+        )
+        self.classifier = nn.Sequential(
+            nn.Linear(last if pooled else last * side**2, _HIDDEN[0]),
+            nn.ReLU(),
+            nn.Linear(*_HIDDEN),
+            nn.ReLU(),
+            nn.Linear(_HIDDEN[1], CLASSES),
+        )
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
         check_image("CNN", image, self.size)

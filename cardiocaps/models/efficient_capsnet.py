@@ -6,7 +6,6 @@ At the paper's size, of an input [9, 256, 256], the convolutions, all of stride 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from capsops.functional import primary_capsules
@@ -30,7 +29,6 @@ class EfficientCapsNet(nn.Module):
 
     Args:
         sizes: of the image, the class capsules and the decoder.
-        device: where the parameters are made; "meta" makes none.
 
     Shape: image [B, 9, S, S] in [0, 1] and, in training, label [B] int64 -> `Prediction` without a regression.
 
@@ -38,22 +36,21 @@ class EfficientCapsNet(nn.Module):
         ValueError: an image of another shape, or a preset whose images are too small.
     """
 
-    def __init__(self, sizes: Preset, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, sizes: Preset) -> None:
         super().__init__()
         self.size = sizes.size
         strides, side = _strides(sizes.size)
         layers: list[nn.Module] = []
         channels = IN_CHANNELS
-        with torch.device(device or torch.get_default_device()):
-            for (out_channels, kernel), stride in zip(_CONVOLUTIONS, strides, strict=True):
-                conv = nn.Conv2d(channels, out_channels, kernel, stride)
-                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-                layers += [conv, nn.ReLU(), nn.BatchNorm2d(out_channels)]
-                channels = out_channels
-            self.convolutions = nn.Sequential(*layers)
-            self.primary = nn.Conv2d(channels, _TYPES * _DIM, side, groups=channels)
-            self.classes = CapsuleLayer(_TYPES, _DIM, CLASSES, sizes.out_dim, "self-attention")
-            self.decoder = Decoder(sizes.out_dim, sizes.decoder, sizes.size)
+        for (out_channels, kernel), stride in zip(_CONVOLUTIONS, strides, strict=True):
+            conv = nn.Conv2d(channels, out_channels, kernel, stride)
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            layers += [conv, nn.ReLU(), nn.BatchNorm2d(out_channels)]
+            channels = out_channels
+        self.convolutions = nn.Sequential(*layers)
+        self.primary = nn.Conv2d(channels, _TYPES * _DIM, side, groups=channels)
+        self.classes = CapsuleLayer(_TYPES, _DIM, CLASSES, sizes.out_dim, "self-attention")
+        self.decoder = Decoder(sizes.out_dim, sizes.decoder, sizes.size)
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
         """The decoder sees the capsule of `label`, or without a label that of the predicted class."""

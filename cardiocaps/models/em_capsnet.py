@@ -45,7 +45,6 @@ class EMCapsNet(nn.Module):
         sizes: of the image. Above 128 pixels the convolution has stride 2 and there are 32 types of capsules in a
             layer, the paper's; else it has stride 3 and there are 8.
         iterations: of EM routing.
-        device: where the parameters are made; "meta" makes none.
 
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with activations and poses [B, 2, 16]; label is ignored.
 
@@ -53,7 +52,7 @@ class EMCapsNet(nn.Module):
         ValueError: an image of another shape, or a preset whose images are too small.
     """
 
-    def __init__(self, sizes: Preset, *, iterations: int = 3, device: torch.device | str | None = None) -> None:
+    def __init__(self, sizes: Preset, *, iterations: int = 3) -> None:
         super().__init__()
         self.size = sizes.size
         stride, self.types = (2, 32) if sizes.size > 128 else (3, 8)
@@ -61,37 +60,36 @@ class EMCapsNet(nn.Module):
         side = (first - 3) // 2 + 1 - 2
         if side < 1:
             raise ValueError(f"EMCapsNet: images of {sizes.size} pixels leave no capsule; they need at least 23")
-        with torch.device(device or torch.get_default_device()):
-            self.conv = nn.Sequential(
-                nn.Conv2d(IN_CHANNELS, _CHANNELS, 5, stride, bias=False), nn.BatchNorm2d(_CHANNELS), nn.ReLU()
-            )
-            self.pose = nn.Conv2d(_CHANNELS, self.types * POSE**2, 1)
-            self.activation = nn.Conv2d(_CHANNELS, self.types, 1)
-            # The mean square of normalised features after ReLU is one half.
-            nn.init.normal_(self.pose.weight, std=_SPREAD * (2 / _CHANNELS) ** 0.5)
-            grids = []
-            for step in (2, 1):
-                layer = ConvCapsules(
-                    self.types,
-                    POSE,
-                    self.types,
-                    POSE,
-                    kernel_size=3,
-                    stride=step,
-                    routing="em",
-                    iterations=iterations,
-                    inverse_temperature=_inverse_temperature(3 * 3 * self.types, self.types),
-                )
-                assert isinstance(layer.capsules, EMCapsules)
-                _start(layer.capsules.weight, layer.capsules.beta_u)
-                grids.append(layer)
-            self.grids = nn.ModuleList(grids)
-            self.classes = ClassCapsules(
+        self.conv = nn.Sequential(
+            nn.Conv2d(IN_CHANNELS, _CHANNELS, 5, stride, bias=False), nn.BatchNorm2d(_CHANNELS), nn.ReLU()
+        )
+        self.pose = nn.Conv2d(_CHANNELS, self.types * POSE**2, 1)
+        self.activation = nn.Conv2d(_CHANNELS, self.types, 1)
+        # The mean square of normalised features after ReLU is one half.
+        nn.init.normal_(self.pose.weight, std=_SPREAD * (2 / _CHANNELS) ** 0.5)
+        grids = []
+        for step in (2, 1):
+            layer = ConvCapsules(
                 self.types,
-                CLASSES,
+                POSE,
+                self.types,
+                POSE,
+                kernel_size=3,
+                stride=step,
+                routing="em",
                 iterations=iterations,
-                inverse_temperature=_inverse_temperature(side**2 * self.types, CLASSES),
+                inverse_temperature=_inverse_temperature(3 * 3 * self.types, self.types),
             )
+            assert isinstance(layer.capsules, EMCapsules)
+            _start(layer.capsules.weight, layer.capsules.beta_u)
+            grids.append(layer)
+        self.grids = nn.ModuleList(grids)
+        self.classes = ClassCapsules(
+            self.types,
+            CLASSES,
+            iterations=iterations,
+            inverse_temperature=_inverse_temperature(side**2 * self.types, CLASSES),
+        )
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
         check_image("EMCapsNet", image, self.size)

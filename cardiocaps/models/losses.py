@@ -254,15 +254,7 @@ class SpreadLoss(_ClassWeighted):
         grown = min(1.0, 2 * epoch / epochs)
         self._training_margin = self.first_margin + grown * (self.last_margin - self.first_margin)
 
-    def forward(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        reconstruction: Tensor | None = None,
-        image: Tensor | None = None,
-        prediction: Tensor | None = None,
-        target: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def forward(self, scores: Tensor, labels: Tensor, *_: Tensor | None) -> dict[str, Tensor]:
         """The scalar `loss`. Shapes and errors as in `spread_loss`."""
         return {"loss": spread_loss(scores, labels, margin=self.margin, class_weight=self.class_weight)}
 
@@ -272,15 +264,7 @@ class CrossEntropyLoss(_ClassWeighted):
 
     parts: ClassVar[tuple[str, ...]] = ("loss",)
 
-    def forward(
-        self,
-        scores: Tensor,
-        labels: Tensor,
-        reconstruction: Tensor | None = None,
-        image: Tensor | None = None,
-        prediction: Tensor | None = None,
-        target: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def forward(self, scores: Tensor, labels: Tensor, *_: Tensor | None) -> dict[str, Tensor]:
         """The scalar `loss`. Shapes and errors as in `cross_entropy_loss`."""
         return {"loss": cross_entropy_loss(scores, labels, class_weight=self.class_weight)}
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cardiocaps.config import Preset
@@ -20,7 +19,6 @@ class ResNet18(nn.Module):
 
     Args:
         sizes: of the image.
-        device: where the parameters are made; "meta" makes none.
 
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
 
@@ -29,20 +27,19 @@ class ResNet18(nn.Module):
         ConfigError: MONAI is not installed.
     """
 
-    def __init__(self, sizes: Preset, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, sizes: Preset) -> None:
         super().__init__()
         self.size = sizes.size
         nets: Any = require_package("monai.networks.nets", "monai", "model: 'resnet18'")
-        with torch.device(device or torch.get_default_device()):
-            # The last two keywords give the usual network with stride 32; MONAI's defaults are for volumes.
-            self.network = nets.resnet18(
-                spatial_dims=2,
-                n_input_channels=IN_CHANNELS,
-                num_classes=CLASSES,
-                widen_factor=0.5 if sizes.size <= _SMALL else 1.0,
-                conv1_t_stride=2,
-                bias_downsample=False,
-            )
+        # The last two keywords give the usual network with stride 32; MONAI's defaults are for volumes.
+        self.network = nets.resnet18(
+            spatial_dims=2,
+            n_input_channels=IN_CHANNELS,
+            num_classes=CLASSES,
+            widen_factor=0.5 if sizes.size <= _SMALL else 1.0,
+            conv1_t_stride=2,
+            bias_downsample=False,
+        )
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
         check_image("ResNet18", image, self.size)
@@ -57,7 +54,6 @@ class UNet(nn.Module):
 
     Args:
         sizes: of the image, a multiple of 8 pixels.
-        device: where the parameters are made; "meta" makes none.
 
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
 
@@ -66,24 +62,23 @@ class UNet(nn.Module):
         ConfigError: MONAI is not installed.
     """
 
-    def __init__(self, sizes: Preset, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, sizes: Preset) -> None:
         super().__init__()
         self.size = sizes.size
         if sizes.size % 8:
             raise ValueError(f"UNet: images have {sizes.size} pixels along a side; it must be a multiple of 8")
         nets: Any = require_package("monai.networks.nets", "monai", "model: 'unet'")
         maps = 32
-        with torch.device(device or torch.get_default_device()):
-            self.network = nets.UNet(
-                spatial_dims=2,
-                in_channels=IN_CHANNELS,
-                out_channels=maps,
-                channels=(32, 64, 128, 256),
-                strides=(2, 2, 2),
-                norm="batch",
-                bias=False,  # batch normalisation has one
-            )
-            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(maps, CLASSES))
+        self.network = nets.UNet(
+            spatial_dims=2,
+            in_channels=IN_CHANNELS,
+            out_channels=maps,
+            channels=(32, 64, 128, 256),
+            strides=(2, 2, 2),
+            norm="batch",
+            bias=False,  # batch normalisation has one
+        )
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(maps, CLASSES))
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
         check_image("UNet", image, self.size)
@@ -96,7 +91,6 @@ class ViT(nn.Module):
 
     Args:
         sizes: of the image, a multiple of 4 pixels.
-        device: where the parameters are made; "meta" makes none.
 
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
 
@@ -105,7 +99,7 @@ class ViT(nn.Module):
         ConfigError: MONAI, or einops, which it needs for this network, is not installed.
     """
 
-    def __init__(self, sizes: Preset, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, sizes: Preset) -> None:
         super().__init__()
         self.size = sizes.size
         patch, width = 4, 16
@@ -113,20 +107,19 @@ class ViT(nn.Module):
             raise ValueError(f"ViT: images have {sizes.size} pixels along a side; it must be a multiple of {patch}")
         require_package("einops", "einops", "model: 'vit'")
         nets: Any = require_package("monai.networks.nets", "monai", "model: 'vit'")
-        with torch.device(device or torch.get_default_device()):
-            self.network = nets.ViT(
-                in_channels=IN_CHANNELS,
-                img_size=sizes.size,
-                patch_size=patch,
-                hidden_size=width,
-                mlp_dim=4 * width,
-                num_layers=2,
-                num_heads=4,
-                classification=True,
-                num_classes=CLASSES,
-                spatial_dims=2,
-                post_activation="",  # or MONAI would put a hyperbolic tangent on the logits
-            )
+        self.network = nets.ViT(
+            in_channels=IN_CHANNELS,
+            img_size=sizes.size,
+            patch_size=patch,
+            hidden_size=width,
+            mlp_dim=4 * width,
+            num_layers=2,
+            num_heads=4,
+            classification=True,
+            num_classes=CLASSES,
+            spatial_dims=2,
+            post_activation="",  # or MONAI would put a hyperbolic tangent on the logits
+        )
         for block in self.network.blocks:
             block.norm_cross_attn = nn.Identity()  # there is no cross-attention, so this would never learn
             # torch's own attention, which does not hold the weights of all pairs of 4097 tokens.
