@@ -27,10 +27,7 @@ class Scores:
     test: Predictions
     validation: Predictions | None
     decision: Decision
-    video: Report
-    frame: Report
-    video_at_half: Report
-    frame_at_half: Report
+    reports: Mapping[tuple[str, float], Report]  # by unit and threshold
     regression: Mapping[str, RegressionReport]  # by unit; empty if the model does not regress
 
     @classmethod
@@ -50,23 +47,14 @@ class Scores:
                 "video": regression_report(mean_by(said, test.clip), mean_by(truth, test.clip), decision.target_mean),
                 "frame": regression_report(said, truth, decision.target_mean),
             }
-        return cls(
-            test,
-            validation,
-            decision,
-            video=reports["video", decision.threshold],
-            frame=reports["frame", decision.threshold],
-            video_at_half=reports["video", THRESHOLD],
-            frame_at_half=reports["frame", THRESHOLD],
-            regression=regression,
-        )
+        return cls(test, validation, decision, reports, regression)
 
     def report(self, unit: str) -> Report:
         """The report by `unit`, "video" or "frame"."""
-        return self.video if unit == "video" else self.frame
+        return self.reports[unit, self.decision.threshold]
 
     def report_at_half(self, unit: str) -> Report:
-        return self.video_at_half if unit == "video" else self.frame_at_half
+        return self.reports[unit, THRESHOLD]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""

@@ -16,10 +16,44 @@ _KIND = "cardiocaps run"
 
 
 @dataclass(frozen=True)
+class _File:
+    """A class attribute that gives the path of a file in the folder."""
+
+    name: str
+
+    def __get__(self, folder: "RunFolder", _: type) -> Path:
+        return folder.path / self.name
+
+
+@dataclass(frozen=True)
 class RunFolder:
     """A run's folder and the paths of its files. `create` makes it, `open` finds it again."""
 
     path: Path
+
+    marker = _File("run.json")
+    config = _File("config.yaml")
+    environment = _File("environment.json")
+    # The paths of the data. Only this file and `config` hold paths, which can identify the user: remove them to share a
+    # run.
+    paths = _File("paths.json")
+    data = _File("data.json")  # the fingerprint of the data, see `cardiocaps.data.fingerprint`
+    metrics_csv = _File("metrics.csv")  # a row for each epoch
+    metrics_json = _File("metrics.json")  # the final evaluation
+    predictions_csv = _File("predictions.csv")  # of the test split, a row for each frame
+    predictions_by_video_csv = _File("predictions_by_video.csv")  # a row for each video, with decisions
+    validation_csv = _File("validation.csv")
+    validation_by_video_csv = _File("validation_by_video.csv")
+    decision = _File("decision.json")  # see `cardiocaps.evaluation.decision`
+    evaluation = _File("evaluation.json")  # which run was evaluated on which data; only outside of the run's own folder
+    pixel_baseline = _File("pixel_baseline.json")  # the logistic regression on pixels of the run's training split
+    best = _File("best.ckpt")
+    last = _File("last.ckpt")
+    plots = _File("plots")
+    learning_curves = _File("plots/learning_curves.png")
+    confusion_matrix = _File("plots/confusion_matrix.png")
+    roc_curve = _File("plots/roc_curve.png")
+    precision_recall_curve = _File("plots/precision_recall_curve.png")
 
     @classmethod
     def create(cls, path: Path, overwrite: bool = False) -> "RunFolder":
@@ -94,101 +128,6 @@ class RunFolder:
         except ValueError:
             return False
         return isinstance(content, dict) and content.get("kind") == _KIND
-
-    @property
-    def marker(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def environment(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def paths(self) -> Path:
-        """The paths of the data. Only this file and `config` hold paths, which can identify the user: remove them to
-        share a run."""
-        return self.path / "paths.json"
-
-    @property
-    def data(self) -> Path:
-        """The fingerprint of the data (`cardiocaps.data.fingerprint`)."""
-        return self.path / "data.json"
-
-    @property
-    def metrics_csv(self) -> Path:
-        """One row per epoch."""
-        return self.path / "metrics.csv"
-
-    @property
-    def metrics_json(self) -> Path:
-        """The final evaluation."""
-        return self.path / "metrics.json"
-
-    @property
-    def predictions_csv(self) -> Path:
-        """Predictions of the test split, with a row for each frame."""
-        return self.path / "predictions.csv"
-
-    @property
-    def predictions_by_video_csv(self) -> Path:
-        """The same with a row for each video, and decisions."""
-        return self.path / "predictions_by_video.csv"
-
-    @property
-    def validation_csv(self) -> Path:
-        """As `predictions_csv`, for the validation split."""
-        return self.path / "validation.csv"
-
-    @property
-    def validation_by_video_csv(self) -> Path:
-        return self.path / "validation_by_video.csv"
-
-    @property
-    def decision(self) -> Path:
-        """The threshold that was chosen on the validation split; see `cardiocaps.evaluation.decision`."""
-        return self.path / "decision.json"
-
-    @property
-    def evaluation(self) -> Path:
-        """Which run was evaluated on which data. Only in a folder of results outside of the run."""
-        return self.path / "evaluation.json"
-
-    @property
-    def pixel_baseline(self) -> Path:
-        """The logistic regression on pixels that was fitted to the run's training split."""
-        return self.path / "pixel_baseline.json"
-
-    @property
-    def best(self) -> Path:
-        return self.path / "best.ckpt"
-
-    @property
-    def last(self) -> Path:
-        return self.path / "last.ckpt"
-
-    @property
-    def plots(self) -> Path:
-        return self.path / "plots"
-
-    @property
-    def learning_curves(self) -> Path:
-        return self.plots / "learning_curves.png"
-
-    @property
-    def confusion_matrix(self) -> Path:
-        return self.plots / "confusion_matrix.png"
-
-    @property
-    def roc_curve(self) -> Path:
-        return self.plots / "roc_curve.png"
-
-    @property
-    def precision_recall_curve(self) -> Path:
-        return self.plots / "precision_recall_curve.png"
 
     def begin(self, config: str, device: str, paths: Mapping[str, Any] | None = None) -> None:
         """Write the configuration, in YAML, `environment.json` and `paths.json`. Raises OutputError."""

@@ -13,6 +13,7 @@ import torch
 from cardiocaps.errors import ConfigError, OutputError
 from cardiocaps.runtime.files import lock_folder, write_text
 from cardiocaps.training import environment as module
+from cardiocaps.training import run_folder
 from cardiocaps.training.environment import environment
 from cardiocaps.training.run_folder import RunFolder
 
@@ -31,8 +32,7 @@ def test_create_and_open(tmp_path: Path) -> None:
 
 def test_the_places_of_the_files_lie_in_the_folder_and_differ(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    values = [getattr(folder, name) for name, kind in vars(RunFolder).items() if isinstance(kind, property)]
-    places = [value for value in values if isinstance(value, Path)]
+    places = [getattr(folder, name) for name, kind in vars(RunFolder).items() if isinstance(kind, run_folder._File)]
     assert len(set(places)) == len(places) >= 12
     assert all(place.is_relative_to(tmp_path) for place in places)
 
