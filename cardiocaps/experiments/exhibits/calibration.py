@@ -19,6 +19,8 @@ _COLUMNS = 4
 
 @dataclass(frozen=True)
 class Calibration(Exhibit):
+    """Adds the calibration errors and draws reliability diagrams."""
+
     def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
         text = (
             "Expected calibration error: the mean distance between predicted probability and observed share of "

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Confusions(Exhibit):
+    """Adds the confusion matrices, summed over the seeds, and draws them."""
+
     def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
         def cell(truth: int, predicted: int) -> Callable[[Summary], str]:
             def text(summary: Summary) -> str:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Efficiency(Exhibit):
+    """Puts the cost first, and draws it."""
+
     def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
         return [*self._cost(rows, found), *self._results(rows, found, bootstrap), *self._published(rows, found)]
 

@@ -47,7 +47,7 @@ class Exhibit:
         return ""
 
     def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
-        """The Markdown between the figure and the notes; `found` has the summaries of the rows with results."""
+        """The Markdown between the figure and the notes. `found` maps systems with results to their summaries."""
         return [*self._results(rows, found, bootstrap), *self._published(rows, found), *self._cost(rows, found)]
 
     def draw(self, summaries: Sequence[Summary]) -> Figure:
@@ -126,7 +126,7 @@ class Exhibit:
 
 
 def _definitions(summaries: Sequence[Summary], bootstrap: int) -> str:
-    """What the numbers of the results are: means of what, intervals of which method, by which sample."""
+    """A paragraph that defines the numbers of the results: means, intervals, samples and thresholds."""
     several = any(s.seeds > 1 for s in summaries)
     text = "Mean over the seeds ± standard deviation" if several else "Of a single seed"
     if bootstrap:

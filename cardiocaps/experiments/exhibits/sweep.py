@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Sweep(Exhibit):
+    """Adds the column of λ_reg and draws three metrics over it."""
+
     def regression_weight(self, system: str) -> float:
         return lambda_of(system)
 
