@@ -49,12 +49,14 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
     Raises:
         CardioCapsError: the settings, the data or the folder cannot be used; or some jobs failed.
     """
-
     quiet()
-    if config.split == "frames" and "leakage" in names:
-        raise ConfigError("split is 'frames', which is a row of leakage itself; expected auto, column or stratified")
-    decide(config, visible_gpu())  # raises before anything is written if the device is missing
     exhibits = [EXHIBITS[name] for name in names]
+    for exhibit in exhibits:
+        if config.split == "frames" and any("split" in SYSTEMS[key].settings for key in exhibit.systems):
+            raise ConfigError(
+                f"split is 'frames', which is a row of {exhibit.name} itself; expected auto, column or stratified"
+            )
+    decide(config, visible_gpu())  # raises before anything is written if the device is missing
     threads = config.threads or max(1, torch.get_num_threads() // at_once)
     folder = ExperimentFolder(out)
 

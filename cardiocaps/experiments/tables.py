@@ -81,7 +81,7 @@ def write_index(
         "## Tables and figures",
         table(("", "table", "numbers", "figure"), [_links(exhibit, folder) for exhibit in exhibits]),
         "## How it was made",
-        "\n".join(["``", *commands, "``"]),
+        "\n".join(["```", *commands, "```"]),
         table(("", ""), _environment_rows(environments)),
         DISCLAIMER,
     ]
