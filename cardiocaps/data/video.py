@@ -444,4 +444,4 @@ def _check_mp4_tables(file: BinaryIO, size: int) -> None:
                     )
         place = end
     if not has_table:
-        raise VideoError("truncated: an MP4 without a table of frames (moov)")
+        raise VideoError("truncated: an MP4 without its table of frames (moov)")
