@@ -1,11 +1,12 @@
 """Decoded frames on disk, so that a video is decoded once and not once an epoch.
 
-One ``.npy`` per video, uint8 [T, 3, S, S], read a frame at a time. Its name is a hash of the video's
-bytes and of the settings, so a changed video or setting never meets an old file. ``index.json`` remembers
-each video's size, time of change, hashes and header: a second run reads three small parts of each video. The files
-are pixels of the data set, as confidential as the videos: only their owner can read them, nor can anyone else look
-into a folder that is a cache and no more. Whatever else may lie in their place only costs the time to write them anew,
-but for another user's files: to replace them would break that user's runs.
+There is one `.npy` file for each video, uint8 [T, 3, S, S], which is read one frame at a time. Its name is a hash of
+the video's bytes and of the settings, so a changed video or setting never finds an old file. `index.json` keeps each
+video's size, time of change, hashes and header, so that a second run reads only three small parts of each video.
+
+The files are as confidential as the videos. Only their owner can read them, and only the owner can list a folder that
+holds nothing but the cache. A damaged or foreign file is written anew, except for a file of another user: replacing
+it would break that user's runs.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from cardiocaps.data.echonet_lvh import Clip, Study
-from cardiocaps.data.measurements import Problem, refuse_many, summarise
+from cardiocaps.data.problems import Problem, refuse_many, summarise
+from cardiocaps.data.study import Clip, Study
 from cardiocaps.data.video import (
     MAX_FRAMES,
     MAX_SIDE,
@@ -49,42 +50,44 @@ from cardiocaps.runtime.processes import cores, in_parallel
 from cardiocaps.runtime.progress import shown
 
 FRAME_CHOICES = ("spread", "first")
-_FPS_TOLERANCE = 0.05  # tables round frame rates
+_FPS_TOLERANCE = 0.05  # relative; tables round frame rates
 _INDEX = "index.json"
-_ABANDONED = 3600.0  # seconds after which an unfinished file is nobody's, where machines share no locks
+_ABANDONED = 3600.0  # age in seconds of an unfinished file that is removed, for file systems without shared locks
 _MAX_INDEX = 1 << 28  # bytes; a video takes about 500
 _SAMPLE = 4096  # bytes of head, middle and tail each
 _SHA256 = re.compile("[0-9a-f]{64}")
-_BLANK = 16  # grey levels of 255, within which nothing is seen
+_BLANK = 16  # a frame whose grey levels (of 255) differ by no more than this shows nothing
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the index knows about a video: size in bytes, time of change, SHA-256 of its bytes, of their head, middle
-    and tail alone, and header."""
+    """What the index keeps of a video."""
 
-    size: int
-    mtime_ns: int
-    sha256: str
-    sample: str
+    size: int  # bytes
+    mtime_ns: int  # time of change
+    sha256: str  # of all bytes
+    sample: str  # SHA-256 of head, middle and tail
     header: Header
 
 
 @dataclass(frozen=True)
 class Cached:
-    """A study whose clips all decode, and where their frames are."""
+    """A study in which every clip could be decoded, and the files with its frames."""
 
     study: Study
     files: Mapping[Path, Path]  # video -> .npy
-    numbers: Mapping[Path, NDArray[np.int64]]  # video -> number in the video of each cached frame
+    numbers: Mapping[Path, NDArray[np.int64]]  # video -> the number that each cached frame has in the video
     size: int  # side of the frames in pixels
     digests: Mapping[Path, str]  # video -> SHA-256 of its bytes
 
     def frame(self, clip: Clip, index: int) -> NDArray[np.uint8]:
-        """A cached frame, uint8 [3, S, S], by its place among those of the clip.
+        """The cached frame number `index` of a clip, uint8 [3, S, S].
 
-        Read, not mapped: a map for each of thousands of videos would take a file descriptor each, and what of it is in
-        memory would count as the program's. Raises OutputError where another user has replaced the file.
+        The file is read, not mapped: thousands of maps would need as many file descriptors, and their pages would count
+        as memory of the program.
+
+        Raises:
+            OutputError: another user has replaced the file.
         """
         count = 3 * self.size**2
         with _own(self.files[clip.path]), self.files[clip.path].open("rb", buffering=0) as file:
@@ -93,21 +96,27 @@ class Cached:
 
 
 def default_folder() -> Path:
-    """``$CARDIOCAPS_CACHE``, else ``$XDG_CACHE_HOME/cardiocaps``, else ``~/.cache/cardiocaps``."""
+    """`$CARDIOCAPS_CACHE`, else `$XDG_CACHE_HOME/cardiocaps`, else `~/.cache/cardiocaps`."""
     if chosen := os.environ.get("CARDIOCAPS_CACHE"):
         return Path(chosen).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cardiocaps"
 
 
 def choose_frames(count: int, wanted: int, choice: str) -> NDArray[np.int64]:
-    """At most ``wanted`` of ``count`` frame numbers: ``spread`` evenly over the clip, or the ``first``.
+    """Choose at most `wanted` of `count` frames; returns their numbers.
 
-    ``spread`` takes the middle of ``wanted`` equal stretches.
+    Args:
+        count: frames of the clip.
+        wanted: at least 1.
+        choice: "first": the first frames; "spread": the middles of `wanted` equal parts of the clip.
+
+    Raises:
+        ConfigError: `wanted` or `choice` is not allowed.
     """
     if wanted < 1:
-        raise ConfigError(f"frames_per_clip must be at least 1, got {wanted}")
+        raise ConfigError(f"frames_per_clip is {wanted}; expected at least 1")
     if choice not in FRAME_CHOICES:
-        raise ConfigError(f"frame_choice must be one of {', '.join(FRAME_CHOICES)}, got {choice!r}")
+        raise ConfigError(f"frame_choice is {choice!r}; expected one of {', '.join(FRAME_CHOICES)}")
     n = min(wanted, count)
     if choice == "first":
         return np.arange(n, dtype=np.int64)
@@ -126,29 +135,30 @@ def build(
     reader: str = "pyav",
     progress: bool = False,
 ) -> Cached:
-    """Decode what is not in the cache yet.
+    """Decode the videos that are not in the cache yet.
 
     Args:
-        study: its unusable videos are left out of the result and join its problems.
+        study: the result leaves out its unusable videos and adds a problem for each of them.
         size: side of the cached frames in pixels.
-        frames_per_clip, frame_choice: see `choose_frames`.
-        folder: of the cache; default `default_folder`.
-        max_bad_share: largest share of the study's videos that may turn out unusable.
-        workers: threads, default one for each core; the result doesn't depend on their number.
+        frames_per_clip: see `choose_frames`.
+        frame_choice: see `choose_frames`.
+        folder: of the cache; None: `default_folder`.
+        max_bad_share: largest share of the videos that may be unusable.
+        workers: threads, None: one for each core. The result does not depend on it.
         reader: "pyav" or "decord", see `read_frames`.
-        progress: say on standard error how far the decoding is.
+        progress: show on standard error how many videos are decoded.
 
     Raises:
-        DataError: too many unusable videos, or a split that is left without both classes.
-        OutputError: the cache cannot be written, or has files of another user that cannot be read.
+        DataError: too many videos are unusable, or a split is left without both classes.
+        OutputError: the cache cannot be written, or holds files of another user that cannot be read.
     """
     if size < 1:
-        raise ConfigError(f"size must be at least 1, got {size}")
+        raise ConfigError(f"size is {size}; expected at least 1")
     workers = cores() if workers is None else workers
     if workers < 1:
-        raise ConfigError(f"workers must be at least 1, got {workers}")
+        raise ConfigError(f"workers is {workers}; expected at least 1")
     if reader not in READERS:
-        raise ConfigError(f"reader must be one of {', '.join(READERS)}, got {reader!r}")
+        raise ConfigError(f"reader is {reader!r}; expected one of {', '.join(READERS)}")
     if reader == "decord":
         require_package("decord", "decord", "video_reader: 'decord'", extra="decord")
     choose_frames(1, frames_per_clip, frame_choice)
@@ -165,7 +175,7 @@ def build(
         try:
             entry = _examine(path, known.get(path), headers)
             numbers = choose_frames(entry.header.frames, frames_per_clip, frame_choice)
-            # decord takes damaged videos that PyAV refuses: who asks for PyAV must not meet frames of decord's.
+            # decord decodes damaged videos that PyAV refuses, so the two readers never share a file.
             by = "decord" if reader == "decord" and entry.header.is_plain else READER_VERSION
             settings = f"{entry.sha256} {frame_choice} {frames_per_clip} {size} {RESIZE_VERSION} {by}"
             file = folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:40]}.npy"
@@ -219,7 +229,7 @@ def build(
 
 
 def _examine(path: Path, known: Entry | None, headers: Mapping[str, Header]) -> Entry:
-    """The video's entry; the whole file is read only where its size, its time of change or a part of it is new."""
+    """The entry of a video. The whole file is read only if its size, its time of change or its sample is new."""
     try:
         regular_file(path, path.parent)
         status = path.stat()
@@ -235,7 +245,7 @@ def _examine(path: Path, known: Entry | None, headers: Mapping[str, Header]) -> 
 
 
 def _sample(path: Path, size: int) -> str:
-    """SHA-256 of head, middle and tail: a program may keep a file's size and time and change what it holds."""
+    """SHA-256 of head, middle and tail: a program can change a file and keep its size and time."""
     digest = hashlib.sha256()
     with path.open("rb", buffering=0) as file:
         for place in (0, (size - _SAMPLE) // 2, size - _SAMPLE):
@@ -245,10 +255,10 @@ def _sample(path: Path, size: int) -> str:
 
 
 def _disagreement(claim: Header, header: Header) -> str:
-    """How the table contradicts the file in what makes the video unusable.
+    """How the table contradicts the file; such a video is unusable. "" if it does not.
 
-    The table may count the frames that are shown or those that the container claims, hidden ones among them, and give
-    the sides of the shown frame or of the stored one.
+    The table may count the frames that are shown or those that the container claims, and give the width and height of
+    the frames as shown or as stored.
     """
     sides = (header.width, header.height)
     if header.turned and (claim.width or header.height, claim.height or header.width) == sides[::-1]:
@@ -266,7 +276,7 @@ def _disagreement(claim: Header, header: Header) -> str:
 
 
 def _small_disagreements(claim: Header, header: Header) -> Iterator[str]:
-    """What is worth a note: no label depends on the number of a frame, and no pixel on the frame rate."""
+    """Contradictions that are only noted: no label depends on the frame count, and no pixel on the frame rate."""
     if claim.frames and claim.frames == header.claimed:
         yield f"frame counts disagree (kept): table and file say {claim.frames} frames, {header.frames} are shown"
     if claim.fps and header.fps and abs(claim.fps - header.fps) > _FPS_TOLERANCE * header.fps:
@@ -274,8 +284,10 @@ def _small_disagreements(claim: Header, header: Header) -> Iterator[str]:
 
 
 def _repeats(clips: Iterable[Clip], index: Mapping[Path, Entry]) -> list[Problem]:
-    """Videos with the very bytes of another one: in another split a leak that the table cannot show, with another
-    label a contradiction."""
+    """A note for each video with the same bytes as another one, if their splits or their labels differ.
+
+    In different splits it is a leak that the table cannot show; with different labels it is a contradiction.
+    """
     alike: dict[str, list[Clip]] = {}
     repeated: dict[tuple[str, str], Problem] = {}
     for clip in clips:
@@ -291,10 +303,10 @@ def _repeats(clips: Iterable[Clip], index: Mapping[Path, Entry]) -> list[Problem
 
 
 def _intact(file: Path, shape: tuple[int, ...]) -> bool:
-    """Whether a cached array is there whole; a machine that was switched off may leave a short one.
+    """Whether a cached array is complete; a machine that loses power can leave a short one.
 
-    By its size and the bytes of its header: `numpy.load` parses the header with `ast`, which in several
-    threads at once fails now and then with a SystemError (Python 3.11).
+    Compares the size and the bytes of the header, because `numpy.load` parses the header with `ast`, which sometimes
+    fails with a SystemError if several threads do it at once (Python 3.11).
     """
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
@@ -307,7 +319,7 @@ def _intact(file: Path, shape: tuple[int, ...]) -> bool:
 
 
 def _blank(file: Path, shape: tuple[int, ...]) -> bool:
-    """Whether no channel of an intact array shows anything. A few rows in its midst nearly always answer that."""
+    """Whether every channel of an intact array is blank. A few rows in the middle nearly always show that it is not."""
     side, size = shape[-1], math.prod(shape)
     rows = min(side, 16)
     with file.open("rb", buffering=0) as stream:
@@ -320,7 +332,7 @@ def _blank(file: Path, shape: tuple[int, ...]) -> bool:
 
 
 def _keep_private(folder: Path) -> None:
-    """Close a cache folder of the user's own to others; one that holds other things too stays as it is."""
+    """Make the cache folder of this user private, unless it holds other files too."""
     status = folder.stat()
     if status.st_uid != os.geteuid() or not status.st_mode & 0o077:
         return
@@ -329,14 +341,14 @@ def _keep_private(folder: Path) -> None:
 
 
 def _write(file: Path, content: bytes) -> None:
-    """Write a file whole or not at all, for the owner's eyes. Raises OutputError."""
+    """Write a file that only its owner can read, whole or not at all. Raises OutputError."""
     with atomic_write(file, sync=False, mode=0o600) as temporary:
         temporary.write_bytes(content)
 
 
 @contextmanager
 def _own(file: Path) -> Iterator[None]:
-    """Raise OutputError where a file of the cache may not be opened."""
+    """Raise OutputError if the block is not permitted to open a file of the cache."""
     try:
         yield
     except PermissionError:
@@ -348,8 +360,11 @@ def _own(file: Path) -> Iterator[None]:
 
 @contextmanager
 def _regular(file: Path) -> Iterator[BinaryIO | None]:
-    """A regular file of the cache, closed to others if it is the user's; None where there is none, or a FIFO, a device
-    or a link, which are not waited for or followed. Raises OutputError where it is another user's and closed."""
+    """Open a regular file of the cache and make it private; None if it is missing, a FIFO, a device or a link.
+
+    Raises:
+        OutputError: it belongs to another user and cannot be read.
+    """
     try:
         handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except (OSError, ValueError) as error:
@@ -367,14 +382,14 @@ def _regular(file: Path) -> Iterator[BinaryIO | None]:
 
 
 def _save_index(file: Path, index: Mapping[Path, Entry]) -> None:
-    """Another run may have written meanwhile: its videos are kept."""
+    """Write the index together with the entries that another run has written meanwhile."""
     merged = _read_index(file) | dict(index)
     text = json.dumps({str(path): asdict(entry) for path, entry in merged.items()}, indent=0)
     _write(file, text.encode())
 
 
 def _read_index(file: Path) -> dict[Path, Entry]:
-    """The index; an absent or damaged one, or a damaged entry, only costs time."""
+    """The index, without damaged entries; empty if the file is missing or damaged."""
     try:
         with _regular(file) as stream:
             content = b"" if stream is None else stream.read(_MAX_INDEX + 1)
@@ -388,7 +403,7 @@ def _read_index(file: Path) -> dict[Path, Entry]:
 
 
 def _entry(value: Any) -> Entry | None:
-    """An entry of the index, if it is one that could have been written."""
+    """An entry from the JSON of the index; None if it is damaged."""
     try:
         header = Header(**value["header"])
         entry = Entry(**(value | {"header": header}))

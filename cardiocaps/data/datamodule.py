@@ -1,6 +1,6 @@
-"""Frames for Lightning: items from the cache, views made on the device.
+"""Frames for Lightning: read from the cache, made into views on the device.
 
-What item i shows in epoch e depends on (seed, e, i) alone: the same for any number of workers and after a
+What item i shows in epoch e depends only on (seed, e, i). So it is the same for any number of workers and after a
 resume.
 """
 
@@ -23,14 +23,12 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from cardiocaps.data import cache, splits
-from cardiocaps.data.echonet_lvh import Clip, Study, read_folder
+from cardiocaps.data.study import Clip, Study
 from cardiocaps.data.views import base_side, draw_jitter, three_views
 from cardiocaps.errors import ConfigError, OutputError, ResourceError
 from cardiocaps.runtime.processes import start_errors
 
-TARGETS = ("width", "ef")
-
-# What torch says where /dev/shm is full: a worker that notices, and one that is killed as it writes there.
+# Parts of torch's messages when /dev/shm is full: from a worker that notices, and from one that is killed there.
 _SIGNS_OF_SHARED_MEMORY = ("unable to write to file </torch", "unable to allocate shared memory", "Bus error")
 
 
@@ -71,17 +69,16 @@ class FrameDataset(Dataset[dict[str, Any]]):
             "jitter": torch.from_numpy(jitter),
             "tone": torch.from_numpy(tone),
             "label": clip.label,
-            "target": torch.tensor(clip.width if self.target == "width" else clip.ef, dtype=torch.float32),
+            "target": torch.tensor(clip.targets[self.target], dtype=torch.float32),
             "clip": number,
             "frame": int(self.cached.numbers[clip.path][frame]),
         }
 
 
 class FrameSampler(DistributedSampler[tuple[int, int]]):
-    """Yields (epoch, index): shuffled anew each epoch in training, in order and never padded in evaluation.
+    """Yields (epoch, index): in training shuffled anew in each epoch, in evaluation in order and never padded.
 
-    A DistributedSampler so that Lightning leaves it alone and calls `set_epoch`; one process is the usual
-    case.
+    It is a DistributedSampler, so that Lightning calls `set_epoch` and does not replace it.
     """
 
     def __init__(self, dataset: FrameDataset) -> None:
@@ -90,15 +87,15 @@ class FrameSampler(DistributedSampler[tuple[int, int]]):
         rank = torch.distributed.get_rank() if ready else 0
         super().__init__(dataset, replicas, rank, shuffle=dataset.train, seed=dataset.seed)
         self.train = dataset.train
-        self.skip = 0  # items of the coming pass that were handed out before a checkpoint
+        self.skip = 0  # items that the next pass leaves out: they were used before a checkpoint
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         n = len(self.dataset)  # type: ignore[arg-type]
         order = np.arange(n)
         if self.train:
-            # n as the third word: no item of this epoch draws from the same generator
+            # The third number is n, so that no item of this epoch uses the same generator.
             order = np.random.default_rng([self.seed, self.epoch, n]).permutation(n)
-            order = np.resize(order, self.total_size)  # every process the same number of steps
+            order = np.resize(order, self.total_size)  # so that every process makes the same number of steps
         skip, self.skip = self.skip, 0
         return iter([(self.epoch, int(i)) for i in order[self.rank :: self.num_replicas][skip:]])
 
@@ -108,19 +105,19 @@ class FrameSampler(DistributedSampler[tuple[int, int]]):
 
 
 class FrameLoader(DataLoader[dict[str, Any]]):
-    """A loader whose place in an epoch is part of a checkpoint, in the way that Lightning asks for."""
+    """A loader that saves its position in an epoch in the checkpoint, through the methods that Lightning calls."""
 
-    done = 0  # batches handed out in this epoch
-    resume_at = 0  # batches that the coming pass leaves out
+    done = 0  # batches of this epoch that have been yielded
+    resume_at = 0  # batches that the next pass leaves out
 
     def state_dict(self) -> dict[str, int]:
         return {"batches": self.done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.resume_at = state["batches"] % len(self)  # a whole epoch: the next one starts from its beginning
+        self.resume_at = state["batches"] % len(self)  # after a whole epoch the next one starts at 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
-        # A generator, so that nothing is fetched before Lightning has told the sampler the epoch.
+        # This is a generator, so nothing is fetched before Lightning has called `set_epoch`.
         self.done, self.resume_at = self.resume_at, 0
         self.sampler.skip = self.done * (self.batch_size or 1)  # type: ignore[attr-defined]
         with _worker_errors(self.num_workers):
@@ -131,16 +128,19 @@ class FrameLoader(DataLoader[dict[str, Any]]):
 
 @contextmanager
 def _worker_errors(workers: int) -> Iterator[None]:
-    """Raise ResourceError where the machine lacks what loading in processes needs: processes, or the shared memory in
-    which they hand over their batches. What a worker says of the cache, an OutputError, becomes one line again."""
+    """Turn errors of the worker processes into errors of one line.
+
+    Raises:
+        ResourceError: the machine lacks processes, or shared memory for the batches.
+        OutputError: a worker's own, without the traceback that torch puts before it.
+    """
     advice = "; --workers 0 loads in the main process"
-    # One that could not be built is asked this by its own destructor.
+    # The destructor reads this attribute, also of an iterator that could not be built.
     _MultiProcessingDataLoaderIter._shutdown = True
     try:
         with start_errors(f"{workers} workers that load data", advice):
             yield
     except OutputError as error:
-        # torch puts the traceback of the worker before what it says.
         raise OutputError(str(error).rstrip().rpartition("OutputError: ")[2]) from error
     except RuntimeError as error:
         if not workers or not any(sign in str(error) for sign in _SIGNS_OF_SHARED_MEMORY):
@@ -149,37 +149,39 @@ def _worker_errors(workers: int) -> Iterator[None]:
 
 
 class EchoDataModule(LightningDataModule):
-    """Train, validation and test loaders over a study.
+    """Loaders of the training, validation and test split of a study.
 
-    A batch, after `on_after_batch_transfer`, is a dict: image float32 [B, 9, size, size] in [0, 1]; label
-    int64 [B]; target float32 [B] (cm or percent, NaN where not measured); clip int64 [B], an index into
-    ``clips(split)``; frame int64 [B], the frame's number in its video.
+    A batch, after `on_after_batch_transfer`, is a dict of image float32 [B, 9, size, size] in [0, 1]; label int64 [B];
+    target float32 [B], NaN if not measured; clip int64 [B], an index into `clips(split)`; frame int64 [B], the frame's
+    number in its video.
 
     Args:
-        study: a `Study`, or a folder for `read_folder`.
+        study: what a reader of `cardiocaps.data.datasets` returns.
         size: side of the network's input in pixels.
-        batch_size: frames.
-        frames_per_clip: at most so many frames of each clip.
-        frame_choice: ``spread`` or ``first``; default ``first`` in the paper protocol, else ``spread``.
-        target: ``width`` (cm) or ``ef`` (percent).
+        batch_size: frames in a batch.
+        frames_per_clip: the most frames of a clip.
+        frame_choice: see `cache.choose_frames`; None: "first" in the paper protocol, else "spread".
+        target: what is regressed, one of `study.units`.
         seed: of order and augmentation.
-        split_seed: of the paper protocol's split; default: `seed`.
-        cache_dir: see `cache.default_folder`.
-        num_workers: loader processes, which live as long as their loader.
-        max_bad_share: largest share of unusable rows or videos.
+        split_seed: of a split over frames; None: `seed`.
+        cache_dir: folder of the cache; None: `cache.default_folder`.
+        num_workers: processes that load data.
+        max_bad_share: largest share of unusable videos.
         augment_full: see `views.draw_jitter`.
-        decode_workers, reader, progress: see `cache.build`.
-        pin_memory: batches wait in page-locked memory, from which a GPU fetches them while it computes.
-        channels_last: images in this order in memory instead of contiguous.
+        decode_workers: threads, see `cache.build`.
+        reader: see `cache.build`.
+        progress: see `cache.build`.
+        pin_memory: put batches into page-locked memory, which a GPU can read while it computes.
+        channels_last: memory order of the images.
 
     Raises:
-        ConfigError, DataError, OutputError: from the constructor, or from `setup` as `read_folder` and
-            `cache.build`.
+        ConfigError: an argument that is not allowed.
+        DataError, OutputError: from `setup`, as `cache.build`.
     """
 
     def __init__(
         self,
-        study: Study | Path | str,
+        study: Study,
         *,
         size: int = 256,
         batch_size: int = 8,
@@ -199,17 +201,15 @@ class EchoDataModule(LightningDataModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
-        if target not in TARGETS:
-            raise ConfigError(f"target must be one of {', '.join(TARGETS)}, got {target!r}")
+        if target not in study.units:
+            raise ConfigError(f"target is {target!r}; expected one of {', '.join(study.units)}")
         if batch_size < 1:
-            raise ConfigError(f"batch_size must be at least 1, got {batch_size}")
+            raise ConfigError(f"batch_size is {batch_size}; expected at least 1")
         if num_workers < 0:
-            raise ConfigError(f"num_workers must be at least 0, got {num_workers}")
+            raise ConfigError(f"num_workers is {num_workers}; expected at least 0")
         for name, value in (("seed", seed), ("split_seed", split_seed)):
             if value is not None and value < 0:
-                raise ConfigError(f"{name} must be at least 0, got {value}")
-        if not isinstance(study, Study):
-            study = read_folder(study, seed=seed if split_seed is None else split_seed, max_bad_share=max_bad_share)
+                raise ConfigError(f"{name} is {value}; expected at least 0")
         choice = frame_choice or ("first" if study.protocol == "paper" else "spread")
         cache.choose_frames(1, frames_per_clip, choice)
         self.study = study
@@ -232,11 +232,11 @@ class EchoDataModule(LightningDataModule):
         self._contents: dict[str, str] = {}
 
     def prepare_data(self) -> None:
-        """Decode, in one process of several, what the cache lacks."""
+        """Decode what is not in the cache; Lightning calls this in one process only."""
         self.setup()
 
     def setup(self, stage: str | None = None) -> None:
-        """Find the cached frames and split them; `study` is then without the videos that did not decode."""
+        """Decode or find the frames and split them. Afterwards `study` lacks the videos that cannot be decoded."""
         if self._datasets:
             return
         cached = cache.build(self.study, **self._cache_options)
@@ -272,7 +272,7 @@ class EchoDataModule(LightningDataModule):
         return self._loader(self.predicted)
 
     def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        """Make the views where the batch is, so that only uint8 frames travel to the device."""
+        """Make the views on the device of the batch, so that only uint8 frames are copied to it."""
         rest = dict(batch)
         base, jitter, tone = rest.pop("base"), rest.pop("jitter"), rest.pop("tone")
         image = three_views(base, self.size, jitter, tone)
@@ -281,36 +281,36 @@ class EchoDataModule(LightningDataModule):
         return {"image": image, **rest}
 
     def clips(self, split: str) -> tuple[Clip, ...]:
-        """The clips that a batch's ``clip`` counts."""
+        """The clips of a split; `clip` of a batch is an index into them."""
         return self._dataset(split).clips
 
     def labels(self, split: str) -> NDArray[np.int64]:
-        """int64 [n], of every frame of a split."""
+        """The label of every frame of a split, int64 [n]."""
         return self._dataset(split).labels.copy()
 
     def contents(self) -> dict[str, str]:
-        """The SHA-256 of the bytes of each video that could be decoded, by its name."""
+        """Name -> SHA-256 of the file's bytes, of each video that could be decoded."""
         self.setup()
         return dict(self._contents)
 
     def train_class_counts(self) -> Tensor:
-        """int64 [2]: training frames of normal and of abnormal clips."""
+        """Number of training frames of normal and of abnormal clips, int64 [2]."""
         return torch.bincount(torch.from_numpy(self._dataset("train").labels), minlength=2)
 
     def train_target_mean(self) -> float:
-        """Mean of the regression target over the training clips that have one; 0 if none has."""
-        targets = [getattr(clip, self.target) for clip in self.clips("train")]
+        """Mean of the regression target over the training clips in which it was measured; 0 if there is none."""
+        targets = [clip.targets[self.target] for clip in self.clips("train")]
         measured = [x for x in targets if not math.isnan(x)]
         return fmean(measured) if measured else 0.0
 
     def pixels(self, split: str, side: int) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
-        """Whole frames as grey values for the machine-learning baselines, unaugmented.
+        """The frames of a split as grey values, without augmentation, for classifiers of pixels.
 
         Returns:
             float32 [n, side·side] in [0, 1], labels int64 [n], clip indices int64 [n].
         """
         if side < 1:
-            raise ConfigError(f"side must be at least 1, got {side}")
+            raise ConfigError(f"side is {side}; expected at least 1")
         dataset = self._dataset(split)
         grey = np.empty((len(dataset), side * side), np.float32)
         luma = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)  # ITU-R BT.601
@@ -322,13 +322,13 @@ class EchoDataModule(LightningDataModule):
 
     def _dataset(self, split: str) -> FrameDataset:
         if split not in splits.SPLITS:
-            raise ConfigError(f"split must be one of {', '.join(splits.SPLITS)}, got {split!r}")
+            raise ConfigError(f"split is {split!r}; expected one of {', '.join(splits.SPLITS)}")
         self.setup()
         return self._datasets[split]
 
     def _loader(self, split: str) -> DataLoader[dict[str, Any]]:
         dataset = self._dataset(split)
-        # Batch statistics of a single item are undefined, so a last training batch of one is dropped.
+        # Batch normalisation needs more than one item, so a last training batch of one item is dropped.
         sampler = FrameSampler(dataset)
         single = len(sampler) > 1 and len(sampler) % self.batch_size == 1
         return FrameLoader(

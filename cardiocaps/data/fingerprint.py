@@ -1,13 +1,11 @@
-"""What a run was trained on, kept so that a change of the table or of the folder is noticed later.
+"""A record of the data of a run, which shows later whether the table or the folder has changed.
 
-For every video the split, the label, the targets and the file's bytes, under a digest of its name. Neither names nor
-measured values are kept; but who already knows a name can find out whether it is among them, so the record is as
-confidential as predictions.csv. Patients are kept as which videos belong together, for a digest of a short identifier
-could be undone by trying all.
+It holds digests of each video's name, targets and bytes, its split and its label. Names and measured values are not
+kept. Somebody who knows a name can find out whether the record holds it, so the record is as confidential as
+predictions.csv. Patients are kept only as numbers: the digest of a short identifier could be inverted by trying all.
 
-A video that was left out when the run began, because it could not be decoded, has no bytes here. It is left out when
-the run goes on, too, whatever has become of it: it may have been the disk that failed. Only videos that the run was
-trained on or is judged by must be there and unchanged.
+A video that could not be decoded when the run began has no digest of its bytes. It is also left out when the run goes
+on, even if it can be decoded by then. All videos that the run trained on or is judged by must be present and unchanged.
 """
 
 from __future__ import annotations
@@ -22,8 +20,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.data.echonet_lvh import Clip, Study
-from cardiocaps.data.measurements import FILE_NAME, Problem
+from cardiocaps.data.problems import Problem
+from cardiocaps.data.study import Clip, Study
 from cardiocaps.errors import ConfigError, printable
 
 _KIND, _VERSION = "cardiocaps data", 1
@@ -33,20 +31,19 @@ _TEXT = {"fingerprint": str, "table": str, "protocol": str, "split_rule": str, "
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What a study consists of, in the order of its clips."""
+    """The content of a study, in the order of its clips."""
 
     videos: Mapping[str, tuple[str, str, str, str]]  # digest of the name -> split, label, digest of targets, patient
     label_rule: Mapping[str, float]  # measurement -> smallest abnormal value in cm
-    table: str  # SHA-256 of the table's bytes; "" where it cannot be read
+    table: str  # SHA-256 of the table's bytes; "" if it cannot be read
     protocol: str
     split_rule: str
     contents: Mapping[str, str] = field(default_factory=dict)
-    """Digest of the name -> digest of the file's bytes, of the videos that can be used; empty where nothing has been
-    decoded yet."""
+    """Digest of the name -> digest of the file's bytes, of the usable videos; empty before decoding."""
 
     @classmethod
     def of(cls, study: Study) -> Fingerprint:
-        """The fingerprint of a study. A video with several clips (paper protocol) has a label and targets of each."""
+        """The fingerprint of a study. A video with several clips (paper protocol) has the labels and targets of all."""
         clips: dict[str, list[Clip]] = {}
         for clip in study.clips:
             clips.setdefault(_name_digest(clip.name), []).append(clip)
@@ -55,20 +52,20 @@ class Fingerprint:
         for name, own in clips.items():
             patient = own[0].patient
             number = patients.setdefault(patient, str(len(patients))) if patient else "-"
-            # Six digits, for the last ones of an average depend on the machine.
-            targets = " ".join(f"{clip.width:.6g} {clip.ef:.6g}" for clip in own)
+            # Six digits, because the last digits of an average depend on the machine.
+            targets = " ".join(f"{value:.6g}" for clip in own for value in clip.targets.values())
             videos[name] = own[0].split, "".join(str(clip.label) for clip in own), _digest(targets), number
-        return cls(
-            videos, dict(study.label_rule), _file_digest(study.root / FILE_NAME), study.protocol, study.split_rule
-        )
+        return cls(videos, dict(study.label_rule), _file_digest(study.table), study.protocol, study.split_rule)
 
     def with_contents(self, contents: Mapping[str, str]) -> Fingerprint:
-        """The same, with the SHA-256 of the bytes of each video that could be decoded, by its name."""
+        """The same with `contents`: name -> SHA-256 of the bytes, of each video that could be decoded."""
         return replace(self, contents={_name_digest(name): sha256[:16] for name, sha256 in contents.items()})
 
     def as_used(self, study: Study) -> Study:
-        """This study, read once more, without the videos that could not be used then, each with a note; any other study
-        as it is."""
+        """The study without the videos that could not be used when this record was made, each with a note.
+
+        A study that differs from the record is returned unchanged.
+        """
         if not self.contents or self.digest != Fingerprint.of(study).digest:
             return study
         unused = dict.fromkeys(clip.name for clip in study.clips if _name_digest(clip.name) not in self.contents)
@@ -78,20 +75,21 @@ class Fingerprint:
 
     @cached_property
     def digest(self) -> str:
-        """16 hexadecimal digits of the videos' names, splits, labels, targets, patients and order, and the label rule:
-        equal where `differences` finds nothing else than other contents."""
+        """16 hexadecimal digits, equal for two studies with the same videos, splits, labels, targets, patients, order
+        and label rule."""
         return _digest(json.dumps([list(self.videos.items()), sorted(self.label_rule.items())]))
 
     @cached_property
     def digest_without_splits(self) -> str:
-        """As `digest`, of the videos and the label rule alone: equal for two seeds of a split that is drawn. Patients
-        are numbered by the order, and that is the splits'."""
+        """As `digest`, without splits and order: equal for two seeds of a random split.
+
+        It leaves out patients too, because they are numbered in the order of the videos.
+        """
         videos = sorted((name, label, targets) for name, (_, label, targets, _) in self.videos.items())
         return _digest(json.dumps([videos, sorted(self.label_rule.items())]))
 
     def has_seen(self, name: str, sha256: str | None) -> bool:
-        """Whether a run on this study has trained or validated on a video, by its name or by its file's bytes. (Where
-        frames are split, every video has frames in the training.)"""
+        """Whether a run on this study has trained or validated on the video of this name, or with these bytes."""
         key = _name_digest(name)
         return (key in self.videos and self.videos[key][0] != "test") or (sha256 or "")[:16] in self._seen_contents
 
@@ -100,9 +98,9 @@ class Fingerprint:
         return frozenset(content for key, content in self.contents.items() if self.videos[key][0] != "test")
 
     def differences(self, now: Fingerprint) -> list[str]:
-        """What has changed from this study to another, in words without names; empty where nothing has.
+        """The changes from this study to `now`, in words without names; empty if there are none.
 
-        Other bytes of the table are no difference by themselves: they may be a new column or line ends.
+        A table with other bytes is not a change by itself: it may have a new column or other line ends.
         """
         both = [name for name in self.videos if name in now.videos]
         found = [
@@ -138,7 +136,7 @@ class Fingerprint:
         ]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, a line a video."""
+        """Plain values for JSON, with a line for each video."""
         return {
             "kind": _KIND,
             "version": _VERSION,
@@ -152,9 +150,9 @@ class Fingerprint:
 
     @classmethod
     def from_dict(cls, content: Any, where: str) -> Fingerprint:
-        """What `as_dict` gave. Raises ConfigError, beginning with `where`, for anything else."""
+        """The inverse of `as_dict`. Raises ConfigError, whose text begins with `where`, for other content."""
         if not isinstance(content, dict) or content.get("kind") != _KIND:
-            raise ConfigError(f"{where} is no record of a run's data")
+            raise ConfigError(f"{where} is not a record of a run's data")
         if content.get("version") != _VERSION:
             raise ConfigError(f"{where} was written by another version of this program")
         if not all(isinstance(content.get(name), kind) for name, kind in _TEXT.items()):
@@ -172,29 +170,29 @@ class Fingerprint:
 
 
 def read_fingerprint(path: Path) -> Fingerprint | None:
-    """The fingerprint in a file; None where there is no such file. Raises ConfigError where it is damaged."""
+    """The fingerprint in a file; None if the file does not exist. Raises ConfigError if it is damaged."""
     try:
-        # Anything else, a FIFO say, might be waited for.
+        # Reading a FIFO, for example, might never end.
         if path.exists() and not path.is_file():
-            raise ConfigError(f"cannot read {printable(path)}: it is no file")
+            raise ConfigError(f"cannot read {printable(path)}: it is not a file")
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except OSError as error:
         raise ConfigError(f"cannot read {printable(path)}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{printable(path)} is damaged: it is no JSON") from error
+        raise ConfigError(f"{printable(path)} is damaged: it is not JSON") from error
     return Fingerprint.from_dict(content, printable(path))
 
 
 def _first_of_patient(patients: Iterable[str]) -> list[int]:
-    """For each video the place of its patient's first video, which two studies can be compared by; -1 for none."""
+    """For each video the index of its patient's first video, or -1: the same in any numbering of the patients."""
     first: dict[str, int] = {}
     return [-1 if patient == "-" else first.setdefault(patient, i) for i, patient in enumerate(patients)]
 
 
 def _count(n: int, what: str) -> str:
-    """`3 videos changed their split`; "" for none."""
+    """For example "3 videos changed their split"; "" for 0."""
     text = what.format("its" if n == 1 else "their", be="was" if n == 1 else "were")
     return f"{n} video{'' if n == 1 else 's'} {text}" if n else ""
 

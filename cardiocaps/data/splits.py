@@ -1,7 +1,7 @@
-"""Which video, or which frame, is trained on, validated on and tested on.
+"""Splits of the videos, or of their frames, into training, validation and test.
 
-EchoNet-LVH publishes no patient identifier: for it a split by video is the finest that can be guaranteed. Where a
-table names patients, all videos of one stand in one split.
+If a table names patients, all videos of a patient are in one split. EchoNet-LVH publishes no patients, so there a split
+by video is the best that can be guaranteed.
 """
 
 from __future__ import annotations
@@ -12,32 +12,30 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from cardiocaps.data.measurements import Problem, Row
+from cardiocaps.data.problems import Problem
 from cardiocaps.errors import DataError
 
 SPLITS = ("train", "val", "test")
-MIXED = "mixed"  # the paper protocol: a clip's frames are spread over all three splits
+MIXED = "mixed"  # the frames of such a clip are spread over all three splits
 SHARES = (0.6, 0.2, 0.2)
 
-# The published code: these rows of the table (300 of them), the first 50 frames of each, train / validation
-# / test.
-PAPER_ROWS = range(11464, 11764)
+# Shares of the published code: training, validation, test.
 PAPER_SHARES = (0.6, 0.32, 0.08)
 
 _COLUMN_VALUES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 
 
 def from_column(cells: Mapping[str, Iterable[str]]) -> tuple[dict[str, str], list[Problem]]:
-    """The data set's own split of each video.
+    """The split of each video as a column of the table gives it.
 
     Args:
-        cells: video name -> the (lower-case) split cells of its rows; blank ones are ignored.
+        cells: video -> the cells of its rows in lower case; blank ones are ignored.
 
     Returns:
-        video -> split, and a problem for each video without a known one.
+        video -> split, and a problem for each video without a known split.
 
     Raises:
-        DataError: a video's rows name two splits, which would put its frames into both.
+        DataError: the rows of a video name two splits, which would put its frames into both.
     """
     chosen: dict[str, str] = {}
     problems: list[Problem] = []
@@ -57,13 +55,20 @@ def from_column(cells: Mapping[str, Iterable[str]]) -> tuple[dict[str, str], lis
 def stratified(
     labels: Mapping[str, int], seed: int, shares: Sequence[float] = SHARES, groups: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Videos dealt out at random, each class in the same shares; the same for any order of the videos.
+    """A random split with the same shares in each class. It does not depend on the order of the videos.
 
-    With ``groups`` (video -> patient) patients are dealt out instead, each with all of its videos; one is abnormal
-    where any of its videos is.
+    Args:
+        labels: video -> label.
+        seed: of the random numbers.
+        shares: of training, validation and test.
+        groups: video -> patient. Patients are then split instead, each with all of their videos; a patient is abnormal
+            if any of the videos is.
+
+    Returns:
+        video -> split.
     """
     if groups is not None:
-        first: dict[str, str] = {}  # of a patient's videos, by which it is known: keys differ from table to table
+        first: dict[str, str] = {}  # patient -> first video, which identifies the patient: keys differ between tables
         whole: dict[str, int] = {}
         for name in sorted(labels):
             known = first.setdefault(groups[name], name)
@@ -80,7 +85,7 @@ def stratified(
 
 
 def divided(chosen: Mapping[str, str], groups: Mapping[str, str]) -> list[tuple[str, str]]:
-    """For each patient (``groups``: video -> patient) whose videos stand in several splits, two of these videos."""
+    """Two videos of each patient (`groups`: video -> patient) whose videos are in several splits."""
     first: dict[str, str] = {}
     apart: dict[str, tuple[str, str]] = {}
     for name, split in chosen.items():
@@ -90,20 +95,8 @@ def divided(chosen: Mapping[str, str], groups: Mapping[str, str]) -> list[tuple[
     return list(apart.values())
 
 
-def paper_rows(rows: Sequence[Row], total: int) -> list[Row]:
-    """The rows that the published code used; all, with a warning, where the table is shorter."""
-    if total < PAPER_ROWS.stop:
-        warnings.warn(
-            f"the paper protocol uses rows {PAPER_ROWS.start} to {PAPER_ROWS.stop - 1} of the table;"
-            f" this one has {total} rows: all are used",
-            stacklevel=3,
-        )
-        return list(rows)
-    return [row for row in rows if row.position in PAPER_ROWS]
-
-
 def warn_of_leak(what: str) -> None:
-    """Say that scores of a split over frames mean nothing by themselves."""
+    """Warn that scores of a split over frames are too good."""
     warnings.warn(
         f"{what} leaks: frames of one video land in training and in test;"
         " its scores are too good, use it only to compare with the published figures",
@@ -112,15 +105,15 @@ def warn_of_leak(what: str) -> None:
 
 
 def frame_items(clip_splits: Sequence[str], counts: Sequence[int], seed: int) -> dict[str, NDArray[np.int64]]:
-    """Every split's frames as rows (clip, frame).
+    """The frames of each split.
 
     Args:
-        clip_splits: split of each clip; `MIXED` clips' frames are pooled and dealt out 60/32/8 at random.
+        clip_splits: split of each clip. The frames of all `MIXED` clips are split at random by `PAPER_SHARES`.
         counts: number of frames of each clip.
-        seed: of the dealing.
+        seed: of the random numbers.
 
     Returns:
-        split -> int64 [n, 2]; the clip is counted within its split (`MIXED` clips belong to each).
+        split -> int64 [n, 2], rows (clip, frame). Clips are counted within their split; `MIXED` clips are in each.
     """
     items: dict[str, NDArray[np.int64]] = {}
     for split in (*SPLITS, MIXED):
@@ -136,7 +129,7 @@ def frame_items(clip_splits: Sequence[str], counts: Sequence[int], seed: int) ->
 
 
 def check_classes(labels: Mapping[str, Sequence[int] | NDArray[np.int64]], what: str = "clips") -> None:
-    """Raise DataError unless each split in `labels` holds both classes: without that no score means anything."""
+    """Raise DataError unless each split in `labels` holds both classes, which every score needs."""
     counts = {split: [int(np.sum(np.asarray(values) == c)) for c in (0, 1)] for split, values in labels.items()}
     if any(min(count) == 0 for count in counts.values()):
         table = "; ".join(f"{split}: {normal} normal, {high} abnormal" for split, (normal, high) in counts.items())
@@ -144,7 +137,7 @@ def check_classes(labels: Mapping[str, Sequence[int] | NDArray[np.int64]], what:
 
 
 def _cut(order: NDArray[np.int64], shares: Sequence[float]) -> list[NDArray[np.int64]]:
-    """Three parts in these shares; where there are three or more items none of the parts is empty."""
+    """Three parts in these shares. None is empty if there are at least three items."""
     n = len(order)
     sizes = [int(share * n) for share in shares]
     sizes = [max(size, 1) for size in sizes] if n >= len(shares) else sizes

@@ -1,14 +1,15 @@
 """One video file: what its header says, checked before anything is decoded, and its frames at one size.
 
-PyAV reads every file, in one thread and in sequence (decord, on request, EchoNet's own form); nothing is skipped and
-nothing sought. What counts is the
-frames that a player shows: an edit list hides some of those that a container claims, and a display matrix turns
-them. A decoder's every complaint makes the video unusable, because frames that it mends or invents look like others.
+PyAV reads every file from its first frame to its last, in one thread, without seeking. On request decord reads
+EchoNet's own form. The frames of a video are those that a player shows: an edit list can hide frames that the container
+claims, and a display matrix can turn them. Any error of the decoder makes the video unusable, because a repaired or
+invented frame looks like any other.
 
-How far that goes was measured on a real echocardiogram. Overwritten sectors of 512 bytes, with zeros or noise, were
-noticed every time in Motion JPEG, MPEG-4, H.264 and PNG; of single bits whose change is seen, all in H.264 and PNG, 20
-of 27 in MPEG-4, 8 of 21 in Motion JPEG. In pictures of noise less is noticed: of zeroed sectors half in Motion JPEG, a
-third in H.264. The decoders of FFV1 and raw video notice no more than that bytes are missing.
+How much damage is detected was measured on a real echocardiogram. A sector of 512 bytes overwritten with zeros or
+noise was detected every time in Motion JPEG, MPEG-4, H.264 and PNG. A single flipped bit that changes the picture was
+detected every time in H.264 and PNG, 20 times of 27 in MPEG-4 and 8 times of 21 in Motion JPEG. In videos of noise
+less is detected: half of the zeroed sectors in Motion JPEG, a third in H.264. The decoders of FFV1 and raw video
+detect only missing bytes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import re
 import stat
 import struct
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,24 +34,24 @@ if TYPE_CHECKING:
 
 MAX_FRAMES = 100_000
 MIN_SIDE, MAX_SIDE = 8, 4096
-MAX_PIXELS = 4_000_000_000  # of all frames together: 5,000 of 1024 × 768
-MAX_SECONDS = 300.0  # for one pass through a video; the largest allowed takes about 30
+MAX_PIXELS = 4_000_000_000  # of all frames together, for example 5,000 frames of 1024 × 768
+MAX_SECONDS = 300.0  # for one pass through a video; the largest that is allowed takes about 30
 READERS = ("pyav", "decord")
-MIN_FRAME_BYTES = 4  # even an empty frame costs a length field in AVI and in MP4
+MIN_FRAME_BYTES = 4  # an empty frame still has a length field, in AVI and in MP4
 RESIZE_VERSION = 1  # part of the cache key: raise it when `resize` returns other pixels
-READER_VERSION = 2  # likewise: raise it when PyAV's reader gives other frames, or refuses videos that it took
+READER_VERSION = 2  # likewise: raise it when PyAV's reader gives other frames, or refuses more videos
 
-# Codecs whose decoders tell damage, or with which a damaged frame leaves the others alone.
+# Codecs whose decoder reports damage, or in which a damaged frame does not affect the others.
 CODECS = ("mjpeg", "h264", "mpeg4", "png", "ffv1", "rawvideo")
 _FRAME_A_PACKET = ("mjpeg", "png", "ffv1", "rawvideo")
 
 _NAME = re.compile(r"[\w.-]+")
 _OPTIONS = {
-    # Without these a file could be a playlist that makes FFmpeg open other files and addresses.
+    # Without these three a file could be a playlist that makes FFmpeg open other files and addresses.
     "protocol_whitelist": "file",
     "format_whitelist": "avi,mov",
     "codec_whitelist": ",".join(CODECS),
-    # A JPEG may claim another size than the header of its file. Decoders are to refuse it before they ask for memory.
+    # A JPEG may claim a larger size than its file's header. The decoder refuses it before it allocates memory.
     "max_pixels": str(MAX_SIDE * MAX_SIDE),
 }
 _STRICT = {"err_detect": "explode+crccheck+bitstream+buffer", "max_pixels": _OPTIONS["max_pixels"]}
@@ -66,45 +67,45 @@ _OTHER_CONTAINERS = (
     (128, b"DICM", "DICOM"),
 )
 _MAX_TABLE_BYTES = 1 << 26
-_MAX_SAMPLES = 4_000_000  # of one stream, sound too; FFmpeg takes 36 bytes for each before a frame is read
+_MAX_SAMPLES = 4_000_000  # of one stream, sound included; FFmpeg allocates 36 bytes for each before it reads a frame
 
 
 class VideoError(DataError):
-    """One unusable video. ``str(error)`` is the reason, without the file's name."""
+    """A video that cannot be used. `str(error)` is the reason, without the file's name."""
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a video, or a table about it, says: frame count, pixels, frames per second (0 = not said).
+    """The properties of a video, as its file or a table states them; 0: not stated.
 
-    Of a video these are the frames that a player shows, in the orientation in which it shows them.
+    For a file, they are those of the frames that a player shows, in the orientation in which it shows them.
     """
 
     frames: int
     width: int
     height: int
     fps: float
-    claimed: int = 0  # frames that the container claims, where it shows another number
-    turned: bool = False  # by a quarter: the stored frames have width and height exchanged
+    claimed: int = 0  # frames that the container claims, if it shows another number
+    turned: bool = False  # by a quarter: stored frames have width and height exchanged
     form: str = field(default="", compare=False)  # container and codec: "avi mjpeg"
 
     @property
     def is_plain(self) -> bool:
-        """Whether it has EchoNet's own form, of which every reader gives the same frames."""
+        """Whether it has EchoNet's own form, for which both readers give the same frames."""
         return self.form == "avi mjpeg" and not self.claimed and self.height % 2 == 0
 
 
 def allowed_name(name: str) -> bool:
-    """Whether ``name`` is a plain file name: letters, digits, ``_ . -``; no ``..``, no folder, no address."""
+    """Whether `name` is a plain file name of letters, digits and `_ . -`: not `..`, a path or an address."""
     return _NAME.fullmatch(name) is not None and ".." not in name and name != "."
 
 
 def regular_file(path: Path, root: Path, follow_links: bool = False) -> Path:
-    """The file's real path: a non-empty regular file inside the folder ``root``.
+    """The real path of a non-empty regular file inside the folder `root`.
 
     Raises:
-        VideoError: missing, a folder, FIFO or device (opening one would hang), empty, or a link out of
-            ``root``, unless ``follow_links``.
+        VideoError: the file is missing, empty, a folder, or a FIFO or device (opening one would hang); or it is a link
+            that leaves `root`, and `follow_links` is False.
     """
     try:
         real = path.resolve(strict=True)
@@ -128,14 +129,14 @@ def regular_file(path: Path, root: Path, follow_links: bool = False) -> Path:
 
 
 def probe(path: Path, root: Path | None = None) -> Header:
-    """What a video shows. Reads the whole file, and decodes it where only that tells how many frames are shown.
+    """The header of a video. Reads the whole file, and decodes it if only decoding tells how many frames it shows.
 
     Args:
         path: an AVI or MP4 file.
-        root: folder that ``path`` may not leave through links; default the file's own folder.
+        root: folder that `path` may not leave through links; default the file's own folder.
 
     Raises:
-        VideoError: not a regular file, not a video that is read here, beyond the limits above, or frames missing.
+        VideoError: not a regular file, not a supported video, beyond the limits above, or with frames missing.
     """
     with _opened(path, root) as video:
         return video.header(frames=sum(1 for _ in video.frames(decode=video.codec not in _FRAME_A_PACKET)))
@@ -144,44 +145,51 @@ def probe(path: Path, root: Path | None = None) -> Header:
 def read_frames(
     path: Path, indices: Sequence[int] | NDArray[np.int64], size: int, reader: str = "pyav"
 ) -> NDArray[np.uint8]:
-    """Decode a video in sequence and keep the frames ``indices`` (0-based among those shown, any order), resized.
+    """Decode a whole video, which shows whether it is damaged, and resize some of its frames.
 
-    Only the frames asked for are resized and kept; all are decoded, because only that shows a damaged file. With
-    ``reader="decord"`` decord decodes the videos of EchoNet's own form: to the same pixels, but it mends damaged frames
-    and says nothing.
+    Args:
+        path: an AVI or MP4 file.
+        indices: numbers of the frames to keep, from 0 among those shown, in any order.
+        size: side of the result in pixels.
+        reader: "decord" decodes videos of EchoNet's own form with decord: to the same pixels, but it repairs damaged
+            frames silently.
 
     Returns:
         uint8 [T, 3, size, size], RGB.
 
     Raises:
-        VideoError: as `probe`; a frame that cannot be decoded, wherever it stands; an index beyond.
+        VideoError: as `probe`; any frame that cannot be decoded; an index beyond the last frame.
     """
     wanted = {int(i) for i in indices}
     kept: dict[int, NDArray[np.uint8]] = {}
     count = 0
-    if reader == "decord" and (header := probe(path)).is_plain:
-        for pixels in _decord_frames(path.resolve()):
-            if count in wanted:
-                kept[count] = resize(pixels[None], size)[0]
-            count += 1
-        if count != header.frames:
-            raise VideoError(f"truncated: decord decodes {count} of {header.frames} frames")
-    else:
-        with _opened(path) as video:
-            for frame in video.frames():
-                if count in wanted:
-                    kept[count] = resize(video.pixels(frame)[None], size)[0]
-                count += 1
+    for count, pixels in enumerate(_shown_frames(path, wanted, reader), 1):
+        if pixels is not None:
+            kept[count - 1] = resize(pixels[None], size)[0]
     if not wanted or min(wanted) < 0 or max(wanted) >= count:
         asked = f"{min(wanted)} to {max(wanted)}" if wanted else "none"
         raise VideoError(f"frame out of range: asked for {asked}, the video has {count}")
     return np.stack([kept[int(i)] for i in indices])
 
 
-def _decord_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
-    """Frames uint8 [H, W, 3] in sequence; ends early where decord fails.
+def _shown_frames(path: Path, wanted: Container[int], reader: str) -> Iterator[NDArray[np.uint8] | None]:
+    """Every frame that is shown, in sequence: uint8 [H, W, 3] if its number is wanted, else None."""
+    if reader == "decord" and (header := probe(path)).is_plain:
+        count = 0
+        for count, pixels in enumerate(_decord_frames(path.resolve()), 1):
+            yield pixels if count - 1 in wanted else None
+        if count != header.frames:
+            raise VideoError(f"truncated: decord decodes {count} of {header.frames} frames")
+        return
+    with _opened(path) as video:
+        for number, frame in enumerate(video.frames()):
+            yield video.pixels(frame) if number in wanted else None
 
-    PyAV must have looked the file through before: some headers make decord end the whole process.
+
+def _decord_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
+    """Frames uint8 [H, W, 3] in sequence; ends early if decord fails.
+
+    Call `probe` first: some damaged headers make decord end the whole process.
     """
     import decord
 
@@ -195,10 +203,10 @@ def _decord_frames(path: Path) -> Iterator[NDArray[np.uint8]]:
 
 
 def resize(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """The one resize for every source (AVI, MP4, DICOM): bilinear, antialiased, to a square.
+    """Resize frames to a square: bilinear, antialiased, without keeping the aspect, as in the paper.
 
-    The aspect is not kept, as in the paper. Libraries' resizes differ by up to 150 grey levels, so nothing
-    else in the package scales frames to the base size.
+    Everything that scales frames to the base size must call this, because the results of different libraries differ by
+    up to 150 grey levels.
 
     Args:
         frames: uint8 [T, H, W, 3].
@@ -211,7 +219,7 @@ def resize(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     from torch.nn.functional import interpolate
 
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3:
-        raise ValueError(f"frames must be uint8 [T, H, W, 3], got {frames.dtype} {list(frames.shape)}")
+        raise ValueError(f"frames is {frames.dtype} {list(frames.shape)}; expected uint8 [T, H, W, 3]")
     result = np.empty((len(frames), 3, size, size), np.uint8)
     for frame, out in zip(frames, result, strict=True):
         planes = torch.from_numpy(np.ascontiguousarray(frame.transpose(2, 0, 1), dtype=np.float32))
@@ -222,7 +230,7 @@ def resize(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 @contextmanager
 def _opened(path: Path, root: Path | None = None) -> Iterator[_Video]:
-    """The video, ready to be read once; whatever goes wrong with it becomes its reason."""
+    """The video, open for one pass. Raises VideoError for everything that goes wrong with it in the block."""
     import av
 
     real = regular_file(path, path.parent if root is None else root)
@@ -242,7 +250,7 @@ class _Video:
     """An open video, for one pass.
 
     Raises:
-        VideoError: it has no stream that is read here, or its header claims more than the limits.
+        VideoError: it has no supported stream, or its header claims more than the limits.
     """
 
     def __init__(self, container: av.container.InputContainer, size: int) -> None:
@@ -255,7 +263,7 @@ class _Video:
         self.codec = context.name if context else "an unknown one"
         if self.codec not in CODECS:
             raise VideoError(f"codec not read: {self.codec} (allowed: {', '.join(CODECS)})")
-        context.thread_count = 1  # each further one holds frames of its own
+        context.thread_count = 1  # every further thread would hold frames of its own
         context.options = _STRICT
         self.is_avi = container.format.name == "avi"
         self.claimed, self.indexed = self.stream.frames, len(self.stream.index_entries)
@@ -270,12 +278,12 @@ class _Video:
         self._first: av.VideoFrame | None = None
 
     def header(self, frames: int) -> Header:
-        """After the pass, in which `frames` frames were shown."""
+        """The header, after a pass that showed `frames` frames."""
         assert self._first is not None
         (height, width), turned = (self._first.height, self._first.width), self._orientation[0]
         fps = float(self.stream.average_rate or 0)
         if self.is_avi and self.claimed > frames:
-            fps *= frames / self.claimed  # the others only repeat the one before
+            fps *= frames / self.claimed  # the other frames only repeat the one before them
         return Header(
             frames,
             *((height, width) if turned else (width, height)),
@@ -286,12 +294,13 @@ class _Video:
         )
 
     def frames(self, decode: bool = True) -> Iterator[av.VideoFrame]:
-        """The frames shown, in sequence.
+        """The frames that are shown, in sequence.
 
-        Without `decode`, for codecs that have a frame in each packet, the first of them in place of every one.
+        With `decode` False the first frame stands for every other one, which is enough to count them. Only for codecs
+        with one frame in each packet.
 
         Raises:
-            VideoError: at the first frame that is damaged, and at the end where some are missing or none is left.
+            VideoError: at the first damaged frame; at the end, if frames are missing or there is none.
         """
         end = time.monotonic() + MAX_SECONDS
         shown = packets = longest = 0
@@ -300,20 +309,20 @@ class _Video:
         for packet in self.container.demux(self.stream):
             if time.monotonic() > end:
                 raise VideoError(f"too slow: not read within {MAX_SECONDS:g} seconds")
-            if packet.is_corrupt:  # the file ends in its midst
+            if packet.is_corrupt:  # the file ends inside the packet
                 whole = False
                 break
             if packet.dts is not None:
                 packets += 1
                 longest, last = max(longest, packet.dts - last), packet.dts
                 if not packet.size:
-                    continue  # the frame before stays for longer; a decoder would take it for the end
+                    continue  # empty: the frame before is shown for longer. A decoder would take it for the end
                 if start is None:
                     if not packet.is_keyframe and self.codec not in _FRAME_A_PACKET:
                         raise VideoError("starts in the middle: its first frame needs earlier ones")
                     start = packet.pts
                 elif packet.pts is not None and packet.pts < start:
-                    continue  # shown before the first keyframe, it refers to one that isn't there
+                    continue  # shown before the first keyframe: it refers to a frame that is missing
             if not decode and self._first and packet.size:
                 frames = iter(() if packet.is_discard else (self._first,))
             else:
@@ -328,16 +337,16 @@ class _Video:
             raise VideoError(f"damaged: {packets} of the {self.indexed} frames of its index are there")
         if not packets:
             raise VideoError("no frame in it")
-        # An AVI's time counts its frames, those that only repeat the one before (empty ones, no packets) among them.
+        # The time in an AVI counts all frames, also empty ones, which have no packet and repeat the frame before.
         if self.is_avi and last + longest < self.claimed:
             raise VideoError(f"truncated: {packets} of {self.claimed} frames are there")
         if not whole:
-            raise VideoError(f"truncated: frame {shown} is there in part only")
+            raise VideoError(f"truncated: frame {shown} is incomplete")
         if not shown:
             raise VideoError("no frame can be decoded")
 
     def pixels(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
-        """uint8 [H, W, 3] RGB, as a player turns it."""
+        """uint8 [H, W, 3] RGB, oriented as a player shows it."""
         pixels = np.asarray(self._reformatter.reformat(frame, format="rgb24").to_ndarray(), np.uint8)
         turned, mirrored, upside_down = self._orientation
         if turned:
@@ -345,7 +354,7 @@ class _Video:
         return pixels[:: -1 if upside_down else 1, :: -1 if mirrored else 1]
 
     def _decoded(self, packet: av.Packet[Any], shown: int) -> Iterator[av.VideoFrame]:
-        """The frames that a packet completes."""
+        """The frames that the decoder returns for a packet."""
         import av
 
         try:
@@ -354,7 +363,7 @@ class _Video:
             raise VideoError(f"damaged: frame {shown} or one soon after cannot be decoded") from None
         for frame in frames:
             if frame.is_corrupt:
-                raise VideoError(f"damaged: frame {shown} is decoded in part only")
+                raise VideoError(f"damaged: frame {shown} is decoded incompletely")
             if self._first is None:
                 self._check_side(frame.width, frame.height)
                 self._first, self._orientation = frame, _orientation(frame)
@@ -375,7 +384,7 @@ class _Video:
 
 
 def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
-    """How a player turns the frames: rows become columns, then left becomes right, then top becomes bottom."""
+    """How a player orients frames: exchange rows and columns, then mirror left to right, then top to bottom."""
     matrix: Any = frame.side_data.get("DISPLAYMATRIX")
     if matrix is None:
         return False, False, False
@@ -384,13 +393,13 @@ def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
         return False, a < 0, d < 0
     if a == d == 0 and b and c:
         return True, c < 0, b < 0
-    raise VideoError("display matrix not read: its angle is no multiple of 90 degrees")
+    raise VideoError("display matrix not supported: its angle is not a multiple of 90 degrees")
 
 
 def _container_of(path: Path) -> str:
-    """FFmpeg's name of the file's container, by its content.
+    """FFmpeg's name for the container, found from the file's content.
 
-    An MP4's table of frames is looked through before FFmpeg makes room for all that it claims.
+    The tables of an MP4 are checked first, because FFmpeg allocates memory for as many frames as they claim.
 
     Raises:
         VideoError: neither AVI nor MP4; an MP4 without a table, in fragments, or with an absurd table.

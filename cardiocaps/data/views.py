@@ -1,9 +1,9 @@
-"""The network's nine channels: three RGB views of one frame, the full frame and two zoomed ones.
+"""The nine channels of the network: three RGB views of a frame, the full frame and two zoomed ones.
 
-The paper resizes a frame to 728 pixels, turns it by up to ±10°, crops 512 at random, and takes the 256 in
-its middle: the same as a window of 256 of 728 pixels, turned, whose centre lies up to ±108 pixels from the
-frame's. The published code draws these once, for test data too; here training draws anew each epoch and
-evaluation is fixed.
+The paper resizes a frame to 728 pixels, turns it by up to ±10°, crops 512 pixels at random and takes the middle 256 of
+them. That is a turned window of 256 of the 728 pixels, whose centre lies up to ±108 pixels from the frame's centre. The
+published code draws it once, for test data too. Here training draws it anew in each epoch, and in evaluation it is
+fixed.
 """
 
 from __future__ import annotations
@@ -20,33 +20,31 @@ MAX_ANGLE = 10.0  # degrees
 MAX_SHIFT = 108 / 728  # of the base side
 _BASE_OVER_INPUT = 728 / 256
 
-# Ours, not the paper's: what a probe's position and the machine's settings vary, kept small.
+# Not from the paper: small variations, like those of the probe's position and of the machine's settings.
 _FULL_SHIFT = 0.04
 _FULL_LOG_SCALE = 0.1
 _LOG_GAIN = 0.15
 
 
 def base_side(size: int) -> int:
-    """Side of the cached frames, in pixels, for a network input of ``size``: 256 -> 728, 64 -> 182."""
+    """Side in pixels of the cached frames for a network input of `size` pixels: 256 -> 728, 64 -> 182."""
     if size < 8:
-        raise ConfigError(f"size must be at least 8 pixels, got {size}")
+        raise ConfigError(f"size is {size}; expected at least 8 pixels")
     return round(size * _BASE_OVER_INPUT)
 
 
 def draw_jitter(
     rng: np.random.Generator, train: bool, augment_full: bool = True
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """How one frame is seen.
+    """The geometry and tone of the three views of a frame.
 
-    In evaluation nothing is drawn: the zoomed views look half-way up and half-way down the range of training,
-    where the septum and the posterior wall lie in a parasternal long-axis view, so each is a typical
-    training view and together they show more than one alone.
+    In evaluation they are fixed: the zoomed views look halfway up and halfway down the range of training, where the
+    septum and the posterior wall lie in a parasternal long-axis view.
 
     Args:
-        rng: of this item in this epoch.
-        train: draw, or the fixed views.
-        augment_full: in training, also turn, shift and scale the full view a little, and change gain and
-            gamma.
+        rng: the generator of this item in this epoch.
+        train: whether to draw them at random.
+        augment_full: in training, also turn, shift and scale the full view a little, and change gain and gamma.
 
     Returns:
         jitter float32 [3, 4]: (degrees, dx, dy, log scale) of the full and the two zoomed views, see
@@ -64,16 +62,15 @@ def draw_jitter(
 
 
 def three_views(base: Tensor, size: int, jitter: Tensor, tone: Tensor | None = None) -> Tensor:
-    """Nine-channel input from frames, on the frames' device.
+    """The nine-channel input of the network, computed on the device of the frames.
 
     Args:
-        base: uint8 [B, 3, S, S], S = `base_side` (size).
-        size: side of the result.
-        jitter: float32 [B, 3, 4], rows (degrees, dx, dy, log scale): a view's window is turned clockwise by
-            the angle (the picture counter-clockwise), its centre lies dx to the right of and dy below the
-            frame's in parts of the frame's side, and it is exp(-log scale) times as wide. Outside the frame
-            is black.
-        tone: float32 [B, 2], rows (gain, gamma): x becomes gain · x^gamma, which leaves black black.
+        base: uint8 [B, 3, S, S], S = `base_side(size)`.
+        size: side of the result in pixels.
+        jitter: float32 [B, 3, 4], for each view (degrees, dx, dy, log scale). The view's window is turned clockwise by
+            the angle; its centre is shifted by dx to the right and by dy down, as shares of the frame's side; it is
+            exp(-log scale) times as wide. Outside of the frame is black.
+        tone: float32 [B, 2], rows (gain, gamma): x becomes gain · x^gamma, so black stays black.
 
     Returns:
         float32 [B, 9, size, size] in [0, 1]: the full frame (antialiased), then the two zoomed views
@@ -81,10 +78,10 @@ def three_views(base: Tensor, size: int, jitter: Tensor, tone: Tensor | None = N
     """
     side = base.shape[-1]
     if base.dtype != torch.uint8 or base.ndim != 4 or base.shape[1] != 3 or base.shape[2] != side:
-        raise ValueError(f"base must be uint8 [B, 3, S, S], got {base.dtype} {list(base.shape)}")
+        raise ValueError(f"base is {base.dtype} {list(base.shape)}; expected uint8 [B, 3, S, S]")
     if jitter.shape != (len(base), 3, 4):
-        raise ValueError(f"jitter must be [{len(base)}, 3, 4], got {list(jitter.shape)}")
-    # In place where that is possible: fresh memory for a batch of frames costs more than the arithmetic.
+        raise ValueError(f"jitter is {list(jitter.shape)}; expected [{len(base)}, 3, 4]")
+    # In place if possible: allocating memory for a batch of frames costs more than the arithmetic.
     pixels = base.float().div_(255)
     small = interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)
     full = _sample(small, jitter[:, :1], 1.0, size)
@@ -97,9 +94,9 @@ def three_views(base: Tensor, size: int, jitter: Tensor, tone: Tensor | None = N
 
 
 def _sample(image: Tensor, jitter: Tensor, window: float, size: int) -> Tensor:
-    """Windows, `window` of the side wide, of images [B, 3, H, H]: jitter [B, V, 4] -> [B, 3 V, size, size].
+    """V windows, `window` of the side wide, of each image [B, 3, H, H]: jitter [B, V, 4] -> [B, 3 V, size, size].
 
-    The V sampling grids of an image lie one below another, so that the image isn't copied for each.
+    The V sampling grids of an image are stacked into one, so that the image is not copied for each of them.
     """
     batch, views, _ = jitter.shape
     angle, dx, dy, log_scale = jitter.unbind(-1)

@@ -1,8 +1,7 @@
-"""What a run's results are judged by wherever it is evaluated, kept in its folder as `decision.json`: the threshold of
-its decisions, and the mean of its training targets.
+"""The threshold of a run's decisions and the mean of its training targets, kept in `decision.json`.
 
-Both are the run's own. Evaluated on other data they stay what they are: a threshold chosen on the data that it is then
-tested on would make the decisions look better than they are.
+A run keeps both when it is evaluated on other data. A threshold that is chosen on the test data would make the
+decisions look better than they are.
 """
 
 from __future__ import annotations
@@ -31,20 +30,20 @@ class Decision:
     """Abnormal where the probability is above `threshold`."""
 
     threshold: float
-    unit: str  # what it was chosen by: "video" or "frame"
+    unit: str  # what was counted to choose it: "video" or "frame"
     rule: str  # how it was chosen
-    weights: str  # the digest of the network that it was chosen for; "" where it stands beside what it was chosen for
-    target_mean: float = math.nan  # of the regression targets in training; NaN where there is none
+    weights: str  # digest of the network that it was chosen for; "" if the same file holds the classifier
+    target_mean: float = math.nan  # of the regression targets in training; NaN if there is none
 
     @classmethod
     def choose(cls, validation: Predictions, unit: str, weights: str = "", target_mean: float = math.nan) -> Decision:
-        """The threshold with the largest Youden index on validation; 0.5 where that has one class only."""
+        """The threshold with the largest Youden index on validation; 0.5 if that has one class only."""
         threshold, reason = decision_threshold(*validation.samples(unit)[:2])
         return cls(threshold, unit, f"0.5, for {reason}" if reason else _RULE, weights, target_mean)
 
     @classmethod
     def unknown(cls, unit: str, weights: str) -> Decision:
-        """Where the run keeps none for its network and its validation split is not at hand."""
+        """The decision if the run has none for its network, and its validation split is not available."""
         return cls(THRESHOLD, unit, "0.5, for the run's folder has no threshold for this network", weights)
 
     @property
@@ -62,9 +61,10 @@ def write_decision(path: Path, decision: Decision) -> None:
 
 
 def read_decision(path: Path, weights: str) -> Decision | None:
-    """The decision of a run; None where it keeps none, or one for other weights: training has gone on since.
+    """The decision of a run; None if it has none for these weights (training may have gone on since).
 
-    Raises CheckpointError where the file is damaged.
+    Raises:
+        CheckpointError: the file is damaged.
     """
     content = read_kept(path, _KIND)
     if content is None:
@@ -77,35 +77,35 @@ def read_decision(path: Path, weights: str) -> Decision | None:
 
 
 def decision_of(content: Mapping[str, Any]) -> Decision:
-    """From the values of `Decision.as_dict`. Raises ValueError for others."""
+    """The inverse of `Decision.as_dict`. Raises ValueError for other values."""
     threshold, mean = content.get("threshold"), content.get("target_mean")
     unit, rule, weights = (content.get(name) for name in ("unit", "rule", "weights"))
     if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-        raise ValueError(f"threshold: must be a number from 0 to 1, is {threshold!r}")
+        raise ValueError(f"threshold is {threshold!r}; expected a number from 0 to 1")
     if not all(isinstance(text, str) for text in (unit, rule, weights)) or unit not in UNITS:
-        raise ValueError("unit, rule and weights: must be text, unit one of video and frame")
+        raise ValueError(f"unit, rule, weights are {(unit, rule, weights)!r}; expected texts, unit video or frame")
     if mean is not None and not isinstance(mean, int | float):
-        raise ValueError(f"target_mean: must be a number or null, is {mean!r}")
+        raise ValueError(f"target_mean is {mean!r}; expected a number or null")
     return Decision(threshold, unit, str(rule), str(weights), math.nan if mean is None else mean)
 
 
 def training_mean(data: EchoDataModule) -> float:
-    """Mean of the regression target over the training clips; NaN where none has it."""
-    measured = any(not math.isnan(getattr(clip, data.target)) for clip in data.clips("train"))
+    """Mean of the regression target over the training clips; NaN if it was measured in none."""
+    measured = any(not math.isnan(clip.targets[data.target]) for clip in data.clips("train"))
     return data.train_target_mean() if measured else math.nan
 
 
 def read_kept(path: Path, kind: str) -> Mapping[str, Any] | None:
-    """The content of a JSON file of this program, None where there is none. Raises CheckpointError."""
+    """The content of a JSON file of this program; None if it does not exist. Raises CheckpointError."""
     if not path.exists():
         return None
     try:
-        # A pipe, for example, would never end.
+        # Reading a pipe, for example, might never end.
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: it is no JSON") from error
+        raise CheckpointError(f"{path} is damaged: it is not JSON") from error
     if not isinstance(content, dict) or content.get("kind") != kind:
-        raise CheckpointError(f"{path} is damaged, or no file of this program")
+        raise CheckpointError(f"{path} is damaged, or not a file of this program")
     return content

@@ -1,8 +1,7 @@
-"""The baseline beside a run's network: logistic regression on downsized grey frames, which tells what the label owes to
-mere brightness and position.
+"""The baseline of a run: logistic regression on small grey frames.
 
-It is fitted once, to the run's training split, and kept in the run's folder as numbers in JSON. Evaluated on other
-data, both models are then as they were trained, and compared on what neither has seen.
+It shows how well brightness and position alone predict the label. It is fitted once, to the run's training split, and
+kept in the run's folder as numbers in JSON. On other data, network and baseline are then compared as they were trained.
 """
 
 from __future__ import annotations
@@ -20,21 +19,24 @@ if TYPE_CHECKING:
     from cardiocaps.models.pixel_classifiers import PixelClassifier
 
 PIXEL_SIDE = 32
-"""Of the downsized frames that classical classifiers see, in pixels."""
+"""Side in pixels of the downsized frames that classical classifiers see."""
+
+TITLE = f"logistic regression, {PIXEL_SIDE}×{PIXEL_SIDE} pixels"
+"""What tables call the baseline."""
 
 _KIND = "cardiocaps pixel baseline"
 
 
 @dataclass(frozen=True)
 class PixelBaseline:
-    """A fitted classifier and its own decision, chosen on validation as the network's is."""
+    """A fitted classifier and its decision, which is chosen on validation like that of the network."""
 
     classifier: PixelClassifier
     decision: Decision
 
     @classmethod
     def fit(cls, data: EchoDataModule, unit: str) -> PixelBaseline:
-        """From the training frames, and the validation videos or frames (`unit`)."""
+        """Fit to the training frames; choose the threshold by the validation videos or frames (`unit`)."""
         from cardiocaps.evaluation.decision import Decision
         from cardiocaps.models.pixel_classifiers import fit
 
@@ -55,7 +57,7 @@ class PixelBaseline:
 
     @classmethod
     def read(cls, path: Path) -> PixelBaseline | None:
-        """None where a run keeps none. Raises CheckpointError where the file is damaged."""
+        """Read the file; None if it does not exist. Raises CheckpointError if it is damaged."""
         from cardiocaps.evaluation.decision import decision_of, read_kept
         from cardiocaps.models.pixel_classifiers import PixelClassifier
 
@@ -72,7 +74,7 @@ class PixelBaseline:
 
 
 def predict_pixels(classifier: PixelClassifier, data: EchoDataModule, split: str) -> Predictions:
-    """What a classifier of pixels says of every frame of a split."""
+    """Predictions of a classifier of pixels for every frame of a split."""
     from cardiocaps.evaluation.predictions import Predictions
 
     pixels, label, clip = data.pixels(split, PIXEL_SIDE)

@@ -1,1 +1,1 @@
-"""Every system and every table and figure of the paper: what is run, what a run leaves, and how it is shown."""
+"""Trains every system that the paper compares and writes every table and figure of the paper."""

@@ -1,4 +1,4 @@
-"""The folder of an experiment: where jobs, tables and figures lie, and with which settings they were made."""
+"""The folder of an experiment: its jobs, tables and figures, and the settings that they were made with."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _MAY_DIFFER = {
 
 @dataclass(frozen=True)
 class ExperimentFolder:
-    """`path`/jobs/SYSTEM/seedN are runs, `path`/tables what is made of them."""
+    """`path`/jobs/SYSTEM/seedN are runs; `path`/tables holds the tables and figures."""
 
     path: Path
 
@@ -60,14 +60,14 @@ class ExperimentFolder:
 
     @property
     def data(self) -> Path:
-        """Of each protocol and setting of the split, the fingerprint of the data (`cardiocaps.data.fingerprint`)."""
+        """Holds the fingerprint of the data (`cardiocaps.data.fingerprint`) of each protocol and split."""
         return self.path / "data"
 
     def job(self, key: str, seed: int) -> Path:
         return self.jobs / key / f"seed{seed}"
 
     def make(self) -> None:
-        """Make the folder, if it is not there. Raises OutputError: it holds anything else, or cannot be written."""
+        """Make the folder if it is missing. Raises OutputError if it holds other files or cannot be written."""
         with output_errors(self.path):
             foreign = self.path.exists() and not self.marker.is_file()
             if foreign and (not self.path.is_dir() or any(self.path.iterdir())):
@@ -75,11 +75,13 @@ class ExperimentFolder:
             self.path.mkdir(parents=True, exist_ok=True)
 
     def claim(self, config: TrainConfig) -> None:
-        """Remember the settings, or find them the same. Until a job has begun they may still be others, for who
-        mistyped them.
+        """Record the settings, or check that they are those on record.
+
+        Until a job has begun, the settings may still change, for example after a typing error.
 
         Raises:
-            ConfigError: it holds experiments with other settings, which are named. OutputError: it cannot be written.
+            ConfigError: the folder holds experiments with other settings, which are named.
+            OutputError: it cannot be written.
         """
         settings = {name: value for name, value in config.resolved().as_dict().items() if name not in _MAY_DIFFER}
         found = self._read()
@@ -99,10 +101,12 @@ class ExperimentFolder:
             )
 
     def claim_data(self, config: TrainConfig, now: Fingerprint) -> None:
-        """Remember the fingerprint of the study that jobs of this protocol and split are about, or find it the same.
+        """Record the fingerprint of the data of this protocol and split, or check that it is the one on record.
 
         Raises:
-            DataError: the data have changed since. ConfigError: what is remembered is damaged. OutputError.
+            DataError: the data have changed.
+            ConfigError: the record is damaged.
+            OutputError: it cannot be written.
         """
         before = self.known_data(config)
         if before is None:
@@ -119,17 +123,17 @@ class ExperimentFolder:
             )
 
     def known_data(self, config: TrainConfig) -> Fingerprint | None:
-        """What `claim_data` has remembered; None where it is nothing yet. Raises ConfigError where that is damaged."""
+        """The record of `claim_data`; None if there is none yet. Raises ConfigError if it is damaged."""
         from cardiocaps.data.fingerprint import read_fingerprint
 
         return read_fingerprint(self._data_file(config))
 
     def _data_file(self, config: TrainConfig) -> Path:
-        # By the setting, not by what it comes to: a table that has lost its column of splits is no new study.
+        # Named for the setting, not for the resulting split: a table that has lost its split column is a changed study.
         return self.data / f"{config.protocol}-{config.split}.json"
 
     def remember(self, command: str) -> tuple[str, ...]:
-        """Every command that has written tables here, in the order of the first times; `command` is one of them now."""
+        """Record `command`; returns every command that has written tables here, in the order of their first use."""
         found = self._read()
         assert found is not None
         found["commands"] = list(dict.fromkeys([*found.get("commands", ()), command]))

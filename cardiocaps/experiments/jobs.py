@@ -1,33 +1,41 @@
-"""One job: a system trained with one seed in a folder of its own, and what it says of validation and test.
+"""A job: trains a system with one seed in a folder of its own, and evaluates it on validation and test.
 
-A network's folder is that of a run of `cardiocaps.train`: `cardiocaps.evaluate` takes it too.
+The folder of a network is the folder of a run, so `cardiocaps.evaluate` can evaluate it too.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+
+import torch
+from threadpoolctl import threadpool_limits
 
 from cardiocaps.config import TrainConfig
-from cardiocaps.experiments.exhibits import System
+from cardiocaps.data.datamodule import EchoDataModule
+from cardiocaps.data.open import decode_for_run, read_study
+from cardiocaps.evaluation.decision import Decision, training_mean, write_decision
+from cardiocaps.evaluation.pixel_baseline import PIXEL_SIDE, predict_pixels
+from cardiocaps.evaluation.predictions import Predictions, unit_of
+from cardiocaps.evaluation.scores import predict
+from cardiocaps.experiments.folder import ExperimentFolder
+from cardiocaps.experiments.plan import System
+from cardiocaps.experiments.results import Result, is_finished, write_result
+from cardiocaps.models.pixel_classifiers import fit
+from cardiocaps.runtime.device import Machine, machine_for
+from cardiocaps.runtime.files import lock_folder, write_json
+from cardiocaps.runtime.peak_memory import PeakMemory
 from cardiocaps.runtime.program import Interruption
-
-if TYPE_CHECKING:
-    from lightning.pytorch.callbacks import Callback
-
-    from cardiocaps.data.datamodule import EchoDataModule
-    from cardiocaps.evaluation.predictions import Predictions
-    from cardiocaps.runtime.device import Machine
-    from cardiocaps.training.run_folder import RunFolder
+from cardiocaps.training.callbacks import Progress, Watch
+from cardiocaps.training.checkpoints import best_network, weights_digest
+from cardiocaps.training.fit import quiet, train
+from cardiocaps.training.run_folder import RunFolder
 
 _OTHER_DATA = "choose another --out for these"
-
-Watch = Callable[[float, str], None]
-"""Told how much of a job is done, from 0 to 1, and what is being done."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +45,7 @@ class Job:
     system: System
     seed: int
     config: TrainConfig
-    at_once: int = 1  # how many jobs share the machine
+    at_once: int = 1  # number of jobs that share the machine
 
     @property
     def name(self) -> str:
@@ -50,7 +58,7 @@ class Job:
 
     @property
     def log(self) -> Path:
-        """What the job printed. Beside its folder, which is a run's."""
+        """The output of the job. It lies beside the folder, which holds only files of the run."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
     @property
@@ -59,18 +67,11 @@ class Job:
 
 
 def run(job: Job, watch: Watch, interruption: Interruption) -> None:
-    """Do a job, or what is left of it; nothing if it is finished.
+    """Run a job, or go on with it; do nothing if it is finished.
 
     Raises:
-        CardioCapsError: see cardiocaps.errors. What was reached is saved, and another call goes on from there.
+        CardioCapsError: see `cardiocaps.errors`. The progress is saved, and another call goes on from there.
     """
-    from cardiocaps.experiments.folder import ExperimentFolder
-    from cardiocaps.experiments.results import is_finished
-    from cardiocaps.runtime.device import machine_for
-    from cardiocaps.runtime.files import lock_folder, write_json
-    from cardiocaps.train import decode_for_run, quiet, read_study
-    from cardiocaps.training.run_folder import RunFolder
-
     quiet()
     if is_finished(job.folder):
         return
@@ -82,21 +83,23 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
         if not begun:
             yaml, paths = job.config.kept()
             folder.begin(yaml, machine.device, paths)
-            # All jobs go without what the first ones went without, whether it can be decoded by now or not.
+            # All jobs leave out the videos that the first jobs left out, even if they can be decoded by now.
             known = ExperimentFolder(job.folder.parents[2]).known_data(job.config)
             if known is not None:
                 write_json(folder.data, known.as_dict())
-        data = decode_for_run(job.config, machine, folder, read_study(job.config), _OTHER_DATA, keep=True).data
+        data = decode_for_run(
+            job.config, machine, read_study(job.config), folder.data, _OTHER_DATA, trained=folder.is_trained, keep=True
+        ).data
         config = replace(job.config, resume=folder.path) if begun else job.config
         if begun:
             folder.keep(*job.config.kept())
         if job.is_network:
-            _network(job, config, machine, folder, data, watch, interruption)
+            _train_network(job, config, machine, folder, data, watch, interruption)
         else:
-            _pixels(job, config, data, watch)
+            _fit_pixels(job, config, data, watch)
 
 
-def _network(
+def _train_network(
     job: Job,
     config: TrainConfig,
     machine: Machine,
@@ -105,33 +108,22 @@ def _network(
     watch: Watch,
     interruption: Interruption,
 ) -> None:
-    from statistics import median
-
-    from cardiocaps.evaluate import predict, unit_of
-    from cardiocaps.evaluation.decision import Decision, training_mean, write_decision
-    from cardiocaps.runtime.peak_memory import PeakMemory
-    from cardiocaps.train import make_trainer, train
-    from cardiocaps.training.module import best_network, weights_digest
-
     memory = PeakMemory(machine.device)
-    history = train(config, machine, folder, data, interruption, callbacks=[_progress(watch), memory])
+    history = train(config, machine, folder, data, interruption, callbacks=[Progress(watch), memory])
     watch(1.0, "evaluating")
     network = best_network(config, folder)
-    machine.lay_out(network.model)
-    trainer = make_trainer(config, machine)
-    scores = {split: predict(trainer, network, data, split) for split in ("val", "test")}
-    # So that `cardiocaps.evaluate` decides as the tables do, on whatever data.
-    decision = Decision.choose(scores["val"], unit_of(config), weights_digest(network), training_mean(data))
+    said = predict(config, machine, network, data, ("val", "test"))
+    # With it, `cardiocaps.evaluate` decides on any data as the tables do.
+    decision = Decision.choose(said["val"], unit_of(config), weights_digest(network), training_mean(data))
     write_decision(folder.decision, decision)
     seconds = [row["seconds"] for row in history]
-    best = min(history, key=lambda row: row["val_loss"])
     _write(
         job,
-        scores,
+        said,
         device=machine.gpu or machine.device,
         parameters=sum(p.numel() for p in network.parameters() if p.requires_grad),
         epochs=len(history),
-        best_epoch=int(best["epoch"]),
+        best_epoch=int(min(history, key=lambda row: row["val_loss"])["epoch"]),
         seconds_per_epoch=median(seconds),
         seconds=sum(seconds),
         peak_memory=memory.peak,
@@ -139,85 +131,55 @@ def _network(
     folder.last.unlink(missing_ok=True)
 
 
-def _pixels(job: Job, config: TrainConfig, data: EchoDataModule, watch: Watch) -> None:
-    import torch
-    from threadpoolctl import threadpool_limits
-
-    from cardiocaps.evaluation.pixel_baseline import PIXEL_SIDE
-    from cardiocaps.evaluation.predictions import Predictions
-    from cardiocaps.models.pixel_classifiers import fit
-
-    pixels = {split: data.pixels(split, PIXEL_SIDE) for split in ("train", "val", "test")}
+def _fit_pixels(job: Job, config: TrainConfig, data: EchoDataModule, watch: Watch) -> None:
+    train, validation = (data.pixels(split, PIXEL_SIDE)[:2] for split in ("train", "val"))
     watch(0.5, "fitting")
     assert config.patience is not None
     threads = torch.get_num_threads()
-    with threadpool_limits(threads):  # of what has no option for it: linear algebra, neighbours
+    with threadpool_limits(threads):  # linear algebra and nearest neighbours have no option of their own for it
         begin = time.monotonic()
+        own = job.system.settings
         model = fit(
-            job.system.settings["classifier"],
-            job.system.settings["sampling"],
-            *pixels["train"][:2],
-            *pixels["val"][:2],
+            own["classifier"],
+            own["sampling"],
+            *train,
+            *validation,
             seed=job.seed,
             threads=threads,
             patience=config.patience,
         )
         seconds = time.monotonic() - begin
         watch(1.0, "evaluating")
-        scores = {
-            split: Predictions.of(
-                {
-                    "probability": model.probability(pixels[split][0]),
-                    "label": pixels[split][1],
-                    "clip": pixels[split][2],
-                },
-                data.clips(split),
-                data.study.group_kind,
-            )
-            for split in ("val", "test")
-        }
-    _write(
-        job,
-        scores,
-        device="cpu",
-        parameters=model.parameters,
-        epochs=None,
-        best_epoch=None,
-        seconds_per_epoch=None,
-        seconds=seconds,
-        peak_memory=None,
-    )
+        said = {split: predict_pixels(model, data, split) for split in ("val", "test")}
+    _write(job, said, device="cpu", parameters=model.parameters, seconds=seconds)
 
 
-def _write(job: Job, scores: Mapping[str, Predictions], **measured: Any) -> None:
-    import torch
-
-    from cardiocaps.evaluate import unit_of
-    from cardiocaps.experiments.results import Result, write_result
-
+def _write(
+    job: Job,
+    said: Mapping[str, Predictions],
+    *,
+    device: str,
+    parameters: int | None,
+    seconds: float,
+    epochs: int | None = None,
+    best_epoch: int | None = None,
+    seconds_per_epoch: float | None = None,
+    peak_memory: int | None = None,
+) -> None:
     result = Result(
         system=job.system.key,
         seed=job.seed,
         unit=unit_of(job.config),
-        validation=scores["val"],
-        test=scores["test"],
+        validation=said["val"],
+        test=said["test"],
+        parameters=parameters,
+        epochs=epochs,
+        best_epoch=best_epoch,
+        seconds_per_epoch=seconds_per_epoch,
+        seconds=seconds,
+        peak_memory=peak_memory,
+        device=device,
         at_once=job.at_once,
         threads=torch.get_num_threads(),
-        **measured,
     )
     write_result(job.folder, result)
-
-
-def _progress(watch: Watch) -> Callback:
-    from lightning.pytorch import Trainer
-    from lightning.pytorch.callbacks import Callback as LightningCallback
-
-    class Progress(LightningCallback):
-        """Tells `watch` where training is."""
-
-        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-            assert trainer.max_epochs is not None
-            done = trainer.current_epoch + (trainer.fit_loop.batch_idx + 1) / trainer.num_training_batches
-            watch(done / trainer.max_epochs, f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
-
-    return Progress()

@@ -1,4 +1,4 @@
-"""The paper's own figures, tables I to VI, as it reports them on EchoNet-LVH: to stand beside ours, never as ours.
+"""The figures that the paper reports on EchoNet-LVH in tables I to VI. They are shown beside ours and marked.
 
 The paper's "ROC AUC" is that of hard labels and its "PR AUC" a precision (see `cardiocaps.metrics.Report`); its F1 is
 that of the abnormal class for the classical classifiers and weighted for the networks.
@@ -13,7 +13,7 @@ ON = "reported on EchoNet-LVH"
 
 @dataclass(frozen=True)
 class Figure:
-    """A reported number and its deviation over seeds; NaN where the paper gives none."""
+    """A reported number and its deviation over seeds; NaN if the paper gives none."""
 
     value: float
     sd: float = math.nan
@@ -84,19 +84,15 @@ TABLES: Mapping[str, Mapping[str, Reported]] = {
         "cardiocaps": _CARDIOCAPS,
     },
 }
-"""By the name of the exhibit, and by the key of the system: CardioCaps has other figures in other tables."""
-
-CONFUSION_OF: Mapping[str, str] = {"fig3": "table1", "fig4": "table2", "fig5": "table3"}
-"""The figures with confusion matrices, and the table each belongs to."""
+"""Table -> system -> figures. CardioCaps has other figures in other tables."""
 
 BINARY_F1 = ("logistic-regression", "random-forest", "xgboost")
-"""Beginnings of the keys of the systems whose reported F1 is that of the abnormal class."""
+"""The keys of systems whose reported F1 is that of the abnormal class begin like this."""
 
-LAMBDAS = (0.05, 0.5)
-"""Where the paper's text says that the sweep of λ_reg (figure 6) has its best: section III-B and section IV-B."""
+BEST_LAMBDAS = (0.05, 0.5)
+"""Where the paper's text says that the sweep of λ_reg (figure 6) has its best: sections III-B and IV-B."""
 
 
-def reported(exhibit: str, system: str) -> Reported | None:
-    """The paper's figures for a system in an exhibit ("table4", or "fig3" for those of its table), None where it has
-    none."""
-    return TABLES.get(CONFUSION_OF.get(exhibit, exhibit), {}).get(system)
+def reported(table: str, system: str) -> Reported | None:
+    """The paper's figures for a system in one of its tables, for example "table4"; None if it has none."""
+    return TABLES.get(table, {}).get(system)

@@ -1,4 +1,4 @@
-"""Many jobs, some at a time, each in a process of its own: one that fails or is killed takes no other along."""
+"""Runs many jobs, some at a time, each in a process of its own, so that a failure stops only its own job."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ from typing import Protocol
 
 from cardiocaps.errors import CardioCapsError
 from cardiocaps.experiments.jobs import Job, run
+from cardiocaps.experiments.results import is_finished
 from cardiocaps.runtime.processes import die_with_parent, start_errors
 from cardiocaps.runtime.program import Interrupted, Interruption, defer_signals
 
-_PATIENCE = 60.0  # seconds that a job gets to save, once it has been told to stop
+_PATIENCE = 60.0  # seconds that a stopped job gets to save
 
 
 class Display(Protocol):
-    """Who is told how the jobs get on."""
+    """Is told the progress of the jobs."""
 
     def started(self, job: Job) -> None: ...
 
@@ -43,11 +44,14 @@ class _Running:
 
 
 def run_jobs(jobs: Sequence[Job], at_once: int, display: Display) -> Mapping[str, str]:
-    """Run the jobs, `at_once` of them at a time; errors by job name, of those that failed.
+    """Run the jobs, `at_once` of them at a time.
 
-    An exception, such as a signal makes, stops them: they save where they are before it goes on.
+    An exception in this process, for example from a signal, stops the jobs; they save their progress first.
+
+    Returns:
+        The name of each failed job -> its error.
     """
-    # A server that has imported what is heavy, and computed nothing, forks a process for each job in no time.
+    # The fork server imports the heavy packages once and then forks a process for each job quickly.
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["cardiocaps.experiments.preload"])
     waiting, errors = deque(jobs), {}
@@ -85,9 +89,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, display: Display) -> Mapping[str
 
 
 def _why_it_ended(one: _Running) -> str | None:
-    """None where a job is finished, else what kept it from that."""
-    from cardiocaps.experiments.results import is_finished
-
+    """Why a job ended without being finished; None if it is finished."""
     code = one.process.exitcode
     if code == 0 and is_finished(one.job.folder):
         return None
@@ -101,7 +103,7 @@ def _why_it_ended(one: _Running) -> str | None:
 
 @contextmanager
 def _stopped_at_exit(running: Mapping[Connection, _Running]) -> Iterator[None]:
-    """However the block ends, no process outlives it; those that still run are told, and given time to save."""
+    """Stop all processes at the end of the block, after giving them time to save."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""A row of a table in numbers: metrics over the seeds, by the published definitions too, and what it cost."""
+"""The numbers of a table's row: metrics over the seeds, the published definitions, and the cost."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from cardiocaps.config import TrainConfig
 from cardiocaps.errors import plural
-from cardiocaps.experiments.reported import Reported, reported
+from cardiocaps.experiments.reported import Reported
 from cardiocaps.experiments.results import Result
 from cardiocaps.metrics import MeanEstimate, RunsReport, evaluate_runs, expected_calibration_error
 
@@ -18,24 +17,24 @@ CALIBRATION_BINS = 10
 
 @dataclass(frozen=True)
 class Row:
-    """A system in an exhibit, and its results."""
+    """A system of an exhibit and its results."""
 
     system: str  # its key
     title: str
-    results: tuple[Result, ...]  # one a seed, in the order of the seeds; may be empty
-    error: str | None  # why there are none, or fewer than asked for
+    results: tuple[Result, ...]  # one for each seed, in their order; may be empty
+    error: str | None  # why results are missing
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a row's results say. Made by `summarise`."""
+    """The numbers of a row. Made by `summarise`."""
 
     row: Row
-    unit: str  # what a sample is: "video" or "frame"
+    unit: str  # what is counted: "video" or "frame"
     drawn: str  # what the bootstrap draws: "video", "patient" or "study"
     thresholds: tuple[float, ...]  # of each result
-    report: RunsReport  # by the unit, decisions at the thresholds
-    published: RunsReport  # by frame, decisions at 0.5
+    report: RunsReport  # by `unit`, with decisions at the thresholds
+    published: RunsReport  # by frame, with decisions at 0.5
     calibration_error: MeanEstimate
     reported: Reported | None  # the paper's own figures
     notes: tuple[str, ...]
@@ -58,12 +57,12 @@ class Summary:
 
     @property
     def parameters(self) -> int | None:
-        """Trainable numbers."""
+        """The number of trainable parameters."""
         return next((r.parameters for r in self.row.results if r.parameters is not None), None)
 
     @property
     def peak_memory(self) -> int | None:
-        """Bytes, the most of all seeds."""
+        """The largest of all seeds, in bytes."""
         return max((r.peak_memory for r in self.row.results if r.peak_memory is not None), default=None)
 
     def cost(self, name: str) -> MeanEstimate:
@@ -72,29 +71,25 @@ class Summary:
 
 
 def mean_and_deviation(values: Sequence[float]) -> MeanEstimate:
-    """NaN where there is no value, and the deviation of a single one."""
+    """Mean and deviation; NaN without a value, and for the deviation of a single one."""
     if not values:
         return MeanEstimate(math.nan)
     return MeanEstimate(fmean(values), stdev(values) if len(values) > 1 else math.nan)
 
 
-def lambda_of(system: str) -> float:
-    """λ_reg of a key such as "cardiocaps-lambda-0.1"; CardioCaps itself has the default. Raises ValueError for another
-    key."""
-    if system == "cardiocaps":
-        return TrainConfig.regression_weight
-    _, _, number = system.partition("-lambda-")
-    try:
-        return float(number)
-    except ValueError:
-        raise ValueError(f"system: must end in -lambda-NUMBER, is {system!r}") from None
+def summarise(row: Row, of_paper: Reported | None, bootstrap: int) -> Summary:
+    """The numbers of a row that has results.
 
+    Args:
+        of_paper: the paper's own figures, if it has any.
+        bootstrap: resamples for the intervals; 0: none.
 
-def summarise(row: Row, exhibit: str, bootstrap: int) -> Summary:
-    """The numbers of a row that has results. Raises ValueError where they are by different units."""
+    Raises:
+        ValueError: results are counted by different units.
+    """
     units = {result.unit for result in row.results}
     if len(units) != 1:
-        raise ValueError(f"row: the results of {row.system!r} must be by one unit, are by {sorted(units)}")
+        raise ValueError(f"summarise: units of {row.system!r} are {sorted(units)}; expected one")
     unit = units.pop()
     thresholds, notes = [], []
     for result in row.results:
@@ -123,6 +118,6 @@ def summarise(row: Row, exhibit: str, bootstrap: int) -> Summary:
         calibration_error=mean_and_deviation(
             [expected_calibration_error(p, y, CALIBRATION_BINS) for p, y in zip(probabilities, labels, strict=True)]
         ),
-        reported=reported(exhibit, row.system),
+        reported=of_paper,
         notes=tuple(notes),
     )

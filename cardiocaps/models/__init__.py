@@ -1,8 +1,14 @@
-"""Networks and baselines, by the name that the setting `model` gives them."""
+"""The registry of networks: a row for each name that the setting `model` allows.
+
+To add a network, write its module and a row of `MODELS`, and add its name to `TrainConfig.model`. Importing this
+package imports no torch: every row imports its network when it is built.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from cardiocaps.errors import ConfigError
 
@@ -12,75 +18,160 @@ if TYPE_CHECKING:
 
     from cardiocaps.config import TrainConfig
 
-MODELS = ("cardiocaps", "em-capsnet", "efficient-capsnet", "cnn-1", "cnn-2", "resnet18", "unet", "vit")
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the registry.
+
+    Attributes:
+        title: the network's name in tables. Raises ValueError if it is empty.
+        build: makes the network from the run's settings and the value at which its regression starts.
+        loss: makes the loss from the run's settings and the class weights [2] (None: ones).
+        settings: settings of TrainConfig that only this network has. TrainConfig refuses them for every other network.
+        title_of: the title under these settings, for a network whose settings change what it is.
+    """
+
+    title: str
+    build: Callable[[TrainConfig, float], nn.Module]
+    loss: Callable[[TrainConfig, Tensor | None], nn.Module]
+    settings: tuple[str, ...] = ()
+    title_of: Callable[[TrainConfig], str] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.title.strip():
+            raise ValueError(f"Model: title is {self.title!r}; expected the name that tables show")
 
 
 def build(config: TrainConfig, regression_start: float = 0.0, device: torch.device | str | None = None) -> nn.Module:
-    """The network `config.model` of the sizes `config.network`, with parameters drawn now.
+    """The network `config.model` of the sizes `config.network`, with freshly drawn parameters.
 
-    A network is called with image [B, 9, S, S] and, in training, label int64 [B], and returns a
-    `cardiocaps.models.prediction.Prediction`; its attribute `size` is S.
+    A network is called with image [B, 9, S, S] and, in training, label int64 [B]. It returns a
+    `cardiocaps.models.prediction.Prediction`. Its attribute `size` is S.
 
     Args:
-        config: of the run. Settings that the network has no use for, such as the routing of a CNN, are ignored.
+        config: settings of the run. The network ignores those that it has no use for.
         regression_start: see `cardiocaps.models.cardiocaps.CardioCaps`.
-        device: where the parameters are made; "meta" makes none.
+        device: where the parameters are made. "meta" makes none.
 
     Raises:
         ConfigError: an unknown model, or one that needs a package that is not installed.
     """
-    sizes, name = config.network, _checked(config)
-    if name == "cardiocaps":
-        from cardiocaps.models.cardiocaps import CardioCaps
+    import torch
 
-        return CardioCaps(
-            sizes,
-            routing=config.routing,
-            iterations=config.iterations,
-            primary_layout=config.primary_layout,
-            affine=config.affine,
-            regression_start=regression_start,
-            device=device,
-        )
-    if name == "em-capsnet":
-        from cardiocaps.models.em_capsnet import EMCapsNet
-
-        return EMCapsNet(sizes, iterations=config.iterations, device=device)
-    if name == "efficient-capsnet":
-        from cardiocaps.models.efficient_capsnet import EfficientCapsNet
-
-        return EfficientCapsNet(sizes, device=device)
-    if name in ("cnn-1", "cnn-2"):
-        from cardiocaps.models.cnn import CNN
-
-        return CNN(sizes, pooled=name == "cnn-1", device=device)
-    from cardiocaps.models.monai_networks import ResNet18, UNet, ViT
-
-    networks: dict[str, Any] = {"resnet18": ResNet18, "unet": UNet, "vit": ViT}
-    network: nn.Module = networks[name](sizes, device=device)
-    return network
+    model = _registered(config)
+    with torch.device(device or torch.get_default_device()):
+        return model.build(config, regression_start)
 
 
 def make_loss(config: TrainConfig, class_weights: Tensor | None) -> nn.Module:
-    """The loss that `config.model` is trained with: CardioCaps' for capsules that are vectors, spread loss for EM
-    routing, else cross-entropy.
+    """The loss that `config.model` is trained with.
 
-    `class_weights` [2] as `cardiocaps.models.losses.class_weights` returns it; None for ones. Raises ConfigError for an
-    unknown model.
+    Args:
+        config: settings of the run.
+        class_weights: [2], as `cardiocaps.models.losses.class_weights` returns it. None: ones.
+
+    Raises:
+        ConfigError: an unknown model.
     """
-    from cardiocaps.models.losses import CardioCapsLoss, CrossEntropyLoss, SpreadLoss
-
-    name = _checked(config)
-    if name in ("cardiocaps", "efficient-capsnet"):
-        return CardioCapsLoss(
-            class_weights,
-            reconstruction_weight=config.reconstruction_weight,
-            regression_weight=config.regression_weight,
-        )
-    return SpreadLoss(class_weights) if name == "em-capsnet" else CrossEntropyLoss(class_weights)
+    return _registered(config).loss(config, class_weights)
 
 
-def _checked(config: TrainConfig) -> str:
+def title(config: TrainConfig) -> str:
+    """What tables call the network of a run. Raises ConfigError for an unknown model."""
+    model = _registered(config)
+    return model.title if model.title_of is None else model.title_of(config)
+
+
+def _registered(config: TrainConfig) -> Model:
     if config.model not in MODELS:
-        raise ConfigError(f"model: {config.model!r} is not allowed; give one of {', '.join(MODELS)}")
-    return config.model
+        raise ConfigError(f"model is {config.model!r}; expected one of {', '.join(MODELS)}")
+    return MODELS[config.model]
+
+
+def _cardiocaps(config: TrainConfig, regression_start: float) -> nn.Module:
+    from cardiocaps.models.cardiocaps import CardioCaps
+
+    return CardioCaps(
+        config.network,
+        routing=config.routing,
+        iterations=config.iterations,
+        primary_layout=config.primary_layout,
+        affine=config.affine,
+        regression_start=regression_start,
+    )
+
+
+def _cardiocaps_title(config: TrainConfig) -> str:
+    routing = {"attention": "CardioCaps", "dynamic": "DR-CapsNet", "uniform": "uniform routing"}[config.routing]
+    return routing if config.affine == "matrices" else f"{routing}, {config.affine} affine map"
+
+
+def _em_capsnet(config: TrainConfig, _: float) -> nn.Module:
+    from cardiocaps.models.em_capsnet import EMCapsNet
+
+    return EMCapsNet(config.network, iterations=config.iterations)
+
+
+def _efficient_capsnet(config: TrainConfig, _: float) -> nn.Module:
+    from cardiocaps.models.efficient_capsnet import EfficientCapsNet
+
+    return EfficientCapsNet(config.network)
+
+
+def _cnn(config: TrainConfig, _: float) -> nn.Module:
+    from cardiocaps.models.cnn import CNN
+
+    return CNN(config.network, pooled=config.model == "cnn-1")
+
+
+def _monai(name: str) -> Callable[[TrainConfig, float], nn.Module]:
+    """Builds the class of this name in `cardiocaps.models.monai_networks`."""
+
+    def build(config: TrainConfig, _: float) -> nn.Module:
+        from cardiocaps.models import monai_networks
+
+        network: nn.Module = getattr(monai_networks, name)(config.network)
+        return network
+
+    return build
+
+
+def _capsule_loss(config: TrainConfig, class_weights: Tensor | None) -> nn.Module:
+    from cardiocaps.models.losses import CardioCapsLoss
+
+    return CardioCapsLoss(
+        class_weights,
+        reconstruction_weight=config.reconstruction_weight,
+        regression_weight=config.regression_weight,
+    )
+
+
+def _spread_loss(_: TrainConfig, class_weights: Tensor | None) -> nn.Module:
+    from cardiocaps.models.losses import SpreadLoss
+
+    return SpreadLoss(class_weights)
+
+
+def _cross_entropy(_: TrainConfig, class_weights: Tensor | None) -> nn.Module:
+    from cardiocaps.models.losses import CrossEntropyLoss
+
+    return CrossEntropyLoss(class_weights)
+
+
+MODELS: Mapping[str, Model] = {
+    "cardiocaps": Model(
+        "CardioCaps",
+        _cardiocaps,
+        _capsule_loss,
+        settings=("routing", "affine", "primary_layout"),
+        title_of=_cardiocaps_title,
+    ),
+    "em-capsnet": Model("EM-CapsNet", _em_capsnet, _spread_loss),
+    "efficient-capsnet": Model("Efficient-CapsNet", _efficient_capsnet, _capsule_loss),
+    "cnn-1": Model("CNN-(1)", _cnn, _cross_entropy),
+    "cnn-2": Model("CNN-(2)", _cnn, _cross_entropy),
+    "resnet18": Model("ResNet18", _monai("ResNet18"), _cross_entropy),
+    "unet": Model("U-Net", _monai("UNet"), _cross_entropy),
+    "vit": Model("ViT", _monai("ViT"), _cross_entropy),
+}
+"""The name of a network -> its row."""

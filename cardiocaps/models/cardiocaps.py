@@ -30,24 +30,22 @@ class CardioCaps(nn.Module):
     """The network.
 
     Args:
-        sizes: of the network; `cardiocaps.config.PRESETS` has those of the paper.
+        sizes: of the network. `cardiocaps.config.PRESETS` has those of the paper.
         routing: "attention" (the paper's), "dynamic" (DR-CapsNet) or "uniform".
-        iterations: of dynamic routing, whose logits are detached as in the published code.
+        iterations: of dynamic routing. Its logits are detached, as in the published code.
         primary_layout: see `capsops.nn.PrimaryCapsules`.
-        affine: what makes the votes (table III of the paper): "matrices", learned, one for each primary capsule and
-            class; "convolution", a learned 1×1 convolution, that is one matrix for all primary capsules; "constant",
-            2 / N everywhere, that is not learned: routed uniformly, a class capsule is then the mean of its votes,
-            squashed. (With ones it is their sum, and of thousands of capsules the squash is saturated for good.)
-            Constant votes are the same for every class: dynamic and uniform routing then give class capsules that are
-            equal to one another, and no image is told from any other. Attention routing can still weigh the classes
-            differently.
-        regression_start: bias that the regression head starts with, best the mean of the targets.
-        device: where the parameters are made; "meta" makes none.
+        affine: what makes the votes (table III of the paper). "matrices": a learned matrix for each primary capsule and
+            class. "convolution": a learned 1×1 convolution, that is one matrix for all primary capsules. "constant":
+            2 / N everywhere, not learned. Under uniform routing a class capsule is then the squashed mean of its votes.
+            (With ones in place of 2 / N it would be their sum, which saturates the squash.) Constant votes are the
+            same for every class, so dynamic and uniform routing give equal class capsules and cannot classify;
+            attention routing can still weigh the classes differently.
+        regression_start: bias with which the regression head starts, best the mean of the targets.
 
     Shape: image [B, 9, S, S] in [0, 1] and, in training, label [B] int64 -> `Prediction`, in all its parts.
 
     Raises:
-        ValueError: an image of another shape, a preset whose convolutions leave nothing, an unknown affine map.
+        ValueError: an image of another shape, a preset whose convolutions leave no capsule, or an unknown affine map.
     """
 
     def __init__(
@@ -59,52 +57,50 @@ class CardioCaps(nn.Module):
         primary_layout: str = "channels",
         affine: str = "matrices",
         regression_start: float = 0.0,
-        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.size = sizes.size
         if affine not in AFFINE:
-            raise ValueError(f"CardioCaps: affine is {affine!r}; allowed are {', '.join(map(repr, AFFINE))}")
+            raise ValueError(f"CardioCaps: affine is {affine!r}; expected one of {', '.join(AFFINE)}")
         side = _after(
             _after(sizes.size, sizes.conv_kernel, sizes.conv_stride), sizes.primary_kernel, sizes.primary_stride
         )
         if side < 1:
             raise ValueError(f"CardioCaps: images of {sizes.size} pixels leave no primary capsule with {sizes}")
-        with torch.device(device or torch.get_default_device()):
-            self.conv = nn.Sequential(
-                nn.Conv2d(IN_CHANNELS, sizes.conv_channels, sizes.conv_kernel, sizes.conv_stride), nn.ReLU()
-            )
-            self.primary = PrimaryCapsules(
-                sizes.conv_channels,
-                sizes.primary_types,
-                sizes.primary_dim,
-                sizes.primary_kernel,
-                sizes.primary_stride,
-                layout=primary_layout,
-            )
-            self.classes = CapsuleLayer(
-                sizes.primary_types * side * side,
-                sizes.primary_dim,
-                CLASSES,
-                sizes.out_dim,
-                routing,
-                iterations=iterations,
-                bias=routing == "attention",
-                detach=routing == "dynamic",
-                shared=affine != "matrices",
-            )
-            if affine == "constant":
-                value = CLASSES / self.classes.in_capsules
-                constant = torch.full_like(self.classes.weight, value, requires_grad=False)
-                del self.classes.weight
-                # In no checkpoint: nothing that is loaded can change it.
-                self.classes.register_buffer("weight", constant, persistent=False)
-            self.decoder = Decoder(sizes.out_dim, sizes.decoder, sizes.size)
-            self.regression = nn.Linear(RECONSTRUCTED_CHANNELS * sizes.size**2, 1)
-            nn.init.constant_(self.regression.bias, regression_start)
+        self.conv = nn.Sequential(
+            nn.Conv2d(IN_CHANNELS, sizes.conv_channels, sizes.conv_kernel, sizes.conv_stride), nn.ReLU()
+        )
+        self.primary = PrimaryCapsules(
+            sizes.conv_channels,
+            sizes.primary_types,
+            sizes.primary_dim,
+            sizes.primary_kernel,
+            sizes.primary_stride,
+            layout=primary_layout,
+        )
+        self.classes = CapsuleLayer(
+            sizes.primary_types * side * side,
+            sizes.primary_dim,
+            CLASSES,
+            sizes.out_dim,
+            routing,
+            iterations=iterations,
+            bias=routing == "attention",
+            detach=routing == "dynamic",
+            shared=affine != "matrices",
+        )
+        if affine == "constant":
+            value = CLASSES / self.classes.in_capsules
+            constant = torch.full_like(self.classes.weight, value, requires_grad=False)
+            del self.classes.weight
+            # Not part of checkpoints, so that loading cannot change it.
+            self.classes.register_buffer("weight", constant, persistent=False)
+        self.decoder = Decoder(sizes.out_dim, sizes.decoder, sizes.size)
+        self.regression = nn.Linear(RECONSTRUCTED_CHANNELS * sizes.size**2, 1)
+        nn.init.constant_(self.regression.bias, regression_start)
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
-        """The decoder sees the capsule of `label`, or without one that of the predicted class."""
+        """The decoder sees the capsule of `label`, or without a label that of the predicted class."""
         check_image("CardioCaps", image, self.size)
         capsules = self.classes(self.primary(self.conv(image)))
         lengths = capsules.norm(dim=2)
@@ -118,8 +114,11 @@ class CardioCaps(nn.Module):
         )
 
     def _regressed(self, pixels: Tensor) -> Tensor:
-        """Of decoded pixels [B, 3·S·S], [B]; never below the weights' precision, for bfloat16 would give an ejection
-        fraction in steps of a quarter of a percent."""
+        """Regression from decoded pixels: [B, 3·S·S] -> [B].
+
+        It is computed in the precision of the weights: bfloat16 would round an ejection fraction to a quarter of a
+        percent.
+        """
         wide = self.regression.weight.dtype
         if pixels.dtype == wide:
             return self.regression(pixels).squeeze(1)
@@ -128,5 +127,5 @@ class CardioCaps(nn.Module):
 
 
 def _after(size: int, kernel: int, stride: int) -> int:
-    """Pixels along a side after a convolution without padding."""
+    """The side in pixels of a map after a convolution without padding."""
     return (size - kernel) // stride + 1

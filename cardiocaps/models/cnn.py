@@ -7,7 +7,6 @@ features at the paper's size.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from cardiocaps.config import Preset
@@ -20,21 +19,20 @@ _HIDDEN = (16, 8)
 class CNN(nn.Module):
     """The network.
 
-    Pooling is the maximum of 3×3 neighbours with stride 1, which leaves a map its size; the last of CNN-(1) is the
-    maximum of the whole map.
+    Pooling is the maximum of 3×3 neighbours with stride 1, which keeps the size of a map. The last pooling of CNN-(1)
+    is the maximum of the whole map.
 
     Args:
-        sizes: of the image, and kernels and strides of the first two convolutions, which are those of CardioCaps.
+        sizes: of the image; also kernels and strides of the first two convolutions, which are those of CardioCaps.
         pooled: True for CNN-(1), False for CNN-(2).
-        device: where the parameters are made; "meta" makes none.
 
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
 
     Raises:
-        ValueError: an image of another shape, or a preset whose convolutions leave nothing.
+        ValueError: an image of another shape, or a preset whose convolutions leave no feature.
     """
 
-    def __init__(self, sizes: Preset, *, pooled: bool, device: torch.device | str | None = None) -> None:
+    def __init__(self, sizes: Preset, *, pooled: bool) -> None:
         super().__init__()
         self.size = sizes.size
         first, second, last = _CHANNELS
@@ -46,26 +44,25 @@ class CNN(nn.Module):
         def pooling() -> nn.Module:
             return nn.MaxPool2d(3, stride=1, padding=1)
 
-        with torch.device(device or torch.get_default_device()):
-            self.features = nn.Sequential(
-                nn.Conv2d(IN_CHANNELS, first, sizes.conv_kernel, sizes.conv_stride),
-                nn.ReLU(),
-                pooling() if pooled else nn.Identity(),
-                nn.Conv2d(first, second, sizes.primary_kernel, sizes.primary_stride),
-                nn.ReLU(),
-                pooling() if pooled else nn.Identity(),
-                nn.Conv2d(second, last, 1),
-                nn.ReLU(),
-                nn.AdaptiveMaxPool2d(1) if pooled else pooling(),
-                nn.Flatten(),
-            )
-            self.classifier = nn.Sequential(
-                nn.Linear(last if pooled else last * side**2, _HIDDEN[0]),
-                nn.ReLU(),
-                nn.Linear(*_HIDDEN),
-                nn.ReLU(),
-                nn.Linear(_HIDDEN[1], CLASSES),
-            )
+        self.features = nn.Sequential(
+            nn.Conv2d(IN_CHANNELS, first, sizes.conv_kernel, sizes.conv_stride),
+            nn.ReLU(),
+            pooling() if pooled else nn.Identity(),
+            nn.Conv2d(first, second, sizes.primary_kernel, sizes.primary_stride),
+            nn.ReLU(),
+            pooling() if pooled else nn.Identity(),
+            nn.Conv2d(second, last, 1),
+            nn.ReLU(),
+            nn.AdaptiveMaxPool2d(1) if pooled else pooling(),
+            nn.Flatten(),
+        )
+        self.classifier = nn.Sequential(
+            nn.Linear(last if pooled else last * side**2, _HIDDEN[0]),
+            nn.ReLU(),
+            nn.Linear(*_HIDDEN),
+            nn.ReLU(),
+            nn.Linear(_HIDDEN[1], CLASSES),
+        )
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
         check_image("CNN", image, self.size)

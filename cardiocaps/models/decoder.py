@@ -9,12 +9,14 @@ from cardiocaps.models.prediction import CLASSES, RECONSTRUCTED_CHANNELS
 
 
 class Decoder(nn.Sequential):
-    """Three layers from the class capsule that is seen, the others set to 0, to an image.
+    """Three layers from one class capsule to an image; the other capsule is set to 0.
 
     Args:
-        capsule_dim: D. hidden: units of the first two layers. size: S.
+        capsule_dim: D.
+        hidden: units of the first two layers.
+        size: S.
 
-    Shape: capsules [B, 2, D], seen int64 [B] -> [B, 3, S, S] in [0, 1].
+    Shape: capsules [B, 2, D], seen int64 [B], the class of the capsule -> [B, 3, S, S] in [0, 1].
     """
 
     def __init__(self, capsule_dim: int, hidden: tuple[int, int], size: int) -> None:
@@ -36,6 +38,6 @@ class Decoder(nn.Sequential):
 
 
 def seen_class(scores: Tensor, label: Tensor | None) -> Tensor:
-    """The class whose capsule the decoder sees, int64 [B]: the label's (Sabour et al. 2017), or without one that of the
-    larger score [B, 2]."""
+    """The class whose capsule the decoder sees, int64 [B]: the label (Sabour et al. 2017), or without a label the class
+    with the larger of the scores [B, 2]."""
     return torch.argmax(scores, dim=1) if label is None else label

@@ -6,7 +6,6 @@ At the paper's size, of an input [9, 256, 256], the convolutions, all of stride 
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from capsops.functional import primary_capsules
@@ -18,19 +17,18 @@ from cardiocaps.models.prediction import CLASSES, IN_CHANNELS, Prediction, check
 # (channels, kernel) of the convolutions.
 _CONVOLUTIONS = ((32, 5), (64, 3), (64, 3), (128, 3))
 _TYPES, _DIM = 16, 8
-# Side of the last map on the images of 28 pixels that the network was made for.
+# Side of the last map in the original network, for images of 28 pixels.
 _LEAST_SIDE = 9
 
 
 class EfficientCapsNet(nn.Module):
     """The network.
 
-    Its strides are those that larger images need: the first convolutions have stride 2, as many of them as leave a last
-    map of at least 9 × 9, which the original has. As in its published code, ReLU comes before batch normalisation.
+    The first convolutions have stride 2: as many as keep the last map at least 9 × 9, the size in the original network,
+    whose images are smaller. As in the published code, ReLU comes before batch normalisation.
 
     Args:
         sizes: of the image, the class capsules and the decoder.
-        device: where the parameters are made; "meta" makes none.
 
     Shape: image [B, 9, S, S] in [0, 1] and, in training, label [B] int64 -> `Prediction` without a regression.
 
@@ -38,25 +36,24 @@ class EfficientCapsNet(nn.Module):
         ValueError: an image of another shape, or a preset whose images are too small.
     """
 
-    def __init__(self, sizes: Preset, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, sizes: Preset) -> None:
         super().__init__()
         self.size = sizes.size
         strides, side = _strides(sizes.size)
         layers: list[nn.Module] = []
         channels = IN_CHANNELS
-        with torch.device(device or torch.get_default_device()):
-            for (out_channels, kernel), stride in zip(_CONVOLUTIONS, strides, strict=True):
-                conv = nn.Conv2d(channels, out_channels, kernel, stride)
-                nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
-                layers += [conv, nn.ReLU(), nn.BatchNorm2d(out_channels)]
-                channels = out_channels
-            self.convolutions = nn.Sequential(*layers)
-            self.primary = nn.Conv2d(channels, _TYPES * _DIM, side, groups=channels)
-            self.classes = CapsuleLayer(_TYPES, _DIM, CLASSES, sizes.out_dim, "self-attention")
-            self.decoder = Decoder(sizes.out_dim, sizes.decoder, sizes.size)
+        for (out_channels, kernel), stride in zip(_CONVOLUTIONS, strides, strict=True):
+            conv = nn.Conv2d(channels, out_channels, kernel, stride)
+            nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+            layers += [conv, nn.ReLU(), nn.BatchNorm2d(out_channels)]
+            channels = out_channels
+        self.convolutions = nn.Sequential(*layers)
+        self.primary = nn.Conv2d(channels, _TYPES * _DIM, side, groups=channels)
+        self.classes = CapsuleLayer(_TYPES, _DIM, CLASSES, sizes.out_dim, "self-attention")
+        self.decoder = Decoder(sizes.out_dim, sizes.decoder, sizes.size)
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
-        """The decoder sees the capsule of `label`, or without one that of the predicted class."""
+        """The decoder sees the capsule of `label`, or without a label that of the predicted class."""
         check_image("EfficientCapsNet", image, self.size)
         primary = primary_capsules(self.primary(self.convolutions(image)), _TYPES, squash="efficient")
         capsules = self.classes(primary)
@@ -70,7 +67,7 @@ class EfficientCapsNet(nn.Module):
 
 
 def _strides(size: int) -> tuple[tuple[int, ...], int]:
-    """Of the convolutions, and the side of the last map."""
+    """The strides of the convolutions, and the side of the last map."""
     for twos in range(len(_CONVOLUTIONS), -1, -1):
         strides = tuple(2 if i < twos else 1 for i in range(len(_CONVOLUTIONS)))
         side = size

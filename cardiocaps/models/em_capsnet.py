@@ -7,16 +7,16 @@ type share, with coordinate addition. Activations weigh the votes.
 At the paper's size, of an input [9, 256, 256]: 32 channels on 126 × 126 by stride 2, then 32 types of capsules on
 126 × 126, on 62 × 62 and on 60 × 60.
 
-Where the authors say nothing, and a network larger or smaller than theirs would not learn:
+Additions, without which a network of another size than the authors' would not learn:
 
-* The convolution is followed by batch normalisation, as in published implementations, so that poses have the same scale
-  whatever the image's brightness.
-* Transformation matrices start as the identity with noise. With matrices of noise alone, the mean of many votes is a
-  tenth of a pose, and after three layers the pose is lost.
-* The logit of an activation is λ (β_a − Σ_i r_i Σ_h (β_u + ln σ_h)): in proportion to the number of votes, of which the
-  class capsules have 100 in the authors' network for smallNORB and 57,600 at the paper's size. So λ, by which alone the
-  logistic function stays between its bounds, is in proportion to J / N; over the iterations it grows by their schedule.
-  β_u starts near −ln σ for votes that are about as far apart as the noise makes them.
+* Batch normalisation after the convolution, as in published implementations. It keeps the scale of the poses
+  independent of the image's brightness.
+* Transformation matrices start as the identity with noise. With noise alone, the mean of many votes is a tenth of a
+  pose, and the pose is lost after three layers.
+* The logit of an activation is λ (β_a − Σ_i r_i Σ_h (β_u + ln σ_h)), which is proportional to the number of votes: a
+  class capsule has 100 in the authors' network for smallNORB, and 57,600 at the paper's size. So λ is proportional to
+  J / N, which keeps the logistic function from saturating. Over the iterations it grows by the authors' schedule. β_u
+  starts near −ln σ of votes that differ only by the noise.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from cardiocaps.models.prediction import CLASSES, IN_CHANNELS, Prediction, check
 
 POSE = 4
 _CHANNELS = 32
-# What λ is times N / J.
+# λ · N / J.
 _SHARPNESS = 3.0
-# Of the noise on the transformation matrices, and of the poses of the primary capsules.
+# Standard deviation of the noise on the transformation matrices, and of the poses of the primary capsules.
 _NOISE, _SPREAD = 0.25, 1.0
 _BETA_U = 1.0
 
@@ -45,7 +45,6 @@ class EMCapsNet(nn.Module):
         sizes: of the image. Above 128 pixels the convolution has stride 2 and there are 32 types of capsules in a
             layer, the paper's; else it has stride 3 and there are 8.
         iterations: of EM routing.
-        device: where the parameters are made; "meta" makes none.
 
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with activations and poses [B, 2, 16]; label is ignored.
 
@@ -53,7 +52,7 @@ class EMCapsNet(nn.Module):
         ValueError: an image of another shape, or a preset whose images are too small.
     """
 
-    def __init__(self, sizes: Preset, *, iterations: int = 3, device: torch.device | str | None = None) -> None:
+    def __init__(self, sizes: Preset, *, iterations: int = 3) -> None:
         super().__init__()
         self.size = sizes.size
         stride, self.types = (2, 32) if sizes.size > 128 else (3, 8)
@@ -61,37 +60,36 @@ class EMCapsNet(nn.Module):
         side = (first - 3) // 2 + 1 - 2
         if side < 1:
             raise ValueError(f"EMCapsNet: images of {sizes.size} pixels leave no capsule; they need at least 23")
-        with torch.device(device or torch.get_default_device()):
-            self.conv = nn.Sequential(
-                nn.Conv2d(IN_CHANNELS, _CHANNELS, 5, stride, bias=False), nn.BatchNorm2d(_CHANNELS), nn.ReLU()
-            )
-            self.pose = nn.Conv2d(_CHANNELS, self.types * POSE**2, 1)
-            self.activation = nn.Conv2d(_CHANNELS, self.types, 1)
-            # Of normalised features, cut off at 0, the mean square is one half.
-            nn.init.normal_(self.pose.weight, std=_SPREAD * (2 / _CHANNELS) ** 0.5)
-            grids = []
-            for step in (2, 1):
-                layer = ConvCapsules(
-                    self.types,
-                    POSE,
-                    self.types,
-                    POSE,
-                    kernel_size=3,
-                    stride=step,
-                    routing="em",
-                    iterations=iterations,
-                    inverse_temperature=_inverse_temperature(3 * 3 * self.types, self.types),
-                )
-                assert isinstance(layer.capsules, EMCapsules)
-                _start(layer.capsules.weight, layer.capsules.beta_u)
-                grids.append(layer)
-            self.grids = nn.ModuleList(grids)
-            self.classes = ClassCapsules(
+        self.conv = nn.Sequential(
+            nn.Conv2d(IN_CHANNELS, _CHANNELS, 5, stride, bias=False), nn.BatchNorm2d(_CHANNELS), nn.ReLU()
+        )
+        self.pose = nn.Conv2d(_CHANNELS, self.types * POSE**2, 1)
+        self.activation = nn.Conv2d(_CHANNELS, self.types, 1)
+        # The mean square of normalised features after ReLU is one half.
+        nn.init.normal_(self.pose.weight, std=_SPREAD * (2 / _CHANNELS) ** 0.5)
+        grids = []
+        for step in (2, 1):
+            layer = ConvCapsules(
                 self.types,
-                CLASSES,
+                POSE,
+                self.types,
+                POSE,
+                kernel_size=3,
+                stride=step,
+                routing="em",
                 iterations=iterations,
-                inverse_temperature=_inverse_temperature(side**2 * self.types, CLASSES),
+                inverse_temperature=_inverse_temperature(3 * 3 * self.types, self.types),
             )
+            assert isinstance(layer.capsules, EMCapsules)
+            _start(layer.capsules.weight, layer.capsules.beta_u)
+            grids.append(layer)
+        self.grids = nn.ModuleList(grids)
+        self.classes = ClassCapsules(
+            self.types,
+            CLASSES,
+            iterations=iterations,
+            inverse_temperature=_inverse_temperature(side**2 * self.types, CLASSES),
+        )
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
         check_image("EMCapsNet", image, self.size)
@@ -106,13 +104,16 @@ class EMCapsNet(nn.Module):
 class ClassCapsules(nn.Module):
     """EM routing from a grid of matrix capsules to a capsule for each class, with coordinate addition.
 
-    All positions of a type have the same matrix, and what would then be lost, where a capsule is, its vote says: the
-    scaled coordinates of its position, row and column, are added to the first two elements of the vote's right-hand
-    column (Hinton et al. 2018, section 4). The votes are not materialised for that: the pose gets a fifth column that
-    holds (row, column, 0, 0), and the matrix a fifth row, (0, 0, 0, 1), which is not learned.
+    All positions of a type share one matrix, so the position must be part of the vote: its scaled coordinates, row and
+    column, are added to the first two elements of the vote's last column (Hinton et al. 2018, section 4). This does not
+    materialise the votes: the pose gets a fifth column (row, column, 0, 0), and the matrix a fifth row (0, 0, 0, 1),
+    which is not learned.
 
     Args:
-        in_types: T. out_capsules: J. iterations, inverse_temperature: see `capsops.em_routing`.
+        in_types: T.
+        out_capsules: J.
+        iterations: see `capsops.em_routing`.
+        inverse_temperature: see `capsops.em_routing`.
 
     Parameters: weight [T, 4, J, 4], beta_u [J] and beta_a [J].
 
@@ -154,7 +155,7 @@ class ClassCapsules(nn.Module):
 
 
 def _centres(n: int, like: Tensor) -> Tensor:
-    """Of n cells that divide 0 … 1."""
+    """The centres of n cells that divide 0 … 1."""
     return (torch.arange(n, device=like.device, dtype=like.dtype) + 0.5) / n
 
 
@@ -163,7 +164,7 @@ def _inverse_temperature(in_capsules: int, out_capsules: int) -> float:
 
 
 def _start(weight: Tensor, beta_u: Tensor) -> None:
-    """The identity with noise for every matrix of [N, 4, J, 4]."""
+    """Start every matrix of [N, 4, J, 4] as the identity with noise."""
     nn.init.normal_(weight, std=_NOISE)
     with torch.no_grad():
         weight += torch.eye(POSE, device=weight.device)[:, None, :]

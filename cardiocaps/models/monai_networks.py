@@ -1,10 +1,9 @@
-"""ResNet18, U-Net and ViT as MONAI has them, to classify (table V of the paper)."""
+"""MONAI's ResNet18, U-Net and ViT as classifiers (table V of the paper)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from cardiocaps.config import Preset
@@ -20,28 +19,27 @@ class ResNet18(nn.Module):
 
     Args:
         sizes: of the image.
-        device: where the parameters are made; "meta" makes none.
 
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
 
     Raises:
-        ValueError: an image of another shape. ConfigError: MONAI is not installed.
+        ValueError: an image of another shape.
+        ConfigError: MONAI is not installed.
     """
 
-    def __init__(self, sizes: Preset, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, sizes: Preset) -> None:
         super().__init__()
         self.size = sizes.size
         nets: Any = require_package("monai.networks.nets", "monai", "model: 'resnet18'")
-        with torch.device(device or torch.get_default_device()):
-            # The last two keywords make it the usual network, of stride 32, where MONAI's own is for volumes.
-            self.network = nets.resnet18(
-                spatial_dims=2,
-                n_input_channels=IN_CHANNELS,
-                num_classes=CLASSES,
-                widen_factor=0.5 if sizes.size <= _SMALL else 1.0,
-                conv1_t_stride=2,
-                bias_downsample=False,
-            )
+        # The last two keywords give the usual network with stride 32; MONAI's defaults are for volumes.
+        self.network = nets.resnet18(
+            spatial_dims=2,
+            n_input_channels=IN_CHANNELS,
+            num_classes=CLASSES,
+            widen_factor=0.5 if sizes.size <= _SMALL else 1.0,
+            conv1_t_stride=2,
+            bias_downsample=False,
+        )
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
         check_image("ResNet18", image, self.size)
@@ -51,37 +49,36 @@ class ResNet18(nn.Module):
 class UNet(nn.Module):
     """U-Net (Ronneberger et al. 2015) with a head that averages the 32 maps of the decoder and classifies.
 
-    Four levels of 32 to 256 channels. Batch normalisation, for instance normalisation would take from a map the mean
-    that the head looks at.
+    It has four levels of 32 to 256 channels and batch normalisation. (Instance normalisation would remove the mean of
+    each map, which is what the head uses.)
 
     Args:
         sizes: of the image, a multiple of 8 pixels.
-        device: where the parameters are made; "meta" makes none.
 
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
 
     Raises:
-        ValueError: an image of another shape, or sizes that are no multiple of 8. ConfigError: MONAI is not installed.
+        ValueError: an image of another shape, or a size that is not a multiple of 8.
+        ConfigError: MONAI is not installed.
     """
 
-    def __init__(self, sizes: Preset, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, sizes: Preset) -> None:
         super().__init__()
         self.size = sizes.size
         if sizes.size % 8:
             raise ValueError(f"UNet: images have {sizes.size} pixels along a side; it must be a multiple of 8")
         nets: Any = require_package("monai.networks.nets", "monai", "model: 'unet'")
         maps = 32
-        with torch.device(device or torch.get_default_device()):
-            self.network = nets.UNet(
-                spatial_dims=2,
-                in_channels=IN_CHANNELS,
-                out_channels=maps,
-                channels=(32, 64, 128, 256),
-                strides=(2, 2, 2),
-                norm="batch",
-                bias=False,  # batch normalisation has one
-            )
-            self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(maps, CLASSES))
+        self.network = nets.UNet(
+            spatial_dims=2,
+            in_channels=IN_CHANNELS,
+            out_channels=maps,
+            channels=(32, 64, 128, 256),
+            strides=(2, 2, 2),
+            norm="batch",
+            bias=False,  # batch normalisation has one
+        )
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(maps, CLASSES))
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
         check_image("UNet", image, self.size)
@@ -94,16 +91,15 @@ class ViT(nn.Module):
 
     Args:
         sizes: of the image, a multiple of 4 pixels.
-        device: where the parameters are made; "meta" makes none.
 
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
 
     Raises:
-        ValueError: an image of another shape, or sizes that are no multiple of 4. ConfigError: MONAI or einops, which
-            MONAI's needs, is not installed.
+        ValueError: an image of another shape, or a size that is not a multiple of 4.
+        ConfigError: MONAI, or einops, which it needs for this network, is not installed.
     """
 
-    def __init__(self, sizes: Preset, *, device: torch.device | str | None = None) -> None:
+    def __init__(self, sizes: Preset) -> None:
         super().__init__()
         self.size = sizes.size
         patch, width = 4, 16
@@ -111,23 +107,22 @@ class ViT(nn.Module):
             raise ValueError(f"ViT: images have {sizes.size} pixels along a side; it must be a multiple of {patch}")
         require_package("einops", "einops", "model: 'vit'")
         nets: Any = require_package("monai.networks.nets", "monai", "model: 'vit'")
-        with torch.device(device or torch.get_default_device()):
-            self.network = nets.ViT(
-                in_channels=IN_CHANNELS,
-                img_size=sizes.size,
-                patch_size=patch,
-                hidden_size=width,
-                mlp_dim=4 * width,
-                num_layers=2,
-                num_heads=4,
-                classification=True,
-                num_classes=CLASSES,
-                spatial_dims=2,
-                post_activation="",  # or MONAI would put a hyperbolic tangent on the logits
-            )
+        self.network = nets.ViT(
+            in_channels=IN_CHANNELS,
+            img_size=sizes.size,
+            patch_size=patch,
+            hidden_size=width,
+            mlp_dim=4 * width,
+            num_layers=2,
+            num_heads=4,
+            classification=True,
+            num_classes=CLASSES,
+            spatial_dims=2,
+            post_activation="",  # or MONAI would put a hyperbolic tangent on the logits
+        )
         for block in self.network.blocks:
-            block.norm_cross_attn = nn.Identity()  # of cross-attention, which is not there: it would never learn
-            # torch's own, which does not hold the weights of 4097 tokens for each other.
+            block.norm_cross_attn = nn.Identity()  # there is no cross-attention, so this would never learn
+            # torch's own attention, which does not hold the weights of all pairs of 4097 tokens.
             block.attn.use_flash_attention = True
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:

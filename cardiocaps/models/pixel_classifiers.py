@@ -1,7 +1,7 @@
-"""Classical classifiers on pixels: the floor that a network must clear before its accuracy means anything.
+"""Classical classifiers of pixels: baselines that a network must beat.
 
-They see downsized grey frames, 32×32 numbers each: SMOTE draws between nearest neighbours, and among the 589,824 raw
-numbers of a network's input a few hundred frames are all about equally far from one another.
+They see small grey frames of 32×32 pixels. On the 589,824 numbers of a network's input SMOTE would not work: it needs
+nearest neighbours, and there all frames have nearly the same distance.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,17 +16,17 @@ from cardiocaps.runtime.packages import require_package
 
 CLASSIFIERS = ("logistic-regression", "random-forest", "xgboost")
 SAMPLINGS = ("oversampling", "undersampling", "class-weight")
-"""What balances the classes: SMOTE (Chawla et al. 2002), random undersampling, or weights of the classes."""
+"""How the classes are balanced: SMOTE (Chawla et al. 2002), random undersampling, or class weights."""
 
 C = 0.01
-"""Inverse strength of the L2 penalty, fixed beforehand: with about as many pixels as frames, and far fewer
-videos than either, the data separate perfectly at scikit-learn's default of 1."""
+"""Inverse strength of the L2 penalty, not tuned. With scikit-learn's default of 1 the training data are separated
+perfectly, because there are as many pixels as frames and far fewer videos."""
 
 TREES = 300
-"""Of a random forest, and the most of XGBoost."""
+"""Number of trees of a random forest, and the largest number for XGBoost."""
 
 NEIGHBOURS = 5
-"""Of a frame of the rarer class, towards which SMOTE draws new ones; fewer where the class has no more."""
+"""Nearest neighbours of a frame of the rarer class between which SMOTE draws; fewer if the class is smaller."""
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -41,25 +41,28 @@ class PixelClassifier:
 
     @property
     def parameters(self) -> int | None:
-        """Numbers that were fitted; None for trees, which have none to count."""
+        """The number of fitted parameters; None for trees."""
         coefficients = getattr(self.model[-1], "coef_", None)
         return None if coefficients is None else int(coefficients.size + self.model[-1].intercept_.size)
 
     def probability(self, pixels: ArrayLike) -> Floats:
-        """Probability of class 1 [m] for `pixels` [m, p]. Raises ValueError for another p, and as `fit`."""
+        """Probability of class 1, [m], for `pixels` [m, p]. Raises ValueError for another p, and as `fit`."""
         values = _pixels(pixels, "pixels")
         if values.shape[1] != self.pixels:
-            raise ValueError(f"pixels: must have as many as in training, {self.pixels}; has {values.shape[1]}")
+            raise ValueError(f"pixels has {values.shape[1]} columns; expected {self.pixels}, as in training")
         # XGBoost's are float32.
         return np.clip(self.model.predict_proba(values)[:, 1].astype(np.float64), 0.0, 1.0)
 
     def as_dict(self) -> dict[str, Any]:
-        """The numbers of a logistic regression on whole training frames, exactly, for JSON; `from_dict` takes them
-        back. Nothing in them is executed by who reads them. Raises ValueError for another classifier."""
+        """The exact parameters of a logistic regression without sampling, for JSON.
+
+        Raises:
+            ValueError: another classifier.
+        """
         steps = getattr(self.model, "named_steps", {})
         if [*steps] != ["scale", "classifier"]:
             raise ValueError(
-                f"classifier: must be a logistic regression without sampling, has steps {', '.join(steps)}"
+                f"classifier has steps {', '.join(steps)}; expected a logistic regression without sampling"
             )
         scale, classifier = steps["scale"], steps["classifier"]
         return {
@@ -71,8 +74,7 @@ class PixelClassifier:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "PixelClassifier":
-        """What `as_dict` gave, which says the same as the original of every frame. Raises ValueError for other
-        content."""
+        """The inverse of `as_dict`: a classifier with the same predictions. Raises ValueError for other content."""
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import Pipeline
         from sklearn.preprocessing import StandardScaler
@@ -82,7 +84,7 @@ class PixelClassifier:
         right = {"mean": (pixels,), "scale": (pixels,), "coefficients": (pixels,), "intercept": ()}
         if not pixels or any(array.shape != right[name] for name, array in values.items()):
             shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in values.items())
-            raise ValueError(f"content: must be one intercept and as many numbers of each other kind, is {shapes}")
+            raise ValueError(f"content is {shapes}; expected one intercept and as many numbers of each other kind")
         scale, classifier = StandardScaler(), LogisticRegression()
         scale.mean_, scale.scale_, scale.n_features_in_ = values["mean"], values["scale"], pixels
         classifier.coef_, classifier.intercept_ = values["coefficients"][None], values["intercept"][None]
@@ -104,15 +106,23 @@ def fit(
 ) -> PixelClassifier:
     """Fit one of CLASSIFIERS, balanced by one of SAMPLINGS, to `pixels` [n, p] and `labels` [n] in {0, 1}.
 
-    Pixels are real numbers in any unit: for logistic regression each is standardised with the training mean and
-    deviation, and trees are indifferent to units. XGBoost alone looks at the validation frames [m, p], [m]: it stops
-    when their log loss, with classes weighted to balance as they are in training, has not fallen for `patience` trees.
-    The others have no such choice to make. Deterministic for a seed, which logistic regression with class weights does
-    not use. `threads`: None for all of the machine's.
+    The result is deterministic for a seed. Logistic regression with class weights does not use the seed.
+
+    Args:
+        classifier: one of CLASSIFIERS.
+        sampling: one of SAMPLINGS.
+        pixels: real numbers in any unit; logistic regression standardises each column.
+        labels: 0 or 1.
+        validation_pixels: [m, p], for XGBoost only. It stops when the log loss of these frames, with balanced classes,
+            has not decreased for `patience` trees.
+        validation_labels: [m], for XGBoost only.
+        seed: of the random numbers.
+        threads: None: all of the machine.
+        patience: see `validation_pixels`.
 
     Raises:
-        ValueError: unknown names, shapes that do not fit, values that are not finite, other labels, training labels of
-            one class only, XGBoost without validation frames.
+        ValueError: unknown names, wrong shapes or values, training labels of only one class, or XGBoost without
+            validation frames.
         DataError: SMOTE with a single frame of the rarer class.
         ConfigError: a package that is not installed.
     """
@@ -121,7 +131,7 @@ def fit(
     train = _pixels(pixels, "pixels")
     y = _labels(labels, len(train), "labels")
     if len(np.unique(y)) != 2:
-        raise ValueError(f"labels: must be 0 and 1, both present, are {np.unique(y).tolist()}")
+        raise ValueError(f"labels is {np.unique(y).tolist()}; expected 0 and 1, both present")
 
     steps, options = [], {}
     if sampling != "class-weight":
@@ -132,11 +142,11 @@ def fit(
         steps.append(("scale", StandardScaler()))
     if classifier == "xgboost":
         if validation_pixels is None or validation_labels is None:
-            raise ValueError("validation_pixels: xgboost needs validation frames to know when to stop, got none")
+            raise ValueError("validation_pixels is None; expected frames: xgboost stops by them")
         validation = _pixels(validation_pixels, "validation_pixels")
         truth = _labels(validation_labels, len(validation), "validation_labels")
         if validation.shape[1] != train.shape[1]:
-            raise ValueError(f"validation_pixels: must have {train.shape[1]} pixels, has {validation.shape[1]}")
+            raise ValueError(f"validation_pixels has {validation.shape[1]} columns; expected {train.shape[1]}")
         options = {
             "classifier__eval_set": [(validation, truth)],
             "classifier__sample_weight_eval_set": [_balanced(truth)],
@@ -147,7 +157,7 @@ def fit(
     if weighted:
         from sklearn.pipeline import Pipeline
     else:
-        # imbalanced-learn's leaves the sampling out when it predicts.
+        # The pipeline of imbalanced-learn samples in fitting only, not in prediction.
         Pipeline = require_package("imblearn.pipeline", "imbalanced-learn", f"sampling: {sampling!r}").Pipeline
     model = Pipeline(steps)
     model.fit(train, y, **options)
@@ -169,7 +179,7 @@ def _sampler(sampling: str, y: Integers, seed: int) -> Any:
 
 
 def _classifier(name: str, weighted: Integers | None, seed: int, threads: int | None, patience: int) -> Any:
-    """The classifier before it is fitted; `weighted`: the labels whose classes are to be weighted to balance."""
+    """The classifier before it is fitted; `weighted`: the labels by which the classes are balanced."""
     class_weight = None if weighted is None else "balanced"
     jobs = -1 if threads is None else threads
     if name == "logistic-regression":
@@ -185,7 +195,7 @@ def _classifier(name: str, weighted: Integers | None, seed: int, threads: int | 
         n_estimators=TREES,
         learning_rate=0.1,
         max_depth=4,
-        # A share of frames and pixels for each tree, without which the seed would decide nothing.
+        # Each tree sees a share of the frames and pixels; without this the seed would have no effect.
         subsample=0.8,
         colsample_bytree=0.8,
         scale_pos_weight=float(negatives / positives),
@@ -197,22 +207,22 @@ def _classifier(name: str, weighted: Integers | None, seed: int, threads: int | 
 
 
 def _balanced(y: Integers) -> Floats:
-    """Weights [n] with which each class that occurs has the same sum."""
+    """Weights [n] with which all classes have the same sum of weights."""
     weight: Floats = 1 / np.bincount(y, minlength=2)[y]
     return weight
 
 
 def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
     if value not in allowed:
-        raise ValueError(f"{name}: must be one of {', '.join(allowed)}, is {value!r}")
+        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
 
 
 def _labels(values: ArrayLike, n: int, name: str) -> Integers:
     labels = np.asarray(values)
     if labels.shape != (n,):
-        raise ValueError(f"{name}: must have shape [{n}], has {list(labels.shape)}")
+        raise ValueError(f"{name} has shape {list(labels.shape)}; expected [{n}]")
     if not np.isin(labels, (0, 1)).all():
-        raise ValueError(f"{name}: must be 0 or 1, are {np.unique(labels)[:5].tolist()}")
+        raise ValueError(f"{name} is {np.unique(labels)[:5].tolist()}; expected 0 or 1")
     return labels.astype(np.int64)
 
 
@@ -222,15 +232,16 @@ def _numbers(content: Mapping[str, Any], name: str) -> Floats:
     except (TypeError, ValueError):
         array = np.array(np.nan)
     if not np.isfinite(array).all() or (name == "scale" and not (array > 0).all()):
-        raise ValueError(f"content: {name} must be finite numbers{', above 0' if name == 'scale' else ''}")
+        positive = ", above 0" if name == "scale" else ""
+        raise ValueError(f"{name} is {content.get(name)!r:.60}; expected finite numbers{positive}")
     return array
 
 
 def _pixels(values: ArrayLike, name: str) -> Floats:
     array = np.asarray(values)
     if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "biuf":
-        raise ValueError(f"{name}: must be a non-empty numeric [n, p] array, is {array.dtype} {list(array.shape)}")
+        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}; expected a non-empty numeric [n, p] array")
     pixels = array.astype(np.float64)
     if not np.isfinite(pixels).all():
-        raise ValueError(f"{name}: must be finite, one value is {pixels[~np.isfinite(pixels)][0]}")
+        raise ValueError(f"{name} has the value {pixels[~np.isfinite(pixels)][0]}; expected finite numbers")
     return pixels

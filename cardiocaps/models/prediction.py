@@ -1,4 +1,4 @@
-"""What every network takes and gives."""
+"""The input and the output that all networks have in common."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RECONSTRUCTED_CHANNELS = 3
 
 
 class Prediction(NamedTuple):
-    """What a network says of a batch. What it has no part for is None."""
+    """The output of a network for a batch. A part that the network does not have is None."""
 
     scores: Tensor  # [B, 2] lengths of the class capsules, activations, or logits
     probability: Tensor  # [B] of class 1, float32
@@ -23,19 +23,18 @@ class Prediction(NamedTuple):
 
 
 def of_logits(logits: Tensor) -> Prediction:
-    """What a network says that gives logits [B, 2] and nothing else; their softmax is the probability."""
+    """The output of a network that computes only logits [B, 2]; their softmax is the probability."""
     return Prediction(scores=logits, probability=logits.float().softmax(dim=1)[:, 1])
 
 
 def share(scores: Tensor) -> Tensor:
-    """Of class 1 in two scores that are not negative, [B, 2] -> float32 [B]: s₁ / (s₀ + s₁); one half where both are
-    0."""
+    """The share of class 1 in two scores ≥ 0, s₁ / (s₀ + s₁), or one half if both are 0: [B, 2] -> float32 [B]."""
     scores = scores.float() + torch.finfo(torch.float32).tiny
     return scores[:, 1] / scores.sum(dim=1)
 
 
 def check_image(network: str, image: Tensor, size: int) -> None:
-    """Raise ValueError, in the network's name, for an image that is not [B, 9, size, size]."""
+    """Raise ValueError, which names the network, unless the image is [B, 9, size, size]."""
     expected = [IN_CHANNELS, size, size]
     if image.dim() != 4 or [*image.shape[1:]] != expected:
         raise ValueError(f"{network}: image has shape {list(image.shape)}; expected [B, {str(expected)[1:]}")

@@ -1,4 +1,4 @@
-"""python -m cardiocaps.phantom OUT --videos 300 --seed 10"""
+"""`python -m cardiocaps.phantom OUT --videos 300 --seed 10`: write a phantom study."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from cardiocaps.runtime.program import Interruption, print_line, run_program
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, the error's own (cardiocaps.errors), or 128 + the signal that stopped it."""
+    """Returns the exit status, as `cardiocaps.train.main`."""
     parser = CommandLine(
         prog="python -m cardiocaps.phantom",
         description="Write a synthetic echocardiogram study (parasternal long axis) in EchoNet-LVH's layout: "
         "MJPEG videos in Batch1 to Batch4 and MeasurementsList.csv. One video in five is abnormal.",
-        epilog="A run that was cut off goes on where it stopped when it is started again in the same way.",
+        epilog="After an interruption, the same command goes on where it stopped.",
     )
     path, videos, seed = (options()[name] for name in ("phantom_dir", "phantom_videos", "phantom_seed"))
     processes = options()["threads"].from_text

@@ -57,16 +57,16 @@ class Heart:
     atrium_length: float
     ventricle_right: float  # diameter of the RV
     rate: float  # beats per minute
-    phase: float  # of the first frame, as a part of the cycle after end-diastole
+    phase: float  # of the first frame, as a share of the cycle after end-diastole
     breath: float  # amplitude of the respiratory shift along v
 
     @property
     def systole(self) -> float:
-        """Part of the cycle from end-diastole to end-systole: a third at 65 bpm, more at faster rates."""
+        """Share of the cycle from end-diastole to end-systole: a third at 60 bpm, more at faster rates."""
         return 0.33 * math.sqrt(self.rate / 60)
 
     def cycle_phase(self, seconds: Floats) -> Floats:
-        """Part of the cycle since end-diastole, in [0, 1)."""
+        """Share of the cycle since end-diastole, in [0, 1)."""
         return np.mod(self.phase + seconds * self.rate / 60, 1.0)
 
     def contraction(self, phase: Floats) -> Floats:
@@ -107,7 +107,7 @@ class Heart:
         return self.diameter - (self.diameter - self.diameter_systole) * contraction
 
     def wall(self, thickness: float, contraction: Floats) -> Floats:
-        """Thickness of a wall that was `thickness` at end-diastole; its cross-section's area is conserved."""
+        """Thickness of a wall that is `thickness` at end-diastole; the area of its cross-section is constant."""
         radius = self.cavity(contraction) / 2
         return np.sqrt(radius**2 + thickness * (thickness + self.diameter)) - radius
 

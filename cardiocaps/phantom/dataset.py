@@ -1,4 +1,4 @@
-"""Writes a phantom study, a folder of MJPEG videos with a table; goes on where it was cut off."""
+"""Writes a phantom study: a folder of MJPEG videos with a table. After an interruption it goes on."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from cardiocaps.runtime.progress import shown
 if TYPE_CHECKING:
     from cardiocaps.phantom.patients import Patient
 
-VERSION = 1  # raised whenever the same seed gives other files
+VERSION = 1  # raise it when a seed gives other files than before
 TABLE = "MeasurementsList.csv"
 MARKER, UNFINISHED = "phantom.json", "phantom.unfinished.json"
 BATCHES = ("Batch1", "Batch2", "Batch3", "Batch4")
@@ -52,7 +52,7 @@ COLUMNS = (
     "split",
 )
 LEAST_VIDEOS = 10
-QUALITY = 4  # of MJPEG's quantiser, 2 is the best
+QUALITY = 4  # of MJPEG's quantiser; 2 is the best
 
 
 def write_phantom(
@@ -64,14 +64,26 @@ def write_phantom(
     progress: bool = False,
     processes: int | None = None,
 ) -> int:
-    """Write a study of `videos` videos to the folder `out`; returns how many videos had to be made.
+    """Write a phantom study into the folder `out`.
 
-    The same `videos` and `seed` give the same bytes, whatever the number of `processes` (default: one for
-    each CPU). An unfinished study with the same settings is completed, and a complete one left as it is; with
-    `overwrite`, any phantom is made anew. A second call waits for the first. Processes are spawned, so a
-    script that calls this needs the usual ``if __name__ == "__main__"``.
+    An unfinished study with the same settings is completed, and a complete one is left unchanged. If two processes
+    write to the same folder, the second waits for the first. Processes are spawned, so a script that calls this
+    function needs the usual `if __name__ == "__main__"`.
 
-    Raises ConfigError for a bad argument, OutputError where `out` holds anything else or cannot be written.
+    Args:
+        out: the folder.
+        videos: number of videos, at least LEAST_VIDEOS.
+        seed: the same `videos` and `seed` give the same bytes.
+        overwrite: make an existing phantom anew.
+        progress: show on standard error how many videos are made.
+        processes: None: one for each CPU.
+
+    Returns:
+        The number of videos that were made.
+
+    Raises:
+        ConfigError: an argument is not allowed.
+        OutputError: `out` cannot be written, or holds files that are not part of a phantom.
     """
     out = Path(out)
     _whole("videos", videos, LEAST_VIDEOS)
@@ -83,7 +95,7 @@ def write_phantom(
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out} is a file, not a folder")
         out.mkdir(parents=True, exist_ok=True)
-    # Another process may be making the same phantom: then this one finds it complete.
+    # If another process is making the same phantom, this one waits and finds it complete.
     with lock_folder(out, wait=True):
         return _write(out, videos, seed, settings, overwrite, progress, processes or cores())
 
@@ -111,7 +123,7 @@ def _write(out: Path, videos: int, seed: int, settings: bytes, overwrite: bool, 
 
 
 def phantom_is_complete(out: Path, videos: int, seed: int) -> bool:
-    """Whether `out` holds all that `write_phantom(out, videos, seed)` writes: marker, table, every video."""
+    """Whether `out` holds everything that `write_phantom(out, videos, seed)` writes."""
     out = Path(out)
     try:
         if (out / MARKER).read_bytes() != _settings(videos, seed):
@@ -125,7 +137,7 @@ def phantom_is_complete(out: Path, videos: int, seed: int) -> bool:
 
 def _whole(name: str, value: int, least: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} is {value!r}; it must be a whole number, at least {least}")
+        raise ConfigError(f"{name} is {value!r}; expected a whole number, at least {least}")
 
 
 def _settings(videos: int, seed: int) -> bytes:
@@ -139,7 +151,7 @@ def _has_content(path: Path) -> bool:
 
 
 def _claim(out: Path, settings: bytes, overwrite: bool) -> None:
-    """Make sure that `out` is ours to write: new, empty, or a phantom that may be continued or replaced."""
+    """Raise OutputError unless `out` is empty, or a phantom that may be continued or replaced."""
     with output_errors(out):
         if not any(out.iterdir()):
             return
@@ -155,25 +167,25 @@ def _claim(out: Path, settings: bytes, overwrite: bool) -> None:
 
 
 def _clear(out: Path) -> None:
-    """Remove a phantom's files, and nothing where anything else lies among them."""
+    """Remove the files of a phantom; raise OutputError, and remove nothing, if there are other files."""
     markers, parts = [out / MARKER, out / UNFINISHED], _torn(out)
     folders = [out / batch for batch in BATCHES if (out / batch).is_dir() and not (out / batch).is_symlink()]
     videos = [video for folder in folders for video in folder.glob("0X*.avi") if video.is_file()]
     ours = {*markers, *parts, *folders, *videos, out / TABLE}
     for entry in (*out.iterdir(), *(entry for folder in folders for entry in folder.iterdir())):
         if entry not in ours:
-            raise OutputError(f"{printable(entry)} is no part of a phantom: {out} is not overwritten")
+            raise OutputError(f"{printable(entry)} is not part of a phantom: {out} is not overwritten")
     for path in (*videos, *parts, out / TABLE):
         path.unlink(missing_ok=True)
     for folder in folders:
         folder.rmdir()
-    # Last, so that a removal that is cut off leaves a folder still known to be a phantom.
+    # The markers go last, so that after an interruption the folder is still recognised as a phantom.
     for path in markers:
         path.unlink(missing_ok=True)
 
 
 def _torn(out: Path) -> list[Path]:
-    """Temporary files of a run that was killed."""
+    """Temporary files of killed processes."""
     names = (f"{TABLE}.*.part", "phantom*.json.*.part", "Batch[1-4]/0X*.avi.*.part")
     return [path for name in names for path in out.glob(name)]
 
@@ -184,7 +196,7 @@ def _make_videos(out: Path, missing: list[Patient], progress: bool, processes: i
             pass
 
     make = partial(_make_video, out)
-    processes = min(processes, (len(missing) + 7) // 8)  # a process costs as much as several videos to start
+    processes = min(processes, (len(missing) + 7) // 8)  # starting a process takes as long as several videos
     if processes <= 1:
         counted(map(make, missing))
         return
@@ -224,7 +236,7 @@ def _encode(path: Path, images: NDArray[np.uint8], fps: int) -> None:
 
 
 def _table(patients: tuple[Patient, ...]) -> bytes:
-    """EchoNet-LVH's table: one row for each measurement."""
+    """The table in EchoNet-LVH's layout, with a row for each measurement."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)

@@ -1,7 +1,7 @@
-"""The patients of a phantom study: who has which heart, machine settings, measurements and split.
+"""The patients of a phantom study: their hearts, machine settings, measurements and splits.
 
-Machine settings, body size, position and rate are drawn before the diagnosis is looked at, so that only the
-heart's own geometry can give the label away.
+Machine settings, body size, position and heart rate are drawn independently of the diagnosis, so that only the geometry
+of the heart can reveal the label.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ CALCS = {
     "IVSs": 0.5,
     "LVIDs": 0.9,
     "LVPWs": 0.5,
-}  # how often measured
+}  # share of patients in which it is measured
 
 
 @dataclass(frozen=True)
 class Scan:
-    """The machine, and how the heart lies before the probe; x to the right, z away from the probe, in cm."""
+    """The machine settings, and the position of the heart; x to the right, z away from the probe, in cm."""
 
     width: int
     height: int
@@ -40,11 +40,11 @@ class Scan:
     origin_x: float  # where the heart's origin lies
     origin_z: float
     tilt: float  # of the heart's long axis, radians; positive turns the base away from the probe
-    brightness: float  # mean grey level of the sector, to which the operator turns the gain
+    brightness: float  # mean grey level of the sector, which the gain is set for
     dynamic_range: float  # dB between black and white
     blood: float  # dB, against heart muscle
     haze: float  # dB, reverberation near the probe, against heart muscle
-    attenuation: float  # dB per cm that time-gain compensation leaves over
+    attenuation: float  # dB per cm that remain after time-gain compensation
     shadow: float  # dB lost behind a rib at one edge; 0 without one
     shadow_side: int  # -1 left, +1 right
 
@@ -108,7 +108,7 @@ class Patient:
         return f"Batch{self.batch}/{self.name}.avi"
 
     def seconds(self) -> Floats:
-        """When each frame is taken."""
+        """The time of each frame."""
         return np.arange(self.scan.frames) / self.scan.fps
 
     def contraction(self) -> Floats:
@@ -120,9 +120,9 @@ class Patient:
         return self.heart.borders(u, self.contraction()) + shift[:, None, None]
 
     def measurements(self, calcs: Sequence[str] | None = None) -> list[Measurement]:
-        """Calipers on the borders as drawn, in the frame nearest to end-diastole (d) or end-systole (s).
+        """Calipers on the drawn borders, in the frame nearest to end-diastole (d) or end-systole (s).
 
-        `calcs` as "LVIDd"; default: those that the study's table has for this patient.
+        `calcs`: names like "LVIDd"; None: those of this patient in the study's table.
         """
         contraction = self.contraction()
         v = self.borders(np.zeros(1))[:, :, 0]
@@ -152,7 +152,7 @@ def plan(videos: int, seed: int) -> tuple[Patient, ...]:
 
 
 def _splits(abnormal: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> list[str]:
-    """Each video goes to the split that lacks most of its share, counted within its label."""
+    """Put each video into the split that lacks most of its share, counted for each label."""
     counts = {label: dict.fromkeys(SPLITS, 0) for label in (False, True)}
     result = []
     for label in abnormal.tolist():
@@ -221,7 +221,7 @@ def _patient(name: str, batch: int, split: str, kind: str, seed: int, index: int
 
 
 def _heart(kind: str, body: float, rng: np.random.Generator) -> dict[str, float]:
-    """Septum, posterior wall and both diameters, on the right side of the thresholds with a gap."""
+    """Septum, posterior wall and both diameters, with a distance from the thresholds of the label rule."""
     uneven = rng.uniform(-0.05, 0.05)
     if kind == NORMAL:
         wall = rng.uniform(0.62, 0.74)

@@ -1,4 +1,4 @@
-"""A contact sheet: a normal, a hypertrophic and a dilated heart at both ends of the cycle, with calipers."""
+"""A contact sheet: a normal, a hypertrophic and a dilated heart in diastole and systole, with calipers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COLOURS = {"IVS": "#ffb000", "LVID": "#35c2ff", "LVPW": "#ff5f87"}
 
 
 def check_preview(path: Path, *, overwrite: bool) -> None:
-    """Raises OutputError where write_preview could not or should not write `path`."""
+    """Raise OutputError if `write_preview` cannot or must not write `path`."""
     if path.suffix.lower() != ".png":
         raise OutputError(f"preview {path}: its name must end in .png")
     if not path.parent.is_dir():
@@ -50,6 +50,6 @@ def write_preview(path: Path, videos: int, seed: int) -> None:
 
 
 def _off_centre(patient: Patient) -> float:
-    """How far a view is from the textbook's."""
+    """How much a view differs from the textbook view."""
     scan = patient.scan
     return abs(scan.tilt) * 6 + abs(scan.origin_x + 0.6) + abs(scan.origin_z - 7.6) + abs(scan.depth - 15) / 2

@@ -1,10 +1,10 @@
 """From the moving heart to B-mode frames.
 
-Scatterers lie in the tissue's own coordinates and move with it, so that speckle follows the wall. Each frame:
-look up the scatterers that lie on the grid of beams and depths, add thin leaflets, blur with the point-spread
-function (constant in angle, hence wider with depth), add noise and reverberation, apply what attenuation and
-shadows leave, compress logarithmically, and convert the beams to a sector. Everything is elementwise or a
-gather, never a threaded matrix product: the same patient gives the same pixels in every process.
+Scatterers have tissue coordinates and move with the tissue, so that speckle follows the wall. For each frame: look up
+the scatterers on the grid of beams and depths, add thin leaflets, blur with the point-spread function (constant in
+angle, so wider at depth), add noise and reverberation, apply attenuation and shadows, compress logarithmically, and
+convert the beams to a sector. All steps are elementwise or gathers, without threaded matrix products, so a patient has
+the same pixels in every process.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def render(patient: Patient) -> NDArray[np.uint8]:
 
 
 class _Tissue:
-    """Scatterers [columns along u, rows through the layers] and where they are found in each frame."""
+    """Scatterers [columns along u, rows through the layers] and their positions in each frame."""
 
     def __init__(self, patient: Patient, grid: Floats, rng: np.random.Generator) -> None:
         self.heart, self.grid = patient.heart, grid
@@ -235,9 +235,9 @@ def _machine(
 
 
 def _turned_gain(scan: Scan, frame: Single, depths: Floats) -> float:
-    """The gain in dB with which the mean grey level of a frame (in dB) is the one that the operator likes.
+    """The gain in dB at which the mean grey level of a frame (in dB) is the scan's `brightness`.
 
-    Without it, more muscle would mean a brighter image, and brightness would tell the diagnosis.
+    Without it more muscle would mean a brighter image, and brightness would reveal the diagnosis.
     """
     weights = np.tile(depths / depths.mean(), BEAMS).astype(np.float32)
     low, high = -20.0, 80.0

@@ -1,7 +1,7 @@
 """Figures of a run, as PNG files.
 
-Drawn on a canvas of their own (no pyplot, no global state, no display). Colours are those of Okabe and Ito,
-which colour-blind readers can tell apart; lines also differ in style.
+They are drawn without pyplot, global state or a display. The colours are those of Okabe and Ito, which colour-blind
+readers can distinguish; lines also differ in style.
 """
 
 import io
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from cardiocaps import DISCLAIMER
 from cardiocaps.metrics import Report, evaluate, threshold_counts
 from cardiocaps.runtime.files import write_bytes
 
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from matplotlib.image import AxesImage
 
-FOOTER = "Research use only. Not a medical device."
 CLASSES = ("normal", "abnormal")
 
 BLUE, VERMILION, GREEN, INK, GREY = "#0072B2", "#D55E00", "#009E73", "#222222", "#767676"
@@ -38,11 +38,15 @@ _LABELS = {
 
 
 def learning_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw every quantity of a run's epochs: one panel each, training and validation together, the best epoch
-    marked.
+    """Draw a panel for each quantity X, with training and validation together and the best epoch marked.
 
-    `history`: one mapping per epoch with `epoch` and numbers named train_X, val_X or X; a missing value, None
-    or NaN leaves a gap. The best epoch is the one with the least val_loss. Raises OutputError.
+    Args:
+        history: a mapping for each epoch, with `epoch` and numbers named train_X, val_X or X. A value that is missing,
+            None or NaN leaves a gap. The best epoch has the least val_loss.
+        path: of the PNG file.
+
+    Raises:
+        OutputError: the file cannot be written.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -76,7 +80,7 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         dress(axes, "Epoch", _LABELS.get(name, name.replace("_", " ").capitalize()))
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         if name in _LOSSES and all(np.nanmin(_column(history, key)) > 0 for key in keys.values()):
-            axes.set_yscale("log")  # the first epoch dwarfs the others
+            axes.set_yscale("log")  # the first epoch is far larger than the others
         if place == 1:
             axes.legend(frameon=False, fontsize=8)
     save(figure, path)
@@ -89,17 +93,24 @@ def confusion_matrices(
     classes: Sequence[str] = CLASSES,
     title: str = "Confusion matrix",
 ) -> None:
-    """Draw, side by side, each of the `counts` [J, J] (rows the true class, columns the predicted one) under its name,
-    with each row's percentages.
+    """Draw confusion matrices side by side, with the percentages of each row.
 
-    Raises ValueError for none, and for a matrix that does not fit `classes`; OutputError.
+    Args:
+        counts: name -> matrix [J, J]: rows are true classes, columns are predicted ones.
+        path: of the PNG file.
+        classes: J names.
+        title: of the figure.
+
+    Raises:
+        ValueError: there is no matrix, or one does not fit `classes`.
+        OutputError: the file cannot be written.
     """
     if not counts:
-        raise ValueError("counts: must have at least one matrix, is empty")
+        raise ValueError("counts is empty; expected at least one matrix")
     matrices = {name: np.asarray(matrix) for name, matrix in counts.items()}
     for matrix in matrices.values():
         if matrix.shape != (len(classes), len(classes)) or (matrix < 0).any():
-            raise ValueError(f"counts: must be [{len(classes)}, {len(classes)}] and not negative, is {matrix.tolist()}")
+            raise ValueError(f"counts is {matrix.tolist()}; expected [{len(classes)}, {len(classes)}], not negative")
     figure = new_figure(4.2 * len(matrices) + 0.8, 4.8, title)
     panels = figure.subplots(1, len(matrices), squeeze=False)[0]
     for axes, (name, matrix) in zip(panels, matrices.items(), strict=True):
@@ -112,7 +123,7 @@ def confusion_matrices(
 
 
 def draw_confusion(axes: "Axes", matrix: "np.ndarray[Any, Any]", classes: Sequence[str] = CLASSES) -> "AxesImage":
-    """Counts `matrix` [J, J] in `axes`, coloured by their share of the row. Returns the image, for a colour bar."""
+    """Draw the counts `matrix` [J, J], coloured by their share of the row; returns the image for a colour bar."""
     total = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, total, out=np.zeros(matrix.shape), where=total > 0)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -144,10 +155,18 @@ def roc_curve(
     report: Report | None = None,
     title: str = "Receiver operating characteristic",
 ) -> None:
-    """Draw the ROC curve of `probability` [n] against `label` [n], the AUROC and the operating point.
+    """Draw the ROC curve with the AUROC and the operating point. With one class the figure says "undefined".
 
-    `report` of the same samples adds the interval. With one class the figure says that the curve is
-    undefined. Raises ValueError as `metrics.evaluate`, OutputError.
+    Args:
+        probability: of class 1, [n].
+        label: 0 or 1, [n].
+        path: of the PNG file.
+        report: of the same samples; adds the interval of the AUROC.
+        title: of the figure.
+
+    Raises:
+        ValueError: as `metrics.evaluate`.
+        OutputError: the file cannot be written.
     """
     report = report or evaluate(probability, label, bootstrap=0)
     if "auroc" in report.undefined:
@@ -183,8 +202,10 @@ def precision_recall_curve(
     report: Report | None = None,
     title: str = "Precision and recall",
 ) -> None:
-    """Draw precision against recall, the average precision, the operating point and the prevalence. As
-    `roc_curve`."""
+    """Draw precision against recall, the average precision, the operating point and the prevalence.
+
+    Arguments and errors as in `roc_curve`.
+    """
     report = report or evaluate(probability, label, bootstrap=0)
     if "average_precision" in report.undefined:
         save(message(title, f"Undefined: {report.undefined['average_precision']}."), path)
@@ -224,19 +245,19 @@ def precision_recall_curve(
 
 
 def new_figure(width: float, height: float, title: str) -> "Figure":
-    """A figure of `width` by `height` inches with its title and the footer, on a canvas of its own."""
+    """A figure of `width` by `height` inches with title and footer."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=150, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13, color=INK)
-    figure.supxlabel(FOOTER, fontsize=7, color=GREY)
+    figure.supxlabel(DISCLAIMER, fontsize=7, color=GREY)
     return figure
 
 
 def message(title: str, text: str) -> "Figure":
-    """A figure that holds nothing but a sentence."""
+    """A figure that shows only a sentence."""
     import textwrap
 
     figure = new_figure(5.0, 3.0, title)
@@ -247,7 +268,7 @@ def message(title: str, text: str) -> "Figure":
 
 
 def dress(axes: "Axes", x: str, y: str) -> None:
-    """Names of the axes, a faint grid, no frame above and on the right."""
+    """Name the axes, draw a faint grid, and hide the frame above and on the right."""
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(color="#E3E3E3", linewidth=0.6)

@@ -6,15 +6,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
 
 import capsops
 from capsops.backends import check_environment
-from cardiocaps.config import TrainConfig
 from cardiocaps.errors import ConfigError
+
+if TYPE_CHECKING:
+    from cardiocaps.config import TrainConfig
 
 
 @dataclass(frozen=True)

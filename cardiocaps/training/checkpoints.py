@@ -1,198 +1,112 @@
-"""Whether a checkpoint holds all that a training needs to go on, in the form that it needs it.
-
-A file that can be read may still be damaged, or have been edited. What is wrong in it should be said in a line before
-training begins, not crash in Lightning or, worse, be trained on.
-"""
+"""Reads, writes and compares checkpoints and the weights in them."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from cardiocaps.errors import CheckpointError
-
-_NEEDED = {
-    "epoch": int,
-    "global_step": int,
-    "pytorch-lightning_version": str,
-    "loops": dict,
-    "callbacks": dict,
-    "optimizer_states": list,
-}
-# Parts of the state of Lightning's loops that are there only while they run.
-_TRANSIENT = "state_dict"
+from cardiocaps.config import TrainConfig
+from cardiocaps.errors import CardioCapsError, CheckpointError
+from cardiocaps.runtime.files import atomic_write
+from cardiocaps.training.module import Classifier, check_configuration
+from cardiocaps.training.run_folder import RunFolder
 
 
-def check_resumable_state(
-    checkpoint: Mapping[str, Any],
-    path: Path,
-    *,
-    optimizer: torch.optim.Optimizer,
-    loop: Mapping[str, Any],
-    history: str,
-    patience: str,
-    parts: Sequence[str],
-) -> None:
-    """Raise CheckpointError unless a training can go on from a checkpoint.
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """The content of a checkpoint, on the CPU. Code in the file is never executed.
 
-    Args:
-        checkpoint: from `path`, which the error names.
-        optimizer: a new one, of the network that the checkpoint is of.
-        loop: the state of a new trainer's loop of epochs.
-        history, patience: keys of the two callbacks' states.
-        parts: the parts of the loss, of which `history` keeps averages.
+    Raises:
+        CheckpointError: the file is missing or damaged, or holds other types than a checkpoint.
     """
-    problem = next(_problems(checkpoint, optimizer, loop, history, patience, parts), None)
-    if problem is not None:
-        raise CheckpointError(f"{path} is damaged: {problem}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    # A truncated or foreign file can make torch raise almost any exception, with an unhelpful message.
+    except Exception as error:
+        raise CheckpointError(f"{path} is damaged, or not a checkpoint of this program") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
+    return content
 
 
-def in_epoch(checkpoint: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint was saved in the middle of an epoch."""
-    batches = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-    return not batches["is_last_batch"]
+def load_weights(network: Classifier, checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Load the weights of a checkpoint into the network. Raises CheckpointError if they do not fit."""
+    check_configuration(checkpoint, network.config)
+    own, weights = network.state_dict(), checkpoint["state_dict"]
+    for name in own.keys() & weights.keys():
+        wrong = _not_weights(weights[name], own[name])
+        if wrong is not None:
+            raise CheckpointError(f"{path} does not fit the network: {name} is {wrong}")
+    try:
+        network.load_state_dict(weights)
+    # Keys that are not text and values that are not tensors can make torch raise almost any exception.
+    except Exception as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise CheckpointError(f"{path} does not fit the network: {reason}") from error
 
 
-def epochs_ended(checkpoint: Mapping[str, Any]) -> int:
-    """How many epochs of a checkpoint's training have ended."""
-    return int(checkpoint["epoch"]) + (not in_epoch(checkpoint))
+def _not_weights(value: Any, own: Tensor) -> str | None:
+    """What `value` is, if it cannot be copied into the weights `own`; None if it can. Ignores the shape."""
+    if not isinstance(value, Tensor):
+        return f"a {type(value).__name__}"
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized or value.is_nested:
+        return "not a plain tensor"
+    if value.is_complex() or value.is_floating_point() != own.is_floating_point():
+        return f"of {str(value.dtype).removeprefix('torch.')}, not {str(own.dtype).removeprefix('torch.')}"
+    return None
 
 
-def _problems(
-    checkpoint: Mapping[str, Any],
-    optimizer: torch.optim.Optimizer,
-    loop: Mapping[str, Any],
-    history: str,
-    patience: str,
-    parts: Sequence[str],
-) -> Iterator[str]:
-    """What is wrong, each only sought where what stands before it is right."""
-    missing = [name for name in _NEEDED if name not in checkpoint]
-    if missing:
-        yield f"it has no {', '.join(missing)}"
-    for name, kind in _NEEDED.items():
-        if type(checkpoint[name]) is not kind:
-            yield f"its {name} is no {kind.__name__}"
-    yield from _problems_of_loops(checkpoint, loop)
-    yield from _problems_of_optimizer(checkpoint, optimizer)
-    states = checkpoint["callbacks"]
-    for name in (history, patience):
-        if not isinstance(states.get(name), dict):
-            yield f"it has no state of {name.partition('{')[0]}"
-    yield from _problems_of_history(states[history], epochs_ended(checkpoint), parts)
-    yield from _problems_of_patience(states[patience])
+def best_network(config: TrainConfig, run: RunFolder) -> Classifier:
+    """The network with the run's least validation loss. Raises CheckpointError if it is missing or does not fit."""
+    network = Classifier(config, torch.ones(2), 0.0)
+    load_weights(network, read_checkpoint(run.best), run.best)
+    return network
 
 
-def _problems_of_loops(checkpoint: Mapping[str, Any], loop: Mapping[str, Any]) -> Iterator[str]:
-    state = checkpoint["loops"].get("fit_loop")
-    where = _unlike(state, loop, "fit_loop")
-    if where is not None:
-        yield f"{where} is missing or of another kind"
-    batches = state["epoch_loop.batch_progress"]
-    steps = checkpoint["global_step"]
-    # In mid-epoch it is saved before Lightning has counted the last step here.
-    stepped = state["epoch_loop.state_dict"].get("_batches_that_stepped")
-    right = batches["total"]["ready"] == steps and stepped == steps - in_epoch(checkpoint)
-    if steps < 0 or checkpoint["epoch"] < 0 or not right:
-        yield "its counts of steps differ"
-    loaders = state["state_dict"].get("combined_loader")
-    right = isinstance(loaders, list) and len(loaders) == 1 and isinstance(loaders[0], dict)
-    if not right or not _is_count(loaders[0].get("batches")):
-        yield "it does not say how many batches of the epoch are done"
-    if loaders[0]["batches"] != batches["current"]["ready"]:
-        yield "its counts of the epoch's batches differ"
+def weights_digest(network: Classifier) -> str:
+    """SHA-256 of a network's weights and their names, in hexadecimal. It does not depend on the file."""
+    digest = hashlib.sha256()
+    for name, weights in sorted(network.state_dict().items()):
+        array = weights.detach().cpu().contiguous()
+        digest.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
+        digest.update(memoryview(array.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
 
 
-def _unlike(state: Any, template: Any, where: str) -> str | None:
-    """The first place where a state is not built as the template is; None where there is none."""
-    if isinstance(template, dict):
-        if not isinstance(state, dict):
-            return where
-        for name, inner in template.items():
-            found = _unlike(state.get(name), {} if name.endswith(_TRANSIENT) else inner, f"{where}.{name}")
-            if found is not None:
-                return found
-        return None
-    return None if type(state) is type(template) and (type(state) is not int or state >= 0) else where
+class CheckpointFiles(TorchCheckpointIO):
+    """Writes checkpoints whole or not at all, and reads them without executing code."""
+
+    restoring = False  # whether a checkpoint was read for a training that has not begun yet
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with atomic_write(Path(path)) as temporary:
+            torch.save(checkpoint, temporary)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        self.restoring = True
+        return read_checkpoint(Path(path))
 
 
-def _problems_of_optimizer(checkpoint: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> Iterator[str]:
-    states = checkpoint["optimizer_states"]
-    what = "its optimiser's state"
-    if len(states) != 1 or not isinstance(states[0], dict):
-        yield f"{what} is missing"
-    fresh, state = optimizer.state_dict(), states[0]
-    groups = state.get("param_groups")
-    if not isinstance(groups, list) or len(groups) != len(fresh["param_groups"]):
-        yield f"{what} has no param_groups"
-    for group, expected in zip(groups, fresh["param_groups"], strict=True):
-        if not isinstance(group, dict) or not {"params", "lr", "betas", "eps"} <= set(group):
-            yield f"{what} is incomplete"
-        for name in expected.keys() & group.keys():
-            # By their texts, for a tensor in a number's place compares to a tensor.
-            if type(group[name]) is not type(expected[name]) or repr(group[name]) != repr(expected[name]):
-                yield f"{what} has another {name} than the run"
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    moments = state.get("state")
-    if not isinstance(moments, dict) or not set(moments) <= set(range(len(parameters))):
-        yield f"{what} is of other parameters"
-    if checkpoint["global_step"] and not moments:
-        yield f"{what} is empty"
-    for number, moment in moments.items():
-        if not isinstance(moment, dict) or not _is_moment(moment, parameters[number]):
-            yield f"{what} of parameter {number} does not fit it"
-
-
-def _is_moment(moment: Mapping[str, Any], parameter: Tensor) -> bool:
-    step: Any = moment.get("step")
-    if not _is_real(step, torch.Size([])) or not step >= 0:
-        return False
-    averages: list[Any] = [moment.get(name) for name in ("exp_avg", "exp_avg_sq")]
-    return all(_is_real(x, parameter.shape) for x in averages) and bool((averages[1] >= 0).all())
-
-
-def _is_real(value: Any, shape: torch.Size) -> bool:
-    return (
-        isinstance(value, Tensor)
-        and value.layout == torch.strided
-        and value.device.type == "cpu"
-        and value.is_floating_point()
-        and value.shape == shape
-        and bool(value.isfinite().all())
-    )
-
-
-def _problems_of_history(state: Mapping[str, Any], epochs: int, parts: Sequence[str]) -> Iterator[str]:
-    rows: Any = state.get("rows")
-    sums: Any = state.get("sums")
-    names = {"epoch", "val_auroc", "seconds", *(f"{stage}_{part}" for stage in ("train", "val") for part in parts)}
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and names <= set(row) for row in rows):
-        yield "its history lacks numbers of an epoch"
-    if not all(type(x) in (int, float) for row in rows for x in row.values()):
-        yield "its history has something else than numbers"
-    if [row["epoch"] for row in rows] != list(range(1, epochs + 1)):
-        yield f"its history is of {len(rows)} epochs, {epochs} have ended"
-    is_list = isinstance(sums, list) and len(sums) == len(parts) + 1
-    if sums is not None and not (is_list and all(type(x) is float and math.isfinite(x) for x in sums)):
-        yield "its sums of the losses are no numbers"
-    if type(state.get("seconds")) not in (int, float):
-        yield "its history has no seconds"
-
-
-def _problems_of_patience(state: Mapping[str, Any]) -> Iterator[str]:
-    counts = [state.get(name) for name in ("wait_count", "stopped_epoch", "stopping_reason")]
-    best = state.get("best_score")
-    if not all(_is_count(x) for x in counts):
-        yield "its counts of epochs without progress are no counts"
-    # Infinite before the first epoch has ended.
-    if not (isinstance(best, Tensor) and best.shape == () and best.is_floating_point() and not best.isnan()):
-        yield "its best loss is no number"
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+@contextmanager
+def restoring_errors(files: CheckpointFiles, path: Path) -> Iterator[None]:
+    """Raise CheckpointError for exceptions of Lightning and torch while they restore a checkpoint that `files` read."""
+    try:
+        yield
+    except (CardioCapsError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        if not files.restoring:
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        raise CheckpointError(f"{path} is damaged: {type(error).__name__}: {reason}") from error

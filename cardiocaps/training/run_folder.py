@@ -1,50 +1,70 @@
-"""The folder of one training run, where its files lie, and what it was run with."""
+"""The folder of a training run and the paths of its files."""
 
 import json
-import os
-import platform
 import shutil
-import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from cardiocaps import __version__
 from cardiocaps.errors import ConfigError, OutputError
 from cardiocaps.runtime.files import lock_folder, output_errors, remove_leftovers, write_json, write_text
+from cardiocaps.training.environment import environment
 
 _KIND = "cardiocaps run"
 
-_PACKAGES = (
-    "torch",
-    "capsops",
-    "lightning",
-    "numpy",
-    "scipy",
-    "torchmetrics",
-    "scikit-learn",
-    "imbalanced-learn",
-    "xgboost-cpu",
-    "monai",
-    "av",
-    "matplotlib",
-)
+
+@dataclass(frozen=True)
+class _File:
+    """A class attribute that gives the path of a file in the folder."""
+
+    name: str
+
+    def __get__(self, folder: "RunFolder", _: type) -> Path:
+        return folder.path / self.name
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder and the places of its files. Made by `create`, found again by `open`."""
+    """A run's folder and the paths of its files. `create` makes it, `open` finds it again."""
 
     path: Path
 
+    marker = _File("run.json")
+    config = _File("config.yaml")
+    environment = _File("environment.json")
+    # The paths of the data. Only this file and `config` hold paths, which can identify the user: remove them to share a
+    # run.
+    paths = _File("paths.json")
+    data = _File("data.json")  # the fingerprint of the data, see `cardiocaps.data.fingerprint`
+    metrics_csv = _File("metrics.csv")  # a row for each epoch
+    metrics_json = _File("metrics.json")  # the final evaluation
+    predictions_csv = _File("predictions.csv")  # of the test split, a row for each frame
+    predictions_by_video_csv = _File("predictions_by_video.csv")  # a row for each video, with decisions
+    validation_csv = _File("validation.csv")
+    validation_by_video_csv = _File("validation_by_video.csv")
+    decision = _File("decision.json")  # see `cardiocaps.evaluation.decision`
+    evaluation = _File("evaluation.json")  # which run was evaluated on which data; only outside of the run's own folder
+    pixel_baseline = _File("pixel_baseline.json")  # the logistic regression on pixels of the run's training split
+    best = _File("best.ckpt")
+    last = _File("last.ckpt")
+    plots = _File("plots")
+    learning_curves = _File("plots/learning_curves.png")
+    confusion_matrix = _File("plots/confusion_matrix.png")
+    roc_curve = _File("plots/roc_curve.png")
+    precision_recall_curve = _File("plots/precision_recall_curve.png")
+
     @classmethod
     def create(cls, path: Path, overwrite: bool = False) -> "RunFolder":
-        """Make the folder, and `run.json` in it, which marks it as a run's.
+        """Make the folder, and in it `run.json`, which marks it as the folder of a run.
 
-        A folder that holds anything is refused, unless `overwrite` is given and it is recognisably a run's
-        folder: then it is deleted first. Raises OutputError.
+        Args:
+            path: of the folder.
+            overwrite: first delete the folder if it is the folder of a run.
+
+        Raises:
+            OutputError: the folder cannot be written, or holds files that are not to be deleted.
         """
         with output_errors(path):
             if path.is_symlink() and not path.exists():
@@ -56,13 +76,13 @@ class RunFolder:
                     raise OutputError(
                         f"{path} exists and is not empty; choose another --out (training replaces a run by --overwrite)"
                     )
-                with lock_folder(path):  # not while the run still goes on
+                with lock_folder(path):  # fails while the run is going on
                     _refuse_deletion(path)
                     shutil.rmtree(path)
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path)
             try:
-                # Exclusive: of two runs started at once with the same folder, one must fail.
+                # Exclusive, so that of two runs started at once with the same folder one fails.
                 with folder.marker.open("x", encoding="utf-8") as file:
                     json.dump({"kind": _KIND, "version": __version__}, file)
             except FileExistsError as error:
@@ -72,7 +92,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
-        """The folder of an earlier run. Raises ConfigError where `path` is not one."""
+        """The folder of an earlier run. Raises ConfigError if `path` is not one."""
         folder = cls(path)
         try:
             is_run = folder.is_run()
@@ -83,15 +103,20 @@ class RunFolder:
             raise ConfigError(f"{path} is not the folder of a run: it {what}")
         return folder
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether it holds a checkpoint."""
+        return self.last.exists() or self.best.exists()
+
     def discard(self) -> None:
-        """Remove a folder that `create` has just made, if there is nothing in it but what a run begins with."""
+        """Remove a folder that `create` has just made, if it holds only the files that a run begins with."""
         begun = {self.marker, self.config, self.environment, self.paths, self.plots}
         with output_errors(self.path):
             if set(self.path.iterdir()) <= begun and not any(self.plots.iterdir()):
                 shutil.rmtree(self.path)
 
     def remove_leftovers(self) -> None:
-        """Remove what killed processes left half-written. The folder must be held (`files.exclusive`)."""
+        """Remove unfinished files of killed processes. Hold the folder (`files.lock_folder`) during the call."""
         remove_leftovers(self.path, self.plots)
 
     def is_run(self) -> bool:
@@ -104,101 +129,6 @@ class RunFolder:
             return False
         return isinstance(content, dict) and content.get("kind") == _KIND
 
-    @property
-    def marker(self) -> Path:
-        return self.path / "run.json"
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def environment(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def paths(self) -> Path:
-        """Where the data lie. This file and `config`, which holds the paths as given, may say who ran it, for whoever
-        shares a run; no other does."""
-        return self.path / "paths.json"
-
-    @property
-    def data(self) -> Path:
-        """The fingerprint of the data (`cardiocaps.data.fingerprint`)."""
-        return self.path / "data.json"
-
-    @property
-    def metrics_csv(self) -> Path:
-        """One row per epoch."""
-        return self.path / "metrics.csv"
-
-    @property
-    def metrics_json(self) -> Path:
-        """The final evaluation."""
-        return self.path / "metrics.json"
-
-    @property
-    def predictions_csv(self) -> Path:
-        """Of the test split, a row a frame."""
-        return self.path / "predictions.csv"
-
-    @property
-    def predictions_by_video_csv(self) -> Path:
-        """The same, a row a video, with decisions."""
-        return self.path / "predictions_by_video.csv"
-
-    @property
-    def validation_csv(self) -> Path:
-        """As `predictions_csv`, of the validation split."""
-        return self.path / "validation.csv"
-
-    @property
-    def validation_by_video_csv(self) -> Path:
-        return self.path / "validation_by_video.csv"
-
-    @property
-    def decision(self) -> Path:
-        """The threshold that was chosen on validation; see `cardiocaps.evaluation.decision`."""
-        return self.path / "decision.json"
-
-    @property
-    def evaluation(self) -> Path:
-        """Which run was evaluated on which data; in a folder of results that is not the run's own."""
-        return self.path / "evaluation.json"
-
-    @property
-    def pixel_baseline(self) -> Path:
-        """The logistic regression on pixels that was fitted to the run's training split."""
-        return self.path / "pixel_baseline.json"
-
-    @property
-    def best(self) -> Path:
-        return self.path / "best.ckpt"
-
-    @property
-    def last(self) -> Path:
-        return self.path / "last.ckpt"
-
-    @property
-    def plots(self) -> Path:
-        return self.path / "plots"
-
-    @property
-    def learning_curves(self) -> Path:
-        return self.plots / "learning_curves.png"
-
-    @property
-    def confusion_matrix(self) -> Path:
-        return self.plots / "confusion_matrix.png"
-
-    @property
-    def roc_curve(self) -> Path:
-        return self.plots / "roc_curve.png"
-
-    @property
-    def precision_recall_curve(self) -> Path:
-        return self.plots / "precision_recall_curve.png"
-
     def begin(self, config: str, device: str, paths: Mapping[str, Any] | None = None) -> None:
         """Write the configuration, in YAML, `environment.json` and `paths.json`. Raises OutputError."""
         write_json(self.environment, environment(device))
@@ -210,41 +140,10 @@ class RunFolder:
         write_text(self.config, config)
 
 
-def environment(device: str) -> dict[str, Any]:
-    """What a result can depend on: versions, processor, threads, GPU, commit; and the device, cpu or cuda, that is
-    computed on.
-
-    Nothing that says who ran it or where: no host or user name, no path, no environment variable.
-    """
-    import torch
-
-    packages: dict[str, str | None] = {}
-    for name in _PACKAGES:
-        try:
-            packages[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            packages[name] = None
-    gpu = torch.cuda.is_available()
-    return {
-        "cardiocaps": __version__,
-        "commit": _commit(),
-        "python": platform.python_version(),
-        "packages": packages,
-        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": _cpu_model(),
-        "cpu_count": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "device": device,
-        "cuda": torch.version.cuda,
-        "rocm": torch.version.hip,
-        "gpu": torch.cuda.get_device_name() if gpu else None,
-    }
-
-
 def _refuse_deletion(path: Path) -> None:
-    """Raise OutputError unless `path` may be deleted: a run's own folder, with nobody standing in it."""
+    """Raise OutputError unless `path` is the folder of a run and does not hold the working folder."""
     folder = RunFolder(path)
-    # A run that ended before it wrote its configuration has left what comes before it, the last of it perhaps torn.
+    # A run that ended before it wrote its configuration has left only these files, the last of them perhaps incomplete.
     first = (folder.marker, folder.plots, folder.environment, folder.paths)
     begun = all(item in first or item.suffix == ".part" for item in path.iterdir())
     torn = begun and folder.marker.is_file() and not folder.marker.stat().st_size
@@ -257,33 +156,3 @@ def _refuse_deletion(path: Path) -> None:
     else:
         return
     raise OutputError(f"--overwrite does not delete {path}: {reason}")
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(models, platform.processor() or "unknown")
-
-
-def _commit() -> str | None:
-    """The commit of the checkout this package lies in, `+` where files differ from it; None for an installed
-    package."""
-    root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        command = ("git", "-C", str(root), *arguments)
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=kept)
-        return done.stdout.strip()
-
-    try:
-        # An installed package can lie inside somebody else's checkout; its commit would say nothing.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 
 from cardiocaps.config import TrainConfig
-from cardiocaps.data import Clip, cache
+from cardiocaps.data import cache
 from cardiocaps.data.fingerprint import read_fingerprint
+from cardiocaps.data.open import decode_for_run, read_study
+from cardiocaps.data.study import Clip
 from cardiocaps.data.video import VideoError
 from cardiocaps.errors import DataError
-from cardiocaps.experiments import __main__ as program
 from cardiocaps.experiments import jobs
 from cardiocaps.experiments.folder import ExperimentFolder
 from cardiocaps.experiments.plan import SYSTEMS, configure
+from cardiocaps.experiments.run import _prepare
 from cardiocaps.runtime.device import machine_for
 from cardiocaps.runtime.program import Interruption
-from cardiocaps.train import decode_for_run, read_study
 from cardiocaps.training.run_folder import RunFolder
 
 from .data.sample_videos import encode, picture, write_folder
@@ -49,15 +50,15 @@ def test_a_run_goes_on_without_what_failed_when_it_began(config: TrainConfig, tm
     slow, changed = study.clips[2].path, study.clips[3].path
     with machine_for(config) as machine:
         with failing(slow):
-            first = decode_for_run(config, machine, folder, study, "advice", keep=True).data
+            first = decode_for_run(config, machine, study, folder.data, "advice", trained=False, keep=True).data
         remembered = read_fingerprint(folder.data)
         assert remembered is not None and (len(remembered.videos), len(remembered.contents)) == (16, 15)
-        again = decode_for_run(config, machine, folder, read_study(config), "advice")
+        again = decode_for_run(config, machine, read_study(config), folder.data, "advice", trained=False)
         assert again.is_own and again.data.study.clips == first.study.clips
         assert [p.where for p in again.data.study.problems if "left out as it was at first" in p.reason] == [slow.stem]
         encode(changed, picture(seed=99))
         with pytest.raises(DataError, match="trained on: 1 video changed its content; advice"):
-            decode_for_run(config, machine, folder, read_study(config), "advice")
+            decode_for_run(config, machine, read_study(config), folder.data, "advice", trained=False)
 
 
 def test_experiments_go_on_without_what_failed_when_they_began(
@@ -66,12 +67,12 @@ def test_experiments_go_on_without_what_failed_when_they_began(
     system, folder = SYSTEMS["logistic-regression-class-weight"], ExperimentFolder(tmp_path / "out")
     folder.make()
     used: list[tuple[Clip, ...]] = []
-    monkeypatch.setattr(jobs, "_pixels", lambda job, config, data, watch: used.append(data.study.clips))
+    monkeypatch.setattr(jobs, "_fit_pixels", lambda job, config, data, watch: used.append(data.study.clips))
     study = read_study(configure(config, system, 10, tmp_path))
     for seed in (10, 11):
         job = jobs.Job(system, seed, configure(config, system, seed, folder.job(system.key, seed)))
         with failing(study.clips[2].path) if seed == 10 else nullcontext():
-            program._prepare([job], config, folder)
+            _prepare([job], config, folder)
         jobs.run(job, lambda done, what: None, Interruption())
     left = (*study.clips[:2], *study.clips[3:])
     assert used == [left, left]

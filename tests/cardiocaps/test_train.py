@@ -273,12 +273,12 @@ def test_a_threshold_of_other_weights_is_not_used(finished: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("decision.json", "{", "is damaged: it is no JSON"),
-        ("decision.json", "[]", "is damaged, or no file of this program"),
-        ("decision.json", {"threshold": 2}, "threshold: must be a number from 0 to 1, is 2"),
-        ("decision.json", {"unit": "patient"}, "unit one of video and frame"),
+        ("decision.json", "{", "is damaged: it is not JSON"),
+        ("decision.json", "[]", "is damaged, or not a file of this program"),
+        ("decision.json", {"threshold": 2}, "threshold is 2; expected a number from 0 to 1"),
+        ("decision.json", {"unit": "patient"}, "unit video or frame"),
         ("pixel_baseline.json", {"side": 16}, "frames of another size than 32x32"),
-        ("pixel_baseline.json", {"logistic_regression": {"mean": [1]}}, "must be finite numbers"),
+        ("pixel_baseline.json", {"logistic_regression": {"mean": [1]}}, "expected finite numbers"),
         ("pixel_baseline.json", {"decision": None}, "is damaged"),
     ],
 )
@@ -747,7 +747,7 @@ def test_bad_checkpoint(finished: Path, tmp_path: Path, damage: str, capsys: pyt
         "configuration": "of another configuration: routing is 'dynamic', the run's is 'attention'",
         "weights": "does not fit the network: size mismatch for model.conv.0.weight",
         "loops": "last.ckpt is damaged: it has no loops",
-    }.get(damage, "is damaged, or no checkpoint of this program")
+    }.get(damage, "is damaged, or not a checkpoint of this program")
     assert train.main(["--resume", str(run)]) == 5
     assert expected in capsys.readouterr().err
     if damage != "loops":  # of no concern to an evaluation
@@ -774,9 +774,9 @@ _MOMENTS = "optimizer_states", 0, "state"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_set("epoch", to="two"), "its epoch is no int"),
+        (_set("epoch", to="two"), "its epoch is not of type int"),
         (_set("global_step", to=-36), "its counts of steps differ"),
-        (_set("loops", to=[]), "its loops is no dict"),
+        (_set("loops", to=[]), "its loops is not of type dict"),
         (_set("loops", "fit_loop", to={}), "fit_loop.state_dict is missing or of another kind"),
         (_set(*_BATCHES, to=3), "fit_loop.epoch_loop.batch_progress is missing"),
         (_set(*_BATCHES, "total", "ready", to=None), "batch_progress.total.ready is missing"),
@@ -787,9 +787,9 @@ _MOMENTS = "optimizer_states", 0, "state"
         (_set("callbacks", "History", "rows", to=lambda rows: rows[1:]), "its history is of 2 epochs, 3 have ended"),
         (_set("callbacks", "History", "rows", 0, to={}), "its history lacks numbers of an epoch"),
         (_set("callbacks", "History", "rows", 1, "val_loss", to="low"), "something else than numbers"),
-        (_set("callbacks", "History", "sums", to=[1.0]), "its sums of the losses are no numbers"),
-        (_set("callbacks", _PATIENCE, "wait_count", to="0"), "epochs without progress are no counts"),
-        (_set("callbacks", _PATIENCE, "best_score", to=None), "its best loss is no number"),
+        (_set("callbacks", "History", "sums", to=[1.0]), "its sums of the losses are not numbers"),
+        (_set("callbacks", _PATIENCE, "wait_count", to="0"), "epochs without progress are not counts"),
+        (_set("callbacks", _PATIENCE, "best_score", to=None), "its best loss is not a number"),
         (_set("callbacks", _PATIENCE, "stopping_reason", to=17), "last.ckpt is damaged: ValueError: 17 is not"),
         (_set("optimizer_states", to=[]), "its optimiser's state is missing"),
         (_set(*_MOMENTS, to={}), "its optimiser's state is empty"),
@@ -807,7 +807,7 @@ _MOMENTS = "optimizer_states", 0, "state"
         (_set("state_dict", "model.conv.0.weight", to=lambda x: x.long()), "is of int64, not float32"),
         (
             _set("state_dict", "model.conv.0.weight", to=lambda x: x.to_sparse()),
-            "model.conv.0.weight is no plain tensor",
+            "model.conv.0.weight is not a plain tensor",
         ),
         (_set("state_dict", "model.conv.0.weight", to=None), "model.conv.0.weight is a NoneType"),
         (_set("state_dict", 5, to=None), "does not fit the network"),
@@ -823,7 +823,7 @@ def test_damage_within_a_checkpoint_is_an_error_of_one_line(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from cardiocaps.training import module as learning
+    from cardiocaps.training import checkpoints, fit
 
     run = tmp_path / "run"
     run.mkdir()
@@ -831,7 +831,8 @@ def test_damage_within_a_checkpoint_is_an_error_of_one_line(
         (run / name).symlink_to(finished / name)
     checkpoint = copy.deepcopy(torch.load(finished / "last.ckpt", weights_only=True))
     damage(checkpoint)
-    monkeypatch.setattr(learning, "read_checkpoint", lambda path: copy.deepcopy(checkpoint))
+    for module in (checkpoints, fit):
+        monkeypatch.setattr(module, "read_checkpoint", lambda path: copy.deepcopy(checkpoint))
     assert train.main(["--resume", str(run), "--epochs", "4"]) == 5
     errors = capsys.readouterr().err
     assert message in errors and errors.count("\n") == 1
@@ -1022,7 +1023,7 @@ def test_bad_options_of_evaluate(options: list[str], finished: Path, capsys: pyt
 
 
 def test_help_answers_at_once() -> None:
-    for module in ("train", "evaluate", "data.phantom"):
+    for module in ("train", "evaluate", "phantom"):
         start = time.monotonic()
         command = [sys.executable, "-m", f"cardiocaps.{module}", "--help"]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)

@@ -278,7 +278,7 @@ def test_thresholds_are_given_one_by_one(tmp_path: Path) -> None:
     assert config.threshold == {"IVSd": 1.2, "RVDd": 100.0}
     assert read_yaml(_file(tmp_path, config.to_yaml()))["threshold"] == config.threshold
     assert TrainConfig(**config.as_dict()) == config  # type: ignore[arg-type]
-    from cardiocaps.data.labels import CALCS, THRESHOLDS
+    from cardiocaps.data.echonet_lvh.labels import CALCS, THRESHOLDS
 
     assert options()["threshold"].choices == CALCS == tuple(THRESHOLDS)
 

@@ -13,7 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cardiocaps.data import Clip, Study, cache, read_folder
+from cardiocaps.data import cache
+from cardiocaps.data.echonet_lvh import read_folder
+from cardiocaps.data.study import Clip, Study
 from cardiocaps.data.video import resize
 from cardiocaps.errors import ConfigError, DataError, OutputError
 from cardiocaps.runtime import progress
@@ -85,11 +87,11 @@ def test_chosen_frames_exist_once_each(count: int, wanted: int, choice: str) -> 
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ({"frames_per_clip": 0}, "frames_per_clip must be at least 1, got 0"),
-        ({"frame_choice": "random"}, "frame_choice must be one of spread, first, got 'random'"),
-        ({"reader": "opencv"}, "reader must be one of pyav, decord, got 'opencv'"),
-        ({"size": 0}, "size must be at least 1, got 0"),
-        ({"workers": 0}, "workers must be at least 1, got 0"),
+        ({"frames_per_clip": 0}, "frames_per_clip is 0; expected at least 1"),
+        ({"frame_choice": "random"}, "frame_choice is 'random'; expected one of spread, first"),
+        ({"reader": "opencv"}, "reader is 'opencv'; expected one of pyav, decord"),
+        ({"size": 0}, "size is 0; expected at least 1"),
+        ({"workers": 0}, "workers is 0; expected at least 1"),
     ],
 )
 def test_options_are_checked(shared_folder: Path, tmp_path: Path, options: dict[str, object], reason: str) -> None:

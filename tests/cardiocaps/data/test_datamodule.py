@@ -13,8 +13,9 @@ from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from cardiocaps.data import cache, read_folder
+from cardiocaps.data import cache
 from cardiocaps.data.datamodule import EchoDataModule, FrameSampler
+from cardiocaps.data.echonet_lvh import read_folder
 from cardiocaps.errors import ConfigError, DataError, OutputError
 
 from .sample_videos import measurement, split_of, write_folder, write_table
@@ -24,7 +25,8 @@ Batch = dict[str, Tensor]
 
 def module(folder: Path, cache: Path, **options: Any) -> EchoDataModule:
     defaults: dict[str, Any] = {"size": 16, "batch_size": 4, "frames_per_clip": 3, "cache_dir": cache}
-    data = EchoDataModule(folder, **(defaults | options))
+    seed = options.get("split_seed", options.get("seed", 10))
+    data = EchoDataModule(read_folder(folder, seed=seed), **(defaults | options))
     data.setup()
     return data
 
@@ -58,7 +60,7 @@ def test_a_batch_is_what_the_model_expects(shared_folder: Path, shared_cache: Pa
     clips = data.clips("train")
     for clip, label, target in zip(batch["clip"], batch["label"], batch["target"], strict=True):
         assert clips[clip].label == label
-        assert target == torch.tensor(clips[clip].width)
+        assert target == torch.tensor(clips[clip].targets["width"])
 
 
 def test_what_a_gpu_wants_of_its_batches(
@@ -238,9 +240,9 @@ def test_pixels_for_the_baselines(shared_folder: Path, shared_cache: Path) -> No
     np.testing.assert_allclose(grey, luma.flatten(1).numpy(), atol=1e-5)
     half = interpolate(luma[:, None], (8, 8), mode="bilinear", antialias=True).flatten(1)
     assert float(np.abs(data.pixels("test", 8)[0] - half.numpy()).mean()) < 0.02
-    with pytest.raises(ConfigError, match="side must be at least 1, got 0"):
+    with pytest.raises(ConfigError, match="side is 0; expected at least 1"):
         data.pixels("test", 0)
-    with pytest.raises(ConfigError, match="split must be one of train, val, test, got 'all'"):
+    with pytest.raises(ConfigError, match="split is 'all'; expected one of train, val, test"):
         data.pixels("all", 8)
 
 
@@ -257,17 +259,18 @@ def test_the_paper_protocol_spreads_frames_of_one_clip(shared_folder: Path, shar
         for clip, frame in zip(batch["clip"].tolist(), batch["frame"].tolist(), strict=True)
     ]
     assert sorted(pairs) == [(clip, frame) for clip in range(16) for frame in range(5)]  # the first frames
-    assert data.clips("val") == data.study.clips and data.clips("val")[3].width == 4.55
+    assert data.clips("val") == data.study.clips and data.clips("val")[3].targets["width"] == 4.55
 
 
 def test_a_study_that_changed_is_reported(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "root", 16)
-    data = EchoDataModule(root, size=16, frames_per_clip=3, cache_dir=tmp_path / "cache", max_bad_share=0.1)
+    study = read_folder(root)
+    data = EchoDataModule(study, size=16, frames_per_clip=3, cache_dir=tmp_path / "cache", max_bad_share=0.1)
     (root / "Batch1" / "0X0000000000000000.avi").write_bytes(b"nothing")
     data.setup()
     assert [problem.where for problem in data.study.problems] == ["0X0000000000000000"]
     assert len(data.clips("train")) == 7
-    strict = EchoDataModule(root, size=16, frames_per_clip=3, cache_dir=tmp_path / "cache")
+    strict = EchoDataModule(study, size=16, frames_per_clip=3, cache_dir=tmp_path / "cache")
     with pytest.raises(DataError, match="1 of 16 videos"):
         strict.setup()
 
@@ -275,18 +278,20 @@ def test_a_study_that_changed_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "options, reason",
     [
-        ({"target": "mass"}, "target must be one of width, ef, got 'mass'"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-        ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
-        ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"size": 2}, "size must be at least 8 pixels, got 2"),
-        ({"frames_per_clip": 0}, "frames_per_clip must be at least 1, got 0"),
-        ({"frame_choice": "last"}, "frame_choice must be one of spread, first, got 'last'"),
+        ({"target": "mass"}, "target is 'mass'; expected one of width, ef"),
+        ({"batch_size": 0}, "batch_size is 0; expected at least 1"),
+        ({"num_workers": -1}, "num_workers is -1; expected at least 0"),
+        ({"seed": -1}, "seed is -1; expected at least 0"),
+        ({"size": 2}, "size is 2; expected at least 8 pixels"),
+        ({"frames_per_clip": 0}, "frames_per_clip is 0; expected at least 1"),
+        ({"frame_choice": "last"}, "frame_choice is 'last'; expected one of spread, first"),
     ],
 )
-def test_options_are_checked_before_anything_is_read(shared_folder: Path, options: dict[str, Any], reason: str) -> None:
+def test_options_are_checked_before_anything_is_decoded(
+    shared_folder: Path, options: dict[str, Any], reason: str
+) -> None:
     with pytest.raises(ConfigError, match=reason):
-        EchoDataModule(shared_folder, **options)
+        EchoDataModule(read_folder(shared_folder), **options)
 
 
 def test_the_package_starts_without_heavy_imports() -> None:
@@ -337,8 +342,9 @@ def test_workers_without_shared_memory_are_an_error_of_one_line(
         pytest.skip("this machine lets nobody mount a /dev/shm of his own")
     script = (
         "import sys; from cardiocaps.data.datamodule import EchoDataModule\n"
+        "from cardiocaps.data.echonet_lvh import read_folder\n"
         "from cardiocaps.runtime.program import run_program\n"
-        "data = EchoDataModule(sys.argv[1], size=128, batch_size=8, cache_dir=sys.argv[2], num_workers=2)\n"
+        "data = EchoDataModule(read_folder(sys.argv[1]), size=128, cache_dir=sys.argv[2], num_workers=2)\n"
         "sys.exit(run_program(lambda _: list(data.val_dataloader()) and None))\n"
     )
     done = _with_shared_memory(size, sys.executable, "-c", script, str(shared_folder), str(shared_cache))

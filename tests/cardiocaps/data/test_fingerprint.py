@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from cardiocaps.data.echonet_lvh import Clip, Study
+from cardiocaps.data.echonet_lvh import UNITS
+from cardiocaps.data.echonet_lvh.labels import THRESHOLDS
+from cardiocaps.data.echonet_lvh.measurements import FILE_NAME
 from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
-from cardiocaps.data.labels import THRESHOLDS
+from cardiocaps.data.study import Clip, Study
 from cardiocaps.errors import ConfigError
 from cardiocaps.runtime.files import write_json
 
@@ -21,7 +23,7 @@ from .sample_videos import within
 
 
 def _clip(name: str, split: str, label: int, width: float) -> Clip:
-    return Clip(name, Path(f"/data/{name}.avi"), split, label, width, math.nan, {"LVIDd": width})
+    return Clip(name, Path(f"/data/{name}.avi"), split, label, {"width": width, "ef": math.nan}, {"LVIDd": width})
 
 
 CLIPS = tuple(
@@ -31,7 +33,7 @@ CLIPS = tuple(
 
 
 def _study(clips: tuple[Clip, ...] = CLIPS, root: Path = Path("/nowhere")) -> Study:
-    return Study(root, "video", "column", clips, (), {}, 0, THRESHOLDS)
+    return Study(root, root / FILE_NAME, "video", "column", clips, (), {}, 0, THRESHOLDS, UNITS)
 
 
 def _changed(place: int, **values: object) -> tuple[Clip, ...]:
@@ -45,9 +47,9 @@ def _changed(place: int, **values: object) -> tuple[Clip, ...]:
         (CLIPS, []),
         (_changed(0, split="test"), ["1 video changed its split"]),
         (_changed(3, label=0), ["1 video changed its label"]),
-        (_changed(6, width=4.6001), ["1 video changed its measurements"]),
-        (_changed(6, ef=60.0), ["1 video changed its measurements"]),
-        (_changed(6, width=4.6 + 1e-12), []),  # the last digits of an average
+        (_changed(6, targets={"width": 4.6001, "ef": math.nan}), ["1 video changed its measurements"]),
+        (_changed(6, targets={"width": 4.6, "ef": 60.0}), ["1 video changed its measurements"]),
+        (_changed(6, targets={"width": 4.6 + 1e-12, "ef": math.nan}), []),  # the last digits of an average
         (_changed(2, name="another"), ["1 video was added", "1 video was removed"]),
         (CLIPS[2:], ["2 videos were removed"]),
         ((*CLIPS, _clip("more", "val", 0, 5.0)), ["1 video was added"]),
@@ -113,8 +115,8 @@ def test_it_comes_back_from_json_and_names_nobody(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: [], "is no record of a run's data"),
-        (lambda d: {**d, "kind": "x"}, "is no record of a run's data"),
+        (lambda d: [], "is not a record of a run's data"),
+        (lambda d: {**d, "kind": "x"}, "is not a record of a run's data"),
         (lambda d: {**d, "version": 99}, "another version"),
         (lambda d: {**d, "videos": []}, "is damaged"),
         (lambda d: {**d, "label_rule": {"IVSd": "x"}}, "is damaged"),
@@ -153,5 +155,5 @@ def test_what_was_left_out_at_first_is_left_out_again() -> None:
 def test_a_fifo_in_its_place_is_not_waited_for(tmp_path: Path) -> None:
     assert read_fingerprint(tmp_path / "data.json") is None
     os.mkfifo(tmp_path / "data.json")
-    with within(5), pytest.raises(ConfigError, match=r"cannot read .*data\.json: it is no file"):
+    with within(5), pytest.raises(ConfigError, match=r"cannot read .*data\.json: it is not a file"):
         read_fingerprint(tmp_path / "data.json")

@@ -4,12 +4,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cardiocaps.data import splits
-from cardiocaps.data.measurements import Problem, Row
+from cardiocaps.data.problems import Problem
 from cardiocaps.errors import DataError
-
-
-def rows(count: int) -> list[Row]:
-    return [Row(i, i + 2, f"V{i}", "LVIDd", 4.0, 0, "") for i in range(count)]
 
 
 def test_the_column_in_any_spelling() -> None:
@@ -68,21 +64,6 @@ def test_patients_of_a_divided_split_are_found_once_each() -> None:
 @given(st.integers(3, 60), st.integers(0, 99))
 def test_three_videos_of_a_class_reach_every_split(count: int, seed: int) -> None:
     assert set(splits.stratified({str(i): 0 for i in range(count)}, seed).values()) == set(splits.SPLITS)
-
-
-def test_the_paper_takes_its_rows() -> None:
-    chosen = splits.paper_rows(rows(11800), 11800)
-    assert [chosen[0].position, chosen[-1].position, len(chosen)] == [11464, 11763, 300]
-
-
-def test_the_paper_takes_all_rows_of_a_short_table() -> None:
-    with pytest.warns(UserWarning, match=r"rows 11464 to 11763 .* this one has 11763 rows: all are used"):
-        assert len(splits.paper_rows(rows(11763), 11763)) == 11763
-
-
-def test_positions_count_left_out_rows_too() -> None:
-    chosen = splits.paper_rows(rows(11800)[5:11500], 11800)
-    assert [chosen[0].position, chosen[-1].position] == [11464, 11499]
 
 
 def test_frames_follow_their_clip() -> None:

@@ -32,7 +32,7 @@ def crop(base: Tensor, top: int, left: int, size: int = SIZE) -> Tensor:
 
 def test_base_sides() -> None:
     assert (base_side(256), base_side(64)) == (728, 182)
-    with pytest.raises(ConfigError, match="size must be at least 8 pixels, got 3"):
+    with pytest.raises(ConfigError, match="size is 3; expected at least 8 pixels"):
         base_side(3)
 
 
@@ -137,12 +137,16 @@ def test_a_view_depends_on_its_own_frame_alone_and_stays_in_range() -> None:
 @pytest.mark.parametrize(
     "base, jitter, reason",
     [
-        (torch.zeros(2, 3, 20, 20), still(2), r"base must be uint8 \[B, 3, S, S\], got torch.float32"),
-        (torch.zeros(2, 3, 20, 21, dtype=torch.uint8), still(2), r"got torch.uint8 \[2, 3, 20, 21\]"),
+        (torch.zeros(2, 3, 20, 20), still(2), r"base is torch.float32 .*; expected uint8 \[B, 3, S, S\]"),
+        (
+            torch.zeros(2, 3, 20, 21, dtype=torch.uint8),
+            still(2),
+            r"base is torch.uint8 \[2, 3, 20, 21\]; ",
+        ),
         (
             torch.zeros(2, 3, 20, 20, dtype=torch.uint8),
             still(1),
-            r"jitter must be \[2, 3, 4\], got \[1, 3, 4\]",
+            r"jitter is \[1, 3, 4\]; expected \[2, 3, 4\]",
         ),
     ],
 )

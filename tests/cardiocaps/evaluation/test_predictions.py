@@ -27,15 +27,15 @@ def _of(*patients: str | None, kind: str = "") -> Predictions:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"probability": np.array([0.5, 1.5])}, r"probability: must lie in \[0, 1\], one is 1\.5"),
-        ({"probability": np.array([0.5, np.nan])}, "probability: .*nan"),
-        ({"probability": np.zeros((2, 1))}, r"probability: .*\[2, 1\]"),
-        ({"probability": np.array([])}, "probability: .*not empty"),
-        ({"label": np.array([0, 3])}, "label: must be 0 or 1"),
-        ({"label": np.array([0.0, 1.0])}, "label: must be integers"),
-        ({"clip": np.array([0])}, r"clip: must be integers \[2\], is int64 \[1\]"),
-        ({"group_kind": "ward"}, "group_kind: must be one of patient, study, is 'ward'"),
-        ({"video": ("a",)}, "video: must have 2 names, has 1"),
+        ({"probability": np.array([0.5, 1.5])}, r"probability is 1\.5; expected a number in \[0, 1\]"),
+        ({"probability": np.array([0.5, np.nan])}, "probability is nan"),
+        ({"probability": np.zeros((2, 1))}, r"probability has shape \[2, 1\]"),
+        ({"probability": np.array([])}, "probability has .*not empty"),
+        ({"label": np.array([0, 3])}, "label .*; expected 0 or 1"),
+        ({"label": np.array([0.0, 1.0])}, "label .*; expected integers"),
+        ({"clip": np.array([0])}, r"clip is int64 \[1\]; expected integers \[2\]"),
+        ({"group_kind": "ward"}, "group_kind is 'ward'; expected one of patient, study"),
+        ({"video": ("a",)}, "video has 1 names; expected 2"),
     ],
 )
 def test_predictions_are_checked(changed: dict[str, Any], message: str) -> None:
@@ -115,5 +115,5 @@ def test_the_rows_of_videos_have_their_decisions(tmp_path: Path) -> None:
 
 
 def test_a_regression_of_another_length_is_named() -> None:
-    with pytest.raises(ValueError, match=r"regression: must be \[1\], has shape \[2\]"):
+    with pytest.raises(ValueError, match=r"regression has shape \[2\]; expected \[1\]"):
         Predictions(np.array([0.5]), np.array([0]), np.array([0]), ("a",), regression=np.zeros(2))

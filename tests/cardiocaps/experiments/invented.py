@@ -1,13 +1,15 @@
 """Results that nobody measured, for tests of what is made of results."""
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from cardiocaps.evaluation.predictions import Predictions
-from cardiocaps.experiments.exhibits import Exhibit
+from cardiocaps.experiments.exhibits import EXHIBITS
+from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.results import Result
-from cardiocaps.experiments.tables import Row
+from cardiocaps.experiments.summaries import Row
 
 
 def predictions(seed: int, skill: float = 1.5, videos: int = 40, frames: int = 4, first: int = 0) -> Predictions:
@@ -45,4 +47,4 @@ def row(system: str, title: str, skill: float = 1.5, seeds: int = 3, error: str 
 
 
 def exhibit(name: str, rows: list[Row], title: str = "Table: networks") -> Exhibit:
-    return Exhibit(name, title, tuple(r.system for r in rows))
+    return replace(EXHIBITS[name], title=title, systems=tuple(r.system for r in rows))

@@ -13,8 +13,9 @@ from cardiocaps.config import TrainConfig, options
 from cardiocaps.data.fingerprint import Fingerprint
 from cardiocaps.errors import ConfigError, DataError
 from cardiocaps.experiments.__main__ import _as_typed, parser
+from cardiocaps.experiments.exhibits import EXHIBITS, keys_of
 from cardiocaps.experiments.folder import ExperimentFolder
-from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED, LAMBDAS, SYSTEMS, configure, keys_of, trained_as
+from cardiocaps.experiments.plan import FIRST_SEED, LAMBDAS, SYSTEMS, configure, trained_as
 
 BASE = TrainConfig(seed=FIRST_SEED)
 NETWORKS = [key for key, system in SYSTEMS.items() if "classifier" not in system.settings]

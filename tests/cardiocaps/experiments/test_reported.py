@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from cardiocaps.experiments.exhibits import EXHIBITS
 from cardiocaps.experiments.reported import TABLES, reported
 from cardiocaps.metrics import PUBLISHED
 
@@ -74,5 +75,5 @@ def test_the_figures_are_those_of_the_papers_lines(name: str) -> None:
 
 
 def test_a_figure_with_confusion_matrices_has_the_numbers_of_its_table() -> None:
-    assert reported("fig4", "cardiocaps") is reported("table2", "cardiocaps") is not None
-    assert reported("leakage", "cardiocaps") is None and reported("table6", "vit") is None
+    assert EXHIBITS["fig4"].reported("cardiocaps") is reported("table2", "cardiocaps") is not None
+    assert EXHIBITS["leakage"].reported("cardiocaps") is None and reported("table6", "vit") is None

@@ -101,7 +101,7 @@ def _cut(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda folder: (folder / "result.json").write_text("{"), r"result\.json is damaged: it is no JSON"),
+        (lambda folder: (folder / "result.json").write_text("{"), r"result\.json is damaged: it is not JSON"),
         (lambda folder: (folder / "result.json").write_text("[]"), r"result\.json was not written by"),
         (lambda folder: (folder / "result.json").unlink(), r"cannot read .*result\.json: No such file"),
         (lambda folder: (folder / "predictions.csv").unlink(), r"cannot read .*predictions\.csv: No such file"),
@@ -109,11 +109,11 @@ def _cut(folder: Path) -> None:
         (_json(seed="ten"), r"result\.json is damaged: seed is 'ten'"),
         (_json(seed=True), r"result\.json is damaged: seed is True"),
         (_json(seconds=None), r"result\.json is damaged: seconds is None"),
-        (_json(unit="patient"), r"result\.json is damaged: unit: must be one of video, frame"),
+        (_json(unit="patient"), r"result\.json is damaged: unit .*; expected one of video, frame"),
         (_json(rows=None), r"result\.json is damaged: .*how many rows"),
         (_cut, r"validation\.csv is damaged: it has 157 rows, result\.json says 160"),
         (_table("label", "class"), r"predictions\.csv is damaged: it has no column label"),
-        (_table("0X0000,0,0,1,", "0X0000,0,0,2,"), r"predictions\.csv is damaged: label: must be 0 or 1"),
+        (_table("0X0000,0,0,1,", "0X0000,0,0,2,"), r"predictions\.csv is damaged: label .*; expected 0 or 1"),
         (_table("0X0000,0,0,1,", "0X0000,0,0,1,7"), r"predictions\.csv is damaged: probability"),
         (_table("0X0000,0,0,1,", "0X0000,0,0,1,much"), r"predictions\.csv is damaged: could not convert"),
         (_table("0X0000,0,0,1,", "0X0000,0,1,"), r"predictions\.csv is damaged: not all of its rows"),
@@ -127,5 +127,5 @@ def test_damage_is_named_with_the_file(damage: Any, message: str, tmp_path: Path
 
 
 def test_an_unknown_unit_is_named() -> None:
-    with pytest.raises(ValueError, match="unit: must be one of video, frame, is 'patient'"):
+    with pytest.raises(ValueError, match="unit is 'patient'; expected one of video, frame"):
         result(unit="patient")

@@ -19,11 +19,13 @@ import pytest
 import torch
 
 from cardiocaps.config import TrainConfig
-from cardiocaps.data import Study
+from cardiocaps.data.study import Study
 from cardiocaps.errors import DataError
 from cardiocaps.experiments import __main__ as program
+from cardiocaps.experiments.display import Bars
+from cardiocaps.experiments.exhibits import EXHIBITS, keys_of
 from cardiocaps.experiments.jobs import Job
-from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED, SYSTEMS, configure, keys_of
+from cardiocaps.experiments.plan import FIRST_SEED, SYSTEMS, configure
 from cardiocaps.experiments.results import is_finished, read_result
 from cardiocaps.experiments.runner import run_jobs
 from cardiocaps.phantom import write_phantom
@@ -269,29 +271,29 @@ def test_mistyped_settings_bind_nobody_before_a_job_has_begun(
 def test_only_the_rows_whose_data_cannot_be_used_fail(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cardiocaps import train
+    from cardiocaps.experiments import run
 
-    read = train.read_study
+    read = run.read_study
 
     def read_study(config: TrainConfig) -> Study:
         if config.protocol == "paper":
             raise DataError(f"{config.data} has no such rows")
         return read(config)
 
-    monkeypatch.setattr(train, "read_study", read_study)
+    monkeypatch.setattr(run, "read_study", read_study)
     out = tmp_path / "out"
     assert program.main(["leakage", *arguments, "--out", str(out)]) == 1
     errors = capsys.readouterr().err
     assert "1 of 3 jobs failed" in errors and f"paper-protocol seed 10: {arguments[1]} has no such rows" in errors
     table = (out / "tables" / "leakage.md").read_text()
-    assert "failed: seed 10: DATA has no such rows" in table and "changes AUROC from" in table
+    assert "failed: seed 10: DATA has no such rows" in table and "## Results" in table
 
 
 def test_a_split_that_leakage_compares(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert program.main(["leakage", *arguments, "--split", "frames", "--out", str(tmp_path / "out")]) == 2
-    assert "split: 'frames' is a row of leakage itself; allowed are 'auto'" in capsys.readouterr().err
+    assert "split is 'frames', which is a row of leakage itself; expected auto" in capsys.readouterr().err
 
 
 def test_other_data_are_refused(
@@ -376,7 +378,7 @@ def test_bars(arguments: list[str], tmp_path: Path) -> None:
 
     shown = io.StringIO()
     with Progress(console=Console(file=shown, width=120, force_terminal=True)) as progress:
-        bars = program.Bars(2, progress)
+        bars = Bars(2, progress)
         job = _job("vit", arguments, tmp_path)
         bars.started(job)
         bars.progress(job, 0.5, "epoch 1/2")

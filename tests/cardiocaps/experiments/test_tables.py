@@ -11,10 +11,11 @@ import pytest
 
 from cardiocaps.errors import ConfigError
 from cardiocaps.evaluation.predictions import Predictions
-from cardiocaps.experiments.exhibits import Exhibit
+from cardiocaps.experiments.exhibits.exhibit import Exhibit
+from cardiocaps.experiments.exhibits.sweep import lambda_of
 from cardiocaps.experiments.results import Result
-from cardiocaps.experiments.summaries import Summary, lambda_of, summarise
-from cardiocaps.experiments.tables import Row, disagreements, write_exhibit, write_index
+from cardiocaps.experiments.summaries import Row, summarise
+from cardiocaps.experiments.tables import write_exhibit, write_index
 from cardiocaps.metrics import METRICS, by_video, choose_threshold, evaluate
 from tests.cardiocaps.experiments.invented import exhibit, predictions, result, row
 
@@ -33,14 +34,6 @@ def _cells(markdown: str, system: str) -> list[list[str]]:
     """The cells of a system's lines, table by table."""
     lines = [line for line in markdown.splitlines() if line.startswith(f"| {system} |")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-
-
-def _of_accuracy(system: str, right: int, title: str | None = None) -> Row:
-    """A row that is right, at 0.5, for so many of ten frames, each of its own video."""
-    label = np.array([0] * 5 + [1] * 5)
-    probability = np.where(np.arange(10) < right, label, 1 - label) * 0.8 + 0.1
-    split = Predictions(probability, label, np.arange(10), tuple("abcdefghij"))
-    return Row(system, title or system, (result(system, validation=split, test=split),), None)
 
 
 def test_the_csv_has_the_numbers_of_the_metrics(tmp_path: Path) -> None:
@@ -84,7 +77,7 @@ def test_the_markdown_has_the_numbers_of_the_csv(tmp_path: Path) -> None:
     assert published[2] == "0.8551 ± 0.0054" and published[-1] == "0.5273 ± 0.0227"
     assert cost[1:3] == ["3", "123,456"] and "300" in cost
     assert "reported on EchoNet-LVH" in markdown and "Youden" in markdown
-    assert "40 videos in the test split (160 frames; 10 videos abnormal)" in markdown and DATA in markdown
+    assert DATA in markdown
     assert markdown.endswith("\n\nResearch use only. Not a medical device.\n")
 
 
@@ -166,46 +159,8 @@ def test_under_the_paper_protocol_a_sample_is_a_frame(tmp_path: Path) -> None:
 
 def test_results_of_two_units_make_no_row() -> None:
     mixed = Row("cardiocaps", "Ours", (result(), result(unit="frame")), None)
-    with pytest.raises(ValueError, match=r"results of 'cardiocaps' must be by one unit, are by \['frame', 'video'\]"):
-        summarise(mixed, "table6", 0)
-
-
-def _summaries(exhibit_name: str, *rows: Row) -> list[Summary]:
-    return [summarise(r, exhibit_name, 0) for r in rows]
-
-
-def test_the_papers_order_is_said_to_hold_where_it_does(tmp_path: Path) -> None:
-    # By the paper: cardiocaps, then em-capsnet, then efficient-capsnet.
-    rows = [_of_accuracy("em-capsnet", 7), _of_accuracy("efficient-capsnet", 6), _of_accuracy("cardiocaps", 9)]
-    assert disagreements(_summaries("table6", *rows)) == (3, [])
-    markdown, _ = _write("table6", rows, tmp_path)
-    assert "On these data the paper's order of the rows by accuracy holds (3 of 3 pairs)." in markdown
-
-
-def test_where_the_papers_order_does_not_hold_it_is_named(tmp_path: Path) -> None:
-    rows = [
-        _of_accuracy("em-capsnet", 7, "EM"),
-        _of_accuracy("efficient-capsnet", 8, "Efficient"),
-        _of_accuracy("cardiocaps", 7, "Ours"),
-    ]
-    pairs, wrong = disagreements(_summaries("table6", *rows))
-    assert pairs == 3
-    assert {(a.title, b.title) for a, b in wrong} == {("EM", "Efficient"), ("Ours", "Efficient"), ("Ours", "EM")}
-    markdown, _ = _write("table6", rows, tmp_path)
-    assert "holds for 0 of 3 pairs, and for 3 it does not: " in markdown
-    assert "*Efficient* lies above *EM* and *Ours*" in markdown and "*EM* is level with *Ours*" in markdown
-
-
-def test_a_very_different_order_is_not_told_pair_by_pair(tmp_path: Path) -> None:
-    networks = ("cnn-1", "cnn-2", "resnet18", "unet", "vit")
-    rows = [*(_of_accuracy(key, 9, key) for key in networks), _of_accuracy("cardiocaps", 5, "Ours")]
-    markdown, _ = _write("table5", rows, tmp_path)
-    assert "holds for 0 of 15 pairs; the first is *cnn-1* and not *Ours*." in markdown
-
-
-def test_rows_that_the_paper_has_level_are_in_no_order() -> None:
-    rows = [_of_accuracy("logistic-regression-oversampling", 8), _of_accuracy("logistic-regression-class-weight", 6)]
-    assert disagreements(_summaries("table4", *rows)) == (0, [])
+    with pytest.raises(ValueError, match=r"units of 'cardiocaps' are \['frame', 'video'\]; expected one"):
+        summarise(mixed, None, 0)
 
 
 def test_f1_of_classical_classifiers_is_marked_as_another(tmp_path: Path) -> None:
@@ -222,7 +177,7 @@ def test_the_sweep_is_in_the_order_of_lambda_with_the_papers_statements(tmp_path
     ]
     markdown, cells = _write("fig6", rows, tmp_path)
     assert [c["lambda"] for c in cells] == ["1.0", "0.0001", "0.05"]
-    assert "AUROC at 0.0001" in markdown and "The paper names 0.05 and 0.5" in markdown
+    assert "The paper names 0.05 and 0.5" in markdown
     axes = figures[0].axes[0]
     auroc = axes.containers[0].lines[0]
     assert auroc.get_ydata().tolist() == [float(cells[i]["auroc"]) for i in (1, 2, 0)]
@@ -230,19 +185,16 @@ def test_the_sweep_is_in_the_order_of_lambda_with_the_papers_statements(tmp_path
     assert {0.05, 0.5} <= {line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"}
     assert lambda_of("cardiocaps-lambda-1e-4") == 1e-4
     assert lambda_of("cardiocaps") == 0.05
-    with pytest.raises(ValueError, match="-lambda-NUMBER, is 'resnet18'"):
+    with pytest.raises(ValueError, match="system is 'resnet18'; expected a key that ends in -lambda-NUMBER"):
         lambda_of("resnet18")
 
 
-def test_leakage_compares_a_split_by_video_with_one_by_frame(tmp_path: Path) -> None:
+def test_leakage_says_which_rows_are_by_frame(tmp_path: Path) -> None:
     video = row("cardiocaps-video-protocol", "By video", 0.5)
     frame = row("cardiocaps-frames", "By frame", 3.0, unit="frame")
     paper = row("cardiocaps-paper-protocol", "The paper's", 2.0, unit="frame")
-    markdown, cells = _write("leakage", [video, frame, paper], tmp_path)
-    assert f"AUROC from {float(cells[0]['auroc']):.3f} to {float(cells[1]['auroc']):.3f}" in markdown
+    markdown, _ = _write("leakage", [video, frame, paper], tmp_path)
     assert "but a frame for By frame and The paper's" in markdown
-    markdown, _ = _write("leakage", [video, Row(frame.system, frame.title, (), "killed"), paper], tmp_path)
-    assert "AUROC from" not in markdown
 
 
 def test_a_failed_row_keeps_the_figures_of_the_paper(tmp_path: Path) -> None:
@@ -278,7 +230,7 @@ def test_calibration_and_efficiency_show_their_numbers(tmp_path: Path, figures: 
 @pytest.fixture
 def figures(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The figures that are drawn, caught on their way to the disk."""
-    from cardiocaps.experiments import figures as module
+    from cardiocaps.experiments import tables as module
 
     caught: list[Any] = []
     save = module.save
@@ -357,9 +309,9 @@ def test_the_files_are_the_same_each_time(tmp_path: Path) -> None:
 
 def test_rows_of_another_exhibit_are_refused(tmp_path: Path) -> None:
     shown = Exhibit("table5", "Table V", ("vit",))
-    with pytest.raises(ValueError, match="rows: must be of vit, are of unet"):
+    with pytest.raises(ValueError, match="rows are of unet; expected rows of vit"):
         write_exhibit(shown, [row("unet", "U-Net")], tmp_path, data=DATA, bootstrap=0)
-    with pytest.raises(ValueError, match="rows: must be of vit, are of none"):
+    with pytest.raises(ValueError, match="rows are of none; expected rows of vit"):
         write_exhibit(shown, [], tmp_path, data=DATA, bootstrap=0)
 
 
@@ -413,9 +365,9 @@ def test_matplotlib_and_scikit_learn_are_imported_late() -> None:
 
 def test_the_costs_of_seeds_that_have_none_are_left_out() -> None:
     results: tuple[Result, ...] = (result(peak_memory=None), result(peak_memory=7), result(peak_memory=5))
-    summary = summarise(Row("vit", "ViT", results, None), "table5", 0)
+    summary = summarise(Row("vit", "ViT", results, None), None, 0)
     assert summary.peak_memory == 7
-    without = summarise(Row("vit", "ViT", (result(parameters=None, epochs=None),), None), "table5", 0)
+    without = summarise(Row("vit", "ViT", (result(parameters=None, epochs=None),), None), None, 0)
     assert without.parameters is None and math.isnan(without.cost("epochs").value)
 
 
@@ -451,7 +403,7 @@ def test_patients_are_drawn_where_they_are_known(tmp_path: Path, kind: str, seve
 
 def test_the_interval_of_a_mean_holds_its_seeds(tmp_path: Path) -> None:
     results = (*(result("cnn-1", 10 + k, skill=6.0) for k in range(2)), result("cnn-1", 12, skill=0.0))
-    summary = summarise(Row("cnn-1", "CNN-(1)", results, None), "table5", 500)
+    summary = summarise(Row("cnn-1", "CNN-(1)", results, None), None, 500)
     auroc, seeds = summary.report.metrics["auroc"], [run.metrics["auroc"].value for run in summary.report.runs]
     # A resample draws the bad seed three times in 1 of 27, and other videos for it, some easier and some harder.
     assert auroc.sd > 0.15 and auroc.low < min(seeds) + 0.03 and max(seeds) <= auroc.high

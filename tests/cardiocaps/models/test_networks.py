@@ -188,7 +188,7 @@ def test_settings_reach_cardiocaps() -> None:
 
 @pytest.mark.parametrize("make", [build, lambda config: make_loss(config, None)])
 def test_unknown_model(make: Any) -> None:
-    with pytest.raises(ConfigError, match=r"^model: 'resnet' is not allowed; give one of cardiocaps, em-capsnet, "):
+    with pytest.raises(ConfigError, match=r"^model is 'resnet'; expected one of cardiocaps, em-capsnet, "):
         make(settings("resnet"))
 
 

@@ -71,23 +71,23 @@ def test_a_logistic_regression_comes_back_from_its_numbers() -> None:
     assert again.parameters == fitted.parameters == 65
     for name in ("xgboost", "logistic-regression"):
         other = fit(name, "undersampling", x, y, x, y, seed=0, threads=1)
-        with pytest.raises(ValueError, match="classifier: must be a logistic regression without sampling"):
+        with pytest.raises(ValueError, match=r"classifier .*; expected a logistic regression without sampling"):
             other.as_dict()
 
 
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"mean": None}, "mean must be finite numbers"),
-        ({"mean": ["x"]}, "mean must be finite numbers"),
-        ({"coefficients": [1.0, float("inf")]}, "coefficients must be finite numbers"),
-        ({"scale": [1.0, 0.0]}, "scale must be finite numbers, above 0"),
+        ({"mean": None}, "mean is .*; expected finite numbers"),
+        ({"mean": ["x"]}, "mean is .*; expected finite numbers"),
+        ({"coefficients": [1.0, float("inf")]}, "coefficients is .*; expected finite numbers"),
+        ({"scale": [1.0, 0.0]}, "scale is .*; expected finite numbers, above 0"),
         (
             {"coefficients": [1.0]},
-            r"each other kind, is mean \[2\], scale \[2\], coefficients \[1\]",
+            r"content is mean \[2\], scale \[2\], coefficients \[1\]",
         ),
-        ({"intercept": [1.0]}, "must be one intercept"),
-        ({"mean": [], "scale": [], "coefficients": []}, "must be one intercept and as many"),
+        ({"intercept": [1.0]}, "expected one intercept"),
+        ({"mean": [], "scale": [], "coefficients": []}, "expected one intercept and as many"),
     ],
 )
 def test_numbers_that_are_no_logistic_regression(changed: dict[str, Any], message: str) -> None:
@@ -183,14 +183,14 @@ GOOD = np.eye(4)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((np.ones(4), [0, 1, 0, 1]), r"pixels: .*\[4\]"),
-        ((GOOD * np.nan, [0, 1, 0, 1]), r"pixels: must be finite"),
-        ((GOOD, [0, 1, 0]), r"labels: must have shape \[4\], has \[3\]"),
-        ((GOOD, [0, 0, 0, 0]), r"labels: must be 0 and 1, both present, are \[0\]"),
-        ((GOOD, [0, 1, 2, 1]), r"labels: .*are \[0, 1, 2\]"),
-        ((GOOD, [0, 1, 0, 1]), r"validation_pixels: xgboost needs validation frames"),
-        ((GOOD, [0, 1, 0, 1], GOOD[:, :3], [0] * 4), r"validation_pixels: must have 4 pixels, has 3"),
-        ((GOOD, [0, 1, 0, 1], GOOD, [0] * 3), r"validation_labels: must have shape \[4\], has \[3\]"),
+        ((np.ones(4), [0, 1, 0, 1]), r"pixels .*\[4\]"),
+        ((GOOD * np.nan, [0, 1, 0, 1]), r"pixels .*; expected finite"),
+        ((GOOD, [0, 1, 0]), r"labels has shape \[3\]; expected \[4\]"),
+        ((GOOD, [0, 0, 0, 0]), r"labels is \[0\]; expected 0 and 1, both present"),
+        ((GOOD, [0, 1, 2, 1]), r"labels .*\[0, 1, 2\]"),
+        ((GOOD, [0, 1, 0, 1]), r"validation_pixels is None; expected frames"),
+        ((GOOD, [0, 1, 0, 1], GOOD[:, :3], [0] * 4), r"validation_pixels has 3 columns; expected 4"),
+        ((GOOD, [0, 1, 0, 1], GOOD, [0] * 3), r"validation_labels has shape \[3\]; expected \[4\]"),
     ],
 )
 def test_bad_input_is_named(arguments: tuple[Any, ...], message: str) -> None:
@@ -199,12 +199,12 @@ def test_bad_input_is_named(arguments: tuple[Any, ...], message: str) -> None:
 
 
 def test_unknown_names_and_other_pixels_are_named() -> None:
-    with pytest.raises(ValueError, match=r"classifier: must be one of logistic-regression, .*, is 'forest'"):
+    with pytest.raises(ValueError, match=r"classifier is 'forest'; expected one of logistic-regression, .*"):
         fit("forest", "class-weight", GOOD, [0, 1, 0, 1], seed=0)
-    with pytest.raises(ValueError, match=r"sampling: must be one of oversampling, .*, is 'none'"):
+    with pytest.raises(ValueError, match=r"sampling is 'none'; expected one of oversampling, .*"):
         fit("xgboost", "none", GOOD, [0, 1, 0, 1], seed=0)
     fitted = _logistic(GOOD, [0, 1, 0, 1])
-    with pytest.raises(ValueError, match=r"pixels: must have as many as in training, 4; has 3"):
+    with pytest.raises(ValueError, match=r"pixels has 3 columns; expected 4"):
         fitted.probability(GOOD[:, :3])
-    with pytest.raises(ValueError, match=r"pixels: must be a non-empty"):
+    with pytest.raises(ValueError, match=r"pixels .*; expected a non-empty"):
         fitted.probability(GOOD[:0])

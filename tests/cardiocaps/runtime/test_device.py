@@ -15,7 +15,7 @@ from cardiocaps.data.views import base_side, three_views
 from cardiocaps.errors import ConfigError
 from cardiocaps.models.losses import CardioCapsLoss
 from cardiocaps.runtime.device import Gpu, Machine, compilation_errors, decide, machine_for, visible_gpu
-from cardiocaps.train import make_trainer
+from cardiocaps.training.fit import make_trainer
 from cardiocaps.training.module import Classifier
 
 NEW, OLD = Gpu("NVIDIA A100", bfloat16=True), Gpu("Tesla T4", bfloat16=False)

@@ -12,8 +12,10 @@ import torch
 
 from cardiocaps.errors import ConfigError, OutputError
 from cardiocaps.runtime.files import lock_folder, write_text
+from cardiocaps.training import environment as module
 from cardiocaps.training import run_folder
-from cardiocaps.training.run_folder import RunFolder, environment
+from cardiocaps.training.environment import environment
+from cardiocaps.training.run_folder import RunFolder
 
 
 def _names(folder: Path) -> set[str]:
@@ -30,7 +32,7 @@ def test_create_and_open(tmp_path: Path) -> None:
 
 def test_the_places_of_the_files_lie_in_the_folder_and_differ(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
-    places = [getattr(folder, name) for name, kind in vars(RunFolder).items() if isinstance(kind, property)]
+    places = [getattr(folder, name) for name, kind in vars(RunFolder).items() if isinstance(kind, run_folder._File)]
     assert len(set(places)) == len(places) >= 12
     assert all(place.is_relative_to(tmp_path) for place in places)
 
@@ -184,7 +186,7 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path: Path, monkeyp
     git("commit", "-q", "-m", "first")
     head = git("rev-parse", "HEAD")
 
-    monkeypatch.setattr(run_folder, "__file__", str(inside))
+    monkeypatch.setattr(module, "__file__", str(inside))
     assert environment("cpu")["commit"] == head
     inside.write_text("changed")
     assert environment("cpu")["commit"] == f"{head}+"
@@ -194,5 +196,5 @@ def test_the_commit_is_that_of_the_packages_own_checkout(tmp_path: Path, monkeyp
     with monkeypatch.context() as bare:
         bare.setenv("PATH", "")
         assert environment("cpu")["commit"] is None
-    monkeypatch.setattr(run_folder, "__file__", str(deeper))  # installed inside somebody else's checkout
+    monkeypatch.setattr(module, "__file__", str(deeper))  # installed inside somebody else's checkout
     assert environment("cpu")["commit"] is None

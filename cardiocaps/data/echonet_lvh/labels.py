@@ -1,7 +1,7 @@
-"""What counts as abnormal, what is possible at all, and the two regression targets.
+"""The label rule, the possible range of each measurement, and the two regression targets.
 
-Thresholds as in the code published with CardioCaps (which compares LVID with "> 4" in one place and "≥ 4" in
-another; here ≥ everywhere). They are a research label rule, not a diagnosis.
+The thresholds are those of the code published with CardioCaps, which compares LVID with "> 4" in one place and "≥ 4" in
+another; here it is ≥ everywhere. They are a research label rule, not a diagnosis.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ LIMITS: Mapping[str, tuple[float, float]] = MappingProxyType(
         "RVDd": (0.2, 10.0),
     }
 )
-"""Measurement -> the smallest and the largest value in cm that a heart can have.
+"""Measurement -> the smallest and the largest possible value in cm.
 
-Beyond what is normal and beyond the extremes that are reported, so that no real heart is left out:
+The ranges are wider than the reported extremes, so that no real heart is left out:
 
 * Adults, normal (Lang and coauthors, J Am Soc Echocardiogr 2015;28:1-39, ASE and EACVI): walls 0.6 to 1.0, LVIDd 3.8 to
   5.8, LVIDs 2.2 to 4.0, RV in the parasternal long axis 2.0 to 3.0.
@@ -53,26 +53,23 @@ Beyond what is normal and beyond the extremes that are reported, so that no real
 
 
 def check_thresholds(thresholds: Mapping[str, float]) -> None:
-    """Raise ConfigError unless every measurement has a positive threshold in cm (infinity: never abnormal).
-
-    To change one, pass ``{**THRESHOLDS, "IVSd": 1.2}``.
-    """
+    """Raise ConfigError unless every measurement has a positive threshold in cm (infinity: never abnormal)."""
     if set(thresholds) != set(CALCS):
         got = printable(", ".join(sorted(thresholds)))[:200] or "none"
-        raise ConfigError(f"thresholds must name {', '.join(CALCS)}, got {got}")
+        raise ConfigError(f"thresholds is for {got}; expected {', '.join(CALCS)}")
     for calc, cm in thresholds.items():
         if not cm > 0:
-            raise ConfigError(f"thresholds[{calc}] must be above 0 cm, got {cm}")
+            raise ConfigError(f"thresholds[{calc}] is {cm}; expected more than 0 cm")
 
 
 def abnormal(calc: str, cm: float, thresholds: Mapping[str, float] = THRESHOLDS) -> bool:
-    """Whether a measurement of ``cm`` reaches its threshold.
+    """Whether a measurement of `cm` reaches its threshold.
 
     Raises:
-        ConfigError: ``calc`` has no threshold.
+        ConfigError: `calc` has no threshold.
     """
     if calc not in thresholds:
-        raise ConfigError(f"calc must be one of {', '.join(thresholds)}, got {calc!r}")
+        raise ConfigError(f"calc is {calc!r}; expected one of {', '.join(thresholds)}")
     return cm >= thresholds[calc]
 
 
@@ -84,7 +81,7 @@ def width_target(measurements: Mapping[str, float]) -> float:
 def teichholz_ef(lvidd: float, lvids: float) -> float:
     """Ejection fraction in percent from two diameters in cm, V = 7 D³ / (2.4 + D) (Teichholz et al. 1976).
 
-    NaN where a diameter is missing (NaN) or not positive, or where the systolic one is the larger.
+    NaN if a diameter is NaN or not positive, or if the systolic one is larger than the diastolic one.
     """
     if not 0 < lvids <= lvidd:
         return math.nan

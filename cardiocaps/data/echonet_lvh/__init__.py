@@ -1,7 +1,7 @@
-"""A folder in EchoNet-LVH's layout: ``Batch*/NAME.avi`` and ``MeasurementsList.csv``.
+"""The reader of EchoNet-LVH's layout: `Batch*/NAME.avi` and `MeasurementsList.csv`.
 
-Reading it opens no video: what only decoding shows (a truncated file, a table that disagrees with its
-video) is found when the frames are cached.
+It opens no video. Problems that only decoding shows, such as a truncated file or a table that contradicts its video,
+are found when the frames are cached.
 """
 
 from __future__ import annotations
@@ -9,117 +9,39 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 
 from cardiocaps.data import splits
-from cardiocaps.data.labels import THRESHOLDS, abnormal, check_thresholds, teichholz_ef, width_target
-from cardiocaps.data.measurements import (
+from cardiocaps.data.echonet_lvh.labels import THRESHOLDS, abnormal, check_thresholds, teichholz_ef, width_target
+from cardiocaps.data.echonet_lvh.measurements import (
     FILE_NAME,
     SUFFIXES,
-    Problem,
     Row,
     Table,
+    paper_rows,
     plain_name,
     read_measurements,
-    refuse_many,
-    summarise,
 )
-from cardiocaps.data.video import Header, VideoError, regular_file
+from cardiocaps.data.problems import Problem, refuse_many
+from cardiocaps.data.study import Clip, Study
+from cardiocaps.data.video import VideoError, regular_file
 from cardiocaps.errors import ConfigError, DataError, plural, printable
 
 PROTOCOLS = ("video", "paper")
 SPLIT_RULES = ("auto", "column", "stratified", "frames")
 
+UNITS = {"width": "cm", "ef": "percentage points"}
+"""Regression target -> unit of its errors. Two ejection fractions, in percent, differ by percentage points."""
+
 _UNMEASURED = "no measurement of a type that is used"
-
-
-@dataclass(frozen=True)
-class Clip:
-    """One video (protocol ``video``) or one measurement row (protocol ``paper``)."""
-
-    name: str
-    path: Path
-    split: str  # "train", "val", "test"; "mixed" in the paper protocol, which splits frames
-    label: int  # 1 = abnormal
-    width: float  # cm; NaN where not measured
-    ef: float  # percent (Teichholz); NaN where not measured
-    measurements: Mapping[str, float]  # Calc -> cm, the mean where measured on several frames
-    # The same key, made up for this study, for videos of one patient; None where the table names no patients. To be
-    # counted and drawn by, never to be shown or written.
-    patient: str | None = field(default=None, repr=False)
-
-
-@dataclass(frozen=True)
-class Study:
-    """The usable clips of a folder, and what was left out and why."""
-
-    root: Path
-    protocol: str
-    split_rule: str  # "column", "stratified" or "frames"
-    clips: tuple[Clip, ...]
-    problems: tuple[Problem, ...]
-    claims: Mapping[str, Header]  # video name -> what the table says about the video
-    unlisted: int  # videos in the folder that the table does not name
-    label_rule: Mapping[str, float]  # Calc -> smallest abnormal value in cm, of every type
-    needed_splits: tuple[str, ...] = splits.SPLITS  # those without which the study is of no use
-    group_column: str | None = None  # the table's column that says whose video it is
-    group_kind: str = ""  # "patient", or "study" (a patient's on one day), where there is such a column
-
-    def clips_in(self, split: str) -> tuple[Clip, ...]:
-        """The clips that have frames in a split, in the order that a batch's ``clip`` counts them."""
-        if split not in splits.SPLITS:
-            raise ConfigError(f"split must be one of {', '.join(splits.SPLITS)}, got {split!r}")
-        return tuple(clip for clip in self.clips if clip.split in (split, splits.MIXED))
-
-    def check_splits(self) -> None:
-        """Raise DataError unless each needed split (all clips, in the paper protocol) has clips of both classes."""
-        splits.check_classes({s: [clip.label for clip in self.clips_in(s)] for s in self.needed_splits})
-
-    def summary(self) -> str:
-        """A few lines of text: clips and abnormal ones per split, the rule of the labels, problems by kind."""
-        rule = {
-            "column": "by video, the table's own column",
-            "stratified": "by video, drawn at random in each class",
-            "frames": "over frames: it leaks",
-        }[self.split_rule]
-        lines = [f"{len(self.clips)} clips, protocol {self.protocol}, split {rule}"]
-        for split in splits.SPLITS if self.split_rule != "frames" else ():
-            labels = [clip.label for clip in self.clips_in(split)]
-            lines.append(f"  {split:5s} {len(labels):6d} clips, {sum(labels)} abnormal")
-        if self.split_rule == "frames":
-            lines.append(f"  all   {len(self.clips):6d} clips, {sum(clip.label for clip in self.clips)} abnormal")
-        else:
-            lines.append(f"  ({self._whose()})")
-        limits = ", ".join(f"{calc} {cm:g}" for calc, cm in self.label_rule.items())
-        lines.append(f"abnormal from these lengths in cm on: {limits}")
-        if self.unlisted:
-            lines.append(f"videos in the folder that the table does not name: {self.unlisted}")
-        for what, harmless in (("problems", False), ("notes", True)):
-            found = [problem for problem in self.problems if problem.harmless == harmless]
-            if found:
-                lines += [f"{len(found)} {what}:", summarise(found)]
-        return "\n".join(lines)
-
-    def _whose(self) -> str:
-        """Whether videos of one patient can stand in different splits, as far as the table says."""
-        unknown = "videos of one patient may stand in different splits"
-        if self.group_column is None:
-            return f"the table names no patients: {unknown}"
-        names = {clip.name: clip for clip in self.clips}
-        groups = {name: clip.patient or name for name, clip in names.items()}
-        apart = splits.divided({name: clip.split for name, clip in names.items()}, groups)
-        of = f"{len(set(groups.values()))} {plural(self.group_kind)} of the column {self.group_column}"
-        said = f"{len(apart)} of {of} stand in several splits" if apart else f"each of {of} stands in one split"
-        return f"{said}; the table names no patients: {unknown}" if self.group_kind == "study" else said
 
 
 def read_folder(
     root: Path | str,
     *,
     protocol: str = "video",
-    thresholds: Mapping[str, float] = THRESHOLDS,
+    thresholds: Mapping[str, float] | None = None,
     split: str = "auto",
     seed: int = 10,
     max_bad_share: float = 0.05,
@@ -132,38 +54,39 @@ def read_folder(
     """Read a folder in EchoNet-LVH's layout.
 
     Args:
-        root: holds ``MeasurementsList.csv`` and the videos, in ``Batch*`` folders or directly, .avi or .mp4.
-        protocol: ``video``: a clip per video, abnormal where any measurement is. ``paper``: a clip per row,
-            as the published code did; warns that it leaks.
-        thresholds: measurement -> smallest abnormal value in cm.
-        split: ``column`` (the table's own), ``stratified`` (60/20/20 by video, or by patient where the table
-            names them), ``auto`` (the first where there is one), ``frames`` (60/32/8 over the frames of all
-            videos; warns that it leaks). The paper protocol splits frames and takes only ``auto``.
+        root: holds `MeasurementsList.csv` and the videos (.avi or .mp4), in `Batch*` folders or directly.
+        protocol: "video": a clip for each video, abnormal if any of its measurements is. "paper": a clip for each row,
+            as in the published code; warns that it leaks.
+        thresholds: measurement -> smallest abnormal value in cm, where it differs from THRESHOLDS.
+        split: "column" (the table's own), "stratified" (60/20/20 by video, or by patient if the table names patients),
+            "auto" ("column" if the table has one, else "stratified"), or "frames" (60/32/8 over the frames of all
+            videos; warns that it leaks). The paper protocol splits frames and takes only "auto".
         seed: of the stratified split.
         max_bad_share: largest share of rows, and of videos, that may be unusable.
-        limit: at most so many clips, evenly over splits and classes.
-        needed_splits: each of these needs clips of both classes; for evaluation alone, ``("test",)``.
-        group_column: the table's column that says whose video it is; see `read_measurements`.
-        allow_split_patients: keep the table's own split although videos of one patient stand in several; without
-            "train" among `needed_splits` that is kept anyway.
+        limit: the most clips, spread evenly over splits and classes; None: all.
+        needed_splits: each of these needs clips of both classes. For evaluation `("test",)` is enough.
+        group_column: the table's column that names patients or studies; see `read_measurements`.
+        allow_split_patients: keep the table's own split even if videos of one patient are in several splits. Without
+            "train" in `needed_splits` it is kept anyway.
         follow_links: the table and the videos may be links that leave the folder.
 
     Raises:
-        DataError: folder, table or videos missing or unusable, a video or (unless allowed) a patient in two
-            splits, a needed split without both classes.
-        ConfigError: an argument that is not allowed.
+        DataError: folder, table or videos are missing or unusable; a video or (unless allowed) a patient is in two
+            splits; or a needed split lacks a class.
+        ConfigError: an argument is not allowed.
     """
     root = Path(root)
     if protocol not in PROTOCOLS:
-        raise ConfigError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {protocol!r}")
+        raise ConfigError(f"protocol is {protocol!r}; expected one of {', '.join(PROTOCOLS)}")
     if split not in SPLIT_RULES:
-        raise ConfigError(f"split must be one of {', '.join(SPLIT_RULES)}, got {split!r}")
+        raise ConfigError(f"split is {split!r}; expected one of {', '.join(SPLIT_RULES)}")
     if protocol == "paper" and split != "auto":
-        raise ConfigError(f"split must be auto in the paper protocol, which splits frames, got {split!r}")
+        raise ConfigError(f"split is {split!r}; expected auto in the paper protocol, which splits frames")
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit must be at least 1, got {limit}")
+        raise ConfigError(f"limit is {limit}; expected at least 1")
     if not needed_splits or not set(needed_splits) <= set(splits.SPLITS):
-        raise ConfigError(f"needed_splits must name some of {', '.join(splits.SPLITS)}, got {tuple(needed_splits)!r}")
+        raise ConfigError(f"needed_splits is {tuple(needed_splits)!r}; expected some of {', '.join(splits.SPLITS)}")
+    thresholds = {**THRESHOLDS, **(thresholds or {})}
     check_thresholds(thresholds)
 
     found = _find_videos(root)
@@ -186,7 +109,7 @@ def read_folder(
         if split_rule == "column":
             chosen, unknown = splits.from_column({n: [row.split for row in rows] for n, rows in usable.items()})
             problems += unknown
-            # Who only tests asks what the run was trained on, not what this table would train on.
+            # Without training, patients in several splits do no harm: the run's own training data decide.
             if kind and not allow_split_patients and "train" in needed_splits:
                 _refuse_divided(chosen, patients, table)
         elif split_rule == "stratified":
@@ -198,7 +121,7 @@ def read_folder(
     refuse_many(len(bad), len(by_name), max_bad_share, f"videos of {root}", bad)
 
     if protocol == "paper":
-        groups = [[row] for row in splits.paper_rows(table.rows, table.total) if row.name in chosen]
+        groups = [[row] for row in paper_rows(table.rows, table.total) if row.name in chosen]
     else:
         groups = [usable[name] for name in chosen]
     clips = [
@@ -217,6 +140,7 @@ def read_folder(
         clips = _thinned(clips, limit)
     study = Study(
         root=root,
+        table=root / FILE_NAME,
         protocol=protocol,
         split_rule=split_rule,
         clips=tuple(clips),
@@ -224,6 +148,7 @@ def read_folder(
         claims={clip.name: table.claims[clip.name] for clip in clips},
         unlisted=unlisted,
         label_rule=dict(thresholds),
+        units=UNITS,
         needed_splits=tuple(needed_splits),
         group_column=table.group_column if kind else None,
         group_kind=kind,
@@ -233,7 +158,7 @@ def read_folder(
 
 
 def _find_videos(root: Path) -> dict[str, list[Path]]:
-    """Video name -> its files, in ``root`` and in its ``Batch*`` folders."""
+    """Video name -> its files, in `root` and in its `Batch*` folders."""
     found: dict[str, list[Path]] = {}
     try:
         if not root.is_dir():
@@ -265,7 +190,7 @@ def _locate(
     found: Mapping[str, Sequence[Path]],
     follow_links: bool,
 ) -> tuple[dict[str, Path], list[Problem]]:
-    """The real path of each video in the table that has usable rows and one plausible file."""
+    """The real path of each video of the table that has usable rows and exactly one file, and the problems."""
     videos: dict[str, Path] = {}
     names: dict[Path, str] = {}
     problems: list[Problem] = []
@@ -285,7 +210,7 @@ def _locate(
                 raise VideoError(f"a link to the file of another video: {names[path]}")
             videos[name], names[path] = path, name
         except VideoError as error:
-            # Without a file of that name, the cell may hold anything.
+            # A name without a file is not shown: the cell may hold anything.
             where = name if paths else f"line {table.lines[name]}"
             problems.append(Problem(where, str(error), harmless=str(error) == _UNMEASURED))
     return videos, problems
@@ -294,10 +219,13 @@ def _locate(
 def _whose_videos(
     table: Table, usable: Mapping[str, Sequence[Row]], asked: bool
 ) -> tuple[dict[str, str], str, list[Problem]]:
-    """Video -> a key for its patient (or study), of which kind these are, and what is worth knowing about them.
+    """Group the videos by patient or study.
 
-    A video of which the table does not say whose it is counts as a patient of its own. A column that was not `asked`
-    for is not used where it says the same of all videos.
+    A video without a patient counts as a patient of its own. A column that was not `asked` for is not used if it has
+    the same value for all videos.
+
+    Returns:
+        video -> key of its patient or study; what the column names, "patient", "study" or "" if unused; notes.
     """
     if table.group_column is None:
         return {}, "", []
@@ -312,7 +240,7 @@ def _whose_videos(
 
 
 def _refuse_divided(chosen: Mapping[str, str], patients: Mapping[str, str], table: Table) -> None:
-    """Raise DataError where videos of one patient stand in different splits of the table's own."""
+    """Raise DataError if the table's own split puts videos of one patient into different splits."""
     apart = splits.divided(chosen, patients)
     if not apart:
         return
@@ -327,7 +255,7 @@ def _refuse_divided(chosen: Mapping[str, str], patients: Mapping[str, str], tabl
 
 
 def _backwards(name: str, rows: Iterable[Row]) -> Problem | None:
-    """A ventricle that is larger in systole than in diastole: measured wrongly, or under each other's names."""
+    """A note if the ventricle is larger in systole than in diastole: a wrong or swapped measurement."""
     means = _means(rows)
     diastole, systole = means.get("LVIDd", math.inf), means.get("LVIDs", 0.0)
     if systole <= diastole:
@@ -345,15 +273,17 @@ def _clip(
     thresholds: Mapping[str, float],
     patient: str | None,
 ) -> Clip:
-    """A clip from its rows; the ejection fraction may need another row of the same video."""
+    """A clip from its rows. The ejection fraction also uses the other rows of the video, `of_video`."""
     measurements, all_measurements = _means(rows), _means(of_video)
     return Clip(
         name=rows[0].name,
         path=path,
         split=split,
         label=_label(rows, thresholds),
-        width=rows[0].cm if protocol == "paper" else width_target(measurements),
-        ef=teichholz_ef(*(all_measurements.get(calc, float("nan")) for calc in ("LVIDd", "LVIDs"))),
+        targets={
+            "width": rows[0].cm if protocol == "paper" else width_target(measurements),
+            "ef": teichholz_ef(*(all_measurements.get(calc, math.nan) for calc in ("LVIDd", "LVIDs"))),
+        },
         measurements=measurements,
         patient=patient,
     )
@@ -371,7 +301,7 @@ def _means(rows: Iterable[Row]) -> dict[str, float]:
 
 
 def _thinned(clips: Sequence[Clip], limit: int) -> list[Clip]:
-    """The first ``limit`` clips, dealt out so that each split and class keeps its share, and one at least."""
+    """`limit` clips, chosen so that each split and class keeps its share, and at least one clip."""
     groups: dict[tuple[str, int], list[int]] = {}
     for i, clip in enumerate(clips):
         groups.setdefault((clip.split, clip.label), []).append(i)

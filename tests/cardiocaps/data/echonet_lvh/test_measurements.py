@@ -11,13 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cardiocaps.data import measurements
-from cardiocaps.data.labels import CALCS, LIMITS, THRESHOLDS
-from cardiocaps.data.measurements import Problem, Row, Table, read_measurements, refuse_many, summarise
+from cardiocaps.data.echonet_lvh import measurements
+from cardiocaps.data.echonet_lvh.labels import CALCS, LIMITS, THRESHOLDS
+from cardiocaps.data.echonet_lvh.measurements import Row, Table, paper_rows, read_measurements
+from cardiocaps.data.problems import Problem, refuse_many, summarise
 from cardiocaps.data.video import Header
 from cardiocaps.errors import ConfigError, DataError
 
-from .sample_videos import COLUMNS, measurement, write_table
+from ..sample_videos import COLUMNS, measurement, write_table
 
 
 def reasons(root: Path, *rows: dict[str, Any]) -> list[str]:
@@ -114,9 +115,9 @@ def test_a_missing_table_is_named(tmp_path: Path) -> None:
         ({"CalcValue": "1e999"}, "CalcValue out of range: inf cm"),
         ({"Calc": "lvidd"}, "Calc is spelled otherwise than LVIDd"),
         ({"Calc": " "}, "Calc is blank"),
-        ({"Calc": "4.5"}, "Calc is no type of measurement: used are IVSd, "),
-        ({"Calc": "x" * 33}, "Calc is no type of measurement"),
-        ({"Calc": "E/A", "CalcValue": "low"}, "Calc is no type of measurement"),
+        ({"Calc": "4.5"}, "Calc is not a type of measurement: used are IVSd, "),
+        ({"Calc": "x" * 33}, "Calc is not a type of measurement"),
+        ({"Calc": "E/A", "CalcValue": "low"}, "Calc is not a type of measurement"),
         ({"Frame": 12}, r"Frame out of range: 12 \(allowed: 0 to 11\)"),
         ({"Frame": -1}, "Frame out of range: -1"),
         ({"Frame": "x"}, "Frame is not a number"),
@@ -178,7 +179,7 @@ def test_too_many_bad_rows_stop_the_run(tmp_path: Path) -> None:
     assert len(read_measurements(path, max_bad_share=0.1).rows) == 27
     with pytest.raises(DataError, match=r"3 of 30 rows of .*allows 1; the first: line 2: CalcValue out of range: 99"):
         read_measurements(path, max_bad_share=0.05)
-    with pytest.raises(ConfigError, match=r"max_bad_share must be from 0 to 1, got 1\.5"):
+    with pytest.raises(ConfigError, match=r"max_bad_share is 1\.5; expected a share from 0 to 1"):
         read_measurements(path, max_bad_share=1.5)
 
 
@@ -411,3 +412,22 @@ def test_memory_grows_with_the_table_and_no_faster(tmp_path: Path, conflicting: 
         tracemalloc.stop()
         assert table is None or len(table.rows) == count
     assert sizes[1] < 5 * sizes[0] and sizes[1] < 2_000 * 4_000
+
+
+def _rows(count: int) -> list[Row]:
+    return [Row(i, i + 2, f"V{i}", "LVIDd", 4.0, 0, "") for i in range(count)]
+
+
+def test_the_paper_takes_its_rows() -> None:
+    chosen = paper_rows(_rows(11800), 11800)
+    assert [chosen[0].position, chosen[-1].position, len(chosen)] == [11464, 11763, 300]
+
+
+def test_the_paper_takes_all_rows_of_a_short_table() -> None:
+    with pytest.warns(UserWarning, match=r"rows 11464 to 11763 .* this one has 11763 rows: all are used"):
+        assert len(paper_rows(_rows(11763), 11763)) == 11763
+
+
+def test_positions_count_left_out_rows_too() -> None:
+    chosen = paper_rows(_rows(11800)[5:11500], 11800)
+    assert [chosen[0].position, chosen[-1].position] == [11464, 11499]

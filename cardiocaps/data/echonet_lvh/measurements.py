@@ -1,9 +1,9 @@
-"""Strict reader of EchoNet-LVH's ``MeasurementsList.csv``: a row per measurement, nothing guessed.
+"""Strict reader of EchoNet-LVH's `MeasurementsList.csv`, which has a row for each measurement.
 
-Everything is read as text (a parser that looks for numbers and missing values turns the name ``12E5`` into
-a number and ``NA`` into nothing), a row at a time. A table that cannot be what it should be raises; a row that
-cannot be right is left out and reported by line. What a cell holds is repeated only where it is a number or the
-name of a known column or type: a shifted column could hold a patient's name.
+All cells are read as text, one row at a time: a parser that looks for numbers and missing values would turn the name
+`12E5` into a number and `NA` into nothing. A wrong table raises an error; a wrong row is left out and reported by its
+line. Messages repeat a cell only if it is a number or the name of a known column or type, because a shifted column
+could hold the name of a patient.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import io
 import math
 import re
 import unicodedata
+import warnings
 from array import array
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +22,8 @@ from pathlib import Path
 from statistics import median_low
 from typing import NamedTuple
 
-from cardiocaps.data.labels import CALCS, LIMITS, WALLS
+from cardiocaps.data.echonet_lvh.labels import CALCS, LIMITS, WALLS
+from cardiocaps.data.problems import Problem, check_share, refuse_many
 from cardiocaps.data.video import MAX_FRAMES, MAX_SIDE, Header, VideoError, allowed_name, regular_file
 from cardiocaps.errors import ConfigError, DataError, printable
 
@@ -30,7 +31,7 @@ FILE_NAME = "MeasurementsList.csv"
 SUFFIXES = (".avi", ".mp4")
 MAX_FPS = 10_000.0
 
-# Column -> the names it goes by: the published file and its description differ.
+# Column -> its possible names: the published file and its description differ.
 _REQUIRED = {
     "HashedFileName": ("HashedFileName",),
     "Calc": ("Calc",),
@@ -42,61 +43,47 @@ _OPTIONAL = {
     **{name: (name,) for name in ("FPS", "Width", "Height", "X1", "X2", "Y1", "Y2")},
     "split": ("split", "Split"),
 }
-# What a column of patients is called, in small letters and without _, - and spaces; a study is a patient's on one day.
+# Names of columns of patients and studies (a study is of one patient on one day), lower case, without _, - and spaces.
 _GROUPS = {"patient": ("patientid", "patient", "subjectid", "subject"), "study": ("studyid", "study")}
 
-# No repeated part can match what another could: a long cell takes no longer than its length.
+# Two repeated parts never match the same text, so the time is linear in the length of a cell.
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _LONGEST_NUMBER = 64  # characters of a cell
 _LONGEST_TYPE = 32
 _LONGEST_NAME = 255  # of a file
 _LONGEST_LINE = 1 << 20
-_NO_TYPE = f"Calc is no type of measurement: used are {', '.join(CALCS)}"
-_LINES_NAMED = 4  # of those that contradict each other
+_NO_TYPE = f"Calc is not a type of measurement: used are {', '.join(CALCS)}"
+_LINES_NAMED = 4  # the most lines that a message names
 
-# Medians, in the table's unit, that no group of hearts has in centimetres, and any has in millimetres.
+# The published code used these rows of the table.
+PAPER_ROWS = range(11464, 11764)
+
+# Ranges of medians that hearts have in millimetres and never in centimetres.
 _MILLIMETRES = {"walls": (4.0, 40.0), "diameters": (15.0, 100.0)}
 
 
-@dataclass(frozen=True)
-class Problem:
-    """Something left out, or worth knowing: where (a line of the table, a video) and why.
-
-    The reason reads ``kind`` or ``kind: detail``; summaries count the kinds. A harmless one loses nothing that
-    should be there, and does not count as bad.
-    """
-
-    where: str
-    reason: str
-    harmless: bool = False
-
-    @property
-    def kind(self) -> str:
-        return self.reason.partition(": ")[0]
-
-
 class Row(NamedTuple):
-    """One measurement: its place in the table (``position`` counts data rows from 0), value and video."""
+    """A measurement."""
 
-    position: int
+    position: int  # of the row in the table, from 0
     line: int
     name: str
     calc: str
     cm: float
-    frame: int | None  # None where the cell is blank
-    split: str  # the cell's text; "" where blank or without the column
+    frame: int | None  # None: the cell is blank
+    split: str  # the cell's text in lower case; "" if blank or without the column
     points: str = ""  # the cells of the calipers
-    group: int = 0  # rows of one patient (or study) have the same number; 0 where the table does not say
+    group: int = 0  # the same number for all rows of a patient or study; 0: not stated
 
 
 @dataclass(frozen=True)
 class Table:
-    """What the table says, and what was left out."""
+    """The content of the table, and what was left out."""
 
     rows: tuple[Row, ...]  # the usable ones, in order
     lines: Mapping[str, int]  # every video's name -> the line where it comes first
-    unmeasured: frozenset[str]  # videos of which no row should have been usable
-    claims: Mapping[str, Header]  # what usable rows say about a video; 0 where they do not
+    unmeasured: frozenset[str]  # videos without a row of a used type
+    claims: Mapping[str, Header]  # what the usable rows state about a video; 0: not stated
     total: int  # data rows
     problems: tuple[Problem, ...]
     group_column: str | None  # the column that names patients or studies
@@ -104,13 +91,13 @@ class Table:
 
 
 class _RowError(Exception):
-    """Why one row is left out."""
+    """The reason for which a row is left out."""
 
     harmless = False
 
 
 class _Unused(_RowError):
-    """Why one row is not needed."""
+    """The reason for which a row is not needed."""
 
     harmless = True
 
@@ -118,20 +105,20 @@ class _Unused(_RowError):
 def read_measurements(
     path: Path, *, max_bad_share: float = 0.05, group_column: str | None = None, follow_links: bool = False
 ) -> Table:
-    """Read and check the table. Time and memory grow with its size, and no faster.
+    """Read and check the table, in time and memory proportional to its size.
 
     Args:
         path: the CSV file (UTF-8, a byte-order mark is accepted).
         max_bad_share: largest share of rows that may be left out; harmless ones do not count.
-        group_column: the column that says whose video it is; default: one with the name of such a column
-            (PatientID, patient_id, Patient, subject, study, …), where there is one.
+        group_column: the column that names patients or studies; None: one with a usual name (PatientID, patient_id,
+            Patient, subject, study, …), if there is one.
         follow_links: the file may be a link that leaves its folder.
 
     Raises:
         DataError: unreadable, empty, a column missing or given twice, too many bad rows, or no usable one.
-        ConfigError: ``max_bad_share`` outside [0, 1], or no column ``group_column``.
+        ConfigError: `max_bad_share` is outside [0, 1], or there is no column `group_column`.
     """
-    _check_share(max_bad_share)
+    check_share(max_bad_share)
     records = _records(path, follow_links)
     _, header = next(records, (0, []))
     if not header:
@@ -173,36 +160,20 @@ def read_measurements(
     )
 
 
-def refuse_many(
-    bad: int, total: int, max_bad_share: float, what: str, problems: Sequence[Problem], note: str = ""
-) -> None:
-    """Raise DataError, with the first problems, where more than ``max_bad_share`` of ``total`` is bad."""
-    _check_share(max_bad_share)
-    if bad > max_bad_share * total:
-        first = "; ".join(f"{p.where}: {p.reason}" for p in problems[:4])
-        raise DataError(
-            f"{bad} of {total} {printable(what)} cannot be used, max_bad_share = {max_bad_share:g} allows"
-            f" {int(max_bad_share * total)}; the first: {first}{f'. Note: {note}' if note else ''}"
+def paper_rows(rows: Sequence[Row], total: int) -> list[Row]:
+    """The rows that the published code used; all rows, with a warning, if the table is too short."""
+    if total < PAPER_ROWS.stop:
+        warnings.warn(
+            f"the paper protocol uses rows {PAPER_ROWS.start} to {PAPER_ROWS.stop - 1} of the table;"
+            f" this one has {total} rows: all are used",
+            stacklevel=3,
         )
-
-
-def _check_share(max_bad_share: float) -> None:
-    if not 0 <= max_bad_share <= 1:
-        raise ConfigError(f"max_bad_share must be from 0 to 1, got {max_bad_share}")
-
-
-def summarise(problems: Iterable[Problem]) -> str:
-    """Problems counted by kind, one line each, most frequent first, with the first place each was seen."""
-    first: dict[str, str] = {}
-    counts: Counter[str] = Counter()
-    for problem in problems:
-        counts[problem.kind] += 1
-        first.setdefault(problem.kind, problem.where)
-    return "\n".join(f"{count:6d} × {kind} (first: {first[kind]})" for kind, count in counts.most_common())
+        return list(rows)
+    return [row for row in rows if row.position in PAPER_ROWS]
 
 
 def _records(path: Path, follow_links: bool) -> Iterator[tuple[int, list[str]]]:
-    """Every row, the header first, with the number of its last line; blank lines give empty rows."""
+    """The number of its last line and the cells of every row, the header first; a blank line gives no cells."""
     name = printable(path.name)
     try:
         with regular_file(path, path.parent, follow_links).open("rb") as file:
@@ -224,7 +195,7 @@ def _records(path: Path, follow_links: bool) -> Iterator[tuple[int, list[str]]]:
 
 
 def _short_lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
-    """The lines, none of which may fill the memory."""
+    """The lines of the file; raises DataError for one that is absurdly long."""
     count = 0
     while line := text.readline(_LONGEST_LINE):
         count += 1
@@ -234,7 +205,7 @@ def _short_lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
 
 
 class _Reader:
-    """What the rows read so far have said, and how to read the next one."""
+    """Reads the rows one by one, and keeps what they have stated about each video."""
 
     def __init__(self, header: Sequence[str], file: str, group_column: str | None) -> None:
         self.width = len(header)
@@ -251,7 +222,7 @@ class _Reader:
         self._described = {name: columns[name] for name in described if name in columns}
         self._group, self.group_kind = _find_group(header, file, group_column)
         self.group_column = None if self._group is None else printable(header[self._group])
-        # Cells that come again in row after row are checked once.
+        # Cells that are repeated in many rows are checked once.
         self._names: dict[str, str] = {}
         self._headers: dict[tuple[str, ...], Header] = {}
         self._groups: dict[str, int] = {"": 0}
@@ -296,7 +267,7 @@ class _Reader:
         )
 
     def unit_note(self) -> str:
-        """That the values look like millimetres, where they do; a wall is about 1 cm thick, a ventricle 5 cm wide."""
+        """A note if the values look like millimetres; a wall is about 1 cm thick, a ventricle 5 cm wide."""
         for what, (low, high) in _MILLIMETRES.items():
             values = self._values[what]
             if values and low <= (middle := median_low(values)) <= high:
@@ -305,7 +276,7 @@ class _Reader:
         return ""
 
     def _claim(self, cells: tuple[str, ...]) -> Header:
-        """What a row says about its video."""
+        """What a row states about its video."""
         if (claim := self._headers.get(cells)) is None:
             record = dict(zip(self._described, cells, strict=True))
             frames = 0 if _blank(record["Frames"]) else _whole("Frames", record["Frames"])
@@ -316,7 +287,7 @@ class _Reader:
         return claim
 
     def _describe(self, name: str, claim: Header, line: int) -> None:
-        """Remember what is said about a video; what one row leaves blank another may say."""
+        """Keep what a row states about its video; another row may state what this one leaves blank."""
         before, first = self.claims.setdefault(name, (claim, line))
         if before is claim:
             return
@@ -336,7 +307,7 @@ def _find_columns(header: Sequence[str], file: str) -> dict[str, int]:
             places[column] = found[0]
     missing = [spellings for column, spellings in _REQUIRED.items() if column not in places]
     if missing:
-        # Without its header the table begins with a patient: names that are not known are not shown.
+        # A table without a header begins with data of a patient, so unknown names are not shown.
         others = len(header) - len(places)
         there = ", ".join((*places, *([f"{others} of other names"] if others else [])))
         one = "; one field: are they separated by commas?" if len(header) == 1 else ""
@@ -345,7 +316,7 @@ def _find_columns(header: Sequence[str], file: str) -> dict[str, int]:
 
 
 def _find_group(header: Sequence[str], file: str, wanted: str | None) -> tuple[int | None, str]:
-    """The place and the kind of the column that says whose video it is."""
+    """The index of the column that names patients or studies, and which of them it names; (None, "") without one."""
     if wanted is not None:
         places = [place for place, name in enumerate(header) if name == wanted]
         if not places:
@@ -370,7 +341,7 @@ def _plain(column: str) -> str:
 
 
 def _unused(calc: str, value: str, frame: str) -> str:
-    """Why a row is not needed; "" where it is, or cannot be right."""
+    """Why a row is not needed; "" if it is needed, or wrong."""
     if calc in LIMITS:
         return "nothing measured: CalcValue and Frame are blank" if _blank(value) and _blank(frame) else ""
     if _wrong_type(calc) != _NO_TYPE or len(calc) > _LONGEST_TYPE or _is_number(calc):
@@ -389,14 +360,14 @@ def _wrong_type(calc: str) -> str:
 def _name(text: str) -> str:
     """A video's name without its suffix; the published table gives none, some copies do."""
     stem = text[:-4] if text[-4:].lower() in SUFFIXES else text
-    # Cut first: to sort the marks of a letter takes the square of their number.
+    # Check the length first: to normalise a letter with many marks takes quadratic time.
     if len(stem) > _LONGEST_NAME or not allowed_name(name := plain_name(stem)):
         raise _RowError("HashedFileName not allowed (letters, digits, _ . - only)")
     return name
 
 
 def plain_name(text: str) -> str:
-    """A name in the one form (NFC) of the several that Unicode has for letters with marks: file systems differ."""
+    """A name in Unicode's form NFC: file systems differ in the form that they use for letters with marks."""
     return unicodedata.normalize("NFC", text)
 
 
@@ -426,7 +397,7 @@ def _whole(column: str, text: str) -> int:
 
 
 def _claimed(column: str, record: Mapping[str, str], most: float) -> float:
-    """An optional property of the video; 0 where the table has no such column or leaves it blank."""
+    """An optional property of the video; 0 if the column is missing or blank."""
     text = record.get(column, "")
     if _blank(text):
         return 0.0
@@ -437,10 +408,10 @@ def _claimed(column: str, record: Mapping[str, str], most: float) -> float:
 
 
 def _contradictions(rows: Iterable[Row]) -> dict[int, Problem]:
-    """Line -> problem: rows that repeat one, which is harmless, and two values for one measurement.
+    """Line -> problem, for repeated rows and for several values of one measurement.
 
-    Of a repeated row the first is kept; of contradicting values none, since nothing says which is right. What was
-    measured on an unknown frame contradicts nothing.
+    Of repeated rows the first is kept, so they are harmless. Of contradicting values none is kept, because any may be
+    wrong. A measurement on an unknown frame contradicts nothing.
     """
     first_of: dict[tuple[str, str, int | None], Row] = {}
     same: dict[tuple[str, str, int | None], list[Row]] = {}

@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from cardiocaps.config import TrainConfig
-from cardiocaps.data import Study, cache, read_folder
-from cardiocaps.data.labels import THRESHOLDS
+from cardiocaps.data import cache
+from cardiocaps.data.echonet_lvh import read_folder
+from cardiocaps.data.echonet_lvh.labels import THRESHOLDS
+from cardiocaps.data.open import read_study
+from cardiocaps.data.study import Study
 from cardiocaps.data.video import Header
 from cardiocaps.errors import ConfigError, DataError
-from cardiocaps.train import read_study
 
-from .sample_videos import COLUMNS, encode, measurement, picture, split_of, write_folder, write_table
+from ..sample_videos import COLUMNS, encode, measurement, picture, split_of, write_folder, write_table
 
 
 def found(study: Study, name: str) -> list[str]:
@@ -30,10 +32,14 @@ def test_a_good_folder(shared_folder: Path) -> None:
     clip = study.clips[5]
     assert clip.name == "0X0000000000000005" and clip.split == "val" and clip.label == 1
     assert clip.path == (shared_folder / "Batch2" / f"{clip.name}.avi").resolve()
-    assert clip.measurements == {"IVSd": 1.4, "LVIDd": 4.75} and clip.width == 4.75 and math.isnan(clip.ef)
+    assert (
+        clip.measurements == {"IVSd": 1.4, "LVIDd": 4.75}
+        and clip.targets["width"] == 4.75
+        and math.isnan(clip.targets["ef"])
+    )
     assert [len(study.clips_in(split)) for split in ("train", "val", "test")] == [4, 2, 2]
     assert study.claims[clip.name] == Header(12, 64, 48, 50.0)
-    with pytest.raises(ConfigError, match="split must be one of train, val, test, got 'all'"):
+    with pytest.raises(ConfigError, match="split is 'all'; expected one of train, val, test"):
         study.clips_in("all")
 
 
@@ -76,14 +82,14 @@ def test_nothing_there_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "arguments, reason",
     [
-        ({"protocol": "row"}, "protocol must be one of video, paper, got 'row'"),
-        ({"split": "random"}, "split must be one of auto, column, stratified, frames, got 'random'"),
-        ({"protocol": "paper", "split": "column"}, "split must be auto in the paper protocol"),
-        ({"limit": 0}, "limit must be at least 1, got 0"),
-        ({"needed_splits": ()}, r"needed_splits must name some of train, val, test, got \(\)"),
-        ({"needed_splits": ("holdout",)}, r"needed_splits must name some of train, val, test, got \('holdout',\)"),
-        ({"max_bad_share": -1}, "max_bad_share must be from 0 to 1, got -1"),
-        ({"thresholds": {}}, "thresholds must name"),
+        ({"protocol": "row"}, "protocol is 'row'; expected one of video, paper"),
+        ({"split": "random"}, "split is 'random'; expected one of auto, column, stratified, frames"),
+        ({"protocol": "paper", "split": "column"}, "split is .*; expected auto in the paper protocol"),
+        ({"limit": 0}, "limit is 0; expected at least 1"),
+        ({"needed_splits": ()}, r"needed_splits is \(\); expected some of train, val, test"),
+        ({"needed_splits": ("holdout",)}, r"needed_splits is \('holdout',\); expected some of train, val, test"),
+        ({"max_bad_share": -1}, "max_bad_share is -1; expected a share from 0 to 1"),
+        ({"thresholds": {"EF": 1.0}}, "thresholds is for .*; expected"),
     ],
 )
 def test_arguments_are_checked(shared_folder: Path, arguments: dict[str, Any], reason: str) -> None:
@@ -148,10 +154,10 @@ def test_labels_come_from_all_rows_of_a_video(tmp_path: Path) -> None:
     ]
     write_table(root, rows)
     clip = read_folder(root).clips[0]
-    assert clip.label == 0 and clip.width == pytest.approx(5.1)
+    assert clip.label == 0 and clip.targets["width"] == pytest.approx(5.1)
     d, s = (7 * x**3 / (2.4 + x) for x in (5.1, 3.0))
-    assert clip.ef == pytest.approx(100 * (d - s) / d)
-    assert math.isnan(read_folder(root).clips[1].width)
+    assert clip.targets["ef"] == pytest.approx(100 * (d - s) / d)
+    assert math.isnan(read_folder(root).clips[1].targets["width"])
     low = {**THRESHOLDS, "LVIDs": 2.0}
     assert read_folder(root, thresholds=low).clips[0].label == 1
 
@@ -290,12 +296,12 @@ def test_more_in_systole_than_in_diastole_is_reported(tmp_path: Path) -> None:
     study = read_folder(root, max_bad_share=0)
     reason = "LVIDs above LVIDd (kept, without ejection fraction): 5.2 cm and 4.6 cm"
     assert found(study, "0X0000000000000002") == [reason]
-    assert math.isnan(study.clips[2].ef) and len(study.clips) == 8
+    assert math.isnan(study.clips[2].targets["ef"]) and len(study.clips) == 8
     assert "1 notes:\n     1 × LVIDs above LVIDd" in study.summary()
 
 
 def test_the_rule_of_the_labels_is_part_of_the_study(shared_folder: Path) -> None:
-    study = read_folder(shared_folder, thresholds={**THRESHOLDS, "IVSd": 1.3})
+    study = read_folder(shared_folder, thresholds={"IVSd": 1.3})
     assert study.label_rule == {**THRESHOLDS, "IVSd": 1.3} and type(study.label_rule) is dict
     assert "abnormal from these lengths in cm on: IVSd 1.3, IVSs 1.1, LVPWd 1.1, " in study.summary()
 
@@ -429,12 +435,12 @@ def test_the_paper_protocol_has_a_clip_per_row(shared_folder: Path) -> None:
         study = read_folder(shared_folder, protocol="paper")
     messages = [str(warning.message) for warning in caught]
     assert len(messages) == 2 and "leaks" in messages[0] and "this one has 16 rows" in messages[1]
-    assert {Path(warning.filename).name for warning in caught} == {"test_echonet.py"}
+    assert {Path(warning.filename).name for warning in caught} == {Path(__file__).name}
     assert len(study.clips) == 16 and {clip.split for clip in study.clips} == {"mixed"}
     septum, ventricle = study.clips[2:4]
     assert septum.path == ventricle.path
     assert (septum.label, ventricle.label) == (1, 0)  # contradictory labels of one video, as published
-    assert (septum.width, ventricle.width) == (1.4, 4.55)
+    assert (septum.targets["width"], ventricle.targets["width"]) == (1.4, 4.55)
     assert study.clips_in("train") == study.clips_in("test") == study.clips
     assert "it leaks" in study.summary()
 
@@ -442,9 +448,9 @@ def test_the_paper_protocol_has_a_clip_per_row(shared_folder: Path) -> None:
 def test_a_split_by_frame_leaks_with_the_labels_of_videos(shared_folder: Path) -> None:
     with pytest.warns(UserWarning, match="a split by frame leaks") as caught:
         study = read_folder(shared_folder, split="frames")
-    assert {Path(warning.filename).name for warning in caught} == {"test_echonet.py"}
+    assert {Path(warning.filename).name for warning in caught} == {Path(__file__).name}
     assert {clip.split for clip in study.clips} == {"mixed"}
     by_video = {clip.name: clip.label for clip in read_folder(shared_folder).clips}
     assert {clip.name: clip.label for clip in study.clips} == by_video
-    with pytest.raises(ConfigError, match="split must be auto in the paper protocol"):
+    with pytest.raises(ConfigError, match=r"split is .*; expected auto in the paper protocol"):
         read_folder(shared_folder, protocol="paper", split="frames")

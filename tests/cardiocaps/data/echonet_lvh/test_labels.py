@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cardiocaps.data.labels import THRESHOLDS, abnormal, check_thresholds, teichholz_ef, width_target
+from cardiocaps.data.echonet_lvh.labels import THRESHOLDS, abnormal, check_thresholds, teichholz_ef, width_target
 from cardiocaps.errors import ConfigError
 
 
@@ -38,10 +38,10 @@ def test_thresholds_can_be_changed_but_not_in_place() -> None:
 @pytest.mark.parametrize(
     "thresholds, reason",
     [
-        ({}, "thresholds must name IVSd, .* got none"),
-        ({**THRESHOLDS, "EF": 1.0}, "thresholds must name"),
-        ({**THRESHOLDS, "IVSd": 0.0}, r"thresholds\[IVSd\] must be above 0 cm, got 0.0"),
-        ({**THRESHOLDS, "IVSd": math.nan}, r"thresholds\[IVSd\] must be above 0 cm, got nan"),
+        ({}, "thresholds is for none; expected IVSd"),
+        ({**THRESHOLDS, "EF": 1.0}, "thresholds is for .*; expected IVSd"),
+        ({**THRESHOLDS, "IVSd": 0.0}, r"thresholds\[IVSd\] is 0.0; expected more than 0 cm"),
+        ({**THRESHOLDS, "IVSd": math.nan}, r"thresholds\[IVSd\] is nan; expected more than 0 cm"),
     ],
 )
 def test_impossible_thresholds_are_refused(thresholds: dict[str, float], reason: str) -> None:
@@ -50,7 +50,7 @@ def test_impossible_thresholds_are_refused(thresholds: dict[str, float], reason:
 
 
 def test_an_unknown_measurement_has_no_label() -> None:
-    with pytest.raises(ConfigError, match=r"calc must be one of IVSd, .* got 'EF'"):
+    with pytest.raises(ConfigError, match=r"calc is 'EF'; expected one of IVSd, .*"):
         abnormal("EF", 50.0)
 
 

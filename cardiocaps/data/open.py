@@ -1,0 +1,193 @@
+"""The data of a run: read from its folder, decoded, and compared with what the run was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from cardiocaps.config import TRAINABLE_PHANTOM, TrainConfig
+from cardiocaps.data.datamodule import EchoDataModule
+from cardiocaps.data.datasets import DATASETS, PHANTOM
+from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
+from cardiocaps.data.study import Study
+from cardiocaps.errors import ConfigError, DataError, printable
+from cardiocaps.phantom import phantom_is_complete, write_phantom
+from cardiocaps.runtime.device import Machine
+from cardiocaps.runtime.files import is_missing, write_json
+from cardiocaps.runtime.program import print_line
+
+
+def read_study(
+    config: TrainConfig, *, again: bool = False, needed_splits: Sequence[str] = ("train", "val", "test")
+) -> Study:
+    """Read the study of a run: from its folder, or from the phantom, which is made if it is missing.
+
+    Args:
+        config: settings of the run.
+        again: the run has used the study before, so a missing phantom is an error: a new one might differ.
+        needed_splits: each of them needs clips of both classes.
+
+    Raises:
+        DataError: as the reader; or the run's folder or phantom is missing.
+        OutputError: as `write_phantom`.
+    """
+    root = config.data
+    if again and root is not None and is_missing(root):
+        raise DataError(f"data: {printable(root)}, which the run used, is not there; give --data, where it is now")
+    if root is None:
+        root = config.phantom_dir
+        if not phantom_is_complete(root, config.phantom_videos, config.phantom_seed):
+            if again:
+                options = f"--videos {config.phantom_videos} --seed {config.phantom_seed}"
+                raise DataError(
+                    f"phantom_dir: {printable(root)} does not hold the phantom that the run used; give --data, where "
+                    f"it is now, or make it again: python -m cardiocaps.phantom {printable(root)} {options}"
+                )
+            if config.phantom_videos < TRAINABLE_PHANTOM:
+                raise ConfigError(
+                    f"phantom_videos is {config.phantom_videos}; expected at least {TRAINABLE_PHANTOM}: fewer leave a "
+                    "split without abnormal videos"
+                )
+            print_line(f"making {config.phantom_videos} phantom videos in {root}")
+            write_phantom(root, config.phantom_videos, config.phantom_seed, progress=config.progress)
+    return DATASETS[PHANTOM].read(
+        root,
+        protocol=config.protocol,
+        split=config.split,
+        seed=config.seed if config.split_seed is None else config.split_seed,
+        max_bad_share=config.max_bad_share,
+        limit=config.limit,
+        thresholds=config.threshold,  # type: ignore[arg-type]
+        group_column=config.group_column,
+        allow_split_patients=config.allow_split_patients,
+        follow_links=config.follow_links,
+        needed_splits=needed_splits,
+    )
+
+
+def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModule:
+    """The data module of a study, after decoding. Raises DataError and OutputError as `cache.build`."""
+    data = EchoDataModule(
+        study,
+        size=config.network.size,
+        batch_size=config.batch_size,  # type: ignore[arg-type]
+        frames_per_clip=config.frames_per_clip,  # type: ignore[arg-type]
+        frame_choice=config.frame_choice,
+        target=config.regression_target,
+        seed=config.seed,
+        split_seed=config.split_seed,
+        cache_dir=config.cache_dir,
+        num_workers=config.workers,
+        max_bad_share=config.max_bad_share,
+        decode_workers=config.decode_workers,
+        reader=config.video_reader,
+        progress=config.progress,
+        pin_memory=machine.pin_memory,
+        channels_last=machine.channels_last,
+    )
+    data.setup()
+    return data
+
+
+@dataclass(frozen=True)
+class RunData:
+    """A decoded study on which a run is trained or judged."""
+
+    data: EchoDataModule
+    fingerprint: Fingerprint
+    is_own: bool | None  # whether the run was trained on it; None if the run has no record of its data
+    left_out: int = 0  # number of test videos left out because the run was trained or validated on them
+
+
+def decode_for_run(
+    config: TrainConfig,
+    machine: Machine,
+    study: Study,
+    record: Path,
+    advice: str,
+    *,
+    trained: bool,
+    allow_changed: bool = False,
+    keep: bool = False,
+) -> RunData:
+    """As `decode`, for a study that must be what the run's record of its data says.
+
+    Args:
+        record: the fingerprint of the run's data, `RunFolder.data`.
+        advice: what to do if the study differs; the error message ends with it.
+        trained: whether the run has trained already.
+        allow_changed: print what has changed and go on, without test videos that the run was trained or validated on.
+        keep: write the record where there is none yet.
+
+    Raises:
+        DataError: as `decode`; or the study has changed, or may have changed (a random split without a record); or no
+            test video is left.
+        OutputError: as `decode`.
+        ConfigError: the record is damaged.
+    """
+    before, now = read_fingerprint(record), Fingerprint.of(study)
+    if before is None and trained:
+        forgotten = "this run kept no fingerprint of its data, as older versions did not"
+        if study.split_rule != "stratified":
+            print_line(f"note: {forgotten}: whether they have changed is unknown")
+        elif allow_changed:
+            print_line(f"note: {forgotten}, and its split is drawn anew: videos it was trained on may be tested on")
+        else:
+            # A random split depends on the usable videos, the patients and the limit, which versions treat differently.
+            raise DataError(
+                f"data: {printable(study.root)} may be split in another way than then: the split is drawn, and "
+                f"{forgotten}; {'begin a new run' if keep else advice}"
+            )
+    if before is not None and not allow_changed:
+        _refuse_changes(before.differences(now), study, advice)  # before decoding, which takes long
+    data = decode(config, machine, study if before is None else before.as_used(study))
+    now = now.with_contents(data.contents())
+    changes = [] if before is None else before.differences(now)
+    if not allow_changed:
+        _refuse_changes(changes, study, advice)
+    elif changes:
+        print_line(f"note: the data of {study.root} are not what the run was trained on: {', '.join(changes)}")
+    if before is not None and not changes and before.table != now.table:
+        print_line(
+            "note: the table's file has changed since the run began; its videos, splits, labels and targets have not"
+        )
+    if keep and before is None:
+        write_json(record, now.as_dict())
+    if before is None:
+        return RunData(data, now, False if allow_changed else None)
+    if not changes:
+        return RunData(data, now, True)
+    unseen, left_out = _without_seen(data.study, study, before, data.contents())
+    if left_out:
+        videos = "1 test video is" if left_out == 1 else f"{left_out} test videos are"
+        print_line(f"note: {videos} left out: the run was trained or validated on the same ones, or on their patients")
+        data = decode(config, machine, unseen)
+    return RunData(data, now, False, left_out)
+
+
+def _without_seen(usable: Study, study: Study, before: Fingerprint, contents: Mapping[str, str]) -> tuple[Study, int]:
+    """The `usable` part of a study without the test videos that are not new to a run on `before`, and their number.
+
+    A video is not new if the run has trained or validated on it, or on a video of its patient.
+
+    Raises:
+        DataError: no test video is left.
+    """
+    seen = {clip.name: clip for clip in study.clips if before.has_seen(clip.name, contents.get(clip.name))}
+    patients = {clip.patient for clip in seen.values() if clip.patient is not None}
+    tested = {clip.name: clip for clip in usable.clips_in("test")}
+    out = {name for name, clip in tested.items() if name in seen or clip.patient in patients}
+    if tested and len(out) == len(tested):
+        raise DataError(
+            f"data: {printable(study.root)} has no test video that is new to the run: it was trained or validated on "
+            f"all {len(out)}, or on their patients"
+        )
+    return replace(usable, clips=tuple(clip for clip in usable.clips if clip.name not in out)), len(out)
+
+
+def _refuse_changes(changes: Sequence[str], study: Study, advice: str) -> None:
+    if changes:
+        raise DataError(
+            f"data: {printable(study.root)} is not what the run was trained on: {', '.join(changes)}; {advice}"
+        )

@@ -1,0 +1,93 @@
+"""The general types of a data set: a clip and a study."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cardiocaps.data import splits
+from cardiocaps.data.problems import Problem, summarise
+from cardiocaps.data.video import Header
+from cardiocaps.errors import ConfigError, plural
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What one label stands for: a video, or a row of the table (protocol `paper`)."""
+
+    name: str
+    path: Path
+    split: str  # "train", "val", "test"; "mixed" in the paper protocol, which splits frames
+    label: int  # 1 = abnormal
+    targets: Mapping[str, float]  # what can be regressed, by the names in `Study.units`; NaN: not measured
+    measurements: Mapping[str, float]  # name -> value, the mean if measured on several frames
+    # A key made up for this study, the same for all videos of a patient; None if the table names no patients. Patients
+    # are counted and drawn by it. It is never shown or written.
+    patient: str | None = field(default=None, repr=False)
+
+
+@dataclass(frozen=True)
+class Study:
+    """The usable clips of a data set, and what was left out and why."""
+
+    root: Path  # the folder
+    table: Path  # the file in it that holds the labels
+    protocol: str
+    split_rule: str  # "column", "stratified" or "frames"
+    clips: tuple[Clip, ...]
+    problems: tuple[Problem, ...]
+    claims: Mapping[str, Header]  # video name -> what the table says about the video
+    unlisted: int  # number of videos in the folder that the table does not name
+    label_rule: Mapping[str, float]  # measurement -> smallest abnormal value in cm, of every type
+    units: Mapping[str, str]  # regression target -> unit of its errors
+    needed_splits: tuple[str, ...] = splits.SPLITS  # each of them must have clips of both classes
+    group_column: str | None = None  # the table's column that names patients or studies
+    group_kind: str = ""  # what it names: "patient", or "study" (of a patient on one day); "" without the column
+
+    def clips_in(self, split: str) -> tuple[Clip, ...]:
+        """The clips that have frames in a split, in the order that a batch's `clip` counts them."""
+        if split not in splits.SPLITS:
+            raise ConfigError(f"split is {split!r}; expected one of {', '.join(splits.SPLITS)}")
+        return tuple(clip for clip in self.clips if clip.split in (split, splits.MIXED))
+
+    def check_splits(self) -> None:
+        """Raise DataError unless each needed split (all clips, in the paper protocol) has clips of both classes."""
+        splits.check_classes({s: [clip.label for clip in self.clips_in(s)] for s in self.needed_splits})
+
+    def summary(self) -> str:
+        """Some lines of text: clips and abnormal clips in each split, the label rule, and problems by kind."""
+        rule = {
+            "column": "by video, the table's own column",
+            "stratified": "by video, drawn at random in each class",
+            "frames": "over frames: it leaks",
+        }[self.split_rule]
+        lines = [f"{len(self.clips)} clips, protocol {self.protocol}, split {rule}"]
+        for split in splits.SPLITS if self.split_rule != "frames" else ():
+            labels = [clip.label for clip in self.clips_in(split)]
+            lines.append(f"  {split:5s} {len(labels):6d} clips, {sum(labels)} abnormal")
+        if self.split_rule == "frames":
+            lines.append(f"  all   {len(self.clips):6d} clips, {sum(clip.label for clip in self.clips)} abnormal")
+        else:
+            lines.append(f"  ({self._whose()})")
+        limits = ", ".join(f"{calc} {cm:g}" for calc, cm in self.label_rule.items())
+        lines.append(f"abnormal from these lengths in cm on: {limits}")
+        if self.unlisted:
+            lines.append(f"videos in the folder that the table does not name: {self.unlisted}")
+        for what, harmless in (("problems", False), ("notes", True)):
+            found = [problem for problem in self.problems if problem.harmless == harmless]
+            if found:
+                lines += [f"{len(found)} {what}:", summarise(found)]
+        return "\n".join(lines)
+
+    def _whose(self) -> str:
+        """Whether videos of one patient are in different splits, as far as the table shows."""
+        unknown = "videos of one patient may stand in different splits"
+        if self.group_column is None:
+            return f"the table names no patients: {unknown}"
+        names = {clip.name: clip for clip in self.clips}
+        groups = {name: clip.patient or name for name, clip in names.items()}
+        apart = splits.divided({name: clip.split for name, clip in names.items()}, groups)
+        of = f"{len(set(groups.values()))} {plural(self.group_kind)} of the column {self.group_column}"
+        said = f"{len(apart)} of {of} stand in several splits" if apart else f"each of {of} stands in one split"
+        return f"{said}; the table names no patients: {unknown}" if self.group_kind == "study" else said

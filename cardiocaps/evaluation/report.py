@@ -1,0 +1,214 @@
+"""Prints the results of a run as a table, and writes them into files."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import sys
+from collections.abc import Sequence
+
+from cardiocaps import DISCLAIMER, plots
+from cardiocaps.config import TrainConfig
+from cardiocaps.errors import plural
+from cardiocaps.evaluation.decision import write_decision
+from cardiocaps.evaluation.names import METRIC_NAMES, PAPER_NAMES
+from cardiocaps.evaluation.pixel_baseline import TITLE as PIXELS
+from cardiocaps.evaluation.predictions import unit_of, write_predictions
+from cardiocaps.evaluation.scores import Scores
+from cardiocaps.metrics import (
+    BOOTSTRAP,
+    DECISIONS,
+    EXACT,
+    METRICS,
+    NO_INTERVAL,
+    THRESHOLD,
+    Report,
+    RunsReport,
+    evaluate_runs,
+)
+from cardiocaps.models import title as network_title
+from cardiocaps.runtime.files import output_errors, write_json
+from cardiocaps.runtime.program import print_line
+from cardiocaps.training.run_folder import RunFolder
+
+INTERVALS = {
+    "bootstrap": "the middle 95 % of the resamples of videos, or of the patients or studies that the table names, "
+    "within each class",
+    "exact": "Clopper and Pearson 1934: of samples, or of groups where these hold several and are all right or all "
+    "wrong; for an AUROC of 0 or 1, of disjoint pairs of a normal and an abnormal group",
+    "no interval": "the reason stands in no_interval",
+}
+_THRESHOLD_ROW = "at the threshold of validation"
+
+
+def print_table(network: Scores, pixels: Scores | None, config: TrainConfig, measure: str, title: str) -> None:
+    """Print the test results of a run side by side, for people; `measure` is the unit of the regression's
+    errors; `title` names the run and the data."""
+    unit = unit_of(config)
+    both = [network] if pixels is None else [network, pixels]
+    reports = [scores.report(unit) for scores in both]
+    halves = [scores.report_at_half(unit) for scores in both]
+    ranks = [name for name in METRICS if name not in DECISIONS]
+
+    def metrics(of: Sequence[Report], names: Sequence[str]) -> list[tuple[str, ...]]:
+        return [(METRIC_NAMES[name], *(str(report.metrics[name]) for report in of)) for name in names]
+
+    decided = [(_THRESHOLD_ROW, *(f"{report.threshold:.3f}" for report in reports)), *metrics(reports, DECISIONS)]
+    at_half = [("at a threshold of", *(f"{THRESHOLD:.3f}" for _ in halves)), *metrics(halves, DECISIONS)]
+    published = [
+        (f"as published: {text}", *(f"{report.paper[key]:.3f}" for report in reports))
+        for key, text in PAPER_NAMES.items()
+    ]
+    regression = _regression_rows(network, unit, config.regression_target, measure)
+    ours = reports[0]
+    title = f"{title}: test split, {ours.n} {unit}s, {ours.positives} abnormal"
+    head = ("with 95 % interval" if config.bootstrap else "", network_title(config), *([PIXELS] if pixels else []))
+    if all(report.threshold == THRESHOLD for report in reports):
+        at_half = []
+    sections = [metrics(reports, ranks), decided, at_half, published, regression]
+    _print(title, head, *sections, caption=_methods(reports + halves))
+    for note in _notes(network, pixels, unit):
+        print_line(f"note: {note}")
+
+
+def _regression_rows(network: Scores, unit: str, target: str, measure: str) -> list[tuple[str, ...]]:
+    report = network.regression.get(unit)
+    if report is None or not report.n:
+        return []
+    rows = [
+        (f"{target}: mean absolute error, {report.n} {unit}s", f"{report.mae:.2f} {measure}"),
+        (f"{target}: error of the training mean", f"{report.constant_mae:.2f} {measure}"),
+        (f"{target}: R²", f"{report.r2:.3f}"),
+    ]
+    return [(name, "undefined" if text.startswith("nan") else text) for name, text in rows]
+
+
+def _methods(reports: Sequence[Report]) -> str:
+    """The meaning of the methods that the cells name."""
+    used = {estimate.method for report in reports for estimate in report.metrics.values()}
+    drawn = f"{reports[0].groups} {plural(reports[0].group_name)}"
+    means = {
+        BOOTSTRAP: f"{BOOTSTRAP}: the middle of {reports[0].bootstrap:,} resamples of the {drawn}.",
+        EXACT: f"{EXACT}: Clopper and Pearson; for an AUROC, of disjoint pairs.",
+        NO_INTERVAL: f"{NO_INTERVAL}: the middle 95 % of the resamples have one and the same value.",
+    }
+    return " ".join(text for method, text in means.items() if method in used)
+
+
+def _notes(network: Scores, pixels: Scores | None, unit: str) -> list[str]:
+    report = network.report(unit)
+    notes = list(report.notes)
+    notes += [f"{METRIC_NAMES.get(name, name)}: {why}" for name, why in report.undefined.items()]
+    if not network.decision.is_chosen:
+        notes.append(f"the threshold is {network.decision.rule}")
+    if pixels is None:
+        notes.append("the run keeps no classifier of pixels to compare with: its folder has no pixel_baseline.json")
+    return notes
+
+
+def print_means(runs: Sequence[tuple[Scores, Scores | None, TrainConfig]]) -> None:
+    """Print mean and standard deviation over several runs, of network and baseline; the intervals draw runs too."""
+    config = runs[0][2]
+    unit = unit_of(config)
+
+    def over_runs(scores: Sequence[Scores]) -> RunsReport:
+        probabilities, labels, groups = zip(*(one.test.samples(unit) for one in scores), strict=True)
+        return evaluate_runs(
+            probabilities,
+            labels,
+            groups,
+            [one.decision.threshold for one in scores],
+            bootstrap=config.bootstrap,
+            group_name=scores[0].test.group_name,
+        )
+
+    reports = [over_runs([network for network, _, _ in runs])]
+    pixels = [of for _, of, _ in runs if of is not None]
+    if len(pixels) == len(runs):
+        reports.append(over_runs(pixels))
+    rows = [(METRIC_NAMES[name], *(str(report.metrics[name]) for report in reports)) for name in METRICS]
+    title = f"Mean over {len(runs)} runs ± standard deviation, decisions at each run's threshold"
+    head = ("with 95 % interval" if config.bootstrap else "", network_title(config), PIXELS)
+    drawn = plural(runs[0][0].test.group_name)
+    caption = (
+        f"bootstrap: the middle of {config.bootstrap:,} resamples of the {drawn} and the runs. exact: Clopper and "
+        "Pearson; for an AUROC, of disjoint pairs. exact/bootstrap: at either end the farther of both."
+    )
+    _print(title, head[: len(reports) + 1], rows, caption=caption if config.bootstrap else "")
+    for note in reports[0].notes:
+        print_line(f"note: {note}")
+
+
+def _print(title: str, head: Sequence[str], *sections: Sequence[Sequence[str]], caption: str = "") -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    unicode = (sys.stdout.encoding or "").lower().startswith("utf")
+    # A Text, because a path may contain rich's markup.
+    below = Text(f"{caption}\n{DISCLAIMER}" if caption else DISCLAIMER)
+    table = Table(title=Text(title), caption=below, box=box.HEAVY_HEAD if unicode else box.ASCII)
+    table.title_justify = table.caption_justify = "left"
+    for column in head:
+        table.add_column(column)
+    for section in sections:
+        for row in section:
+            table.add_row(*row)
+        table.add_section()
+    # Rendered to text first, because `print_line` works for every terminal, also a closed one.
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 120
+    text = io.StringIO()
+    Console(file=text, width=width).print(table)
+    print_line(text.getvalue().rstrip())
+
+
+def write_results(
+    run: RunFolder,
+    network: Scores,
+    pixels: Scores | None,
+    config: TrainConfig,
+    measure: str,
+    **identity: str | int | None,
+) -> None:
+    """Write the predictions, the decision, the plots and, last, metrics.json into a run's folder.
+
+    Args:
+        measure: as in `print_table`.
+        identity: what was evaluated, and on what.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    unit = unit_of(config)
+    report, at_half = network.report(unit), network.report_at_half(unit)
+    scores, truth, _ = network.test.samples(unit)
+    with output_errors(run.plots):
+        run.plots.mkdir(exist_ok=True)
+    write_decision(run.decision, network.decision)
+    write_predictions(run, network.test, network.validation, network.decision.threshold)
+    counts = {f"{unit}s, probability > {report.threshold:.3g}, chosen on validation": report.confusion}
+    if not network.decision.is_chosen:
+        counts = {}
+    counts[f"{unit}s, probability > {at_half.threshold:g}"] = at_half.confusion
+    plots.confusion_matrices(counts, run.confusion_matrix)
+    plots.roc_curve(scores, truth, run.roc_curve, report=report)
+    plots.precision_recall_curve(scores, truth, run.precision_recall_curve, report=report)
+    regression = {
+        "target": config.regression_target,
+        "unit": measure,
+        **{of: of_unit.as_dict() for of, of_unit in network.regression.items()},
+    }
+    # metrics.json comes last: its presence says that the run is complete.
+    results = {
+        **identity,
+        "network": {
+            "name": network_title(config),
+            **network.as_dict(),
+            **({"regression": regression} if network.regression else {}),
+        },
+        "pixel_logistic_regression": None if pixels is None else pixels.as_dict(),
+        "intervals": INTERVALS,
+        "use": DISCLAIMER,
+    }
+    write_json(run.metrics_json, results)

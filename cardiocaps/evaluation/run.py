@@ -1,0 +1,174 @@
+"""Evaluates the best network of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cardiocaps.config import MAY_DIFFER_ON_RESUME, TrainConfig, read_run
+from cardiocaps.data.datamodule import EchoDataModule
+from cardiocaps.data.fingerprint import Fingerprint
+from cardiocaps.data.open import decode_for_run, read_study
+from cardiocaps.data.splits import SPLITS
+from cardiocaps.errors import CardioCapsError, printable
+from cardiocaps.evaluation.decision import Decision, read_decision, training_mean
+from cardiocaps.evaluation.pixel_baseline import PixelBaseline
+from cardiocaps.evaluation.predictions import unit_of
+from cardiocaps.evaluation.report import print_means, print_table, write_results
+from cardiocaps.evaluation.scores import Scores, predict
+from cardiocaps.runtime.device import Machine, machine_for
+from cardiocaps.runtime.files import write_json
+from cardiocaps.runtime.program import Interrupted, print_line
+from cardiocaps.training.checkpoints import best_network, weights_digest
+from cardiocaps.training.fit import quiet
+from cardiocaps.training.run_folder import RunFolder
+
+_CHANGED_DATA = "--allow-changed-data evaluates on it all the same"
+
+
+def evaluate_network(
+    config: TrainConfig,
+    machine: Machine,
+    run: RunFolder,
+    data: EchoDataModule,
+    results: RunFolder | None,
+    *,
+    own_data: bool = True,
+    fingerprint: str | None = None,
+    left_out: int = 0,
+) -> tuple[Scores, Scores | None]:
+    """Evaluate the best network of a run beside its baseline, logistic regression on pixels; print the table.
+
+    The threshold and the baseline are those that the run keeps. At the end of training, when `results` is the run
+    itself, both are made and kept.
+
+    Args:
+        config: settings of the run.
+        machine: what it computes on.
+        run: its folder.
+        data: the decoded data.
+        results: where to write; None: print only.
+        own_data: whether the run was trained on `data`. If so, what an older run does not keep is made anew.
+        fingerprint: of the data; None: compute it.
+        left_out: number of test videos that `data` lacks because the run was trained or validated on them.
+
+    Returns:
+        The scores of the network and of the baseline; None if there is no baseline.
+
+    Raises:
+        CheckpointError: a file of the run is missing, damaged or of another configuration.
+        OutputError: a file cannot be written.
+    """
+    training = results is not None and results.path == run.path
+    unit, measure = unit_of(config), data.study.units[config.regression_target]
+    network = best_network(config, run)
+    weights = weights_digest(network)
+    decision = None if training else read_decision(run.decision, weights)
+    with_validation = own_data and (results is not None or decision is None)
+    said = predict(config, machine, network, data, ("test", "val") if with_validation else ("test",))
+    if with_validation:
+        decision = decision or Decision.choose(said["val"], unit, weights, training_mean(data))
+    scores = Scores.of(said["test"], said.get("val"), decision or Decision.unknown(unit, weights), config.bootstrap)
+
+    baseline = None if training else PixelBaseline.read(run.pixel_baseline)
+    if baseline is None and own_data:
+        baseline = PixelBaseline.fit(data, unit)
+        if training:
+            baseline.write(run.pixel_baseline)
+    pixels = None
+    if baseline is not None:
+        pixels = Scores.of(baseline.predict(data, "test"), None, baseline.decision, config.bootstrap)
+    fingerprint = fingerprint or Fingerprint.of(data.study).digest
+    if results:
+        identity: dict[str, str | int | None] = {
+            "weights": weights,
+            "fingerprint": fingerprint,
+            "test_videos_left_out": left_out,
+        }
+        write_results(results, scores, pixels, config, measure, **identity)
+    if results and not training:
+        # Names, not paths: results are shown to others, and paths can identify the user.
+        run_name, data_name = (place.resolve().name for place in (run.path, data.study.root))
+        write_json(results.evaluation, {"run": run_name, "data": data_name, **identity, "own_data": own_data})
+    place, source = printable(run.path), printable(data.study.root)
+    title = f"{place} (weights {weights[:12]}) on {source} (fingerprint {fingerprint})"
+    print_table(scores, pixels, config, measure, title)
+    return scores, pixels
+
+
+def evaluate_run(
+    path: Path, changed: Mapping[str, Any], out: Path | None = None, *, allow_changed_data: bool = False
+) -> tuple[Scores, Scores | None, TrainConfig, Fingerprint]:
+    """Evaluate a run and print the table.
+
+    Args:
+        path: folder of the run.
+        changed: settings that differ from the run's.
+        out: new folder for the results.
+        allow_changed_data: also evaluate on data that differ from those of the training. Data of another folder are
+            then read whole, with the splits of their own table.
+
+    Returns:
+        The scores of network and baseline, the settings, and the fingerprint of the data.
+
+    Raises:
+        CardioCapsError: `path` is not a run, its checkpoint or data cannot be used, or `out` cannot be written.
+    """
+    run = RunFolder.open(path)
+    config = replace(read_run(path), **changed)
+    with machine_for(config) as machine:
+        # Making anew what an older run does not keep needs all splits; other data only need the test split.
+        needed = ("test",) if allow_changed_data or "data" in changed else SPLITS
+        reading = config
+        if allow_changed_data and "data" in changed and not config.splits_frames:
+            reading = replace(config, limit=None, split="auto")
+        study = read_study(reading, again=True, needed_splits=needed)
+        used = decode_for_run(
+            reading, machine, study, run.data, _CHANGED_DATA, trained=run.is_trained, allow_changed=allow_changed_data
+        )
+        results = RunFolder.create(out) if out else None
+        own_data = "data" not in changed if used.is_own is None else used.is_own  # data of the run may have moved
+        try:
+            scores, pixels = evaluate_network(
+                config,
+                machine,
+                run,
+                used.data,
+                results,
+                own_data=own_data,
+                fingerprint=used.fingerprint.digest,
+                left_out=used.left_out,
+            )
+        except (CardioCapsError, Interrupted):
+            if results:
+                results.discard()
+            raise
+    if results:
+        print_line(f"written to {printable(results.path)}")
+    return scores, pixels, config, used.fingerprint
+
+
+def but_for_the_seed(config: TrainConfig, data: Fingerprint) -> str:
+    """A text that is equal for runs that may be averaged: those with the same data and the same settings.
+
+    Seed, machine and places of the data may differ.
+    """
+    ignored = {*MAY_DIFFER_ON_RESUME, "seed", "out", "resume", "overwrite"} - {"epochs", "patience"}
+    settings = {name: value for name, value in config.as_dict().items() if name not in ignored}
+    # With a limit, another split has other videos.
+    return repr((settings, data.digest_without_splits if config.limit is None else data.table))
+
+
+def evaluate_runs(
+    runs: Sequence[Path], changed: Mapping[str, Any], out: Path | None = None, *, allow_changed_data: bool = False
+) -> None:
+    """Evaluate each run as `evaluate_run`; for several runs that differ only in their seed print the mean too."""
+    quiet()
+    results = [evaluate_run(run, changed, out, allow_changed_data=allow_changed_data) for run in runs]
+    differing = {but_for_the_seed(config, data) for _, _, config, data in results}
+    if len(differing) > 1:
+        print_line("note: the runs differ in more than their seed, so there is no mean over them")
+    elif len(results) > 1:
+        print_means([(network, pixels, config) for network, pixels, config, _ in results])

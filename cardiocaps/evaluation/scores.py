@@ -1,0 +1,91 @@
+"""Predictions of a network, and the scores of a model on the test split."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from cardiocaps.config import TrainConfig
+from cardiocaps.data.datamodule import EchoDataModule
+from cardiocaps.errors import CheckpointError
+from cardiocaps.evaluation.decision import Decision
+from cardiocaps.evaluation.predictions import UNITS, Predictions
+from cardiocaps.metrics import DECISIONS, THRESHOLD, RegressionReport, Report, evaluate, mean_by, regression_report
+from cardiocaps.runtime.device import Machine
+from cardiocaps.training.fit import make_trainer
+from cardiocaps.training.module import Classifier
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Reports of a model on the test split, by video and by frame: at its threshold, at 0.5, and of its regression."""
+
+    test: Predictions
+    validation: Predictions | None
+    decision: Decision
+    reports: Mapping[tuple[str, float], Report]  # by unit and threshold
+    regression: Mapping[str, RegressionReport]  # by unit; empty if the model does not regress
+
+    @classmethod
+    def of(cls, test: Predictions, validation: Predictions | None, decision: Decision, bootstrap: int) -> Scores:
+        """From predictions. The bootstrap draws videos, or patients if the table names them."""
+        reports = {
+            (unit, threshold): evaluate(
+                *test.samples(unit), threshold=threshold, bootstrap=bootstrap, group_name=test.group_name
+            )
+            for unit in UNITS
+            for threshold in (decision.threshold, THRESHOLD)
+        }
+        regression = {}
+        if test.regression is not None and test.target is not None:
+            said, truth = test.regression, test.target
+            regression = {
+                "video": regression_report(mean_by(said, test.clip), mean_by(truth, test.clip), decision.target_mean),
+                "frame": regression_report(said, truth, decision.target_mean),
+            }
+        return cls(test, validation, decision, reports, regression)
+
+    def report(self, unit: str) -> Report:
+        """The report by `unit`, "video" or "frame"."""
+        return self.reports[unit, self.decision.threshold]
+
+    def report_at_half(self, unit: str) -> Report:
+        return self.reports[unit, THRESHOLD]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        content: dict[str, Any] = {
+            "decision": {"threshold": self.decision.threshold, "unit": self.decision.unit, "rule": self.decision.rule}
+        }
+        content |= {unit: self.report(unit).as_dict() for unit in UNITS}
+        for unit in UNITS:
+            report = self.report_at_half(unit).as_dict()
+            metrics = {name: report["metrics"][name] for name in DECISIONS}
+            content[f"{unit}_at_0.5"] = {"metrics": metrics, "confusion": report["confusion"]}
+        return content
+
+
+def predict(
+    config: TrainConfig, machine: Machine, network: Classifier, data: EchoDataModule, splits: Sequence[str]
+) -> dict[str, Predictions]:
+    """Predictions of the network for every frame of some splits, in evaluation mode and in one process.
+
+    Raises:
+        CheckpointError: an output is not finite.
+    """
+    machine.lay_out(network.model)
+    trainer = make_trainer(config, machine)
+    said = {}
+    for split in splits:
+        data.predicted = split
+        batches = trainer.predict(network, datamodule=data, return_predictions=True)
+        assert batches is not None
+        out: dict[str, Any] = {name: torch.cat([b[name].cpu() for b in batches]).numpy() for name in batches[0]}
+        if not all(np.isfinite(out[name]).all() for name in ("probability", "regression") if name in out):
+            raise CheckpointError("the network's output is not finite: its training diverged")
+        said[split] = Predictions.of(out, data.clips(split), data.study.group_kind)
+    return said

@@ -1,0 +1,75 @@
+"""Calibration: predicted probabilities against the observed share of abnormal samples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cardiocaps.experiments.exhibits.exhibit import Exhibit
+from cardiocaps.experiments.markdown import Column, metric_columns, plus_minus, rows_table
+from cardiocaps.experiments.summaries import CALIBRATION_BINS, Row, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_COLUMNS = 4
+
+
+@dataclass(frozen=True)
+class Calibration(Exhibit):
+    """Adds the calibration errors and draws reliability diagrams."""
+
+    def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
+        text = (
+            "Expected calibration error: the mean distance between predicted probability and observed share of "
+            f"abnormal, over {CALIBRATION_BINS} bins of equally many samples."
+        )
+        error: Column = ("expected calibration error", lambda s: plus_minus(s.calibration_error))
+        own = ["## Calibration", text, rows_table(rows, found, [*metric_columns(("brier",), 1), error])]
+        return own + super().sections(rows, found, bootstrap)
+
+    def draw(self, summaries: Sequence[Summary]) -> Figure:
+        """A panel for each system, with the predictions of all seeds together."""
+        import numpy as np
+
+        from cardiocaps.experiments.exhibits.panels import SMALL, colour_of, wrapped
+        from cardiocaps.metrics import reliability
+        from cardiocaps.plots import GREY, INK, dress, new_figure
+
+        columns = min(_COLUMNS, len(summaries))
+        lines = math.ceil(len(summaries) / columns)
+        figure = new_figure(2.75 * columns + 0.5, 3.15 * lines + 0.9, wrapped(self.title, 30 * columns))
+        panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        for axes, summary in zip(panels, summaries, strict=False):
+            parts = [result.test.samples(summary.unit)[:2] for result in summary.row.results]
+            probability, label = (np.concatenate(part) for part in zip(*parts, strict=True))
+            predicted, observed, size = reliability(probability, label, CALIBRATION_BINS)
+            axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=1)
+            axes.plot(predicted, observed, "o-", color=colour_of(summary), markersize=4.5, linewidth=1.3, clip_on=False)
+            axes.set_title(wrapped(summary.title, 30), fontsize=9, color=INK)
+            error, brier = summary.calibration_error, summary.report.metrics["brier"]
+            axes.text(
+                0.03,
+                0.97,
+                f"Brier {brier.value:.3f}\nECE {error.value:.3f}\n{len(size)} bins of about {size.mean():.0f}",
+                va="top",
+                fontsize=7.5,
+                color=INK,
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
+                transform=axes.transAxes,
+            )
+            dress(axes, "", "")
+            axes.set_xlim(0, 1)
+            axes.set_ylim(0, 1)
+            axes.set_aspect("equal")
+            axes.tick_params(labelsize=SMALL, labelbottom=True)
+        for axes in panels[len(summaries) :]:
+            axes.remove()
+        for place, axes in enumerate(panels[: len(summaries)]):
+            if place % columns == 0:
+                axes.set_ylabel("Observed share of abnormal", fontsize=9)
+            if place + columns >= len(summaries):
+                axes.set_xlabel("Predicted probability", fontsize=9)
+        return figure

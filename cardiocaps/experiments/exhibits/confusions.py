@@ -1,0 +1,59 @@
+"""Figures 3 to 5: the confusion matrices of a table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cardiocaps.experiments.exhibits.exhibit import Exhibit
+from cardiocaps.experiments.markdown import Column, rows_table
+from cardiocaps.experiments.summaries import Row, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Confusions(Exhibit):
+    """Adds the confusion matrices, summed over the seeds, and draws them."""
+
+    def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
+        def cell(truth: int, predicted: int) -> Callable[[Summary], str]:
+            def text(summary: Summary) -> str:
+                row = summary.report.confusion[truth]
+                share = f" ({row[predicted] / sum(row):.1%})" if sum(row) else ""
+                return f"{row[predicted]:,}{share}"
+
+            return text
+
+        classes = ("normal", "abnormal")
+        columns: list[Column] = [
+            (f"{classes[truth]}, called {classes[predicted]}", cell(truth, predicted))
+            for truth in (0, 1)
+            for predicted in (0, 1)
+        ]
+        text = "Counts summed over the seeds, and shares of the true class."
+        own = ["## Confusion matrices", text, rows_table(rows, found, columns)]
+        return own + super().sections(rows, found, bootstrap)
+
+    def draw(self, summaries: Sequence[Summary]) -> Figure:
+        import numpy as np
+
+        from cardiocaps.experiments.exhibits.panels import wrapped
+        from cardiocaps.plots import INK, draw_confusion, new_figure
+
+        figure = new_figure(3.6 * len(summaries) + 0.6, 4.9, wrapped(self.title, 38 * len(summaries)))
+        panels = figure.subplots(1, len(summaries), squeeze=False)[0]
+        for axes, summary in zip(panels, summaries, strict=True):
+            image = draw_confusion(axes, np.array(summary.report.confusion))
+            seeds = f" over {summary.seeds} seeds" if summary.seeds > 1 else ""
+            threshold = summary.threshold.value, summary.threshold.sd
+            at = " ± ".join(f"{x:.2f}" for x in threshold if math.isfinite(x))
+            title = f"{wrapped(summary.title, 34)}\n{summary.unit}s{seeds}, threshold {at}"
+            axes.set_title(title, fontsize=10, color=INK)
+        bar = figure.colorbar(image, ax=panels, fraction=0.045 / len(summaries), format=lambda x, _: f"{x:.0%}")
+        bar.set_label("Share of the true class")
+        bar.outline.set_visible(False)  # type: ignore[operator]
+        return figure

@@ -1,0 +1,69 @@
+"""Efficiency: the cost of naive and of fused routing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cardiocaps.experiments.exhibits.exhibit import Exhibit
+from cardiocaps.experiments.summaries import Row, Summary
+from cardiocaps.metrics import MeanEstimate
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Efficiency(Exhibit):
+    """Puts the cost first, and draws it."""
+
+    def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
+        return [*self._cost(rows, found), *self._results(rows, found, bootstrap), *self._published(rows, found)]
+
+    def draw(self, summaries: Sequence[Summary]) -> Figure:
+        """Seconds per epoch and peak memory as bars, accuracy beside them."""
+        from cardiocaps.evaluation.names import METRIC_NAMES
+        from cardiocaps.experiments.exhibits.panels import dot_panel, name_systems, wrapped
+        from cardiocaps.plots import new_figure
+
+        figure = new_figure(10, 0.42 * len(summaries) + 1.9, wrapped(self.title, 90))
+        time, memory, accuracy = figure.subplots(1, 3)
+        none = MeanEstimate(math.nan)
+        mebibytes = [none if s.peak_memory is None else MeanEstimate(s.peak_memory / 2**20) for s in summaries]
+        _bars(time, "Seconds per epoch", summaries, [s.cost("seconds_per_epoch") for s in summaries], "{:.1f}".format)
+        _bars(memory, "Peak memory, MiB", summaries, mebibytes, "{:,.0f}".format)
+        estimates = [s.report.metrics["accuracy"] for s in summaries]
+        seeds = [[run.metrics["accuracy"].value for run in s.report.runs] for s in summaries]
+        dot_panel(accuracy, METRIC_NAMES["accuracy"], summaries, estimates, seeds)
+        for axes in (time, memory, accuracy):
+            name_systems(axes, summaries, shown=axes is time)
+        return figure
+
+
+def _bars(
+    axes: Axes, title: str, summaries: Sequence[Summary], values: Sequence[MeanEstimate], text: Callable[[float], str]
+) -> None:
+    """A bar for each system with its number at the end."""
+    from cardiocaps.experiments.exhibits.panels import SMALL, colour_of, dress_panel
+    from cardiocaps.plots import GREY, INK
+
+    ends = [v.value + (v.sd if v.sd > 0 else 0) for v in values]
+    for line, (summary, estimate, end) in enumerate(zip(summaries, values, ends, strict=True)):
+        measured = not math.isnan(estimate.value)
+        if measured:
+            deviation = [estimate.sd] if estimate.sd > 0 else None
+            axes.barh([line], [estimate.value], 0.62, xerr=deviation, color=colour_of(summary), ecolor=INK, capsize=2)
+        axes.annotate(
+            text(estimate.value) if measured else "not measured",
+            (end if measured else 0, line),
+            (5 if measured else 4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=SMALL if measured else 7,
+            color=INK if measured else GREY,
+        )
+    axes.set_xlim(0, 1.25 * max((end for end in ends if not math.isnan(end)), default=1))
+    dress_panel(axes, title, len(summaries), grid="x")

@@ -1,0 +1,155 @@
+"""What every exhibit has: the tables of its results, of the published definitions and of the cost, and a figure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from cardiocaps.errors import plural
+from cardiocaps.evaluation.names import PAPER_NAMES
+from cardiocaps.experiments.markdown import DASH, Column, count, joined, metric_columns, plus_minus, rows_table
+from cardiocaps.experiments.plan import MAIN
+from cardiocaps.experiments.reported import BINARY_F1, ON, Reported, reported
+from cardiocaps.experiments.summaries import Row, Summary
+from cardiocaps.metrics import BOTH, EXACT, PUBLISHED
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_PROBABILITIES = ("auroc", "average_precision", "brier")
+_DECISIONS = ("f1", "f1_weighted", "accuracy", "sensitivity", "specificity")
+
+
+@dataclass(frozen=True)
+class Exhibit:
+    """A table or figure that compares systems. Subclasses add sections or draw another figure.
+
+    Attributes:
+        name: of its files, for example "table1".
+        title: for readers.
+        systems: keys of `plan.SYSTEMS`, in the order of the rows.
+        of_table: the table of the paper whose figures are shown beside ours; "": the one called `name`.
+    """
+
+    name: str
+    title: str
+    systems: tuple[str, ...]
+    of_table: str = ""
+
+    def reported(self, system: str) -> Reported | None:
+        """The paper's figures for a system; None if it has none."""
+        return reported(self.of_table or self.name, system)
+
+    def regression_weight(self, system: str) -> float | str:
+        """The cell `lambda` of a row of the CSV."""
+        return ""
+
+    def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
+        """The Markdown between the figure and the notes. `found` maps systems with results to their summaries."""
+        return [*self._results(rows, found, bootstrap), *self._published(rows, found), *self._cost(rows, found)]
+
+    def draw(self, summaries: Sequence[Summary]) -> Figure:
+        """The figure of the rows with results, of which there is at least one."""
+        from cardiocaps.experiments.exhibits.dots import draw
+
+        return draw(self.title, summaries)
+
+    def _results(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
+        decisions: list[Column] = [("threshold", lambda s: plus_minus(s.threshold))]
+        return [
+            "## Results",
+            _definitions(list(found.values()), bootstrap),
+            rows_table(rows, found, metric_columns(_PROBABILITIES, bootstrap)),
+            rows_table(rows, found, decisions + metric_columns(_DECISIONS, bootstrap)),
+        ]
+
+    def _published(self, rows: Sequence[Row], found: Mapping[str, Summary]) -> list[str]:
+        """The published definitions, beside the paper's figures if it has any."""
+        papers = {row.system: self.reported(row.system) for row in rows}
+        with_paper = any(papers.values())
+        binary = {system for system, figures in papers.items() if figures and system.startswith(BINARY_F1)}
+
+        def ours(name: str) -> Callable[[Summary], str]:
+            return lambda summary: plus_minus(summary.published.paper[name])
+
+        def theirs(name: str) -> dict[str, str]:
+            marks = dict.fromkeys(binary, " †") if name == "f1" else {}
+            return {
+                system: f"{figures[name]}{marks.get(system, '')}" if figures else DASH
+                for system, figures in papers.items()
+            }
+
+        columns: list[Column] = []
+        for name in PUBLISHED:
+            columns.append(("F1 (weighted)" if name == "f1" else PAPER_NAMES[name], ours(name)))
+            if name == "f1" and binary:
+                columns.append(("F1 (abnormal)", lambda summary: plus_minus(summary.published.metrics["f1"])))
+            if with_paper:
+                columns.append((f"*{PAPER_NAMES[name]}, {ON}*", theirs(name)))
+        text = (
+            "By the definitions of the published code, by frame, of decisions at 0.5: its “ROC AUC” is that of hard "
+            "labels, which is the mean of sensitivity and specificity, and its “PR AUC” the precision of the abnormal "
+            "class."
+        )
+        if with_paper:
+            text += f" The columns in italics are the paper's own figures, {ON}."
+        if binary:
+            text += " † The paper's F1 of this row is that of the abnormal class; those of the other rows are weighted."
+        heading = "## As published, beside what the paper reports" if with_paper else "## As published"
+        return [heading, text, rows_table(rows, found, columns)]
+
+    def _cost(self, rows: Sequence[Row], found: Mapping[str, Summary]) -> list[str]:
+        """Times and memory, and what the times depend on."""
+        shared = dict.fromkeys((r.at_once, r.threads) for row in rows for r in row.results)
+        paces = [f"{count(jobs, 'job')} at a time with {count(threads, 'thread')} each" for jobs, threads in shared]
+        ours = found[MAIN].cost("seconds_per_epoch").value if MAIN in found else math.nan
+
+        def relative(summary: Summary) -> str:
+            seconds = summary.cost("seconds_per_epoch").value
+            return DASH if math.isnan(seconds / ours) else f"{seconds / ours:.2f}"
+
+        columns: list[Column] = [
+            ("seeds", lambda s: str(s.seeds)),
+            ("parameters", lambda s: DASH if s.parameters is None else f"{s.parameters:,}"),
+            ("epochs", lambda s: plus_minus(s.cost("epochs"), 1)),
+            ("best epoch", lambda s: plus_minus(s.cost("best_epoch"), 1)),
+            ("seconds per epoch", lambda s: plus_minus(s.cost("seconds_per_epoch"), 2)),
+            ("seconds in all", lambda s: plus_minus(s.cost("seconds"), 1)),
+            ("peak memory, MiB", lambda s: DASH if s.peak_memory is None else f"{s.peak_memory / 2**20:,.0f}"),
+            ("device", lambda s: joined(list(dict.fromkeys(r.device for r in s.row.results)))),
+        ]
+        if ours > 0 and len(found) > 1:
+            columns.insert(5, ("relative to CardioCaps", relative))
+        return ["## Cost", f"Trained {joined(paces)}.", rows_table(rows, found, columns)]
+
+
+def _definitions(summaries: Sequence[Summary], bootstrap: int) -> str:
+    """A paragraph that defines the numbers of the results: means, intervals, samples and thresholds."""
+    several = any(s.seeds > 1 for s in summaries)
+    text = "Mean over the seeds ± standard deviation" if several else "Of a single seed"
+    if bootstrap:
+        drawn = joined(list(dict.fromkeys(plural(s.drawn) for s in summaries)))
+        text += f", and in brackets the 95 % interval of the mean: bootstrap, the middle of {bootstrap:,} resamples of "
+        text += f"the test {drawn}"
+        if several:
+            text += " and of the seeds"
+            if all(s.report.paired for s in summaries):
+                text += f", the same {drawn} for every seed"
+        used = {e.method for s in summaries for e in s.report.metrics.values()}
+        if used & {EXACT, BOTH}:
+            text += f"; exact, the interval of Clopper and Pearson, for an AUROC that of disjoint pairs of {drawn}"
+        if BOTH in used:
+            text += "; exact/bootstrap, at either end the farther of both"
+    by_frame = [s.title for s in summaries if s.unit == "frame"]
+    if len(by_frame) == len(summaries):
+        text += ". A sample is a frame"
+    else:
+        text += ". A sample is a video, with the mean probability of its frames"
+        text += f", but a frame for {joined(by_frame)}" if by_frame else ""
+    return (
+        f"{text}. F1, accuracy, sensitivity and specificity are of decisions at a threshold that each run chooses on "
+        "its own validation split: the one with the largest Youden index (sensitivity + specificity − 1), halfway "
+        "between two neighbouring probabilities, of equally good ones the nearest to 0.5."
+    )

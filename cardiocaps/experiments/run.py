@@ -1,0 +1,193 @@
+"""Runs an experiment: prepares the data, runs the jobs, and writes the exhibits from their results."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from cardiocaps.config import TrainConfig
+from cardiocaps.data.cache import default_folder
+from cardiocaps.data.datamodule import EchoDataModule
+from cardiocaps.data.datasets import DATASETS, PHANTOM
+from cardiocaps.data.fingerprint import Fingerprint
+from cardiocaps.data.open import decode, read_study
+from cardiocaps.errors import CardioCapsError, ConfigError, DataError
+from cardiocaps.experiments.display import display
+from cardiocaps.experiments.exhibits import EXHIBITS, keys_of
+from cardiocaps.experiments.exhibits.exhibit import Exhibit
+from cardiocaps.experiments.folder import ExperimentFolder
+from cardiocaps.experiments.jobs import Job
+from cardiocaps.experiments.markdown import count
+from cardiocaps.experiments.plan import FIRST_SEED, SYSTEMS, configure, trained_as
+from cardiocaps.experiments.results import is_finished, read_result
+from cardiocaps.experiments.runner import run_jobs
+from cardiocaps.experiments.summaries import Row
+from cardiocaps.experiments.tables import write_exhibit, write_index
+from cardiocaps.runtime.device import decide, machine_for, visible_gpu
+from cardiocaps.runtime.files import lock_folder, output_errors, remove_leftovers
+from cardiocaps.runtime.program import Interrupted, print_line
+from cardiocaps.training.fit import quiet
+from cardiocaps.training.run_folder import RunFolder
+
+
+def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out: Path, command: str) -> None:
+    """Run the jobs of these exhibits that are not finished yet, and write the exhibits to `out`/tables.
+
+    Args:
+        names: of the exhibits.
+        config: settings that all jobs share.
+        seeds: number of seeds for each system.
+        at_once: number of jobs that run at the same time.
+        out: folder of the experiments.
+        command: command line that makes the exhibits; the index shows it.
+
+    Raises:
+        CardioCapsError: the settings, the data or the folder cannot be used; or some jobs failed.
+    """
+    quiet()
+    exhibits = [EXHIBITS[name] for name in names]
+    for exhibit in exhibits:
+        if config.split == "frames" and any("split" in SYSTEMS[key].settings for key in exhibit.systems):
+            raise ConfigError(
+                f"split is 'frames', which is a row of {exhibit.name} itself; expected auto, column or stratified"
+            )
+    decide(config, visible_gpu())  # raises before anything is written if the device is missing
+    threads = config.threads or max(1, torch.get_num_threads() // at_once)
+    folder = ExperimentFolder(out)
+
+    def job(key: str, seed: int) -> Job:
+        own = configure(config, SYSTEMS[key], seed, folder.job(key, seed))
+        return Job(SYSTEMS[key], seed, replace(own, threads=threads, progress=False), at_once)
+
+    # Seed by seed, so that an early stop leaves all systems with the first seeds.
+    jobs = [job(key, FIRST_SEED + i) for i in range(seeds) for key in keys_of(exhibits, config.protocol)]
+    folder.make()
+    with lock_folder(folder.path):
+        remove_leftovers(folder.path, folder.data, folder.tables)
+        folder.claim(config)
+        data, unusable = _prepare(jobs, config, folder)
+        finished = [job for job in jobs if is_finished(job.folder)]
+        left = [job for job in jobs if job not in finished and job.name not in unusable]
+        pace = f"{count(at_once, 'job')} at a time, {count(threads, 'thread')} each"
+        print_line(f"{count(len(jobs), 'job')}, {len(finished)} of them finished; {pace}")
+        try:
+            with display(len(left), config.progress) as shown:
+                errors = {**unusable, **run_jobs(left, at_once, shown)}
+        except Interrupted as stop:
+            raise Interrupted(stop.signum, "what was done is saved, and the same command goes on") from None
+        _write(exhibits, jobs, errors, config, data, folder, command)
+    print_line(f"tables and figures: {folder.tables}")
+    if errors:
+        failed = "".join(f"\n  {name}: {why}" for name, why in errors.items())
+        raise CardioCapsError(f"{len(errors)} of {len(jobs)} jobs failed; the same command tries them again{failed}")
+
+
+def _prepare(
+    jobs: Sequence[Job], config: TrainConfig, folder: ExperimentFolder
+) -> tuple[Mapping[str, str], Mapping[str, str]]:
+    """Read and decode the data of the jobs once.
+
+    Returns:
+        A sentence about the data of each protocol and split; and by the name of a job, why its data cannot be used.
+
+    Raises:
+        DataError: the data of the first job, which most jobs share, cannot be used or have changed since the first use.
+    """
+    said: dict[str, str] = {}
+    refused: dict[str, DataError] = {}
+    for job in jobs:
+        if _data_of(job) not in {**said, **refused}:
+            watched = replace(job.config, progress=config.progress)
+            try:
+                with machine_for(watched) as machine:
+                    study = read_study(watched)
+                    before = folder.known_data(watched)
+                    data = decode(watched, machine, study if before is None else before.as_used(study))
+            except DataError as error:
+                if job is jobs[0]:
+                    raise
+                refused[_data_of(job)] = error
+                continue
+            folder.claim_data(watched, Fingerprint.of(study).with_contents(data.contents()))
+            said[_data_of(job)] = _described(watched, data)
+    return said, {job.name: str(refused[_data_of(job)]) for job in jobs if _data_of(job) in refused}
+
+
+def _data_of(job: Job) -> str:
+    """A key that is equal for jobs with the same data."""
+    return f"protocol {job.config.protocol}, split {job.config.split}"
+
+
+def _described(config: TrainConfig, data: EchoDataModule) -> str:
+    """A sentence about the data, without their path, which can contain names."""
+    if config.data is None:
+        what = f"The synthetic phantom ({config.phantom_videos} videos, seed {config.phantom_seed}), no patients' data"
+    else:
+        what = DATASETS[PHANTOM].title
+    parts = []
+    for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
+        labels = data.labels(split)
+        unit, n, positives = "frames", len(labels), int(labels.sum())
+        if not config.splits_frames:
+            clips = data.clips(split)
+            unit, n, positives = "videos", len(clips), sum(clip.label for clip in clips)
+        parts.append(f"{name} {n} {unit}, {positives} abnormal")
+    rule = ", split by frame" if config.split == "frames" else ""
+    return f"{what}; preset {config.preset}, protocol {config.protocol}{rule}: {'; '.join(parts)}."
+
+
+def _write(
+    exhibits: Sequence[Exhibit],
+    jobs: Sequence[Job],
+    errors: Mapping[str, str],
+    config: TrainConfig,
+    data: Mapping[str, str],
+    folder: ExperimentFolder,
+    command: str,
+) -> None:
+    """Write the exhibits from the finished jobs, and the index of all exhibits in the folder."""
+
+    finished = [job for job in jobs if is_finished(job.folder)]
+
+    def row(key: str) -> Row:
+        own = [job for job in jobs if job.system.key == trained_as(key, config.protocol)]
+        results = tuple(read_result(job.folder) for job in own if job in finished)
+        why = {job.seed: _without_paths(errors[job.name], config, folder) for job in own if job.name in errors}
+        failed = [f"seed {seed}: {error}" for seed, error in why.items()]
+        return Row(key, SYSTEMS[key].title, results, "; ".join(failed) or None)
+
+    with output_errors(folder.tables):
+        folder.tables.mkdir(exist_ok=True)
+    for exhibit in exhibits:
+        keys = {trained_as(key, config.protocol) for key in exhibit.systems}
+        described = [data[_data_of(job)] for job in jobs if job.system.key in keys and _data_of(job) in data]
+        rows = [row(key) for key in exhibit.systems]
+        write_exhibit(exhibit, rows, folder.tables, data=" ".join(dict.fromkeys(described)), bootstrap=config.bootstrap)
+    written = [e for e in EXHIBITS.values() if e in exhibits or (folder.tables / f"{e.name}.csv").is_file()]
+    write_index(
+        written,
+        folder.tables,
+        data=next(iter(data.values())),
+        commands=folder.remember(command),
+        environments=[json.loads(RunFolder(job.folder).environment.read_text(encoding="utf-8")) for job in finished],
+    )
+
+
+def _without_paths(text: str, config: TrainConfig, folder: ExperimentFolder) -> str:
+    """An error text for tables, which are shown to others: paths are replaced, because they can identify the user."""
+    places = {
+        "OUT": folder.path,
+        "DATA": config.data,
+        "CACHE": config.cache_dir or default_folder(),
+        "HOME": Path.home(),
+    }
+    for name, place in places.items():
+        for form in () if place is None else (place.resolve(), place.absolute(), place):
+            if len(form.parts) > 1:  # neither the root of the file system nor a bare name
+                text = re.sub(rf"(?<![\w/.-]){re.escape(str(form))}(?![\w.-])", name, text)
+    return text

@@ -1,0 +1,190 @@
+"""Callbacks of the training: the history of a run, its checkpoints, early stopping and progress."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
+from torch import Tensor
+
+from cardiocaps.errors import CardioCapsError
+from cardiocaps.metrics import by_video, evaluate
+from cardiocaps.runtime.files import write_csv
+from cardiocaps.runtime.program import Interrupted, Interruption, print_line
+from cardiocaps.training.checkpoints import CheckpointFiles
+from cardiocaps.training.run_folder import RunFolder
+
+Watch = Callable[[float, str], None]
+"""Called with the share of a job that is done, from 0 to 1, and what is being done."""
+
+_SAVE_EVERY = 600.0  # seconds: a killed run loses no more work than this
+
+
+class Restored(Callback):
+    """Clears `CheckpointFiles.restoring` when Lightning has restored a checkpoint."""
+
+    def __init__(self, files: CheckpointFiles) -> None:
+        self.files = files
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.files.restoring = False
+
+
+class History(Callback):
+    """Keeps a row of numbers for each epoch: the mean of every part of the loss, and the validation AUROC by video.
+
+    It does not use Lightning's `log`, whose sums are not part of a checkpoint in the middle of an epoch. `rows` is
+    written to metrics.csv after every epoch.
+    """
+
+    def __init__(self, run: RunFolder, parts: Sequence[str]) -> None:
+        self.run, self.parts = run, parts
+        self.rows: list[dict[str, float]] = []
+        self._sums: Tensor | None = None  # float64 [parts + 1], the last is the number of frames
+        self._seconds = 0.0
+        self._since = 0.0
+
+    @property
+    def is_best(self) -> bool:
+        """Whether the last epoch is the first with the least validation loss."""
+        return self.rows[-1] is min(self.rows, key=lambda row: row["val_loss"])
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = None if self._sums is None else self._sums.tolist()
+        return {"rows": [dict(row) for row in self.rows], "sums": sums, "seconds": self._elapsed()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.rows = [dict(row) for row in state_dict["rows"]]
+        sums = state_dict["sums"]
+        self._sums = None if sums is None else torch.tensor(sums, dtype=torch.float64)
+        self._seconds = state_dict["seconds"]
+
+    def _elapsed(self) -> float:
+        return self._seconds + time.monotonic() - self._since
+
+    def _add(self, sums: Tensor | None, outputs: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> Tensor:
+        n = len(batch["label"])
+        parts = torch.stack([outputs[name].detach().double() for name in self.parts]) * n
+        added = torch.cat([parts, parts.new_full((1,), n)])
+        return added if sums is None else sums.to(added.device) + added
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._since = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._sums = self._add(self._sums, outputs, batch)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation: Tensor | None = None
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._validation = self._add(self._validation, outputs, batch)
+        self._seen.append((outputs["probability"].float().cpu(), batch["label"].cpu(), batch["clip"].cpu()))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        row: dict[str, float] = {"epoch": trainer.current_epoch + 1}
+        for stage, sums in (("train", self._sums), ("val", self._validation)):
+            assert sums is not None
+            *parts, n = sums.tolist()
+            row |= {f"{stage}_{name}": part / n for name, part in zip(self.parts, parts, strict=True)}
+        if not all(math.isfinite(x) for x in row.values()):
+            raise CardioCapsError(
+                f"the loss is not finite in epoch {row['epoch']:.0f}: a smaller --learning-rate may help; "
+                f"{self.run.best.name} holds the best epoch before"
+            )
+        probability, label, clip = (torch.cat(x).numpy() for x in zip(*self._seen, strict=True))
+        report = evaluate(*by_video(probability, label, clip), bootstrap=0)
+        row["val_auroc"] = report.metrics["auroc"].value
+        row["seconds"] = round(self._elapsed(), 2)
+        self._sums, self._seconds, self._since = None, 0.0, time.monotonic()
+        self.rows.append(row)
+        # Early stopping reads Lightning's callback metrics.
+        trainer.callback_metrics["val_loss"] = torch.tensor(row["val_loss"], dtype=torch.float64)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        write_csv(self.run.metrics_csv, self.rows)
+        row = self.rows[-1]
+        print_line(
+            f"epoch {row['epoch']:3d}/{trainer.max_epochs}  loss {row['train_loss']:.4f}"
+            f"  validation {row['val_loss']:.4f}  AUROC {row['val_auroc']:.3f}"
+            f"  {row['seconds']:.1f} s{'  best' if self.is_best else ''}"
+        )
+
+
+class Checkpoints(Checkpoint):
+    """Saves `last.ckpt` after every epoch, every ten minutes and on a signal, and `best.ckpt` after the best epoch."""
+
+    def __init__(self, run: RunFolder, history: History, interruption: Interruption) -> None:
+        self.run, self.history, self.interruption = run, history, interruption
+        self._saved = time.monotonic()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.interruption.defer(True)
+        self._saved = time.monotonic()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.interruption.defer(False)
+
+    def _save_last(self, trainer: Trainer) -> None:
+        trainer.save_checkpoint(self.run.last)
+        self._saved = time.monotonic()
+        if self.interruption.signum is not None:
+            raise Interrupted(self.interruption.signum, f"saved; go on with --resume {self.run.path}")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Not after the last batch: the end of the epoch saves anyway.
+        due = self.interruption.signum is not None or time.monotonic() - self._saved > _SAVE_EVERY
+        if due and not trainer.is_last_batch:
+            self._save_last(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.history.is_best:
+            trainer.save_checkpoint(self.run.best, weights_only=True)
+        self._save_last(trainer)
+
+
+class Patience(EarlyStopping):
+    """Stops when the validation loss has not decreased for `patience` epochs."""
+
+    def __init__(self, patience: int) -> None:
+        super().__init__("val_loss", min_delta=0.0, patience=patience, check_on_train_epoch_end=True)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore everything but the patience, which may have been changed."""
+        super().load_state_dict({**state_dict, "patience": self.patience})
+
+    def waited(self, checkpoint: Mapping[str, Any]) -> int:
+        """The number of epochs without a decrease in a checkpoint."""
+        return int(checkpoint["callbacks"][self.state_key]["wait_count"])
+
+
+class Progress(Callback):
+    """Tells `watch` the share of the epochs that is done."""
+
+    def __init__(self, watch: Watch) -> None:
+        self.watch = watch
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert trainer.max_epochs is not None
+        done = trainer.current_epoch + (trainer.fit_loop.batch_idx + 1) / trainer.num_training_batches
+        self.watch(done / trainer.max_epochs, f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}")
