@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cardiocaps.config import MAY_DIFFER_ON_RESUME, CommandLine, TrainConfig, add_options, options, read_run
+from cardiocaps.config import CommandLine, TrainConfig, add_options, options, read_run, settings_that_affect
 from cardiocaps.errors import CardioCapsError, CheckpointError, plural, printable
 from cardiocaps.evaluation.pixel_baseline import PIXEL_SIDE
 from cardiocaps.runtime.program import Interrupted, Interruption, print_line, run_program
@@ -480,7 +480,7 @@ def evaluate_run(
 def _but_for_the_seed(config: TrainConfig, data: Fingerprint) -> str:
     """What runs that may be averaged have in common: their data, wherever these lie, and their settings but for those
     of the machine."""
-    ignored = {*MAY_DIFFER_ON_RESUME, "seed", "out", "resume", "overwrite"} - {"epochs", "patience"}
+    ignored = {"seed", *settings_that_affect("rounding", "machine", "display", "place")}
     settings = {name: value for name, value in config.as_dict().items() if name not in ignored}
     # With a limit, another split is of other videos.
     return repr((settings, data.digest_without_splits if config.limit is None else data.table))

@@ -10,15 +10,14 @@ from cardiocaps.config.option import Option
 from cardiocaps.config.presets import PRESETS, Preset
 from cardiocaps.config.saved import completed, read_run, read_yaml
 from cardiocaps.config.settings import (
-    MAY_DIFFER_ON_RESUME,
     TRAINABLE_PHANTOM,
     TrainConfig,
     check_resumable,
     options,
+    settings_that_affect,
 )
 
 __all__ = [
-    "MAY_DIFFER_ON_RESUME",
     "PRESETS",
     "TRAINABLE_PHANTOM",
     "CommandLine",
@@ -33,4 +32,5 @@ __all__ = [
     "options",
     "read_run",
     "read_yaml",
+    "settings_that_affect",
 ]

@@ -9,7 +9,7 @@ import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from cardiocaps.errors import ConfigError
 
@@ -21,9 +21,30 @@ _NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
 
-def setting(default: Any, group: str, text: str, *, low: float | None = None, high: float | None = None) -> Any:
-    """A field of TrainConfig, with its section in the help, its help, and its bounds (inclusive)."""
-    return field(default=default, metadata={"group": group, "help": text, "low": low, "high": high})
+Affects = Literal["result", "shape", "length", "rounding", "machine", "display", "place"]
+"""What a setting affects:
+
+* `result`: the numbers that a run computes.
+* `shape`: also what the parameters of the network mean, so that a checkpoint fits no other value.
+* `length`: how long a run trains. A run that is resumed may have another value.
+* `rounding`: the kernels and the memory layout, so only the last digits of a result.
+* `machine`: where a run computes and where its data lie. Results keep their value, up to rounding.
+* `display`: what is shown while a run goes on.
+* `place`: the folder of a run.
+"""
+
+
+def setting(
+    default: Any,
+    group: str,
+    text: str,
+    *,
+    affects: Affects = "result",
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A field of TrainConfig, with its section in the help, its help, what it affects, and its inclusive bounds."""
+    return field(default=default, metadata={"group": group, "help": text, "affects": affects, "low": low, "high": high})
 
 
 @dataclass(frozen=True)
@@ -37,6 +58,7 @@ class Option:
     default: Any
     group: str
     help: str
+    affects: Affects
     low: float | None
     high: float | None
 

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
-from cardiocaps.config.option import Option, first, path_text, same_path, setting, shown
+from cardiocaps.config.option import Affects, Option, first, path_text, same_path, setting, shown
 from cardiocaps.config.presets import PRESETS, Preset
 from cardiocaps.config.yaml_types import yaml_types
 from cardiocaps.errors import ConfigError, printable
@@ -17,26 +17,6 @@ from cardiocaps.runtime.files import is_missing
 TRAINABLE_PHANTOM = 18
 """Fewest videos of a phantom that is made to be trained on: fewer leave a split without abnormal ones. (Older versions
 made smaller ones.)"""
-
-MAY_DIFFER_ON_RESUME = (
-    "data",
-    "phantom_dir",
-    "epochs",
-    "patience",
-    "device",
-    "channels_last",
-    "compile",
-    "backend",
-    "threads",
-    "workers",
-    "decode_workers",
-    "video_reader",
-    "progress",
-    "cache_dir",
-    "follow_links",
-)
-"""Settings that may change when a run goes on: they decide how long and where it runs and where its data lie, not what
-it computes, but for the rounding. (What lies there is compared by its fingerprint.)"""
 
 _PLACES = ("data", "phantom_dir", "cache_dir")
 """Settings that name a place outside of the run."""
@@ -51,7 +31,10 @@ class TrainConfig:
     or has the meaning its help gives."""
 
     data: Path | None = setting(
-        None, "data", "EchoNet-LVH folder (MeasurementsList.csv, Batch1 to Batch4); none: the phantom"
+        None,
+        "data",
+        "EchoNet-LVH folder (MeasurementsList.csv, Batch1 to Batch4); none: the phantom",
+        affects="machine",
     )
     phantom_videos: int = setting(
         300,
@@ -61,9 +44,11 @@ class TrainConfig:
         high=100_000,
     )
     phantom_seed: int = setting(10, "data", "seed of the phantom", low=0, high=2**32 - 1)
-    phantom_dir: Path = setting(Path("phantom"), "data", "folder the phantom is written to and reused from")
+    phantom_dir: Path = setting(
+        Path("phantom"), "data", "folder the phantom is written to and reused from", affects="machine"
+    )
     cache_dir: Path | None = setting(
-        None, "data", "folder for decoded frames; none: $CARDIOCAPS_CACHE or ~/.cache/cardiocaps"
+        None, "data", "folder for decoded frames; none: $CARDIOCAPS_CACHE or ~/.cache/cardiocaps", affects="machine"
     )
     protocol: Literal["video", "paper"] = setting(
         "video",
@@ -99,7 +84,7 @@ class TrainConfig:
         low=0.01,
         high=100,
     )
-    follow_links: bool = setting(False, "data", "follow links that leave the data folder")
+    follow_links: bool = setting(False, "data", "follow links that leave the data folder", affects="machine")
     frames_per_clip: int | None = setting(
         None, "data", "frames taken from a video; none: the preset's", low=1, high=10_000
     )
@@ -115,17 +100,25 @@ class TrainConfig:
 
     preset: Literal["tiny", "small", "paper"] = setting("tiny", "model", "size of the network and its training")
     model: Literal["cardiocaps", "em-capsnet", "efficient-capsnet", "cnn-1", "cnn-2", "resnet18", "unet", "vit"] = (
-        setting("cardiocaps", "model", "the network: CardioCaps, or one that the paper compares it with")
+        setting(
+            "cardiocaps", "model", "the network: CardioCaps, or one that the paper compares it with", affects="shape"
+        )
     )
-    routing: Literal["attention", "dynamic", "uniform"] = setting("attention", "model", "CardioCaps' routing algorithm")
+    routing: Literal["attention", "dynamic", "uniform"] = setting(
+        "attention", "model", "CardioCaps' routing algorithm", affects="shape"
+    )
     affine: Literal["matrices", "convolution", "constant"] = setting(
         "matrices",
         "model",
         "CardioCaps' votes: by learned matrices, by a 1x1 convolution that all capsules share, or by one constant",
+        affects="shape",
     )
-    iterations: int = setting(3, "model", "iterations of dynamic and EM routing", low=1, high=10)
+    iterations: int = setting(3, "model", "iterations of dynamic and EM routing", affects="shape", low=1, high=10)
     primary_layout: Literal["channels", "legacy"] = setting(
-        "channels", "model", "CardioCaps' capsules: the neurons of one location, or as in the published code"
+        "channels",
+        "model",
+        "CardioCaps' capsules: the neurons of one location, or as in the published code",
+        affects="shape",
     )
     decoder_mask: Literal["label", "predicted"] = setting(
         "label", "model", "class capsule that the decoder sees in training"
@@ -141,52 +134,71 @@ class TrainConfig:
         0.05, "loss", "weight of the regression loss (lambda_reg of eq. 2)", low=0, high=1000
     )
     regression_target: Literal["width", "ef"] = setting(
-        "width", "loss", "what is regressed: LV width in cm, or ejection fraction in percent"
+        "width", "loss", "what is regressed: LV width in cm, or ejection fraction in percent", affects="shape"
     )
 
     batch_size: int | None = setting(None, "training", "frames in a batch; none: the preset's", low=1, high=65_536)
     learning_rate: float | None = setting(
         None, "training", "learning rate of Adam; none: the preset's", low=1e-9, high=1
     )
-    epochs: int | None = setting(None, "training", "most epochs; none: the preset's", low=1, high=100_000)
+    epochs: int | None = setting(
+        None, "training", "most epochs; none: the preset's", affects="length", low=1, high=100_000
+    )
     patience: int | None = setting(
         None,
         "training",
         "epochs without a better validation loss before stopping; none: the preset's",
+        affects="length",
         low=1,
         high=100_000,
     )
     seed: int = setting(10, "training", "seed of weights, order and augmentation", low=0, high=2**32 - 1)
 
     device: Literal["auto", "cpu", "cuda"] = setting(
-        "auto", "machine", "auto: the first CUDA or ROCm GPU, else the CPU"
+        "auto", "machine", "auto: the first CUDA or ROCm GPU, else the CPU", affects="machine"
     )
     precision: Literal["32", "bf16"] = setting("32", "machine", "float32, or bfloat16 autocast")
     tf32: bool = setting(False, "machine", "on a GPU, float32 products and convolutions in TensorFloat-32")
-    channels_last: bool = setting(True, "machine", "images and feature maps in channels_last order")
-    compile: bool = setting(False, "machine", "train the network through torch.compile")
+    channels_last: bool = setting(True, "machine", "images and feature maps in channels_last order", affects="rounding")
+    compile: bool = setting(False, "machine", "train the network through torch.compile", affects="rounding")
     backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = setting(
         "auto",
         "machine",
         "kernels of the routing; auto: the first that can; reference: plain PyTorch, which holds the votes",
+        affects="rounding",
     )
-    threads: int | None = setting(None, "machine", "threads of the CPU; none: torch decides", low=1, high=1024)
-    workers: int = setting(0, "machine", "processes that load data; 0: the main one", low=0, high=256)
+    threads: int | None = setting(
+        None, "machine", "threads of the CPU; none: torch decides", affects="machine", low=1, high=1024
+    )
+    workers: int = setting(
+        0, "machine", "processes that load data; 0: the main one", affects="machine", low=0, high=256
+    )
     decode_workers: int | None = setting(
-        None, "machine", "threads that decode videos, once; none: one for each core", low=1, high=1024
+        None,
+        "machine",
+        "threads that decode videos, once; none: one for each core",
+        affects="machine",
+        low=1,
+        high=1024,
     )
     video_reader: Literal["pyav", "decord"] = setting(
-        "pyav", "machine", "decord: Motion JPEG in AVI is decoded by decord, to the same pixels; it tells no damage"
+        "pyav",
+        "machine",
+        "decord: Motion JPEG in AVI is decoded by decord, to the same pixels; it tells no damage",
+        affects="machine",
     )
 
-    out: Path | None = setting(None, "run", "folder of the run; none: runs/PRESET-NETWORK-seedSEED")
-    overwrite: bool = setting(False, "run", "replace the folder of an earlier run")
+    out: Path | None = setting(None, "run", "folder of the run; none: runs/PRESET-NETWORK-seedSEED", affects="place")
+    overwrite: bool = setting(False, "run", "replace the folder of an earlier run", affects="place")
     resume: Path | None = setting(
         None,
         "run",
         "go on with the run in this folder and its settings; --epochs, --device and the like may differ",
+        affects="place",
     )
-    progress: bool = setting(True, "run", "progress bars; without a terminal, a line every ten seconds")
+    progress: bool = setting(
+        True, "run", "progress bars; without a terminal, a line every ten seconds", affects="display"
+    )
     bootstrap: int = setting(1000, "run", "resamples for the intervals; 0: none", low=0, high=100_000)
 
     def __post_init__(self) -> None:
@@ -268,6 +280,11 @@ class TrainConfig:
         return text
 
 
+def settings_that_affect(*kinds: Affects) -> tuple[str, ...]:
+    """Names of the settings that affect one of `kinds`, in their order in `TrainConfig`."""
+    return tuple(item.name for item in fields(TrainConfig) if item.metadata["affects"] in kinds)
+
+
 @cache
 def options() -> dict[str, Option]:
     """Every setting by name, in order."""
@@ -326,9 +343,10 @@ def check_resumable(old: TrainConfig, new: TrainConfig) -> None:
     """Raise ConfigError where `new` would go on with the run of `old` under other settings; the message lists
     them all.
 
-    What may differ: MAY_DIFFER_ON_RESUME, and where the run lies (`out`, `resume`, `overwrite`).
+    May differ: settings that change no result but for the rounding, how long it is trained, and where the run lies.
     """
-    ignored = {*MAY_DIFFER_ON_RESUME, "out", "resume", "overwrite"}
+    may_differ = settings_that_affect("length", "rounding", "machine", "display")
+    ignored = {*may_differ, *settings_that_affect("place")}
     before, after = old.resolved().as_dict(), new.resolved().as_dict()
     different = [
         f"{name} is {shown(after[name])}, was {shown(before[name])}"
@@ -338,5 +356,5 @@ def check_resumable(old: TrainConfig, new: TrainConfig) -> None:
     if different:
         raise ConfigError(
             f"resume: the run has other settings ({'; '.join(different)}); start a new run for these. "
-            f"Only {', '.join(MAY_DIFFER_ON_RESUME)} may differ"
+            f"Only {', '.join(may_differ)} may differ"
         )

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cardiocaps.config import CommandLine, TrainConfig, add_options, options
+from cardiocaps.config import CommandLine, TrainConfig, add_options, options, settings_that_affect
 from cardiocaps.errors import CardioCapsError, ConfigError, DataError
 from cardiocaps.experiments.plan import EXHIBITS, FIRST_SEED, SYSTEMS, configure, keys_of, trained_as
 from cardiocaps.runtime.files import output_errors
@@ -27,11 +27,9 @@ if TYPE_CHECKING:
     from cardiocaps.experiments.folder import ExperimentFolder
     from cardiocaps.experiments.jobs import Job
 
-# What a system decides itself, and what one run has that many do not.
-_NOT_COMMON = {
-    *("model", "routing", "affine", "class_weight", "regression_weight", "backend"),
-    *("seed", "split_seed", "out", "overwrite", "resume"),
-}
+# Settings that each system decides, and settings of a single run.
+_BY_SYSTEM = ("model", "routing", "affine", "class_weight", "regression_weight", "backend")
+_BY_RUN = ("seed", "split_seed", *settings_that_affect("place"))
 
 
 def parser() -> CommandLine:
@@ -69,7 +67,7 @@ def parser() -> CommandLine:
         type=options()["data"].from_text,
         help="folder of the experiments (default: experiments/PRESET)",
     )
-    add_options(parser, [name for name in options() if name not in _NOT_COMMON])
+    add_options(parser, [name for name in options() if name not in (*_BY_SYSTEM, *_BY_RUN)])
     return parser
 
 

@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from cardiocaps.config import TrainConfig
+from cardiocaps.config import TrainConfig, settings_that_affect
 from cardiocaps.errors import CardioCapsError, CheckpointError
 from cardiocaps.models import build, make_loss
 from cardiocaps.models.losses import SpreadLoss, class_weights
@@ -33,8 +33,6 @@ from cardiocaps.runtime.files import atomic_write, write_csv
 from cardiocaps.runtime.program import Interrupted, Interruption, print_line
 from cardiocaps.training.run_folder import RunFolder
 
-# Settings that the meaning of a network's parameters depends on; the others only say how it is trained.
-_SHAPING = ("model", "routing", "affine", "iterations", "primary_layout", "regression_target")
 _SHAPE_OF_OLDER = {"model": "cardiocaps", "affine": "matrices"}  # checkpoints, which have no word of these
 _TRAINING_DEFAULTS = ("frames_per_clip", "batch_size", "learning_rate", "epochs", "patience")
 
@@ -97,7 +95,7 @@ class Classifier(LightningModule):
 def _shape(config: TrainConfig) -> dict[str, Any]:
     """The network's sizes too, for a preset may change from version to version."""
     sizes = {f"preset.{name}": x for name, x in asdict(config.network).items() if name not in _TRAINING_DEFAULTS}
-    return {**{name: getattr(config, name) for name in _SHAPING}, **sizes}
+    return {**{name: getattr(config, name) for name in settings_that_affect("shape")}, **sizes}
 
 
 def check_configuration(checkpoint: Mapping[str, Any], config: TrainConfig) -> None:

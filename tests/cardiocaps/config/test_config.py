@@ -9,7 +9,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cardiocaps.config import (
-    MAY_DIFFER_ON_RESUME,
     PRESETS,
     Option,
     TrainConfig,
@@ -18,6 +17,7 @@ from cardiocaps.config import (
     from_command_line,
     options,
     read_yaml,
+    settings_that_affect,
 )
 from cardiocaps.errors import ConfigError
 
@@ -441,8 +441,8 @@ def test_check_resumable_compares_every_setting_but_those_that_may_differ() -> N
     config = TrainConfig().resolved()
     check_resumable(TrainConfig(), config)
     check_resumable(config, replace(config, epochs=99, device="cpu", threads=2, workers=1, progress=False))
-    free = {*MAY_DIFFER_ON_RESUME, "out", "overwrite", "resume"}
-    for name in sorted(set(options()) - free):
+    free = settings_that_affect("length", "rounding", "machine", "display", "place")
+    for name in sorted(set(options()) - set(free)):
         other = replace(config, **{name: _another(options()[name], getattr(config, name))})
         with pytest.raises(ConfigError, match=rf"\({name} is "):
             check_resumable(config, other)
@@ -451,3 +451,17 @@ def test_check_resumable_compares_every_setting_but_those_that_may_differ() -> N
 def test_the_parser_itself_takes_no_abbreviation() -> None:
     assert command_line().allow_abbrev is False
     assert vars(command_line().parse_args(["--seed", "3"])) == {"config": None, "seed": 3}
+
+
+def test_what_a_setting_affects() -> None:
+    """The shape is written to every checkpoint, and the rest decides what a resumed run may change."""
+    assert settings_that_affect("shape") == (
+        "model",
+        "routing",
+        "affine",
+        "iterations",
+        "primary_layout",
+        "regression_target",
+    )
+    assert set(settings_that_affect("place")) == {"out", "overwrite", "resume"}
+    assert {"seed", "precision", "tf32", "bootstrap"} <= set(settings_that_affect("result"))
