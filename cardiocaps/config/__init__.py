@@ -1,25 +1,19 @@
-"""Every setting of a training run, declared once: the command line, the YAML file and the run's record all
-read `TrainConfig`.
+"""The settings of a training run.
 
-Precedence: defaults < the preset's own values < the YAML file < the command line. With `--resume`, the run's
-own configuration takes the place of the defaults. Imports nothing heavy, so that `--help` answers at once.
+Precedence: defaults < the preset's values < the YAML file < the command line. With `--resume`, the settings of the run
+take the place of the defaults. Nothing heavy is imported, so that `--help` answers at once.
 """
 
 from cardiocaps.config.command_line import CommandLine, add_options, command_line, from_command_line
 from cardiocaps.config.option import Option
-from cardiocaps.config.presets import PRESETS, Preset
-from cardiocaps.config.saved import completed, read_run, read_yaml
-from cardiocaps.config.settings import (
-    TRAINABLE_PHANTOM,
-    TrainConfig,
-    check_resumable,
-    options,
-    settings_that_affect,
-)
+from cardiocaps.config.presets import PRESETS, TRAINING_DEFAULTS, Preset
+from cardiocaps.config.saved import check_resumable, completed, read_run, read_yaml
+from cardiocaps.config.settings import TRAINABLE_PHANTOM, TrainConfig, options, settings_that_affect
 
 __all__ = [
     "PRESETS",
     "TRAINABLE_PHANTOM",
+    "TRAINING_DEFAULTS",
     "CommandLine",
     "Option",
     "Preset",

@@ -1,6 +1,7 @@
 """The settings on the command line."""
 
 import argparse
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -8,13 +9,13 @@ from typing import Any, NoReturn
 
 from cardiocaps import __version__
 from cardiocaps.config.option import did_you_mean, shown
-from cardiocaps.config.saved import read_run, read_yaml
-from cardiocaps.config.settings import TrainConfig, check_resumable, options
+from cardiocaps.config.saved import check_resumable, read_run, read_yaml
+from cardiocaps.config.settings import TrainConfig, options
 from cardiocaps.errors import printable
 
 
 class CommandLine(argparse.ArgumentParser):
-    """A parser that takes no abbreviation, and answers a mistake in one line: `error: …`, exit status 2."""
+    """A parser that takes no abbreviations and reports a mistake in one line, `error: …`, with exit status 2."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **settings})
@@ -32,12 +33,12 @@ class CommandLine(argparse.ArgumentParser):
         return parsed
 
     def error(self, message: str) -> NoReturn:
+        message = re.sub(r"^argument (\S+): is ", r"\1 is ", message)  # as `Option.check` words it
         self.exit(2, f"error: {printable(message)} (see {self.prog} --help)\n")
 
 
 def command_line(prog: str = "cardiocaps.train", description: str | None = None) -> CommandLine:
-    """The training program's parser. Only what is typed lands in its namespace, besides `config`, the YAML
-    file."""
+    """The parser of the training program. Its namespace holds only what was typed, and `config`, the YAML file."""
     parser = CommandLine(
         prog=prog,
         usage="%(prog)s [--config FILE] [options]",
@@ -59,34 +60,28 @@ def command_line(prog: str = "cardiocaps.train", description: str | None = None)
 
 
 def add_options(parser: argparse.ArgumentParser, names: Sequence[str], default: str | None = None) -> None:
-    """Give a parser the named settings, in their sections of the help. What is not typed has no default there, or the
-    one that `default` says in words."""
+    """Give a parser the named settings, in their sections of the help.
+
+    The help ends with the default of each setting, or with `default` in place of all of them.
+    """
     groups: dict[str, Any] = {}
     for option in (options()[name] for name in names):
         if option.group not in groups:
             groups[option.group] = parser.add_argument_group(option.group)
-        group = groups[option.group]
-        if option.kind is bool:
-            usual = default or ("yes" if option.default else "no")
-            group.add_argument(
-                option.flag, action=argparse.BooleanOptionalAction, help=f"{option.help} (default: {usual})"
-            )
-            continue
-        usual = default or option.default
+        form: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+        usual = "yes" if option.default else "no"
+        if option.kind is not bool:
+            text = f"{{{','.join(option.choices)}}}" if option.choices else "TEXT"
+            metavar = {int: "N", float: "X", Path: "PATH", str: text, dict: "NAME=X"}[option.kind]
+            action = _Collect if option.kind is dict else "store"
+            form, usual = {"type": option.from_text, "action": action, "metavar": metavar}, option.default
+        usual = default or usual
         text = option.help if usual is None else f"{option.help} (default: {usual})"
-        choices = f"{{{','.join(option.choices)}}}" if option.choices else "TEXT"
-        metavar = {int: "N", float: "X", Path: "PATH", str: choices, dict: "NAME=X"}[option.kind]
-        group.add_argument(
-            option.flag,
-            type=option.from_text,
-            action=_Collect if option.kind is dict else "store",
-            metavar=metavar,
-            help=text.replace("%", "%%"),
-        )
+        groups[option.group].add_argument(option.flag, help=text.replace("%", "%%"), **form)
 
 
 class _Collect(argparse.Action):
-    """An option that may be given again for another name."""
+    """Collects NAME=X from every use of the option."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         before = getattr(namespace, self.dest, None) or {}
@@ -96,10 +91,12 @@ class _Collect(argparse.Action):
 
 
 def from_command_line(argv: Sequence[str] | None = None, prog: str = "cardiocaps.train") -> TrainConfig:
-    """The resolved configuration that a command line asks for; `argv` None: the process's own.
+    """The resolved settings of a command line; `argv` None: that of the process.
 
-    Exits with status 2 on a mistake in the command line; raises ConfigError for one in the YAML file, between
-    settings, or for a run that cannot be resumed so.
+    Exits with status 2 on a mistake in the command line.
+
+    Raises:
+        ConfigError: the YAML file has a mistake, settings contradict each other, or a run cannot be resumed with them.
     """
     typed = vars(command_line(prog).parse_args(argv))
     file = typed.pop("config", None)
@@ -114,7 +111,7 @@ def from_command_line(argv: Sequence[str] | None = None, prog: str = "cardiocaps
 
 
 def _over(before: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings before, with the later ones in their place; those that are a mapping name by name."""
+    """`before` with `settings` in their place; the entries of a setting that is a mapping are replaced one by one."""
     both = {
         name: {**(before.get(name) or {}), **value} if isinstance(value, dict) else value
         for name, value in settings.items()

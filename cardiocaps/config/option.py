@@ -1,4 +1,9 @@
-"""One setting: its type, its bounds, and the check of a value."""
+"""One setting: its type, its bounds, its help text, and the check of a value.
+
+The dataclass `TrainConfig` declares the settings with `setting`; `Option` is what is read off such a field. Values
+come from Python, from YAML and from the command line, so the check is strict: no bool for an int, no 1.0 for an int,
+no NaN, no control characters.
+"""
 
 import argparse
 import difflib
@@ -6,20 +11,12 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from cardiocaps.errors import ConfigError
-
-_LONGEST_TEXT = 100
-
-_NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
-
-# Line ends of every kind among them, which YAML would not give back; and bytes that are no text.
-_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-
 
 Affects = Literal["result", "shape", "length", "rounding", "machine", "display", "place"]
 """What a setting affects:
@@ -33,34 +30,35 @@ Affects = Literal["result", "shape", "length", "rounding", "machine", "display",
 * `place`: the folder of a run.
 """
 
+_LONGEST_TEXT = 100
+_NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]+)?")
+
+# Control characters, all line separators (YAML would not give them back unchanged), and surrogates, which stand for
+# bytes that are not valid text.
+_CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
 
 def setting(
-    default: Any,
-    group: str,
-    text: str,
-    *,
-    affects: Affects = "result",
-    low: float | None = None,
-    high: float | None = None,
+    default: Any, text: str, *, affects: Affects = "result", bounds: tuple[float, float] = (-math.inf, math.inf)
 ) -> Any:
-    """A field of TrainConfig, with its section in the help, its help, what it affects, and its inclusive bounds."""
-    return field(default=default, metadata={"group": group, "help": text, "affects": affects, "low": low, "high": high})
+    """A field of `TrainConfig`, with its help text, what it affects and its bounds, which are allowed values."""
+    return field(default=default, metadata={"help": text, "affects": affects, "low": bounds[0], "high": bounds[1]})
 
 
 @dataclass(frozen=True)
 class Option:
-    """One setting, read off its field in TrainConfig."""
+    """One setting. Its `kind` is bool, int, float, str, Path or dict; a dict maps some of `choices` to numbers."""
 
     name: str
-    kind: type  # bool, int, float, str, Path, or dict: a number for each of some names, which are the choices
+    kind: type
     optional: bool
     choices: tuple[str, ...]
     default: Any
     group: str
     help: str
     affects: Affects
-    low: float | None
-    high: float | None
+    low: float
+    high: float
 
     @property
     def flag(self) -> str:
@@ -68,86 +66,75 @@ class Option:
 
     @property
     def allowed(self) -> str:
+        """The values that are allowed besides None, in words."""
+        bounds = f"from {self.low:.10g} to {self.high:.10g}"
         if self.kind is dict:
             one, some = self.choices[0], ", ".join(self.choices)
-            what = f"numbers from {self.low:.10g} to {self.high:.10g} for some of {some} ({one}=X; in YAML {one}: X)"
-        elif self.choices:
-            what = f"one of {', '.join(self.choices)}"
-        elif self.kind is str:
-            what = f"text of 1 to {_LONGEST_TEXT} characters without control characters"
-        elif self.kind is bool:
-            what = "true or false"
-        elif self.kind is Path:
-            what = "a path without control characters (~ is the home folder)"
-        else:
-            number = "an integer" if self.kind is int else "a number"
-            what = f"{number} from {self.low:.10g} to {self.high:.10g}"
-        return what + (" or null" if self.optional else "")
+            return f"numbers {bounds} for some of {some} ({one}=X; in YAML {one}: X)"
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        return {
+            bool: "true or false",
+            int: f"an integer {bounds}",
+            float: f"a number {bounds}",
+            str: f"text of 1 to {_LONGEST_TEXT} characters without control characters",
+            Path: "a path without control characters (~ is the home folder)",
+        }[self.kind]
 
     def check(self, value: Any, where: str) -> Any:
-        """`value` in the setting's own type. Raises ConfigError, beginning with `where`."""
-        if not self.takes(value):
-            raise ConfigError(f"{where}: {shown(value)} is not allowed; give {self.allowed}")
-        return self._converted(value)
-
-    def takes(self, value: Any) -> bool:
-        """Whether `check` takes the value."""
-        return (value is None and self.optional) or self._converted(value) is not None
+        """`value` in the setting's own type. Raises ConfigError, which begins with `where`."""
+        if value is None and self.optional:
+            return None
+        converted = self._converted(value)
+        if converted is None:
+            raise ConfigError(f"{where} is {shown(value)}; expected {self.allowed}{' or null' * self.optional}")
+        return converted
 
     def from_text(self, text: str) -> Any:
-        """The value that `text` on the command line stands for. Raises argparse's error, which names the
-        option."""
+        """The value of a text on the command line. Raises argparse's error, to which argparse adds the flag."""
         value: Any = text
         if self.kind is int and re.fullmatch(r"[-+]?[0-9]{1,20}", text):
             value = int(text)
-        if self.kind is dict:
+        elif self.kind is dict:
             name, _, number = text.partition("=")
             value = {name: number}
-        try:
-            return self.check(value, where="")
-        except ConfigError as error:
-            message = str(error).removeprefix(": ").removesuffix(" or null")
-            if self.kind is dict:
-                message = message.replace(shown(value), shown(text), 1)
-            raise argparse.ArgumentTypeError(message) from None
+        converted = self._converted(value)
+        if converted is None:
+            raise argparse.ArgumentTypeError(
+                f"is {shown(text if self.kind is dict else value)}; expected {self.allowed}"
+            )
+        return converted
 
     def _converted(self, value: Any) -> Any:
-        """`value` in the setting's own type, None where that is impossible."""
+        """`value` in the setting's own type; None where that is impossible."""
+        is_int = isinstance(value, int) and not isinstance(value, bool)
         if self.kind is dict:
             if not isinstance(value, Mapping) or not value or not set(value) <= set(self.choices):
                 return None
             numbers = {name: self._inside(as_float(value[name])) for name in self.choices if name in value}
             return None if None in numbers.values() else numbers
-        if self.choices:  # precision: 32 in YAML is a number
-            text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+        if self.choices:  # `precision: 32` in YAML is an integer
+            text = str(value) if is_int else value
             return text if isinstance(text, str) and text in self.choices else None
         if self.kind is bool:
             return value if isinstance(value, bool) else None
         if self.kind is Path:
-            # Path("") is the working folder, which nobody means.
-            if not isinstance(value, str | Path) or not str(value).strip() or _CONTROL.search(str(value)):
-                return None
-            # What no file system takes (Linux: NAME_MAX, PATH_MAX) would fail later, and less clearly.
-            path = as_path(value) if isinstance(value, str) else value
-            lengths = [4096] if path is None else [len(os.fsencode(part)) for part in path.parts]
-            return path if max(lengths, default=0) <= 255 and sum(lengths) < 4096 else None
+            return as_path(value)
         if self.kind is str:
-            fits = isinstance(value, str) and 0 < len(value) <= _LONGEST_TEXT and not _CONTROL.search(value)
+            fits = isinstance(value, str) and len(value) <= _LONGEST_TEXT and not _CONTROL.search(value)
             return value if fits and value.strip() else None
         if self.kind is int:
-            return self._inside(value if isinstance(value, int) and not isinstance(value, bool) else None)
+            return self._inside(value if is_int else None)
         return self._inside(as_float(value))
 
     def _inside(self, number: Any) -> Any:
-        """`number` where it is within the bounds, else None."""
-        inside = number is not None and first(self.low, -math.inf) <= number <= first(self.high, math.inf)
-        return number if inside else None
+        return number if number is not None and self.low <= number <= self.high else None
 
 
 def as_float(value: Any) -> float | None:
+    """`value` as a finite number; None where it is none. Text is accepted: in YAML, 5e-2 may stand in quotes."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
-    # No repeated part can match what another could, and none is long.
     if isinstance(value, str) and not (len(value) <= _LONGEST_TEXT and _NUMBER.fullmatch(value)):
         return None
     try:
@@ -157,32 +144,32 @@ def as_float(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def did_you_mean(word: str, known: Mapping[str, Any]) -> str:
-    completed = [name for name in known if len(word) > 3 and name.startswith(word)]
-    close = completed or difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]}?" if close else ""
-
-
-def first(value: Any, otherwise: Any) -> Any:
-    return otherwise if value is None else value
-
-
-def as_path(text: str) -> Path | None:
-    """The path that a user means, None where nobody has the home folder that it begins with."""
-    try:
-        return Path(text).expanduser() if text.startswith("~") else Path(text)
-    except RuntimeError:
+def as_path(value: Any) -> Path | None:
+    """`value` as a path, a leading ~ of a text replaced by the home folder; None where no file can have that path."""
+    if not isinstance(value, str | Path) or not str(value).strip() or _CONTROL.search(str(value)):
         return None
+    try:
+        path = Path(value).expanduser() if isinstance(value, str) and value.startswith("~") else Path(value)
+    except RuntimeError:  # no such user
+        return None
+    # Longer paths than Linux takes (NAME_MAX, PATH_MAX) would fail later, with a less clear message.
+    lengths = [len(os.fsencode(part)) for part in path.parts]
+    return path if max(lengths, default=0) <= 255 and sum(lengths) < 4096 else None
 
 
 def path_text(path: Path) -> str:
-    """`path` as text that means the same path to `as_path`."""
+    """The text that `as_path` turns back into `path`."""
     return f"./{path}" if str(path).startswith("~") else str(path)
 
 
-def same_path(one: Path, other: Path) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """A suggestion that an error message can end with; empty where no known name is similar."""
+    names = list(known)
+    completed = [name for name in names if len(word) > 3 and name.startswith(word)]
+    close = completed or difflib.get_close_matches(word, names, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def shown(value: Any) -> str:
+    """A value in an error message: its repr, shortened."""
     return repr(str(value)) if isinstance(value, Path) else reprlib.repr(value)

@@ -1,12 +1,12 @@
-"""Settings from a YAML file and from the folder of a run."""
+"""Settings that are read from a YAML file or from the folder of a run."""
 
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from cardiocaps.config.option import did_you_mean, shown
-from cardiocaps.config.settings import TrainConfig, found, options, read_places
-from cardiocaps.config.yaml_types import yaml_types
+from cardiocaps.config.places import locate, read_places
+from cardiocaps.config.settings import TrainConfig, options, settings_that_affect
 from cardiocaps.errors import ConfigError, printable
 from cardiocaps.runtime.files import is_missing
 
@@ -25,56 +25,31 @@ _NEWER: Mapping[str, Any] = {
     "threshold": None,
     "follow_links": False,
 }
-"""Settings that the folders of older runs have no word of, and what those ran with."""
+"""Settings that older versions did not write, with the values that those versions ran with."""
 
 _LARGEST_FILE = 1 << 16
 
 
-def read_run(folder: Path) -> TrainConfig:
-    """The resolved configuration of the run in `folder`. Raises ConfigError where it is missing or not whole."""
-    file = folder / "config.yaml"
-    if is_missing(file):
-        raise ConfigError(f"{shown(folder)} is not the folder of a run: it has no config.yaml")
-    settings = completed(read_yaml(file))
-    missing = [name for name in options() if name not in settings]
-    if missing:
-        raise ConfigError(f"{printable(file)} is not whole, or of another version: it has no {', '.join(missing)}")
-    for name, place in read_places(folder / "paths.json").items():
-        if settings[name] == Path(place["given"]):  # nobody has edited the YAML file since
-            settings[name] = found(name, **place)
-    # The folder may have been moved, or made with --overwrite: neither is a setting of the run.
-    return TrainConfig(**{**settings, "out": folder, "resume": None, "overwrite": False}).resolved()
-
-
-def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings that a run has kept, with those that its version had no word of as it ran with them."""
-    return {**_NEWER, **settings}
-
-
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, checked one by one, in their own types.
+    """The settings in a YAML file, checked one by one, in their own types; see `yaml_text` for the scalars.
 
-    Scalars are read as in YAML 1.2: 1e-4 is a number, 010 is not eight, yes and no are text. Raises
-    ConfigError for a file that cannot be read or parsed, unknown or repeated keys, and values that are not
-    allowed.
+    Raises:
+        ConfigError: the file cannot be read or parsed, a key is unknown or repeated, or a value is not allowed.
     """
-    import yaml
+    from cardiocaps.config.yaml_text import load
 
     file = printable(path)
     try:
-        # Anything but a file of moderate size (a pipe, a checkpoint) would block or fill the memory.
+        # Reading a pipe would block, and reading a checkpoint would fill the memory.
         if not path.is_file():
             raise ConfigError(f"config: {file} is not a file")
         if path.stat().st_size > _LARGEST_FILE:
-            raise ConfigError(f"config: {file} is larger than a configuration can be ({_LARGEST_FILE} bytes)")
-        content = yaml.load(path.read_bytes(), Loader=yaml_types()[0])  # a SafeLoader
+            raise ConfigError(f"config: {file} is larger than {_LARGEST_FILE} bytes; expected a file of settings")
+        content = load(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"config: cannot read {file}: {error.strerror}") from error
-    except RecursionError as error:
-        raise ConfigError(f"config: {file} is nested too deeply") from error
-    # An explicit tag that does not suit its scalar (`!!bool perhaps`) fails in PyYAML with any of the others.
-    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ConfigError(f"config: {file} is not valid YAML: {_yaml_problem(error)}") from error
+    except ValueError as error:
+        raise ConfigError(f"config: {file} is not valid YAML: {printable(error)}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -86,13 +61,42 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return {key: known[key].check(value, where=f"{file}: {key}") for key, value in content.items()}
 
 
-def _yaml_problem(error: Exception) -> str:
-    """What is wrong and where, without PyYAML's picture of the place: the file may be another than was meant."""
-    problem = getattr(error, "problem", None) or getattr(error, "context", None)
-    mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
-    place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-    return f"{_one_line(problem or error)[:200]}{place}"
+def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a run has saved, and those that its version did not know, with the values that it ran with."""
+    return {**_NEWER, **settings}
 
 
-def _one_line(text: object) -> str:
-    return printable(" ".join(str(text).split()))
+def read_run(folder: Path) -> TrainConfig:
+    """The resolved settings of the run in `folder`. Raises ConfigError where they are missing or incomplete."""
+    file = folder / "config.yaml"
+    if is_missing(file):
+        raise ConfigError(f"{shown(folder)} is not the folder of a run: it has no config.yaml")
+    settings = completed(read_yaml(file))
+    missing = [name for name in options() if name not in settings]
+    if missing:
+        raise ConfigError(f"{printable(file)} is not whole, or of another version: it has no {', '.join(missing)}")
+    for name, place in read_places(folder / "paths.json").items():
+        if settings[name] == Path(place["given"]):  # else a user has edited config.yaml since
+            settings[name] = locate(name, **place)
+    # The folder may have been moved, or made with --overwrite: neither is a setting of the run.
+    return TrainConfig(**{**settings, "out": folder, "resume": None, "overwrite": False}).resolved()
+
+
+def check_resumable(old: TrainConfig, new: TrainConfig) -> None:
+    """Raise ConfigError if the run of `old` cannot be resumed with `new`; the message lists all differing settings.
+
+    Settings may differ if they do not change the result, or only how long a run trains.
+    """
+    may_differ = settings_that_affect("length", "rounding", "machine", "display")
+    ignored = {*may_differ, *settings_that_affect("place")}
+    before, after = old.resolved().as_dict(), new.resolved().as_dict()
+    different = [
+        f"{name} is {shown(after[name])}, was {shown(before[name])}"
+        for name in before
+        if name not in ignored and before[name] != after[name]
+    ]
+    if different:
+        raise ConfigError(
+            f"resume: the run has other settings ({'; '.join(different)}); start a new run for these. "
+            f"Only {', '.join(may_differ)} may differ"
+        )

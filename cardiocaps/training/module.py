@@ -24,7 +24,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
-from cardiocaps.config import TrainConfig, settings_that_affect
+from cardiocaps.config import TRAINING_DEFAULTS, TrainConfig, settings_that_affect
 from cardiocaps.errors import CardioCapsError, CheckpointError
 from cardiocaps.models import build, make_loss
 from cardiocaps.models.losses import SpreadLoss, class_weights
@@ -34,7 +34,6 @@ from cardiocaps.runtime.program import Interrupted, Interruption, print_line
 from cardiocaps.training.run_folder import RunFolder
 
 _SHAPE_OF_OLDER = {"model": "cardiocaps", "affine": "matrices"}  # checkpoints, which have no word of these
-_TRAINING_DEFAULTS = ("frames_per_clip", "batch_size", "learning_rate", "epochs", "patience")
 
 # Longest stretch of work, in seconds, that a killed run can lose.
 _SAVE_EVERY = 600.0
@@ -94,7 +93,7 @@ class Classifier(LightningModule):
 
 def _shape(config: TrainConfig) -> dict[str, Any]:
     """The network's sizes too, for a preset may change from version to version."""
-    sizes = {f"preset.{name}": x for name, x in asdict(config.network).items() if name not in _TRAINING_DEFAULTS}
+    sizes = {f"preset.{name}": x for name, x in asdict(config.network).items() if name not in TRAINING_DEFAULTS}
     return {**{name: getattr(config, name) for name in settings_that_affect("shape")}, **sizes}
 
 
