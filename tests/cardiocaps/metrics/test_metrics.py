@@ -11,22 +11,24 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 from sklearn import metrics as sklearn_metrics
 
-from cardiocaps import metrics
 from cardiocaps.metrics import (
     METRICS,
     Estimate,
     by_video,
     choose_threshold,
+    classification,
     confusion,
     decision_threshold,
     evaluate,
     evaluate_runs,
     expected_calibration_error,
+    intervals,
     mean_by,
     regression_report,
     reliability,
     threshold_counts,
 )
+from cardiocaps.metrics.scores import Sample
 
 NAN = math.nan
 
@@ -81,7 +83,7 @@ def test_a_weighted_resample_is_the_repeated_sample(pairs: list[tuple[float, int
     repeats = weight[group]
     repeated_p, repeated_y = np.repeat(p, repeats), np.repeat(y, repeats)
     assume(0 < repeated_y.sum() < repeated_y.size)
-    drawn = metrics._Sample.of(p, y, group).scores(weight[None].astype(float))
+    drawn = Sample.of(p, y, group).scores(weight[None].astype(float))
     for name, expected in _sklearn(repeated_p, repeated_y).items():
         assert drawn[name][0] == pytest.approx(expected, abs=1e-12), name
 
@@ -176,7 +178,7 @@ def test_intervals_are_reproducible_and_hold_the_value() -> None:
 def test_the_interval_spans_the_middle_95_percent_of_the_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     p, y, clip = _videos()
     drawn = {name: np.linspace(0, 1, 1001) ** 2 for name in METRICS}
-    monkeypatch.setattr(metrics, "_drawn", lambda *_: drawn)
+    monkeypatch.setattr(classification, "draw_scores", lambda *_: drawn)
     auroc = evaluate(p, y, clip, bootstrap=1001).metrics["auroc"]
     assert (auroc.low, auroc.high) == pytest.approx((0.025**2, 0.975**2))
 
@@ -207,8 +209,8 @@ def test_the_interval_is_that_of_a_plain_bootstrap() -> None:
 def test_no_resample_loses_a_class(normal: int, abnormal: int, mixed: int, seed: int) -> None:
     clip = np.concatenate((np.arange(normal + abnormal + mixed), normal + abnormal + np.arange(mixed)))
     y = np.array([0] * normal + [1] * abnormal + [0] * mixed + [1] * mixed)
-    strata = metrics._strata(y, clip, clip.max() + 1)
-    weight = metrics._resamples(strata, 50, np.random.default_rng(seed))
+    strata = intervals.strata_of(y, clip, clip.max() + 1)
+    weight = intervals.draw_weights(strata, 50, np.random.default_rng(seed))
     assert (weight[:, :normal].sum(axis=1) == normal).all()
     assert (weight[:, normal : normal + abnormal].sum(axis=1) == abnormal).all()
     assert (weight[:, normal + abnormal :].sum(axis=1) == mixed).all()
@@ -216,7 +218,7 @@ def test_no_resample_loses_a_class(normal: int, abnormal: int, mixed: int, seed:
 
 def test_chunks_do_not_change_what_a_resample_is(monkeypatch: pytest.MonkeyPatch) -> None:
     p, y, clip = _videos()
-    monkeypatch.setattr(metrics, "_CHUNK", 7 * p.size)
+    monkeypatch.setattr(intervals, "_CHUNK", 7 * p.size)
     report = evaluate(p, y, clip, bootstrap=300)
     monkeypatch.undo()
     whole = evaluate(p, y, clip, bootstrap=300)
@@ -254,7 +256,7 @@ def test_proportions_of_single_samples_have_exact_intervals() -> None:
 def test_the_exact_interval_is_scipys(trials: int, data: st.DataObject) -> None:
     right = data.draw(st.integers(0, trials))
     expected = binomtest(right, trials).proportion_ci(0.95, method="exact")
-    assert metrics._exact(right, trials) == pytest.approx((expected.low, expected.high), abs=1e-9)
+    assert intervals.exact_interval(right, trials) == pytest.approx((expected.low, expected.high), abs=1e-9)
 
 
 def test_every_metric_of_a_perfect_classifier_has_a_method_or_a_reason() -> None:
@@ -334,7 +336,7 @@ def test_a_small_bootstrap_is_as_narrow_as_its_note_says() -> None:
         low, high = np.percentile(rng.choice(x, (1000, n)).mean(axis=1), (2.5, 97.5))
         student = 2 * 2.1098 * x.std(ddof=1) / math.sqrt(n)
         widths.append((high - low) / student)
-    assert 1 - metrics._narrowness(n) == pytest.approx(np.mean(widths), abs=0.01)
+    assert 1 - intervals.narrowness(n) == pytest.approx(np.mean(widths), abs=0.01)
 
 
 def test_a_thousand_resamples_of_five_thousand_frames_take_less_than_two_seconds() -> None:

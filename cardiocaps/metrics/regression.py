@@ -1,0 +1,73 @@
+"""Errors of a regression."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cardiocaps.metrics.samples import as_vector, finite_or_none
+
+
+@dataclass(frozen=True)
+class RegressionReport:
+    """Errors in the target's unit, over the `n` samples that have a target: of the predictions, and of predicting one
+    `constant` for all of them. NaN where undefined, with the reason."""
+
+    n: int
+    mae: float
+    rmse: float
+    r2: float
+    constant: float
+    constant_mae: float
+    constant_rmse: float
+    undefined: Mapping[str, str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values for JSON; NaN becomes None."""
+        names = ("mae", "rmse", "r2", "constant", "constant_mae", "constant_rmse")
+        return {
+            "n": self.n,
+            **{name: finite_or_none(getattr(self, name)) for name in names},
+            "undefined": dict(self.undefined),
+        }
+
+
+def regression_report(prediction: ArrayLike, target: ArrayLike, constant: float = math.nan) -> RegressionReport:
+    """Mean absolute error, root mean squared error and R² of `prediction` [n] over the targets that are not NaN, and
+    the errors of predicting `constant`, the mean of the training targets, for each; NaN where there is none.
+
+    R² compares with the mean of these very targets. Raises ValueError for lengths that differ, a prediction that is not
+    finite and an infinite target.
+    """
+    predicted, truth = as_vector(prediction, "prediction"), as_vector(target, "target")
+    if predicted.size != truth.size:
+        raise ValueError(f"target: must have the length of prediction, {predicted.size}; has length {truth.size}")
+    if not np.isfinite(predicted).all():
+        raise ValueError(f"prediction: must be finite, one is {predicted[~np.isfinite(predicted)][0]}")
+    if np.isinf(truth).any():
+        raise ValueError("target: must be finite, or NaN where missing; one is infinite")
+    measured = ~np.isnan(truth)
+    predicted, truth = predicted[measured], truth[measured]
+    errors = ("mae", "rmse", "r2", "constant_mae", "constant_rmse")
+    if truth.size == 0:
+        undefined = dict.fromkeys(errors, "no sample has a target")
+        return RegressionReport(n=0, constant=constant, undefined=undefined, **dict.fromkeys(errors, math.nan))
+    undefined = dict.fromkeys(errors[3:], "no training sample has a target") if math.isnan(constant) else {}
+    same = bool((truth == truth[0]).all())
+    if same:
+        undefined["r2"] = "the targets do not vary"
+    error, of_constant = predicted - truth, constant - truth
+    spread = float(np.square(truth - truth.mean()).sum())
+    return RegressionReport(
+        n=int(truth.size),
+        mae=float(np.abs(error).mean()),
+        rmse=math.sqrt(float(np.square(error).mean())),
+        r2=math.nan if same else 1 - float(np.square(error).sum()) / spread,
+        constant=constant,
+        constant_mae=float(np.abs(of_constant).mean()),
+        constant_rmse=math.sqrt(float(np.square(of_constant).mean())),
+        undefined=undefined,
+    )
