@@ -10,19 +10,14 @@ from cardiocaps.metrics.intervals import (
     NO_INTERVAL,
     PROPORTIONS,
     Estimate,
+    MeanEstimate,
     interval_text,
 )
 from cardiocaps.metrics.regression import RegressionReport, regression_report
-from cardiocaps.metrics.runs import MeanEstimate, RunsReport, evaluate_runs
+from cardiocaps.metrics.runs import RunsReport, evaluate_runs
 from cardiocaps.metrics.samples import Floats, Integers, by_video, mean_by
 from cardiocaps.metrics.scores import DECISIONS, METRICS, PUBLISHED
-from cardiocaps.metrics.thresholds import (
-    THRESHOLD,
-    choose_threshold,
-    confusion,
-    decision_threshold,
-    threshold_counts,
-)
+from cardiocaps.metrics.thresholds import THRESHOLD, choose_threshold, confusion, decision_threshold, threshold_counts
 
 __all__ = [
     "BOOTSTRAP",

@@ -7,14 +7,16 @@ from cardiocaps.metrics.samples import Floats, Integers, checked_samples
 
 
 def reliability(probability: ArrayLike, label: ArrayLike, bins: int = 10) -> tuple[Floats, Floats, Integers]:
-    """Mean predicted probability [b], observed share of class 1 [b] and number of samples [b] in bins of equal mass,
-    b ≤ `bins`: equal probabilities share a bin, so there can be fewer.
+    """Mean probability [b], observed share of class 1 [b] and number of samples [b] in bins of equal mass.
 
-    Raises ValueError as `evaluate`, and for `bins` below 1.
+    Equal probabilities share a bin, so there can be fewer than `bins`.
+
+    Raises:
+        ValueError: see `checked_samples`; or `bins` is below 1.
     """
     p, y = checked_samples(probability, label)
     if bins < 1:
-        raise ValueError(f"bins: must be 1 or more, is {bins}")
+        raise ValueError(f"bins is {bins}; expected 1 or more")
     order = np.sort(p)
     edges = np.unique(order[[p.size * k // bins for k in range(1, bins)]])
     member = np.unique(np.searchsorted(edges, p, side="right"), return_inverse=True)[1]
@@ -23,7 +25,9 @@ def reliability(probability: ArrayLike, label: ArrayLike, bins: int = 10) -> tup
 
 
 def expected_calibration_error(probability: ArrayLike, label: ArrayLike, bins: int = 10) -> float:
-    """Mean distance between predicted probability and observed share over the bins of `reliability`, weighted by
-    their samples (Naeini et al. 2015, with bins of equal mass). Raises ValueError as `reliability`."""
+    """Mean distance between mean probability and observed share in the bins of `reliability`, weighted by their size.
+
+    As in Naeini et al. (2015), but with bins of equal mass.
+    """
     predicted, observed, size = reliability(probability, label, bins)
     return float((size * np.abs(predicted - observed)).sum() / size.sum())

@@ -9,19 +9,25 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cardiocaps.errors import plural
-from cardiocaps.metrics.intervals import LEVEL, Counts, Estimate, draw_scores, notes_on_size, strata_of, with_interval
-from cardiocaps.metrics.samples import checked_samples, finite_or_none, group_index
-from cardiocaps.metrics.scores import METRICS, Sample, published_scores
+from cardiocaps.metrics.intervals import LEVEL, NO_INTERVAL, NO_WIDTH, Estimate, Tested, interval
+from cardiocaps.metrics.samples import checked_samples, finite_or_none
+from cardiocaps.metrics.scores import METRICS, published_scores
 from cardiocaps.metrics.thresholds import THRESHOLD, confusion
 
 
 @dataclass(frozen=True)
 class Report:
-    """What `evaluate` found. `metrics` has a key for each of METRICS, and with `confusion` (rows truth, columns
-    prediction) holds for decisions at `threshold`; `paper` the definitions of the published code of CardioCaps,
-    always at 0.5: `accuracy`, `f1` (weighted), `roc_auc` (of hard labels: balanced accuracy) and `pr_auc`
-    (precision of the positive class). `undefined` gives the reason for every NaN, `no_interval` for every metric
-    without an interval, `notes` what limits the intervals. `groups` is how many of what `group_name` says were drawn.
+    """The result of `evaluate`.
+
+    Attributes:
+        groups: the number of groups that the bootstrap draws from; `group_name` says what they are.
+        metrics: an estimate for each of METRICS, for decisions at `threshold`.
+        paper: the metrics of PUBLISHED, which the published code of CardioCaps computes at 0.5: `accuracy`, `f1`
+            (weighted), `roc_auc` (of hard labels, that is, balanced accuracy) and `pr_auc` (precision of class 1).
+        confusion: counts at `threshold`: rows are the true class, columns the predicted one.
+        undefined: the reason for each metric that is NaN.
+        no_interval: the reason for each metric without an interval.
+        notes: what limits the intervals.
     """
 
     n: int
@@ -74,33 +80,35 @@ def evaluate(
     seed: int = 0,
     group_name: str = "video",
 ) -> Report:
-    """All metrics of `probability` [n] of class 1 against `label` [n] in {0, 1}, with 95 % intervals: see the top of
-    this module for how.
+    """All metrics of a classifier, with 95 % intervals (see `intervals`).
 
-    `groups` [n], integers or text: what is resampled as a whole, that is, the video, or the patient where several
-    videos are of one; None: every sample by itself. `group_name`: what notes call one of them. `threshold`: class 1 is
-    predicted above it; the definitions of the published code stay at 0.5. `bootstrap`: number of resamples, 0 for no
-    intervals of any kind. Where only one class is present, the metrics that need both are NaN, with the reason in
-    `undefined`. Raises ValueError for lengths that differ, no sample, probabilities and a threshold outside [0, 1] and
-    labels other than 0, 1.
+    Metrics that need both classes are NaN if only one is present; `Report.undefined` has the reason.
+
+    Args:
+        probability: [n] of class 1.
+        label: [n], 0 or 1.
+        groups: [n], integers or text: what the bootstrap draws as a whole, that is, the video, or the patient if
+            several videos are of one. None: every sample by itself.
+        threshold: class 1 is predicted above it. (The metrics of PUBLISHED always use 0.5.)
+        bootstrap: number of resamples; 0: no intervals of any method.
+        group_name: what the notes call one group.
+
+    Raises:
+        ValueError: see `checked_samples`; or `threshold` is outside [0, 1], or `bootstrap` is negative.
     """
     p, y = checked_samples(probability, label)
-    check_decision(threshold, bootstrap)
-    group = group_index(groups, p.size)
-    sample = Sample.of(p, y, group, threshold)
-    count = sample.size.size
-    value = sample.estimate()
-
-    strata = strata_of(y, group, count)
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold is {threshold}; expected a value in [0, 1]")
+    if bootstrap < 0:
+        raise ValueError(f"bootstrap is {bootstrap}; expected 0 or more")
+    tested = Tested.of(p, y, groups, threshold)
+    value = tested.sample.estimate()
     metrics = {name: Estimate(value[name]) for name in METRICS}
-    no_interval: dict[str, str] = {}
     if bootstrap:
-        drawn = draw_scores(sample, strata, bootstrap, np.random.default_rng(seed), p.size)
-        counts = Counts.of(strata, sample)
+        drawn = tested.draw(bootstrap, np.random.default_rng(seed), p.size)
         for name in METRICS:
             if not math.isnan(value[name]):
-                metrics[name], reason = with_interval(name, value[name], drawn[name], counts)
-                no_interval |= {name: reason} if reason else {}
+                metrics[name] = Estimate(value[name], *interval(name, value[name], drawn[name], [tested]))
 
     (tn, fp), (fn, tp) = confusion(p, y, threshold).tolist()
     paper = published_scores(p, y)
@@ -117,22 +125,15 @@ def evaluate(
     return Report(
         n=p.size,
         positives=int(y.sum()),
-        groups=count,
+        groups=tested.groups,
         metrics=metrics,
         paper=paper,
         confusion=((tn, fp), (fn, tp)),
         undefined={name: reason for name, reason in reasons.items() if math.isnan(values[name])},
-        notes=tuple(notes_on_size(strata, count, group_name)) if bootstrap else (),
+        notes=tuple(tested.notes(group_name)) if bootstrap else (),
         bootstrap=bootstrap,
         seed=seed,
         threshold=float(threshold),
-        no_interval=no_interval,
+        no_interval={name: NO_WIDTH for name, estimate in metrics.items() if estimate.method == NO_INTERVAL},
         group_name=group_name,
     )
-
-
-def check_decision(threshold: float, bootstrap: int) -> None:
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold: must lie in [0, 1], is {threshold}")
-    if bootstrap < 0:
-        raise ValueError(f"bootstrap: must be 0 or more, is {bootstrap}")

@@ -1,28 +1,26 @@
-"""Metrics of a classifier's probabilities, with intervals, and of a regression.
+"""95 % intervals of the metrics.
 
-The frames of a video are not independent, nor are the videos of a patient: the bootstrap draws whole groups (videos,
-or patients where they are known), separately within each class, so that no resample loses a class. A resample is a
-weight for each group, and every metric is written for weighted samples; the estimate itself is the case in which all
-weights are one.
+The frames of a video are not independent, and neither are the videos of a patient. The bootstrap therefore draws whole
+groups: videos, or patients where they are known. It draws separately within each class, so that every resample has both
+classes. A resample is a weight for each group, and `scores` computes every metric for weighted samples.
 
-Intervals cover 95 % and are of two kinds, and each says of which:
+An interval has one of these methods:
 
-* `bootstrap`: the middle 95 % of the resamples. Too narrow for few groups, which a note then says.
-* `exact`: for sensitivity, specificity and accuracy the interval of Clopper and Pearson (1934), wherever each group
-  is a single sample. The bootstrap has no width where all samples are right, and is too narrow where most are. Groups
-  of several samples are drawn by the bootstrap; only where that has no width, since the metric is 0 or 1, is the
-  number of groups put in place of the number of samples.
-* `exact/bootstrap`: for the mean of these three over runs on the same single samples, at either end the farther of
-  both. The bootstrap draws the runs too; the exact interval, of the mean number of right samples, a fraction as in Korn
-  and Graubard (1998), knows what rare errors leave open.
+* `bootstrap`: the middle 95 % of the resamples. It is too narrow for few groups; a note then says so.
+* `exact`: the interval of Clopper and Pearson (1934), for sensitivity, specificity and accuracy where each group is a
+  single sample. The bootstrap would have no width if all samples are right, and is too narrow if most are. Where groups
+  have several samples, it is used only if the bootstrap has no width (the metric is 0 or 1), and counts groups.
+* `exact/bootstrap`: for the mean of these three metrics over runs that were tested on the same single samples, the
+  lower of both low ends and the higher of both high ends. The bootstrap also draws the runs; the exact interval, of the
+  mean number of right samples (a fraction, as in Korn and Graubard 1998), covers errors too rare to be in the samples.
 
-An AUROC of 1 (or 0) has no width under the bootstrap either, nor has the variance of Hanley and McNeil (1982). Its
-exact bound: take m disjoint pairs of a positive and a negative group. Each is in the right order with probability
-AUROC, independently of the others, so all are with probability AUROC^m, and a perfect order of all samples is no more
-probable than that. The bound is therefore that of Clopper and Pearson for m of m. No larger one holds for every
-distribution: where all of the more frequent class have one value, perfect order has exactly that probability.
+An AUROC of 1 or 0 has no width under the bootstrap either, nor has the variance of Hanley and McNeil (1982). Its exact
+bound: take m disjoint pairs of a positive and a negative group. Each pair is in the right order with probability AUROC,
+independently of the others, so all pairs are with probability AUROC^m, and perfect order of all samples is at most as
+probable. The bound is therefore that of Clopper and Pearson for m of m. No larger bound holds for every distribution:
+if the more frequent class has one value only, perfect order has exactly that probability.
 
-Other metrics of which all resamples have the same value (an F1 or an average precision of 1) get no interval.
+Other metrics whose resamples all have the same value (an F1 or an average precision of 1) get no interval.
 """
 
 import math
@@ -30,34 +28,41 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from cardiocaps.errors import plural
-from cardiocaps.metrics.samples import Floats, Integers
+from cardiocaps.metrics.samples import Floats, Integers, group_index
 from cardiocaps.metrics.scores import METRICS, Sample
 
 LEVEL = 0.95
 """Coverage of the intervals."""
 
 BOOTSTRAP, EXACT, BOTH, NO_INTERVAL = "bootstrap", "exact", "exact/bootstrap", "no interval"
-"""What `Estimate.method` can be, besides empty where no interval was asked for."""
+"""Values of `Estimate.method`; it is empty if no interval was asked for."""
+
+NO_WIDTH = "the middle 95 % of the resamples have one and the same value"
+"""The reason for NO_INTERVAL."""
 
 PROPORTIONS = ("sensitivity", "specificity", "accuracy")
-"""The metrics that count samples out of a number that is known beforehand."""
+"""The metrics that are a number of samples out of a fixed total."""
 
 _NARROW = 0.05
-"""A bootstrap interval that is too narrow by this share, or more, is noted."""
+"""A bootstrap interval gets a note if it is too narrow by this share or more."""
 
 _KINDS = ("are normal", "are abnormal", "have both labels")
-"""Of groups, by the labels of their samples."""
+"""Kinds of groups, by the labels of their samples."""
 
 _CHUNK = 1 << 21
-"""Weights held at a time (resamples x samples), 16 MiB an array."""
+"""Weights (resamples x samples) that are computed at a time: 16 MiB for each array."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric, its interval and how that was found: BOOTSTRAP, EXACT, BOTH, or NO_INTERVAL where it cannot be had. NaN
-    where undefined, and where no interval was asked for or can be had."""
+    """A metric and its 95 % interval; NaN where undefined, and for an interval that is missing.
+
+    Attributes:
+        method: how the interval was found: BOOTSTRAP, EXACT, BOTH or NO_INTERVAL.
+    """
 
     value: float
     low: float = math.nan
@@ -70,8 +75,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class MeanEstimate:
-    """A metric's mean over runs, its standard deviation (that of a sample, n - 1), the interval of the mean and its
-    method, as in `Estimate`; NaN where undefined, and the deviation of a single run."""
+    """The mean of a metric over runs, its sample standard deviation `sd` (NaN for one run), and the mean's interval."""
 
     value: float
     sd: float = math.nan
@@ -87,7 +91,7 @@ class MeanEstimate:
 
 
 def interval_text(estimate: Estimate | MeanEstimate, to: str = " to ") -> str:
-    """For example " (0.815 to 1.000, exact)"; empty where no interval was asked for."""
+    """For example " (0.815 to 1.000, exact)"; empty if no interval was asked for."""
     if estimate.method == NO_INTERVAL:
         return f" ({NO_INTERVAL})"
     if math.isnan(estimate.low):
@@ -96,17 +100,17 @@ def interval_text(estimate: Estimate | MeanEstimate, to: str = " to ") -> str:
     return f" ({estimate.low:.3f}{to}{estimate.high:.3f}{method})"
 
 
-def strata_of(y: Integers, group: Integers, count: int) -> dict[str, Integers]:
-    """Groups by the classes they hold. Under the paper's protocol one video can have frames of both."""
-    positive = np.bincount(group, weights=y, minlength=count) > 0
-    negative = np.bincount(group, weights=1 - y, minlength=count) > 0
+def strata_of(y: Integers, group: Integers) -> dict[str, Integers]:
+    """The groups by kind (see `_KINDS`). Under the paper's protocol, one video can have frames of both classes."""
+    positive = np.bincount(group, weights=y) > 0
+    negative = np.bincount(group, weights=1 - y) > 0
     members = (negative & ~positive, positive & ~negative, positive & negative)
     strata = {kind: np.flatnonzero(of_kind) for kind, of_kind in zip(_KINDS, members, strict=True)}
     return {kind: found for kind, found in strata.items() if found.size}
 
 
 def draw_weights(strata: Mapping[str, Integers], resamples: int, rng: np.random.Generator) -> Floats:
-    """How often each group is drawn, [resamples, g]: with replacement, within its stratum."""
+    """How often each group is drawn [resamples, g], with replacement within its stratum."""
     weight = np.zeros((resamples, sum(members.size for members in strata.values())))
     for members in strata.values():
         m = members.size
@@ -115,66 +119,87 @@ def draw_weights(strata: Mapping[str, Integers], resamples: int, rng: np.random.
     return weight
 
 
-def draw_scores(
-    sample: Sample, strata: Mapping[str, Integers], resamples: int, rng: np.random.Generator, samples: int
-) -> dict[str, Floats]:
-    """Every metric of each resample, [resamples], computed so many at a time as fit in a few small arrays. `samples`:
-    of this run, or the most of the runs that are to draw the same."""
-    rows = max(1, _CHUNK // samples)
-    parts = [
-        sample.scores(draw_weights(strata, min(rows, resamples - done), rng)) for done in range(0, resamples, rows)
-    ]
-    return {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
-
-
 @dataclass(frozen=True)
-class Counts:
-    """By metric, how many independent trials an exact interval counts: groups, of an AUROC disjoint pairs of them.
-    `single`: each group is one sample (the same for all runs), so that the samples themselves are the trials."""
+class Tested:
+    """The samples that one run was tested on, and their groups by kind."""
 
-    trials: Mapping[str, int]
-    single: bool
-    runs: int = 1
+    sample: Sample
+    strata: Mapping[str, Integers]
 
     @classmethod
-    def of(cls, strata: Mapping[str, Integers], sample: "Sample") -> "Counts":
-        normal, abnormal, both = (strata[kind].size if kind in strata else 0 for kind in _KINDS)
-        groups = normal + abnormal + both
-        trials = {
+    def of(cls, p: Floats, y: Integers, groups: ArrayLike | None, threshold: float) -> "Tested":
+        group = group_index(groups, p.size)
+        return cls(Sample.of(p, y, group, threshold), strata_of(y, group))
+
+    @property
+    def groups(self) -> int:
+        """The number of groups."""
+        return self.sample.size.size
+
+    def draw(self, resamples: int, rng: np.random.Generator, samples: int) -> dict[str, Floats]:
+        """Every metric of each resample [resamples], computed in chunks that keep the arrays small.
+
+        Args:
+            samples: the size of a resample that the chunks are made for. Runs that shall draw the same groups need
+                the same number.
+        """
+        rows = max(1, _CHUNK // samples)
+        sizes = [min(rows, resamples - done) for done in range(0, resamples, rows)]
+        parts = [self.sample.scores(draw_weights(self.strata, size, rng)) for size in sizes]
+        return {name: np.concatenate([part[name] for part in parts]) for name in METRICS}
+
+    def trials(self) -> dict[str, int]:
+        """By metric, the number of independent trials: groups, or for the AUROC disjoint pairs of groups."""
+        normal, abnormal, both = (self.strata[kind].size if kind in self.strata else 0 for kind in _KINDS)
+        return {
             "sensitivity": abnormal + both,
             "specificity": normal + both,
-            "accuracy": groups,
-            "auroc": min(normal + both, abnormal + both, groups // 2),
+            "accuracy": self.groups,
+            "auroc": min(normal + both, abnormal + both, self.groups // 2),
         }
-        return cls(trials, single=bool(sample.size.max() == 1))
 
-    @classmethod
-    def of_runs(cls, runs: Sequence["Counts"], paired: bool) -> "Counts":
-        """The fewest of each run's."""
-        trials = {name: min(run.trials[name] for run in runs) for name in runs[0].trials}
-        return cls(trials, paired and all(run.single for run in runs), len(runs))
+    def notes(self, group_name: str) -> list[str]:
+        """A note on each kind of groups that is too small for the bootstrap."""
+        return [
+            f"of {self.groups} {plural(group_name)} only {members.size} {kind}: bootstrap intervals are "
+            f"{too_narrow(members.size)}"
+            for kind, members in self.strata.items()
+            if is_narrow(members.size)
+        ]
 
 
-def with_interval(name: str, value: float, drawn: Floats, counts: Counts) -> tuple[Estimate, str | None]:
-    """A metric with its interval, or with the reason why it has none; `drawn` are its resamples."""
-    trials = counts.trials.get(name, 0)
+def interval(
+    name: str, value: float, drawn: Floats, tests: Sequence[Tested], *, paired: bool = True
+) -> tuple[float, float, str]:
+    """Low end, high end and method of the interval of a metric; the reason for NO_INTERVAL is NO_WIDTH.
+
+    Args:
+        value: of the metric, or its mean over runs.
+        drawn: its resamples [r].
+        tests: of each run.
+        paired: all runs were tested on the same groups.
+    """
+    trials = min(test.trials().get(name, 0) for test in tests)
     tail = 100 * (1 - LEVEL) / 2
     low, high = (float(bound) for bound in np.percentile(drawn, (tail, 100 - tail)))
-    if name in PROPORTIONS and counts.single:
+    if name in PROPORTIONS and paired and all(test.sample.size.max() == 1 for test in tests):
         exact_low, exact_high = exact_interval(value * trials, trials)
-        if counts.runs == 1:
-            return Estimate(value, exact_low, exact_high, EXACT), None
-        return Estimate(value, min(low, exact_low), max(high, exact_high), BOTH), None
+        if len(tests) == 1:
+            return exact_low, exact_high, EXACT
+        return min(low, exact_low), max(high, exact_high), BOTH
     if high - low > 1e-12:  # more than rounding
-        return Estimate(value, low, high, BOOTSTRAP), None
+        return low, high, BOOTSTRAP
     if trials and value in (0.0, 1.0):
-        return Estimate(value, *exact_interval(value * trials, trials), EXACT), None
-    return Estimate(value, method=NO_INTERVAL), "the middle 95 % of the resamples have one and the same value"
+        return *exact_interval(value * trials, trials), EXACT
+    return math.nan, math.nan, NO_INTERVAL
 
 
 def exact_interval(right: float, trials: int) -> tuple[float, float]:
-    """The interval of Clopper and Pearson (1934) for a proportion, as quantiles of beta distributions, which a mean
-    number of right ones has too."""
+    """The interval of Clopper and Pearson (1934) for the proportion `right` / `trials`.
+
+    Its ends are quantiles of beta distributions. These exist for a fractional `right` too, the mean over several runs,
+    which `scipy.stats.binomtest` does not accept.
+    """
     from scipy.special import betaincinv
 
     tail = (1 - LEVEL) / 2
@@ -183,22 +208,21 @@ def exact_interval(right: float, trials: int) -> tuple[float, float]:
     return low, high
 
 
-def notes_on_size(strata: Mapping[str, Integers], count: int, group_name: str) -> list[str]:
-    groups = plural(group_name)
-    return [
-        f"of {count} {groups} only {members.size} {kind}: bootstrap intervals are {too_narrow(members.size)}"
-        for kind, members in strata.items()
-        if narrowness(members.size) >= _NARROW
-    ]
-
-
 def narrowness(n: int) -> float:
-    """By what share a bootstrap percentile interval of a mean of `n` is narrower than Student's, which is right where
-    values are normally distributed (Hesterberg 2015, What Teachers Should Know About the Bootstrap)."""
+    """The share by which a bootstrap percentile interval of a mean of `n` values is narrower than Student's interval.
+
+    Student's interval is right for normally distributed values (Hesterberg 2015, What Teachers Should Know About the
+    Bootstrap).
+    """
     from scipy.special import ndtri, stdtrit
 
     upper = (1 + LEVEL) / 2
     return 1.0 if n < 2 else 1 - float(math.sqrt((n - 1) / n) * ndtri(upper) / stdtrit(n - 1, upper))
+
+
+def is_narrow(n: int) -> bool:
+    """Whether bootstrap intervals of `n` groups or runs need a note."""
+    return narrowness(n) >= _NARROW
 
 
 def too_narrow(n: int) -> str:

@@ -13,8 +13,13 @@ from cardiocaps.metrics.samples import as_vector, finite_or_none
 
 @dataclass(frozen=True)
 class RegressionReport:
-    """Errors in the target's unit, over the `n` samples that have a target: of the predictions, and of predicting one
-    `constant` for all of them. NaN where undefined, with the reason."""
+    """Errors in the unit of the target, over the `n` samples that have a target.
+
+    Attributes:
+        mae, rmse, r2: of the predictions.
+        constant_mae, constant_rmse: of predicting `constant` for every sample.
+        undefined: the reason for each value that is NaN.
+    """
 
     n: int
     mae: float
@@ -36,19 +41,24 @@ class RegressionReport:
 
 
 def regression_report(prediction: ArrayLike, target: ArrayLike, constant: float = math.nan) -> RegressionReport:
-    """Mean absolute error, root mean squared error and R² of `prediction` [n] over the targets that are not NaN, and
-    the errors of predicting `constant`, the mean of the training targets, for each; NaN where there is none.
+    """Mean absolute error, root mean squared error and R² of predictions.
 
-    R² compares with the mean of these very targets. Raises ValueError for lengths that differ, a prediction that is not
-    finite and an infinite target.
+    Args:
+        prediction: [n], finite.
+        target: [n]; NaN where it is missing.
+        constant: a constant prediction to compare with, the mean of the training targets; NaN: none. (R² compares with
+            the mean of `target` itself.)
+
+    Raises:
+        ValueError: lengths differ, a prediction is not finite, or a target is infinite.
     """
     predicted, truth = as_vector(prediction, "prediction"), as_vector(target, "target")
     if predicted.size != truth.size:
-        raise ValueError(f"target: must have the length of prediction, {predicted.size}; has length {truth.size}")
+        raise ValueError(f"target has length {truth.size}; expected the length of prediction, {predicted.size}")
     if not np.isfinite(predicted).all():
-        raise ValueError(f"prediction: must be finite, one is {predicted[~np.isfinite(predicted)][0]}")
+        raise ValueError(f"prediction is {predicted[~np.isfinite(predicted)][0]}; expected finite values")
     if np.isinf(truth).any():
-        raise ValueError("target: must be finite, or NaN where missing; one is infinite")
+        raise ValueError("target is infinite; expected finite values, or NaN where a target is missing")
     measured = ~np.isnan(truth)
     predicted, truth = predicted[measured], truth[measured]
     errors = ("mae", "rmse", "r2", "constant_mae", "constant_rmse")

@@ -2,35 +2,31 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean, stdev
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cardiocaps.metrics.classification import Report, check_decision, evaluate
-from cardiocaps.metrics.intervals import (
-    _NARROW,
-    Counts,
-    MeanEstimate,
-    draw_scores,
-    narrowness,
-    notes_on_size,
-    strata_of,
-    too_narrow,
-    with_interval,
-)
-from cardiocaps.metrics.samples import checked_samples, group_index
-from cardiocaps.metrics.scores import METRICS, PUBLISHED, Sample
+from cardiocaps.metrics.classification import Report, evaluate
+from cardiocaps.metrics.intervals import NO_INTERVAL, NO_WIDTH, MeanEstimate, Tested, interval, is_narrow, too_narrow
+from cardiocaps.metrics.samples import checked_samples
+from cardiocaps.metrics.scores import METRICS, PUBLISHED
 from cardiocaps.metrics.thresholds import THRESHOLD
 
 
 @dataclass(frozen=True)
 class RunsReport:
-    """What `evaluate_runs` found: a mean over the runs for each of METRICS and, in `paper`, of PUBLISHED; the runs'
-    own reports, which have no intervals. `undefined`, `no_interval` and `notes` as in `Report`. `paired`: all runs
-    were tested on the same videos."""
+    """The result of `evaluate_runs`.
+
+    Attributes:
+        metrics: a mean over the runs for each of METRICS.
+        paper: a mean over the runs for each of PUBLISHED, without interval.
+        runs: the report of each run, without intervals.
+        paired: all runs were tested on the same videos.
+        undefined, no_interval, notes: as in `Report`.
+    """
 
     metrics: Mapping[str, MeanEstimate]
     paper: Mapping[str, MeanEstimate]
@@ -57,79 +53,90 @@ def evaluate_runs(
     seed: int = 0,
     group_name: str = "video",
 ) -> RunsReport:
-    """Metrics averaged over several runs of one system, each argument with one entry for a run, as `evaluate` takes
-    them (thresholds: None for 0.5 in all).
+    """Metrics averaged over several runs of one system; a metric that is undefined in one run is undefined.
 
-    The interval is that of the average, for videos and seeds such as these: a resample draws groups, gives the same
-    ones to every run that was tested on them, draws as many runs as there are, with replacement, and averages the
-    metric over these runs. Runs with other groups, or other labels of them, draw groups by themselves. A single run has
-    the intervals of `evaluate`. A metric that is undefined in one run is undefined. Raises ValueError as `evaluate`,
-    for no run, and for sequences of different lengths.
+    The interval is that of the average, for videos and seeds such as these. A resample draws groups, the same ones for
+    all runs that were tested on them, draws as many runs as there are, with replacement, and averages the metric over
+    these runs. Runs that were tested on other groups, or with other labels, draw their groups by themselves. A single
+    run has the intervals of `evaluate`.
+
+    Args:
+        probabilities, labels, groups, thresholds: of each run, as `evaluate` takes them; thresholds None: 0.5 for all.
+        bootstrap, seed, group_name: see `evaluate`.
+
+    Raises:
+        ValueError: see `evaluate`; or there is no run, or the sequences have different lengths.
     """
     count = len(probabilities)
     groups = [None] * count if groups is None else groups
     thresholds = [THRESHOLD] * count if thresholds is None else thresholds
     if not count:
-        raise ValueError("probabilities: must have at least one run, is empty")
+        raise ValueError("probabilities is empty; expected at least one run")
+    if bootstrap < 0:
+        raise ValueError(f"bootstrap is {bootstrap}; expected 0 or more")
     for name, values in (("labels", labels), ("groups", groups), ("thresholds", thresholds)):
         if len(values) != count:
-            raise ValueError(f"{name}: must have one entry for each of {count} runs, has {len(values)}")
+            raise ValueError(f"{name} has {len(values)} entries; expected one for each of {count} runs")
     runs = tuple(
         evaluate(p, y, group, threshold=threshold, bootstrap=0, seed=seed, group_name=group_name)
         for p, y, group, threshold in zip(probabilities, labels, groups, thresholds, strict=True)
     )
-    check_decision(THRESHOLD, bootstrap)
 
     undefined: dict[str, str] = {}
     for number, run in enumerate(runs, start=1):
         for name, reason in run.undefined.items():
             undefined.setdefault(name, reason if count == 1 else f"run {number} of {count}: {reason}")
-    videos: dict[Any, int] = {}  # the videos of the runs seen so far, and which stream of random numbers draws them
-    samples, notes = [], []
-    most = max(run.n for run in runs)
-    for p, y, group, threshold in zip(probabilities, labels, groups, thresholds, strict=True):
-        checked, truth = checked_samples(p, y)
-        index = group_index(group, checked.size)
-        names = np.unique(np.arange(checked.size) if group is None else np.asarray(group))
-        sample = Sample.of(checked, truth, index, threshold)
-        strata = strata_of(truth, index, names.size)
-        same = (tuple(names.tolist()), *((kind, tuple(members.tolist())) for kind, members in strata.items()))
-        stream = videos.setdefault(same, len(videos))
-        samples.append((sample, strata, stream))
-        if bootstrap:
-            notes += notes_on_size(strata, names.size, group_name)
-    summarised = {
-        name: MeanEstimate(*_mean_and_deviation([run.metrics[name].value for run in runs])) for name in METRICS
-    }
-    no_interval: dict[str, str] = {}
+    metrics = {name: _mean([run.metrics[name].value for run in runs]) for name in METRICS}
+    tests, streams = _tests(probabilities, labels, groups, thresholds)
+    paired = max(streams) == 0
+    notes: list[str] = []
     if bootstrap:
+        notes = [note for test in tests for note in test.notes(group_name)]
+        most = max(run.n for run in runs)
         drawn = [
-            # The numbers of a stream begin anew for every run, and so draw the same videos.
-            draw_scores(sample, strata, bootstrap, np.random.default_rng([seed, stream] if stream else seed), most)
-            for sample, strata, stream in samples
+            # Each run restarts the random numbers of its stream, so runs with the same groups draw the same ones.
+            test.draw(bootstrap, np.random.default_rng([seed, stream] if stream else seed), most)
+            for test, stream in zip(tests, streams, strict=True)
         ]
-        chosen = np.random.default_rng([seed, len(videos)]).integers(count, size=(bootstrap, count))
-        counts = Counts.of_runs([Counts.of(strata, sample) for sample, strata, _ in samples], len(videos) == 1)
-        for name, mean in summarised.items():
+        chosen = np.random.default_rng([seed, max(streams) + 1]).integers(count, size=(bootstrap, count))
+        for name, mean in metrics.items():
             if name not in undefined:
                 of_runs = np.stack([values[name] for values in drawn], axis=1)
                 means = np.take_along_axis(of_runs, chosen, axis=1).mean(axis=1) if count > 1 else of_runs[:, 0]
-                found, why = with_interval(name, mean.value, means, counts)
-                summarised[name] = replace(mean, low=found.low, high=found.high, method=found.method)
-                no_interval |= {name: why} if why else {}
-        if any(mean.sd > 0 for mean in summarised.values()) and narrowness(count) >= _NARROW:
-            notes.append(f"only {count} seeds: what bootstrap intervals owe to them is {too_narrow(count)}")
+                found = interval(name, mean.value, means, tests, paired=paired)
+                metrics[name] = MeanEstimate(mean.value, mean.sd, *found)
+        if any(mean.sd > 0 for mean in metrics.values()) and is_narrow(count):
+            notes.append(f"only {count} seeds: the part of bootstrap intervals due to seeds is {too_narrow(count)}")
     return RunsReport(
-        metrics=summarised,
-        paper={name: MeanEstimate(*_mean_and_deviation([run.paper[name] for run in runs])) for name in PUBLISHED},
+        metrics=metrics,
+        paper={name: _mean([run.paper[name] for run in runs]) for name in PUBLISHED},
         runs=runs,
-        paired=len(videos) == 1,
+        paired=paired,
         undefined=undefined,
-        no_interval=no_interval,
+        no_interval={name: NO_WIDTH for name, mean in metrics.items() if mean.method == NO_INTERVAL},
         notes=tuple(dict.fromkeys(notes)),
     )
 
 
-def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    # Not with np.std: of equal values it need not be zero.
-    return fmean(values), stdev(values) if len(values) > 1 and all(map(math.isfinite, values)) else math.nan
+def _tests(
+    probabilities: Sequence[ArrayLike],
+    labels: Sequence[ArrayLike],
+    groups: Sequence[ArrayLike | None],
+    thresholds: Sequence[float],
+) -> tuple[list[Tested], list[int]]:
+    """What each run was tested on, and a number that runs share if they were tested on the same groups and labels."""
+    tests, streams, known = [], [], dict[Any, int]()
+    for probability, label, group, threshold in zip(probabilities, labels, groups, thresholds, strict=True):
+        p, y = checked_samples(probability, label)
+        test = Tested.of(p, y, group, threshold)
+        names = np.unique(np.arange(p.size) if group is None else np.asarray(group))
+        same = (tuple(names.tolist()), *((kind, tuple(members.tolist())) for kind, members in test.strata.items()))
+        tests.append(test)
+        streams.append(known.setdefault(same, len(known)))
+    return tests, streams
+
+
+def _mean(values: Sequence[float]) -> MeanEstimate:
+    has_deviation = len(values) > 1 and all(map(math.isfinite, values))
+    # Not np.std, which need not be zero for equal values.
+    return MeanEstimate(fmean(values), stdev(values) if has_deviation else math.nan)

@@ -1,4 +1,4 @@
-"""Arrays of samples, checked, and their means over groups."""
+"""Arrays of samples: their checks, and their means over groups."""
 
 import math
 
@@ -6,15 +6,51 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
-
 Integers = NDArray[np.int64]
 
 
-def by_video(probability: ArrayLike, label: ArrayLike, clip: ArrayLike) -> tuple[Floats, Integers]:
-    """Mean probability and label of each video, in the order of the sorted values of `clip` [n] (integers or
-    text).
+def checked_samples(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, Integers]:
+    """Both arguments as arrays [n].
 
-    Raises ValueError as `evaluate`, and where the frames of one video have different labels.
+    Raises:
+        ValueError: they are empty, their lengths differ, a probability is outside [0, 1], or a label is not 0 or 1.
+    """
+    p, y = as_vector(probability, "probability"), as_vector(label, "label")
+    if p.size == 0:
+        raise ValueError("probability is empty; expected at least one value")
+    if p.size != y.size:
+        raise ValueError(f"label has length {y.size}; expected the length of probability, {p.size}")
+    wrong = ~((p >= 0) & (p <= 1))
+    if wrong.any():
+        raise ValueError(f"probability is {p[wrong][0]} (at {wrong.argmax()}); expected values in [0, 1]")
+    wrong = (y != 0) & (y != 1)
+    if wrong.any():
+        raise ValueError(f"label is {y[wrong][0]} (at {wrong.argmax()}); expected 0 or 1")
+    return p, y.astype(np.int64)
+
+
+def as_vector(values: ArrayLike, name: str) -> Floats:
+    array = np.asarray(values)
+    if array.ndim != 1 or array.dtype.kind not in "biuf":
+        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}; expected numbers of shape [n]")
+    return array.astype(np.float64)
+
+
+def group_index(groups: ArrayLike | None, n: int, name: str = "groups") -> Integers:
+    """The index [n] of each sample's group among the sorted values of `groups`; None: every sample is a group."""
+    if groups is None:
+        return np.arange(n)
+    array = np.asarray(groups)
+    if array.shape != (n,) or array.dtype.kind not in "iuUS":
+        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}; expected integers or text of length {n}")
+    return np.unique(array, return_inverse=True)[1].astype(np.int64)
+
+
+def by_video(probability: ArrayLike, label: ArrayLike, clip: ArrayLike) -> tuple[Floats, Integers]:
+    """Mean probability and label of each video, in the order of the sorted values of `clip` [n], integers or text.
+
+    Raises:
+        ValueError: see `checked_samples`; or the frames of one video have different labels.
     """
     p, y = checked_samples(probability, label)
     group = group_index(clip, p.size, name="clip")
@@ -23,47 +59,15 @@ def by_video(probability: ArrayLike, label: ArrayLike, clip: ArrayLike) -> tuple
     mixed = np.flatnonzero((positive != 0) & (positive != size))
     if mixed.size:
         where = np.asarray(clip)[group == mixed[0]][0]
-        raise ValueError(f"label: must be the same for all frames of a clip, differs within clip {where}")
+        raise ValueError(f"label differs within clip {where}; expected the same for all frames of a clip")
     return np.clip(np.bincount(group, weights=p) / size, 0.0, 1.0), (positive > 0).astype(np.int64)
 
 
 def mean_by(values: ArrayLike, group: ArrayLike) -> Floats:
-    """Mean of `values` [n] over each group, in the order of the sorted values of `group` [n]. Raises ValueError for
-    lengths that differ."""
+    """Mean of `values` [n] over each group, in the order of the sorted values of `group` [n]."""
     numbers = as_vector(values, "values")
     index = group_index(group, numbers.size, name="group")
     return np.bincount(index, weights=numbers) / np.bincount(index)
-
-
-def checked_samples(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, Integers]:
-    p, y = as_vector(probability, "probability"), as_vector(label, "label")
-    if p.size == 0:
-        raise ValueError("probability: must have at least one value, is empty")
-    if p.size != y.size:
-        raise ValueError(f"label: must have the length of probability, {p.size}; has length {y.size}")
-    wrong = ~((p >= 0) & (p <= 1))
-    if wrong.any():
-        raise ValueError(f"probability: must lie in [0, 1], one is {p[wrong][0]} (at {wrong.argmax()})")
-    wrong = (y != 0) & (y != 1)
-    if wrong.any():
-        raise ValueError(f"label: must be 0 or 1, one is {y[wrong][0]} (at {wrong.argmax()})")
-    return p, y.astype(np.int64)
-
-
-def as_vector(values: ArrayLike, name: str) -> Floats:
-    array = np.asarray(values)
-    if array.ndim != 1 or array.dtype.kind not in "biuf":
-        raise ValueError(f"{name}: must be one-dimensional and numeric, is {array.dtype} {list(array.shape)}")
-    return array.astype(np.float64)
-
-
-def group_index(groups: ArrayLike | None, n: int, name: str = "groups") -> Integers:
-    if groups is None:
-        return np.arange(n)
-    array = np.asarray(groups)
-    if array.shape != (n,) or array.dtype.kind not in "iuUS":
-        raise ValueError(f"{name}: must be integers or text of length {n}, is {array.dtype} {list(array.shape)}")
-    return np.unique(array, return_inverse=True)[1].astype(np.int64)
 
 
 def finite_or_none(value: float) -> float | None:

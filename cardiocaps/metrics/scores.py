@@ -1,4 +1,4 @@
-"""The metrics of weighted samples."""
+"""The metrics, computed for weighted samples. With scikit-learn, each of thousands of resamples would be a call."""
 
 from dataclasses import dataclass
 
@@ -8,7 +8,7 @@ from cardiocaps.metrics.samples import Floats, Integers
 from cardiocaps.metrics.thresholds import THRESHOLD, confusion, last_of_ties
 
 PUBLISHED = ("accuracy", "f1", "roc_auc", "pr_auc")
-"""The four columns of the paper's tables, by the definitions of its published code; see `Report`."""
+"""The four columns of the paper's tables, as its published code defines them; see `Report`."""
 
 METRICS = (
     "auroc",
@@ -22,17 +22,16 @@ METRICS = (
 )
 
 DECISIONS = ("sensitivity", "specificity", "f1", "f1_weighted", "accuracy")
-"""The metrics that a threshold moves."""
+"""The metrics that depend on the threshold."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The samples in falling order of probability, and the sums over each group that the threshold metrics
-    need."""
+    """Samples in falling order of probability, and the sums over each group that the metrics need."""
 
     group: Integers  # [n] in falling order of probability
     positive: Floats  # [n] 0 or 1, in the same order
-    last: Integers  # [t] last position of each run of equal probabilities
+    last: Integers  # [t] last positions of equal probabilities
     cells: Floats  # [g, 4] tn, fp, fn, tp of each group
     squared: Floats  # [g] sum of (p - y)^2
     size: Floats  # [g]
@@ -52,17 +51,17 @@ class Sample:
         )
 
     def estimate(self) -> dict[str, float]:
-        """Every metric of the samples as they are."""
+        """Every metric of the unweighted samples."""
         return {name: float(v[0]) for name, v in self.scores(np.ones((1, self.size.size))).items()}
 
     def scores(self, weight: Floats) -> dict[str, Floats]:
-        """Every metric, [r], for the group weights `weight` [r, g]; NaN where it is undefined."""
+        """Every metric [r] for the weights `weight` [r, g] of the groups; NaN where it is undefined."""
         tn, fp, fn, tp = (weight @ self.cells).T
         total = weight @ self.size
         with np.errstate(divide="ignore", invalid="ignore"):
             f1 = 2 * tp / (2 * tp + fp + fn)
             f1_of_zero = 2 * tn / (2 * tn + fp + fn)
-            # A class that does not occur has weight zero, and its F1, perhaps 0/0, does not count.
+            # The F1 of a class that does not occur may be 0/0; its weight is zero.
             f1_weighted = (
                 np.where(tp + fn > 0, (tp + fn) * f1, 0.0) + np.where(tn + fp > 0, (tn + fp) * f1_of_zero, 0.0)
             ) / total
@@ -87,7 +86,7 @@ class Sample:
         new_tp = np.diff(tp, axis=1, prepend=0.0)
         new_fp = np.diff(fp, axis=1, prepend=0.0)
         with np.errstate(divide="ignore", invalid="ignore"):
-            # Trapezoids: a tie between a positive and a negative counts one half.
+            # Trapezoids: a tie between a positive and a negative counts as one half.
             auroc = (new_fp * (tp - new_tp / 2)).sum(axis=1) / (positives * negatives)
             precision = np.where(flagged > 0, tp / flagged, 0.0)
             average_precision = (new_tp * precision).sum(axis=1) / positives
@@ -96,7 +95,7 @@ class Sample:
 
 
 def published_scores(p: Floats, y: Integers) -> dict[str, float]:
-    """The metrics of PUBLISHED, of decisions at THRESHOLD."""
+    """The metrics of PUBLISHED, for decisions at THRESHOLD."""
     _, fp, _, tp = confusion(p, y).ravel().tolist()
     value = Sample.of(p, y, np.arange(p.size)).estimate()
     return {

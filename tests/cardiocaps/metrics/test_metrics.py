@@ -16,7 +16,6 @@ from cardiocaps.metrics import (
     Estimate,
     by_video,
     choose_threshold,
-    classification,
     confusion,
     decision_threshold,
     evaluate,
@@ -178,7 +177,7 @@ def test_intervals_are_reproducible_and_hold_the_value() -> None:
 def test_the_interval_spans_the_middle_95_percent_of_the_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
     p, y, clip = _videos()
     drawn = {name: np.linspace(0, 1, 1001) ** 2 for name in METRICS}
-    monkeypatch.setattr(classification, "draw_scores", lambda *_: drawn)
+    monkeypatch.setattr(intervals.Tested, "draw", lambda *_: drawn)
     auroc = evaluate(p, y, clip, bootstrap=1001).metrics["auroc"]
     assert (auroc.low, auroc.high) == pytest.approx((0.025**2, 0.975**2))
 
@@ -209,7 +208,7 @@ def test_the_interval_is_that_of_a_plain_bootstrap() -> None:
 def test_no_resample_loses_a_class(normal: int, abnormal: int, mixed: int, seed: int) -> None:
     clip = np.concatenate((np.arange(normal + abnormal + mixed), normal + abnormal + np.arange(mixed)))
     y = np.array([0] * normal + [1] * abnormal + [0] * mixed + [1] * mixed)
-    strata = intervals.strata_of(y, clip, clip.max() + 1)
+    strata = intervals.strata_of(y, clip)
     weight = intervals.draw_weights(strata, 50, np.random.default_rng(seed))
     assert (weight[:, :normal].sum(axis=1) == normal).all()
     assert (weight[:, normal : normal + abnormal].sum(axis=1) == abnormal).all()
@@ -410,7 +409,7 @@ def test_a_threshold_between_neighbouring_floats_parts_them() -> None:
     low = 0.7
     high = float(np.nextafter(low, 1))
     assert choose_threshold([low, high], [0, 1]) == low
-    with pytest.raises(ValueError, match=r"label: must hold both classes.*every one is 0"):
+    with pytest.raises(ValueError, match=r"label is 0 everywhere; expected both classes"):
         choose_threshold([0.1, 0.2], [0, 0])
 
 
@@ -483,7 +482,7 @@ def test_the_interval_of_a_mean_covers_the_spread_of_its_runs() -> None:
     report = evaluate_runs([*good, np.full(90, 0.5)], [y] * 3, [np.arange(90)] * 3, bootstrap=1000)
     auroc, values = report.metrics["auroc"], [run.metrics["auroc"].value for run in report.runs]
     assert auroc.sd > 0.2 and auroc.low <= min(values) and auroc.high >= max(values)
-    assert "only 3 seeds: what bootstrap intervals owe to them is about 63 % too narrow" in report.notes
+    assert "only 3 seeds: the part of bootstrap intervals due to seeds is about 63 % too narrow" in report.notes
     alike = evaluate_runs([good[0]] * 3, [y] * 3, [np.arange(90)] * 3, bootstrap=50)
     assert not any("seeds" in note for note in alike.notes)
 
@@ -591,39 +590,39 @@ def test_regression_report_without_what_it_needs() -> None:
 
 def test_mean_by() -> None:
     assert mean_by([1.0, 2.0, 6.0, NAN], ["b", "a", "b", "c"]).tolist() == pytest.approx([2.0, 3.5, NAN], nan_ok=True)
-    with pytest.raises(ValueError, match=r"group: .*length 1"):
+    with pytest.raises(ValueError, match=r"group is .*; expected .* of length 1"):
         mean_by([1.0], [1, 2])
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: evaluate([], []), "probability: must have at least one"),
-        (lambda: evaluate([0.1, NAN], [0, 1]), r"probability: must lie in \[0, 1\], one is nan \(at 1\)"),
-        (lambda: evaluate([math.inf], [0]), "probability: .*inf"),
-        (lambda: evaluate([1.5], [0]), r"probability: .*1\.5"),
-        (lambda: evaluate([-0.1], [0]), r"probability: .*-0\.1"),
-        (lambda: evaluate([[0.1]], [0]), r"probability: must be one-dimensional.*\[1, 1\]"),
-        (lambda: evaluate(["high"], [0]), "probability: must be .*numeric"),
-        (lambda: evaluate([0.1, 0.2], [0]), "label: must have the length of probability, 2; has length 1"),
-        (lambda: evaluate([0.1], [2]), "label: must be 0 or 1, one is 2"),
-        (lambda: evaluate([0.1], [NAN]), "label: must be 0 or 1, one is nan"),
-        (lambda: evaluate([0.1], ["normal"]), "label: must be .*numeric"),
-        (lambda: evaluate([0.1, 0.2], [0, 1], [1]), "groups: .*length 2"),
-        (lambda: evaluate([0.1, 0.2], [0, 1], [1.0, NAN]), "groups: must be integers or text"),
-        (lambda: evaluate([0.1, 0.2], [0, 1], bootstrap=-1), "bootstrap: .*-1"),
-        (lambda: evaluate([0.1], [0], threshold=1.5), r"threshold: must lie in \[0, 1\], is 1\.5"),
-        (lambda: evaluate([0.1], [0], threshold=NAN), "threshold: .*nan"),
-        (lambda: evaluate_runs([], []), "probabilities: must have at least one run"),
-        (lambda: evaluate_runs([[0.1]], []), "labels: must have one entry for each of 1 runs, has 0"),
-        (lambda: evaluate_runs([[0.1]], [[0]], thresholds=[0.1, 0.2]), "thresholds: .* has 2"),
-        (lambda: evaluate_runs([[0.1]], [[0]], bootstrap=-1), "bootstrap: .*-1"),
-        (lambda: reliability([0.1], [0], bins=0), "bins: must be 1 or more, is 0"),
-        (lambda: by_video([0.1], [0], [[1]]), "clip: "),
-        (lambda: confusion([2.0], [0]), "probability: "),
-        (lambda: regression_report([1.0], [1.0, 2.0]), "target: must have the length of prediction, 1"),
-        (lambda: regression_report([NAN], [1.0]), "prediction: must be finite, one is nan"),
-        (lambda: regression_report([1.0], [math.inf]), "target: must be finite"),
+        (lambda: evaluate([], []), "probability is empty"),
+        (lambda: evaluate([0.1, NAN], [0, 1]), r"probability is nan \(at 1\); expected values in \[0, 1\]"),
+        (lambda: evaluate([math.inf], [0]), "probability is inf"),
+        (lambda: evaluate([1.5], [0]), r"probability is 1\.5"),
+        (lambda: evaluate([-0.1], [0]), r"probability is -0\.1"),
+        (lambda: evaluate([[0.1]], [0]), r"probability is float64 \[1, 1\]; expected numbers of shape \[n\]"),
+        (lambda: evaluate(["high"], [0]), "probability is <U4 .*; expected numbers"),
+        (lambda: evaluate([0.1, 0.2], [0]), "label has length 1; expected the length of probability, 2"),
+        (lambda: evaluate([0.1], [2]), r"label is 2.0 \(at 0\); expected 0 or 1"),
+        (lambda: evaluate([0.1], [NAN]), "label is nan .*; expected 0 or 1"),
+        (lambda: evaluate([0.1], ["normal"]), "label is <U6 .*; expected numbers"),
+        (lambda: evaluate([0.1, 0.2], [0, 1], [1]), "groups is .*; expected .* of length 2"),
+        (lambda: evaluate([0.1, 0.2], [0, 1], [1.0, NAN]), "groups is float64 .*; expected integers or text"),
+        (lambda: evaluate([0.1, 0.2], [0, 1], bootstrap=-1), "bootstrap is -1"),
+        (lambda: evaluate([0.1], [0], threshold=1.5), r"threshold is 1\.5; expected a value in \[0, 1\]"),
+        (lambda: evaluate([0.1], [0], threshold=NAN), "threshold is nan"),
+        (lambda: evaluate_runs([], []), "probabilities is empty"),
+        (lambda: evaluate_runs([[0.1]], []), "labels has 0 entries; expected one for each of 1 runs"),
+        (lambda: evaluate_runs([[0.1]], [[0]], thresholds=[0.1, 0.2]), "thresholds has 2 entries"),
+        (lambda: evaluate_runs([[0.1]], [[0]], bootstrap=-1), "bootstrap is -1"),
+        (lambda: reliability([0.1], [0], bins=0), "bins is 0; expected 1 or more"),
+        (lambda: by_video([0.1], [0], [[1]]), "clip is "),
+        (lambda: confusion([2.0], [0]), "probability is 2"),
+        (lambda: regression_report([1.0], [1.0, 2.0]), "target has length 2; expected the length of prediction, 1"),
+        (lambda: regression_report([NAN], [1.0]), "prediction is nan; expected finite"),
+        (lambda: regression_report([1.0], [math.inf]), "target is infinite; expected finite"),
     ],
 )
 def test_bad_input_is_named(call, message: str) -> None:  # type: ignore[no-untyped-def]
