@@ -6,15 +6,33 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import nn
 
 import capsops
 from capsops.backends import check_environment
-from cardiocaps.config import TrainConfig
 from cardiocaps.errors import ConfigError
+
+
+class MachineSettings(Protocol):
+    """The settings of a run that concern the machine; `TrainConfig` has them."""
+
+    @property
+    def device(self) -> Literal["auto", "cpu", "cuda"]: ...
+    @property
+    def precision(self) -> Literal["32", "bf16"]: ...
+    @property
+    def tf32(self) -> bool: ...
+    @property
+    def channels_last(self) -> bool: ...
+    @property
+    def compile(self) -> bool: ...
+    @property
+    def backend(self) -> str: ...
+    @property
+    def threads(self) -> int | None: ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +85,7 @@ class Machine:
             network.compile()
 
 
-def decide(config: TrainConfig, gpu: Gpu | None) -> Machine:
+def decide(config: MachineSettings, gpu: Gpu | None) -> Machine:
     """How a run with the settings `config` uses a machine with `gpu` (None: no GPU).
 
     Raises:
@@ -103,7 +121,7 @@ def visible_gpu() -> Gpu | None:
 
 
 @contextmanager
-def machine_for(config: TrainConfig) -> Iterator[Machine]:
+def machine_for(config: MachineSettings) -> Iterator[Machine]:
     """The machine of a run. Inside the block, torch uses the run's number of threads and its choice of TF32, and
     capsops its backend; these are global states, and the block restores them at its end.
 
