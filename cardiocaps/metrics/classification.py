@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from cardiocaps.errors import plural
 from cardiocaps.metrics.intervals import LEVEL, NO_INTERVAL, NO_WIDTH, Estimate, Tested, interval
-from cardiocaps.metrics.samples import checked_samples, finite_or_none
+from cardiocaps.metrics.samples import checked_samples
 from cardiocaps.metrics.scores import METRICS, published_scores
 from cardiocaps.metrics.thresholds import THRESHOLD, confusion
 
@@ -45,27 +45,19 @@ class Report:
     group_name: str = "video"
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; NaN becomes None."""
+        """Plain values for `write_json`."""
         return {
             "n": self.n,
             "positives": self.positives,
             "groups": self.groups,
             "drawn": plural(self.group_name),
             "threshold": self.threshold,
-            "metrics": {
-                name: {
-                    "value": finite_or_none(e.value),
-                    "low": finite_or_none(e.low),
-                    "high": finite_or_none(e.high),
-                    "method": e.method or None,
-                }
-                for name, e in self.metrics.items()
-            },
-            "paper": {name: finite_or_none(value) for name, value in self.paper.items()},
-            "confusion": [list(row) for row in self.confusion],
+            "metrics": {name: {**asdict(e), "method": e.method or None} for name, e in self.metrics.items()},
+            "paper": dict(self.paper),
+            "confusion": self.confusion,
             "undefined": dict(self.undefined),
             "no_interval": dict(self.no_interval),
-            "notes": list(self.notes),
+            "notes": self.notes,
             "bootstrap": {"resamples": self.bootstrap, "seed": self.seed, "level": LEVEL},
         }
 
@@ -125,7 +117,7 @@ def evaluate(
     return Report(
         n=p.size,
         positives=int(y.sum()),
-        groups=tested.groups,
+        groups=tested.names.size,
         metrics=metrics,
         paper=paper,
         confusion=((tn, fp), (fn, tp)),

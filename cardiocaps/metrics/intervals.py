@@ -26,9 +26,10 @@ Other metrics whose resamples all have the same value (an F1 or an average preci
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from cardiocaps.errors import plural
 from cardiocaps.metrics.samples import Floats, Integers, group_index
@@ -121,20 +122,21 @@ def draw_weights(strata: Mapping[str, Integers], resamples: int, rng: np.random.
 
 @dataclass(frozen=True)
 class Tested:
-    """The samples that one run was tested on, and their groups by kind."""
+    """The samples that one run was tested on, the names of their groups [g], and the groups by kind."""
 
     sample: Sample
+    names: NDArray[Any]
     strata: Mapping[str, Integers]
 
     @classmethod
     def of(cls, p: Floats, y: Integers, groups: ArrayLike | None, threshold: float) -> "Tested":
-        group = group_index(groups, p.size)
-        return cls(Sample.of(p, y, group, threshold), strata_of(y, group))
+        names, group = group_index(groups, p.size)
+        return cls(Sample.of(p, y, group, threshold), names, strata_of(y, group))
 
     @property
-    def groups(self) -> int:
-        """The number of groups."""
-        return self.sample.size.size
+    def groups(self) -> tuple[Any, ...]:
+        """Equal for runs that were tested on the same groups with labels of the same kind."""
+        return tuple(self.names.tolist()), *((kind, tuple(x.tolist())) for kind, x in self.strata.items())
 
     def draw(self, resamples: int, rng: np.random.Generator, samples: int) -> dict[str, Floats]:
         """Every metric of each resample [resamples], computed in chunks that keep the arrays small.
@@ -154,14 +156,14 @@ class Tested:
         return {
             "sensitivity": abnormal + both,
             "specificity": normal + both,
-            "accuracy": self.groups,
-            "auroc": min(normal + both, abnormal + both, self.groups // 2),
+            "accuracy": self.names.size,
+            "auroc": min(normal + both, abnormal + both, self.names.size // 2),
         }
 
     def notes(self, group_name: str) -> list[str]:
         """A note on each kind of groups that is too small for the bootstrap."""
         return [
-            f"of {self.groups} {plural(group_name)} only {members.size} {kind}: bootstrap intervals are "
+            f"of {self.names.size} {plural(group_name)} only {members.size} {kind}: bootstrap intervals are "
             f"{too_narrow(members.size)}"
             for kind, members in self.strata.items()
             if is_narrow(members.size)

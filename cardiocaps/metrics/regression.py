@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from cardiocaps.metrics.samples import as_vector, finite_or_none
+from cardiocaps.metrics.samples import as_vector
 
 
 @dataclass(frozen=True)
@@ -31,13 +31,8 @@ class RegressionReport:
     undefined: Mapping[str, str]
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON; NaN becomes None."""
-        names = ("mae", "rmse", "r2", "constant", "constant_mae", "constant_rmse")
-        return {
-            "n": self.n,
-            **{name: finite_or_none(getattr(self, name)) for name in names},
-            "undefined": dict(self.undefined),
-        }
+        """Plain values for `write_json`."""
+        return asdict(self)
 
 
 def regression_report(prediction: ArrayLike, target: ArrayLike, constant: float = math.nan) -> RegressionReport:

@@ -87,8 +87,13 @@ def evaluate_runs(
         for name, reason in run.undefined.items():
             undefined.setdefault(name, reason if count == 1 else f"run {number} of {count}: {reason}")
     metrics = {name: _mean([run.metrics[name].value for run in runs]) for name in METRICS}
-    tests, streams = _tests(probabilities, labels, groups, thresholds)
-    paired = max(streams) == 0
+    tests = [
+        Tested.of(*checked_samples(p, y), group, threshold)
+        for p, y, group, threshold in zip(probabilities, labels, groups, thresholds, strict=True)
+    ]
+    known: dict[Any, int] = {}
+    streams = [known.setdefault(test.groups, len(known)) for test in tests]  # of random numbers, by the groups
+    paired = len(known) == 1
     notes: list[str] = []
     if bootstrap:
         notes = [note for test in tests for note in test.notes(group_name)]
@@ -98,7 +103,7 @@ def evaluate_runs(
             test.draw(bootstrap, np.random.default_rng([seed, stream] if stream else seed), most)
             for test, stream in zip(tests, streams, strict=True)
         ]
-        chosen = np.random.default_rng([seed, max(streams) + 1]).integers(count, size=(bootstrap, count))
+        chosen = np.random.default_rng([seed, len(known)]).integers(count, size=(bootstrap, count))
         for name, mean in metrics.items():
             if name not in undefined:
                 of_runs = np.stack([values[name] for values in drawn], axis=1)
@@ -116,24 +121,6 @@ def evaluate_runs(
         no_interval={name: NO_WIDTH for name, mean in metrics.items() if mean.method == NO_INTERVAL},
         notes=tuple(dict.fromkeys(notes)),
     )
-
-
-def _tests(
-    probabilities: Sequence[ArrayLike],
-    labels: Sequence[ArrayLike],
-    groups: Sequence[ArrayLike | None],
-    thresholds: Sequence[float],
-) -> tuple[list[Tested], list[int]]:
-    """What each run was tested on, and a number that runs share if they were tested on the same groups and labels."""
-    tests, streams, known = [], [], dict[Any, int]()
-    for probability, label, group, threshold in zip(probabilities, labels, groups, thresholds, strict=True):
-        p, y = checked_samples(probability, label)
-        test = Tested.of(p, y, group, threshold)
-        names = np.unique(np.arange(p.size) if group is None else np.asarray(group))
-        same = (tuple(names.tolist()), *((kind, tuple(members.tolist())) for kind, members in test.strata.items()))
-        tests.append(test)
-        streams.append(known.setdefault(same, len(known)))
-    return tests, streams
 
 
 def _mean(values: Sequence[float]) -> MeanEstimate:

@@ -1,6 +1,6 @@
 """Arrays of samples: their checks, and their means over groups."""
 
-import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,14 +36,13 @@ def as_vector(values: ArrayLike, name: str) -> Floats:
     return array.astype(np.float64)
 
 
-def group_index(groups: ArrayLike | None, n: int, name: str = "groups") -> Integers:
-    """The index [n] of each sample's group among the sorted values of `groups`; None: every sample is a group."""
-    if groups is None:
-        return np.arange(n)
-    array = np.asarray(groups)
+def group_index(groups: ArrayLike | None, n: int, name: str = "groups") -> tuple[NDArray[Any], Integers]:
+    """The sorted names [g] of the groups and each sample's index [n] into them; None: every sample is a group."""
+    array = np.arange(n) if groups is None else np.asarray(groups)
     if array.shape != (n,) or array.dtype.kind not in "iuUS":
         raise ValueError(f"{name} is {array.dtype} {list(array.shape)}; expected integers or text of length {n}")
-    return np.unique(array, return_inverse=True)[1].astype(np.int64)
+    names, index = np.unique(array, return_inverse=True)
+    return names, index.astype(np.int64)
 
 
 def by_video(probability: ArrayLike, label: ArrayLike, clip: ArrayLike) -> tuple[Floats, Integers]:
@@ -53,22 +52,17 @@ def by_video(probability: ArrayLike, label: ArrayLike, clip: ArrayLike) -> tuple
         ValueError: see `checked_samples`; or the frames of one video have different labels.
     """
     p, y = checked_samples(probability, label)
-    group = group_index(clip, p.size, name="clip")
+    names, group = group_index(clip, p.size, name="clip")
     size = np.bincount(group)
     positive = np.bincount(group, weights=y)
     mixed = np.flatnonzero((positive != 0) & (positive != size))
     if mixed.size:
-        where = np.asarray(clip)[group == mixed[0]][0]
-        raise ValueError(f"label differs within clip {where}; expected the same for all frames of a clip")
+        raise ValueError(f"label differs within clip {names[mixed[0]]}; expected the same for all frames of a clip")
     return np.clip(np.bincount(group, weights=p) / size, 0.0, 1.0), (positive > 0).astype(np.int64)
 
 
 def mean_by(values: ArrayLike, group: ArrayLike) -> Floats:
     """Mean of `values` [n] over each group, in the order of the sorted values of `group` [n]."""
     numbers = as_vector(values, "values")
-    index = group_index(group, numbers.size, name="group")
+    _, index = group_index(group, numbers.size, name="group")
     return np.bincount(index, weights=numbers) / np.bincount(index)
-
-
-def finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None

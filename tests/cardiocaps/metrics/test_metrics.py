@@ -2,6 +2,8 @@ import json
 import math
 import time
 import warnings
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,8 +30,15 @@ from cardiocaps.metrics import (
     threshold_counts,
 )
 from cardiocaps.metrics.scores import Sample
+from cardiocaps.runtime.files import write_json
 
 NAN = math.nan
+
+
+def _written(value: dict[str, Any], folder: Path) -> Any:
+    """`value`, written as JSON and read again."""
+    write_json(folder / "a.json", value)
+    return json.loads((folder / "a.json").read_text(), parse_constant=pytest.fail)
 
 
 def _sklearn(p: NDArray[np.float64], y: NDArray[np.int64]) -> dict[str, float]:
@@ -99,7 +108,8 @@ def test_the_order_of_the_samples_does_not_matter(pairs: list[tuple[float, int]]
         for index in (np.arange(p.size), np.array(order))
     )
     for name in METRICS:
-        assert list(one["metrics"][name].values()) == pytest.approx(list(other["metrics"][name].values()))
+        values = list(other["metrics"][name].values())
+        assert list(one["metrics"][name].values()) == pytest.approx(values, nan_ok=True)
     assert one["paper"] == pytest.approx(other["paper"])
 
 
@@ -134,7 +144,7 @@ def test_the_papers_metrics_of_a_model_that_predicts_one_class() -> None:
 
 
 @pytest.mark.parametrize("label", [0, 1])
-def test_one_class_is_undefined_with_a_reason_and_not_zero(label: int) -> None:
+def test_one_class_is_undefined_with_a_reason_and_not_zero(label: int, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = evaluate([0.2, 0.7, 0.9], [label] * 3, ["a", "a", "b"], bootstrap=50)
@@ -146,7 +156,7 @@ def test_one_class_is_undefined_with_a_reason_and_not_zero(label: int) -> None:
         assert math.isnan(estimate.value) and math.isnan(estimate.low) and math.isnan(estimate.high)
         assert str(estimate) == "undefined"
     assert math.isfinite(report.metrics["accuracy"].value) and math.isfinite(report.metrics["brier"].low)
-    written = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    written = _written(report.as_dict(), tmp_path)
     assert written["metrics"]["auroc"] == {"value": None, "low": None, "high": None, "method": None}
     assert written["paper"]["roc_auc"] is None
 
@@ -338,25 +348,25 @@ def test_a_small_bootstrap_is_as_narrow_as_its_note_says() -> None:
     assert 1 - intervals.narrowness(n) == pytest.approx(np.mean(widths), abs=0.01)
 
 
-def test_a_thousand_resamples_of_five_thousand_frames_take_less_than_two_seconds() -> None:
+def test_a_thousand_resamples_of_five_thousand_frames_take_less_than_two_cpu_seconds() -> None:
     rng = np.random.default_rng(0)
     clip = rng.integers(300, size=5000)
     p, y = rng.random(5000), (clip < 60).astype(int)
     evaluate(p, y, clip, bootstrap=10)
     seconds = []
     for _ in range(2):
-        start = time.perf_counter()
+        start = time.process_time()
         evaluate(p, y, clip, bootstrap=1000)
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
     assert min(seconds) < 2
 
 
-def test_as_dict_is_json() -> None:
+def test_as_dict_can_be_written(tmp_path: Path) -> None:
     p, y, clip = _videos()
-    report = evaluate(p, y, clip, bootstrap=10).as_dict()
-    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    report = _written(evaluate(p, y, clip, bootstrap=10).as_dict(), tmp_path)
+    assert report["drawn"] == "videos" and report["confusion"][0][0] > 0
     assert report["bootstrap"] == {"resamples": 10, "seed": 0, "level": 0.95}
-    without = evaluate(p, y, clip, bootstrap=0).as_dict()["metrics"]["auroc"]
+    without = _written(evaluate(p, y, clip, bootstrap=0).as_dict(), tmp_path)["metrics"]["auroc"]
     assert without["low"] is without["high"] is without["method"] is None and without["value"] > 0.5
     assert evaluate(p, y, clip, bootstrap=0).no_interval == {}, "where none was asked for, none is missing"
 
@@ -582,7 +592,7 @@ def test_regression_report() -> None:
 def test_regression_report_without_what_it_needs() -> None:
     nothing = regression_report([1.0], [NAN], constant=1.0)
     assert nothing.n == 0 and set(nothing.undefined) == {"mae", "rmse", "r2", "constant_mae", "constant_rmse"}
-    assert nothing.as_dict()["rmse"] is None
+    assert math.isnan(nothing.as_dict()["rmse"])
     same = regression_report([1.0, 2.0], [0.1, 0.1])
     assert same.mae == pytest.approx(1.4) and math.isnan(same.r2) and math.isnan(same.constant_mae)
     assert set(same.undefined) == {"r2", "constant_mae", "constant_rmse"}
