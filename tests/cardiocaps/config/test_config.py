@@ -286,7 +286,7 @@ def test_thresholds_are_given_one_by_one(tmp_path: Path) -> None:
     assert options()["threshold"].choices == CALCS == tuple(THRESHOLDS)
 
 
-def test_a_run_goes_on_with_its_own_thresholds(tmp_path: Path) -> None:
+def test_a_resumed_run_keeps_its_thresholds(tmp_path: Path) -> None:
     _run(tmp_path / "run", "--threshold", "IVSd=1.2", "--threshold", "LVIDd=6")
     again = from_command_line(["--resume", str(tmp_path / "run"), "--threshold", "IVSd=1.2"])
     assert again.threshold == {"IVSd": 1.2, "LVIDd": 6.0}
@@ -300,7 +300,7 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert read == {"data": tmp_path / "echo", "out": tmp_path, "cache_dir": Path("a/~/b")}
     config = from_command_line(["--config=~/run.yaml", "--data=~/there", "--out", "./~"])
     assert (config.data, config.out) == (tmp_path / "there", Path("~"))
-    # What was meant stays so in the record of the run, whoever reads it later.
+    # The record of the run keeps the meaning, also for a reader with another home folder.
     monkeypatch.setenv("HOME", "/elsewhere")
     again = read_yaml(_file(tmp_path, config.to_yaml()))
     assert (again["data"], again["out"]) == (tmp_path / "there", Path("~"))
@@ -361,7 +361,7 @@ def test_any_file_is_read_or_refused_by_name(text: str, tmp_path_factory) -> Non
     assert set(read) <= set(options())
 
 
-def test_every_way_of_making_one_checks() -> None:
+def test_values_are_checked_wherever_a_configuration_is_made() -> None:
     assert TrainConfig(data="here").data == Path("here")  # type: ignore[arg-type]
     for wrong in (
         {"seed": -1},
@@ -416,7 +416,7 @@ def test_a_run_that_was_resumed_can_be_resumed_again(tmp_path: Path) -> None:
         (["--out", "elsewhere"], "out is 'elsewhere'; expected the resumed run's folder"),
     ],
 )
-def test_a_run_cannot_go_on_with_other_settings(argv: list[str], message: str, tmp_path: Path) -> None:
+def test_a_run_cannot_be_resumed_with_other_settings(argv: list[str], message: str, tmp_path: Path) -> None:
     _run(tmp_path / "run")
     with pytest.raises(ConfigError, match=message):
         from_command_line(["--resume", str(tmp_path / "run"), *argv])
@@ -435,12 +435,12 @@ def test_a_run_of_an_older_version_keeps_what_it_ran_with(tmp_path: Path) -> Non
         from_command_line(["--resume", str(tmp_path / "run")])
 
 
-def test_what_is_no_run_cannot_be_resumed(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not the folder of a run"):
         from_command_line(["--resume", str(tmp_path)])
 
 
-def test_check_resumable_compares_every_setting_but_those_that_may_differ() -> None:
+def test_check_resumable_compares_all_settings_except_those_that_may_differ() -> None:
     config = TrainConfig().resolved()
     check_resumable(TrainConfig(), config)
     check_resumable(config, replace(config, epochs=99, device="cpu", threads=2, workers=1, progress=False))

@@ -235,7 +235,7 @@ def test_chunks_do_not_change_what_a_resample_is(monkeypatch: pytest.MonkeyPatch
 
 
 def test_proportions_of_single_samples_have_exact_intervals() -> None:
-    """The bootstrap of ten right decisions has no width, and that of nine a larger lower bound than ten exact."""
+    """For ten right decisions of ten the bootstrap has no width; for nine, its low end exceeds the exact one of ten."""
 
     def sensitivity(right: int, n: int) -> Estimate:
         p = np.r_[[0.9] * right, [0.1] * (n - right), 0.1]
@@ -295,7 +295,7 @@ def test_every_metric_of_a_perfect_classifier_has_a_method_or_a_reason() -> None
 def test_a_perfect_order_is_no_more_probable_than_the_auroc_to_the_number_of_pairs(
     weights: list[tuple[int, int]], positives: int, negatives: int
 ) -> None:
-    """What the exact bound of an AUROC rests on, for any two distributions over a few values."""
+    """The inequality behind the exact bound of an AUROC, for any two distributions over a few values."""
     x, y = np.array(weights, float).T
     assume(x.sum() > 0 and y.sum() > 0)
     x, y = x / x.sum(), y / y.sum()
@@ -307,7 +307,7 @@ def test_a_perfect_order_is_no_more_probable_than_the_auroc_to_the_number_of_pai
 
 
 def test_a_perfect_order_can_be_as_probable_as_that() -> None:
-    """So no larger bound holds for all distributions: 50 of the normal have one value, 10 abnormal vary."""
+    """So no larger bound holds for all distributions: 50 normal samples have one value, 10 abnormal ones vary."""
     low = evaluate(np.r_[[0.1] * 50, [0.9] * 10], np.r_[[0] * 50, [1] * 10], bootstrap=5).metrics["auroc"].low
     rng = np.random.default_rng(0)
     perfect = (rng.random((200_000, 10)) < low).all(axis=1).mean()  # each abnormal above with probability AUROC
@@ -320,7 +320,7 @@ def test_whole_groups_are_counted_where_the_bootstrap_of_groups_has_no_width() -
     metric = evaluate(0.2 + 0.6 * y, y, clip, bootstrap=50).metrics
     for name, groups in (("sensitivity", 12), ("specificity", 18), ("accuracy", 30), ("auroc", 12)):
         assert metric[name].low == pytest.approx(0.025 ** (1 / groups)) and metric[name].method == "exact"
-    # Three patients with videos of both labels make one pair, and a patient by himself none.
+    # Three patients with videos of both labels make one pair; a single patient makes none.
     both = evaluate([0.1, 0.9] * 3, [0, 1] * 3, [0, 0, 1, 1, 2, 2], bootstrap=50).metrics["auroc"]
     assert both.low == pytest.approx(0.025)
     alone = evaluate([0.1, 0.9], [0, 1], [0, 0], bootstrap=50)
@@ -387,12 +387,12 @@ def test_a_threshold_moves_the_decisions_and_not_what_was_published() -> None:
     [
         ([0.1, 0.2, 0.4, 0.9], [0, 0, 1, 1], 0.3),
         ([0.1, 0.2, 0.7, 0.9], [0, 0, 1, 0], 0.45),
-        # 0.25 and 0.65 have the same index, 1/2: the nearer to one half
+        # 0.25 and 0.65 have the same index, 1/2: the one nearer to 0.5
         ([0.1, 0.4, 0.5, 0.8], [0, 1, 0, 1], 0.65),
         # 0.35 and 0.65 have the same index and the same distance: the smaller
         ([0.2, 0.5, 0.5, 0.8], [0, 0, 1, 1], 0.35),
         ([0.3, 0.3, 0.3], [0, 1, 0], 0.5),
-        # worse than chance: still between two probabilities, where it does least harm
+        # worse than chance: the best threshold is still between two probabilities
         ([0.9, 0.8, 0.1], [0, 0, 1], 0.85),
     ],
 )
@@ -485,7 +485,7 @@ def test_the_interval_of_paired_runs_is_that_of_a_plain_bootstrap_of_videos_and_
 
 
 def test_the_interval_of_a_mean_covers_the_spread_of_its_runs() -> None:
-    """One run of three that learned nothing, as CNN-(1)'s did."""
+    """One run of three learned nothing, as one of CNN-(1) did."""
     y = np.array([0] * 72 + [1] * 18)
     rng = np.random.default_rng(0)
     good = [np.where(y == 1, 0.8, 0.3) + 0.15 * rng.normal(size=90).clip(-1, 1) for _ in range(2)]
@@ -508,7 +508,7 @@ def test_runs_that_are_all_right_have_the_exact_interval_of_their_videos() -> No
 
 
 def test_the_mean_of_equal_runs_is_as_uncertain_as_one_of_them() -> None:
-    """And rare errors of one run of three leave no less open than none at all."""
+    """And rare errors in one run of three do not make the interval narrower than no errors at all."""
     y, video = np.array([0] * 72 + [1] * 10), np.arange(82)
     right = 0.1 + 0.8 * y
     wrong = np.where(video == 81, 0.1, right)
@@ -527,7 +527,7 @@ def test_runs_on_other_videos_draw_by_themselves() -> None:
     apart = evaluate_runs([p] * 4, [y] * 4, [clip + 100 * i for i in range(4)], bootstrap=1000)
     auroc = apart.metrics["auroc"]
     assert not apart.paired and auroc.value == pytest.approx(one.value)
-    # Four runs, drawn with replacement, each with draws of its own: the expected sum of the squared weights is 7/16.
+    # Four runs, drawn with replacement, that draw different groups: the expected sum of squared weights is 7/16.
     assert auroc.high - auroc.low == pytest.approx((one.high - one.low) * math.sqrt(7) / 4, rel=0.2)
     other_labels = evaluate_runs([p, p], [y, 1 - y], [clip, clip], bootstrap=5)
     assert not other_labels.paired

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, on disks that fail."""
+"""Files that are written whole or not at all, also on disks that fail; locks of folders."""
 
 import csv
 import errno

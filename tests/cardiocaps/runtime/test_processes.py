@@ -29,13 +29,13 @@ def test_every_item_with_its_result(pool: partial[Executor]) -> None:
         assert not list(results)
 
 
-def test_what_the_function_raises() -> None:
+def test_an_exception_of_the_function() -> None:
     with in_parallel(THREADS, lambda item: 1 // item, [0]) as results, pytest.raises(ZeroDivisionError):
         next(results)
 
 
 @pytest.mark.parametrize("pool", [THREADS, PROCESSES], ids=["threads", "processes"])
-def test_a_machine_without_another_process_is_named(pool: partial[Executor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_starts_no_process_is_named(pool: partial[Executor], monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object, **__: object) -> None:
         raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
