@@ -99,7 +99,7 @@ def decide(config: MachineSettings, gpu: Gpu | None) -> Machine:
     if config.device == "cpu":
         gpu = None
     elif config.device == "cuda" and gpu is None:
-        raise ConfigError("device is 'cuda'; expected auto or cpu, because torch finds no GPU")
+        raise ConfigError("device is 'cuda'; expected auto or cpu, because torch sees no GPU")
     if config.precision == "bf16" and gpu is not None and not gpu.bfloat16:
         raise ConfigError(f"precision is 'bf16'; expected 32, because {gpu.name} does not compute in bfloat16")
     return Machine(

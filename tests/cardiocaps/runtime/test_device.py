@@ -72,7 +72,7 @@ def test_decide(settings: dict[str, Any], there: Gpu | None, expected: Machine) 
 
 
 def test_what_the_gpu_cannot_do_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"^device is 'cuda'; expected auto or cpu, because torch finds no GPU$"):
+    with pytest.raises(ConfigError, match=r"^device is 'cuda'; expected auto or cpu, because torch sees no GPU$"):
         decide(TrainConfig(device="cuda"), None)
     with pytest.raises(ConfigError, match=r"^precision is .bf16.; expected 32, because Tesla T4 does not "):
         decide(TrainConfig(precision="bf16"), OLD)
