@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -15,24 +15,8 @@ import capsops
 from capsops.backends import check_environment
 from cardiocaps.errors import ConfigError
 
-
-class MachineSettings(Protocol):
-    """The settings of a run that concern the machine; `TrainConfig` has them."""
-
-    @property
-    def device(self) -> Literal["auto", "cpu", "cuda"]: ...
-    @property
-    def precision(self) -> Literal["32", "bf16"]: ...
-    @property
-    def tf32(self) -> bool: ...
-    @property
-    def channels_last(self) -> bool: ...
-    @property
-    def compile(self) -> bool: ...
-    @property
-    def backend(self) -> str: ...
-    @property
-    def threads(self) -> int | None: ...
+if TYPE_CHECKING:
+    from cardiocaps.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -85,7 +69,7 @@ class Machine:
             network.compile()
 
 
-def decide(config: MachineSettings, gpu: Gpu | None) -> Machine:
+def decide(config: TrainConfig, gpu: Gpu | None) -> Machine:
     """How a run with the settings `config` uses a machine with `gpu` (None: no GPU).
 
     Raises:
@@ -121,7 +105,7 @@ def visible_gpu() -> Gpu | None:
 
 
 @contextmanager
-def machine_for(config: MachineSettings) -> Iterator[Machine]:
+def machine_for(config: TrainConfig) -> Iterator[Machine]:
     """The machine of a run. Inside the block, torch uses the run's number of threads and its choice of TF32, and
     capsops its backend; these are global states, and the block restores them at its end.
 
