@@ -1,4 +1,4 @@
-"""Errors a user can cause, each with the exit status that the command-line programs return for it."""
+"""Errors that a user can cause, each with the exit status that the command-line programs return for it."""
 
 
 class CardioCapsError(Exception):
@@ -8,7 +8,7 @@ class CardioCapsError(Exception):
 
 
 class ResourceError(CardioCapsError):
-    """The machine lacks what the program needs: processes, threads, shared memory."""
+    """The machine has too few processes, threads or shared memory for the program."""
 
 
 class ConfigError(CardioCapsError):
@@ -36,14 +36,14 @@ class CheckpointError(CardioCapsError):
 
 
 def printable(text: object) -> str:
-    """Text of a user (a name, a path) as a message may show it: on one line, and without a code that a terminal obeys.
+    """Text of a user (a name, a path) for a message: on one line, and without control codes for the terminal.
 
-    Whatever is no printable character stands there as its escape: line breaks, escape codes, marks that turn the
-    direction of writing, bytes that are no text.
+    Characters that are not printable are replaced by their escapes: line breaks, control codes, marks that change the
+    direction of writing, and bytes that are not valid text.
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in str(text))
 
 
 def plural(noun: str) -> str:
-    """Of what results are counted by: videos, frames, patients, studies."""
+    """The plural of the nouns that results are counted in: videos, frames, patients, studies."""
     return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"

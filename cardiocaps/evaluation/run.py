@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.config import MAY_DIFFER_ON_RESUME, TrainConfig, read_run
+from cardiocaps.config import TrainConfig, read_run, settings_that_affect
 from cardiocaps.data.datamodule import EchoDataModule
 from cardiocaps.data.fingerprint import Fingerprint
 from cardiocaps.data.open import decode_for_run, read_study
@@ -155,7 +155,7 @@ def but_for_the_seed(config: TrainConfig, data: Fingerprint) -> str:
 
     Seed, machine and places of the data may differ.
     """
-    ignored = {*MAY_DIFFER_ON_RESUME, "seed", "out", "resume", "overwrite"} - {"epochs", "patience"}
+    ignored = {"seed", *settings_that_affect("rounding", "machine", "display", "place")}
     settings = {name: value for name, value in config.as_dict().items() if name not in ignored}
     # With a limit, another split has other videos.
     return repr((settings, data.digest_without_splits if config.limit is None else data.table))

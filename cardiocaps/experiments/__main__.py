@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from cardiocaps import DISCLAIMER
-from cardiocaps.config import CommandLine, TrainConfig, add_options, options
+from cardiocaps.config import CommandLine, TrainConfig, add_options, options, settings_that_affect
 from cardiocaps.experiments.exhibits import EXHIBITS
 from cardiocaps.experiments.plan import FIRST_SEED
 from cardiocaps.runtime.program import Interruption, run_program
 
-# Settings that a system decides itself, and settings that only a single run has.
-_NOT_COMMON = {
-    *("model", "routing", "affine", "class_weight", "regression_weight", "backend"),
-    *("seed", "split_seed", "out", "overwrite", "resume"),
-}
+# Settings that each system decides, and settings of a single run.
+_BY_SYSTEM = ("model", "routing", "affine", "class_weight", "regression_weight", "backend")
+_BY_RUN = ("seed", "split_seed", *settings_that_affect("place"))
 
 
 def parser() -> CommandLine:
@@ -60,7 +58,7 @@ def parser() -> CommandLine:
         type=options()["data"].from_text,
         help="folder of the experiments (default: experiments/PRESET)",
     )
-    add_options(parser, [name for name in options() if name not in _NOT_COMMON])
+    add_options(parser, [name for name in options() if name not in (*_BY_SYSTEM, *_BY_RUN)])
     return parser
 
 

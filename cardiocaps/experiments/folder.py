@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cardiocaps import __version__
-from cardiocaps.config import TrainConfig, completed
+from cardiocaps.config import TrainConfig, completed, settings_that_affect
 from cardiocaps.errors import ConfigError, DataError, OutputError, printable
 from cardiocaps.runtime.files import output_errors, write_json
 from cardiocaps.runtime.program import print_line
@@ -18,26 +18,8 @@ if TYPE_CHECKING:
 
 _KIND = "cardiocaps experiments"
 
-# What may be another from call to call: where it runs, where its data lie (what they are is remembered by their
-# fingerprint) and how it is shown. (Other devices and numbers of threads round in other ways, which is nothing that
-# tables must be kept apart for.)
-_MAY_DIFFER = {
-    "data",
-    "phantom_dir",
-    "device",
-    "threads",
-    "workers",
-    "decode_workers",
-    "video_reader",
-    "cache_dir",
-    "follow_links",
-    "progress",
-    "bootstrap",
-    "out",
-    "resume",
-    "overwrite",
-    "seed",
-}
+# Settings that may change from call to call. Each job has its own seed, and every call computes the intervals anew.
+_MAY_DIFFER = {*settings_that_affect("machine", "display", "place"), "seed", "bootstrap"}
 
 
 @dataclass(frozen=True)

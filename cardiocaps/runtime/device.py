@@ -1,4 +1,4 @@
-"""What a run computes on: decided in one place from its settings and the GPU, and set in one place."""
+"""The device of a run and how it computes there, decided from the settings and the GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU, by its name, and whether it computes in bfloat16 itself."""
+    """A GPU: its name, and whether it computes in bfloat16 without emulation."""
 
     name: str
     bfloat16: bool
@@ -32,16 +32,16 @@ class Machine:
     """How a run uses the machine; see `decide`."""
 
     device: Literal["cpu", "cuda"]  # ROCm is "cuda" to torch
-    gpu: str | None  # its name, where the run uses it
+    gpu: str | None  # its name, if the run uses it
     precision: Literal["32", "bf16"]
     tf32: bool
     channels_last: bool
     compile: bool
-    backend: str  # of capsops; "auto": the first that can
+    backend: str  # of capsops; "auto": the first that can run
 
     @property
     def pin_memory(self) -> bool:
-        """Whether batches wait in page-locked memory, from which a GPU fetches them while it computes."""
+        """Whether batches are in page-locked memory, which a GPU can read while it computes."""
         return self.device == "cuda"
 
     def __str__(self) -> str:
@@ -56,25 +56,25 @@ class Machine:
         return ", ".join([where, number, *(name for name, on in flags.items() if on)])
 
     def lay_out(self, network: nn.Module) -> None:
-        """Put the weights of the convolutions in the order of the images, which `EchoDataModule` makes."""
+        """Give the weights of convolutions the memory format of the images from `EchoDataModule`."""
         if self.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def compile_for_training(self, network: nn.Module) -> None:
-        """Compile the network in place, so that the names in its state dict stay as they are.
+        """Compile the network in place, which keeps the names in its state dict.
 
-        For training alone: one pass over the test split would not win back the time.
+        Only for training: in one pass over the test split, compiling would take longer than it saves.
         """
         if self.compile:
             network.compile()
 
 
 def decide(config: TrainConfig, gpu: Gpu | None) -> Machine:
-    """How a run of `config` uses a machine with `gpu` (None: no GPU).
+    """How a run with the settings `config` uses a machine with `gpu` (None: no GPU).
 
     Raises:
-        ConfigError: a GPU is asked for and there is none, or bfloat16 on one that cannot compute in it; or
-            CAPSOPS_BACKEND or CAPSOPS_ISA names what there is not.
+        ConfigError: the device is "cuda" without a GPU, the precision is "bf16" on a GPU without it, or
+            CAPSOPS_BACKEND or CAPSOPS_ISA has an unknown value.
     """
     try:
         check_environment()
@@ -83,9 +83,9 @@ def decide(config: TrainConfig, gpu: Gpu | None) -> Machine:
     if config.device == "cpu":
         gpu = None
     elif config.device == "cuda" and gpu is None:
-        raise ConfigError("device: 'cuda' is asked for, but torch sees no GPU; give auto or cpu")
+        raise ConfigError("device is 'cuda'; expected auto or cpu, because torch sees no GPU")
     if config.precision == "bf16" and gpu is not None and not gpu.bfloat16:
-        raise ConfigError(f"precision: 'bf16' is asked for, but {gpu.name} does not compute in bfloat16; give 32")
+        raise ConfigError(f"precision is 'bf16'; expected 32, because {gpu.name} does not compute in bfloat16")
     return Machine(
         device="cpu" if gpu is None else "cuda",
         gpu=None if gpu is None else gpu.name,
@@ -98,7 +98,7 @@ def decide(config: TrainConfig, gpu: Gpu | None) -> Machine:
 
 
 def visible_gpu() -> Gpu | None:
-    """The first GPU that torch sees through CUDA or ROCm, if there is one. Apple's is none: it lacks float64."""
+    """The first GPU that torch finds through CUDA or ROCm. Apple's GPUs do not count: they lack float64."""
     if not torch.cuda.is_available():
         return None
     return Gpu(torch.cuda.get_device_name(0), torch.cuda.is_bf16_supported(including_emulation=False))
@@ -106,17 +106,17 @@ def visible_gpu() -> Gpu | None:
 
 @contextmanager
 def machine_for(config: TrainConfig) -> Iterator[Machine]:
-    """The machine of a run. Inside the block torch, which keeps these for the whole process, has the run's number of
-    threads and its choice about TF32, and capsops its backend; after it, those of before.
+    """The machine of a run. Inside the block, torch uses the run's number of threads and its choice of TF32, and
+    capsops its backend; these are global states, and the block restores them at its end.
 
     Raises:
-        ConfigError: see `decide`; and where the block meets a backend that is asked for and cannot run.
+        ConfigError: see `decide`; or a kernel in the block cannot run on the backend that is set.
     """
-    # Without it, matrix products on a GPU may differ in the last digits from run to run. Read when CUDA starts.
+    # Makes matrix products on a GPU repeatable to the last digit. CUDA reads it when it starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     machine = decide(config, None if config.device == "cpu" else visible_gpu())
-    # Not through `fp32_precision`: once it has allowed TF32, these two and `torch.get_float32_matmul_precision` raise,
-    # and Lightning and torch.compile ask them.
+    # Do not use the newer `fp32_precision`: after it has allowed TF32, reading these flags raises an error, and
+    # Lightning and torch.compile read them.
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     before = products.allow_tf32, convolutions.allow_tf32, torch.get_num_threads()
     products.allow_tf32 = convolutions.allow_tf32 = machine.tf32
@@ -126,8 +126,8 @@ def machine_for(config: TrainConfig) -> Iterator[Machine]:
         with nullcontext() if config.backend == "auto" else capsops.use_backend(config.backend):
             yield machine
     except capsops.BackendError as error:
-        asked = "" if config.backend == "auto" else f"backend: {config.backend!r} is asked for, but "
-        raise ConfigError(f"{asked}{error}") from error
+        setting = "" if config.backend == "auto" else f"backend is {config.backend!r}, but "
+        raise ConfigError(f"{setting}{error}") from error
     finally:
         products.allow_tf32, convolutions.allow_tf32, threads = before
         torch.set_num_threads(threads)
@@ -135,15 +135,11 @@ def machine_for(config: TrainConfig) -> Iterator[Machine]:
 
 @contextmanager
 def compilation_errors() -> Iterator[None]:
-    """Say in a line what keeps torch.compile from compiling, such as a machine without a C++ compiler.
-
-    Raises:
-        ConfigError: in place of what torch.compile raises.
-    """
+    """Turn errors of torch.compile inside the block, such as a missing C++ compiler, into a ConfigError of one line."""
     try:
         yield
     except Exception as error:
-        # By its module: to import the class would cost every run a second.
+        # Known by its module, because importing the class takes a second.
         if not type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.")):
             raise
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

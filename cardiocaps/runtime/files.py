@@ -1,7 +1,7 @@
-"""Files that appear whole or not at all, and what the disk refuses as an error that says why.
+"""Files that are written whole or not at all, and errors of the disk with their reason.
 
-A file is written beside its place under a temporary name, NAME.XXXXXXXX.part, and renamed. A process that is killed
-leaves its temporary file behind; `remove_leftovers` finds those by the lock that a living process holds on its own.
+A file is written under a temporary name in the same folder, NAME.XXXXXXXX.part, and then renamed. A process that is
+killed leaves its temporary file behind; `remove_leftovers` removes it later.
 """
 
 import csv
@@ -11,8 +11,6 @@ import json
 import math
 import os
 import re
-import secrets
-import stat
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -44,10 +42,9 @@ _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
 
 @contextmanager
 def output_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system refuses inside the block into an OutputError that names `path` and the
-    reason.
+    """Turn an error of the operating system inside the block into an OutputError with `path` and the reason.
 
-    torch's file writer hides a full disk in a RuntimeError of its own; that is translated too.
+    torch's file writer reports a full disk as a RuntimeError of its own; that is translated too.
     """
     try:
         yield
@@ -64,21 +61,24 @@ def output_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold an existing folder against other processes that ask for it in this way.
+    """Hold the lock of an existing folder inside the block. The system releases it when the process ends in any way.
 
-    `wait` for the other to finish; without, raises OutputError. A file system that has no locks is trusted.
+    A file system without locks, such as some network folders, gives none, and the block runs without.
+
+    Args:
+        wait: for another process that holds the lock.
+
+    Raises:
+        OutputError: another process holds the lock, or the folder cannot be opened.
     """
-    import fcntl
+    from filelock import lock_descriptor
 
     with output_errors(folder):
         handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            raise OutputError(f"{folder} is being used by another process") from None
-        except OSError:
-            pass
+        with suppress(OSError):  # no locks
+            if not lock_descriptor(handle, blocking=wait):
+                raise OutputError(f"{printable(folder)} is being used by another process")
         yield
     finally:
         os.close(handle)
@@ -86,33 +86,39 @@ def lock_folder(folder: Path, *, wait: bool = False) -> Iterator[None]:
 
 @contextmanager
 def atomic_write(path: Path, *, sync: bool = True, mode: int = 0o666) -> Iterator[Path]:
-    """A temporary path in the folder of `path` for the block to write; it then takes the place of `path` in
-    one step.
+    """A temporary path in the folder of `path` for the block to write to; `path` then becomes that file in one step.
 
-    If the block fails, `path` stays as it was and the temporary file goes. `sync`: wait until the disk has the file and
-    its new name; without, a machine that loses power may keep a torn file or the old one. `mode`: who may read and
-    write it, as far as the umask allows. Raises OutputError as `output_errors`.
+    If the block fails, `path` stays as it was and the temporary file is removed.
+
+    Args:
+        sync: wait until the file and its new name are on the disk. Without it, `path` may be the old file or a torn
+            one after a power failure.
+        mode: permissions of the file, as far as the umask allows.
+
+    Raises:
+        OutputError: see `output_errors`.
     """
     with output_errors(path):
-        temporary, handle = _new_part(path, mode)
+        temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
+        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
         try:
             yield temporary
             if sync:
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())
-            os.replace(temporary, path)  # noqa: PTH105 (named so that a test can make it fail)
+            os.replace(temporary, path)  # noqa: PTH105 (a test replaces this function)
             if sync:
                 sync_folder(path.parent)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        finally:
-            os.close(handle)
 
 
 def is_missing(path: Path) -> bool:
-    """Whether nothing lies at a path. What may not be looked at is not missing: who reads it learns why not.
-    (`Path.exists` raises PermissionError.)"""
+    """Whether there is no file or folder at `path`.
+
+    Where permissions forbid the question the answer is no: an attempt to read then gives the reason.
+    """
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
@@ -123,8 +129,10 @@ def is_missing(path: Path) -> bool:
 
 
 def sync_folder(folder: Path) -> None:
-    """Wait until the disk has the names of a folder's files, as after a rename. A file system that cannot do that for
-    folders is trusted, as SQLite trusts it."""
+    """Wait until the names of a folder's files are on the disk, for example after a rename.
+
+    Some file systems cannot do this for folders; the error is ignored, as in SQLite.
+    """
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -134,84 +142,44 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(*folders: Path, older_than: float = 0.0) -> None:
-    """Remove the temporary files that killed processes have left in these folders (not in folders within them).
+    """Remove the temporary files that killed processes left in these folders, but not in their subfolders.
 
-    A file that a living process writes is locked and stays. Where the file system has no locks, or keeps them from
-    other machines, the age must tell: who does not hold the folder (`exclusive`) gives `older_than`, in seconds.
+    No other process may be writing there: call it while `lock_folder` holds the folders, or give `older_than`, an age
+    in seconds that a file being written does not reach.
     """
     for folder in folders:
-        # What cannot be read or removed is in nobody's way.
-        with suppress(OSError):
-            parts = [Path(entry.path) for entry in os.scandir(folder) if _PART.search(entry.name)]
-            for part in parts:
-                with suppress(OSError):
-                    _remove_leftover(part, older_than)
-
-
-def _remove_leftover(part: Path, older_than: float) -> None:
-    status = part.lstat()
-    young = older_than and time.time() - status.st_mtime < older_than
-    if young or not stat.S_ISREG(status.st_mode):
-        return
-    handle = os.open(part, os.O_RDONLY | os.O_NOFOLLOW)
-    try:
-        if _locked(handle):
-            part.unlink()
-    finally:
-        os.close(handle)
-
-
-def _new_part(path: Path, mode: int) -> tuple[Path, int]:
-    """A temporary file for `path`, empty and locked, and the handle that holds the lock."""
-    while True:
-        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-        handle = os.open(part, os.O_RDWR | os.O_CREAT | os.O_EXCL, mode)
-        try:
-            if _locked(handle) and part.exists():
-                return part, handle
-            os.close(handle)  # another process took it for a leftover before it was locked
-        except BaseException:
-            part.unlink(missing_ok=True)
-            os.close(handle)
-            raise
-
-
-def _locked(handle: int) -> bool:
-    """Lock a file for as long as the handle is open; False where another process has it. A file system without locks
-    is trusted."""
-    import fcntl
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True
+        with suppress(OSError):  # the folder is missing, or may not be read
+            for entry in os.scandir(folder):
+                if _PART.search(entry.name) and entry.is_file(follow_symlinks=False):
+                    age = time.time() - entry.stat(follow_symlinks=False).st_mtime
+                    if not older_than or age >= older_than:
+                        Path(entry.path).unlink(missing_ok=True)
 
 
 def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
-    """Write a file whole or not at all. Raises OutputError."""
+    """Write a file in one step (see `atomic_write`). Raises OutputError."""
     with atomic_write(path, sync=sync) as temporary:
         temporary.write_bytes(content)
 
 
 def write_text(path: Path, text: str) -> None:
-    """As `write_bytes`, in UTF-8 with the line ends as they are."""
+    """Write text in UTF-8, its line ends unchanged, as `write_bytes` does."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON; what is not a finite number becomes null. Raises TypeError for what JSON has no
-    form for."""
+    """Write `value` as JSON; NaN and infinity become null. Raises TypeError for types that JSON does not have."""
     write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """Write a table. `columns`: default all keys of the rows in order of appearance; a missing value is an
-    empty cell.
+    """Write a table; a missing value is an empty cell.
 
-    Raises ValueError for a row with a key outside `columns`.
+    Args:
+        columns: by default all keys of the rows, in order of appearance.
+
+    Raises:
+        ValueError: a row has a key that is not in `columns`.
     """
     if columns is None:
         columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -223,7 +191,7 @@ def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[s
 
 
 def _plain(value: Any) -> Any:
-    """`value` in JSON's own types."""
+    """`value` in the types of JSON."""
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

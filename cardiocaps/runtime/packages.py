@@ -1,4 +1,4 @@
-"""Packages that only some systems need."""
+"""Optional packages."""
 
 from __future__ import annotations
 
@@ -10,17 +10,19 @@ from cardiocaps.errors import ConfigError
 
 
 def require_package(module: str, package: str, what: str, extra: str = "experiments") -> ModuleType:
-    """The module, imported now.
+    """Import a module of an optional package.
 
     Args:
-        module: for example "monai.networks.nets". package: what provides it, as pip calls it. what: needs it, in words
-            that an error can begin with, for example "model: 'resnet18'". extra: of capsops, which brings the package.
+        module: for example "monai.networks.nets".
+        package: the package that has the module, as pip calls it.
+        what: the setting that needs it, as the error message begins, for example "model: 'resnet18'".
+        extra: the extra of capsops that installs the package.
 
     Raises:
         ConfigError: the package is not installed, or cannot be imported.
     """
     try:
         return import_module(module)
-    except Exception as error:  # XGBoost has one of its own for a library that does not load
+    except Exception as error:  # XGBoost raises one of its own if its library does not load
         reason = "" if find_spec(module.partition(".")[0]) is None else f", which cannot be imported ({error})"
         raise ConfigError(f"{what} needs the package {package}{reason}; pip install 'capsops[{extra}]'") from error

@@ -1,4 +1,4 @@
-"""The most memory that training takes beyond what the process held before."""
+"""Peak memory of training."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from lightning.pytorch.callbacks import Callback
 
 
 class PeakMemory(Callback):
-    """Measures from when it is made, before the network, to the end of every epoch; goes on after a resume.
+    """Measures the largest memory that training takes beyond what the process held when the callback was made.
 
-    On a GPU it is what torch allocates there; else the process's resident memory, which only Linux tells.
+    Make it before the network. On a GPU it counts torch's allocations there; on the CPU the resident memory of the
+    process, which is known on Linux only. A run that is resumed keeps its earlier peak.
 
-    Attributes: peak, in bytes; None where it cannot be told.
+    Attributes:
+        peak: in bytes; None where it is unknown.
     """
 
     def __init__(self, device: Literal["cpu", "cuda"]) -> None:
@@ -26,7 +28,7 @@ class PeakMemory(Callback):
             self._before: int | None = torch.cuda.memory_allocated()
         else:
             with suppress(OSError):
-                Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to what is resident now
+                Path("/proc/self/clear_refs").write_text("5")  # sets VmHWM to the present value
             self._before = _resident("VmRSS")
 
     def state_dict(self) -> dict[str, Any]:
@@ -36,14 +38,14 @@ class PeakMemory(Callback):
         self.peak = state_dict["peak"]
 
     def on_validation_end(self, *_: Any) -> None:
-        # Of the callbacks of an epoch's end this comes before the checkpoint.
+        # This hook runs before the checkpoint of the epoch is written.
         now = torch.cuda.max_memory_allocated() if self.device == "cuda" else _resident("VmHWM")
         if now is not None and self._before is not None:
             self.peak = max(self.peak or 0, now - self._before)
 
 
 def _resident(field: str) -> int | None:
-    """Bytes, from /proc/self/status."""
+    """A field of /proc/self/status, in bytes."""
     with suppress(OSError):
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith(f"{field}:"):

@@ -1,4 +1,4 @@
-"""Work in several threads or processes, which a signal may stop at any moment."""
+"""Work in several threads or processes, which a signal can stop."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LACKING = {
     errno.EMFILE: "too many files are open (see `ulimit -n`)",
     errno.ENFILE: "too many files are open in the whole system",
 }
-"""What a process, a thread or a lock that cannot be made lacks."""
+"""Why the system refuses to make a process, a thread or a lock."""
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -33,10 +33,12 @@ Result = TypeVar("Result")
 def in_parallel(
     make_pool: Callable[[], Executor], function: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[Iterator[tuple[Item, Result]]]:
-    """Each item and its result, in the order in which they are done; what `function` raises is raised in its turn.
+    """Pairs of item and result, in the order in which they are finished. An exception of `function` is raised there.
 
-    However the block ends, what was begun is waited for, and the rest is dropped with the pool. Raises ResourceError
-    where the workers cannot be started.
+    When the block ends, also by an exception, items that have begun are finished and the others are dropped.
+
+    Raises:
+        ResourceError: the workers cannot be started.
     """
     done: SimpleQueue[Future[Result]] = SimpleQueue()
     with ExitStack() as at_end:
@@ -46,13 +48,18 @@ def in_parallel(
             futures = {pool.submit(function, item): item for item in items}
             for future in futures:
                 future.add_done_callback(done.put)
-        # Not concurrent.futures.as_completed: it takes the locks of all futures, and a signal among them leaves some.
+        # concurrent.futures.as_completed would lock all futures, and a signal meanwhile would leave some locked.
         finished = (done.get() for _ in futures)
         yield ((futures[future], future.result()) for future in finished)
 
 
+def _close(pool: Executor) -> None:
+    with defer_signals():
+        pool.shutdown(cancel_futures=True)
+
+
 def cores() -> int:
-    """How many cores this process may run on."""
+    """The number of cores that this process may run on."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -60,7 +67,7 @@ def cores() -> int:
 
 @contextmanager
 def start_errors(what: str, advice: str = "") -> Iterator[None]:
-    """Raise ResourceError, which says what is lacking, where the system starts no more threads or processes."""
+    """Turn the system's refusal to start a thread or process inside the block into a ResourceError with the reason."""
     try:
         yield
     except OSError as error:
@@ -73,22 +80,18 @@ def start_errors(what: str, advice: str = "") -> Iterator[None]:
         raise ResourceError(f"cannot start {what}: {_LACKING[errno.EAGAIN]}{advice}") from error
 
 
-def _close(pool: Executor) -> None:
-    with defer_signals():
-        pool.shutdown(cancel_futures=True)
-
-
 def die_with_parent() -> None:
-    """In a process that this one's program started: leave interrupts to the program, who passes them on, and end with
-    it, however it ends."""
+    """Make this child process end when its parent ends, in any way. Call it first in the child.
+
+    The child ignores Ctrl-C, which the terminal sends to all processes: the parent decides and stops its children.
+    """
     for signum in (signal.SIGINT, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
 
 def _end_with_the_parent() -> None:
-    # Not what the system says of the parent: for the child of a fork server that is the server, which lives as long as
-    # any job.
+    # os.getppid() would give the fork server, which lives as long as any of its children.
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

@@ -1,4 +1,4 @@
-"""How far a long step is, for whoever waits: a bar on a terminal, elsewhere a line every ten seconds."""
+"""Progress of a long step: a bar on a terminal, elsewhere a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ T = TypeVar("T")
 
 
 def shown(results: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Pass `total` results on, and say on standard error how many of them there are yet.
+    """Pass `total` results on and report on standard error how many there are so far.
 
     Args:
-        what: is being done, for example "decoding videos".
+        what: the step, for example "decoding videos".
     """
-    # A terminal that cannot move its cursor (TERM=dumb) shows no bar.
+    # A terminal that cannot move its cursor (TERM=dumb) cannot show a bar.
     if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
         yield from _with_bar(results, total, what)
         return
@@ -33,7 +33,7 @@ def shown(results: Iterable[T], total: int, what: str) -> Iterator[T]:
 
 
 def _with_bar(results: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """The bar appears once the results have taken two seconds."""
+    """Show a bar once the results have taken two seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -16,16 +16,13 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from cardiocaps.config import TrainConfig
+from cardiocaps.config import TRAINING_DEFAULTS, TrainConfig, settings_that_affect
 from cardiocaps.errors import CheckpointError
 from cardiocaps.models import build, make_loss
 from cardiocaps.models.losses import SpreadLoss, class_weights
 from cardiocaps.models.prediction import RECONSTRUCTED_CHANNELS, Prediction
 
-# Settings that decide what the parameters of a network mean; the others only decide how it is trained.
-_SHAPING = ("model", "routing", "affine", "iterations", "primary_layout", "regression_target")
 _SHAPE_OF_OLDER = {"model": "cardiocaps", "affine": "matrices"}  # checkpoints do not hold these
-_TRAINING_DEFAULTS = ("frames_per_clip", "batch_size", "learning_rate", "epochs", "patience")
 
 
 class Classifier(LightningModule):
@@ -82,8 +79,8 @@ class Classifier(LightningModule):
 
 def _shape(config: TrainConfig) -> dict[str, Any]:
     """The settings that decide the parameters, and the sizes, because a preset can change between versions."""
-    sizes = {f"preset.{name}": x for name, x in asdict(config.network).items() if name not in _TRAINING_DEFAULTS}
-    return {**{name: getattr(config, name) for name in _SHAPING}, **sizes}
+    sizes = {f"preset.{name}": x for name, x in asdict(config.network).items() if name not in TRAINING_DEFAULTS}
+    return {**{name: getattr(config, name) for name in settings_that_affect("shape")}, **sizes}
 
 
 def check_configuration(checkpoint: Mapping[str, Any], config: TrainConfig) -> None:

@@ -1,4 +1,4 @@
-"""What a run computes on. No test here needs a GPU: one is pretended where it matters."""
+"""The device of a run. No test here needs a GPU: where one matters, torch's functions are replaced."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ON_GPU = replace(ON_CPU, device="cuda", gpu="NVIDIA A100")
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What torch says of itself on a machine with one GPU."""
+    """Makes torch report one GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA A100")
@@ -72,9 +72,9 @@ def test_decide(settings: dict[str, Any], there: Gpu | None, expected: Machine) 
 
 
 def test_what_the_gpu_cannot_do_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match=r"^device: 'cuda' is asked for, but torch sees no GPU; give auto or cpu$"):
+    with pytest.raises(ConfigError, match=r"^device is 'cuda'; expected auto or cpu, because torch sees no GPU$"):
         decide(TrainConfig(device="cuda"), None)
-    with pytest.raises(ConfigError, match=r"^precision: 'bf16' is .* Tesla T4 does not compute in bfloat16; give 32$"):
+    with pytest.raises(ConfigError, match=r"^precision is .bf16.; expected 32, because Tesla T4 does not "):
         decide(TrainConfig(precision="bf16"), OLD)
 
 
@@ -106,7 +106,7 @@ def test_the_trainer_on_a_gpu(precision: str, gpu: None) -> None:
 
 
 def _tf32() -> tuple[bool, ...]:
-    """By every way there is of asking, of which none may raise: Lightning and torch.compile use them."""
+    """All of torch's ways to ask for TF32 agree, and none raises: Lightning and torch.compile use them."""
     products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
     return (
         products.allow_tf32,
@@ -132,7 +132,7 @@ def test_tf32_holds_inside_the_block_and_not_after_it(gpu: None) -> None:
 
 
 def test_a_run_on_the_cpu_leaves_the_gpu_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("a GPU was asked for"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: pytest.fail("torch was asked for a GPU"))
     with machine_for(TrainConfig(device="cpu")) as machine:
         assert machine == ON_CPU
 
@@ -154,7 +154,7 @@ def test_matrix_products_on_a_gpu_repeat(gpu: None, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("routing", ["attention", "dynamic", "uniform"])
 def test_a_step_asks_the_device_for_nothing(routing: str) -> None:
-    """Meta tensors stand in for a GPU's: they have no values to ask for, and cannot be mixed with the CPU's."""
+    """Meta tensors stand in for those of a GPU: reading a value fails, and so does mixing them with the CPU's."""
     net = network(routing=routing).to("meta")
     batch = a_batch(device="meta")
     base = torch.empty(4, 3, base_side(64), base_side(64), dtype=torch.uint8, device="meta")
@@ -198,7 +198,7 @@ def test_losses_under_autocast_are_float32() -> None:
 
 @pytest.mark.parametrize(("routing", "precision"), [("attention", "32"), ("attention", "bf16"), ("dynamic", "32")])
 def test_the_network_compiles_without_a_break(routing: str, precision: str) -> None:
-    """As one graph with its backward pass, for one batch after another of another size; names stay as they are."""
+    """The network compiles to one graph with its backward pass, for batches of several sizes, and keeps its names."""
     torch.compiler.reset()
     plain, compiled = network(routing=routing), network(routing=routing)
     compiled.model.compile(fullgraph=True, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, on disks that fail."""
+"""Files that are written whole or not at all, also on disks that fail; locks of folders."""
 
 import csv
 import errno
@@ -9,6 +9,7 @@ import os
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from cardiocaps.errors import OutputError
 from cardiocaps.runtime.files import (
     atomic_write,
+    lock_folder,
     output_errors,
     remove_leftovers,
     write_bytes,
@@ -99,34 +101,12 @@ def test_an_interrupted_write_leaves_nothing(tmp_path: Path) -> None:
     assert _names(tmp_path) == set()
 
 
-KILLED_WHILE_WRITING = (
-    "import os, signal, sys; from pathlib import Path; from cardiocaps.runtime.files import atomic_write\n"
-    "with atomic_write(Path(sys.argv[1])) as part:\n"
-    "    part.write_bytes(b'half'); print('writing', flush=True); sys.stdin.readline()\n"
-)
-
-
-def test_what_a_killed_process_left_is_removed_and_what_a_living_one_writes_is_not(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path / "last.ckpt")]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "writing\n"
-    (part,) = tmp_path.iterdir()
-    os.utime(part, (0, 0))  # however long it takes
-    remove_leftovers(tmp_path)
-    assert part.exists()
-    process.kill()
-    process.communicate()
-    assert part.exists()
-    remove_leftovers(tmp_path)
-    assert _names(tmp_path) == set()
-
-
 def test_leftovers_are_known_by_their_name_kind_and_age(tmp_path: Path) -> None:
     for name in ("old.npy.0123abcd.part", "new.npy.0123abcd.part", "thesis.part", "a.npy.0123ABCD.part", "x.part.npy"):
         (tmp_path / name).touch()
     (tmp_path / "folder.0123abcd.part").mkdir()
     (tmp_path / "link.0123abcd.part").symlink_to(tmp_path / "thesis.part")
-    os.mkfifo(tmp_path / "pipe.0123abcd.part")  # which would block who opens it
+    os.mkfifo(tmp_path / "pipe.0123abcd.part")  # opening it would block
     os.utime(tmp_path / "old.npy.0123abcd.part", (0, 0))
     before = _names(tmp_path)
     remove_leftovers(tmp_path, tmp_path / "missing", older_than=3600)
@@ -135,36 +115,50 @@ def test_leftovers_are_known_by_their_name_kind_and_age(tmp_path: Path) -> None:
     assert before - _names(tmp_path) == {"old.npy.0123abcd.part", "new.npy.0123abcd.part"}
 
 
-def test_a_writer_that_was_taken_for_a_leftover_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process looks between the making of a file and its lock."""
-    flock, looked = fcntl.flock, False
-
-    def slow(handle: int, how: int) -> None:
-        nonlocal looked
-        if not looked:
-            looked = True
-            remove_leftovers(tmp_path)
-        flock(handle, how)
-
-    monkeypatch.setattr(fcntl, "flock", slow)
-    with atomic_write(tmp_path / "a") as part:
-        assert part.exists() and looked
-        remove_leftovers(tmp_path)
-        assert part.exists()
-        part.write_bytes(b"whole")
-    assert (tmp_path / "a").read_bytes() == b"whole" and _names(tmp_path) == {"a"}
+LOCKING = (
+    "import sys; from pathlib import Path; from cardiocaps.runtime.files import lock_folder\n"
+    "with lock_folder(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.readline()\n"
+)
 
 
-def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing(*_: object) -> None:
+def test_a_lock_ends_with_its_process_and_leaves_no_file(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOCKING, str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline() == "locked\n"
+    with pytest.raises(OutputError, match=r" is being used by another process$"), lock_folder(tmp_path):
+        pass
+    process.kill()
+    process.communicate()
+    with lock_folder(tmp_path), lock_folder(tmp_path.parent):
+        assert _names(tmp_path) == set()
+
+
+def test_waiting_for_a_lock(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", LOCKING, str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None and process.stdout.readline() == "locked\n"
+    timer = threading.Timer(0.2, process.stdin.close)
+    timer.start()
+    with lock_folder(tmp_path, wait=True):
+        assert not timer.is_alive()
+    process.wait()
+    process.stdout.close()
+
+
+def test_a_folder_that_cannot_be_locked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OutputError, match="a folder on the way does not exist"), lock_folder(tmp_path / "missing"):
+        pass
+    read_only = tmp_path / "read-only"
+    read_only.mkdir(mode=0o500)
+    with lock_folder(read_only):
+        pass
+
+    def unsupported(*_: object) -> None:
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
-    monkeypatch.setattr(fcntl, "flock", missing)
-    with atomic_write(tmp_path / "a") as part:
-        part.write_bytes(b"whole")
-        remove_leftovers(tmp_path, older_than=3600)
-        assert part.exists()
-    assert _names(tmp_path) == {"a"}
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with lock_folder(tmp_path), lock_folder(tmp_path):
+        pass
 
 
 def test_the_disk_has_the_new_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

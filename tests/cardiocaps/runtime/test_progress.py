@@ -4,13 +4,13 @@ from cardiocaps.runtime import progress
 
 
 def ticking(monkeypatch: pytest.MonkeyPatch, step: float) -> None:
-    """Each look at the clock finds so many seconds gone."""
+    """Makes each call of the clock return a time `step` seconds later."""
     clock = iter(range(10**6))
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock) * step)
 
 
 class Terminal:
-    """A stream that is one."""
+    """A stream that claims to be a terminal."""
 
     def __init__(self) -> None:
         self.text = ""
@@ -26,7 +26,7 @@ class Terminal:
 
 
 def on_terminal(monkeypatch: pytest.MonkeyPatch, kind: str) -> Terminal:
-    """No fixture: pytest takes standard error back when the test begins."""
+    """Replaces standard error. (Not a fixture: pytest would undo it when the test begins.)"""
     stream = Terminal()
     monkeypatch.setenv("TERM", kind)
     monkeypatch.setattr(progress.sys, "stderr", stream)
@@ -38,7 +38,7 @@ def test_without_a_terminal_a_line_every_ten_seconds(
 ) -> None:
     ticking(monkeypatch, 3)
     assert list(progress.shown(iter(range(10)), 10, "decoding videos")) == list(range(10))
-    # The clock is looked at once for each result, and once more after a line.
+    # The clock is called once for each result, and once more after a line.
     assert capsys.readouterr() == ("", "decoding videos: 4 of 10\ndecoding videos: 8 of 10\n")
     ticking(monkeypatch, 0.5)
     assert list(progress.shown(iter("abc"), 3, "decoding videos")) == ["a", "b", "c"]
@@ -61,6 +61,6 @@ def test_a_terminal_that_shows_no_bar_gets_lines(monkeypatch: pytest.MonkeyPatch
     assert terminal.text == "decoding videos: 1 of 2\ndecoding videos: 2 of 2\n"
 
 
-def test_nobody_to_tell_is_no_obstacle(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_standard_error_the_results_still_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress.sys, "stderr", None)
     assert list(progress.shown(iter("abc"), 3, "decoding videos")) == ["a", "b", "c"]

@@ -1,0 +1,102 @@
+"""Settings that are read from a YAML file or from the folder of a run."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cardiocaps.config.option import did_you_mean, shown
+from cardiocaps.config.places import locate, read_places
+from cardiocaps.config.settings import TrainConfig, options, settings_that_affect
+from cardiocaps.errors import ConfigError, printable
+from cardiocaps.runtime.files import is_missing
+
+_NEWER: Mapping[str, Any] = {
+    "tf32": False,
+    "channels_last": False,
+    "compile": False,
+    "model": "cardiocaps",
+    "affine": "matrices",
+    "backend": "auto",
+    "decode_workers": None,
+    "video_reader": "pyav",
+    "split_seed": None,
+    "group_column": None,
+    "allow_split_patients": False,
+    "threshold": None,
+    "follow_links": False,
+}
+"""Settings that older versions did not write, with the values that those versions ran with."""
+
+_LARGEST_FILE = 1 << 16
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, checked one by one, in their own types; see `yaml_text` for the scalars.
+
+    Raises:
+        ConfigError: the file cannot be read or parsed, a key is unknown or repeated, or a value is not allowed.
+    """
+    from cardiocaps.config.yaml_text import load
+
+    file = printable(path)
+    try:
+        # Reading a pipe would block, and reading a checkpoint would fill the memory.
+        if not path.is_file():
+            raise ConfigError(f"config: {file} is not a file")
+        if path.stat().st_size > _LARGEST_FILE:
+            raise ConfigError(f"config: {file} is larger than {_LARGEST_FILE} bytes; expected a file of settings")
+        content = load(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"config: cannot read {file}: {error.strerror}") from error
+    except ValueError as error:
+        raise ConfigError(f"config: {file} is not valid YAML: {printable(error)}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"config: {file} must hold lines of the form `setting: value`")
+    known = options()
+    for key in content:
+        if key not in known:
+            raise ConfigError(f"{file}: unknown setting {shown(key)}{did_you_mean(str(key)[:60], known)}")
+    return {key: known[key].check(value, where=f"{file}: {key}") for key, value in content.items()}
+
+
+def completed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a run has saved, and those that its version did not know, with the values that it ran with."""
+    return {**_NEWER, **settings}
+
+
+def read_run(folder: Path) -> TrainConfig:
+    """The resolved settings of the run in `folder`. Raises ConfigError where they are missing or incomplete."""
+    file = folder / "config.yaml"
+    if is_missing(file):
+        raise ConfigError(f"{shown(folder)} is not the folder of a run: it has no config.yaml")
+    settings = completed(read_yaml(file))
+    missing = [name for name in options() if name not in settings]
+    if missing:
+        raise ConfigError(f"{printable(file)} is not whole, or of another version: it has no {', '.join(missing)}")
+    for name, place in read_places(folder / "paths.json").items():
+        if settings[name] == Path(place["given"]):  # else a user has edited config.yaml since
+            settings[name] = locate(name, **place)
+    # The folder may have been moved, or made with --overwrite: neither is a setting of the run.
+    return TrainConfig(**{**settings, "out": folder, "resume": None, "overwrite": False}).resolved()
+
+
+def check_resumable(old: TrainConfig, new: TrainConfig) -> None:
+    """Raise ConfigError if the run of `old` cannot be resumed with `new`; the message lists all differing settings.
+
+    Settings may differ if they do not change the result, or only how long a run trains.
+    """
+    may_differ = settings_that_affect("length", "rounding", "machine", "display")
+    ignored = {*may_differ, *settings_that_affect("place")}
+    before, after = old.resolved().as_dict(), new.resolved().as_dict()
+    different = [
+        f"{name} is {shown(after[name])}, was {shown(before[name])}"
+        for name in before
+        if name not in ignored and before[name] != after[name]
+    ]
+    if different:
+        raise ConfigError(
+            f"resume: the run has other settings ({'; '.join(different)}); start a new run for these. "
+            f"Only {', '.join(may_differ)} may differ"
+        )

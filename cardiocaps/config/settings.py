@@ -1,0 +1,252 @@
+"""Every setting of a training run, declared once: the command line, YAML files and run folders read `TrainConfig`."""
+# ruff: noqa: RUF009  (`setting` is a field, not a shared default)
+
+import os
+import types
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin
+
+from cardiocaps.config.option import Affects, Option, path_text, setting, shown
+from cardiocaps.config.places import PLACES, locate, place_of, read_places
+from cardiocaps.config.presets import PRESETS, TRAINING_DEFAULTS, Preset
+from cardiocaps.errors import ConfigError
+
+TRAINABLE_PHANTOM = 18
+"""Fewest videos of a new phantom: with fewer, a split has no abnormal ones. (Older versions made smaller phantoms.)"""
+
+_SECTIONS = {
+    "data": "data",
+    "preset": "model",
+    "class_weight": "loss",
+    "batch_size": "training",
+    "device": "machine",
+    "out": "run",
+}
+"""Sections of the help, by the setting that each begins with."""
+
+_SEEDS = (0, 2**32 - 1)
+
+_Calc = Literal["IVSd", "IVSs", "LVPWd", "LVPWs", "LVIDd", "LVIDs", "LVID", "RVDd"]
+_Model = Literal["cardiocaps", "em-capsnet", "efficient-capsnet", "cnn-1", "cnn-2", "resnet18", "unet", "vit"]
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one training run.
+
+    All values are checked whenever a configuration is made; ConfigError names the setting, its value and what is
+    allowed. For a setting that is None, the preset decides (see `resolved`), or its help gives the meaning.
+    """
+
+    data: Path | None = setting(
+        None, "EchoNet-LVH folder (MeasurementsList.csv, Batch1 to Batch4); none: the phantom", affects="machine"
+    )
+    phantom_videos: int = setting(
+        300,
+        f"videos of the phantom, which is used without --data; a new phantom needs at least {TRAINABLE_PHANTOM}",
+        bounds=(10, 100_000),
+    )
+    phantom_seed: int = setting(10, "seed of the phantom", bounds=_SEEDS)
+    phantom_dir: Path = setting(
+        Path("phantom"), "folder that the phantom is written to and read from", affects="machine"
+    )
+    cache_dir: Path | None = setting(
+        None, "folder for decoded frames; none: $CARDIOCAPS_CACHE or ~/.cache/cardiocaps", affects="machine"
+    )
+    protocol: Literal["video", "paper"] = setting(
+        "video",
+        "video: one label per video, split by video; paper: one per row of the table, split by frame, which leaks",
+    )
+    split: Literal["auto", "column", "stratified", "frames"] = setting(
+        "auto",
+        "column: the data set's own; stratified: drawn with equal shares of the classes; auto: the column if there is "
+        "one, else stratified; frames: drawn from the frames of all videos, which leaks",
+    )
+    split_seed: int | None = setting(None, "seed of a split that is drawn; none: the seed of the run", bounds=_SEEDS)
+    group_column: str | None = setting(
+        None, "column of the table with the patient; none: PatientID, patient_id, Patient, subject or study, if present"
+    )
+    allow_split_patients: bool = setting(
+        False, "keep the data set's own split even if videos of one patient are in several splits"
+    )
+    threshold: Mapping[_Calc, float] | None = setting(
+        None,
+        "smallest abnormal value of a measurement in cm (IVSd=1.2); may be repeated for others; none: as published",
+        bounds=(0.01, 100),
+    )
+    follow_links: bool = setting(False, "follow links that lead out of the data folder", affects="machine")
+    frames_per_clip: int | None = setting(None, "frames taken from a video; none: the preset's", bounds=(1, 10_000))
+    frame_choice: Literal["spread", "first"] | None = setting(
+        None, "frames spread evenly over the video, or its first; none: first in the paper protocol, else spread"
+    )
+    limit: int | None = setting(
+        None, "use only this many clips, keeping the shares of splits and classes; none: all", bounds=(1, 10**9)
+    )
+    max_bad_share: float = setting(0.05, "share of unusable videos above which the run stops", bounds=(0, 1))
+
+    preset: Literal["tiny", "small", "paper"] = setting("tiny", "size of the network and its training")
+    model: _Model = setting(
+        "cardiocaps", "the network: CardioCaps, or one that the paper compares it with", affects="shape"
+    )
+    routing: Literal["attention", "dynamic", "uniform"] = setting(
+        "attention", "routing algorithm of CardioCaps", affects="shape"
+    )
+    affine: Literal["matrices", "convolution", "constant"] = setting(
+        "matrices",
+        "votes of CardioCaps: from learned matrices, from one 1x1 convolution for all capsules, or from one constant",
+        affects="shape",
+    )
+    iterations: int = setting(3, "iterations of dynamic and EM routing", affects="shape", bounds=(1, 10))
+    primary_layout: Literal["channels", "legacy"] = setting(
+        "channels",
+        "capsules of CardioCaps: channels: the neurons of one location; legacy: as in the published code",
+        affects="shape",
+    )
+    decoder_mask: Literal["label", "predicted"] = setting("label", "class capsule that the decoder sees in training")
+
+    class_weight: Literal["balanced", "proportion", "none"] = setting(
+        "balanced", "weight of a class: n / (2 n_c), n_c / n (as eq. 2 is printed), or one"
+    )
+    reconstruction_weight: float = setting(
+        0.0005, "weight of the squared error of the reconstruction, summed over an image", bounds=(0, 1000)
+    )
+    regression_weight: float = setting(0.05, "weight of the regression loss (lambda_reg of eq. 2)", bounds=(0, 1000))
+    regression_target: Literal["width", "ef"] = setting(
+        "width", "what is regressed: LV width in cm, or ejection fraction in percent", affects="shape"
+    )
+
+    batch_size: int | None = setting(None, "frames in a batch; none: the preset's", bounds=(1, 65_536))
+    learning_rate: float | None = setting(None, "learning rate of Adam; none: the preset's", bounds=(1e-9, 1))
+    epochs: int | None = setting(None, "most epochs; none: the preset's", affects="length", bounds=(1, 100_000))
+    patience: int | None = setting(
+        None,
+        "epochs without a better validation loss before training stops; none: the preset's",
+        affects="length",
+        bounds=(1, 100_000),
+    )
+    seed: int = setting(10, "seed of weights, order and augmentation", bounds=_SEEDS)
+
+    device: Literal["auto", "cpu", "cuda"] = setting(
+        "auto", "auto: the first CUDA or ROCm GPU, else the CPU", affects="machine"
+    )
+    precision: Literal["32", "bf16"] = setting("32", "float32, or bfloat16 autocast")
+    tf32: bool = setting(False, "on a GPU, float32 products and convolutions in TensorFloat-32")
+    channels_last: bool = setting(True, "images and feature maps in channels_last order", affects="rounding")
+    compile: bool = setting(False, "train the network through torch.compile", affects="rounding")
+    backend: Literal["auto", "reference", "cpu", "cuda", "triton"] = setting(
+        "auto",
+        "kernels of the routing; auto: the first that can run; reference: plain PyTorch, which stores the votes",
+        affects="rounding",
+    )
+    threads: int | None = setting(None, "threads of the CPU; none: torch decides", affects="machine", bounds=(1, 1024))
+    workers: int = setting(0, "processes that load data; 0: the main one", affects="machine", bounds=(0, 256))
+    decode_workers: int | None = setting(
+        None, "threads that decode videos; none: one for each core", affects="machine", bounds=(1, 1024)
+    )
+    video_reader: Literal["pyav", "decord"] = setting(
+        "pyav",
+        "decord: decode Motion JPEG in AVI with decord, to the same pixels; it does not report damaged frames",
+        affects="machine",
+    )
+
+    out: Path | None = setting(None, "folder of the run; none: runs/PRESET-NETWORK-seedSEED", affects="place")
+    overwrite: bool = setting(False, "replace the folder of an earlier run", affects="place")
+    resume: Path | None = setting(
+        None,
+        "continue the run in this folder with its settings; --epochs, --device and others that do not change the "
+        "result may differ",
+        affects="place",
+    )
+    progress: bool = setting(True, "progress bars; without a terminal, a line every ten seconds", affects="display")
+    bootstrap: int = setting(1000, "resamples for the intervals; 0: no intervals", bounds=(0, 100_000))
+
+    def __post_init__(self) -> None:
+        for name, option in options().items():
+            object.__setattr__(self, name, option.check(getattr(self, name), where=name))
+        if self.protocol == "paper" and self.split != "auto":
+            raise ConfigError(f"split is {self.split!r}; expected auto, because protocol paper is split by frame")
+        if self.model != "cardiocaps":
+            for name in ("routing", "affine", "primary_layout"):
+                value, default = getattr(self, name), options()[name].default
+                if value != default:
+                    raise ConfigError(
+                        f"{name} is {value!r}; expected {default}, because only model cardiocaps has this setting and "
+                        f"model is {self.model!r}"
+                    )
+        if self.resume is not None:
+            if self.overwrite:
+                raise ConfigError("overwrite is true; expected false, because resume is given")
+            if self.out is not None and os.path.realpath(self.out) != os.path.realpath(self.resume):
+                raise ConfigError(f"out is {shown(self.out)}; expected the resumed run's folder {shown(self.resume)}")
+
+    @property
+    def network(self) -> Preset:
+        """The sizes of the network. (The training values of a preset are only defaults: read those from here.)"""
+        return PRESETS[self.preset]
+
+    @property
+    def splits_frames(self) -> bool:
+        """Whether frames of one video are in every split, so that no video is new in the test."""
+        return self.protocol == "paper" or self.split == "frames"
+
+    def resolved(self) -> "TrainConfig":
+        """The same configuration with the preset's values and the run's folder in place of None."""
+        unset = [name for name in TRAINING_DEFAULTS if getattr(self, name) is None]
+        network: str = self.model
+        if self.model == "cardiocaps":
+            network = self.routing if self.affine == "matrices" else f"{self.routing}-{self.affine}"
+        out = self.out or self.resume or Path("runs", f"{self.preset}-{network}-seed{self.seed}")
+        return replace(self, out=out, **{name: getattr(self.network, name) for name in unset})
+
+    def as_dict(self) -> dict[str, bool | int | float | str | dict[str, float] | None]:
+        """Plain values, paths as text: what a checkpoint can hold and `TrainConfig(**values)` takes back."""
+        return {name: path_text(value) if isinstance(value, Path) else value for name, value in asdict(self).items()}
+
+    def to_yaml(self) -> str:
+        """The configuration as a YAML file that `read_yaml` takes back."""
+        from cardiocaps.config.yaml_text import dump
+
+        return dump(self.as_dict())
+
+    def kept(self, before: Path | None = None) -> tuple[str, dict[str, Mapping[str, str]]]:
+        """What the run's folder keeps: `config.yaml`, with paths as they were given, and `paths.json` (see `places`).
+
+        Args:
+            before: of a resumed run, its `paths.json`. A path that has not changed since keeps its entry.
+        """
+        known = {} if before is None else read_places(before)
+        places: dict[str, Mapping[str, str]] = {}
+        for name in PLACES:
+            path = getattr(self, name)
+            if path is not None:
+                unchanged = name in known and path == locate(name, **known[name])
+                places[name] = known[name] if unchanged else place_of(path)
+        given = {name: place["given"] for name, place in places.items()}
+        return replace(self, resume=None, **given).to_yaml(), places  # type: ignore[arg-type]
+
+
+@cache
+def options() -> dict[str, Option]:
+    """Every setting by name, in the order of `TrainConfig`."""
+    table, section = {}, ""
+    for item in fields(TrainConfig):
+        hint: Any = item.type
+        section = _SECTIONS.get(item.name, section)
+        optional = get_origin(hint) in (Union, types.UnionType)
+        if optional:
+            (hint,) = (part for part in get_args(hint) if part is not types.NoneType)
+        mapping = get_origin(hint) is Mapping
+        if mapping:
+            hint, _ = get_args(hint)
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        kind = dict if mapping else str if choices else hint
+        table[item.name] = Option(item.name, kind, optional, choices, item.default, section, **item.metadata)
+    return table
+
+
+def settings_that_affect(*kinds: Affects) -> tuple[str, ...]:
+    """Names of the settings that affect one of `kinds`, in the order of `TrainConfig`."""
+    return tuple(name for name, option in options().items() if option.affects in kinds)

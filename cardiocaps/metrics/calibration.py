@@ -1,0 +1,33 @@
+"""Calibration of probabilities."""
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from cardiocaps.metrics.samples import Floats, Integers, checked_samples
+
+
+def reliability(probability: ArrayLike, label: ArrayLike, bins: int = 10) -> tuple[Floats, Floats, Integers]:
+    """Mean probability [b], observed share of class 1 [b] and number of samples [b] in bins of equal mass.
+
+    Equal probabilities share a bin, so there can be fewer than `bins`.
+
+    Raises:
+        ValueError: see `checked_samples`; or `bins` is below 1.
+    """
+    p, y = checked_samples(probability, label)
+    if bins < 1:
+        raise ValueError(f"bins is {bins}; expected 1 or more")
+    order = np.sort(p)
+    edges = np.unique(order[[p.size * k // bins for k in range(1, bins)]])
+    member = np.unique(np.searchsorted(edges, p, side="right"), return_inverse=True)[1]
+    size = np.bincount(member)
+    return np.bincount(member, weights=p) / size, np.bincount(member, weights=y) / size, size.astype(np.int64)
+
+
+def expected_calibration_error(probability: ArrayLike, label: ArrayLike, bins: int = 10) -> float:
+    """Mean distance between mean probability and observed share in the bins of `reliability`, weighted by their size.
+
+    As in Naeini et al. (2015), but with bins of equal mass.
+    """
+    predicted, observed, size = reliability(probability, label, bins)
+    return float((size * np.abs(predicted - observed)).sum() / size.sum())
