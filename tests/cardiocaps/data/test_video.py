@@ -149,7 +149,7 @@ def test_a_display_matrix_turns_the_frames(
 
 def test_a_slanting_display_matrix_is_refused(tmp_path: Path) -> None:
     path = encode(tmp_path / "a.mp4", picture(3), "mpeg4", turn={"degrees": 37})
-    with pytest.raises(VideoError, match="no multiple of 90 degrees"):
+    with pytest.raises(VideoError, match="not a multiple of 90 degrees"):
         probe(path)
 
 
