@@ -170,7 +170,7 @@ PYBIND11_MODULE(_C, m) {
         .value("sabour", SquashKind::sabour)
         .value("efficient", SquashKind::efficient);
 
-    py::class_<ExecutionContext>(m, "Place")
+    py::class_<ExecutionContext>(m, "ExecutionContext")
         // On the CPU. obeys_signals: for calls from Python's main thread.
         .def(py::init([](int threads, bool obeys_signals) {
                  ExecutionContext context(threads);
@@ -184,7 +184,7 @@ PYBIND11_MODULE(_C, m) {
             context.device = device, context.stream = pointer(stream), context.workspace = pointer(workspace);
             return context;
         }));
-    py::class_<WorkspaceQuery, ExecutionContext>(m, "Counting")
+    py::class_<WorkspaceQuery, ExecutionContext>(m, "WorkspaceQuery")
         .def(py::init<int>())
         .def_readonly("bytes", &WorkspaceQuery::bytes);
     py::class_<Capsules>(m, "Capsules")

@@ -62,7 +62,7 @@ def call_kernel(op: str, operands: Sequence[Tensor], *args: Any) -> None:
     if device.type == "cpu":
         # Python runs its signal handlers only in its main thread.
         obeys_signals = threading.get_ident() == threading.main_thread().ident
-        status = kernel(_C.Place(torch.get_num_threads(), obeys_signals), *args)
+        status = kernel(_C.ExecutionContext(torch.get_num_threads(), obeys_signals), *args)
     else:
         status = _call_on_gpu(kernel, device, *args)
     if status != _C.Status.ok:
@@ -72,7 +72,7 @@ def call_kernel(op: str, operands: Sequence[Tensor], *args: Any) -> None:
 def _call_on_gpu(kernel: Any, device: torch.device, *args: Any) -> Any:
     """Launch on the current stream of the device, in a workspace that torch allocates."""
     with torch.cuda.device(device):
-        query = _C.Counting(device.index)
+        query = _C.WorkspaceQuery(device.index)
         status = kernel(query, *args)
         if status != _C.Status.ok:
             return status
@@ -80,7 +80,7 @@ def _call_on_gpu(kernel: Any, device: torch.device, *args: Any) -> Any:
         # to work that comes later in the same stream.
         workspace = torch.empty(query.bytes, dtype=torch.uint8, device=device)
         stream = torch.cuda.current_stream().cuda_stream
-        return kernel(_C.Place(device.index, stream, workspace.data_ptr()), *args)
+        return kernel(_C.ExecutionContext(device.index, stream, workspace.data_ptr()), *args)
 
 
 def _raise(status: Any, op: str, operands: Sequence[Tensor]) -> NoReturn:

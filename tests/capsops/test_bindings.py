@@ -15,7 +15,7 @@ X = torch.zeros(4096)  # the memory that every pointer points to
 P = X.data_ptr()
 F32 = _C.Dtype.float32
 SABOUR = _C.SquashKind.sabour
-PLACE = _C.Place(1)
+CONTEXT = _C.ExecutionContext(1)
 # B, N, K, J, D and rows.
 SIZES = (2, 3, 2, 2, 4, 1)
 
@@ -24,24 +24,24 @@ def capsules(u: int = P, weight: int = P, sizes: tuple[int, ...] = SIZES, stride
     return _C.Capsules(u, weight, 0, *sizes, stride, F32)
 
 
-def calls(c: Any, place: Any = PLACE, iterations: int = 2, p: int = P) -> dict[str, Callable[[], Any]]:
+def calls(c: Any, context: Any = CONTEXT, iterations: int = 2, p: int = P) -> dict[str, Callable[[], Any]]:
     """A call of every operator on capsules; p: the address of its other operands."""
     lambdas = [0.5] * min(iterations, 2)
     return {
-        "affine_votes": lambda: _C.affine_votes(place, c, p),
-        "affine_votes_backward": lambda: _C.affine_votes_backward(place, c, p, 0, 0),
-        "attention_routing": lambda: _C.attention_routing(place, c, p, 0, p, p),
-        "attention_routing_backward": lambda: _C.attention_routing_backward(place, c, p, 0, p, p, 0, 0, 0, 0),
-        "dynamic_routing": lambda: _C.dynamic_routing(place, c, 0, iterations, False, p, p),
+        "affine_votes": lambda: _C.affine_votes(context, c, p),
+        "affine_votes_backward": lambda: _C.affine_votes_backward(context, c, p, 0, 0),
+        "attention_routing": lambda: _C.attention_routing(context, c, p, 0, p, p),
+        "attention_routing_backward": lambda: _C.attention_routing_backward(context, c, p, 0, p, p, 0, 0, 0, 0),
+        "dynamic_routing": lambda: _C.dynamic_routing(context, c, 0, iterations, False, p, p),
         "dynamic_routing_backward": lambda: _C.dynamic_routing_backward(
-            place, c, iterations, False, False, p, p, 0, 0, 0
+            context, c, iterations, False, False, p, p, 0, 0, 0
         ),
-        "self_attention_routing": lambda: _C.self_attention_routing(place, c, 0, 1.0, p, p, p),
+        "self_attention_routing": lambda: _C.self_attention_routing(context, c, 0, 1.0, p, p, p),
         "self_attention_routing_backward": lambda: _C.self_attention_routing_backward(
-            place, c, 0, 1.0, p, p, p, 0, 0, 0
+            context, c, 0, 1.0, p, p, p, 0, 0, 0
         ),
-        "em_routing": lambda: _C.em_routing(place, c, p, p, p, lambdas, p, p, p),
-        "em_routing_backward": lambda: _C.em_routing_backward(place, c, p, p, lambdas, p, p, p, 0, 0, 0, 0, 0),
+        "em_routing": lambda: _C.em_routing(context, c, p, p, p, lambdas, p, p, p),
+        "em_routing_backward": lambda: _C.em_routing_backward(context, c, p, p, lambdas, p, p, p, 0, 0, 0, 0, 0),
     }
 
 
@@ -89,7 +89,7 @@ def test_pointers_strides_and_threads(op: str) -> None:
     strided.set_strides(8, -4, 1)
     check_refused(calls(strided)[op])
     for threads in (0, -1, 2**30):
-        check_refused(calls(capsules(), place=_C.Place(threads))[op])
+        check_refused(calls(capsules(), context=_C.ExecutionContext(threads))[op])
 
 
 @pytest.mark.parametrize("op", ["dynamic_routing", "dynamic_routing_backward", "em_routing", "em_routing_backward"])
@@ -111,23 +111,23 @@ def test_more_work_space_than_there_is() -> None:
 
 def test_squash() -> None:
     for rows, dim in ((-1, 4), (4, -1), (2**40, 2**40), (2**62, 2)):
-        check_refused(lambda rows=rows, dim=dim: _C.squash(PLACE, P, P, rows, dim, SABOUR, F32))
-        check_refused(lambda rows=rows, dim=dim: _C.squash_backward(PLACE, P, P, P, rows, dim, SABOUR, F32))
-    check_refused(lambda: _C.squash(PLACE, 0, P, 1, 4, SABOUR, F32))
-    check_refused(lambda: _C.squash_backward(PLACE, P, P, 0, 1, 4, SABOUR, F32))
-    check_refused(lambda: _C.squash(_C.Place(0), P, P, 1, 4, SABOUR, F32))
+        check_refused(lambda rows=rows, dim=dim: _C.squash(CONTEXT, P, P, rows, dim, SABOUR, F32))
+        check_refused(lambda rows=rows, dim=dim: _C.squash_backward(CONTEXT, P, P, P, rows, dim, SABOUR, F32))
+    check_refused(lambda: _C.squash(CONTEXT, 0, P, 1, 4, SABOUR, F32))
+    check_refused(lambda: _C.squash_backward(CONTEXT, P, P, 0, 1, 4, SABOUR, F32))
+    check_refused(lambda: _C.squash(_C.ExecutionContext(0), P, P, 1, 4, SABOUR, F32))
 
 
 def test_primary_capsules() -> None:
     good = (2, 3, 4, 2, 24, 8, 1, 4)
-    assert _C.primary_capsules(PLACE, _C.PrimaryCapsules(*good, SABOUR, F32), P, P) == _C.Status.ok
+    assert _C.primary_capsules(CONTEXT, _C.PrimaryCapsules(*good, SABOUR, F32), P, P) == _C.Status.ok
     X.zero_()
     for axis in range(8):
         for size in (-1, 2**62):
             p = _C.PrimaryCapsules(*good[:axis], size, *good[axis + 1 :], SABOUR, F32)
-            check_refused(lambda p=p: _C.primary_capsules(PLACE, p, P, P))
-            check_refused(lambda p=p: _C.primary_capsules_backward(PLACE, p, P, P, P))
-    check_refused(lambda: _C.primary_capsules(PLACE, _C.PrimaryCapsules(*good, SABOUR, F32), P, 0))
+            check_refused(lambda p=p: _C.primary_capsules(CONTEXT, p, P, P))
+            check_refused(lambda p=p: _C.primary_capsules_backward(CONTEXT, p, P, P, P))
+    check_refused(lambda: _C.primary_capsules(CONTEXT, _C.PrimaryCapsules(*good, SABOUR, F32), P, 0))
 
 
 def test_probes() -> None:
@@ -145,9 +145,9 @@ def test_python_says_which_operator() -> None:
 
 def test_an_operator_that_a_place_has_no_kernel_for() -> None:
     """EM routing has no CUDA kernel. An extension without any CUDA kernels raises."""
-    place = _C.Place(0, 0, 0)
+    context = _C.ExecutionContext(0, 0, 0)
     if _C.cuda_architectures:
-        assert calls(capsules(), place)["em_routing"]() == _C.Status.unsupported
+        assert calls(capsules(), context)["em_routing"]() == _C.Status.unsupported
     else:
         with pytest.raises(ValueError, match="without CUDA kernels"):
-            calls(capsules(), place)["em_routing"]()
+            calls(capsules(), context)["em_routing"]()

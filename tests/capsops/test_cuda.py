@@ -153,11 +153,11 @@ def test_the_workspace_follows_the_shape(pretended: list[int]) -> None:
     some = torch.zeros(1).data_ptr()  # nothing is read or written there
 
     def workspace_bytes(B: int, N: int, iterations: int = 3) -> int:
-        counting = extension._C.Counting(0)
+        query = extension._C.WorkspaceQuery(0)
         struct = extension._C.Capsules(some, some, 0, B, N, 8, 2, 16, 1, 8 * 2 * 16, extension._C.Dtype.float32)
-        status = extension._C.dynamic_routing(counting, struct, 0, iterations, False, some, some)
+        status = extension._C.dynamic_routing(query, struct, 0, iterations, False, some, some)
         assert status == extension._C.Status.ok
-        return int(counting.bytes)
+        return int(query.bytes)
 
     assert 0 < workspace_bytes(8, 1000) <= workspace_bytes(8, 460_800) < 32_000_000
     assert workspace_bytes(8, 1000) == workspace_bytes(8, 1000, 100)
