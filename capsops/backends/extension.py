@@ -197,25 +197,27 @@ class _Plan(NamedTuple):
     weight: int
     mask: int | None
     g_weight: int | None
-    inputs: list[tuple[int, str]]  # the position of each, and the field of the row that names it
-    outputs: list[int]  # the small ones
-
-    @staticmethod
-    def of(row: _Row, names: Sequence[str]) -> _Plan:
-        def position(name: str) -> int | None:
-            return names.index(name) if name in names else None
-
-        inputs = [
-            (names.index(name), field)
-            for field in ("small", "options", "saved", "stored")
-            for name in getattr(row, field).split()
-        ]
-        outputs = [names.index(name) for name in row.outputs.split()]
-        weight = names.index("weight")
-        return _Plan(names.index(row.u), weight, position("mask"), position("g_weight"), inputs, outputs)
+    tensors: list[int]  # all that are passed as addresses
+    options: list[int]
+    before: int  # how many tensors come before the options
+    inputs: list[int]  # the tensors that are read in the accumulation dtype
+    outputs: list[int]  # those that are written in it
 
 
 _plans: dict[str, _Plan] = {}
+
+
+def _plan(op: str, names: Sequence[str]) -> _Plan:
+    row = _ROWS[op]
+    index = {name: position for position, name in enumerate(names)}
+    small, options, saved, stored, outputs = (
+        [index[name] for name in field.split()]
+        for field in (row.small, row.options, row.saved, row.stored, row.outputs)
+    )
+    tensors = [*small, *saved, *stored, *outputs]
+    capsules = (index[row.u], index["weight"], index.get("mask"), index.get("g_weight"))
+    _plans[op] = _Plan(*capsules, tensors, options, len(small), [*small, *saved], outputs)
+    return _plans[op]
 
 
 def run(op: str, names: Sequence[str], values: Sequence[Any]) -> None:
@@ -229,34 +231,32 @@ def run(op: str, names: Sequence[str], values: Sequence[Any]) -> None:
     if op not in _ROWS:
         _ON_ROWS[op](op, **dict(zip(names, values, strict=True)))
         return
-    plan = _plans.get(op)
-    if plan is None:
-        plan = _plans[op] = _Plan.of(_ROWS[op], names)
+    plan = _plans.get(op) or _plan(op, names)
     u, weight = values[plan.u], values[plan.weight]
     mask = None if plan.mask is None else values[plan.mask]
     capsules = Capsules(u, weight, mask, plan.g_weight is not None and values[plan.g_weight] is not None)
-    low_precision = u.dtype in LOW_PRECISION
-    arguments, held, rounded = [], [], []
-    for position, field in plan.inputs:
-        x = values[position]
-        if x is None:
-            x = 0
-        elif field != "options":
-            if low_precision and field != "stored" and x.dtype in LOW_PRECISION:
-                x = x.float()
-            x = x.contiguous()
-            held.append(x)  # keeps a copy alive until the kernel has run
-            x = x.data_ptr()
-        arguments.append(x)
-    for position in plan.outputs:
-        x = values[position]
-        if low_precision and x is not None and x.dtype in LOW_PRECISION:
-            rounded.append((x, torch.empty_like(x, dtype=torch.float32)))
-            x = rounded[-1][1]
-        arguments.append(0 if x is None else x.data_ptr())
-    call_kernel(op, (u, weight), capsules.struct, *arguments)
+    rounded: list[tuple[Tensor, Tensor]] = []
+    if u.dtype in LOW_PRECISION:
+        values, rounded = _widened(plan, values)
+    # This list also keeps copies alive until the kernel has run.
+    tensors = [x if (x := values[i]) is None else x.contiguous() for i in plan.tensors]
+    addresses = [0 if x is None else x.data_ptr() for x in tensors]
+    options = [values[i] for i in plan.options]
+    call_kernel(op, (u, weight), capsules.struct, *addresses[: plan.before], *options, *addresses[plan.before :])
     for out, wide in rounded:
         out.copy_(wide)
+
+
+def _widened(plan: _Plan, values: Sequence[Any]) -> tuple[list[Any], list[tuple[Tensor, Tensor]]]:
+    """The values with small tensors in the accumulation dtype, and pairs of an output and what to round to it."""
+    values, rounded = list(values), []
+    for i in plan.inputs:
+        values[i] = None if values[i] is None else values[i].float()
+    for i in plan.outputs:
+        if values[i] is not None and values[i].dtype in LOW_PRECISION:
+            rounded.append((values[i], torch.empty_like(values[i], dtype=torch.float32)))
+            values[i] = rounded[-1][1]
+    return values, rounded
 
 
 def _squash(op: str, kind: str, **tensors: Tensor) -> None:

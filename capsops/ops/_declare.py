@@ -12,6 +12,7 @@ PyTorch's own operators: it records a node, then calls the operator again, below
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import new_class
 from typing import Any, NoReturn
 
@@ -126,8 +127,9 @@ class Differentiable:
         self.operator = _define(schema, allocate)
         arguments = self.operator._schema.arguments
         tensors = [a for a in arguments if "Tensor" in str(a.type)]
-        self.names = " ".join(a.name for a in tensors)
-        self.required = len([a for a in tensors if str(a.type) == "Tensor"])
+        required = len([a for a in tensors if str(a.type) == "Tensor"])
+        # settle(*tensors) checks that they are tensors, or None where that is allowed, and applies the autocast rule.
+        self.settle = partial(settle, name, " ".join(a.name for a in tensors), required)
 
         def allocate_gradients(*args: Any) -> tuple[Tensor, ...]:
             op, given, wanted = f"{name}_backward", args[count:], [True]
@@ -143,13 +145,13 @@ class Differentiable:
                     fail(op, f"{received[i]} is {found}; expected {dtype} on {first.device}, {torch.strided}")
             if len(wanted) != gradients:
                 fail(op, f"wanted has {len(wanted)} values; expected {gradients}, one for each gradient")
-            for argument, x, want in zip(tensors, given, wanted, strict=False):
-                if want and x is None:
-                    fail(op, f"{argument.name} is None; expected a tensor, because wanted asks for its gradient")
-            # A tensor without elements stands for a gradient that is not wanted.
-            return tuple(
-                [empty_gradient(x) if want else first.new_empty(0) for x, want in zip(given, wanted, strict=False)]
-            )
+            out = []
+            for i, want in enumerate(wanted):
+                if want and given[i] is None:
+                    fail(op, f"{tensors[i].name} is None; expected a tensor, because wanted asks for its gradient")
+                # A tensor without elements stands for a gradient that is not wanted.
+                out.append(empty_gradient(given[i]) if want else first.new_empty(0))
+            return tuple(out)
 
         gradient = _define(gradient_schema, allocate_gradients)
         count, gradients = len(self.operator._schema.returns), len(gradient._schema.returns)
@@ -158,10 +160,6 @@ class Differentiable:
         _register_batch_rule(self.operator, batch)
         _register_batch_rule(gradient, batch)
 
-    def settle(self, *tensors: Any) -> tuple[Any, ...]:
-        """Check that all are tensors, or None where that is allowed, and apply the autocast rule; see `settle`."""
-        return settle(self.name, self.names, self.required, *tensors)
-
     def __call__(self, *args: Any) -> Any:
         """Run the operator on its backend; args: all of its arguments, the tensors settled.
 
@@ -169,12 +167,16 @@ class Differentiable:
             The results, without what is saved for backward: a tensor, or a tuple if there are several.
         """
         first: Tensor = args[0]
-        backend = "reference" if _for_other_programs() else backends.select(self.name, first.device, first.dtype)
+        compiling = torch.compiler.is_compiling()
+        if is_tracing() or (compiling and torch.onnx.is_in_onnx_export()):
+            backend = "reference"  # the graph is for programs without these operators: TorchScript and ONNX
+        else:
+            backend = backends.select(self.name, first.device, first.dtype)
         if backend == "reference":
             self.check(self.name, *args)
             with float32(first):
                 return getattr(reference, self.name)(*args)
-        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        if compiling or torch._C._are_functorch_transforms_active():
             out = self.operator(*args)  # a tracer or a transform has to see the operator
         else:
             # The short way to the autograd kernel, which remembers the backend for the gradient.
@@ -187,11 +189,6 @@ class Differentiable:
         if isinstance(out, Tensor):
             return out
         return out[0] if self.results == 1 else tuple(out[: self.results])
-
-
-def _for_other_programs() -> bool:
-    """Whether a graph is recorded for programs that do not have these operators: TorchScript and ONNX."""
-    return is_tracing() or (torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export())
 
 
 # ---- autograd ------------------------------------------------------------------------------------
