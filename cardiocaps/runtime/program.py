@@ -29,6 +29,9 @@ _LAUNCHERS = {
 }
 
 
+_NOTHING_LOST = "nothing is half-written"
+
+
 class Interrupted(BaseException):
     """A signal told the program to stop. The exit status is 128 + the number of the signal.
 
@@ -62,6 +65,11 @@ class Interruption:
         self.defer(False)
         try:
             yield self
+        except Exception as error:
+            # Some libraries drop what a signal's handler raises and then fail: torch does, while it imports NumPy.
+            if self.signum is None or self.deferred:
+                raise
+            raise Interrupted(self.signum, _NOTHING_LOST) from error
         finally:
             for signum in self._watched:
                 signal.signal(signum, before[signum])
@@ -75,7 +83,7 @@ class Interruption:
     def _receive(self, signum: int, _: FrameType | None) -> None:
         again, self.signum = self.signum is not None, signum
         if not self.deferred or again:
-            raise Interrupted(signum, "nothing is half-written")
+            raise Interrupted(signum, _NOTHING_LOST)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from contextlib import suppress
 
 import pytest
 
@@ -38,6 +39,16 @@ def test_a_signal_is_one_line_and_the_handlers_are_restored(capsys: pytest.Captu
         signal.signal(signal.SIGHUP, before)
     assert capsys.readouterr().err == "error: stopped by SIGINT; nothing is half-written\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_an_error_after_a_signal_that_was_dropped_is_the_signal(capsys: pytest.CaptureFixture[str]) -> None:
+    def body(_: Interruption) -> None:
+        with suppress(BaseException):  # as torch does, while it imports NumPy
+            signal.raise_signal(signal.SIGTERM)
+        raise RecursionError
+
+    assert run_program(body) == 128 + signal.SIGTERM
+    assert capsys.readouterr().err == "error: stopped by SIGTERM; nothing is half-written\n"
 
 
 def test_a_second_signal_does_not_wait_for_a_save() -> None:
