@@ -29,6 +29,7 @@ _LAUNCHERS = {
 }
 
 
+_REMIND_EVERY = 0.2  # seconds
 _NOTHING_LOST = "nothing is half-written"
 
 
@@ -49,6 +50,9 @@ class Interruption:
     A second signal raises at once in any case. Files are written in one step and checkpoints are complete, so a
     program that is stopped at any moment leaves nothing half-written.
 
+    Some libraries drop what a signal's handler raises: torch does, while it imports NumPy at the start of a program. So
+    SIGALRM raises it again every 0.2 seconds, until it has left the block or is on its way out.
+
     Attributes:
         signum: the last signal that arrived, or None.
     """
@@ -60,18 +64,20 @@ class Interruption:
     @contextmanager
     def watched(self) -> Iterator[Interruption]:
         """Handle the signals inside the block, except those that the caller ignores (as nohup ignores SIGHUP)."""
-        before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+        before = {signum: signal.getsignal(signum) for signum in (*_SIGNALS, signal.SIGALRM)}
         self._watched = [signum for signum in _SIGNALS if before[signum] != signal.SIG_IGN]
+        signal.signal(signal.SIGALRM, self._remind)
         self.defer(False)
         try:
             yield self
         except Exception as error:
-            # Some libraries drop what a signal's handler raises and then fail: torch does, while it imports NumPy.
+            # A library that dropped the exception may fail before it is raised again.
             if self.signum is None or self.deferred:
                 raise
             raise Interrupted(self.signum, _NOTHING_LOST) from error
         finally:
-            for signum in self._watched:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for signum in (*self._watched, signal.SIGALRM):
                 signal.signal(signum, before[signum])
 
     def defer(self, deferred: bool) -> None:
@@ -83,7 +89,15 @@ class Interruption:
     def _receive(self, signum: int, _: FrameType | None) -> None:
         again, self.signum = self.signum is not None, signum
         if not self.deferred or again:
+            signal.setitimer(signal.ITIMER_REAL, _REMIND_EVERY, _REMIND_EVERY)
             raise Interrupted(signum, _NOTHING_LOST)
+
+    def _remind(self, _: int, __: FrameType | None) -> None:
+        error = sys.exception()
+        while error is not None and not isinstance(error, Interrupted):
+            error = error.__context__
+        if error is None and self.signum is not None and not self.deferred:
+            raise Interrupted(self.signum, _NOTHING_LOST)
 
 
 @contextmanager
@@ -96,7 +110,8 @@ def defer_signals() -> Iterator[None]:
         yield  # only the main thread handles signals
         return
     arrived: list[int] = []
-    handled = {signum: handler for signum in _SIGNALS if callable(handler := signal.getsignal(signum))}
+    signals = (*_SIGNALS, signal.SIGALRM)
+    handled = {signum: handler for signum in signals if callable(handler := signal.getsignal(signum))}
     try:
         for signum in handled:
             signal.signal(signum, lambda signum, _: arrived.append(signum))

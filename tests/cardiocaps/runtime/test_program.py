@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from contextlib import suppress
 
@@ -49,6 +50,20 @@ def test_an_error_after_a_signal_that_was_dropped_is_the_signal(capsys: pytest.C
 
     assert run_program(body) == 128 + signal.SIGTERM
     assert capsys.readouterr().err == "error: stopped by SIGTERM; nothing is half-written\n"
+
+
+def test_a_signal_that_was_dropped_comes_again() -> None:
+    def body(_: Interruption) -> None:
+        for _ in range(2):
+            with suppress(BaseException):
+                signal.raise_signal(signal.SIGTERM)
+        time.sleep(60)
+
+    begin = time.monotonic()
+    assert run_program(body) == 128 + signal.SIGTERM
+    assert time.monotonic() - begin < 30
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 def test_a_second_signal_does_not_wait_for_a_save() -> None:
