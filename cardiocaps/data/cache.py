@@ -52,7 +52,7 @@ from cardiocaps.runtime.progress import shown
 FRAME_CHOICES = ("spread", "first")
 _FPS_TOLERANCE = 0.05  # relative; tables round frame rates
 _INDEX = "index.json"
-_ABANDONED = 3600.0  # age in seconds of an unfinished file that is removed, for file systems without shared locks
+_ABANDONED = 3600.0  # age in seconds from which an unfinished file counts as left behind, not as being written
 _MAX_INDEX = 1 << 28  # bytes; a video takes about 500
 _SAMPLE = 4096  # bytes of head, middle and tail each
 _SHA256 = re.compile("[0-9a-f]{64}")
