@@ -49,6 +49,8 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it does not run on {device.type}"
     if dtype not in extension.DTYPES:
         return f"it does not take {dtype}"
+    if op not in extension.OPERATORS[DEVICE_TYPE]:
+        return f"it has no kernel for {op}"
     return None
 
 

@@ -1,7 +1,4 @@
-"""The compiled CUDA backend: the extension's operators, on tensors of an NVIDIA GPU.
-
-EM routing has no CUDA kernels: on a GPU it runs on Triton.
-"""
+"""The compiled CUDA backend: the kernels of the extension, for tensors on an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -22,11 +19,11 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return extension.MISSING
     if device.type != DEVICE_TYPE:
         return f"it does not run on {device.type}"
-    if op.startswith("em_routing"):
-        return "EM routing has no CUDA kernels"
     if dtype not in extension.DTYPES:
         return f"it does not take {dtype}"
-    return unfit(0 if device.index is None else device.index)
+    if (reason := unfit(0 if device.index is None else device.index)) is not None:
+        return reason
+    return None if op in extension.OPERATORS[DEVICE_TYPE] else f"it has no kernel for {op}"
 
 
 @cache

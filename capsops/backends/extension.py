@@ -38,6 +38,18 @@ DTYPES: dict[torch.dtype, Any] = (
 )
 
 
+OPERATORS: dict[str, frozenset[str]] = {}
+"""The operators that have kernels, for "cpu" and "cuda": the forward and the backward one."""
+if _C is not None:
+    for _backend in ("cpu", "cuda"):
+        _names = set(_C.operators(_backend))
+        OPERATORS[_backend] = frozenset(
+            name
+            for name in _names
+            if {name.removesuffix("_backward"), name.removesuffix("_backward") + "_backward"} <= _names
+        )
+
+
 def built() -> str | None:
     """What built the extension and for which GPUs, or None if it was not built."""
     if _C is None:

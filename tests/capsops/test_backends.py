@@ -150,6 +150,20 @@ def test_an_operator_that_triton_lacks_is_a_fallback(monkeypatch: pytest.MonkeyP
         torch.ops.capsops.em_routing(*arguments, None, [0.1])
 
 
+def test_an_operator_that_the_extension_lacks_is_a_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    monkeypatch.setattr(backends, "_warned", set())
+    assert {"dynamic_routing", "dynamic_routing_backward"} <= backends.extension.OPERATORS["cpu"]
+    monkeypatch.setitem(backends.extension.OPERATORS, "cpu", frozenset({"squash", "squash_backward"}))
+    weight = WEIGHT.clone().requires_grad_()
+    with pytest.warns(RuntimeWarning, match="slow reference backend.*cpu: it has no kernel for dynamic_routing"):
+        v = capsops.dynamic_routing(U, weight)
+    v.sum().backward()
+    assert weight.grad is not None
+    with capsops.use_backend("cpu"), pytest.raises(capsops.BackendError, match="cpu: it has no kernel for dynamic"):
+        capsops.dynamic_routing(U, weight)
+
+
 def test_a_gradient_runs_on_the_backend_of_its_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is chosen once, also where another one is forced when backward runs."""
     seen: list[tuple[str, str]] = []

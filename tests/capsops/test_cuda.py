@@ -45,6 +45,8 @@ def _machine(
     monkeypatch.setattr(extension, "_C", kernels)
     monkeypatch.setattr(extension, "MISSING", None)
     monkeypatch.setattr(extension, "DTYPES", {FLOAT: 0})
+    operators = {"squash", "dynamic_routing"}
+    monkeypatch.setitem(extension.OPERATORS, "cuda", operators | {f"{name}_backward" for name in operators})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Invented GPU")
@@ -88,7 +90,7 @@ def test_em_routing_runs_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     _machine(monkeypatch)
     monkeypatch.setattr(triton, "_installed", lambda: True)
     assert backends.select("em_routing", DEVICE, FLOAT) == "triton"
-    assert backends._chosen(DEVICE) == "cuda; EM routing on triton (cuda: EM routing has no CUDA kernels)"
+    assert backends._chosen(DEVICE) == "cuda; EM routing on triton (cuda: it has no kernel for em_routing)"
 
 
 def test_without_any_backend_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
