@@ -27,7 +27,8 @@ class Model:
         title: the network's name in tables. Raises ValueError if it is empty.
         build: makes the network from the run's settings and the value at which its regression starts.
         loss: makes the loss from the run's settings and the class weights [2] (None: ones).
-        settings: settings of TrainConfig that only this network has. TrainConfig refuses them for every other network.
+        settings: settings of TrainConfig that only this network has. A test compares them with those that TrainConfig
+            refuses for every other network.
         title_of: the title under these settings, for a network whose settings change what it is.
     """
 
