@@ -112,7 +112,7 @@ def train(
     elif config.resume:
         print_line("this run has no checkpoint yet; it starts from the beginning")
     if ended:
-        print_line(f"this run's training has ended: {ended}; a larger one goes on. Evaluating it")
+        print_line(f"this run's training has ended: {ended}; to continue, give a larger value. Now evaluating")
     else:
         machine.lay_out(network.model)
         machine.compile_for_training(network.model)
