@@ -21,9 +21,9 @@ from cardiocaps.runtime.device import Machine, compilation_errors
 from cardiocaps.runtime.files import output_errors
 from cardiocaps.runtime.program import Interruption, print_line
 from cardiocaps.training.callbacks import Checkpoints, History, Patience, Restored
+from cardiocaps.training.checkpoint_checks import check_resumable_state, epochs_ended
 from cardiocaps.training.checkpoints import CheckpointFiles, load_weights, read_checkpoint, restoring_errors
 from cardiocaps.training.module import Classifier
-from cardiocaps.training.resumable import check_resumable_state, epochs_ended
 from cardiocaps.training.run_folder import RunFolder
 
 
