@@ -29,11 +29,10 @@ from .shapes import Case
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Seconds of a round on a GPU, in as many calls as that takes; calls beyond which that is no use; and seconds from which
-# a call is long enough for its launch not to matter.
-_ROUND, _MOST_CALLS, _LONG = 2e-3, 50, 10e-3
-# Where the size of a GPU's cache is not known.
-_GPU_CACHE = 50 << 20
+_ROUND = 2e-3  # seconds of a round on a GPU
+_MOST_CALLS = 50  # most calls in a round
+_LONG = 10e-3  # seconds; a call this long hides its launch
+_GPU_CACHE = 50 << 20  # bytes, if the size of a GPU's cache is not known
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class Device:
         return {n: COMPILED[n].why_not("dynamic_routing", where, torch.float32) for n in ("cuda", "triton")}
 
     def cache_bytes(self) -> int:
-        """Of the last-level cache."""
+        """Bytes of the last-level cache."""
         if not self.on_gpu:
             return machine.last_level_cache()
         import torch
@@ -108,11 +107,11 @@ class Device:
         return float(start.elapsed_time(end)) / 1e3
 
     def calls(self, seconds: float) -> int:
-        """Calls in a round, of a form that takes so long."""
+        """Calls in a round, for a form whose call takes `seconds`."""
         return max(1, min(_MOST_CALLS, int(_ROUND / max(seconds, 1e-9)))) if self.on_gpu else 1
 
     def timed(self, calls: Sequence[Callable[[], object]], *, lead: bool = True) -> float:
-        """Seconds a call. lead: the first, on a GPU, is not timed where there are others."""
+        """Seconds per call. lead: on a GPU, do not time the first of several calls."""
         if self.on_gpu and lead and len(calls) > 1:
             calls[0]()
             calls = calls[1:]
@@ -125,14 +124,14 @@ class Device:
         return seconds
 
     def lead(self, seconds: float) -> int:
-        """Calls besides, that are not timed, before those of a round."""
+        """Untimed calls before a round, for a form whose call takes `seconds`."""
         return 1 if self.on_gpu and seconds < _LONG else 0
 
     # Kernels
 
     def profiled(self, call: Callable[[], object], calls: int) -> list[tuple[str, float, float]]:
-        """Of each kernel on a GPU, or operator on a CPU, by torch's profiler: its name, launches a call, microseconds a
-        call; the longest first."""
+        """The kernels on a GPU, or operators on a CPU, from torch's profiler, the longest first: for each its name,
+        launches per call and microseconds per call."""
         from torch.autograd import DeviceType
         from torch.profiler import ProfilerActivity, profile
 

@@ -1,4 +1,4 @@
-"""The correctness gate: no number is reported of what does not compute the routing.
+"""The correctness gate: a form that does not compute the routing gets no number.
 
 At a reduced N of every case, each form in float32 against the reference in float64: outputs and gradients of all
 inputs. At the measured shape each form, and now the compiled ones too, against capsops, when first called (`race`).
@@ -94,7 +94,8 @@ def check(case: Case, candidates: Iterable[Form] | None = None, device: Device =
         except Exception as failure:
             if not device.on_gpu:
                 raise
-            # What fails is left out when it is timed, by its own words; but what takes the GPU with it is wrong.
+            # A form that raises an error is left out later, when it is timed, and its error is reported. A form that
+            # makes the GPU unusable fails the gate.
             if not device.recover():
                 raise GateError(f"gate: {case} at {case.shape}: {form.name} fails: {failure}"[:500]) from None
     # EM routing divides by variances: in float32 the reference itself is off by 2e-4 in a gradient.

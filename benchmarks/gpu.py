@@ -363,7 +363,7 @@ class Measurement:
         return Budget(race=0.05, final=0.3, limit=60, until=self.clock.stage_end + 10, compile=compile)
 
     def _limit(self) -> float:
-        """Seconds for what is not to take the time of the stages after this one."""
+        """Seconds that this stage may use, so that later stages keep their share."""
         return min(120.0, max(self.clock.left(), 10.0)) if self.device.on_gpu else 120.0
 
     def _compile_ahead(self, todo: Sequence[tuple[Case, str]]) -> None:

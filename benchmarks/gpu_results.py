@@ -141,7 +141,7 @@ class Results:
         )
 
     def save(self) -> None:
-        """All files that there is something for. Raises OutputError."""
+        """Write each file that has content. Raises OutputError."""
         from .tables import MEASURED
 
         if self.rows:
@@ -456,7 +456,7 @@ def _counts(kernels: Sequence[Row]) -> list[str]:
 
 
 def _short(kernel: str) -> str:
-    """A kernel's name without what stands in every one, and not too long for a table."""
+    """A kernel's name, shortened for the table: without the parts that all names share."""
     name = kernel.replace("capsops::", "").replace("void ", "").replace("|", "/")
     return name if len(name) <= 90 else f"{name[:87]}…"
 
@@ -473,7 +473,7 @@ def _checks(checks: Mapping[str, Any]) -> list[str]:
 
 
 def fastest(rows: Sequence[Row]) -> str:
-    """A comparison in a few words, for whoever looks on."""
+    """A comparison in a few words, for the progress line."""
     words = []
     for row in rows:
         if row["contestant"] not in (CAPSOPS, OTHER, PUBLISHED, BEST_COMPILED):

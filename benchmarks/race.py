@@ -45,8 +45,8 @@ _HOPELESS_THINNED = 1.5
 
 @dataclass(frozen=True)
 class Budget:
-    """Seconds: for a form in the race, for a finalist, and after which a silent process is given up. until: when, by
-    time.perf_counter, nothing more is begun again after a form that took its process along."""
+    """race, final, limit: seconds for a form in the race, for a finalist, and until a silent process is killed.
+    until: after this time, by time.perf_counter, no process is restarted for a form that crashed."""
 
     race: float = 0.5
     final: float = 4.0
@@ -142,7 +142,7 @@ class Pool:
         return self._get(form, next(self._turn))
 
     def keep(self, finalists: Iterable[Form]) -> None:
-        """Let go of the orders of the weight that nobody needs any more."""
+        """Free the orders of the weight that are no longer used."""
         layouts = {form.layout for form in finalists}
         self._stored = {key: x for key, x in self._stored.items() if key[1] in layouts}
 

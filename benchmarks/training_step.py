@@ -16,8 +16,8 @@ from typing import Any
 from .device import CPU, Device
 
 ROUTINGS = ("attention",)  # the paper's
-# Whose routing, and in which precision the rest is: capsops', that of its reference, which holds the votes; and on a
-# GPU with TensorFloat-32 in convolutions and products.
+# fused: kernels of capsops. naive: the reference, which stores the votes. fused, TF32: kernels of capsops, with
+# TensorFloat-32 in the other layers (GPU only).
 FUSED, NAIVE, FUSED_TF32 = "fused", "naive", "fused, TF32"
 
 _PARTS = ("forward", "backward", "optimiser")

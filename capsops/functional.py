@@ -13,7 +13,8 @@ Derivatives: `backward`, and grad, vjp, jacrev and vmap of `torch.func`. The com
 and forward mode (jvp, jacfwd, hessian) with an error; `use_backend("reference")` allows them.
 
 Graphs: torch.compile, torch.export, make_fx and torch.fx.symbolic_trace record the operators, whose gradients are those
-of eager calls. torch.onnx.export and torch.jit.trace record the reference instead, for programs without capsops.
+of eager calls. torch.onnx.export and torch.jit.trace record the reference, so that the result runs where capsops is not
+installed.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ _lock = threading.RLock()
 def release_memory() -> None:
     """Return the memory that is kept for later gradients, and that no tensor uses, to the system.
 
-    The memory in use and the memory kept are together never more than was in use at one time.
+    Memory in use plus memory kept never exceeds the largest amount that was in use at one time.
     """
     global _idle_bytes
     with _lock:

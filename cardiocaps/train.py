@@ -12,7 +12,7 @@ from cardiocaps.config import TrainConfig, from_command_line
 from cardiocaps.errors import CardioCapsError
 from cardiocaps.runtime.program import Interrupted, Interruption, print_line, run_program
 
-_OTHER_DATA = "give --data with the data of then, or begin a new run"
+_OTHER_DATA = "give --data with the data that the run was trained on, or begin a new run"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,8 +41,8 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
     assert config.out is not None
     with machine_for(config) as machine:
         print_line(f"device: {machine}")
-        # A folder that cannot be read should not cost the run that --overwrite replaces, and one that cannot be written
-        # should fail before an hour of decoding.
+        # Read the data first: if they cannot be read, --overwrite must not have deleted the old run. Create the folder
+        # before decoding, which can take an hour: it may not be writable.
         study = read_study(config, again=config.resume is not None) if config.data else None
         folder = RunFolder.open(config.out) if config.resume else RunFolder.create(config.out, config.overwrite)
         with lock_folder(folder.path):

@@ -35,7 +35,7 @@ struct ExecutionContext {
 
 enum class SquashKind : int { sabour, efficient };
 
-// Added to divisors and variances in EM routing. capsops/dtypes.py has the same number.
+// Added to divisors and variances in EM routing. EM_EPSILON in capsops/backends/reference.py is the same number.
 constexpr double em_epsilon = 1e-8;
 
 // The operands of the votes û_bi = u_bi W_i. With P = rows > 1 capsules are matrices of P rows (Hinton et al. 2018):
@@ -173,7 +173,7 @@ struct Kernels {
                                   void* g_beta_u,      // [J] accumulation
                                   void* g_beta_a);     // [J] accumulation
 
-    // Measures one run over `size` bytes, or steps of arithmetic. Not an operator.
+    // Measures one pass over `size` bytes, or `size` steps of arithmetic. Not an operator.
     Status (*probe)(Probe what, int64_t size, int threads, double* rate);
 };
 

@@ -17,7 +17,7 @@ def heard_signals() -> None:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """Fill uninitialised tensors with NaN, so that an output nobody wrote is seen."""
+    """Fill uninitialised tensors with NaN, so that an output that was not written is noticed."""
     torch.utils.deterministic.fill_uninitialized_memory = True
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)

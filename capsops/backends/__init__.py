@@ -86,7 +86,11 @@ def forced() -> str | None:
 
 
 def _first(op: str, device: torch.device, dtype: torch.dtype, only: str | None) -> tuple[str | None, list[str]]:
-    """The first compiled backend that can run an operator, and why those before it cannot; only: ask no other one."""
+    """The first compiled backend that can run an operator, and why those before it cannot.
+
+    Args:
+        only: the name of the single backend to ask; None asks all.
+    """
     reasons: list[str] = []
     for name, module in COMPILED.items():
         if only not in (None, name):

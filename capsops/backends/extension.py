@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..dtypes import LOW_PRECISION
-from ._features import Grid
+from ._feature_maps import Grid
 
 try:
     # Imported after torch, so that both share one OpenMP runtime.

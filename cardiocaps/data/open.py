@@ -136,8 +136,8 @@ def decode_for_run(
         else:
             # A random split depends on the usable videos, the patients and the limit, which versions treat differently.
             raise DataError(
-                f"data: {printable(study.root)} may be split in another way than then: the split is drawn, and "
-                f"{forgotten}; {'begin a new run' if keep else advice}"
+                f"data: {printable(study.root)}: the split is random, and this run has no record of its data, so its "
+                f"videos may now be in other splits; {'begin a new run' if keep else advice}"
             )
     if before is not None and not allow_changed:
         _refuse_changes(before.differences(now), study, advice)  # before decoding, which takes long

@@ -71,7 +71,7 @@ class Study:
         else:
             lines.append(f"  ({self._whose()})")
         limits = ", ".join(f"{calc} {cm:g}" for calc, cm in self.label_rule.items())
-        lines.append(f"abnormal from these lengths in cm on: {limits}")
+        lines.append(f"smallest abnormal lengths in cm: {limits}")
         if self.unlisted:
             lines.append(f"videos in the folder that the table does not name: {self.unlisted}")
         for what, harmless in (("problems", False), ("notes", True)):

@@ -132,7 +132,7 @@ def print_means(runs: Sequence[tuple[Scores, Scores | None, TrainConfig]]) -> No
     drawn = plural(runs[0][0].test.group_name)
     caption = (
         f"bootstrap: the middle of {config.bootstrap:,} resamples of the {drawn} and the runs. exact: Clopper and "
-        "Pearson; for an AUROC, of disjoint pairs. exact/bootstrap: at either end the farther of both."
+        "Pearson; for an AUROC, of disjoint pairs. exact/bootstrap: the wider of both bounds at each end."
     )
     _print(title, head[: len(reports) + 1], rows, caption=caption if config.bootstrap else "")
     for note in reports[0].notes:

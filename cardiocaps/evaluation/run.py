@@ -25,7 +25,7 @@ from cardiocaps.training.checkpoints import best_network, weights_digest
 from cardiocaps.training.fit import quiet
 from cardiocaps.training.run_folder import RunFolder
 
-_CHANGED_DATA = "--allow-changed-data evaluates on it all the same"
+_CHANGED_DATA = "--allow-changed-data evaluates anyway"
 
 
 def evaluate_network(

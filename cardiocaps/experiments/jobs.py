@@ -113,7 +113,7 @@ def _train_network(
     watch(1.0, "evaluating")
     network = best_network(config, folder)
     said = predict(config, machine, network, data, ("val", "test"))
-    # With it, `cardiocaps.evaluate` decides on any data as the tables do.
+    # `cardiocaps.evaluate` reads this file, so that it uses the same threshold as the tables.
     decision = Decision.choose(said["val"], unit_of(config), weights_digest(network), training_mean(data))
     write_decision(folder.decision, decision)
     seconds = [row["seconds"] for row in history]

@@ -15,10 +15,10 @@ An interval has one of these methods:
   mean number of right samples (a fraction, as in Korn and Graubard 1998), covers errors too rare to be in the samples.
 
 An AUROC of 1 or 0 has no width under the bootstrap either, nor has the variance of Hanley and McNeil (1982). Its exact
-bound: take m disjoint pairs of a positive and a negative group. Each pair is in the right order with probability AUROC,
-independently of the others, so all pairs are with probability AUROC^m, and perfect order of all samples is at most as
-probable. The bound is therefore that of Clopper and Pearson for m of m. No larger bound holds for every distribution:
-if the more frequent class has one value only, perfect order has exactly that probability.
+bound: take m disjoint pairs of a positive and a negative group. Each pair is in order with probability AUROC,
+independently of the others. All pairs are in order with probability AUROC^m. Perfect order of all samples implies that,
+so its probability is at most AUROC^m. The bound is therefore that of Clopper and Pearson for m of m. No larger bound
+holds for every distribution: if the more frequent class has one value only, perfect order has exactly that probability.
 
 Other metrics whose resamples all have the same value (an F1 or an average precision of 1) get no interval.
 """

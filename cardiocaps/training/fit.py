@@ -21,9 +21,9 @@ from cardiocaps.runtime.device import Machine, compilation_errors
 from cardiocaps.runtime.files import output_errors
 from cardiocaps.runtime.program import Interruption, print_line
 from cardiocaps.training.callbacks import Checkpoints, History, Patience, Restored
+from cardiocaps.training.checkpoint_checks import check_resumable_state, epochs_ended
 from cardiocaps.training.checkpoints import CheckpointFiles, load_weights, read_checkpoint, restoring_errors
 from cardiocaps.training.module import Classifier
-from cardiocaps.training.resumable import check_resumable_state, epochs_ended
 from cardiocaps.training.run_folder import RunFolder
 
 
@@ -112,7 +112,7 @@ def train(
     elif config.resume:
         print_line("this run has no checkpoint yet; it starts from the beginning")
     if ended:
-        print_line(f"this run's training has ended: {ended}; a larger one goes on. Evaluating it")
+        print_line(f"this run's training has ended: {ended}; to continue, give a larger value. Now evaluating")
     else:
         machine.lay_out(network.model)
         machine.compile_for_training(network.model)

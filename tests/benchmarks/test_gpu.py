@@ -526,7 +526,7 @@ def test_a_test_run_that_is_stopped(
 
 
 def test_programs_end_with_the_one_that_started_them(tmp_path: Path) -> None:
-    """Even where it is killed, and with what they have started themselves."""
+    """Programs end, with their own children, even if the program that started them is killed."""
     grandchild = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
     child = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {grandchild!r}])"
     log = tmp_path / "log"

@@ -155,9 +155,9 @@ def test_a_drawn_split_that_nobody_remembers_is_refused(
 ) -> None:
     root = table(list(range(VIDEOS)))
     config = _settings(root, tmp_path)
-    with pytest.raises(DataError, match=r"may be split in another way.* kept no fingerprint .*; advice$"):
+    with pytest.raises(DataError, match=r"no record of its data, .* in other splits; advice$"):
         _evaluated(run, root, tmp_path, allow_changed=False)
-    with pytest.raises(DataError, match=r"may be split in another way.*; begin a new run$"):
+    with pytest.raises(DataError, match=r"may now be in other splits; begin a new run$"):
         decode_for_run(config, MACHINE, read_study(config), run.data, "advice", trained=True, keep=True)
     assert not run.data.exists()
     capsys.readouterr()
@@ -175,7 +175,7 @@ def test_a_table_of_tests_alone_is_not_the_data_of_an_old_run(
 
 
 def _forbidden(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
-    """Let nobody look into a folder, as for root no permission does."""
+    """Make a folder unreadable; permissions do not stop root, so `stat` is replaced."""
     stat = Path.stat
 
     def refuse(self: Path, *, follow_symlinks: bool = True) -> os.stat_result:
@@ -237,7 +237,7 @@ def test_a_cache_is_where_it_was_given_when_its_disk_is_gone(tmp_path: Path, mon
 
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> list[Study]:
-    """The studies that evaluations come to test on; there is no network that could."""
+    """The studies that reach the evaluation, which is replaced, because there is no network."""
     studies = []
 
     def take(
@@ -253,7 +253,7 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Study]:
 def test_other_data_are_read_as_their_own_table_says(
     table: Callable[..., Path], run: RunFolder, tmp_path: Path, read: list[Study], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not by the split and the limit of the run; links, patients and bad videos as the options say."""
+    """The split and the limit of the run do not apply; the options decide about links, patients and bad videos."""
     root = table(list(range(16)))
     config = replace(_settings(root, tmp_path), split="stratified", limit=12, bootstrap=0)
     run.keep(*config.kept())

@@ -214,7 +214,7 @@ def _test_split_alone(folder: Path) -> Path:
 def test_other_data_are_judged_by_what_the_run_keeps(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its threshold, its classifier of pixels and its mean, on a table that has nothing but a test split."""
+    """The run's threshold, classifier of pixels and mean are used on a table that has only a test split."""
     from cardiocaps.evaluation.decision import Decision
     from cardiocaps.evaluation.pixel_baseline import PixelBaseline
 
@@ -243,7 +243,10 @@ def test_other_data_are_judged_by_what_the_run_keeps(
 def test_a_run_that_keeps_nothing_to_judge_by(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On its own data that is made again, and is the same; on other data there is none, and the table says so."""
+    """On the run's own data, the threshold and the classifier are made again, and the results are the same.
+
+    On other data they cannot be made, and notes say so.
+    """
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     for name in ("decision.json", "pixel_baseline.json"):
@@ -400,7 +403,7 @@ def test_workers_change_nothing(finished: Path, arguments: list[str], tmp_path: 
 def test_training_draws_nothing_from_torch(
     finished: Path, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So a checkpoint need not hold the state of a generator, of whatever device."""
+    """A checkpoint therefore need not hold the state of any device's random number generator."""
     from cardiocaps.training.module import Classifier
 
     training_step = Classifier.training_step
@@ -426,7 +429,7 @@ def test_compiled_run_goes_on_and_is_evaluated_without(
     assert evaluate.main([str(run)]) == 0
     assert train.main(["--resume", str(run), "--no-compile", "--epochs", "3"]) == 0
     for row, expected in zip(_history(run), _history(finished), strict=True):
-        # Adam makes much of the rounding, in which they differ.
+        # Rounding differs with and without compilation, and Adam amplifies it.
         assert float(row["train_loss"]) == pytest.approx(float(expected["train_loss"]), rel=0.02)
 
 
@@ -501,7 +504,8 @@ def test_a_run_that_patience_ended_says_so_and_goes_on_with_more(
     assert train.main(["--resume", str(run), "--patience", "9"]) == 0
     _same(patient, run)
     assert train.main(["--resume", str(run)]) == 0
-    assert "training has ended: 5 epochs are done, and --epochs is 5; a larger one goes on" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "training has ended: 5 epochs are done, and --epochs is 5; to continue, give a larger value" in out
 
 
 def test_evaluate_several_runs_gives_their_mean(
@@ -937,7 +941,7 @@ def test_terminal_of_seven_bits(finished: Path) -> None:
 
 @pytest.mark.parametrize("closed", ["| head -n 1", "> /dev/full", ">&-"])
 def test_nobody_reads(closed: str, finished: Path, arguments: list[str], tmp_path: Path) -> None:
-    """The run goes on to its end, be its output lost."""
+    """The run finishes even if its output cannot be written."""
     run = tmp_path / "run"
     command = f"{sys.executable} -m cardiocaps.train {' '.join(arguments)} --out {run} {closed}"
     done = subprocess.run(

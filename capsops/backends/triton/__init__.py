@@ -27,7 +27,7 @@ from torch import Tensor
 from ...dtypes import FLOATING, accumulation_dtype
 from .. import reference
 from .._compiling import constant_when_compiled
-from .._features import Grid
+from .._feature_maps import Grid
 from . import wide_attention
 from .gaussians import Gaussians, e_step_backward, m_step, m_step_backward
 

@@ -16,7 +16,7 @@ States, [B, J, P, D] each, and scalars, [B, J] each, that the routings read:
     adjoint     x, y
     em          mean and quadratic of the E-step, shift; scalar: constant of the E-step
     em_adjoint  mean and quadratic of the E-step; mean, linear and quadratic of the gradient of the M-step; scalars:
-                both constants. The sums are of x = û − the first mean. In emit these of all iterations
+                both constants. The sums are of x = û − the first mean. In emit, each of these for all iterations.
 """
 
 from __future__ import annotations

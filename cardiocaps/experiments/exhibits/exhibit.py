@@ -141,7 +141,7 @@ def _definitions(summaries: Sequence[Summary], bootstrap: int) -> str:
         if used & {EXACT, BOTH}:
             text += f"; exact, the interval of Clopper and Pearson, for an AUROC that of disjoint pairs of {drawn}"
         if BOTH in used:
-            text += "; exact/bootstrap, at either end the farther of both"
+            text += "; exact/bootstrap: the wider of both bounds at each end"
     by_frame = [s.title for s in summaries if s.unit == "frame"]
     if len(by_frame) == len(summaries):
         text += ". A sample is a frame"

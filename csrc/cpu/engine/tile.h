@@ -23,6 +23,7 @@ template <class A> struct Segment {
 };
 
 template <class A> struct Tile {
+    // Not a setting: the code relies on size being the number of lanes.
     static constexpr int size = Lanes<A>::count;
     static constexpr int max_segments = 2 * size;
 

@@ -1,10 +1,10 @@
 // The part of CUDA that the kernels use, on the host: for tests on machines without a GPU.
 //
 // Blocks run one after another. The threads of a block are fibers; each runs until a barrier, and continues when all
-// threads have reached it. Threads run in ascending order in one block and in descending order in the next, and the
-// other way round on request, so that a race changes results. Shared memory is a heap allocation of exactly the
-// requested size, filled with NaN: AddressSanitizer sees accesses outside of it, and a number that is read before it is
-// written spoils the result.
+// threads have reached it. Even blocks run their threads in ascending order, odd blocks in descending order. A
+// parameter reverses this. A race then changes the results. Shared memory is a heap allocation of exactly the requested
+// size, filled with NaN: AddressSanitizer sees accesses outside of it, and a number that is read before it is written
+// spoils the result.
 #pragma once
 
 #include <ucontext.h>

@@ -49,7 +49,10 @@ def decoded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @contextmanager
 def full_disk() -> Iterator[None]:
-    """No file may grow beyond 2000 bytes, as on a disk that is full. Nor the test report, hence no fixture."""
+    """No file may grow beyond 2000 bytes, as on a full disk.
+
+    A context manager and not a fixture: the limit would also stop pytest from writing its report.
+    """
     old = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, old[1]))
     try:
@@ -355,7 +358,7 @@ def test_frames_are_for_their_owner_only(shared_folder: Path, tmp_path: Path) ->
 
 @pytest.fixture
 def foreign(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """What another user owns alone, from here on. Stands in for a second user, which a test need not have."""
+    """Files that only another user can read; simulated, because tests have one user."""
     closed: list[Path] = []
     opened, listed = os.open, Path.lstat
 

@@ -1,4 +1,4 @@
-"""What a run remembers of its study: every change is said in words, and nobody is named."""
+"""What a run remembers of its study: every change is said in words, and no name is shown."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_what_was_left_out_at_first_is_left_out_again() -> None:
     lost = {name: sha for name, sha in decoded.items() if name != CLIPS[4].name}
     now = Fingerprint.of(_study()).with_contents({**lost, CLIPS[0].name: "f" * 64})
     assert before.differences(now) == ["1 video changed its content", "1 video can no longer be used"]
-    # Another study, and one of which nobody knows what was decoded, are left alone.
+    # A study that differs, and one without a record of its decoding, are returned unchanged.
     other = _study(_changed(0, label=1))
     assert before.as_used(other) is other and Fingerprint.of(other).as_used(other) is other
 

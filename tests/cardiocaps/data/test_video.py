@@ -83,7 +83,7 @@ def test_an_edit_list_hides_frames_of_motion_jpeg(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not has_encoder("libx264"), reason="PyAV without libx264")
 def test_leading_frames_without_their_reference_do_not_count(tmp_path: Path) -> None:
-    """Cut at a keyframe that frames follow which are shown before it and refer to the one before."""
+    """The cut begins at a keyframe. The next frames are shown before it and refer to a frame that was cut off."""
     parameters = "open-gop=1:keyint=28:min-keyint=28:bframes=3:b-adapt=0:scenecut=0:b-pyramid=none"
     whole = encode(tmp_path / "whole.mp4", picture(60), "libx264", encoder={"x264-params": parameters})
     with av.open(str(whole)) as container:
@@ -160,7 +160,7 @@ def test_a_slanting_display_matrix_is_refused(tmp_path: Path) -> None:
 def test_a_damaged_sector_is_noticed(
     tmp_path: Path, echocardiogram: Frames, codec: str, suffix: str, pixels: str | None, content: str
 ) -> None:
-    """Wherever it is: frames that a decoder mends look like others."""
+    """Damage at every place is noticed, because a frame that a decoder has repaired looks like any other."""
     rng = np.random.default_rng(0)
     path = encode(tmp_path / f"a.{suffix}", echocardiogram[:8], codec, pixels=pixels)
     good, found = path.read_bytes(), packets(path)

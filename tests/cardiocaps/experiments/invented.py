@@ -1,4 +1,4 @@
-"""Results that nobody measured, for tests of what is made of results."""
+"""Invented results, for tests of the tables."""
 
 from dataclasses import replace
 from typing import Any

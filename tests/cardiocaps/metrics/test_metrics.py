@@ -307,7 +307,7 @@ def test_a_perfect_order_is_no_more_probable_than_the_auroc_to_the_number_of_pai
 
 
 def test_a_perfect_order_can_be_as_probable_as_that() -> None:
-    """So no larger bound holds for all distributions: 50 normal samples have one value, 10 abnormal ones vary."""
+    """No larger bound holds for all distributions. Here 50 normal samples have one value and 10 abnormal ones vary."""
     low = evaluate(np.r_[[0.1] * 50, [0.9] * 10], np.r_[[0] * 50, [1] * 10], bootstrap=5).metrics["auroc"].low
     rng = np.random.default_rng(0)
     perfect = (rng.random((200_000, 10)) < low).all(axis=1).mean()  # each abnormal above with probability AUROC

@@ -303,7 +303,7 @@ def test_more_in_systole_than_in_diastole_is_reported(tmp_path: Path) -> None:
 def test_the_rule_of_the_labels_is_part_of_the_study(shared_folder: Path) -> None:
     study = read_folder(shared_folder, thresholds={"IVSd": 1.3})
     assert study.label_rule == {**THRESHOLDS, "IVSd": 1.3} and type(study.label_rule) is dict
-    assert "abnormal from these lengths in cm on: IVSd 1.3, IVSs 1.1, LVPWd 1.1, " in study.summary()
+    assert "smallest abnormal lengths in cm: IVSd 1.3, IVSs 1.1, LVPWd 1.1, " in study.summary()
 
 
 def test_videos_without_a_used_measurement_are_no_problem(tmp_path: Path) -> None:
