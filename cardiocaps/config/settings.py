@@ -68,7 +68,8 @@ class TrainConfig:
     split_seed: int | None = setting(None, "seed of a split that is drawn; none: the seed of the run", bounds=_SEEDS)
     group_column: str | None = setting(
         None,
-        "column of the table with the patient; none: PatientID, patient_id, Patient, subject, study or StudyID, if present",
+        "column of the table with the patient; none: PatientID, patient_id, Patient, subject, study or StudyID, if "
+        "present",
     )
     allow_split_patients: bool = setting(
         False, "keep the data set's own split even if videos of one patient are in several splits"
