@@ -147,6 +147,12 @@ def draw_confusion(axes: "Axes", matrix: "np.ndarray[Any, Any]", classes: Sequen
     return image
 
 
+def _mark_threshold(axes: "Axes", report: Report, x: float, y: float, text: str) -> None:
+    """Mark the point of a curve that belongs to the report's threshold; `text` says its coordinates in the legend."""
+    label = f"probability > {report.threshold:.3g}: {text}"
+    axes.plot([x], [y], "o", color=VERMILION, markersize=8, clip_on=False, zorder=3, label=label)
+
+
 def roc_curve(
     probability: ArrayLike,
     label: ArrayLike,
@@ -178,16 +184,8 @@ def roc_curve(
     axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=1, label="chance: 0.500")
     axes.plot(fp / fp[-1], tp / tp[-1], color=BLUE, linewidth=2, label=f"AUROC {report.metrics['auroc']}")
     sensitivity, specificity = report.metrics["sensitivity"].value, report.metrics["specificity"].value
-    axes.plot(
-        [1 - specificity],
-        [sensitivity],
-        "o",
-        color=VERMILION,
-        markersize=8,
-        clip_on=False,
-        zorder=3,
-        label=f"probability > {report.threshold:.3g}: sensitivity {sensitivity:.3f},\nspecificity {specificity:.3f}",
-    )
+    text = f"sensitivity {sensitivity:.3f},\nspecificity {specificity:.3f}"
+    _mark_threshold(axes, report, 1 - specificity, sensitivity, text)
     dress(axes, "1 − specificity (false positive rate)", "Sensitivity (true positive rate)")
     unit_square(axes)
     axes.legend(frameon=False, fontsize=9, loc="lower right")
@@ -229,15 +227,7 @@ def precision_recall_curve(
     flagged = true_positives + false_positives
     if flagged:
         at = true_positives / report.positives, true_positives / flagged
-        axes.plot(
-            *([x] for x in at),
-            "o",
-            color=VERMILION,
-            markersize=8,
-            clip_on=False,
-            zorder=3,
-            label=f"probability > {report.threshold:.3g}: recall {at[0]:.3f},\nprecision {at[1]:.3f}",
-        )
+        _mark_threshold(axes, report, *at, f"recall {at[0]:.3f},\nprecision {at[1]:.3f}")
     dress(axes, "Recall (sensitivity)", "Precision (positive predictive value)")
     unit_square(axes)
     axes.legend(frameon=False, fontsize=9, loc="best")
