@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any, ClassVar
+
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import capsops
 from capsops import nn
 
-from .routings import EXAMPLES, OPERATORS, Routing, each
+from .routings import ATTENTION, EXAMPLES, OPERATORS, Routing, each
 
 by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name)
 OPS = torch.ops.capsops
@@ -193,6 +198,65 @@ def test_no_graph_without_grad() -> None:
         assert not capsops.dynamic_routing(u, weight).requires_grad
     with torch.inference_mode():
         assert not capsops.dynamic_routing(u, weight).requires_grad
+
+
+class _SeenByDispatchMode(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func.name()))
+        return func(*args, **(kwargs or {}))
+
+
+class _SeenByFunctionMode(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.name() if isinstance(func, torch._ops.OpOverload) else "")
+        return func(*args, **(kwargs or {}))
+
+
+class _SeenByProfiler(torch.autograd.profiler.profile):
+    @property
+    def names(self) -> set[str]:
+        return {event.name for event in self.function_events}
+
+
+class _SeenBySubclass(Tensor):
+    names: ClassVar[set[str]] = set()
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls.names.add(func.name() if isinstance(func, torch._ops.OpOverload) else "")
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("observer", [_SeenByDispatchMode, _SeenByFunctionMode, _SeenByProfiler])
+def test_an_eager_call_is_seen_by_what_observes_it(observer: Any) -> None:
+    """An eager call leaves out torch's dispatcher, but not where a mode or the profiler watches it."""
+    arguments = {n: x.requires_grad_() for n, x in ATTENTION.arguments((2, 7, 5, 3, 4)).items()}
+    with observer() as seen:
+        capsops.attention_routing(**arguments).square().sum().backward()
+    names = {"capsops::attention_routing"}
+    if observer is not _SeenByFunctionMode:  # torch runs backward passes outside of it
+        names.add("capsops::attention_routing_backward")
+    assert names <= seen.names
+
+
+def test_an_eager_call_is_seen_by_a_subclass_of_tensor() -> None:
+    s = torch.randn(3, 4).as_subclass(_SeenBySubclass)
+    assert type(capsops.squash(s)) is _SeenBySubclass
+    assert "capsops::squash" in _SeenBySubclass.names
+
+
+def test_an_eager_call_on_fake_tensors_gives_fake_tensors() -> None:
+    with FakeTensorMode() as mode:
+        s = torch.empty(3, 4)
+    assert isinstance(capsops.squash(s), FakeTensor) and s.fake_mode is mode
 
 
 def test_meta_tensors_give_shapes() -> None:
