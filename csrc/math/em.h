@@ -1,5 +1,5 @@
 // The M-step and the E-step of EM routing (Hinton et al. 2018, procedure 1) for one output capsule, and their
-// gradients; for the host and for GPUs.
+// gradients. Like all of csrc/math for the host and for GPUs, though EM routing has no CUDA kernel yet.
 #pragma once
 
 #include <cmath>

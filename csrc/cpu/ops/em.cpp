@@ -10,7 +10,7 @@
 //
 //   g_û = Σ_t [w^t (linear^t + 2 quadratic^t (û − μ^t)) − δ^t (û − μ^{t−1})/σ²^{t−1}];   g_activation = Σ_t Σ_j r^t e^t
 
-#include "em.h"
+#include "em_sums.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
 namespace {
