@@ -5,20 +5,20 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 
 import pytest
 import torch
 
 import capsops
 from capsops import backends
+from tests.forked_python import forked_python
 
 U, WEIGHT = torch.randn(2, 5, 3), torch.randn(5, 3, 2, 4)
 
 
 def _python(*args: str, **environment: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, **environment}
-    return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=env, check=False)
+    return subprocess.run([*forked_python(), *args], capture_output=True, text=True, env=env, check=False)
 
 
 def test_the_extension_is_built_and_chosen() -> None:
@@ -56,7 +56,7 @@ def test_a_wrong_environment_variable(name: str, message: str) -> None:
     """Programs report it in one line. Importing succeeds; every operator raises."""
     wrong = {name: "gpu\x1b"}
     for program in ("capsops.info", "cardiocaps.train"):
-        run = _python("-W", "ignore", "-m", program, **wrong)
+        run = _python("-m", program, **wrong)
         assert run.returncode == 2
         assert run.stdout == ""
         assert re.fullmatch(f"error: {message}\n", run.stderr)
