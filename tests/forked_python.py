@@ -123,20 +123,20 @@ def _watch(program: int, connection: socket.socket) -> None:
 
 def _run(request: dict[str, Any], streams: list[int]) -> None:
     """Run a program as Python's command line does. An exception of the program leaves this function."""
-    given = dict(zip(request["streams"], streams, strict=True))
+    environment, given = request["environment"], dict(zip(request["streams"], streams, strict=True))
     for number, (name, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
         stream = None
         if number in given:
             os.dup2(given[number], number)
             os.close(given[number])
-            stream = open(number, mode, closefd=False)  # noqa: SIM115
+            stream = open(number, mode, encoding=environment.get("PYTHONIOENCODING"), closefd=False)  # noqa: SIM115
         else:
             os.close(number)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     os.chdir(request["folder"])
     os.environ.clear()
-    os.environ.update(request["environment"])
+    os.environ.update(environment)
     kind, program, *arguments = request["arguments"]
     sys.path[0] = request["folder"]
     if kind == "-m":

@@ -1,27 +1,35 @@
-"""The command-line programs in processes of their own, as a user starts them."""
+"""The command-line programs in processes of their own."""
 
 from __future__ import annotations
 
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.forked_python import forked_python
+
 ROOT = Path(__file__).parents[2]
+
+
+def python() -> list[str]:
+    """The beginning of a command that runs Python, where Lightning and scikit-learn are imported already."""
+    return forked_python("lightning.pytorch", "sklearn.linear_model")
 
 
 def start(module: str, *arguments: str) -> subprocess.Popen[str]:
     """`python -m module arguments`, from the root of the repository."""
-    command = [sys.executable, "-m", module, *arguments]
+    command = [*python(), "-m", module, *arguments]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None) -> None:
     """Until the condition holds; `process` must not end before."""
-    for _ in range(2400):
+    for _ in range(12_000):
         if condition():
             return
         assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.025)
-    raise AssertionError("nothing happened within a minute")
+    if process is not None:
+        process.kill()
+    raise AssertionError("nothing happened within five minutes")
