@@ -173,7 +173,8 @@ def test_strided_and_misaligned_inputs(backend: str, routing: Routing) -> None:
     if not _can(backend, routing):
         pytest.skip("EM routing has no CUDA kernels")
     device = device_of(backend)
-    arguments = {n: x.to(device, torch.float32) for n, x in routing.arguments((3, 5, 4, 3, 8)).items()}
+    shape = (3, 5, 4, 3, 8) if GPU else (2, 3, 2, 2, 3)  # on a GPU with votes of whole vectors
+    arguments = {n: x.to(device, torch.float32) for n, x in routing.arguments(shape).items()}
     strided = {n: x.transpose(0, -1).contiguous().transpose(0, -1) for n, x in arguments.items()}
     shifted = {n: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for n, x in arguments.items()}
     with capsops.use_backend(backend):
@@ -334,12 +335,11 @@ def test_memory_of_triton(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton compiles on Linux alone")
-@pytest.mark.parametrize("capability", [80, 90])
-def test_triton_compiles_for_gpus(capability: int) -> None:
+def test_triton_compiles_for_gpus() -> None:
     """The kernels compile to machine code; no GPU is needed."""
     pytest.importorskip("triton")
     run = subprocess.run(
-        [sys.executable, "-m", "tests.capsops.triton_cubins", str(capability)],
+        [sys.executable, "-m", "tests.capsops.triton_cubins", "80", "90"],
         capture_output=True,
         text=True,
         check=False,
@@ -347,7 +347,8 @@ def test_triton_compiles_for_gpus(capability: int) -> None:
         env={**os.environ, "TRITON_INTERPRET": "0"},
     )
     assert run.returncode == 0, run.stderr[-3000:]
-    for kernel in ("reduce_kernel em_adjoint", "emit_kernel attention", "emit_kernel stored", "squash_backward_kernel"):
+    kernels = "reduce_kernel em_adjoint", "emit_kernel attention", "emit_kernel stored", "squash_backward_kernel"
+    for capability, kernel in itertools.product((80, 90), kernels):
         assert f"sm_{capability} {kernel}" in run.stdout
 
 

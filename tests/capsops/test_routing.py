@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import capsops
+from tests.forked_python import forked_python
 
 from .routings import OPERATORS, ROUTINGS, SHAPES, Arguments, Routing, each, relative_error, run
 
@@ -41,9 +42,9 @@ def instructions(request: pytest.FixtureRequest) -> Iterator[str]:
 def test_agrees_with_the_reference(routing: Routing, shape: tuple[int, ...], shared: bool) -> None:
     """To 1e-12 in float64 and 1e-5 in float32, or to the effect of the last digit of the inputs if that is more."""
     arguments = routing.arguments(shape, shared=shared)
-    exact = run(routing, arguments, torch.float64, "reference")
+    exact, sensitivities = _reference(routing, shape, shared)
     for dtype, bound in ((torch.float64, 1e-10 if routing.em else 1e-12), (torch.float32, 1e-5)):
-        unavoidable = _sensitivity(routing, arguments, exact, torch.finfo(dtype).eps)
+        unavoidable = sensitivities[dtype]
         for got, expected, error in zip(run(routing, arguments, dtype, "cpu"), exact, unavoidable, strict=True):
             # Where the exact gradient is zero (as with one output capsule), so is the gradient of the kernels.
             if expected.abs().max() > (1e-3 if routing.em else 1e-12):
@@ -52,6 +53,18 @@ def test_agrees_with_the_reference(routing: Routing, shape: tuple[int, ...], sha
                 assert (got - expected).abs().max() < 1e-3 * max(bound, 10 * error)
             else:
                 assert got.abs().max() < bound
+
+
+# The instruction set varies fastest, and the reference does not depend on it.
+@lru_cache(maxsize=1)
+def _reference(
+    routing: Routing, shape: tuple[int, ...], shared: bool
+) -> tuple[list[torch.Tensor], dict[torch.dtype, list[float]]]:
+    """The results of the reference in float64, and by dtype how much the last digit of the inputs changes each."""
+    arguments = routing.arguments(shape, shared=shared)
+    exact = run(routing, arguments, torch.float64, "reference")
+    dtypes = torch.float64, torch.float32
+    return exact, {dtype: _sensitivity(routing, arguments, exact, torch.finfo(dtype).eps) for dtype in dtypes}
 
 
 @pytest.mark.skipif("avx512" not in capsops.backends.cpu.instruction_sets(), reason="needs AVX-512")
@@ -143,16 +156,8 @@ def test_detached_and_full_gradients_differ() -> None:
 @by_outputs
 @pytest.mark.parametrize(("B", "share"), [(11, 0.6), (16, 0.9)], ids=["sparse", "dense"])
 def test_mask(routing: Routing, shared: bool, J: int, B: int, share: float) -> None:
-    arguments = routing.arguments((B, 67, 5, J, 6), shared=shared)
-    mask = torch.rand(B, 67, generator=torch.Generator().manual_seed(5)) < share
-    mask[2] = False
-    mask[:, 5] = False
-    for name in {routing.capsules, "activation"} & set(arguments):
-        arguments[name][~mask] = float("nan")  # masked values may be anything
+    arguments, mask, expected = _masked_reference(routing, (B, 67, 5, J, 6), shared, share)
     got = run(routing, arguments, torch.float64, "cpu", mask=mask)
-    expected = run(routing, arguments, torch.float64, "reference", mask=mask)
-    without = run(routing, {n: x.nan_to_num() for n, x in arguments.items()}, torch.float64, "reference", mask=mask)
-    torch.testing.assert_close(expected, without, rtol=0, atol=0)
     for x, y in zip(got, expected, strict=True):
         # In EM routing the gradient of a saturated activation vanishes and loses digits.
         assert relative_error(x, y) < (1e-10 if routing.em else 1e-12)
@@ -162,6 +167,23 @@ def test_mask(routing: Routing, shared: bool, J: int, B: int, share: float) -> N
     for name in {routing.capsules, "activation"} & set(arguments):
         assert (gradients[name][~mask] == 0).all(), "no gradient where there is no capsule"
         assert (gradients[name][mask] != 0).any()
+
+
+@lru_cache(maxsize=1)
+def _masked_reference(
+    routing: Routing, shape: tuple[int, ...], shared: bool, share: float
+) -> tuple[Arguments, torch.Tensor, list[torch.Tensor]]:
+    """Arguments that are NaN where the mask is False, the mask, and the results of the reference."""
+    arguments = routing.arguments(shape, shared=shared)
+    mask = torch.rand(shape[:2], generator=torch.Generator().manual_seed(5)) < share
+    mask[2] = False
+    mask[:, 5] = False
+    for name in {routing.capsules, "activation"} & set(arguments):
+        arguments[name][~mask] = float("nan")  # masked values may be anything
+    expected = run(routing, arguments, torch.float64, "reference", mask=mask)
+    without = run(routing, {n: x.nan_to_num() for n, x in arguments.items()}, torch.float64, "reference", mask=mask)
+    torch.testing.assert_close(expected, without, rtol=0, atol=0)
+    return arguments, mask, expected
 
 
 @by_routing
@@ -386,7 +408,7 @@ gradients = sum(x.numel() * 4 for x in g) / 1024
 print(int(peak - held - gradients))
 """
     run = subprocess.run(
-        [sys.executable, "-c", script],
+        [*forked_python(), "-c", script],
         capture_output=True,
         text=True,
         check=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 import capsops
+from tests.forked_python import forked_python
 
 OPS = torch.ops.capsops
 SECONDS = 0.25  # of CPU time, after which the signal arrives
@@ -169,7 +169,7 @@ print("done", flush=True)
 def test_control_c(direction: str) -> None:
     """As in a terminal, KeyboardInterrupt ends the program, also inside autograd. Without it the run takes minutes."""
     with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, direction], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*forked_python(), "-c", SCRIPT, direction], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as program:
         try:
             assert program.stdout is not None

@@ -311,9 +311,9 @@ def test_a_test_split_alone_gives_batches(tmp_path: Path, shared_cache: Path) ->
     assert len(joined(epoch_of(data, "test"))["clip"]) == 16 and len(data.labels("train")) == 0
 
 
-def _with_shared_memory(size: str, *command: str) -> subprocess.CompletedProcess[str]:
-    """Run a command where /dev/shm has so much room."""
-    inside = f'mount -t tmpfs -o size={size} tmpfs /dev/shm && exec "$@"'
+def _with_little_shared_memory(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that has a /dev/shm of its own, of 4k."""
+    inside = 'mount -t tmpfs -o size=4k tmpfs /dev/shm && exec "$@"'
     return subprocess.run(
         ["unshare", "-Urm", "bash", "-c", inside, "bash", *command], capture_output=True, text=True, check=False
     )
@@ -333,20 +333,20 @@ def test_what_a_worker_says_of_the_cache_is_one_line(
         next(iter(data.train_dataloader()))
 
 
-@pytest.mark.parametrize("size", ["4k", "256k"])
-def test_workers_without_shared_memory_are_an_error_of_one_line(
-    size: str, shared_folder: Path, shared_cache: Path
-) -> None:
+def test_workers_without_shared_memory_are_an_error_of_one_line(shared_folder: Path, shared_cache: Path) -> None:
     """4k: not enough for their locks; 256k: not enough for their batches."""
-    if shutil.which("unshare") is None or _with_shared_memory(size, "true").returncode:
+    if shutil.which("unshare") is None or _with_little_shared_memory("true").returncode:
         pytest.skip("this machine lets nobody mount a /dev/shm of his own")
     script = (
-        "import sys; from cardiocaps.data.datamodule import EchoDataModule\n"
+        "import subprocess, sys; from cardiocaps.data.datamodule import EchoDataModule\n"
         "from cardiocaps.data.echonet_lvh import read_folder\n"
         "from cardiocaps.runtime.program import run_program\n"
-        "data = EchoDataModule(read_folder(sys.argv[1]), size=128, cache_dir=sys.argv[2], num_workers=2)\n"
-        "sys.exit(run_program(lambda _: list(data.val_dataloader()) and None))\n"
+        "for size in ('4k', '256k'):\n"
+        "    subprocess.run(['mount', '-o', f'remount,size={size}', '/dev/shm'], check=True)\n"
+        "    data = EchoDataModule(read_folder(sys.argv[1]), size=128, cache_dir=sys.argv[2], num_workers=2)\n"
+        "    print(run_program(lambda _: list(data.val_dataloader()) and None), flush=True)\n"
     )
-    done = _with_shared_memory(size, sys.executable, "-c", script, str(shared_folder), str(shared_cache))
-    assert done.returncode == 1, done.stderr
-    assert re.fullmatch(r"error: [^\n]* /dev/shm[^\n]*; --workers 0 loads in the main process\n", done.stderr)
+    done = _with_little_shared_memory(sys.executable, "-c", script, str(shared_folder), str(shared_cache))
+    assert (done.returncode, done.stdout) == (0, "1\n1\n"), done.stderr
+    line = r"error: [^\n]* /dev/shm[^\n]*; --workers 0 loads in the main process\n"
+    assert re.fullmatch(f"{line}{line}", done.stderr)
