@@ -13,23 +13,36 @@ namespace capsops {
 // Internal linkage: each instruction set has its own copy, so that the linker cannot mix them.
 namespace {
 
-// e^x. x is clamped so that the reciprocal of the result is a normal number. GPUs use their own instruction for 2^x,
-// with a relative error of about (2 + |x|) · 1e-7.
-CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE float exponential(float x) {
-    x = x > 80.0f ? 80.0f : x;
+// 2^x. x is clamped so that the reciprocal of the result is a normal number. GPUs have an instruction for it.
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE float exponential_2(float x) {
+    x = x > 115.0f ? 115.0f : x;
 #if defined(__CUDA_ARCH__)
-    return __expf(x);
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x));
+    return power;
 #else
-    return std::exp(x);
+    return std::exp2(x);
+#endif
+}
+
+// e^x, clamped as exponential_2. On GPUs with a relative error of about (2 + |x|) · 1e-7.
+CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE float exponential(float x) {
+#if defined(__CUDA_ARCH__)
+    return exponential_2(x * 1.44269504f);
+#else
+    return std::exp(x > 80.0f ? 80.0f : x);
 #endif
 }
 CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE double exponential(double x) {
     return std::exp(x > 700.0 ? 700.0 : x);
 }
 
+// 1 / x of a normal number.
 CAPSOPS_HOST_DEVICE CAPSOPS_ALWAYS_INLINE float reciprocal(float x) {
 #if defined(__CUDA_ARCH__)
-    return __fdividef(1.0f, x);
+    float inverse;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(x));
+    return inverse;
 #else
     return 1.0f / x;
 #endif

@@ -30,6 +30,20 @@ inline char* shared_memory() {
     return emulation::block.memory.get();
 }
 
+using SharedAddress = char*;
+inline SharedAddress shared_address(void* x) {
+    return static_cast<char*>(x);
+}
+inline void copy_async(SharedAddress to, const void* from) {
+    emulation::copy_async(to, from);
+}
+inline void commit_copies() {
+    emulation::commit_copies();
+}
+template <int groups> inline void wait_for_copies() {
+    emulation::wait_for_copies(groups);
+}
+
 template <class... P, class... Q>
 Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, const ExecutionContext& context,
               const Q&... arguments) {
@@ -47,6 +61,26 @@ __device__ inline void prefetch(const void* address) {
 __device__ inline char* shared_memory() {
     extern __shared__ __align__(16) char memory[];
     return memory;
+}
+
+// An address in shared memory, in bytes.
+using SharedAddress = unsigned;
+__device__ inline SharedAddress shared_address(const void* x) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(x));
+}
+
+// Copies 16 bytes to shared memory while the thread goes on. The thread has them after wait_for_copies(), the others
+// after a barrier behind that. Needs compute capability 8.0.
+__device__ inline void copy_async(SharedAddress to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+// Ends a group of copies.
+__device__ inline void commit_copies() {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+// Waits for all groups but the last `groups`.
+template <int groups> __device__ inline void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
 }
 
 // What CUDA reported for the last failed launch of this thread.

@@ -45,6 +45,13 @@ CAPSOPS_SWITCHES void jump(Point& to) {
     __builtin_longjmp(to, 1);
 }
 
+// A copy of 16 bytes to shared memory that is not finished.
+struct Copy {
+    char* to;
+    const char* from;
+    int group;
+};
+
 struct Fiber {
     Point point;
     bool started = false;
@@ -52,6 +59,8 @@ struct Fiber {
     dim3 index;
     State state;
     double published;  // to the other threads of its warp
+    std::vector<Copy> copies;
+    int groups;  // of copies, that were committed
     void* fake_stack;
 };
 
@@ -94,13 +103,31 @@ inline void wait(State for_others) {
     to_scheduler();
 }
 
-// Returns the number of another thread of the warp.
-inline double exchange(double own, unsigned lane_mask) {
+// Returns the number of the thread at this index of the block, which is in the same warp.
+inline double exchange(double own, unsigned other_thread) {
     block.current->published = own;
     wait(State::waits_for_warp);
-    const double other = block.fibers[block.current->index.x ^ lane_mask]->published;
+    const double other = block.fibers[other_thread]->published;
     wait(State::waits_for_warp);
     return other;
+}
+
+// Until the thread waits for a copy, its destination is NaN.
+inline void copy_async(char* to, const void* from) {
+    if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) fail("a copy is not aligned");
+    std::memset(to, 0xff, 16);
+    block.current->copies.push_back({to, static_cast<const char*>(from), block.current->groups});
+}
+inline void commit_copies() {
+    ++block.current->groups;
+}
+inline void wait_for_copies(int groups) {
+    Fiber& own = *block.current;
+    std::erase_if(own.copies, [&](const Copy& copy) {
+        const bool finished = copy.group < own.groups - groups;
+        if (finished) std::memcpy(copy.to, copy.from, 16);
+        return finished;
+    });
 }
 
 inline void run_fiber() {
@@ -168,6 +195,8 @@ inline void run_block(bool backward) {
         Fiber& fiber = *block.fibers[t];
         fiber.index.x = t;
         fiber.state = State::runs;
+        fiber.copies.clear();
+        fiber.groups = 0;
     }
     do {
         for (int first = 0; first < block.threads; first += warp)
@@ -211,5 +240,11 @@ inline void __syncwarp() {
 }
 
 template <class X> X __shfl_xor_sync(unsigned, X x, int lane_mask) {
-    return static_cast<X>(emulation::exchange(static_cast<double>(x), static_cast<unsigned>(lane_mask)));
+    const unsigned own = threadIdx.x;
+    return static_cast<X>(emulation::exchange(static_cast<double>(x), own ^ static_cast<unsigned>(lane_mask)));
+}
+
+template <class X> X __shfl_sync(unsigned, X x, int lane) {
+    const unsigned own = threadIdx.x;
+    return static_cast<X>(emulation::exchange(static_cast<double>(x), own / 32 * 32 + static_cast<unsigned>(lane)));
 }

@@ -38,14 +38,39 @@ template <class A> __global__ void multiply(const A* x, A by, A* to, int64_t siz
     for (int64_t m = first_index(); m < size; m += index_stride()) to[m] = by * x[m];
 }
 
-// to[x] = Σ over `count` rows of x [count, size], in double. more: adds to the numbers in `to`.
-template <class X, class A>
-__global__ void add_rows(const X* x, int64_t count, int64_t stride, int64_t size, A* to, bool more) {
-    for (int64_t m = first_index(); m < size; m += index_stride()) {
-        double sum = more ? static_cast<double>(to[m]) : 0;
-        for (int64_t row = 0; row < count; ++row) sum += static_cast<double>(x[row * stride + m]);
-        to[m] = static_cast<A>(sum);
+// to[m] = Σ over `count` rows of x [count, stride], in double, for m < size. more: adds to the numbers in `to`. `lanes`
+// threads of a block share a column: each adds up every lanes-th row, and the first one adds up their sums.
+template <class X, class T>
+__global__ void add_rows_kernel(const X* x, int64_t count, int64_t stride, int64_t size, T* to, bool more, int lanes) {
+    double* const sums = reinterpret_cast<double*>(shared_memory());
+    const int columns = static_cast<int>(blockDim.x) / lanes, t = static_cast<int>(threadIdx.x);
+    const int lane = t / columns;
+    for (int64_t first = static_cast<int64_t>(blockIdx.x) * columns; first < size;
+         first += static_cast<int64_t>(gridDim.x) * columns) {
+        const int64_t m = first + t % columns;
+        double sum = 0;
+        if (m < size)
+            for (int64_t row = lane; row < count; row += lanes) sum += static_cast<double>(x[row * stride + m]);
+        sums[t] = sum;
+        __syncthreads();
+        if (lane == 0 && m < size) {
+            for (int other = 1; other < lanes; ++other) sum += sums[other * columns + t];
+            if (more) sum += static_cast<double>(static_cast<Accumulation<T>>(to[m]));
+            to[m] = static_cast<T>(static_cast<Accumulation<T>>(sum));
+        }
+        __syncthreads();
     }
+}
+
+template <class X, class T>
+Status add_rows(const X* x, int64_t count, int64_t stride, int64_t size, T* to, bool more,
+                const ExecutionContext& context) {
+    if (size == 0) return Status::ok;
+    int lanes = 1;
+    while (lanes < warp_size && lanes < count) lanes *= 2;
+    const int64_t blocks = at_most(ceil_div(size, max_threads / lanes), max_blocks);
+    return launch(add_rows_kernel<X, T>, dim3{static_cast<unsigned>(blocks)}, max_threads,
+                  max_threads * static_cast<int64_t>(sizeof(double)), context, x, count, stride, size, to, more, lanes);
 }
 
 // to[x] += Σ over `count` rows of x [count, size], in double.

@@ -4,25 +4,51 @@
 //   emit     g_u,bi = g_û,bi W_iᵀ;  g_W,i = Σ_b u_biᵀ g_û,bi
 //
 // A thread has one batch item, one output capsule and `width` components of its vote in registers; a longer vote is
-// split into parts, one for each of several threads. The threads of one tile of the batch form a team. A block consists
-// of several teams, each with its own input capsule, and strides through a run of capsules. The threads of a team read
-// the same matrix at the same time, so that it is loaded once in a pass for the whole tile.
+// split into parts, one for each of several threads. The threads of one batch item form a row; those of one tile of the
+// batch form a team. A block consists of several teams, each with its own input capsule, and strides through a run of
+// capsules. The threads of a team read the same matrix at the same time, so that it is loaded once in a pass for the
+// whole tile.
 //
-// grid: runs of capsules; in reduce also tiles of the batch. In emit a block loops over the tiles, because it sums g_W
-// over them. Every block has its own partial sums, which are added in the order of the blocks, in double: no atomics,
-// and bitwise the same results in every run.
+// grid: runs of capsules × tiles of the batch. In emit a block sums g_W over tiles, so it takes several, a split of the
+// batch; more than one split only where there would be too few blocks. Every block has its own partial sums, which are
+// added in the order of the blocks, in double: no atomics, and bitwise the same results in every run.
 //
 // What distinguishes the routings is in policies: ReducingPolicy and EmittingPolicy below. All threads of a block call
 // the functions of a policy together, because they exchange numbers through shared memory. If the votes of one batch
 // item do not fit into a block, reduce and emit use the loops of staged.cuh.
 #pragma once
 
+#include "../../math/softmax.h"
+#include "gradients.cuh"
+#include "runs.h"
 #include "staged.cuh"
+#include "warp.cuh"
 
 namespace capsops::cuda {
 
 // Numbers of u that a thread loads at once, with their rows of W. More would take too many registers.
 constexpr int u_piece = 2;
+
+// Where the rows of threads lie in a block. A row of at most a warp lies in one warp, so that its threads need not wait
+// for the block; unless more than a quarter of the lanes would be idle.
+struct ThreadRows {
+    int size;      // threads of a row
+    int per_warp;  // rows of a warp; 0 if they are not aligned to warps
+
+    explicit ThreadRows(int size_) : size(size_), per_warp(warp_size / size) {
+        if (4 * per_warp * size < 3 * warp_size) per_warp = 0;
+    }
+    // ThreadRows of a block with this many threads, and threads of a block with this many rows.
+    int within(int threads) const { return per_warp ? threads / warp_size * per_warp : threads / size; }
+    int threads(int rows) const {
+        return per_warp ? static_cast<int>(ceil_div(rows, per_warp)) * warp_size
+                        : whole_warps(static_cast<int64_t>(rows) * size);
+    }
+    // The first thread of a row.
+    __host__ __device__ int first(int row) const {
+        return per_warp ? row / per_warp * warp_size + row % per_warp * size : row * size;
+    }
+};
 
 // How the capsules are divided into tiles and runs. Depends on the shape alone, so that sums have one order.
 template <class T, int width> struct Tiling {
@@ -31,10 +57,12 @@ template <class T, int width> struct Tiling {
     const uint8_t* mask;  // [B, N], or null
     int64_t B, N, K, J, D, weight_stride;
     bool aligned, aligned_u;  // whether rows of W can be read by 16 bytes, and rows of u by u_piece numbers
-    int parts, row;           // threads for a vote, and for the votes of one batch item
-    int items, tiles, team;   // batch items of a tile; tiles; threads of a team
+    int parts;                // threads for a vote
+    ThreadRows rows;          // of the threads for the votes of one batch item
+    int items, tiles;         // batch items of a tile, which are the rows of a team; tiles
     int teams, threads;
-    int64_t run = 0, runs = 0;  // capsules of a block; blocks
+    int tiles_of_split, splits;  // in emit: tiles of a block; blocks along them
+    Runs runs;                   // of capsules; cut_runs() makes them
 
     // numbers: that each thread has in shared memory, of the accumulation type.
     Tiling(const Capsules& c, int64_t numbers)
@@ -50,30 +78,42 @@ template <class T, int width> struct Tiling {
           aligned(c.D % width == 0 && reinterpret_cast<uintptr_t>(c.weight) % 16 == 0),
           aligned_u(c.K % u_piece == 0 && reinterpret_cast<uintptr_t>(c.u) % 16 == 0),
           parts(static_cast<int>(at_most(ceil_div(D, width), max_threads + 1))),
-          row(static_cast<int>(at_most(at_least(J * parts, 1), max_threads + 1))) {
+          rows(static_cast<int>(at_most(at_least(J * parts, 1), max_threads + 1))) {
         const int64_t bytes = numbers * static_cast<int64_t>(sizeof(Accumulation<T>));
-        const int64_t fitting = at_most(max_threads, (shared_bytes / bytes - 1) / warp_size * warp_size);
-        // The limit of a grid along y. A larger batch has tiles that do not fit.
-        constexpr int64_t max_tiles = 65535;
-        tiles = static_cast<int>(at_most(at_least(ceil_div(B, at_least(fitting / row, 1)), 1), max_tiles));
-        items = static_cast<int>(at_least(ceil_div(B, tiles), 1));
-        team = items * row;
-        teams = static_cast<int>(at_least(at_most(fitting / team, N), 1));
-        threads = whole_warps(static_cast<int64_t>(teams) * team);
+        const int fitting = static_cast<int>(at_most(max_threads, (shared_bytes / bytes - 1) / warp_size * warp_size));
+        constexpr int min_threads = 64;
+        // Smaller blocks if there would be too few.
+        for (int most = fitting;; most /= 2) {
+            make_teams(at_least(rows.within(most), 1));
+            if (steps() * tiles >= limits.blocks || most / 2 < at_least(min_threads, rows.threads(1))) break;
+        }
+        tiles_of_split = tiles, splits = 1;
     }
-    // Divides the capsules into runs. bytes: the partial sums of a block.
-    void cut(int64_t bytes) {
-        constexpr int64_t max_runs = 512, min_steps = 4;
-        const int64_t fitting = at_least(at_most(limits.sums / at_least(bytes, 1), max_runs), 1);
-        run = ceil_div(at_least(ceil_div(N, fitting), at_most(min_steps * teams, N)), teams) * teams;
-        runs = ceil_div(N, at_least(run, 1));
+    // Divides the tiles into splits, if there are too few steps for all blocks. bytes: the sums of a split.
+    void split(int64_t bytes) {
+        const int64_t wanted = ceil_div(limits.blocks, steps()), fitting = limits.sums / at_least(bytes, 1);
+        const int64_t most = at_least(at_most(at_most(wanted, fitting), tiles), 1);
+        tiles_of_split = static_cast<int>(ceil_div(tiles, most));
+        splits = static_cast<int>(ceil_div(tiles, tiles_of_split));
     }
+    // For all teams of a block together.
+    int64_t steps() const { return ceil_div(N, teams); }
 
     __host__ __device__ bool shared_weight() const { return weight_stride == 0; }
     // Whether the votes of one batch item fit into a block.
     bool fits(int64_t numbers) const { return threads <= max_threads && bytes(numbers) <= shared_bytes; }
     int64_t bytes(int64_t numbers) const {
         return numbers * (threads + 1) * static_cast<int64_t>(sizeof(Accumulation<T>));
+    }
+
+  private:
+    void make_teams(int64_t fitting) {
+        // The limit of a grid along y. A larger batch has tiles that do not fit.
+        constexpr int64_t max_tiles = 65535;
+        tiles = static_cast<int>(at_most(at_least(ceil_div(B, fitting), 1), max_tiles));
+        items = static_cast<int>(at_least(ceil_div(B, tiles), 1));
+        teams = static_cast<int>(at_least(at_most(fitting / items, N), 1));
+        threads = rows.threads(teams * items);
     }
 };
 
@@ -82,13 +122,16 @@ template <class A, int width> struct ThreadPosition {
     int64_t i = 0, b, j;  // its input capsule, batch item and output capsule
     int part, parts;      // it has the components part · width … part · width + count − 1
     int count;
-    bool in_run = false;    // whether the capsule is in the block's run and the batch item exists
-    bool present = false;   // the same, and the pair is not masked
-    bool in_warp;           // whether all threads of a batch item are in one warp
-    int item, items, tile;  // batch item in the tile, items of a tile, tile
+    bool in_run = false;            // whether the capsule is in the block's run and the batch item exists
+    bool present = false;           // the same, and the pair is not masked
+    bool in_warp;                   // whether all threads of a row are in one warp
+    bool aligned;                   // whether the rows divide a warp
+    int team;                       // of the block; one too many if the thread is idle
+    int item, items, tile;          // batch item in the tile, items of a tile, tile
+    int split = 0, first_tile = 0;  // the block's split, and its first tile
     int64_t N, J, D;
-    int slot, row;  // index in the block: of this thread, of the first thread of its batch item and team
-    int row_size;   // threads of a batch item
+    int slot, row;  // index in the block: of this thread, of the first thread of its row (batch item and team)
+    int row_size;   // threads of a row
     A* memory;      // [numbers, threads + 1]: + 1 against bank conflicts between the numbers of a thread
 
     __device__ A& shared(int64_t number, int64_t slot_) const {
@@ -127,19 +170,26 @@ template <class A, int width> struct ThreadPosition {
 
 template <class T, int width> struct Thread {
     ThreadPosition<Accumulation<T>, width> at;
-    int team;
     bool paired;  // whether it has a batch item in this tile
 
     __device__ explicit Thread(const Tiling<T, width>& tiling) {
+        const ThreadRows& rows = tiling.rows;
         at.slot = static_cast<int>(threadIdx.x);
-        team = at.slot / tiling.team;
-        const int rest = at.slot % tiling.team;
-        at.item = rest / tiling.row, at.items = tiling.items;
-        at.in_warp = warp_size % tiling.row == 0;
-        at.j = rest % tiling.row / tiling.parts;
-        at.part = rest % tiling.parts, at.parts = tiling.parts;
+        int row = at.slot / rows.size, place = at.slot % rows.size;
+        bool idle = false;
+        if (rows.per_warp) {
+            const int lane = at.slot % warp_size;
+            row = at.slot / warp_size * rows.per_warp + lane / rows.size, place = lane % rows.size;
+            idle = lane >= rows.per_warp * rows.size;
+        }
+        idle = idle || row >= tiling.teams * tiling.items;
+        at.team = idle ? tiling.teams : row / tiling.items;
+        at.item = row % tiling.items, at.items = tiling.items;
+        at.in_warp = rows.per_warp > 0, at.aligned = warp_size % rows.size == 0;
+        at.j = place / tiling.parts;
+        at.part = place % tiling.parts, at.parts = tiling.parts;
         at.count = static_cast<int>(at_most(width, tiling.D - at.part * width));
-        at.row = at.slot - rest % tiling.row, at.row_size = tiling.row;
+        at.row = idle ? 0 : at.slot - place, at.row_size = rows.size;
         at.N = tiling.N, at.J = tiling.J, at.D = tiling.D;
         at.memory = reinterpret_cast<Accumulation<T>*>(shared_memory());
     }
@@ -147,11 +197,11 @@ template <class T, int width> struct Thread {
     __device__ void go_to_tile(const Tiling<T, width>& tiling, int tile) {
         at.tile = tile;
         at.b = static_cast<int64_t>(tile) * tiling.items + at.item;
-        paired = at.present = team < tiling.teams && at.b < tiling.B;
+        paired = at.present = at.team < tiling.teams && at.b < tiling.B;
     }
     // Moves to the capsules from `first` on, one for each team.
     __device__ void go_to(const Tiling<T, width>& tiling, int64_t first, int64_t end) {
-        at.i = first + team;
+        at.i = first + at.team;
         at.in_run = paired && at.i < end;
         at.present = at.in_run && (!tiling.mask || tiling.mask[at.b * tiling.N + at.i]);
     }
@@ -215,10 +265,10 @@ __device__ inline void make_vote(const Tiling<T, width>& tiling, const ThreadPos
 // Prefetches what the teams read in the step from `first` on.
 template <class T, int width>
 __device__ inline void ask_for(const Tiling<T, width>& tiling, const ThreadPosition<Accumulation<T>, width>& at,
-                               int team, int64_t first, int64_t end) {
+                               int64_t first, int64_t end) {
     constexpr int64_t line = 128;
-    if (first + team < end && at.j == 0 && at.part == 0 && at.b < tiling.B)
-        prefetch(tiling.u + (at.b * tiling.N + first + team) * tiling.K);
+    if (at.team < tiling.teams && first + at.team < end && at.j == 0 && at.part == 0 && at.b < tiling.B)
+        prefetch(tiling.u + (at.b * tiling.N + first + at.team) * tiling.K);
     if (tiling.shared_weight() || first >= end) return;
     const char* from = reinterpret_cast<const char*>(tiling.weight + first * tiling.weight_stride);
     const int64_t bytes = at_most(tiling.teams, end - first) * tiling.weight_stride * static_cast<int64_t>(sizeof(T));
@@ -239,6 +289,63 @@ template <int width, class A> __device__ inline A dot(const A (&x)[width], const
     return sum;
 }
 
+struct Add {
+    template <class A> __device__ A operator()(A a, A b) const { return a + b; }
+};
+struct Max {
+    template <class A> __device__ A operator()(A a, A b) const { return max(a, b); }
+};
+
+// Joins x over the parts of a vote. numbers: n numbers of shared memory begin there. Here and below, all threads of the
+// block take part, and all threads of a row get bitwise the same result.
+template <class A, int width, int n, class Join>
+__device__ inline void join_parts(const ThreadPosition<A, width>& at, int64_t numbers, A (&x)[n], Join join) {
+    if (at.parts == 1) return;
+    if (at.aligned) {
+        for (int step = 1; step < at.parts; step *= 2)
+#pragma unroll
+            for (int m = 0; m < n; ++m) x[m] = join(x[m], __shfl_xor_sync(~0u, x[m], step));
+        return;
+    }
+    at.publish(numbers, x);
+    const int first = at.slot - at.part;
+#pragma unroll
+    for (int m = 0; m < n; ++m) x[m] = at.shared(numbers + m, first);
+    for (int part = 1; part < at.parts; ++part)
+#pragma unroll
+        for (int m = 0; m < n; ++m) x[m] = join(x[m], at.shared(numbers + m, first + part));
+}
+
+// Joins x over the output capsules: the threads of a row that have the same part of a vote.
+template <class A, int width, int n, class Join>
+__device__ inline void join_capsules(const ThreadPosition<A, width>& at, int64_t numbers, A (&x)[n], Join join) {
+    if (at.aligned) {
+        for (int step = at.parts; step < at.row_size; step *= 2)
+#pragma unroll
+            for (int m = 0; m < n; ++m) x[m] = join(x[m], __shfl_xor_sync(~0u, x[m], step));
+        return;
+    }
+    const auto join_some = [&](int first, int step, int end) {
+        at.publish(numbers, x);
+#pragma unroll
+        for (int m = 0; m < n; ++m) x[m] = at.of(numbers + m, first);
+#pragma unroll 1
+        for (int k = first + step; k < end; k += step)
+#pragma unroll
+            for (int m = 0; m < n; ++m) x[m] = join(x[m], at.of(numbers + m, k));
+    };
+    // For many output capsules in two steps: over a group of about √J of them, then over the groups.
+    constexpr int few = 16;
+    const int J = static_cast<int>(at.J);
+    int group = 1;
+    if (J > few) {
+        while (group * group < J) ++group;
+        const int first = static_cast<int>(at.j) / group * group;
+        join_some(first, 1, static_cast<int>(at_most(first + group, J)));
+    }
+    join_some(0, group, J);
+}
+
 // ---- policies ------------------------------------------------------------------------------------------------
 
 // What `reduce` needs. start() loads what the thread keeps in registers for a tile of the batch; couple() computes the
@@ -251,13 +358,14 @@ concept ReducingPolicy =
         policy.couple(at, own, v, c);
     };
 
-// What `emit` needs. The host calls cut() with the rows of votes in a block and the parts of a vote. gradient()
-// computes the gradient g of the vote v. end_block() writes the sums of the block to params [runs, param_count].
+// What `emit` needs. The host calls cut() with the number of rows of votes in a block, and may take memory there.
+// gradient() computes the gradient g of the vote v. end_block() writes the sums of the block to params [param_count].
 template <class P, class T, int width, class A = Accumulation<T>>
 concept EmittingPolicy =
-    StagedEmittingPolicy<P, A> && requires(P& policy, const P& on_device, const ThreadPosition<A, width>& at,
-                                           typename P::Registers& own, A (&v)[width], A (&g)[width], A* params) {
-        policy.cut(int{}, int{});
+    StagedEmittingPolicy<P, A> &&
+    requires(P& policy, const P& on_device, const ThreadPosition<A, width>& at, typename P::Registers& own,
+             A (&v)[width], A (&g)[width], A* params, const Tiling<T, width>& tiling, Workspace& workspace) {
+        policy.cut(tiling, int{}, workspace);
         on_device.begin_block();
         on_device.start(at, own);
         on_device.gradient(at, own, v, g);
@@ -276,7 +384,8 @@ __global__ void __launch_bounds__(max_threads, blocks_of<Accumulation<T>, typena
     using A = Accumulation<T>;
     Thread<T, width> thread(tiling);
     ThreadPosition<A, width>& at = thread.at;
-    const int64_t begin = static_cast<int64_t>(blockIdx.x) * tiling.run, end = at_most(begin + tiling.run, tiling.N);
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * tiling.runs.length,
+                  end = at_most(begin + tiling.runs.length, tiling.N);
     thread.go_to_tile(tiling, static_cast<int>(blockIdx.y));
     typename Policy::Registers own;
     policy.start(at, own);
@@ -285,7 +394,7 @@ __global__ void __launch_bounds__(max_threads, blocks_of<Accumulation<T>, typena
     for (int d = 0; d < width; ++d) sum[d] = A(0);
     for (int64_t first = begin; first < end; first += tiling.teams) {
         thread.go_to(tiling, first, end);
-        ask_for(tiling, at, thread.team, first + tiling.teams, end);
+        ask_for(tiling, at, first + tiling.teams, end);
         A v[width], c[width];
         make_vote(tiling, at, v);
         policy.couple(at, own, v, c);
@@ -294,37 +403,25 @@ __global__ void __launch_bounds__(max_threads, blocks_of<Accumulation<T>, typena
     }
     at.publish_to_block(0, sum);
     // Sums over the teams.
-    for (int64_t x = threadIdx.x; x < static_cast<int64_t>(tiling.items) * tiling.J * tiling.D; x += blockDim.x) {
-        const int64_t item = x / (tiling.J * tiling.D), j = x / tiling.D % tiling.J, d = x % tiling.D;
+    const unsigned J = static_cast<unsigned>(tiling.J), D = static_cast<unsigned>(tiling.D), JD = J * D;
+    for (unsigned x = threadIdx.x; x < tiling.items * JD; x += blockDim.x) {
+        const unsigned item = x / JD, j = x / D % J, d = x % D;
         const int64_t b = static_cast<int64_t>(blockIdx.y) * tiling.items + item;
         if (b >= tiling.B) continue;
         A total = 0;
         for (int team = 0; team < tiling.teams; ++team)
-            total += at.shared(d % width, team * tiling.team + item * tiling.row + j * tiling.parts + d / width);
-        partial[blockIdx.x * tiling.B * tiling.J * tiling.D + (b * tiling.J + j) * tiling.D + d] = total;
+            total += at.shared(d % width, tiling.rows.first(team * tiling.items + static_cast<int>(item)) +
+                                              static_cast<int>(j) * tiling.parts + static_cast<int>(d / width));
+        partial[(blockIdx.x * tiling.B + b) * JD + j * D + d] = total;
     }
 }
 
 // ---- emit --------------------------------------------------------------------------------------------------
 
-// Destinations of gradients. sums: [K, J, D] for each team of each block, or for each block if the matrix is shared;
-// null if the gradient is complete after one tile. more: adds to the numbers in u and weight.
-template <class T> struct GradientsOf {
-    T* u;       // [B, N, K], or null
-    T* weight;  // as the matrices, or null
-    Accumulation<T>* sums;
-    bool more;
-
-    __device__ void write(T& to, Accumulation<T> x) const {
-        to = static_cast<T>(more ? static_cast<Accumulation<T>>(to) + x : x);
-    }
-};
-
-// g_u,bi = g_û,bi W_iᵀ. Every thread computes the products of its part of a vote; the threads of a batch item add them
-// up.
+// g_u,bi = g_û,bi W_iᵀ. Every thread computes the products of its part of a vote; the threads of a row add them up.
 template <class T, int width>
 __device__ inline void emit_u(const Tiling<T, width>& tiling, const ThreadPosition<Accumulation<T>, width>& at,
-                              const Accumulation<T> (&g)[width], int64_t first, int64_t end, const GradientsOf<T>& to) {
+                              const Accumulation<T> (&g)[width], const GradientsOf<T>& to) {
     using A = Accumulation<T>;
     const T* w = tiling.weight + at.i * tiling.weight_stride + at.j * tiling.D + at.part * width;
     const int64_t JD = tiling.J * tiling.D;
@@ -334,46 +431,47 @@ __device__ inline void emit_u(const Tiling<T, width>& tiling, const ThreadPositi
             read_row(w + k * JD, at.count, tiling.aligned, row);
             sum = dot(row, g);
         }
-        if (at.in_warp) {
-            for (int step = tiling.row / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+        if (at.aligned) {
+            for (int step = at.row_size / 2; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
             if (at.slot == at.row && at.in_run) to.write(to.u[(at.b * tiling.N + at.i) * tiling.K + k], sum);
         } else {
             at.shared(width + k, at.slot) = sum;
         }
     }
-    if (at.in_warp) return;
-    __syncthreads();
-    const unsigned rows = static_cast<unsigned>(tiling.teams * tiling.items), K = static_cast<unsigned>(tiling.K);
-    for (unsigned x = threadIdx.x; x < rows * K; x += blockDim.x) {
-        const unsigned row = x / K, k = x % K;
-        const int64_t i = first + row / tiling.items,
-                      b = static_cast<int64_t>(at.tile) * tiling.items + row % tiling.items;
-        if (i >= end || b >= tiling.B) continue;
+    if (at.aligned) return;
+    at.sync();
+    for (int64_t k = at.slot - at.row; at.in_run && k < tiling.K; k += at.row_size) {
         A sum = 0;
-        for (int m = 0; m < tiling.row; ++m) sum += at.shared(width + k, row * tiling.row + m);
-        to.write(to.u[(b * tiling.N + i) * tiling.K + k], sum);
+        for (int m = 0; m < at.row_size; ++m) sum += at.shared(width + k, at.row + m);
+        to.write(to.u[(at.b * tiling.N + at.i) * tiling.K + k], sum);
     }
 }
 
 // g_W,i = Σ_b u_biᵀ g_û,bi for a tile of the batch. A thread has column jd of one input capsule's matrix, `rows` of its
 // K rows at a time. It keeps its column in every tile and, for a shared matrix, which is summed over the teams, in
-// every step.
+// every step. complete: whether this is the last tile of the block.
 template <class T, int width>
-__device__ inline void emit_weight(const Tiling<T, width>& tiling, int tile, int64_t first, int64_t begin, int64_t end,
-                                   const Accumulation<T>* memory, const GradientsOf<T>& to) {
+__device__ inline void emit_weight(const Tiling<T, width>& tiling, const ThreadPosition<Accumulation<T>, width>& at,
+                                   int64_t first, int64_t begin, int64_t end, bool complete, const GradientsOf<T>& to) {
     using A = Accumulation<T>;
     constexpr int rows = 8;
     const bool shared = tiling.shared_weight();
     const unsigned JD = static_cast<unsigned>(tiling.J * tiling.D), D = static_cast<unsigned>(tiling.D);
     const int matrices = shared ? 1 : tiling.teams;
-    const bool again = tile > 0 || (shared && first > begin), last = tile + 1 == tiling.tiles;
-    const int64_t b0 = static_cast<int64_t>(tile) * tiling.items;
+    const bool again = at.tile > at.first_tile || (shared && first > begin), several = tiling.splits > 1;
+    const int64_t b0 = static_cast<int64_t>(at.tile) * tiling.items, KJD = tiling.K * JD;
+    const int64_t block = static_cast<int64_t>(at.split) * gridDim.x + blockIdx.x;
     const int items = static_cast<int>(at_most(tiling.items, tiling.B - b0));
     for (unsigned x = threadIdx.x; x < matrices * JD; x += blockDim.x) {
         const unsigned jd = x % JD, j = jd / D, d = jd % D;
         const int first_team = shared ? 0 : static_cast<int>(x / JD);
         const int end_team = static_cast<int>(at_most(shared ? tiling.teams : first_team + 1, end - first));
-        const A* const own = memory + d % width * (static_cast<int64_t>(blockDim.x) + 1) + j * tiling.parts + d / width;
+        const int place = static_cast<int>(j) * tiling.parts + static_cast<int>(d / width);
+        if (!shared && first + first_team >= end) continue;
+        A* const sums = !to.sums ? nullptr
+                                 : to.sums + KJD * (shared    ? block
+                                                    : several ? at.split * tiling.N + first + first_team
+                                                              : block * matrices + first_team);
         for (int64_t k = 0; k < tiling.K; k += rows) {
             A sum[rows];
 #pragma unroll
@@ -382,7 +480,7 @@ __device__ inline void emit_weight(const Tiling<T, width>& tiling, int tile, int
                 for (int item = 0; item < items; ++item) {
                     const int64_t pair = (b0 + item) * tiling.N + first + team;
                     if (tiling.mask && !tiling.mask[pair]) continue;
-                    const A g = own[team * tiling.team + item * tiling.row];
+                    const A g = at.shared(d % width, tiling.rows.first(team * tiling.items + item) + place);
                     const T* u = tiling.u + pair * tiling.K + k;
 #pragma unroll
                     for (int m = 0; m < rows; ++m)
@@ -391,14 +489,13 @@ __device__ inline void emit_weight(const Tiling<T, width>& tiling, int tile, int
 #pragma unroll
             for (int m = 0; m < rows; ++m) {
                 if (k + m >= tiling.K) continue;
-                const int64_t entry = (k + m) * JD + jd, KJD = tiling.K * JD;
+                const int64_t entry = (k + m) * JD + jd;
                 A total = sum[m];
-                if (to.sums) {
-                    A& kept = to.sums[(blockIdx.x * static_cast<int64_t>(matrices) + x / JD) * KJD + entry];
-                    if (again) total += kept;
-                    kept = total;
+                if (sums) {
+                    if (again) total += sums[entry];
+                    sums[entry] = total;
                 }
-                if (!shared && last && first + first_team < end)
+                if (!shared && !several && complete)
                     to.write(to.weight[(first + first_team) * tiling.weight_stride + entry], total);
             }
         }
@@ -407,32 +504,36 @@ __device__ inline void emit_weight(const Tiling<T, width>& tiling, int tile, int
 
 // A thread's numbers in shared memory: the gradient of its part of a vote [width], and its contribution to g_u [K].
 template <int width, class T, class Policy>
-__global__ void __launch_bounds__(max_threads, 1) emit_kernel(Tiling<T, width> tiling, Policy policy, GradientsOf<T> to,
-                                                              Accumulation<T>* params /* [runs, param_count] */) {
+__global__ void __launch_bounds__(max_threads, 1)
+    emit_kernel(Tiling<T, width> tiling, Policy policy, GradientsOf<T> to,
+                Accumulation<T>* params /* [splits, runs, param_count] */, int64_t param_count) {
     using A = Accumulation<T>;
-    const int64_t begin = static_cast<int64_t>(blockIdx.x) * tiling.run, end = at_most(begin + tiling.run, tiling.N);
+    const int64_t begin = static_cast<int64_t>(blockIdx.x) * tiling.runs.length,
+                  end = at_most(begin + tiling.runs.length, tiling.N);
     Thread<T, width> thread(tiling);
     ThreadPosition<A, width>& at = thread.at;
+    at.split = static_cast<int>(blockIdx.y), at.first_tile = at.split * tiling.tiles_of_split;
+    const int end_tile = at_most(at.first_tile + tiling.tiles_of_split, tiling.tiles);
     typename Policy::Registers own;
     policy.begin_block();
     for (int64_t first = begin; first < end; first += tiling.teams) {
-        for (int tile = 0; tile < tiling.tiles; ++tile) {
-            if (tiling.tiles > 1 || first == begin) {
+        for (int tile = at.first_tile; tile < end_tile; ++tile) {
+            if (tiling.tiles_of_split > 1 || first == begin) {
                 thread.go_to_tile(tiling, tile);
                 policy.start(at, own);
             }
             thread.go_to(tiling, first, end);
-            if (tile == 0) ask_for(tiling, at, thread.team, first + tiling.teams, end);
+            if (tile == at.first_tile) ask_for(tiling, at, first + tiling.teams, end);
             A v[width], g[width];
             make_vote(tiling, at, v);
             policy.gradient(at, own, v, g);
             at.publish_to_block(0, g);
-            if (to.u) emit_u(tiling, at, g, first, end, to);
-            if (to.weight) emit_weight(tiling, tile, first, begin, end, at.memory, to);
+            if (to.u) emit_u(tiling, at, g, to);
+            if (to.weight) emit_weight(tiling, at, first, begin, end, tile + 1 == end_tile, to);
             __syncthreads();  // before numbers are published for which only a warp waits
         }
     }
-    policy.end_block(params);
+    policy.end_block(params + (blockIdx.y * static_cast<int64_t>(gridDim.x) + blockIdx.x) * param_count);
 }
 
 // ---- the loops, as the operators call them -------------------------------------------------------------------
@@ -456,18 +557,21 @@ Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspac
     if (c.rows != 1) return Status::unsupported;
     if (size == 0) return Status::ok;
     if (c.N == 0) return launch_over(size, write_zeros<A>, c.context, out, size);
+    if constexpr (sizeof(A) == 4 && requires { policy.in_warps(); })
+        if (takes_warps(c)) return reduce_in_warps<T>(c, policy.in_warps(), whole, out);
     numbers = at_least(numbers, width);
     Tiling<T, width> tiling(c, numbers);
     if (!tiling.fits(numbers)) return reduce_staged<T>(c, policy, whole, out);
-    tiling.cut(size * static_cast<int64_t>(sizeof(A)));
+    tiling.runs =
+        cut_runs(c.N, tiling.teams, tiling.tiles, ceil_div(size, tiling.tiles) * static_cast<int64_t>(sizeof(A)));
     Workspace w(&whole);
     // The sums of a single run are the result.
-    A* const partial = tiling.runs == 1 ? out : w.take<A>(tiling.runs * size);
-    const dim3 blocks{static_cast<unsigned>(tiling.runs), static_cast<unsigned>(tiling.tiles)};
+    A* const partial = tiling.runs.count == 1 ? out : w.take<A>(tiling.runs.count * size);
+    const dim3 blocks{static_cast<unsigned>(tiling.runs.count), static_cast<unsigned>(tiling.tiles)};
     CAPSOPS_TRY(launch(reduce_kernel<width, T, Policy>, blocks, tiling.threads, tiling.bytes(numbers), c.context,
                        tiling, policy, partial));
-    if (tiling.runs == 1) return Status::ok;
-    return launch_over(size, add_rows<A, A>, c.context, partial, tiling.runs, size, size, out, false);
+    if (tiling.runs.count == 1) return Status::ok;
+    return add_rows(partial, tiling.runs.count, size, size, out, false, c.context);
 }
 
 // The gradients if there are no votes: 0.
@@ -482,33 +586,43 @@ template <class T, class Add> Status emit_nothing(const Capsules& c, const Capsu
     return add(static_cast<const Accumulation<T>*>(nullptr), 0);
 }
 
-// The gradients of u and W, and of parameters: each block writes its sums to params [runs, param_count], which
-// add(params, runs) adds up. more: adds to the numbers in the gradients of u and W.
+// The gradients of u and W, and of parameters: each block writes its sums to params [blocks, param_count], which
+// add(params, blocks) adds up. more: adds to the numbers in the gradients of u and W.
 template <int width, class T, EmittingPolicy<T, width> Policy, class Add>
-Status emit(const Capsules& c, Policy policy, int64_t numbers, const CapsuleGradients& gradients, int64_t param_count,
+Status emit(const Capsules& c, Policy& policy, int64_t numbers, const CapsuleGradients& gradients, int64_t param_count,
             Workspace& whole, bool more, Add add) {
     using A = Accumulation<T>;
     if (c.rows != 1) return Status::unsupported;
     if (c.B == 0 || c.N == 0 || c.J == 0 || c.D == 0) return more ? Status::ok : emit_nothing<T>(c, gradients, add);
+    if constexpr (sizeof(A) == 4 && requires { policy.in_warps(); })
+        if (takes_warps(c)) return emit_in_warps<T>(c, policy.in_warps(), gradients, param_count, whole, more, add);
     numbers = at_least(numbers, width + c.K);
     Tiling<T, width> tiling(c, numbers);
     if (!tiling.fits(numbers)) return emit_staged<T>(c, policy, gradients, param_count, whole, more, add);
-    const int64_t KJD = c.K * c.J * c.D, matrices = tiling.shared_weight() ? 1 : tiling.teams;
-    const bool sums = gradients.weight && (tiling.shared_weight() || tiling.tiles > 1);
-    tiling.cut((matrices * KJD * sums + param_count) * static_cast<int64_t>(sizeof(A)));
+    const int64_t KJD = c.K * c.J * c.D;
+    const bool shared = tiling.shared_weight();
+    // The numbers of one block's sums of g_W, if it keeps them apart.
+    const auto block_sums = [&]() -> int64_t {
+        if (!gradients.weight || (!shared && (tiling.splits > 1 || tiling.tiles == 1))) return 0;
+        return shared ? KJD : tiling.teams * KJD;
+    };
+    const auto bytes = [](int64_t count) { return count * static_cast<int64_t>(sizeof(A)); };
+    tiling.split(bytes(shared ? tiling.steps() * KJD : c.N * KJD));
+    tiling.runs = cut_runs(c.N, tiling.teams, tiling.splits, bytes(block_sums() + param_count));
     Workspace w(&whole);
+    const int64_t blocks = tiling.runs.count * tiling.splits;
+    const bool add_splits = gradients.weight && !shared && tiling.splits > 1;
+    const int64_t sums = add_splits ? tiling.splits * c.N * KJD : blocks * block_sums();
     const GradientsOf<T> to{static_cast<T*>(gradients.u), static_cast<T*>(gradients.weight),
-                            sums ? w.take<A>(tiling.runs * matrices * KJD) : nullptr, more};
-    A* params = w.take<A>(tiling.runs * param_count);
-    A* total = w.take<A>(tiling.shared_weight() ? KJD : 0);
-    policy.cut(tiling.teams * tiling.items, tiling.parts);
-    CAPSOPS_TRY(launch(emit_kernel<width, T, Policy>, dim3{static_cast<unsigned>(tiling.runs)}, tiling.threads,
-                       tiling.bytes(numbers), c.context, tiling, policy, to, params));
-    if (gradients.weight && tiling.shared_weight()) {
-        CAPSOPS_TRY(launch_over(KJD, add_rows<A, A>, c.context, to.sums, tiling.runs, KJD, KJD, total, false));
-        CAPSOPS_TRY(launch_over(KJD, copy_numbers<A, T>, c.context, total, to.weight, KJD, more));
-    }
-    return add(static_cast<const A*>(params), tiling.runs);
+                            sums ? w.take<A>(sums) : nullptr, more};
+    A* params = w.take<A>(blocks * param_count);
+    policy.cut(tiling, tiling.teams * tiling.items, w);
+    const dim3 grid{static_cast<unsigned>(tiling.runs.count), static_cast<unsigned>(tiling.splits)};
+    CAPSOPS_TRY(launch(emit_kernel<width, T, Policy>, grid, tiling.threads, tiling.bytes(numbers), c.context, tiling,
+                       policy, to, params, param_count));
+    if (add_splits) CAPSOPS_TRY(add_rows(to.sums, tiling.splits, c.N * KJD, c.N * KJD, to.weight, more, c.context));
+    if (gradients.weight && shared) CAPSOPS_TRY(add_rows(to.sums, blocks, KJD, KJD, to.weight, more, c.context));
+    return add(static_cast<const A*>(params), blocks);
 }
 
 }  // namespace capsops::cuda

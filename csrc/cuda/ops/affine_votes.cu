@@ -12,7 +12,7 @@ template <class T, int width> struct StoredGradient {
     using A = Accumulation<T>;
     const T* g_votes;  // [B, N, J, D]
 
-    void cut(int, int) {}
+    template <class Tiling> void cut(const Tiling&, int, Workspace&) {}
     __device__ void begin_block() const {}
     __device__ void end_block(A*) const {}
     __device__ void start(const ThreadPosition<A, width>&, Registers&) const {}
@@ -58,7 +58,7 @@ Status affine_votes(const Capsules& c, void* votes) {
 Status affine_votes_backward(const Capsules& c, const void* g_votes, void* g_u, void* g_weight) {
     return for_storage_and_width(c, [&]<class T, int width>() {
         Workspace w(c.context);
-        const StoredGradient<T, width> policy{static_cast<const T*>(g_votes)};
+        StoredGradient<T, width> policy{static_cast<const T*>(g_votes)};
         return emit<width, T>(c, policy, 0, {g_u, g_weight}, 0, w, false, [](auto*, int64_t) { return Status::ok; });
     });
 }

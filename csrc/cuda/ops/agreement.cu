@@ -31,21 +31,24 @@ Status sum_adjoint(const Capsules& c, const void* x, const void* y, bool leaky, 
 Status emit_agreement(const Capsules& c, const AgreementTerms& terms, const CapsuleGradients& gradients, Workspace& w) {
     return for_storage_and_width(c, [&]<class T, int width>() {
         using A = Accumulation<T>;
-        const AgreementGradient<A, width> policy{.x = static_cast<const A*>(terms.x),
-                                                 .g = static_cast<const A*>(terms.g),
-                                                 .size = c.B * c.J * c.D,
-                                                 .iterations = terms.iterations,
-                                                 .equal_first = terms.equal_first,
-                                                 .leaky = terms.leaky,
-                                                 .detach = terms.detach,
-                                                 .equal = equal_coupling<A>(c.J, terms.leaky),
-                                                 .prior = static_cast<const A*>(terms.prior),
-                                                 .rest = static_cast<const A*>(terms.rest),
-                                                 .g_prior = static_cast<A*>(terms.g_prior)};
-        return emit<width, T>(c, policy, 2, gradients, 0, w, terms.more, [&](const auto*, int64_t runs) {
+        AgreementGradient<A, width> policy{.x = static_cast<const A*>(terms.x),
+                                           .g = static_cast<const A*>(terms.g),
+                                           .size = c.B * c.J * c.D,
+                                           .iterations = terms.iterations,
+                                           .equal_first = terms.equal_first,
+                                           .leaky = terms.leaky,
+                                           .detach = terms.detach,
+                                           .equal = equal_coupling<A>(c.J, terms.leaky),
+                                           .prior = static_cast<const A*>(terms.prior),
+                                           .rest = static_cast<const A*>(terms.rest),
+                                           .g_prior = static_cast<A*>(terms.g_prior)};
+        return emit<width, T>(c, policy, 2, gradients, 0, w, terms.more, [&](const auto*, int64_t blocks) {
+            if (!policy.g_prior) return Status::ok;
+            const int64_t size = c.N * c.J;
             // Without votes, no kernel has written it.
-            if (!terms.g_prior || runs > 0) return Status::ok;
-            return launch_over(c.N * c.J, write_zeros<A>, c.context, static_cast<A*>(terms.g_prior), c.N * c.J);
+            if (blocks == 0) return launch_over(size, write_zeros<A>, c.context, policy.g_prior, size);
+            if (policy.splits == 1) return Status::ok;
+            return add_rows(policy.g_prior_of_split, policy.splits, size, size, policy.g_prior, false, c.context);
         });
     });
 }

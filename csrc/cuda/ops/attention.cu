@@ -32,13 +32,13 @@ Status attention_routing_backward(const Capsules& c, const void* attn_weight, co
         const int64_t params_at = at_least(2 * width, width + c.K);
         AttentionGradient<A, width> policy{
             {static_cast<const A*>(attn_weight), static_cast<const A*>(attn_bias)}, g_s, wants_params, c.J, params_at};
-        const auto add = [&]<class X>(const X* params, int64_t runs) {
+        const auto add = [&]<class X>(const X* params, int64_t blocks) {
             if (g_attn_weight)
-                CAPSOPS_TRY(launch_over(JJ, add_rows<X, A>, c.context, params, runs, param_count, JJ,
-                                        static_cast<A*>(g_attn_weight), false));
+                CAPSOPS_TRY(
+                    add_rows(params, blocks, param_count, JJ, static_cast<A*>(g_attn_weight), false, c.context));
             if (g_attn_bias)
-                CAPSOPS_TRY(launch_over(c.J, add_rows<X, A>, c.context, params + JJ, runs, param_count, c.J,
-                                        static_cast<A*>(g_attn_bias), false));
+                CAPSOPS_TRY(
+                    add_rows(params + JJ, blocks, param_count, c.J, static_cast<A*>(g_attn_bias), false, c.context));
             return Status::ok;
         };
         return emit<width, T>(c, policy, params_at + (wants_params ? c.J + 1 : 0), {g_u, g_weight}, param_count, w,

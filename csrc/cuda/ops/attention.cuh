@@ -66,6 +66,77 @@ Product mixing_gradient(const StagedVotes<A>& t, const A* dz, const A* votes, A*
             .pieces = pieces};
 }
 
+// The attention of two output capsules in the loops of warp.cuh.
+template <class A> struct WarpAttention {
+    // (z_1 − z_0) log2(e) = first û_0 + second û_1 + constant. 2^x is cheaper than e^x.
+    template <int items> struct Registers {
+        A first, second, constant;
+    };
+    static constexpr A log2_e = A(1.4426950408889634);
+    const A* weight;  // [2, 2]
+    const A* bias;    // [2], or null
+
+    template <int items> __device__ void start(const WarpPosition<A, items>&, Registers<items>& own) const {
+        own.first = (weight[2] - weight[0]) * log2_e;
+        own.second = (weight[3] - weight[1]) * log2_e;
+        own.constant = bias ? (bias[1] - bias[0]) * log2_e : A(0);
+    }
+    template <int items>
+    __device__ void couple(const WarpPosition<A, items>&, const Registers<items>& own, const A (&v)[items][2],
+                           A (&c)[items][2]) const {
+#pragma unroll
+        for (int m = 0; m < items; ++m) {
+            c[m][0] = reciprocal(A(1) + exponential_2(own.constant + own.first * v[m][0] + own.second * v[m][1]));
+            c[m][1] = A(1) - c[m][0];
+        }
+    }
+};
+
+template <class A> struct WarpAttentionGradient {
+    template <int items> struct Registers {
+        typename WarpAttention<A>::template Registers<items> attention;
+        A first, second;  // A_10 − A_00 and A_11 − A_01
+        A g_s[items][2];
+        A params[3];  // the lane's g_A,00, g_A,01 and g_a,0; those of output capsule 1 are their negatives
+    };
+    WarpAttention<A> attention;
+    const A* g_s;  // [B, J, D]
+    bool wants_params;
+
+    template <int items> __device__ void start(const WarpPosition<A, items>& at, Registers<items>& own) const {
+        attention.start(at, own.attention);
+        own.first = attention.weight[2] - attention.weight[0];
+        own.second = attention.weight[3] - attention.weight[1];
+        at.load(g_s, own.g_s);
+        own.params[0] = own.params[1] = own.params[2] = A(0);
+    }
+    template <int items>
+    __device__ void gradient(const WarpPosition<A, items>& at, Registers<items>& own, const A (&v)[items][2],
+                             A (&g)[items][2]) const {
+        attention.couple(at, own.attention, v, g);
+#pragma unroll
+        for (int m = 0; m < items; ++m) {
+            // dz_0 = −dz_1 = c_0 c_1 (q_0 − q_1).
+            const A dz = g[m][0] * g[m][1] * (own.g_s[m][0] * v[m][0] - own.g_s[m][1] * v[m][1]);
+            g[m][0] = g[m][0] * own.g_s[m][0] - own.first * dz;
+            g[m][1] = g[m][1] * own.g_s[m][1] - own.second * dz;
+            own.params[0] += dz * v[m][0];
+            own.params[1] += dz * v[m][1];
+            own.params[2] += dz;
+        }
+    }
+    // params [J·J + J]: g_A and g_a.
+    template <int items>
+    __device__ void end_warp(const WarpPosition<A, items>& at, Registers<items>& own, A* params) const {
+#pragma unroll
+        for (int m = 0; m < 3; ++m)
+            for (int step = 1; step < warp_size; step *= 2) own.params[m] += __shfl_xor_sync(~0u, own.params[m], step);
+        if (!wants_params || at.lane > 0) return;
+        params[0] = own.params[0], params[1] = own.params[1], params[4] = own.params[2];
+        params[2] = -own.params[0], params[3] = -own.params[1], params[5] = -own.params[2];
+    }
+};
+
 // z_k = Σ_j A_kj û_j + a_k and c = softmax_k(z), for each component by itself (CardioCaps, eq. 4). In shared memory:
 // the votes [width], then z or other numbers that the threads of a batch item exchange [width].
 template <class A, int width> struct Attention {
@@ -75,6 +146,8 @@ template <class A, int width> struct Attention {
     };
     const A* weight;  // [J, J]
     const A* bias;    // [J], or null
+
+    WarpAttention<A> in_warps() const { return {weight, bias}; }
 
     __device__ void start(const ThreadPosition<A, width>& at, Registers& own) const {
         if (at.J != 2) return;
@@ -92,27 +165,24 @@ template <class A, int width> struct Attention {
                 c[d] = reciprocal(A(1) + exponential(own.own * v[d] + own.other * at.of(d, 1 - at.j) + own.constant));
             return;
         }
+        const A a = bias ? bias[at.j] : A(0);
 #pragma unroll
-        for (int d = 0; d < width; ++d) c[d] = at.present && bias ? bias[at.j] : A(0);
+        for (int d = 0; d < width; ++d) c[d] = a;
 #pragma unroll 1
-        for (int64_t k = 0; at.present && k < at.J; ++k) {
+        for (int64_t k = 0; k < at.J; ++k) {
             const A a = weight[at.j * at.J + k];
 #pragma unroll
             for (int d = 0; d < width; ++d) c[d] += a * at.of(d, k);
         }
-        at.publish(width, c);
-        if (!at.present) return;
-        // c_j = 1 / Σ_k e^(z_k − z_j). Needs no maximum, because `exponential` is bounded.
-        A sum[width];
+        A x[width];
 #pragma unroll
-        for (int d = 0; d < width; ++d) sum[d] = A(0);
-#pragma unroll 1
-        for (int64_t k = 0; k < at.J; ++k) {
+        for (int d = 0; d < width; ++d) x[d] = c[d];
+        join_capsules(at, width, x, Max{});
 #pragma unroll
-            for (int d = 0; d < width; ++d) sum[d] += exponential(at.of(width + d, k) - c[d]);
-        }
+        for (int d = 0; d < width; ++d) x[d] = c[d] = exponential(c[d] - x[d]);
+        join_capsules(at, width, x, Add{});
 #pragma unroll
-        for (int d = 0; d < width; ++d) c[d] = reciprocal(sum[d]);
+        for (int d = 0; d < width; ++d) c[d] *= reciprocal(x[d]);
     }
 
     static int64_t staged_numbers(int64_t J, int64_t D) { return J * D; }
@@ -142,9 +212,14 @@ template <class A, int width> struct AttentionGradient {
     const A* g_s;  // [B, J, D]
     bool wants_params;
     int64_t J, params_at;  // params_at: the first number of g_A and g_a in shared memory
-    int rows = 0, parts = 0;
+    ThreadRows rows{1};
+    int row_count = 0, parts = 0;
 
-    void cut(int rows_, int parts_) { rows = rows_, parts = parts_; }
+    WarpAttentionGradient<A> in_warps() const { return {attention.in_warps(), g_s, wants_params}; }
+
+    template <class Tiling> void cut(const Tiling& tiling, int count, Workspace&) {
+        rows = tiling.rows, row_count = count, parts = tiling.parts;
+    }
     __device__ A& param(int64_t m, int64_t slot) const {
         return reinterpret_cast<A*>(shared_memory())[(params_at + m) * (static_cast<int64_t>(blockDim.x) + 1) + slot];
     }
@@ -186,15 +261,10 @@ template <class A, int width> struct AttentionGradient {
             g[d] = c[d] * own.g_s[d];
             dz[d] = g[d] * v[d];
         }
-        at.publish(width, dz);
         A mean[width];
 #pragma unroll
-        for (int d = 0; d < width; ++d) mean[d] = A(0);
-#pragma unroll 1
-        for (int64_t k = 0; at.present && k < at.J; ++k) {
-#pragma unroll
-            for (int d = 0; d < width; ++d) mean[d] += at.of(width + d, k);
-        }
+        for (int d = 0; d < width; ++d) mean[d] = dz[d];
+        join_capsules(at, width, mean, Add{});
 #pragma unroll
         for (int d = 0; d < width; ++d) dz[d] -= c[d] * mean[d];
         at.publish(width, dz);
@@ -215,16 +285,16 @@ template <class A, int width> struct AttentionGradient {
         for (int d = 0; d < width; ++d) sum += dz[d];
         if (wants_params) param(J, at.slot) += sum;
     }
-    // params [runs, J·J + J]: g_A and g_a.
+    // params [J·J + J]: g_A and g_a.
     __device__ void end_block(A* params) const {
         if (!wants_params) return;
         __syncthreads();
         for (int64_t x = threadIdx.x; x < J * (J + 1); x += blockDim.x) {
             const int64_t k = x / (J + 1), m = x % (J + 1);
             A sum = 0;
-            for (int row = 0; row < rows; ++row)
-                for (int part = 0; part < parts; ++part) sum += param(m, (row * J + k) * parts + part);
-            params[blockIdx.x * J * (J + 1) + (m < J ? k * J + m : J * J + k)] = sum;
+            for (int row = 0; row < row_count; ++row)
+                for (int part = 0; part < parts; ++part) sum += param(m, rows.first(row) + k * parts + part);
+            params[m < J ? k * J + m : J * J + k] = sum;
         }
     }
 

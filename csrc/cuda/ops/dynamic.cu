@@ -105,9 +105,8 @@ Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leak
                 if (t > 0 && !detach) CAPSOPS_TRY(sum_adjoint(c, own_V, own_g_s, leaky, w, H));
             }
             if (g_bias)
-                CAPSOPS_TRY(launch_over(c.J * c.D, add_rows<A, A>, c.context, static_cast<const A*>(g_s),
-                                        (end - begin) * c.B, c.J * c.D, c.J * c.D, static_cast<A*>(g_bias),
-                                        end < iterations));
+                CAPSOPS_TRY(add_rows(static_cast<const A*>(g_s), (end - begin) * c.B, c.J * c.D, c.J * c.D,
+                                     static_cast<A*>(g_bias), end < iterations, c.context));
             if (!gradients.u && !gradients.weight) continue;
             const AgreementTerms terms{.x = V,
                                        .g = g_s,
