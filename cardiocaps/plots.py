@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cardiocaps import DISCLAIMER
-from cardiocaps.metrics import Report, evaluate, threshold_counts
+from cardiocaps.metrics import Report, threshold_counts
 from cardiocaps.runtime.files import write_bytes
 
 if TYPE_CHECKING:
@@ -86,44 +86,29 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
-def confusion_matrices(
-    counts: Mapping[str, ArrayLike],
-    path: Path,
-    *,
-    classes: Sequence[str] = CLASSES,
-    title: str = "Confusion matrix",
-) -> None:
+def confusion_matrices(counts: Mapping[str, ArrayLike], path: Path) -> None:
     """Draw confusion matrices side by side, with the percentages of each row.
 
     Args:
-        counts: name -> matrix [J, J]: rows are true classes, columns are predicted ones.
+        counts: name -> matrix [2, 2]: rows are true classes, columns are predicted ones.
         path: of the PNG file.
-        classes: J names.
-        title: of the figure.
 
     Raises:
-        ValueError: there is no matrix, or one does not fit `classes`.
         OutputError: the file cannot be written.
     """
-    if not counts:
-        raise ValueError("counts is empty; expected at least one matrix")
-    matrices = {name: np.asarray(matrix) for name, matrix in counts.items()}
-    for matrix in matrices.values():
-        if matrix.shape != (len(classes), len(classes)) or (matrix < 0).any():
-            raise ValueError(f"counts is {matrix.tolist()}; expected [{len(classes)}, {len(classes)}], not negative")
-    figure = new_figure(4.2 * len(matrices) + 0.8, 4.8, title)
-    panels = figure.subplots(1, len(matrices), squeeze=False)[0]
-    for axes, (name, matrix) in zip(panels, matrices.items(), strict=True):
-        image = draw_confusion(axes, matrix, classes)
+    figure = new_figure(4.2 * len(counts) + 0.8, 4.8, "Confusion matrix")
+    panels = figure.subplots(1, len(counts), squeeze=False)[0]
+    for axes, (name, matrix) in zip(panels, counts.items(), strict=True):
+        image = draw_confusion(axes, np.asarray(matrix))
         axes.set_title(name, fontsize=10, color=INK)
-    bar = figure.colorbar(image, ax=panels, fraction=0.045 / len(matrices), format=lambda x, _: f"{x:.0%}")
+    bar = figure.colorbar(image, ax=panels, fraction=0.045 / len(counts), format=lambda x, _: f"{x:.0%}")
     bar.set_label("Share of the true class")
     bar.outline.set_visible(False)  # type: ignore[operator]
     save(figure, path)
 
 
-def draw_confusion(axes: "Axes", matrix: "np.ndarray[Any, Any]", classes: Sequence[str] = CLASSES) -> "AxesImage":
-    """Draw the counts `matrix` [J, J], coloured by their share of the row; returns the image for a colour bar."""
+def draw_confusion(axes: "Axes", matrix: "np.ndarray[Any, Any]") -> "AxesImage":
+    """Draw the counts `matrix` [2, 2], coloured by their share of the row; returns the image for a colour bar."""
     total = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, total, out=np.zeros(matrix.shape), where=total > 0)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -138,8 +123,8 @@ def draw_confusion(axes: "Axes", matrix: "np.ndarray[Any, Any]", classes: Sequen
             fontsize=13,
             color="white" if share[row, column] > 0.55 else INK,
         )
-    axes.set_xticks(range(len(classes)), classes)
-    axes.set_yticks(range(len(classes)), classes, rotation=90, va="center")
+    axes.set_xticks(range(len(CLASSES)), CLASSES)
+    axes.set_yticks(range(len(CLASSES)), CLASSES, rotation=90, va="center")
     axes.set_xlabel("Predicted class")
     axes.set_ylabel("True class")
     axes.tick_params(length=0)
@@ -147,72 +132,47 @@ def draw_confusion(axes: "Axes", matrix: "np.ndarray[Any, Any]", classes: Sequen
     return image
 
 
-def _mark_threshold(axes: "Axes", report: Report, x: float, y: float, text: str) -> None:
-    """Mark the point of a curve that belongs to the report's threshold; `text` says its coordinates in the legend."""
-    label = f"probability > {report.threshold:.3g}: {text}"
-    axes.plot([x], [y], "o", color=VERMILION, markersize=8, clip_on=False, zorder=3, label=label)
-
-
-def roc_curve(
-    probability: ArrayLike,
-    label: ArrayLike,
-    path: Path,
-    *,
-    report: Report | None = None,
-    title: str = "Receiver operating characteristic",
-) -> None:
+def roc_curve(probability: ArrayLike, label: ArrayLike, path: Path, *, report: Report) -> None:
     """Draw the ROC curve with the AUROC and the operating point. With one class the figure says "undefined".
 
     Args:
         probability: of class 1, [n].
         label: 0 or 1, [n].
         path: of the PNG file.
-        report: of the same samples; adds the interval of the AUROC.
-        title: of the figure.
+        report: of the same samples.
 
     Raises:
-        ValueError: as `metrics.evaluate`.
         OutputError: the file cannot be written.
     """
-    report = report or evaluate(probability, label, bootstrap=0)
+    title = "Receiver operating characteristic"
     if "auroc" in report.undefined:
         save(message(title, f"Undefined: {report.undefined['auroc']}."), path)
         return
+    figure, axes = _square(title)
     _, tp, fp = threshold_counts(probability, label)
-    figure = new_figure(5.0, 5.2, title)
-    axes = figure.add_subplot()
     axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=1, label="chance: 0.500")
     axes.plot(fp / fp[-1], tp / tp[-1], color=BLUE, linewidth=2, label=f"AUROC {report.metrics['auroc']}")
     sensitivity, specificity = report.metrics["sensitivity"].value, report.metrics["specificity"].value
     text = f"sensitivity {sensitivity:.3f},\nspecificity {specificity:.3f}"
     _mark_threshold(axes, report, 1 - specificity, sensitivity, text)
     dress(axes, "1 − specificity (false positive rate)", "Sensitivity (true positive rate)")
-    unit_square(axes)
     axes.legend(frameon=False, fontsize=9, loc="lower right")
     save(figure, path)
 
 
-def precision_recall_curve(
-    probability: ArrayLike,
-    label: ArrayLike,
-    path: Path,
-    *,
-    report: Report | None = None,
-    title: str = "Precision and recall",
-) -> None:
+def precision_recall_curve(probability: ArrayLike, label: ArrayLike, path: Path, *, report: Report) -> None:
     """Draw precision against recall, the average precision, the operating point and the prevalence.
 
     Arguments and errors as in `roc_curve`.
     """
-    report = report or evaluate(probability, label, bootstrap=0)
+    title = "Precision and recall"
     if "average_precision" in report.undefined:
         save(message(title, f"Undefined: {report.undefined['average_precision']}."), path)
         return
+    figure, axes = _square(title)
     _, tp, fp = threshold_counts(probability, label)
     recall, precision = tp[1:] / tp[-1], tp[1:] / (tp[1:] + fp[1:])
     prevalence = report.positives / report.n
-    figure = new_figure(5.0, 5.2, title)
-    axes = figure.add_subplot()
     axes.axhline(prevalence, color=GREY, linestyle=":", linewidth=1, label=f"prevalence: {prevalence:.3f}")
     # Average precision is the area under these steps, not under straight lines between the points.
     axes.step(
@@ -229,9 +189,20 @@ def precision_recall_curve(
         at = true_positives / report.positives, true_positives / flagged
         _mark_threshold(axes, report, *at, f"recall {at[0]:.3f},\nprecision {at[1]:.3f}")
     dress(axes, "Recall (sensitivity)", "Precision (positive predictive value)")
-    unit_square(axes)
     axes.legend(frameon=False, fontsize=9, loc="best")
     save(figure, path)
+
+
+def _square(title: str) -> "tuple[Figure, Axes]":
+    """A figure whose axes go from 0 to 1 at one scale."""
+    figure = new_figure(5.0, 5.2, title)
+    return figure, figure.add_subplot(xlim=(0, 1), ylim=(0, 1.005), aspect="equal")
+
+
+def _mark_threshold(axes: "Axes", report: Report, x: float, y: float, text: str) -> None:
+    """Mark the point of a curve that belongs to the report's threshold; `text` says its coordinates in the legend."""
+    label = f"probability > {report.threshold:.3g}: {text}"
+    axes.plot([x], [y], "o", color=VERMILION, markersize=8, clip_on=False, zorder=3, label=label)
 
 
 def new_figure(width: float, height: float, title: str) -> "Figure":
@@ -264,13 +235,6 @@ def dress(axes: "Axes", x: str, y: str) -> None:
     axes.grid(color="#E3E3E3", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def unit_square(axes: "Axes") -> None:
-    """Both axes from 0 to 1 at one scale."""
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1.005)
-    axes.set_aspect("equal")
 
 
 def _column(history: Sequence[Mapping[str, Any]], key: str) -> "np.ndarray[Any, np.dtype[np.float64]]":
