@@ -26,8 +26,6 @@ CLASSES = ("normal", "abnormal")
 
 BLUE, VERMILION, GREEN, INK, GREY = "#0072B2", "#D55E00", "#009E73", "#222222", "#767676"
 _STYLES = {"train": (BLUE, "-", "training"), "val": (VERMILION, "--", "validation")}
-_NOT_CURVES = {"epoch", "seconds"}
-_LOSSES = {"loss", "margin", "reconstruction", "regression"}
 _LABELS = {
     "loss": "Loss",
     "margin": "Margin loss",
@@ -37,12 +35,11 @@ _LABELS = {
 }
 
 
-def learning_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw a panel for each quantity X, with training and validation together and the best epoch marked.
+def learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw a panel for each part of the loss and for the AUROC, and mark the epoch of the least validation loss.
 
     Args:
-        history: a mapping for each epoch, with `epoch` and numbers named train_X, val_X or X. A value that is missing,
-            None or NaN leaves a gap. The best epoch has the least val_loss.
+        history: the rows of metrics.csv, at least one.
         path: of the PNG file.
 
     Raises:
@@ -50,36 +47,23 @@ def learning_curves(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     """
     from matplotlib.ticker import MaxNLocator
 
-    series: dict[str, dict[str, str]] = {}
-    for key in dict.fromkeys(key for row in history for key in row):
-        part, _, name = key.replace("/", "_", 1).partition("_")
-        part, name = (part, name) if part in _STYLES else ("", key)
-        if name not in _NOT_CURVES:
-            series.setdefault(name, {})[part] = key
-    drawn = {
-        name: keys
-        for name, keys in series.items()
-        if any(np.isfinite(_column(history, k)).any() for k in keys.values())
-    }
-    if not drawn:
-        save(message("Learning curves", "No epoch has been finished."), path)
-        return
-    columns = min(3, len(drawn))
-    rows = math.ceil(len(drawn) / columns)
+    names = [name for name in _LABELS if f"val_{name}" in history[0]]
+    columns = min(3, len(names))
+    rows = math.ceil(len(names) / columns)
     figure = new_figure(4.6 * columns, 3.3 * rows + 0.7, "Learning curves")
-    epoch = [float(row.get("epoch", i)) for i, row in enumerate(history)]
-    loss = _column(history, series.get("loss", {}).get("val", ""))
-    best = epoch[int(np.nanargmin(loss))] if np.isfinite(loss).any() else None
-    for place, (name, keys) in enumerate(drawn.items(), start=1):
+    epochs = [row["epoch"] for row in history]
+    best = min(history, key=lambda row: row["val_loss"])["epoch"]
+    for place, name in enumerate(names, start=1):
         axes = figure.add_subplot(rows, columns, place)
-        for part, key in keys.items():
-            colour, style, label = _STYLES.get(part, (GREEN, "-", ""))
-            axes.plot(epoch, _column(history, key), style, color=colour, label=label, marker="o", markersize=3)
-        if best is not None:
-            axes.axvline(best, color=GREY, linewidth=1, linestyle=":", label="least validation loss")
-        dress(axes, "Epoch", _LABELS.get(name, name.replace("_", " ").capitalize()))
+        keys = [key for key in (f"train_{name}", f"val_{name}") if key in history[0]]
+        for key in keys:
+            colour, style, label = _STYLES[key.partition("_")[0]]
+            values = [row[key] for row in history]
+            axes.plot(epochs, values, style, color=colour, label=label, marker="o", markersize=3)
+        axes.axvline(best, color=GREY, linewidth=1, linestyle=":", label="least validation loss")
+        dress(axes, "Epoch", _LABELS[name])
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-        if name in _LOSSES and all(np.nanmin(_column(history, key)) > 0 for key in keys.values()):
+        if name != "auroc" and all(row[key] > 0 for row in history for key in keys):
             axes.set_yscale("log")  # the first epoch is far larger than the others
         if place == 1:
             axes.legend(frameon=False, fontsize=8)
@@ -235,11 +219,6 @@ def dress(axes: "Axes", x: str, y: str) -> None:
     axes.grid(color="#E3E3E3", linewidth=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-
-
-def _column(history: Sequence[Mapping[str, Any]], key: str) -> "np.ndarray[Any, np.dtype[np.float64]]":
-    values = (row.get(key) for row in history)
-    return np.array([math.nan if value in (None, "") else float(value) for value in values])
 
 
 def save(figure: "Figure", path: Path) -> None:
