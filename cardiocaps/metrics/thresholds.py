@@ -41,15 +41,13 @@ def choose_threshold(probability: ArrayLike, label: ArrayLike) -> float:
 
     Args:
         probability: [n] of class 1.
-        label: [n], 0 or 1.
+        label: [n], 0 or 1, both present.
 
     Raises:
-        ValueError: see `checked_samples`; or only one class is present.
+        ValueError: see `checked_samples`.
     """
     p, y = checked_samples(probability, label)
     positives = int(y.sum())
-    if positives in (0, y.size):
-        raise ValueError(f"label is {int(y[0])} everywhere; expected both classes, to choose a threshold")
     falling, tp, fp = threshold_counts(p, y)
     upper, lower = falling[1:-1], falling[2:]
     if not lower.size:
