@@ -117,22 +117,18 @@ def draw_confusion(axes: "Axes", matrix: "np.ndarray[Any, Any]") -> "AxesImage":
 
 
 def roc_curve(probability: ArrayLike, label: ArrayLike, path: Path, *, report: Report) -> None:
-    """Draw the ROC curve with the AUROC and the operating point. With one class the figure says "undefined".
+    """Draw the ROC curve with the AUROC and the operating point.
 
     Args:
         probability: of class 1, [n].
-        label: 0 or 1, [n].
+        label: 0 or 1, [n], both present.
         path: of the PNG file.
         report: of the same samples.
 
     Raises:
         OutputError: the file cannot be written.
     """
-    title = "Receiver operating characteristic"
-    if "auroc" in report.undefined:
-        save(message(title, f"Undefined: {report.undefined['auroc']}."), path)
-        return
-    figure, axes = _square(title)
+    figure, axes = _square("Receiver operating characteristic")
     _, tp, fp = threshold_counts(probability, label)
     axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=1, label="chance: 0.500")
     axes.plot(fp / fp[-1], tp / tp[-1], color=BLUE, linewidth=2, label=f"AUROC {report.metrics['auroc']}")
@@ -149,11 +145,7 @@ def precision_recall_curve(probability: ArrayLike, label: ArrayLike, path: Path,
 
     Arguments and errors as in `roc_curve`.
     """
-    title = "Precision and recall"
-    if "average_precision" in report.undefined:
-        save(message(title, f"Undefined: {report.undefined['average_precision']}."), path)
-        return
-    figure, axes = _square(title)
+    figure, axes = _square("Precision and recall")
     _, tp, fp = threshold_counts(probability, label)
     recall, precision = tp[1:] / tp[-1], tp[1:] / (tp[1:] + fp[1:])
     prevalence = report.positives / report.n
@@ -198,17 +190,6 @@ def new_figure(width: float, height: float, title: str) -> "Figure":
     FigureCanvasAgg(figure)
     figure.suptitle(title, fontsize=13, color=INK)
     figure.supxlabel(DISCLAIMER, fontsize=7, color=GREY)
-    return figure
-
-
-def message(title: str, text: str) -> "Figure":
-    """A figure that shows only a sentence."""
-    import textwrap
-
-    figure = new_figure(5.0, 3.0, title)
-    axes = figure.add_subplot()
-    axes.axis("off")
-    axes.text(0.5, 0.5, textwrap.fill(text, 48), ha="center", va="center", fontsize=11, color=INK)
     return figure
 
 
