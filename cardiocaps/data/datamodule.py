@@ -196,9 +196,6 @@ class EchoDataModule(LightningDataModule):
     def val_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._loader("val")
 
-    def test_dataloader(self) -> DataLoader[dict[str, Any]]:
-        return self._loader("test")
-
     def predict_dataloader(self) -> DataLoader[dict[str, Any]]:
         return self._loader(self.predicted)
 

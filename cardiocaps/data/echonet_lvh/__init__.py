@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -101,7 +102,9 @@ def read_folder(
             labels = {n: _label(rows, thresholds) for n, rows in usable.items()}
             chosen = splits.stratified(labels, seed, groups=patients if kind else None)
     if split_rule == "frames":
-        splits.warn_of_leak("the paper protocol" if protocol == "paper" else "a split by frame")
+        what = "the paper protocol" if protocol == "paper" else "a split by frame"
+        advice = "its scores are too good, use it only to compare with the published figures"
+        warnings.warn(f"{what} leaks: frames of one video land in training and in test; {advice}", stacklevel=2)
     bad = [problem for problem in problems if not problem.harmless]
     refuse_many(bad, len(by_name), max_bad_share, f"videos of {root}")
 

@@ -35,7 +35,7 @@ def module(folder: Path, cache_dir: Path, **options: Any) -> EchoDataModule:
 
 
 def epoch_of(data: EchoDataModule, split: str, epoch: int = 0) -> list[Batch]:
-    loader = getattr(data, f"{split}_dataloader")()
+    loader = data._loader(split)
     loader.sampler.set_epoch(epoch)
     return [data.on_after_batch_transfer(batch, 0) for batch in loader]
 

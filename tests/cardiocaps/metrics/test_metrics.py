@@ -17,7 +17,6 @@ from cardiocaps.metrics import (
     METRICS,
     Estimate,
     by_video,
-    choose_threshold,
     confusion,
     decision_threshold,
     evaluate,
@@ -397,7 +396,7 @@ def test_a_threshold_moves_the_decisions_and_not_what_was_published() -> None:
     ],
 )
 def test_the_threshold_has_the_largest_youden_index(p: list[float], y: list[int], expected: float) -> None:
-    assert choose_threshold(p, y) == pytest.approx(expected)
+    assert decision_threshold(p, y)[0] == pytest.approx(expected)
 
 
 @given(_samples)
@@ -411,14 +410,14 @@ def test_no_other_threshold_has_a_larger_youden_index(pairs: list[tuple[float, i
         return metric["sensitivity"].value + metric["specificity"].value
 
     distinct = np.unique(p)
-    chosen = choose_threshold(p, y)
+    chosen = decision_threshold(p, y)[0]
     assert youden(chosen) == pytest.approx(max(youden(t) for t in (distinct[1:] + distinct[:-1]) / 2))
 
 
 def test_a_threshold_between_neighbouring_floats_parts_them() -> None:
     low = 0.7
     high = float(np.nextafter(low, 1))
-    assert choose_threshold([low, high], [0, 1]) == low
+    assert decision_threshold([low, high], [0, 1])[0] == low
 
 
 def test_a_validation_split_of_one_class_leaves_one_half_and_its_reason() -> None:
