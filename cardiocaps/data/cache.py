@@ -4,9 +4,7 @@ There is one `.npy` file for each video, uint8 [T, 3, S, S], which is read one f
 the video's bytes and of the settings, so a changed video or setting never finds an old file. `index.json` keeps each
 video's size, time of change, hashes and header, so that a second run reads only three small parts of each video.
 
-The files are as confidential as the videos. Only their owner can read them, and only the owner can list a folder that
-holds nothing but the cache. A damaged or foreign file is written anew, except for a file of another user: replacing
-it would break that user's runs.
+The files are as confidential as the videos, so only their owner can read them. A damaged file is written anew.
 """
 
 from __future__ import annotations
@@ -16,15 +14,12 @@ import io
 import json
 import math
 import os
-import re
-import stat
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,10 +27,7 @@ from numpy.typing import NDArray
 from cardiocaps.data.problems import Problem, refuse_many, summarise
 from cardiocaps.data.study import Clip, Study
 from cardiocaps.data.video import (
-    MAX_FRAMES,
-    MAX_SIDE,
     READER_VERSION,
-    READERS,
     RESIZE_VERSION,
     Header,
     VideoError,
@@ -43,19 +35,16 @@ from cardiocaps.data.video import (
     read_frames,
     regular_file,
 )
-from cardiocaps.errors import ConfigError, DataError, OutputError, printable
+from cardiocaps.errors import DataError, OutputError, printable
 from cardiocaps.runtime.files import atomic_write, output_errors, remove_leftovers
 from cardiocaps.runtime.packages import require_package
 from cardiocaps.runtime.processes import cores, in_parallel
 from cardiocaps.runtime.progress import shown
 
-FRAME_CHOICES = ("spread", "first")
 _FPS_TOLERANCE = 0.05  # relative; tables round frame rates
 _INDEX = "index.json"
 _ABANDONED = 3600.0  # age in seconds from which an unfinished file counts as left behind, not as being written
-_MAX_INDEX = 1 << 28  # bytes; a video takes about 500
 _SAMPLE = 4096  # bytes of head, middle and tail each
-_SHA256 = re.compile("[0-9a-f]{64}")
 _BLANK = 16  # a frame whose grey levels (of 255) differ by no more than this shows nothing
 
 
@@ -71,14 +60,22 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Frames:
+    """The cached frames of a video."""
+
+    video: Entry
+    file: Path  # .npy
+    numbers: NDArray[np.int64]  # the number that each of them has in the video
+    blank: bool  # every channel is black, or of one colour
+
+
+@dataclass(frozen=True)
 class Cached:
-    """A study in which every clip could be decoded, and the files with its frames."""
+    """A study in which every clip could be decoded, and its frames."""
 
     study: Study
-    files: Mapping[Path, Path]  # video -> .npy
-    numbers: Mapping[Path, NDArray[np.int64]]  # video -> the number that each cached frame has in the video
+    frames: Mapping[Path, Frames]  # by the video's path
     size: int  # side of the frames in pixels
-    digests: Mapping[Path, str]  # video -> SHA-256 of its bytes
 
     def frame(self, clip: Clip, index: int) -> NDArray[np.uint8]:
         """The cached frame number `index` of a clip, uint8 [3, S, S].
@@ -87,11 +84,11 @@ class Cached:
         as memory of the program.
 
         Raises:
-            OutputError: another user has replaced the file.
+            OutputError: the file may not be read.
         """
-        count = 3 * self.size**2
-        with _own(self.files[clip.path]), self.files[clip.path].open("rb", buffering=0) as file:
-            file.seek((index - len(self.numbers[clip.path])) * count, io.SEEK_END)
+        frames, count = self.frames[clip.path], 3 * self.size**2
+        with _readable(frames.file), frames.file.open("rb", buffering=0) as file:
+            file.seek((index - len(frames.numbers)) * count, io.SEEK_END)
             return np.fromfile(file, np.uint8, count).reshape(3, self.size, self.size)
 
 
@@ -109,14 +106,7 @@ def choose_frames(count: int, wanted: int, choice: str) -> NDArray[np.int64]:
         count: frames of the clip.
         wanted: at least 1.
         choice: "first": the first frames; "spread": the middles of `wanted` equal parts of the clip.
-
-    Raises:
-        ConfigError: `wanted` or `choice` is not allowed.
     """
-    if wanted < 1:
-        raise ConfigError(f"frames_per_clip is {wanted}; expected at least 1")
-    if choice not in FRAME_CHOICES:
-        raise ConfigError(f"frame_choice is {choice!r}; expected one of {', '.join(FRAME_CHOICES)}")
     n = min(wanted, count)
     if choice == "first":
         return np.arange(n, dtype=np.int64)
@@ -150,28 +140,20 @@ def build(
 
     Raises:
         DataError: too many videos are unusable, or a split is left without both classes.
-        OutputError: the cache cannot be written, or holds files of another user that cannot be read.
+        OutputError: the cache cannot be written, or holds files that may not be read.
+        ConfigError: decord is not installed.
     """
-    if size < 1:
-        raise ConfigError(f"size is {size}; expected at least 1")
-    workers = cores() if workers is None else workers
-    if workers < 1:
-        raise ConfigError(f"workers is {workers}; expected at least 1")
-    if reader not in READERS:
-        raise ConfigError(f"reader is {reader!r}; expected one of {', '.join(READERS)}")
     if reader == "decord":
         require_package("decord", "decord", "video_reader: 'decord'", extra="decord")
-    choose_frames(1, frames_per_clip, frame_choice)
     folder = default_folder() if folder is None else Path(folder)
     with output_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _keep_private(folder)
     remove_leftovers(folder, older_than=_ABANDONED)
-    index = _read_index(folder / _INDEX)
-    known = dict(index)
+    known = _read_index(folder / _INDEX)
     headers = {entry.sha256: entry.header for entry in known.values()}
 
-    def decode(path: Path) -> tuple[Entry, Path, NDArray[np.int64], bool] | str:
+    def decode(path: Path) -> Frames | str:
+        """The frames of a video, or the reason for which it cannot be used."""
         try:
             entry = _examine(path, known.get(path), headers)
             numbers = choose_frames(entry.header.frames, frames_per_clip, frame_choice)
@@ -184,48 +166,42 @@ def build(
                 content = io.BytesIO()
                 np.save(content, read_frames(path, numbers, size, reader), allow_pickle=False)
                 _write(file, content.getvalue())
-            return entry, file, numbers, _blank(file, shape)
+            return Frames(entry, file, numbers, _blank(file, shape))
         except VideoError as error:
             return str(error)
 
     names = {clip.path: clip.name for clip in study.clips}
-    files: dict[Path, Path] = {}
-    numbers: dict[Path, NDArray[np.int64]] = {}
-    bad: list[Problem] = []
-    notes: list[Problem] = []
-    decoded: dict[Path, tuple[Entry, Path, NDArray[np.int64], bool] | str] = {}
+    decoded: dict[Path, Frames | str] = {}
+    index = dict(known)
     try:
-        with in_parallel(partial(ThreadPoolExecutor, workers), decode, names) as results:
+        with in_parallel(partial(ThreadPoolExecutor, workers or cores()), decode, names) as results:
             decoded.update(shown(results, len(names), "decoding videos") if progress else results)
     finally:
-        index.update((path, result[0]) for path, result in decoded.items() if not isinstance(result, str))
+        index |= {path: found.video for path, found in decoded.items() if isinstance(found, Frames)}
         if index != known:
             _save_index(folder / _INDEX, index)
+    frames: dict[Path, Frames] = {}
+    bad: list[Problem] = []
+    notes: list[Problem] = []
     for path, name in names.items():
-        result = decoded[path]
-        if isinstance(result, str):
-            bad.append(Problem(name, result))
-            continue
-        entry, file, chosen, blank = result
-        differs = _disagreement(study.claims[name], entry.header)
-        if differs:
+        found, claim = decoded[path], study.claims[name]
+        if isinstance(found, str):
+            bad.append(Problem(name, found))
+        elif differs := _disagreement(claim, found.video.header):
             bad.append(Problem(name, f"table and file disagree: table says {differs}"))
-            continue
-        notes += [Problem(name, note, harmless=True) for note in _small_disagreements(study.claims[name], entry.header)]
-        if blank:
-            reason = "blank video (kept): all that was read of it is black, or of one colour"
-            notes.append(Problem(name, reason, harmless=True))
-        files[path], numbers[path] = file, chosen
-    refuse_many(len(bad), len(names), max_bad_share, f"videos of {study.root}", bad)
-    clips = tuple(clip for clip in study.clips if clip.path in files)
-    notes += _repeats(clips, index)
+        else:
+            notes += [Problem(name, note, harmless=True) for note in _notes(claim, found)]
+            frames[path] = found
+    refuse_many(bad, len(names), max_bad_share, f"videos of {study.root}")
+    clips = tuple(clip for clip in study.clips if clip.path in frames)
+    notes += _repeats(clips, frames)
     usable = replace(study, clips=clips, problems=(*study.problems, *bad, *notes))
     if bad:
         try:
             usable.check_splits()
         except DataError as error:
             raise DataError(f"{error}; {len(bad)} of {len(names)} videos were left out:\n{summarise(bad)}") from None
-    return Cached(usable, files, numbers, size, {path: index[path].sha256 for path in files})
+    return Cached(usable, frames, size)
 
 
 def _examine(path: Path, known: Entry | None, headers: Mapping[str, Header]) -> Entry:
@@ -275,15 +251,18 @@ def _disagreement(claim: Header, header: Header) -> str:
     )
 
 
-def _small_disagreements(claim: Header, header: Header) -> Iterator[str]:
-    """Contradictions that are only noted: no label depends on the frame count, and no pixel on the frame rate."""
+def _notes(claim: Header, frames: Frames) -> Iterator[str]:
+    """What is only noted of a video: no label depends on the frame count, and no pixel on the frame rate."""
+    header = frames.video.header
     if claim.frames and claim.frames == header.claimed:
         yield f"frame counts disagree (kept): table and file say {claim.frames} frames, {header.frames} are shown"
     if claim.fps and header.fps and abs(claim.fps - header.fps) > _FPS_TOLERANCE * header.fps:
         yield f"frame rates disagree (kept): table says {claim.fps:g} a second, file has {header.fps:g}"
+    if frames.blank:
+        yield "blank video (kept): all that was read of it is black, or of one colour"
 
 
-def _repeats(clips: Iterable[Clip], index: Mapping[Path, Entry]) -> list[Problem]:
+def _repeats(clips: Iterable[Clip], frames: Mapping[Path, Frames]) -> list[Problem]:
     """A note for each video with the same bytes as another one, if their splits or their labels differ.
 
     In different splits it is a leak that the table cannot show; with different labels it is a contradiction.
@@ -291,7 +270,7 @@ def _repeats(clips: Iterable[Clip], index: Mapping[Path, Entry]) -> list[Problem
     alike: dict[str, list[Clip]] = {}
     repeated: dict[tuple[str, str], Problem] = {}
     for clip in clips:
-        others = alike.setdefault(index[clip.path].sha256, [])
+        others = alike.setdefault(frames[clip.path].video.sha256, [])
         for what, same in (("with another label", "label"), ("in another split", "split")):
             for other in others:
                 if other.path != clip.path and getattr(other, same) != getattr(clip, same):
@@ -310,34 +289,22 @@ def _intact(file: Path, shape: tuple[int, ...]) -> bool:
     """
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    with _regular(file) as stream:
-        if stream is None:
-            return False
-        start = stream.read(header.tell())
-        size = stream.seek(0, io.SEEK_END)
-    return start == header.getvalue() and size == header.tell() + math.prod(shape)
+    expected = header.getvalue()
+    try:
+        with _readable(file), file.open("rb", buffering=0) as stream:
+            whole = file.stat().st_size == len(expected) + math.prod(shape)
+            return whole and stream.read(len(expected)) == expected
+    except FileNotFoundError:
+        return False
 
 
 def _blank(file: Path, shape: tuple[int, ...]) -> bool:
     """Whether every channel of an intact array is blank. A few rows in the middle nearly always show that it is not."""
-    side, size = shape[-1], math.prod(shape)
-    rows = min(side, 16)
-    with file.open("rb", buffering=0) as stream:
-        stream.seek((shape[0] // 2 * 3 + 1) * side**2 + (side - rows) // 2 * side - size, io.SEEK_END)
-        if np.ptp(np.fromfile(stream, np.uint8, rows * side)) > _BLANK:
-            return False
-        stream.seek(-size, io.SEEK_END)
-        frames = np.fromfile(stream, np.uint8, size).reshape(shape)
+    frames = np.memmap(file, np.uint8, "r", file.stat().st_size - math.prod(shape), shape)
+    top = max(shape[-1] // 2 - 8, 0)
+    if np.ptp(frames[len(frames) // 2, 1, top : top + 16]) > _BLANK:
+        return False
     return bool((np.ptp(frames, axis=(0, 2, 3)) <= _BLANK).all())
-
-
-def _keep_private(folder: Path) -> None:
-    """Make the cache folder of this user private, unless it holds other files too."""
-    status = folder.stat()
-    if status.st_uid != os.geteuid() or not status.st_mode & 0o077:
-        return
-    if all(entry.name == _INDEX or entry.suffix in (".npy", ".part") for entry in folder.iterdir()):
-        folder.chmod(0o700)
 
 
 def _write(file: Path, content: bytes) -> None:
@@ -347,38 +314,15 @@ def _write(file: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _own(file: Path) -> Iterator[None]:
-    """Raise OutputError if the block is not permitted to open a file of the cache."""
+def _readable(file: Path) -> Iterator[None]:
+    """Raise OutputError if the block may not read a file of the cache: it is another user's, whose runs need it."""
     try:
         yield
     except PermissionError:
         raise OutputError(
-            f"cache_dir is {printable(file.parent)}; expected a cache of your own, but {file.name} in it belongs to "
-            "another user; choose another folder with --cache-dir"
+            f"cache_dir is {printable(file.parent)}; expected a cache of your own, but {file.name} in it is not "
+            "readable; choose another folder with --cache-dir"
         ) from None
-
-
-@contextmanager
-def _regular(file: Path) -> Iterator[BinaryIO | None]:
-    """Open a regular file of the cache and make it private; None if it is missing, a FIFO, a device or a link.
-
-    Raises:
-        OutputError: it belongs to another user and cannot be read.
-    """
-    try:
-        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
-    except (OSError, ValueError) as error:
-        if isinstance(error, PermissionError):
-            with _own(file):
-                if file.lstat().st_uid != os.geteuid():
-                    raise
-        yield None
-        return
-    with os.fdopen(handle, "rb") as stream:
-        status = os.fstat(handle)
-        if status.st_uid == os.geteuid() and status.st_mode & 0o077 and stat.S_ISREG(status.st_mode):
-            os.fchmod(handle, 0o600)
-        yield stream if stat.S_ISREG(status.st_mode) else None
 
 
 def _save_index(file: Path, index: Mapping[Path, Entry]) -> None:
@@ -389,37 +333,10 @@ def _save_index(file: Path, index: Mapping[Path, Entry]) -> None:
 
 
 def _read_index(file: Path) -> dict[Path, Entry]:
-    """The index, without damaged entries; empty if the file is missing or damaged."""
+    """The index; empty if the file is missing or damaged."""
     try:
-        with _regular(file) as stream:
-            content = b"" if stream is None else stream.read(_MAX_INDEX + 1)
-        entries = json.loads(content) if len(content) <= _MAX_INDEX else None
-    except (OSError, ValueError, RecursionError):
+        with _readable(file):
+            entries = json.loads(file.read_bytes())
+        return {Path(path): Entry(**(entry | {"header": Header(**entry["header"])})) for path, entry in entries.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
-    if not isinstance(entries, dict):
-        return {}
-    found = ((Path(path), _entry(value)) for path, value in entries.items())
-    return {path: entry for path, entry in found if entry is not None}
-
-
-def _entry(value: Any) -> Entry | None:
-    """An entry from the JSON of the index; None if it is damaged."""
-    try:
-        header = Header(**value["header"])
-        entry = Entry(**(value | {"header": header}))
-        whole = (entry.size, entry.mtime_ns, header.frames, header.width, header.height, header.claimed)
-        right = (
-            all(type(number) is int for number in whole)
-            and 1 <= header.frames <= MAX_FRAMES
-            and 1 <= header.width <= MAX_SIDE
-            and 1 <= header.height <= MAX_SIDE
-            and header.claimed >= 0
-            and type(header.fps) in (int, float)
-            and 0 <= header.fps < math.inf
-            and type(header.turned) is bool
-            and type(header.form) is str
-            and all(_SHA256.fullmatch(digest) for digest in (entry.sha256, entry.sample))
-        )
-    except (KeyError, TypeError):
-        return None
-    return entry if right else None

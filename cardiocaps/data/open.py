@@ -7,10 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cardiocaps.config import TRAINABLE_PHANTOM, TrainConfig
+from cardiocaps.data import cache
 from cardiocaps.data.datamodule import EchoDataModule
 from cardiocaps.data.datasets import DATASETS, PHANTOM
 from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
 from cardiocaps.data.study import Study
+from cardiocaps.data.views import base_side
 from cardiocaps.errors import ConfigError, DataError, printable
 from cardiocaps.phantom import phantom_is_complete, write_phantom
 from cardiocaps.runtime.device import Machine
@@ -58,7 +60,7 @@ def read_study(
         seed=config.seed if config.split_seed is None else config.split_seed,
         max_bad_share=config.max_bad_share,
         limit=config.limit,
-        thresholds=config.threshold,  # type: ignore[arg-type]
+        thresholds=config.threshold,
         group_column=config.group_column,
         allow_split_patients=config.allow_split_patients,
         follow_links=config.follow_links,
@@ -67,27 +69,38 @@ def read_study(
 
 
 def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModule:
-    """The data module of a study, after decoding. Raises DataError and OutputError as `cache.build`."""
-    data = EchoDataModule(
+    """The data module of a study, after decoding.
+
+    Raises:
+        DataError, OutputError: as `cache.build`; or a needed split lacks frames of a class.
+        ConfigError: the study has no such target, or a package is missing.
+    """
+    if config.regression_target not in study.units:
+        raise ConfigError(
+            f"regression_target is {config.regression_target!r}; expected one of {', '.join(study.units)}"
+        )
+    cached = cache.build(
         study,
+        size=base_side(config.network.size),
+        frames_per_clip=config.frames_per_clip,  # type: ignore[arg-type]
+        frame_choice=config.frame_choice or ("first" if study.protocol == "paper" else "spread"),
+        folder=config.cache_dir,
+        max_bad_share=config.max_bad_share,
+        workers=config.decode_workers,
+        reader=config.video_reader,
+        progress=config.progress,
+    )
+    return EchoDataModule(
+        cached,
         size=config.network.size,
         batch_size=config.batch_size,  # type: ignore[arg-type]
-        frames_per_clip=config.frames_per_clip,  # type: ignore[arg-type]
-        frame_choice=config.frame_choice,
         target=config.regression_target,
         seed=config.seed,
         split_seed=config.split_seed,
-        cache_dir=config.cache_dir,
         num_workers=config.workers,
-        max_bad_share=config.max_bad_share,
-        decode_workers=config.decode_workers,
-        reader=config.video_reader,
-        progress=config.progress,
         pin_memory=machine.pin_memory,
         channels_last=machine.channels_last,
     )
-    data.setup()
-    return data
 
 
 @dataclass(frozen=True)
@@ -127,43 +140,48 @@ def decode_for_run(
         ConfigError: the record is damaged.
     """
     before, now = read_fingerprint(record), Fingerprint.of(study)
-    if before is None and trained:
-        forgotten = "this run kept no fingerprint of its data, as older versions did not"
-        if study.split_rule != "stratified":
-            print_line(f"note: {forgotten}: whether they have changed is unknown")
-        elif allow_changed:
-            print_line(f"note: {forgotten}, and its split is drawn anew: videos it was trained on may be tested on")
-        else:
-            # A random split depends on the usable videos, the patients and the limit, which versions treat differently.
-            raise DataError(
-                f"data: {printable(study.root)}: the split is random, and this run has no record of its data, so its "
-                f"videos may now be in other splits; {'begin a new run' if keep else advice}"
-            )
-    if before is not None and not allow_changed:
+    if before is None:
+        if trained:
+            _note_no_record(study, "begin a new run" if keep else advice, allow_changed)
+        data = decode(config, machine, study)
+        now = now.with_contents(data.contents())
+        if keep:
+            write_json(record, now.as_dict())
+        return RunData(data, now, False if allow_changed else None)
+    if not allow_changed:
         _refuse_changes(before.differences(now), study, advice)  # before decoding, which takes long
-    data = decode(config, machine, study if before is None else before.as_used(study))
+    data = decode(config, machine, before.as_used(study))
     now = now.with_contents(data.contents())
-    changes = [] if before is None else before.differences(now)
+    changes = before.differences(now)
+    if not changes:
+        if before.table != now.table:
+            same = "its videos, splits, labels and targets have not"
+            print_line(f"note: the table's file has changed since the run began; {same}")
+        return RunData(data, now, True)
     if not allow_changed:
         _refuse_changes(changes, study, advice)
-    elif changes:
-        print_line(f"note: the data of {study.root} are not what the run was trained on: {', '.join(changes)}")
-    if before is not None and not changes and before.table != now.table:
-        print_line(
-            "note: the table's file has changed since the run began; its videos, splits, labels and targets have not"
-        )
-    if keep and before is None:
-        write_json(record, now.as_dict())
-    if before is None:
-        return RunData(data, now, False if allow_changed else None)
-    if not changes:
-        return RunData(data, now, True)
+    print_line(f"note: the data of {study.root} are not what the run was trained on: {', '.join(changes)}")
     unseen, left_out = _without_seen(data.study, study, before, data.contents())
     if left_out:
         videos = "1 test video is" if left_out == 1 else f"{left_out} test videos are"
         print_line(f"note: {videos} left out: the run was trained or validated on the same ones, or on their patients")
         data = decode(config, machine, unseen)
     return RunData(data, now, False, left_out)
+
+
+def _note_no_record(study: Study, advice: str, allow_changed: bool) -> None:
+    """Print that a trained run has no record of its data. Raises DataError if its split may have changed."""
+    forgotten = "this run kept no fingerprint of its data, as older versions did not"
+    if study.split_rule != "stratified":
+        print_line(f"note: {forgotten}: whether they have changed is unknown")
+    elif allow_changed:
+        print_line(f"note: {forgotten}, and its split is drawn anew: videos it was trained on may be tested on")
+    else:
+        # A random split depends on the usable videos, the patients and the limit, which versions treat differently.
+        raise DataError(
+            f"data: {printable(study.root)}: the split is random, and this run has no record of its data, so its "
+            f"videos may now be in other splits; {advice}"
+        )
 
 
 def _without_seen(usable: Study, study: Study, before: Fingerprint, contents: Mapping[str, str]) -> tuple[Study, int]:

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cardiocaps.errors import ConfigError, DataError, printable
+from cardiocaps.errors import DataError, printable
 
 
 @dataclass(frozen=True)
@@ -22,22 +22,14 @@ class Problem:
         return self.reason.partition(": ")[0]
 
 
-def refuse_many(
-    bad: int, total: int, max_bad_share: float, what: str, problems: Sequence[Problem], note: str = ""
-) -> None:
+def refuse_many(bad: Sequence[Problem], total: int, max_bad_share: float, what: str, note: str = "") -> None:
     """Raise DataError with the first problems if more than `max_bad_share` of `total` is bad."""
-    check_share(max_bad_share)
-    if bad > max_bad_share * total:
-        first = "; ".join(f"{p.where}: {p.reason}" for p in problems[:4])
+    if len(bad) > max_bad_share * total:
+        first = "; ".join(f"{p.where}: {p.reason}" for p in bad[:4])
         raise DataError(
-            f"{bad} of {total} {printable(what)} cannot be used, max_bad_share = {max_bad_share:g} allows"
+            f"{len(bad)} of {total} {printable(what)} cannot be used, max_bad_share = {max_bad_share:g} allows"
             f" {int(max_bad_share * total)}; the first: {first}{f'. Note: {note}' if note else ''}"
         )
-
-
-def check_share(max_bad_share: float) -> None:
-    if not 0 <= max_bad_share <= 1:
-        raise ConfigError(f"max_bad_share is {max_bad_share}; expected a share from 0 to 1")
 
 
 def summarise(problems: Iterable[Problem]) -> str:

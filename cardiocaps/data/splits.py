@@ -6,7 +6,6 @@ by video is the best that can be guaranteed.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
@@ -93,15 +92,6 @@ def divided(chosen: Mapping[str, str], groups: Mapping[str, str]) -> list[tuple[
         if chosen[other] != split:
             apart.setdefault(groups[name], (other, name))
     return list(apart.values())
-
-
-def warn_of_leak(what: str) -> None:
-    """Warn that scores of a split over frames are too good."""
-    warnings.warn(
-        f"{what} leaks: frames of one video land in training and in test;"
-        " its scores are too good, use it only to compare with the published figures",
-        stacklevel=3,
-    )
 
 
 def frame_items(clip_splits: Sequence[str], counts: Sequence[int], seed: int) -> dict[str, NDArray[np.int64]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from cardiocaps.data import splits
 from cardiocaps.data.problems import Problem, summarise
 from cardiocaps.data.video import Header
-from cardiocaps.errors import ConfigError, plural
+from cardiocaps.errors import plural
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,6 @@ class Study:
 
     def clips_in(self, split: str) -> tuple[Clip, ...]:
         """The clips that have frames in a split, in the order that a batch's `clip` counts them."""
-        if split not in splits.SPLITS:
-            raise ConfigError(f"split is {split!r}; expected one of {', '.join(splits.SPLITS)}")
         return tuple(clip for clip in self.clips if clip.split in (split, splits.MIXED))
 
     def check_splits(self) -> None:

@@ -36,7 +36,6 @@ MAX_FRAMES = 100_000
 MIN_SIDE, MAX_SIDE = 8, 4096
 MAX_PIXELS = 4_000_000_000  # of all frames together, for example 5,000 frames of 1024 × 768
 MAX_SECONDS = 300.0  # for one pass through a video; the largest that is allowed takes about 30
-READERS = ("pyav", "decord")
 MIN_FRAME_BYTES = 4  # an empty frame still has a length field, in AVI and in MP4
 RESIZE_VERSION = 1  # part of the cache key: raise it when `resize` returns other pixels
 READER_VERSION = 2  # likewise: raise it when PyAV's reader gives other frames, or refuses more videos

@@ -14,8 +14,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, interpolate
 
-from cardiocaps.errors import ConfigError
-
 MAX_ANGLE = 10.0  # degrees
 MAX_SHIFT = 108 / 728  # of the base side
 _BASE_OVER_INPUT = 728 / 256
@@ -28,23 +26,19 @@ _LOG_GAIN = 0.15
 
 def base_side(size: int) -> int:
     """Side in pixels of the cached frames for a network input of `size` pixels: 256 -> 728, 64 -> 182."""
-    if size < 8:
-        raise ConfigError(f"size is {size}; expected at least 8 pixels")
     return round(size * _BASE_OVER_INPUT)
 
 
-def draw_jitter(
-    rng: np.random.Generator, train: bool, augment_full: bool = True
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def draw_jitter(rng: np.random.Generator, train: bool) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """The geometry and tone of the three views of a frame.
 
-    In evaluation they are fixed: the zoomed views look halfway up and halfway down the range of training, where the
-    septum and the posterior wall lie in a parasternal long-axis view.
+    In training, the zoomed views are turned and shifted as in the paper, the full one a little, and gain and gamma
+    change. In evaluation all are fixed: the zoomed views look halfway up and halfway down the range of training, where
+    the septum and the posterior wall lie in a parasternal long-axis view.
 
     Args:
         rng: the generator of this item in this epoch.
         train: whether to draw them at random.
-        augment_full: in training, also turn, shift and scale the full view a little, and change gain and gamma.
 
     Returns:
         jitter float32 [3, 4]: (degrees, dx, dy, log scale) of the full and the two zoomed views, see
@@ -55,9 +49,8 @@ def draw_jitter(
         jitter[1:, 2] = -MAX_SHIFT / 2, MAX_SHIFT / 2
         return jitter, tone
     jitter[1:, :3] = rng.uniform(-1, 1, (2, 3)) * (MAX_ANGLE, MAX_SHIFT, MAX_SHIFT)
-    if augment_full:
-        jitter[0] = rng.uniform(-1, 1, 4) * (MAX_ANGLE, _FULL_SHIFT, _FULL_SHIFT, _FULL_LOG_SCALE)
-        tone = np.exp(rng.uniform(-_LOG_GAIN, _LOG_GAIN, 2)).astype(np.float32)
+    jitter[0] = rng.uniform(-1, 1, 4) * (MAX_ANGLE, _FULL_SHIFT, _FULL_SHIFT, _FULL_LOG_SCALE)
+    tone = np.exp(rng.uniform(-_LOG_GAIN, _LOG_GAIN, 2)).astype(np.float32)
     return jitter, tone
 
 
@@ -77,10 +70,6 @@ def three_views(base: Tensor, size: int, jitter: Tensor, tone: Tensor | None = N
         (`size` of S pixels wide, pixel for pixel but for the turn).
     """
     side = base.shape[-1]
-    if base.dtype != torch.uint8 or base.ndim != 4 or base.shape[1] != 3 or base.shape[2] != side:
-        raise ValueError(f"base is {base.dtype} {list(base.shape)}; expected uint8 [B, 3, S, S]")
-    if jitter.shape != (len(base), 3, 4):
-        raise ValueError(f"jitter is {list(jitter.shape)}; expected [{len(base)}, 3, 4]")
     # In place if possible: allocating memory for a batch of frames costs more than the arithmetic.
     pixels = base.float().div_(255)
     small = interpolate(pixels, (size, size), mode="bilinear", antialias=True, align_corners=False)

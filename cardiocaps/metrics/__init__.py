@@ -15,7 +15,7 @@ from cardiocaps.metrics.regression import RegressionReport, regression_report
 from cardiocaps.metrics.runs import RunsReport, evaluate_runs
 from cardiocaps.metrics.samples import Floats, Integers, by_video, mean_by
 from cardiocaps.metrics.scores import DECISIONS, METRICS, PUBLISHED
-from cardiocaps.metrics.thresholds import THRESHOLD, choose_threshold, confusion, decision_threshold, threshold_counts
+from cardiocaps.metrics.thresholds import THRESHOLD, confusion, decision_threshold, threshold_counts
 
 __all__ = [
     "BOOTSTRAP",
@@ -34,7 +34,6 @@ __all__ = [
     "Report",
     "RunsReport",
     "by_video",
-    "choose_threshold",
     "confusion",
     "decision_threshold",
     "evaluate",

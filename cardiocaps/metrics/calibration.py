@@ -12,11 +12,9 @@ def reliability(probability: ArrayLike, label: ArrayLike, bins: int = 10) -> tup
     Equal probabilities share a bin, so there can be fewer than `bins`.
 
     Raises:
-        ValueError: see `checked_samples`; or `bins` is below 1.
+        ValueError: see `checked_samples`.
     """
     p, y = checked_samples(probability, label)
-    if bins < 1:
-        raise ValueError(f"bins is {bins}; expected 1 or more")
     order = np.sort(p)
     edges = np.unique(order[[p.size * k // bins for k in range(1, bins)]])
     member = np.unique(np.searchsorted(edges, p, side="right"), return_inverse=True)[1]

@@ -86,13 +86,9 @@ def evaluate(
         group_name: what the notes call one group.
 
     Raises:
-        ValueError: see `checked_samples`; or `threshold` is outside [0, 1], or `bootstrap` is negative.
+        ValueError: see `checked_samples`.
     """
     p, y = checked_samples(probability, label)
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"threshold is {threshold}; expected a value in [0, 1]")
-    if bootstrap < 0:
-        raise ValueError(f"bootstrap is {bootstrap}; expected 0 or more")
     tested = Tested.of(p, y, groups, threshold)
     value = tested.sample.estimate()
     metrics = {name: Estimate(value[name]) for name in METRICS}

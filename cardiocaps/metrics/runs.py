@@ -65,18 +65,11 @@ def evaluate_runs(
         bootstrap, seed, group_name: see `evaluate`.
 
     Raises:
-        ValueError: see `evaluate`; or there is no run, or the sequences have different lengths.
+        ValueError: see `evaluate`; or the sequences have different lengths.
     """
     count = len(probabilities)
     groups = [None] * count if groups is None else groups
     thresholds = [THRESHOLD] * count if thresholds is None else thresholds
-    if not count:
-        raise ValueError("probabilities is empty; expected at least one run")
-    if bootstrap < 0:
-        raise ValueError(f"bootstrap is {bootstrap}; expected 0 or more")
-    for name, values in (("labels", labels), ("groups", groups), ("thresholds", thresholds)):
-        if len(values) != count:
-            raise ValueError(f"{name} has {len(values)} entries; expected one for each of {count} runs")
     runs = tuple(
         evaluate(p, y, group, threshold=threshold, bootstrap=0, seed=seed, group_name=group_name)
         for p, y, group, threshold in zip(probabilities, labels, groups, thresholds, strict=True)

@@ -33,41 +33,36 @@ def threshold_counts(probability: ArrayLike, label: ArrayLike) -> tuple[Floats, 
     )
 
 
-def choose_threshold(probability: ArrayLike, label: ArrayLike) -> float:
+def decision_threshold(probability: ArrayLike, label: ArrayLike) -> tuple[float, str | None]:
     """The threshold with the largest Youden index (sensitivity + specificity - 1; Youden 1950).
 
     Candidates are the midpoints between neighbouring probabilities. Of equally good ones, the nearest to 0.5 is
     chosen, then the smaller one. If all probabilities are equal, the result is THRESHOLD.
 
     Args:
-        probability: [n] of class 1.
+        probability: [n] of class 1, of a validation split.
         label: [n], 0 or 1.
 
+    Returns:
+        The threshold and None; or THRESHOLD and the reason, if there is one class only.
+
     Raises:
-        ValueError: see `checked_samples`; or only one class is present.
+        ValueError: see `checked_samples`.
     """
     p, y = checked_samples(probability, label)
     positives = int(y.sum())
     if positives in (0, y.size):
-        raise ValueError(f"label is {int(y[0])} everywhere; expected both classes, to choose a threshold")
+        return THRESHOLD, f"every validation label is {y[0]}"
     falling, tp, fp = threshold_counts(p, y)
     upper, lower = falling[1:-1], falling[2:]
     if not lower.size:
-        return THRESHOLD
+        return THRESHOLD, None
     middle = lower + (upper - lower) / 2
     middle = np.where(middle < upper, middle, lower)  # there is no number between neighbouring floats
     # The index times the numbers of positives and negatives is an integer, so ties are found exactly.
     index = tp[1:-1] * (y.size - positives) - fp[1:-1] * positives
     best = middle[index == index.max()]
-    return float(min(best, key=lambda threshold: (abs(threshold - THRESHOLD), threshold)))
-
-
-def decision_threshold(probability: ArrayLike, label: ArrayLike) -> tuple[float, str | None]:
-    """`choose_threshold` for a validation split; if it has one class only, THRESHOLD and the reason."""
-    _, y = checked_samples(probability, label)
-    if y.min() == y.max():
-        return THRESHOLD, f"every validation label is {y[0]}"
-    return choose_threshold(probability, label), None
+    return float(min(best, key=lambda threshold: (abs(threshold - THRESHOLD), threshold))), None
 
 
 def last_of_ties(sorted_values: Floats) -> Integers:

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import TYPE_CHECKING
 
-from cardiocaps.errors import ConfigError
-
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor, nn
 
     from cardiocaps.config import TrainConfig
@@ -43,7 +41,7 @@ class Model:
             raise ValueError(f"Model: title is {self.title!r}; expected the name that tables show")
 
 
-def build(config: TrainConfig, regression_start: float = 0.0, device: torch.device | str | None = None) -> nn.Module:
+def build(config: TrainConfig, regression_start: float = 0.0) -> nn.Module:
     """The network `config.model` of the sizes `config.network`, with freshly drawn parameters.
 
     A network is called with image [B, 9, S, S] and, in training, label int64 [B]. It returns a
@@ -52,16 +50,11 @@ def build(config: TrainConfig, regression_start: float = 0.0, device: torch.devi
     Args:
         config: settings of the run. The network ignores those that it has no use for.
         regression_start: see `cardiocaps.models.cardiocaps.CardioCaps`.
-        device: where the parameters are made. "meta" makes none.
 
     Raises:
-        ConfigError: an unknown model, or one that needs a package that is not installed.
+        ConfigError: it needs a package that is not installed.
     """
-    import torch
-
-    model = _registered(config)
-    with torch.device(device or torch.get_default_device()):
-        return model.build(config, regression_start)
+    return MODELS[config.model].build(config, regression_start)
 
 
 def make_loss(config: TrainConfig, class_weights: Tensor | None) -> nn.Module:
@@ -70,23 +63,14 @@ def make_loss(config: TrainConfig, class_weights: Tensor | None) -> nn.Module:
     Args:
         config: settings of the run.
         class_weights: [2], as `cardiocaps.models.losses.class_weights` returns it. None: ones.
-
-    Raises:
-        ConfigError: an unknown model.
     """
-    return _registered(config).loss(config, class_weights)
+    return MODELS[config.model].loss(config, class_weights)
 
 
 def title(config: TrainConfig) -> str:
-    """What tables call the network of a run. Raises ConfigError for an unknown model."""
-    model = _registered(config)
+    """What tables call the network of a run."""
+    model = MODELS[config.model]
     return model.title if model.title_of is None else model.title_of(config)
-
-
-def _registered(config: TrainConfig) -> Model:
-    if config.model not in MODELS:
-        raise ConfigError(f"model is {config.model!r}; expected one of {', '.join(MODELS)}")
-    return MODELS[config.model]
 
 
 def _cardiocaps(config: TrainConfig, regression_start: float) -> nn.Module:
@@ -113,25 +97,17 @@ def _em_capsnet(config: TrainConfig, _: float) -> nn.Module:
     return EMCapsNet(config.network, iterations=config.iterations)
 
 
-def _efficient_capsnet(config: TrainConfig, _: float) -> nn.Module:
-    from cardiocaps.models.efficient_capsnet import EfficientCapsNet
-
-    return EfficientCapsNet(config.network)
-
-
 def _cnn(config: TrainConfig, _: float) -> nn.Module:
     from cardiocaps.models.cnn import CNN
 
     return CNN(config.network, pooled=config.model == "cnn-1")
 
 
-def _monai(name: str) -> Callable[[TrainConfig, float], nn.Module]:
-    """Builds the class of this name in `cardiocaps.models.monai_networks`."""
+def _by_size(module: str, name: str) -> Callable[[TrainConfig, float], nn.Module]:
+    """Builds the class `name` of a module of this package, which takes the sizes alone."""
 
     def build(config: TrainConfig, _: float) -> nn.Module:
-        from cardiocaps.models import monai_networks
-
-        network: nn.Module = getattr(monai_networks, name)(config.network)
+        network: nn.Module = getattr(import_module(f"{__name__}.{module}"), name)(config.network)
         return network
 
     return build
@@ -147,16 +123,14 @@ def _capsule_loss(config: TrainConfig, class_weights: Tensor | None) -> nn.Modul
     )
 
 
-def _spread_loss(_: TrainConfig, class_weights: Tensor | None) -> nn.Module:
-    from cardiocaps.models.losses import SpreadLoss
+def _loss(name: str) -> Callable[[TrainConfig, Tensor | None], nn.Module]:
+    """Builds the class `name` of `cardiocaps.models.losses`, which takes the class weights alone."""
 
-    return SpreadLoss(class_weights)
+    def build(_: TrainConfig, class_weights: Tensor | None) -> nn.Module:
+        loss: nn.Module = getattr(import_module(f"{__name__}.losses"), name)(class_weights)
+        return loss
 
-
-def _cross_entropy(_: TrainConfig, class_weights: Tensor | None) -> nn.Module:
-    from cardiocaps.models.losses import CrossEntropyLoss
-
-    return CrossEntropyLoss(class_weights)
+    return build
 
 
 MODELS: Mapping[str, Model] = {
@@ -167,12 +141,12 @@ MODELS: Mapping[str, Model] = {
         settings=("routing", "affine", "primary_layout"),
         title_of=_cardiocaps_title,
     ),
-    "em-capsnet": Model("EM-CapsNet", _em_capsnet, _spread_loss),
-    "efficient-capsnet": Model("Efficient-CapsNet", _efficient_capsnet, _capsule_loss),
-    "cnn-1": Model("CNN-(1)", _cnn, _cross_entropy),
-    "cnn-2": Model("CNN-(2)", _cnn, _cross_entropy),
-    "resnet18": Model("ResNet18", _monai("ResNet18"), _cross_entropy),
-    "unet": Model("U-Net", _monai("UNet"), _cross_entropy),
-    "vit": Model("ViT", _monai("ViT"), _cross_entropy),
+    "em-capsnet": Model("EM-CapsNet", _em_capsnet, _loss("SpreadLoss")),
+    "efficient-capsnet": Model("Efficient-CapsNet", _by_size("efficient_capsnet", "EfficientCapsNet"), _capsule_loss),
+    "cnn-1": Model("CNN-(1)", _cnn, _loss("CrossEntropyLoss")),
+    "cnn-2": Model("CNN-(2)", _cnn, _loss("CrossEntropyLoss")),
+    "resnet18": Model("ResNet18", _by_size("monai_networks", "ResNet18"), _loss("CrossEntropyLoss")),
+    "unet": Model("U-Net", _by_size("monai_networks", "UNet"), _loss("CrossEntropyLoss")),
+    "vit": Model("ViT", _by_size("monai_networks", "ViT"), _loss("CrossEntropyLoss")),
 }
 """The name of a network -> its row."""

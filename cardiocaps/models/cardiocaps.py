@@ -45,7 +45,7 @@ class CardioCaps(nn.Module):
     Shape: image [B, 9, S, S] in [0, 1] and, in training, label [B] int64 -> `Prediction`, in all its parts.
 
     Raises:
-        ValueError: an image of another shape, a preset whose convolutions leave no capsule, or an unknown affine map.
+        ValueError: an image of another shape, or an unknown affine map.
     """
 
     def __init__(
@@ -65,8 +65,6 @@ class CardioCaps(nn.Module):
         side = _after(
             _after(sizes.size, sizes.conv_kernel, sizes.conv_stride), sizes.primary_kernel, sizes.primary_stride
         )
-        if side < 1:
-            raise ValueError(f"CardioCaps: images of {sizes.size} pixels leave no primary capsule with {sizes}")
         self.conv = nn.Sequential(
             nn.Conv2d(IN_CHANNELS, sizes.conv_channels, sizes.conv_kernel, sizes.conv_stride), nn.ReLU()
         )

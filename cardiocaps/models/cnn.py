@@ -29,7 +29,7 @@ class CNN(nn.Module):
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
 
     Raises:
-        ValueError: an image of another shape, or a preset whose convolutions leave no feature.
+        ValueError: an image of another shape.
     """
 
     def __init__(self, sizes: Preset, *, pooled: bool) -> None:
@@ -38,8 +38,6 @@ class CNN(nn.Module):
         first, second, last = _CHANNELS
         side = (sizes.size - sizes.conv_kernel) // sizes.conv_stride + 1
         side = (side - sizes.primary_kernel) // sizes.primary_stride + 1
-        if side < 1:
-            raise ValueError(f"CNN: images of {sizes.size} pixels leave no feature with {sizes}")
 
         def pooling() -> nn.Module:
             return nn.MaxPool2d(3, stride=1, padding=1)

@@ -1,4 +1,8 @@
-"""MONAI's ResNet18, U-Net and ViT as classifiers (table V of the paper)."""
+"""MONAI's ResNet18, U-Net and ViT as classifiers (table V of the paper).
+
+All are made from a preset's image size S. They map image [B, 9, S, S] in [0, 1] to a `Prediction` with logits, and
+ignore the label. They raise ValueError for an image of another shape, and ConfigError if MONAI is not installed.
+"""
 
 from __future__ import annotations
 
@@ -15,17 +19,7 @@ _SMALL = 64
 
 
 class ResNet18(nn.Module):
-    """ResNet18 (He et al. 2016), from random weights; its widths are halved for images of 64 pixels.
-
-    Args:
-        sizes: of the image.
-
-    Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
-
-    Raises:
-        ValueError: an image of another shape.
-        ConfigError: MONAI is not installed.
-    """
+    """ResNet18 (He et al. 2016), from random weights; its widths are halved for images of 64 pixels."""
 
     def __init__(self, sizes: Preset) -> None:
         super().__init__()
@@ -51,22 +45,11 @@ class UNet(nn.Module):
 
     It has four levels of 32 to 256 channels and batch normalisation. (Instance normalisation would remove the mean of
     each map, which is what the head uses.)
-
-    Args:
-        sizes: of the image, a multiple of 8 pixels.
-
-    Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
-
-    Raises:
-        ValueError: an image of another shape, or a size that is not a multiple of 8.
-        ConfigError: MONAI is not installed.
     """
 
     def __init__(self, sizes: Preset) -> None:
         super().__init__()
         self.size = sizes.size
-        if sizes.size % 8:
-            raise ValueError(f"UNet: images have {sizes.size} pixels along a side; it must be a multiple of 8")
         nets: Any = require_package("monai.networks.nets", "monai", "model: 'unet'")
         maps = 32
         self.network = nets.UNet(
@@ -89,22 +72,14 @@ class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al. 2021) of the paper's sizes: patches of 4 pixels, width 16, depth 2, 4
     heads. Its perceptrons have four times the width, as usual.
 
-    Args:
-        sizes: of the image, a multiple of 4 pixels.
-
-    Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
-
     Raises:
-        ValueError: an image of another shape, or a size that is not a multiple of 4.
-        ConfigError: MONAI, or einops, which it needs for this network, is not installed.
+        ConfigError: einops, which MONAI needs for this network, is not installed.
     """
 
     def __init__(self, sizes: Preset) -> None:
         super().__init__()
         self.size = sizes.size
         patch, width = 4, 16
-        if sizes.size % patch:
-            raise ValueError(f"ViT: images have {sizes.size} pixels along a side; it must be a multiple of {patch}")
         require_package("einops", "einops", "model: 'vit'")
         nets: Any = require_package("monai.networks.nets", "monai", "model: 'vit'")
         self.network = nets.ViT(

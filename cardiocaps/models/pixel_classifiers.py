@@ -4,7 +4,7 @@ They see small grey frames of 32×32 pixels. On the 589,824 numbers of a network
 nearest neighbours, and there all frames have nearly the same distance.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,8 +36,11 @@ Integers = NDArray[np.int64]
 class PixelClassifier:
     """A fitted classifier of pixels. Made by `fit`."""
 
-    model: Any  # with scikit-learn's interface
-    pixels: int
+    model: Any  # a pipeline of scikit-learn or imbalanced-learn
+
+    @property
+    def pixels(self) -> int:
+        return int(self.model[0].n_features_in_)
 
     @property
     def parameters(self) -> int | None:
@@ -46,25 +49,13 @@ class PixelClassifier:
         return None if coefficients is None else int(coefficients.size + self.model[-1].intercept_.size)
 
     def probability(self, pixels: ArrayLike) -> Floats:
-        """Probability of class 1, [m], for `pixels` [m, p]. Raises ValueError for another p, and as `fit`."""
-        values = _pixels(pixels, "pixels")
-        if values.shape[1] != self.pixels:
-            raise ValueError(f"pixels has {values.shape[1]} columns; expected {self.pixels}, as in training")
+        """Probability of class 1, [m], for `pixels` [m, p]."""
         # XGBoost's are float32.
-        return np.clip(self.model.predict_proba(values)[:, 1].astype(np.float64), 0.0, 1.0)
+        return np.clip(self.model.predict_proba(_doubles(pixels))[:, 1].astype(np.float64), 0.0, 1.0)
 
     def as_dict(self) -> dict[str, Any]:
-        """The exact parameters of a logistic regression without sampling, for JSON.
-
-        Raises:
-            ValueError: another classifier.
-        """
-        steps = getattr(self.model, "named_steps", {})
-        if [*steps] != ["scale", "classifier"]:
-            raise ValueError(
-                f"classifier has steps {', '.join(steps)}; expected a logistic regression without sampling"
-            )
-        scale, classifier = steps["scale"], steps["classifier"]
+        """The exact parameters of a logistic regression without sampling, for JSON."""
+        scale, classifier = self.model
         return {
             "mean": scale.mean_.tolist(),
             "scale": scale.scale_.tolist(),
@@ -74,22 +65,21 @@ class PixelClassifier:
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "PixelClassifier":
-        """The inverse of `as_dict`: a classifier with the same predictions. Raises ValueError for other content."""
+        """The inverse of `as_dict`: a classifier with the same predictions.
+
+        Raises:
+            KeyError, TypeError, ValueError: other content.
+        """
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import Pipeline
         from sklearn.preprocessing import StandardScaler
 
-        values = {name: _numbers(content, name) for name in ("mean", "scale", "coefficients", "intercept")}
-        pixels = values["mean"].size
-        right = {"mean": (pixels,), "scale": (pixels,), "coefficients": (pixels,), "intercept": ()}
-        if not pixels or any(array.shape != right[name] for name, array in values.items()):
-            shapes = ", ".join(f"{name} {list(array.shape)}" for name, array in values.items())
-            raise ValueError(f"content is {shapes}; expected one intercept and as many numbers of each other kind")
         scale, classifier = StandardScaler(), LogisticRegression()
-        scale.mean_, scale.scale_, scale.n_features_in_ = values["mean"], values["scale"], pixels
-        classifier.coef_, classifier.intercept_ = values["coefficients"][None], values["intercept"][None]
-        classifier.classes_, classifier.n_features_in_ = np.array([0, 1]), pixels
-        return cls(Pipeline([("scale", scale), ("classifier", classifier)]), pixels)
+        scale.mean_, scale.scale_, coefficients = _doubles([content[n] for n in ("mean", "scale", "coefficients")])
+        classifier.coef_, classifier.intercept_ = coefficients[None], np.array([float(content["intercept"])])
+        classifier.classes_ = np.array([0, 1])
+        scale.n_features_in_ = classifier.n_features_in_ = len(coefficients)
+        return cls(Pipeline([("scale", scale), ("classifier", classifier)]))
 
 
 def fit(
@@ -112,7 +102,7 @@ def fit(
         classifier: one of CLASSIFIERS.
         sampling: one of SAMPLINGS.
         pixels: real numbers in any unit; logistic regression standardises each column.
-        labels: 0 or 1.
+        labels: 0 or 1, both present.
         validation_pixels: [m, p], for XGBoost only. It stops when the log loss of these frames, with balanced classes,
             has not decreased for `patience` trees.
         validation_labels: [m], for XGBoost only.
@@ -121,38 +111,28 @@ def fit(
         patience: see `validation_pixels`.
 
     Raises:
-        ValueError: unknown names, wrong shapes or values, training labels of only one class, or XGBoost without
-            validation frames.
+        ValueError: as scikit-learn, for wrong shapes or values.
         DataError: SMOTE with a single frame of the rarer class.
         ConfigError: a package that is not installed.
     """
-    _check_choice("classifier", classifier, CLASSIFIERS)
-    _check_choice("sampling", sampling, SAMPLINGS)
-    train = _pixels(pixels, "pixels")
-    y = _labels(labels, len(train), "labels")
-    if len(np.unique(y)) != 2:
-        raise ValueError(f"labels is {np.unique(y).tolist()}; expected 0 and 1, both present")
-
+    train, y = _doubles(pixels), np.asarray(labels).astype(np.int64)
     steps, options = [], {}
-    if sampling != "class-weight":
+    weighted = sampling == "class-weight"
+    if not weighted:
         steps.append(("sampling", _sampler(sampling, y, seed)))
     if classifier == "logistic-regression":
         from sklearn.preprocessing import StandardScaler
 
         steps.append(("scale", StandardScaler()))
     if classifier == "xgboost":
-        if validation_pixels is None or validation_labels is None:
-            raise ValueError("validation_pixels is None; expected frames: xgboost stops by them")
-        validation = _pixels(validation_pixels, "validation_pixels")
-        truth = _labels(validation_labels, len(validation), "validation_labels")
-        if validation.shape[1] != train.shape[1]:
-            raise ValueError(f"validation_pixels has {validation.shape[1]} columns; expected {train.shape[1]}")
+        assert validation_pixels is not None, "XGBoost stops by the validation frames"
+        truth = np.asarray(validation_labels).astype(np.int64)
         options = {
-            "classifier__eval_set": [(validation, truth)],
-            "classifier__sample_weight_eval_set": [_balanced(truth)],
+            "classifier__eval_set": [(_doubles(validation_pixels), truth)],
+            # With these weights all classes have the same sum of weights.
+            "classifier__sample_weight_eval_set": [1 / np.bincount(truth, minlength=2)[truth]],
             "classifier__verbose": False,
         }
-    weighted = sampling == "class-weight"
     steps.append(("classifier", _classifier(classifier, y if weighted else None, seed, threads, patience)))
     if weighted:
         from sklearn.pipeline import Pipeline
@@ -161,7 +141,7 @@ def fit(
         Pipeline = require_package("imblearn.pipeline", "imbalanced-learn", f"sampling: {sampling!r}").Pipeline
     model = Pipeline(steps)
     model.fit(train, y, **options)
-    return PixelClassifier(model, train.shape[1])
+    return PixelClassifier(model)
 
 
 def _sampler(sampling: str, y: Integers, seed: int) -> Any:
@@ -206,42 +186,5 @@ def _classifier(name: str, weighted: Integers | None, seed: int, threads: int | 
     )
 
 
-def _balanced(y: Integers) -> Floats:
-    """Weights [n] with which all classes have the same sum of weights."""
-    weight: Floats = 1 / np.bincount(y, minlength=2)[y]
-    return weight
-
-
-def _check_choice(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} is {value!r}; expected one of {', '.join(allowed)}")
-
-
-def _labels(values: ArrayLike, n: int, name: str) -> Integers:
-    labels = np.asarray(values)
-    if labels.shape != (n,):
-        raise ValueError(f"{name} has shape {list(labels.shape)}; expected [{n}]")
-    if not np.isin(labels, (0, 1)).all():
-        raise ValueError(f"{name} is {np.unique(labels)[:5].tolist()}; expected 0 or 1")
-    return labels.astype(np.int64)
-
-
-def _numbers(content: Mapping[str, Any], name: str) -> Floats:
-    try:
-        array = np.asarray(content.get(name), np.float64)
-    except (TypeError, ValueError):
-        array = np.array(np.nan)
-    if not np.isfinite(array).all() or (name == "scale" and not (array > 0).all()):
-        positive = ", above 0" if name == "scale" else ""
-        raise ValueError(f"{name} is {content.get(name)!r:.60}; expected finite numbers{positive}")
-    return array
-
-
-def _pixels(values: ArrayLike, name: str) -> Floats:
-    array = np.asarray(values)
-    if array.ndim != 2 or array.size == 0 or array.dtype.kind not in "biuf":
-        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}; expected a non-empty numeric [n, p] array")
-    pixels = array.astype(np.float64)
-    if not np.isfinite(pixels).all():
-        raise ValueError(f"{name} has the value {pixels[~np.isfinite(pixels)][0]}; expected finite numbers")
-    return pixels
+def _doubles(values: ArrayLike) -> Floats:
+    return np.asarray(values).astype(np.float64)

@@ -23,15 +23,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 BORDERS = 8
-RV_WALL, SEPTUM_RIGHT, SEPTUM_LEFT, AORTA_BACK, LA_FRONT, POSTERIOR_INNER, POSTERIOR_OUTER = (
-    1,
-    2,
-    3,
-    4,
-    5,
-    6,
-    7,
-)
+RV_WALL, SEPTUM_RIGHT, SEPTUM_LEFT, AORTA_BACK, LA_FRONT, POSTERIOR_INNER, POSTERIOR_OUTER = range(1, BORDERS)
 CALIPERS = {  # the two borders between which each wall or diameter is measured, at u = 0
     "IVS": (SEPTUM_RIGHT, SEPTUM_LEFT),
     "LVID": (SEPTUM_LEFT, POSTERIOR_INNER),

@@ -5,53 +5,38 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cardiocaps.errors import ConfigError, OutputError, printable
+from cardiocaps.errors import OutputError, printable
+from cardiocaps.phantom.patients import Patient, plan
 from cardiocaps.runtime.files import (
     atomic_write,
     lock_folder,
     output_errors,
     remove_leftovers,
-    sync_folder,
     write_bytes,
 )
 from cardiocaps.runtime.processes import cores, die_with_parent, in_parallel
 from cardiocaps.runtime.progress import shown
 
-if TYPE_CHECKING:
-    from cardiocaps.phantom.patients import Patient
-
 VERSION = 1  # raise it when a seed gives other files than before
 TABLE = "MeasurementsList.csv"
-MARKER, UNFINISHED = "phantom.json", "phantom.unfinished.json"
+MARKER = "phantom.json"  # written first; the table comes last
 BATCHES = ("Batch1", "Batch2", "Batch3", "Batch4")
 COLUMNS = (
-    "",
-    "HashedFileName",
-    "Calc",
-    "CalcValue",
-    "Frame",
-    "X1",
-    "X2",
-    "Y1",
-    "Y2",
-    "Frames",
-    "FPS",
-    "Width",
-    "Height",
-    "split",
+    *("", "HashedFileName", "Calc", "CalcValue", "Frame", "X1", "X2", "Y1", "Y2"),
+    *("Frames", "FPS", "Width", "Height", "split"),
 )
-LEAST_VIDEOS = 10
+_OURS = re.compile(rf"({MARKER}|{TABLE}|Batch[1-4]/0X\w+\.avi)(\.[0-9a-f]{{8}}\.part)?")
 QUALITY = 4  # of MJPEG's quantiser; 2 is the best
 
 
@@ -72,7 +57,7 @@ def write_phantom(
 
     Args:
         out: the folder.
-        videos: number of videos, at least LEAST_VIDEOS.
+        videos: number of videos, at least 10.
         seed: the same `videos` and `seed` give the same bytes.
         overwrite: make an existing phantom anew.
         progress: show on standard error how many videos are made.
@@ -82,62 +67,42 @@ def write_phantom(
         The number of videos that were made.
 
     Raises:
-        ConfigError: an argument is not allowed.
         OutputError: `out` cannot be written, or holds files that are not part of a phantom.
     """
-    out = Path(out)
-    _whole("videos", videos, LEAST_VIDEOS)
-    _whole("seed", seed, 0)
-    if processes is not None:
-        _whole("processes", processes, 1)
-    settings = _settings(videos, seed)
     with output_errors(out):
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out} is a file, not a folder")
         out.mkdir(parents=True, exist_ok=True)
     # If another process is making the same phantom, this one waits and finds it complete.
     with lock_folder(out, wait=True):
-        return _write(out, videos, seed, settings, overwrite, progress, processes or cores())
+        return _write(out, videos, seed, overwrite, progress, processes or cores())
 
 
-def _write(out: Path, videos: int, seed: int, settings: bytes, overwrite: bool, progress: bool, processes: int) -> int:
+def _write(out: Path, videos: int, seed: int, overwrite: bool, progress: bool, processes: int) -> int:
+    settings = _settings(videos, seed)
     _claim(out, settings, overwrite)
-
-    from cardiocaps.phantom.patients import plan
-
     patients = plan(videos, seed)
     missing = [patient for patient in patients if not _has_content(out / patient.video)]
     if not missing and phantom_is_complete(out, videos, seed):
         return 0
     with output_errors(out):
-        (out / MARKER).unlink(missing_ok=True)
-        write_bytes(out / UNFINISHED, settings, sync=False)
+        write_bytes(out / MARKER, settings, sync=False)
         for batch in BATCHES:
             (out / batch).mkdir(exist_ok=True)
         _make_videos(out, missing, progress, processes)
         remove_leftovers(out, *(out / batch for batch in BATCHES))
         write_bytes(out / TABLE, _table(patients))
-        (out / UNFINISHED).replace(out / MARKER)
-        sync_folder(out)
     return len(missing)
 
 
 def phantom_is_complete(out: Path, videos: int, seed: int) -> bool:
     """Whether `out` holds everything that `write_phantom(out, videos, seed)` writes."""
-    out = Path(out)
     try:
         if (out / MARKER).read_bytes() != _settings(videos, seed):
             return False
     except OSError:
         return False
-    from cardiocaps.phantom.patients import plan
-
     return all(_has_content(out / name) for name in (TABLE, *(patient.video for patient in plan(videos, seed))))
-
-
-def _whole(name: str, value: int, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name} is {value!r}; expected a whole number, at least {least}")
 
 
 def _settings(videos: int, seed: int) -> bytes:
@@ -155,8 +120,8 @@ def _claim(out: Path, settings: bytes, overwrite: bool) -> None:
     with output_errors(out):
         if not any(out.iterdir()):
             return
-        marker = next((out / name for name in (MARKER, UNFINISHED) if (out / name).is_file()), None)
-        if marker is None:
+        marker = out / MARKER
+        if not marker.is_file():
             raise OutputError(f"{out} is not empty and not a phantom: choose a new folder")
         if overwrite:
             _clear(out)
@@ -168,26 +133,17 @@ def _claim(out: Path, settings: bytes, overwrite: bool) -> None:
 
 def _clear(out: Path) -> None:
     """Remove the files of a phantom; raise OutputError, and remove nothing, if there are other files."""
-    markers, parts = [out / MARKER, out / UNFINISHED], _torn(out)
     folders = [out / batch for batch in BATCHES if (out / batch).is_dir() and not (out / batch).is_symlink()]
-    videos = [video for folder in folders for video in folder.glob("0X*.avi") if video.is_file()]
-    ours = {*markers, *parts, *folders, *videos, out / TABLE}
-    for entry in (*out.iterdir(), *(entry for folder in folders for entry in folder.iterdir())):
-        if entry not in ours:
-            raise OutputError(f"{printable(entry)} is not part of a phantom: {out} is not overwritten")
-    for path in (*videos, *parts, out / TABLE):
-        path.unlink(missing_ok=True)
+    files = [entry for folder in (out, *folders) for entry in folder.iterdir() if entry not in folders]
+    for file in files:
+        if not (file.is_file() and _OURS.fullmatch(str(file.relative_to(out)))):
+            raise OutputError(f"{printable(file)} is not part of a phantom: {out} is not overwritten")
+    for file in files:
+        if file != out / MARKER:
+            file.unlink()
     for folder in folders:
         folder.rmdir()
-    # The markers go last, so that after an interruption the folder is still recognised as a phantom.
-    for path in markers:
-        path.unlink(missing_ok=True)
-
-
-def _torn(out: Path) -> list[Path]:
-    """Temporary files of killed processes."""
-    names = (f"{TABLE}.*.part", "phantom*.json.*.part", "Batch[1-4]/0X*.avi.*.part")
-    return [path for name in names for path in out.glob(name)]
+    (out / MARKER).unlink()  # last, so that after an interruption the folder is still recognised as a phantom
 
 
 def _make_videos(out: Path, missing: list[Patient], progress: bool, processes: int) -> None:

@@ -17,14 +17,8 @@ NORMAL, HYPERTROPHIC, DILATED = "normal", "hypertrophic", "dilated"
 ABNORMAL_PART = 0.2
 SPLITS = {"train": 0.55, "val": 0.15, "test": 0.30}
 SIZES = ((320, 240), (340, 256), (360, 270), (384, 288), (400, 300))  # width, height in pixels
-CALCS = {
-    "IVSd": 0.93,
-    "LVIDd": 0.97,
-    "LVPWd": 0.93,
-    "IVSs": 0.5,
-    "LVIDs": 0.9,
-    "LVPWs": 0.5,
-}  # share of patients in which it is measured
+CALCS = {"IVSd": 0.93, "LVIDd": 0.97, "LVPWd": 0.93, "IVSs": 0.5, "LVIDs": 0.9, "LVPWs": 0.5}
+"""Measurement -> share of patients in which it is taken."""
 
 
 @dataclass(frozen=True)
@@ -207,14 +201,7 @@ def _patient(name: str, batch: int, split: str, kind: str, seed: int, index: int
         base=rng.uniform(2.15, 2.5) * length,
         base_excursion=rng.uniform(2.6, 3.3) * squeeze * body,
     )
-    place = Scan(
-        width=width,
-        height=height,
-        fps=fps,
-        frames=frames,
-        depth=depth,
-        **scan,
-    )
+    place = Scan(width=width, height=height, fps=fps, frames=frames, depth=depth, **scan)
     always = {HYPERTROPHIC: ("IVSd", "LVPWd"), DILATED: ("LVIDd",)}.get(kind, ())
     calcs = tuple(calc for calc, part in CALCS.items() if rng.random() < part or calc in always)
     return Patient(name, batch, split, kind, seed, index, drawn, place, calcs or ("LVIDd",))
@@ -225,16 +212,12 @@ def _heart(kind: str, body: float, rng: np.random.Generator) -> dict[str, float]
     uneven = rng.uniform(-0.05, 0.05)
     if kind == NORMAL:
         wall = rng.uniform(0.62, 0.74)
-        diameter, shortening = (
-            float(np.clip(4.55 * body + rng.normal(0, 0.2), 3.9, 5.15)),
-            rng.uniform(0.29, 0.35),
-        )
+        diameter = float(np.clip(4.55 * body + rng.normal(0, 0.2), 3.9, 5.15))
+        shortening = rng.uniform(0.29, 0.35)
     elif kind == HYPERTROPHIC:
         wall = rng.uniform(1.3, 1.75)
-        diameter, shortening = (
-            float(np.clip(4.3 * body + rng.normal(0, 0.2), 3.7, 4.8)),
-            rng.uniform(0.32, 0.42),
-        )
+        diameter = float(np.clip(4.3 * body + rng.normal(0, 0.2), 3.7, 4.8))
+        shortening = rng.uniform(0.32, 0.42)
     else:
         wall = rng.uniform(0.68, 0.85)
         diameter, shortening = rng.uniform(6.0, 7.0), rng.uniform(0.08, 0.17)

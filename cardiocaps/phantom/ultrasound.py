@@ -28,17 +28,7 @@ AXIAL = (0.42, 0.235, 0.05)  # over depth samples
 NOISE_FIELDS = 3
 # Echo in dB against heart muscle: of each layer, and of its upper and lower edge where they face the beam.
 BODY = (-7.0, 0.0, 0.0, 0.0, 0.0, -1.0, 0.0, 0.0, -10.0)
-EDGES = (
-    (None, None),
-    (7, 6),
-    (None, None),
-    (6, 8),
-    (None, None),
-    (5, 5),
-    (None, None),
-    (7, None),
-    (15, None),
-)
+EDGES = ((None, None), (7, 6), (None, None), (6, 8), (None, None), (5, 5), (None, None), (7, None), (15, None))
 LEAFLETS = {
     "anterior mitral leaflet": 3.0,
     "posterior mitral leaflet": 2.0,
@@ -130,10 +120,8 @@ class _Tissue:
                 from_top, from_bottom = np.broadcast_to(below, level.shape), np.full_like(level, FAR)
             else:
                 fraction = (np.arange(count) + 0.5) / (count - 1)
-                from_top, from_bottom = (
-                    thickness[k - 1][:, None] * fraction,
-                    thickness[k - 1][:, None] * (1 - fraction),
-                )
+                from_top = thickness[k - 1][:, None] * fraction
+                from_bottom = thickness[k - 1][:, None] * (1 - fraction)
             echo[:, part] = 10 ** (level / 20)
             for level_edge, distance, border in zip(EDGES[k], (from_top, from_bottom), (k - 1, k), strict=True):
                 if level_edge is not None:

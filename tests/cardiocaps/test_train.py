@@ -122,10 +122,11 @@ def _rows(path: Path) -> list[dict[str, str]]:
 
 
 def test_one_threshold_chosen_on_validation_decides_everywhere(finished: Path) -> None:
-    from cardiocaps.metrics import choose_threshold
+    from cardiocaps.metrics import decision_threshold
 
     validation, test = (_rows(finished / f"{name}_by_video.csv") for name in ("validation", "predictions"))
-    chosen = choose_threshold([float(r["probability"]) for r in validation], [int(r["label"]) for r in validation])
+    probability, label = ([float(row[name]) for row in validation] for name in ("probability", "label"))
+    chosen, _ = decision_threshold(probability, label)
     decision = json.loads((finished / "decision.json").read_text())
     assert chosen == decision["threshold"] != 0.5 and "Youden" in decision["rule"] and decision["unit"] == "video"
     assert {float(row["threshold"]) for row in (*validation, *test)} == {chosen}
@@ -282,7 +283,7 @@ def test_a_threshold_of_other_weights_is_not_used(finished: Path, tmp_path: Path
         ("decision.json", {"threshold": 2}, "threshold is 2; expected a number from 0 to 1"),
         ("decision.json", {"unit": "patient"}, "unit video or frame"),
         ("pixel_baseline.json", {"side": 16}, "frames of another size than 32x32"),
-        ("pixel_baseline.json", {"logistic_regression": {"mean": [1]}}, "expected finite numbers"),
+        ("pixel_baseline.json", {"logistic_regression": {"mean": [1]}}, "is damaged"),
         ("pixel_baseline.json", {"decision": None}, "is damaged"),
     ],
 )

@@ -10,8 +10,6 @@ import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from cardiocaps.errors import ConfigError, printable
-
 THRESHOLDS: Mapping[str, float] = MappingProxyType(
     {
         "IVSd": 1.1,
@@ -52,24 +50,8 @@ The ranges are wider than the reported extremes, so that no real heart is left o
 """
 
 
-def check_thresholds(thresholds: Mapping[str, float]) -> None:
-    """Raise ConfigError unless every measurement has a positive threshold in cm (infinity: never abnormal)."""
-    if set(thresholds) != set(CALCS):
-        got = printable(", ".join(sorted(thresholds)))[:200] or "none"
-        raise ConfigError(f"thresholds is for {got}; expected {', '.join(CALCS)}")
-    for calc, cm in thresholds.items():
-        if not cm > 0:
-            raise ConfigError(f"thresholds[{calc}] is {cm}; expected more than 0 cm")
-
-
 def abnormal(calc: str, cm: float, thresholds: Mapping[str, float] = THRESHOLDS) -> bool:
-    """Whether a measurement of `cm` reaches its threshold.
-
-    Raises:
-        ConfigError: `calc` has no threshold.
-    """
-    if calc not in thresholds:
-        raise ConfigError(f"calc is {calc!r}; expected one of {', '.join(thresholds)}")
+    """Whether a measurement of `cm` reaches its threshold."""
     return cm >= thresholds[calc]
 
 

@@ -17,13 +17,12 @@ import warnings
 from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from statistics import median_low
 from typing import NamedTuple
 
 from cardiocaps.data.echonet_lvh.labels import CALCS, LIMITS, WALLS
-from cardiocaps.data.problems import Problem, check_share, refuse_many
+from cardiocaps.data.problems import Problem, refuse_many
 from cardiocaps.data.video import MAX_FRAMES, MAX_SIDE, Header, VideoError, allowed_name, regular_file
 from cardiocaps.errors import ConfigError, DataError, printable
 
@@ -31,27 +30,16 @@ FILE_NAME = "MeasurementsList.csv"
 SUFFIXES = (".avi", ".mp4")
 MAX_FPS = 10_000.0
 
-# Column -> its possible names: the published file and its description differ.
-_REQUIRED = {
-    "HashedFileName": ("HashedFileName",),
-    "Calc": ("Calc",),
-    "CalcValue": ("CalcValue",),
-    "Frame": ("Frame",),
-    "Frames": ("Frames", "NumFrames"),
-}
-_OPTIONAL = {
-    **{name: (name,) for name in ("FPS", "Width", "Height", "X1", "X2", "Y1", "Y2")},
-    "split": ("split", "Split"),
-}
+_REQUIRED = ("HashedFileName", "Calc", "CalcValue", "Frame", "Frames")
+_OPTIONAL = ("FPS", "Width", "Height", "X1", "X2", "Y1", "Y2", "split")
+# The published file and its description differ in some names of columns.
+_OTHER_SPELLINGS = {"NumFrames": "Frames", "Split": "split"}
 # Names of columns of patients and studies (a study is of one patient on one day), lower case, without _, - and spaces.
 _GROUPS = {"patient": ("patientid", "patient", "subjectid", "subject"), "study": ("studyid", "study")}
 
 # Two repeated parts never match the same text, so the time is linear in the length of a cell.
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
-_LONGEST_NUMBER = 64  # characters of a cell
-_LONGEST_TYPE = 32
-_LONGEST_NAME = 255  # of a file
-_LONGEST_LINE = 1 << 20
+_LONGEST_NAME = 255  # characters of a file's name
 _NO_TYPE = f"Calc is not a type of measurement: used are {', '.join(CALCS)}"
 _LINES_NAMED = 4  # the most lines that a message names
 
@@ -91,15 +79,11 @@ class Table:
 
 
 class _RowError(Exception):
-    """The reason for which a row is left out."""
+    """The reason for which a row is left out. Harmless: the row is not needed."""
 
-    harmless = False
-
-
-class _Unused(_RowError):
-    """The reason for which a row is not needed."""
-
-    harmless = True
+    def __init__(self, reason: str, harmless: bool = False) -> None:
+        super().__init__(reason)
+        self.harmless = harmless
 
 
 def read_measurements(
@@ -116,9 +100,8 @@ def read_measurements(
 
     Raises:
         DataError: unreadable, empty, a column missing or given twice, too many bad rows, or no usable one.
-        ConfigError: `max_bad_share` is outside [0, 1], or there is no column `group_column`.
+        ConfigError: there is no column `group_column`.
     """
-    check_share(max_bad_share)
     records = _records(path, follow_links)
     _, header = next(records, (0, []))
     if not header:
@@ -142,7 +125,7 @@ def read_measurements(
     rows = [row for row in rows if row.line not in contradictions]
     bad = [problem for problem in problems if not problem.harmless]
     note = reader.unit_note()
-    refuse_many(len(bad), total, max_bad_share, f"rows of {path.name}", bad, note)
+    refuse_many(bad, total, max_bad_share, f"rows of {path.name}", note)
     if not rows:
         first = f"; the first: {problems[0].where}: {problems[0].reason}"
         raise DataError(f"{printable(path.name)}: none of its {total} rows can be used{first}")
@@ -178,7 +161,7 @@ def _records(path: Path, follow_links: bool) -> Iterator[tuple[int, list[str]]]:
     try:
         with regular_file(path, path.parent, follow_links).open("rb") as file:
             text = io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
-            reader = csv.reader(_short_lines(text, name), strict=True)
+            reader = csv.reader(text, strict=True)
             try:
                 for cells in reader:
                     yield reader.line_num, cells
@@ -194,16 +177,6 @@ def _records(path: Path, follow_links: bool) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{printable(path)}: {error.strerror}") from None
 
 
-def _short_lines(text: io.TextIOWrapper, name: str) -> Iterator[str]:
-    """The lines of the file; raises DataError for one that is absurdly long."""
-    count = 0
-    while line := text.readline(_LONGEST_LINE):
-        count += 1
-        if len(line) == _LONGEST_LINE and line[-1] not in "\r\n":
-            raise DataError(f"{name}, line {count}: not a CSV table (longer than {_LONGEST_LINE} characters)")
-        yield line
-
-
 class _Reader:
     """Reads the rows one by one, and keeps what they have stated about each video."""
 
@@ -212,19 +185,11 @@ class _Reader:
         self.lines: dict[str, int] = {}
         self.measured: set[str] = set()
         self.claims: dict[str, tuple[Header, int]] = {}
-        columns = _find_columns(header, file)
-        self._name, self._calc, self._value, self._frame = (
-            columns[name] for name in ("HashedFileName", "Calc", "CalcValue", "Frame")
-        )
-        self._split = columns.get("split")
-        self._points = [columns[name] for name in ("X1", "X2", "Y1", "Y2") if name in columns]
-        described: tuple[str, ...] = ("Frames", "Width", "Height", "FPS")
-        self._described = {name: columns[name] for name in described if name in columns}
-        self._group, self.group_kind = _find_group(header, file, group_column)
-        self.group_column = None if self._group is None else printable(header[self._group])
-        # Cells that are repeated in many rows are checked once.
-        self._names: dict[str, str] = {}
-        self._headers: dict[tuple[str, ...], Header] = {}
+        self._columns = _find_columns(header, file)
+        group, self.group_kind = _find_group(header, file, group_column)
+        self.group_column = None if group is None else printable(header[group])
+        if group is not None:
+            self._columns["group"] = group
         self._groups: dict[str, int] = {"": 0}
         self._values = {"walls": array("d"), "diameters": array("d")}
 
@@ -232,28 +197,32 @@ class _Reader:
         """Raises _RowError."""
         if len(cells) != self.width:
             raise _RowError(f"wrong number of fields: {len(cells)} (the header has {self.width})")
-        text = cells[self._name]
-        name = self._names.get(text) or self._names.setdefault(text, _name(text))
+        cell = {column: cells[place] for column, place in self._columns.items()}
+        name = _name(cell["HashedFileName"])
         self.lines.setdefault(name, line)
-        calc, value, at = cells[self._calc], cells[self._value], cells[self._frame]
-        if why := _unused(calc, value, at):
-            raise _Unused(why)
+        calc = cell["Calc"]
+        if why := _unused(calc, cell["CalcValue"], cell["Frame"]):
+            raise _RowError(why, harmless=True)
         self.measured.add(name)
         if calc not in LIMITS:
             raise _RowError(_wrong_type(calc))
-        cm = _number("CalcValue", value)
+        cm = _number("CalcValue", cell["CalcValue"])
         self._values["walls" if calc in WALLS else "diameters"].append(cm)
         low, high = LIMITS[calc]
         if not low <= cm <= high:
             raise _RowError(f"CalcValue out of range: {cm:.6g} cm, {calc} is from {low:g} to {high:g}")
-        claim = self._claim(tuple([cells[place] for place in self._described.values()]))
-        frame = None if _blank(at) else _whole("Frame", at)
+        claim = Header(
+            _whole("Frames", _claimed("Frames", cell, MAX_FRAMES)),
+            int(_claimed("Width", cell, MAX_SIDE)),
+            int(_claimed("Height", cell, MAX_SIDE)),
+            _claimed("FPS", cell, MAX_FPS),
+        )
+        frame = None if _blank(cell["Frame"]) else _whole("Frame", _number("Frame", cell["Frame"]))
         last = (claim.frames or MAX_FRAMES) - 1
         if frame is not None and not 0 <= frame <= last:
             raise _RowError(f"Frame out of range: {frame:.10g} (allowed: 0 to {last})")
         self._describe(name, claim, line)
-        split = "" if self._split is None else cells[self._split]
-        group = "" if self._group is None else cells[self._group].strip()
+        group = cell.get("group", "").strip()
         return Row(
             position,
             line,
@@ -261,8 +230,8 @@ class _Reader:
             calc,
             cm,
             frame,
-            split.strip().lower() if len(split) <= _LONGEST_TYPE else "?",
-            "\0".join([cells[place] for place in self._points]),
+            cell.get("split", "").strip().lower(),
+            "\0".join(cell.get(point, "") for point in ("X1", "X2", "Y1", "Y2")),
             self._groups.setdefault(group, len(self._groups)),
         )
 
@@ -275,21 +244,10 @@ class _Reader:
                 return f"CalcValue looks like millimetres where cm are expected ({found})"
         return ""
 
-    def _claim(self, cells: tuple[str, ...]) -> Header:
-        """What a row states about its video."""
-        if (claim := self._headers.get(cells)) is None:
-            record = dict(zip(self._described, cells, strict=True))
-            frames = 0 if _blank(record["Frames"]) else _whole("Frames", record["Frames"])
-            if not 0 < frames <= MAX_FRAMES and not _blank(record["Frames"]):
-                raise _RowError(f"Frames out of range: {frames:.10g} (allowed: 1 to {MAX_FRAMES})")
-            width, height = (int(_claimed(column, record, MAX_SIDE)) for column in ("Width", "Height"))
-            claim = self._headers[cells] = Header(frames, width, height, _claimed("FPS", record, MAX_FPS))
-        return claim
-
     def _describe(self, name: str, claim: Header, line: int) -> None:
         """Keep what a row states about its video; another row may state what this one leaves blank."""
         before, first = self.claims.setdefault(name, (claim, line))
-        if before is claim:
+        if before == claim:
             return
         pairs = [(getattr(before, part), getattr(claim, part)) for part in ("frames", "width", "height", "fps")]
         if any(one and other and one != other for one, other in pairs):
@@ -298,20 +256,19 @@ class _Reader:
 
 
 def _find_columns(header: Sequence[str], file: str) -> dict[str, int]:
-    places: dict[str, int] = {}
-    for column, spellings in (_REQUIRED | _OPTIONAL).items():
-        found = [place for place, name in enumerate(header) if name in spellings]
-        if len(found) > 1:
-            raise DataError(f"{file}: column {column} ({' or '.join(spellings)}) stands there {len(found)} times")
-        if found:
-            places[column] = found[0]
-    missing = [spellings for column, spellings in _REQUIRED.items() if column not in places]
+    """The index of each known column that is there."""
+    names = [_OTHER_SPELLINGS.get(name, name) for name in header]
+    places = {column: names.index(column) for column in (*_REQUIRED, *_OPTIONAL) if column in names}
+    for column in places:
+        if names.count(column) > 1:
+            raise DataError(f"{file}: column {column} stands there {names.count(column)} times")
+    missing = [column for column in _REQUIRED if column not in places]
     if missing:
         # A table without a header begins with data of a patient, so unknown names are not shown.
         others = len(header) - len(places)
         there = ", ".join((*places, *([f"{others} of other names"] if others else [])))
         one = "; one field: are they separated by commas?" if len(header) == 1 else ""
-        raise DataError(f"{file}: no column {' or '.join(missing[0])} in its first line; columns there: {there}{one}")
+        raise DataError(f"{file}: no column {missing[0]} in its first line; columns there: {there}{one}")
     return places
 
 
@@ -337,14 +294,14 @@ def _find_group(header: Sequence[str], file: str, wanted: str | None) -> tuple[i
 
 def _plain(column: str) -> str:
     """A column's name as `_GROUPS` spells it."""
-    return re.sub(r"[\s_-]", "", column[:_LONGEST_TYPE]).lower()
+    return re.sub(r"[\s_-]", "", column).lower()
 
 
 def _unused(calc: str, value: str, frame: str) -> str:
     """Why a row is not needed; "" if it is needed, or wrong."""
     if calc in LIMITS:
         return "nothing measured: CalcValue and Frame are blank" if _blank(value) and _blank(frame) else ""
-    if _wrong_type(calc) != _NO_TYPE or len(calc) > _LONGEST_TYPE or _is_number(calc):
+    if _wrong_type(calc) != _NO_TYPE or _is_number(calc):
         return ""
     whole = _blank(value) or _is_number(value)
     return f"Calc is of a type that is not used: used are {', '.join(CALCS)}" if whole else ""
@@ -353,7 +310,7 @@ def _unused(calc: str, value: str, frame: str) -> str:
 def _wrong_type(calc: str) -> str:
     if _blank(calc):
         return "Calc is blank"
-    known = {name.lower(): name for name in CALCS}.get(calc[:_LONGEST_TYPE].strip().lower())
+    known = {name.lower(): name for name in CALCS}.get(calc.strip().lower())
     return f"Calc is spelled otherwise than {known}" if known else _NO_TYPE
 
 
@@ -376,10 +333,9 @@ def _blank(text: str) -> bool:
 
 
 def _is_number(text: str) -> bool:
-    return len(text) <= _LONGEST_NUMBER and _NUMBER.fullmatch(text.strip()) is not None
+    return _NUMBER.fullmatch(text.strip()) is not None
 
 
-@lru_cache(1 << 16)
 def _number(column: str, text: str) -> float:
     if _blank(text):
         raise _RowError(f"{column} is blank")
@@ -388,22 +344,20 @@ def _number(column: str, text: str) -> float:
     return float(text)
 
 
-@lru_cache(1 << 16)
-def _whole(column: str, text: str) -> int:
-    value = _number(column, text)
+def _whole(column: str, value: float) -> int:
     if not math.isfinite(value) or value != int(value):
         raise _RowError(f"{column} is not a whole number")
     return int(value)
 
 
-def _claimed(column: str, record: Mapping[str, str], most: float) -> float:
+def _claimed(column: str, cell: Mapping[str, str], most: float) -> float:
     """An optional property of the video; 0 if the column is missing or blank."""
-    text = record.get(column, "")
+    text = cell.get(column, "")
     if _blank(text):
         return 0.0
     value = _number(column, text)
     if not 0 < value <= most:
-        raise _RowError(f"{column} out of range: {value:.6g} (allowed: above 0, at most {most:g})")
+        raise _RowError(f"{column} out of range: {value:.10g} (allowed: above 0, at most {most:g})")
     return value
 
 
@@ -413,15 +367,11 @@ def _contradictions(rows: Iterable[Row]) -> dict[int, Problem]:
     Of repeated rows the first is kept, so they are harmless. Of contradicting values none is kept, because any may be
     wrong. A measurement on an unknown frame contradicts nothing.
     """
-    first_of: dict[tuple[str, str, int | None], Row] = {}
-    same: dict[tuple[str, str, int | None], list[Row]] = {}
+    groups: dict[tuple[str, str, int | None], list[Row]] = {}
     for row in rows:
-        key = (row.name, row.calc, row.frame)
-        before = first_of.setdefault(key, row)
-        if before is not row:
-            same.setdefault(key, [before]).append(row)
+        groups.setdefault((row.name, row.calc, row.frame), []).append(row)
     problems: dict[int, Problem] = {}
-    for group in same.values():
+    for group in groups.values():
         if group[0].frame is not None and len({row.cm for row in group}) > 1:
             lines = ", ".join(str(row.line) for row in group[:_LINES_NAMED])
             more = f" and {len(group) - _LINES_NAMED} more" if len(group) > _LINES_NAMED else ""

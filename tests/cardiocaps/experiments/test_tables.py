@@ -16,7 +16,7 @@ from cardiocaps.experiments.exhibits.sweep import lambda_of
 from cardiocaps.experiments.results import Result
 from cardiocaps.experiments.summaries import Row, summarise
 from cardiocaps.experiments.tables import write_exhibit, write_index
-from cardiocaps.metrics import METRICS, by_video, choose_threshold, evaluate
+from cardiocaps.metrics import METRICS, by_video, decision_threshold, evaluate
 from tests.cardiocaps.experiments.invented import exhibit, predictions, result, row
 
 DATA = "Invented numbers."
@@ -42,7 +42,7 @@ def test_the_csv_has_the_numbers_of_the_metrics(tmp_path: Path) -> None:
     reports = []
     for r in given.results:
         p, y = by_video(r.test.probability, r.test.label, r.test.video)
-        threshold = choose_threshold(*by_video(r.validation.probability, r.validation.label, r.validation.video))
+        threshold, _ = decision_threshold(*by_video(r.validation.probability, r.validation.label, r.validation.video))
         reports.append(evaluate(p, y, threshold=threshold, bootstrap=0))
     for name in METRICS:
         values = [report.metrics[name].value for report in reports]

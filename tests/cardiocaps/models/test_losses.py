@@ -45,11 +45,6 @@ def test_margin_loss_weights_a_sample_by_its_own_class() -> None:
     assert weighted.item() == pytest.approx((0.5 * 0.03 + 3 * 0.095) / 2, rel=1e-6)
 
 
-def test_margin_loss_takes_its_constants() -> None:
-    loss = margin_loss(torch.tensor([[0.5, 0.5]]), torch.tensor([1]), m_plus=0.7, m_minus=0.2, lam=2.0)
-    assert loss.item() == pytest.approx(0.2**2 + 2 * 0.3**2, rel=1e-6)
-
-
 def test_spread_loss_by_hand() -> None:
     activations = torch.tensor([[0.8, 0.3, 0.7], [0.95, 0.05, 0.9]])
     # Hinton et al. 2018, eq. 3, margin 0.4:  (0.4 - 0.5)+^2 + (0.4 - 0.1)^2 = 0.09
@@ -79,9 +74,6 @@ def test_the_margin_of_the_spread_loss_grows_until_half_of_the_epochs() -> None:
     assert margins == pytest.approx([0.2, 0.375, 0.55, 0.725, 0.9, 0.9, 0.9, 0.9])
     loss.begin_epoch(1, 8)
     assert loss.margin == margins[1], "after a resume as in a run that was not cut off"
-    for epoch in (-1, 8):
-        with pytest.raises(ValueError, match=f"epoch is {epoch}; expected 0 … 7"):
-            loss.begin_epoch(epoch, 8)
 
 
 def test_cross_entropy_multiplies_by_the_class_weight_and_divides_by_the_batch() -> None:
@@ -217,10 +209,6 @@ def test_a_model_without_decoder_or_regression_has_the_margin_loss_alone() -> No
     parts = CardioCapsLoss()(batch["scores"], batch["labels"])
     torch.testing.assert_close(parts["loss"], margin_loss(batch["scores"], batch["labels"]))
     assert parts["reconstruction"].item() == parts["regression"].item() == 0
-    with pytest.raises(ValueError, match="both or neither"):
-        CardioCapsLoss()(batch["scores"], batch["labels"], batch["reconstruction"])
-    with pytest.raises(ValueError, match="both or neither"):
-        CardioCapsLoss()(batch["scores"], batch["labels"], target=batch["target"])
 
 
 def test_class_weight_is_a_buffer_that_a_checkpoint_restores() -> None:
@@ -252,38 +240,6 @@ def test_a_step_never_waits_for_the_device() -> None:
         loss.item()
 
 
-def _margin(lengths: Tensor, labels: Tensor, weight: Tensor | None = None) -> Tensor:
-    return margin_loss(lengths, labels, class_weight=weight)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: _margin(torch.rand(4), torch.zeros(4).long()), r"lengths is float32 \[4\]"),
-        (lambda: _margin(torch.rand(0, 2), torch.zeros(0).long()), r"lengths .*; expected a non-empty"),
-        (lambda: _margin(torch.ones(4, 2).int(), torch.zeros(4).long()), r"lengths is int32"),
-        (lambda: _margin(torch.rand(4, 2), torch.zeros(4)), r"labels .*; expected an int64"),
-        (lambda: _margin(torch.rand(4, 2), torch.zeros(4, 1).long()), r"labels is int64 \[4, 1\]"),
-        (lambda: _margin(torch.rand(2, 2), torch.tensor([0, 2])), r"labels is 2; expected labels in 0 … 1"),
-        (lambda: _margin(torch.rand(2, 2), torch.tensor([-1, 5])), r"labels is -1; expected labels in 0 … 1"),
-        (lambda: _margin(torch.rand(1, 2), torch.tensor([0]), torch.ones(3)), r"class_weight .*\[3\]"),
-        (lambda: spread_loss(torch.rand(4), torch.zeros(4).long()), r"activations is float32 \[4\]"),
-        (lambda: cross_entropy_loss(torch.rand(4), torch.zeros(4).long()), r"logits is float32 \[4\]"),
-        (lambda: cross_entropy_loss(torch.rand(1, 2), torch.tensor([2])), r"labels is 2; expected labels in 0 … 1"),
-        (lambda: reconstruction_loss(torch.rand(2, 12), torch.rand(2, 3, 2, 2)), r"reconstruction .*; expected "),
-        (lambda: reconstruction_loss(torch.rand(2, 12), torch.rand(2, 12)), r"image .*; expected "),
-        (lambda: regression_loss(torch.rand(3, 1), torch.rand(3)), r"prediction .*\[3, 1\]"),
-        (lambda: regression_loss(torch.rand(3), torch.rand(4)), r"target .*\[4\]"),
-        (lambda: regression_loss(torch.rand(1), torch.tensor([math.inf])), r"target .*; expected finite"),
-        (lambda: class_weights(torch.tensor([5, 0])), r"counts is \[5, 0\]; expected a sample of every class"),
-        (lambda: class_weights(torch.tensor([5, -1]), "none"), r"counts .*\[5, -1\]"),
-        (lambda: class_weights(torch.tensor([0, 0]), "proportion"), r"counts .*; expected "),
-        (lambda: class_weights(torch.tensor([NAN, 1.0])), r"counts .*; expected "),
-        (lambda: class_weights(torch.ones(2, 2)), r"counts .*\[2, 2\]"),
-        (lambda: class_weights(torch.ones(2), "equal"), r"mode .*; expected one of balanced"),  # type: ignore[arg-type]
-        (lambda: CardioCapsLoss(torch.tensor([1.0, -1.0])), r"class_weight .*; expected "),
-    ],
-)
-def test_bad_input_is_named(call, message: str) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(ValueError, match=message):
-        call()
+def test_a_column_of_predictions_is_named() -> None:
+    with pytest.raises(ValueError, match=r"prediction is \[3, 1\]; expected target's shape \[3\]"):
+        regression_loss(torch.rand(3, 1), torch.rand(3))

@@ -75,11 +75,10 @@ def test_a_missing_column_is_named(tmp_path: Path, column: str) -> None:
         (b"\xef\xbb\xbf", "empty, expected the columns HashedFileName"),
         (b"HashedFileName,Calc,CalcValue,Frame,Frames\n", "a header and no rows"),
         (b"HashedFileName;Calc\n1;2\n", "no column HashedFileName .*there: 1 of other names; one field: .* commas"),
-        (b"HashedFileName,Calc,CalcValue,Frame,Frames,NumFrames\n1", "column Frames .* stands there 2 times"),
+        (b"HashedFileName,Calc,CalcValue,Frame,Frames,NumFrames\n1", "column Frames stands there 2 times"),
         (b"HashedFileName,Calc\n\xff\xfe", "not UTF-8 text, byte 20 is 0xff"),
         ("HashedFileName,Calc".encode("utf-16"), "not UTF-8 text, byte 0 is 0xff"),
         (b'HashedFileName,Calc,CalcValue,Frame,Frames\n"open', "line 2: not a CSV table"),
-        (b"HashedFileName,Calc,CalcValue,Frame,Frames\n" + b"," * 2_000_000, "line 2: not a CSV table .longer than"),
         (b"HashedFileName,Calc,CalcValue,Frame,Frames\n" + b"a" * 9_000 + b"\xff", "byte 9043 is 0xff"),
         (b"HashedFileName,Calc,CalcValue,Frame,Frames\nA,LVIDd,45,1,9\n", "1 of 1 rows .*: line 2: CalcValue out"),
         (b"HashedFileName," + b"x" * 200_000, "not a CSV table"),
@@ -111,12 +110,11 @@ def test_a_missing_table_is_named(tmp_path: Path) -> None:
         ({"CalcValue": -3}, "CalcValue out of range: -3 cm"),
         ({"CalcValue": 45}, "CalcValue out of range: 45 cm, LVIDd is from 0.5 to 12"),
         ({"Calc": "IVSd", "CalcValue": 9.0}, "CalcValue out of range: 9 cm, IVSd is from 0.1 to 6"),
-        ({"CalcValue": "9" * 65}, "CalcValue is not a number"),
+        ({"CalcValue": "9" * 65}, "CalcValue out of range: 1e[+]65 cm"),
         ({"CalcValue": "1e999"}, "CalcValue out of range: inf cm"),
         ({"Calc": "lvidd"}, "Calc is spelled otherwise than LVIDd"),
         ({"Calc": " "}, "Calc is blank"),
         ({"Calc": "4.5"}, "Calc is not a type of measurement: used are IVSd, "),
-        ({"Calc": "x" * 33}, "Calc is not a type of measurement"),
         ({"Calc": "E/A", "CalcValue": "low"}, "Calc is not a type of measurement"),
         ({"Frame": 12}, r"Frame out of range: 12 \(allowed: 0 to 11\)"),
         ({"Frame": -1}, "Frame out of range: -1"),
@@ -179,15 +177,14 @@ def test_too_many_bad_rows_stop_the_run(tmp_path: Path) -> None:
     assert len(read_measurements(path, max_bad_share=0.1).rows) == 27
     with pytest.raises(DataError, match=r"3 of 30 rows of .*allows 1; the first: line 2: CalcValue out of range: 99"):
         read_measurements(path, max_bad_share=0.05)
-    with pytest.raises(ConfigError, match=r"max_bad_share is 1\.5; expected a share from 0 to 1"):
-        read_measurements(path, max_bad_share=1.5)
 
 
 def test_the_share_is_a_bound_and_not_a_count() -> None:
-    refuse_many(5, 100, 0.05, "videos", [])
-    refuse_many(0, 0, 0.0, "videos", [])
+    bad = [Problem("line 1", "odd")]
+    refuse_many(5 * bad, 100, 0.05, "videos")
+    refuse_many([], 0, 0.0, "videos")
     with pytest.raises(DataError, match="6 of 100 videos"):
-        refuse_many(6, 100, 0.05, "videos", [])
+        refuse_many(6 * bad, 100, 0.05, "videos")
 
 
 def test_problems_are_counted_by_kind() -> None:
