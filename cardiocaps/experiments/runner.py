@@ -20,7 +20,7 @@ from cardiocaps.errors import CardioCapsError
 from cardiocaps.experiments.jobs import Job, run
 from cardiocaps.experiments.results import is_finished
 from cardiocaps.runtime.processes import die_with_parent, start_errors
-from cardiocaps.runtime.program import Interrupted, Interruption, defer_signals
+from cardiocaps.runtime.program import Interrupted, Interruption
 
 _PATIENCE = 60.0  # seconds that a stopped job gets to save
 
@@ -60,7 +60,7 @@ def run_jobs(jobs: Sequence[Job], at_once: int, display: Display) -> Mapping[str
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.popleft()
-                with defer_signals(), start_errors("a job"):
+                with start_errors("a job"):
                     mine, theirs = context.Pipe(duplex=False)
                     process = context.Process(target=_work, args=(job, theirs))
                     process.start()

@@ -5,7 +5,6 @@ killed leaves its temporary file behind; `remove_leftovers` removes it later.
 """
 
 import csv
-import errno
 import io
 import json
 import math
@@ -18,22 +17,6 @@ from pathlib import Path
 from typing import Any
 
 from cardiocaps.errors import OutputError, printable
-
-_REASONS = {
-    errno.ENOSPC: "no space left on the disk",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file would pass the size limit",
-    errno.EACCES: "no permission to write there",
-    errno.EPERM: "no permission to write there",
-    errno.EROFS: "the file system is read-only",
-    errno.ENOTDIR: "a part of the path is a file, not a folder",
-    errno.EISDIR: "a folder is in the file's place",
-    errno.ENOENT: "a folder on the way does not exist",
-    errno.EEXIST: "something else is in its place",
-    errno.ENAMETOOLONG: "the name is too long",
-    errno.ELOOP: "the path is a circle of links",
-    errno.EIO: "the disk reports an input/output error",
-}
 
 _PART = re.compile(r"\.[0-9a-f]{8}\.part$")
 
@@ -49,14 +32,11 @@ def output_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
-        raise OutputError(f"cannot write {printable(path)}: {reason}") from error
+        raise OutputError(f"cannot write {printable(path)}: {error.strerror or error}") from error
     except RuntimeError as error:
         if not any(part in str(error) for part in _TORCH_WRITER):
             raise
-        raise OutputError(
-            f"cannot write {printable(path)}: the file could not be completed, is the disk full?"
-        ) from error
+        raise OutputError(f"cannot write {printable(path)}: the file is not complete; is the disk full?") from error
 
 
 @contextmanager
