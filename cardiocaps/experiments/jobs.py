@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from threadpoolctl import threadpool_limits
 
-from cardiocaps.config import TrainConfig
+from cardiocaps.config import TrainConfig, write_run
 from cardiocaps.data.datamodule import EchoDataModule
 from cardiocaps.data.open import decode_for_run, read_study
 from cardiocaps.evaluation.decision import Decision, training_mean, write_decision
@@ -81,8 +81,7 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
     with lock_folder(folder.path), machine_for(job.config) as machine:
         folder.remove_leftovers()
         if not begun:
-            yaml, paths = job.config.kept()
-            folder.begin(yaml, machine.device, paths)
+            folder.begin(job.config, machine.device)
             # All jobs leave out the videos that the first jobs left out, even if they can be decoded by now.
             known = ExperimentFolder(job.folder.parents[2]).known_data(job.config)
             if known is not None:
@@ -92,7 +91,7 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
         ).data
         config = replace(job.config, resume=folder.path) if begun else job.config
         if begun:
-            folder.keep(*job.config.kept())
+            write_run(job.config, folder.path)
         if job.is_network:
             _train_network(job, config, machine, folder, data, watch, interruption)
         else:
