@@ -35,8 +35,6 @@ _NEWER: Mapping[str, Any] = {
 }
 """Settings that older versions did not write, with the values that those versions ran with."""
 
-_LARGEST_FILE = 1 << 16
-
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, checked one by one, in their own types.
@@ -48,11 +46,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     file = printable(path)
     try:
-        # Reading a pipe would block, and reading a checkpoint would fill the memory.
-        if not path.is_file():
-            raise ConfigError(f"config: {file} is not a file")
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ConfigError(f"config: {file} is larger than {_LARGEST_FILE} bytes; expected a file of settings")
         content = load(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"config: cannot read {file}: {error.strerror}") from error

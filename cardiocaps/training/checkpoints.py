@@ -29,12 +29,10 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     # A truncated or foreign file can make torch raise almost any exception, with an unhelpful message.
     except Exception as error:
         raise CheckpointError(f"{path} is damaged, or not a checkpoint of this program") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}")
     return content
 
 

@@ -56,10 +56,6 @@ def train(
     """Train from the beginning or from last.ckpt; write best.ckpt, metrics.csv and the learning curves.
 
     Args:
-        config: the resolved settings of the run.
-        machine: what it computes on.
-        folder: of the run.
-        data: the decoded data.
         interruption: signals wait for a save while the network is trained.
         callbacks: further ones, which may keep a state in the checkpoints.
 
@@ -105,7 +101,8 @@ def train(
         print_line(f"this run's training has ended: {ended}; to continue, give a larger value. Now evaluating")
     else:
         machine.lay_out(network.model)
-        machine.compile_for_training(network.model)
+        if machine.compile:  # only for training: in one pass over the test split it would take longer than it saves
+            network.model.compile()  # in place, which keeps the names in the state dict
         bar = [RichProgressBar()] if _watched(config) else []
         own = [history, patience, Checkpoints(folder, history, interruption), *bar, *callbacks]
         trainer = make_trainer(config, machine, max_epochs=config.epochs, callbacks=own, plugins=[CheckpointFiles()])

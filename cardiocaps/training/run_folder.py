@@ -8,7 +8,7 @@ from pathlib import Path
 from cardiocaps import __version__
 from cardiocaps.config import TrainConfig, write_run
 from cardiocaps.errors import ConfigError, OutputError
-from cardiocaps.runtime.files import lock_folder, output_errors, remove_leftovers, write_json, write_text
+from cardiocaps.runtime.files import lock_folder, output_errors, read_json, remove_leftovers, write_json, write_text
 from cardiocaps.training.environment import environment
 
 _KIND = "cardiocaps run"
@@ -59,17 +59,12 @@ class RunFolder:
         """Make the folder, and in it `run.json`, which marks it as the folder of a run.
 
         Args:
-            path: of the folder.
             overwrite: first delete the folder if it is the folder of a run.
 
         Raises:
             OutputError: the folder cannot be written, or holds files that are not to be deleted.
         """
         with output_errors(path):
-            if path.is_symlink() and not path.exists():
-                raise OutputError(f"cannot write {path}: it is a link to nothing")
-            if path.exists() and not path.is_dir():
-                raise OutputError(f"cannot write {path}: it is a file, not a folder")
             if path.is_dir() and any(path.iterdir()):
                 if not overwrite:
                     raise OutputError(
@@ -88,13 +83,8 @@ class RunFolder:
     def open(cls, path: Path) -> "RunFolder":
         """The folder of an earlier run. Raises ConfigError if `path` is not one."""
         folder = cls(path)
-        try:
-            is_run = folder.is_run()
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        if not is_run:
-            what = "does not exist" if not path.exists() else "has no run.json of this program"
-            raise ConfigError(f"{path} is not the folder of a run: it {what}")
+        if not folder.is_run():
+            raise ConfigError(f"{path} is not the folder of a run: it has no run.json of this program")
         return folder
 
     @property
@@ -113,13 +103,11 @@ class RunFolder:
 
     def is_run(self) -> bool:
         """Whether `run.json` marks the folder as a run's."""
-        if not self.marker.is_file():
-            return False
         try:
-            content = json.loads(self.marker.read_text(encoding="utf-8"))
-        except ValueError:
+            read_json(self.marker, _KIND, dict, ConfigError)
+        except ConfigError:
             return False
-        return isinstance(content, dict) and content.get("kind") == _KIND
+        return True
 
     def begin(self, config: TrainConfig, device: str) -> None:
         """Write the settings and `environment.json`. Raises OutputError."""

@@ -258,7 +258,7 @@ def test_a_table_taken_for_a_configuration_is_not_shown(text: str, tmp_path: Pat
 
 
 def test_a_file_of_any_name_is_named_without_its_codes(tmp_path: Path) -> None:
-    for text in ("seed: -1", "sed: 1", "seed: [", "[1]", "#" * (1 << 17), None):
+    for text in ("seed: -1", "sed: 1", "seed: [", "[1]", None):
         path = tmp_path / "\x1b]0;title\x07\n.yaml"
         path.unlink(missing_ok=True)
         if text:
@@ -304,13 +304,10 @@ def test_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"missing\.yaml is not a file"):
+    with pytest.raises(ConfigError, match=r"cannot read .*missing\.yaml: No such file"):
         read_yaml(tmp_path / "missing.yaml")
-    with pytest.raises(ConfigError, match="is not a file"):
+    with pytest.raises(ConfigError, match=r"cannot read .*: Is a directory"):
         read_yaml(tmp_path)
-    (tmp_path / "checkpoint").write_bytes(b"#" * (1 << 21))
-    with pytest.raises(ConfigError, match=r"is larger than \d+ bytes"):
-        read_yaml(tmp_path / "checkpoint")
     (tmp_path / "latin").write_bytes(b"out: \xff\xfe")
     with pytest.raises(ConfigError, match="is not valid YAML"):
         read_yaml(tmp_path / "latin")

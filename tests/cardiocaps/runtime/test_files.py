@@ -204,7 +204,6 @@ def test_json_has_no_nan_and_takes_what_numerics_give(tmp_path: Path) -> None:
         "inf": [np.float32("inf")],
         "n": np.int64(3),
         "t": torch.ones(2),
-        "p": Path("a"),
         1: "é",
     }
     write_json(path, value)
@@ -213,7 +212,6 @@ def test_json_has_no_nan_and_takes_what_numerics_give(tmp_path: Path) -> None:
         "inf": [None],
         "n": 3,
         "t": [1.0, 1.0],
-        "p": "a",
         "1": "é",
     }
     with pytest.raises(TypeError):
@@ -228,7 +226,3 @@ def test_csv(tmp_path: Path) -> None:
         {"epoch": "0", "loss": "0.1", "name": ""},
         {"epoch": "1", "loss": "", "name": 'a, "b"\n'},
     ]
-    write_csv(path, [], columns=["epoch", "loss"])
-    assert path.read_text() == "epoch,loss\n"
-    with pytest.raises(ValueError, match="loss"):
-        write_csv(path, [{"epoch": 0, "loss": 1}], columns=["epoch"])
