@@ -55,17 +55,16 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
                 used = decode_for_run(
                     config, machine, study, folder.data, _OTHER_DATA, trained=folder.is_trained, keep=True
                 )
-                data = used.data
             except (CardioCapsError, Interrupted):
                 if not config.resume:
                     folder.discard()
                 raise
-            if data.study != study:
-                print_line(f"after decoding: {data.study.summary()}")
+            if used.data.study != study:
+                print_line(f"after decoding: {used.data.study.summary()}")
             if config.resume:
                 write_run(config, folder.path)
-            train(config, machine, folder, data, interruption)
-            evaluate_network(config, machine, folder, data, results=folder, fingerprint=used.fingerprint.digest)
+            train(config, machine, folder, used.data, interruption)
+            evaluate_network(config, machine, folder, used, results=folder)
             print_line(f"run folder: {folder.path}")
 
 

@@ -14,7 +14,6 @@ import pytest
 
 from cardiocaps import evaluate
 from cardiocaps.config import TrainConfig, read_run, write_run
-from cardiocaps.data.datamodule import EchoDataModule
 from cardiocaps.data.fingerprint import Fingerprint
 from cardiocaps.data.open import RunData, decode, decode_for_run, read_study
 from cardiocaps.data.study import Study
@@ -240,10 +239,8 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Study]:
     """The studies that reach the evaluation, which is replaced, because there is no network."""
     studies = []
 
-    def take(
-        config: TrainConfig, machine: Machine, run: RunFolder, data: EchoDataModule, *_: object, **__: object
-    ) -> None:
-        studies.append(data.study)
+    def take(config: TrainConfig, machine: Machine, run: RunFolder, used: RunData, results: object) -> None:
+        studies.append(used.data.study)
         raise CheckpointError("no network here")
 
     monkeypatch.setattr(evaluation, "evaluate_network", take)

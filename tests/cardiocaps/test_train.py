@@ -272,10 +272,10 @@ def test_a_threshold_of_other_weights_is_not_used(finished: Path, tmp_path: Path
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("decision.json", "{", "is damaged: it is not JSON"),
-        ("decision.json", "[]", "is damaged, or not a file of this program"),
-        ("decision.json", {"threshold": 2}, "threshold is 2; expected a number from 0 to 1"),
-        ("decision.json", {"unit": "patient"}, "unit video or frame"),
+        ("decision.json", "{", "is damaged: Expecting property name"),
+        ("decision.json", {"kind": "another"}, "is damaged: it is not a file of this program"),
+        ("decision.json", {"threshold": 2}, "are 2 and 'video'; expected a number from 0 to 1"),
+        ("decision.json", {"unit": "patient"}, "one of video, frame"),
         ("pixel_baseline.json", {"side": 16}, "frames of another size than 32x32"),
         ("pixel_baseline.json", {"logistic_regression": {"mean": [1]}}, "expected finite numbers"),
         ("pixel_baseline.json", {"decision": None}, "is damaged"),
@@ -912,7 +912,7 @@ def test_full_disk(arguments: list[str], tmp_path: Path) -> None:
         (["--rooting", "dynamic"], 2, "unknown option --rooting; did you mean --routing?"),
         (["--rout", "dynamic"], 2, "unknown option --rout; did you mean --routing?"),
         (["--epochs", "0"], 2, "epochs"),
-        (["--data", "x" * 300], 2, "--data"),
+        (["--data", "x" * 300], 3, "File name too long"),
         (["--data", "https://example.org/echo"], 3, "addresses are not read"),
         (["--data", "/nonexistent/folder"], 3, "/nonexistent/folder"),
         (["--out", "/proc/run"], 4, "/proc/run"),
