@@ -8,9 +8,9 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
@@ -51,7 +51,7 @@ class Job:
     def name(self) -> str:
         return f"{self.system.key} seed {self.seed}"
 
-    @cached_property
+    @property
     def folder(self) -> Path:
         assert self.config.out is not None
         return self.config.out
@@ -60,10 +60,6 @@ class Job:
     def log(self) -> Path:
         """The output of the job. It lies beside the folder, which holds only files of the run."""
         return self.folder.with_name(f"{self.folder.name}.log")
-
-    @property
-    def is_network(self) -> bool:
-        return "classifier" not in self.system.settings
 
 
 def run(job: Job, watch: Watch, interruption: Interruption) -> None:
@@ -92,10 +88,10 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
         config = replace(job.config, resume=folder.path) if begun else job.config
         if begun:
             write_run(job.config, folder.path)
-        if job.is_network:
-            _train_network(job, config, machine, folder, data, watch, interruption)
-        else:
+        if "classifier" in job.system.settings:
             _fit_pixels(job, config, data, watch)
+        else:
+            _train_network(job, config, machine, folder, data, watch, interruption)
 
 
 def _train_network(
@@ -153,32 +149,16 @@ def _fit_pixels(job: Job, config: TrainConfig, data: EchoDataModule, watch: Watc
     _write(job, said, device="cpu", parameters=model.parameters, seconds=seconds)
 
 
-def _write(
-    job: Job,
-    said: Mapping[str, Predictions],
-    *,
-    device: str,
-    parameters: int | None,
-    seconds: float,
-    epochs: int | None = None,
-    best_epoch: int | None = None,
-    seconds_per_epoch: float | None = None,
-    peak_memory: int | None = None,
-) -> None:
+def _write(job: Job, said: Mapping[str, Predictions], **measured: Any) -> None:
+    """Write the result of a job: its predictions, and what was `measured` (fields of `Result`)."""
     result = Result(
         system=job.system.key,
         seed=job.seed,
         unit=unit_of(job.config),
         validation=said["val"],
         test=said["test"],
-        parameters=parameters,
-        epochs=epochs,
-        best_epoch=best_epoch,
-        seconds_per_epoch=seconds_per_epoch,
-        seconds=seconds,
-        peak_memory=peak_memory,
-        device=device,
         at_once=job.at_once,
         threads=torch.get_num_threads(),
+        **measured,
     )
     write_result(job.folder, result)
