@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from cardiocaps.config import TrainConfig, from_command_line
+from cardiocaps.config import TrainConfig, from_command_line, write_run
 from cardiocaps.errors import CardioCapsError
 from cardiocaps.runtime.program import Interrupted, Interruption, print_line, run_program
 
@@ -19,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 1 to 5 for the errors of cardiocaps.errors; 128 + the signal that stopped the run."""
 
     def body(interruption: Interruption) -> None:
-        run(from_command_line(argv, prog="python -m cardiocaps.train"), interruption)
+        run(from_command_line(argv), interruption)
 
     return run_program(body)
 
@@ -48,25 +48,23 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
         with lock_folder(folder.path):
             folder.remove_leftovers()
             if not config.resume:
-                yaml, paths = config.kept()
-                folder.begin(yaml, machine.device, paths)
+                folder.begin(config, machine.device)
             try:
                 study = study or read_study(config, again=folder.data.is_file())
                 print_line(study.summary())
                 used = decode_for_run(
                     config, machine, study, folder.data, _OTHER_DATA, trained=folder.is_trained, keep=True
                 )
-                data = used.data
             except (CardioCapsError, Interrupted):
                 if not config.resume:
                     folder.discard()
                 raise
-            if data.study != study:
-                print_line(f"after decoding: {data.study.summary()}")
+            if used.data.study != study:
+                print_line(f"after decoding: {used.data.study.summary()}")
             if config.resume:
-                folder.keep(*config.kept(folder.paths))
-            train(config, machine, folder, data, interruption)
-            evaluate_network(config, machine, folder, data, results=folder, fingerprint=used.fingerprint.digest)
+                write_run(config, folder.path)
+            train(config, machine, folder, used.data, interruption)
+            evaluate_network(config, machine, folder, used, results=folder)
             print_line(f"run folder: {folder.path}")
 
 

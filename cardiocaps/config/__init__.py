@@ -7,7 +7,7 @@ take the place of the defaults. Nothing heavy is imported, so that `--help` answ
 from cardiocaps.config.command_line import CommandLine, add_options, command_line, from_command_line
 from cardiocaps.config.option import Option
 from cardiocaps.config.presets import PRESETS, TRAINING_DEFAULTS, Preset
-from cardiocaps.config.saved import check_resumable, completed, read_run, read_yaml
+from cardiocaps.config.saved import check_resumable, completed, read_run, read_yaml, write_run
 from cardiocaps.config.settings import TRAINABLE_PHANTOM, TrainConfig, options, settings_that_affect
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "read_run",
     "read_yaml",
     "settings_that_affect",
+    "write_run",
 ]

@@ -37,12 +37,11 @@ class CommandLine(argparse.ArgumentParser):
         self.exit(2, f"error: {printable(message)} (see {self.prog} --help)\n")
 
 
-def command_line(prog: str = "cardiocaps.train", description: str | None = None) -> CommandLine:
+def command_line() -> CommandLine:
     """The parser of the training program. Its namespace holds only what was typed, and `config`, the YAML file."""
     parser = CommandLine(
-        prog=prog,
+        prog="python -m cardiocaps.train",
         usage="%(prog)s [--config FILE] [options]",
-        description=description,
         epilog="Research use only. Not a medical device.",
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=30),
         argument_default=argparse.SUPPRESS,
@@ -90,7 +89,7 @@ class _Collect(argparse.Action):
         setattr(namespace, self.dest, {**before, **values})
 
 
-def from_command_line(argv: Sequence[str] | None = None, prog: str = "cardiocaps.train") -> TrainConfig:
+def from_command_line(argv: Sequence[str] | None = None) -> TrainConfig:
     """The resolved settings of a command line; `argv` None: that of the process.
 
     Exits with status 2 on a mistake in the command line.
@@ -98,7 +97,7 @@ def from_command_line(argv: Sequence[str] | None = None, prog: str = "cardiocaps
     Raises:
         ConfigError: the YAML file has a mistake, settings contradict each other, or a run cannot be resumed with them.
     """
-    typed = vars(command_line(prog).parse_args(argv))
+    typed = vars(command_line().parse_args(argv))
     file = typed.pop("config", None)
     settings = _over(read_yaml(file) if file is not None else {}, typed)
     folder: Path | None = settings.get("resume")

@@ -1,14 +1,22 @@
-"""Settings that are read from a YAML file or from the folder of a run."""
+"""Settings in a YAML file and in the folder of a run.
 
+`config.yaml` of a run holds each path as the user gave it, which may be relative. `paths.json` holds the absolute path
+too, so that a run can be resumed from another working folder.
+"""
+
+import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.config.option import did_you_mean, shown
-from cardiocaps.config.places import locate, read_places
+from cardiocaps.config.option import as_path, did_you_mean, path_text, shown
 from cardiocaps.config.settings import TrainConfig, options, settings_that_affect
 from cardiocaps.errors import ConfigError, printable
-from cardiocaps.runtime.files import is_missing
+from cardiocaps.runtime.files import is_missing, write_json, write_text
+
+_PLACES = ("data", "phantom_dir", "cache_dir")
+"""Settings that name a place outside of the run's folder."""
 
 _NEWER: Mapping[str, Any] = {
     "tf32": False,
@@ -27,11 +35,9 @@ _NEWER: Mapping[str, Any] = {
 }
 """Settings that older versions did not write, with the values that those versions ran with."""
 
-_LARGEST_FILE = 1 << 16
-
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, checked one by one, in their own types; see `yaml_text` for the scalars.
+    """The settings in a YAML file, checked one by one, in their own types.
 
     Raises:
         ConfigError: the file cannot be read or parsed, a key is unknown or repeated, or a value is not allowed.
@@ -40,11 +46,6 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
     file = printable(path)
     try:
-        # Reading a pipe would block, and reading a checkpoint would fill the memory.
-        if not path.is_file():
-            raise ConfigError(f"config: {file} is not a file")
-        if path.stat().st_size > _LARGEST_FILE:
-            raise ConfigError(f"config: {file} is larger than {_LARGEST_FILE} bytes; expected a file of settings")
         content = load(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"config: cannot read {file}: {error.strerror}") from error
@@ -75,11 +76,59 @@ def read_run(folder: Path) -> TrainConfig:
     missing = [name for name in options() if name not in settings]
     if missing:
         raise ConfigError(f"{printable(file)} is not whole, or of another version: it has no {', '.join(missing)}")
-    for name, place in read_places(folder / "paths.json").items():
+    for name, place in _read_places(folder).items():
         if settings[name] == Path(place["given"]):  # else a user has edited config.yaml since
-            settings[name] = locate(name, **place)
+            settings[name] = _locate(name, place)
     # The folder may have been moved, or made with --overwrite: neither is a setting of the run.
     return TrainConfig(**{**settings, "out": folder, "resume": None, "overwrite": False}).resolved()
+
+
+def write_run(config: TrainConfig, folder: Path) -> None:
+    """Write `config.yaml` and `paths.json`, from which `read_run` reads the settings. Raises OutputError.
+
+    A path that has not changed since the run was written last keeps its entry.
+    """
+    known, places = _read_places(folder), {}
+    for name in _PLACES:
+        path: Path | None = getattr(config, name)
+        if path is not None and name in known and path == _locate(name, known[name]):
+            places[name] = known[name]
+        elif path is not None:
+            places[name] = {"given": path_text(path)}
+            # The working folder's own name may have characters that no setting may have.
+            if as_path(path.absolute()) is not None:
+                places[name]["absolute"] = str(path.absolute())
+    write_json(folder / "paths.json", places)
+    given: dict[str, Any] = {name: place["given"] for name, place in places.items()}
+    write_text(folder / "config.yaml", replace(config, resume=None, **given).to_yaml())
+
+
+def _read_places(folder: Path) -> dict[str, dict[str, str]]:
+    """The content of `paths.json`; empty for a new run, and for one of an older version. Raises ConfigError."""
+    file = folder / "paths.json"
+    try:
+        places = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        return {name: {"given": places[name]["given"], **places[name]} for name in _PLACES if name in places}
+    except OSError as error:
+        raise ConfigError(f"cannot read {printable(file)}: {error.strerror}") from error
+    except (ValueError, TypeError, LookupError) as error:
+        raise ConfigError(
+            f"{printable(file)} is damaged; if you delete it, the paths in config.yaml are used as they are"
+        ) from error
+
+
+def _locate(name: str, place: Mapping[str, str]) -> Path:
+    """Where the place of a setting is now: where it was, or, if that is missing, where the path as given leads.
+
+    The second holds for a data folder that was moved together with the run.
+    """
+    given = Path(place["given"])
+    there = Path(place.get("absolute", given))
+    # A missing cache is made anew, provided that its parent exists.
+    needed = there.parent if name == "cache_dir" else there
+    if is_missing(needed) and (name == "cache_dir" or not is_missing(given)):
+        return given
+    return there
 
 
 def check_resumable(old: TrainConfig, new: TrainConfig) -> None:

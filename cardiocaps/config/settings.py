@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from cardiocaps.config.option import Affects, Option, path_text, setting, shown
-from cardiocaps.config.places import PLACES, locate, place_of, read_places
 from cardiocaps.config.presets import PRESETS, TRAINING_DEFAULTS, Preset
 from cardiocaps.errors import ConfigError
 
@@ -209,25 +208,10 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """The configuration as a YAML file that `read_yaml` takes back."""
-        from cardiocaps.config.yaml_text import dump
+        import yaml  # here, because `--help` does without it
 
-        return dump(self.as_dict())
-
-    def kept(self, before: Path | None = None) -> tuple[str, dict[str, Mapping[str, str]]]:
-        """What the run's folder keeps: `config.yaml`, with paths as they were given, and `paths.json` (see `places`).
-
-        Args:
-            before: of a resumed run, its `paths.json`. A path that has not changed since keeps its entry.
-        """
-        known = {} if before is None else read_places(before)
-        places: dict[str, Mapping[str, str]] = {}
-        for name in PLACES:
-            path = getattr(self, name)
-            if path is not None:
-                unchanged = name in known and path == locate(name, **known[name])
-                places[name] = known[name] if unchanged else place_of(path)
-        given = {name: place["given"] for name, place in places.items()}
-        return replace(self, resume=None, **given).to_yaml(), places  # type: ignore[arg-type]
+        text: str = yaml.safe_dump(self.as_dict(), sort_keys=False, allow_unicode=True, width=1000)
+        return text
 
 
 @cache

@@ -1,58 +1,24 @@
-"""YAML text with the scalars of YAML 1.2: 1e-4 is a number, 010 is not eight, yes and no are text.
+"""Reads YAML with PyYAML: no code is run, no setting may be repeated, and a mistake is one line."""
 
-PyYAML reads YAML 1.1; its loader and dumper get the resolvers of YAML 1.2's core schema here.
-"""
-
-import re
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 
-from cardiocaps.config.option import shown
-
-_DIGITS = [*"-+0123456789"]
-
-_SCALARS = (
-    ("null", r"~|null|", ["~", "n", ""]),
-    ("bool", r"true|false", ["t", "f"]),
-    ("int", r"[-+]?(0|[1-9][0-9]*)", _DIGITS),
-    ("float", r"[-+]?(\.[0-9]+|(0|[1-9][0-9]*)(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", [*_DIGITS, "."]),
-)
-"""Type, pattern, and the characters that a scalar of the type can begin with."""
-
 
 class _Loader(yaml.SafeLoader):
-    """A safe loader that refuses repeated keys and keys that are not text."""
-
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
+    """Refuses repeated keys, of which PyYAML would take the last."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key = self.construct_object(key_node, deep=True)
-            if not isinstance(key, str) or key in mapping:
-                problem = "is given twice" if isinstance(key, str) else "is not the name of a setting"
-                raise yaml.constructor.ConstructorError(None, None, f"{shown(key)} {problem}", key_node.start_mark)
-            mapping[key] = self.construct_object(value_node, deep=deep)
+        mapping = super().construct_mapping(node, deep)
+        keys = [key.value for key, _ in node.value]
+        if len(mapping) < len(keys):
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise yaml.constructor.ConstructorError(None, None, f"{twice!r} is given twice", node.start_mark)
         return mapping
 
 
-class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
-
-
-for _kind, _pattern, _first in _SCALARS:
-    for _side in (_Loader, _Dumper):
-        _side.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), _first)
-
-
-def dump(settings: dict[str, Any]) -> str:
-    text: str = yaml.dump(settings, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=1000)
-    return text
-
-
 def load(content: bytes) -> Any:
-    """The content of a YAML file, without running any code from it.
+    """The content of a YAML file.
 
     Raises:
         ValueError: it is not valid YAML. The message gives the reason and the position but quotes no line: the file

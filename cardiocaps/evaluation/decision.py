@@ -6,17 +6,16 @@ decisions look better than they are.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cardiocaps.errors import CheckpointError
 from cardiocaps.evaluation.predictions import UNITS, Predictions
 from cardiocaps.metrics import THRESHOLD, decision_threshold
-from cardiocaps.runtime.files import write_json
+from cardiocaps.runtime.files import read_json, write_json
 
 if TYPE_CHECKING:
     from cardiocaps.data.datamodule import EchoDataModule
@@ -54,6 +53,17 @@ class Decision:
         """Plain values for JSON; NaN becomes None there."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Decision:
+        """The inverse of `as_dict`. Raises TypeError or ValueError for other values."""
+        found = cls(**content)
+        if not 0 <= found.threshold <= 1 or found.unit not in UNITS:
+            raise ValueError(
+                f"threshold and unit are {found.threshold!r} and {found.unit!r}; expected a number from 0 to 1, and "
+                f"one of {', '.join(UNITS)}"
+            )
+        return replace(found, target_mean=math.nan) if found.target_mean is None else found
+
 
 def write_decision(path: Path, decision: Decision) -> None:
     """Raises OutputError."""
@@ -66,46 +76,13 @@ def read_decision(path: Path, weights: str) -> Decision | None:
     Raises:
         CheckpointError: the file is damaged.
     """
-    content = read_kept(path, _KIND)
-    if content is None:
+    if not path.exists():
         return None
-    try:
-        found = decision_of(content)
-    except ValueError as error:
-        raise CheckpointError(f"{path} is damaged: {error}") from error
+    found = read_json(path, _KIND, Decision.from_dict, CheckpointError)
     return found if found.weights == weights else None
-
-
-def decision_of(content: Mapping[str, Any]) -> Decision:
-    """The inverse of `Decision.as_dict`. Raises ValueError for other values."""
-    threshold, mean = content.get("threshold"), content.get("target_mean")
-    unit, rule, weights = (content.get(name) for name in ("unit", "rule", "weights"))
-    if not isinstance(threshold, int | float) or not 0 <= threshold <= 1:
-        raise ValueError(f"threshold is {threshold!r}; expected a number from 0 to 1")
-    if not all(isinstance(text, str) for text in (unit, rule, weights)) or unit not in UNITS:
-        raise ValueError(f"unit, rule, weights are {(unit, rule, weights)!r}; expected texts, unit video or frame")
-    if mean is not None and not isinstance(mean, int | float):
-        raise ValueError(f"target_mean is {mean!r}; expected a number or null")
-    return Decision(threshold, unit, str(rule), str(weights), math.nan if mean is None else mean)
 
 
 def training_mean(data: EchoDataModule) -> float:
     """Mean of the regression target over the training clips; NaN if it was measured in none."""
     measured = any(not math.isnan(clip.targets[data.target]) for clip in data.clips("train"))
     return data.train_target_mean() if measured else math.nan
-
-
-def read_kept(path: Path, kind: str) -> Mapping[str, Any] | None:
-    """The content of a JSON file of this program; None if it does not exist. Raises CheckpointError."""
-    if not path.exists():
-        return None
-    try:
-        # Reading a pipe, for example, might never end.
-        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged: it is not JSON") from error
-    if not isinstance(content, dict) or content.get("kind") != kind:
-        raise CheckpointError(f"{path} is damaged, or not a file of this program")
-    return content

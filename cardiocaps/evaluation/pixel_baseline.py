@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from cardiocaps.data.datamodule import EchoDataModule
 from cardiocaps.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from cardiocaps.data.datamodule import EchoDataModule
-    from cardiocaps.evaluation.decision import Decision
-    from cardiocaps.evaluation.predictions import Predictions
-    from cardiocaps.models.pixel_classifiers import PixelClassifier
+from cardiocaps.evaluation.decision import Decision
+from cardiocaps.evaluation.predictions import Predictions
+from cardiocaps.models.pixel_classifiers import PixelClassifier, fit
+from cardiocaps.runtime.files import read_json, write_json
 
 PIXEL_SIDE = 32
 """Side in pixels of the downsized frames that classical classifiers see."""
@@ -37,9 +36,6 @@ class PixelBaseline:
     @classmethod
     def fit(cls, data: EchoDataModule, unit: str) -> PixelBaseline:
         """Fit to the training frames; choose the threshold by the validation videos or frames (`unit`)."""
-        from cardiocaps.evaluation.decision import Decision
-        from cardiocaps.models.pixel_classifiers import fit
-
         pixels, label, _ = data.pixels("train", PIXEL_SIDE)
         classifier = fit("logistic-regression", "class-weight", pixels, label, seed=0)
         return cls(classifier, Decision.choose(predict_pixels(classifier, data, "val"), unit))
@@ -50,33 +46,24 @@ class PixelBaseline:
 
     def write(self, path: Path) -> None:
         """Raises OutputError."""
-        from cardiocaps.runtime.files import write_json
-
         content = {"kind": _KIND, "side": PIXEL_SIDE, "decision": self.decision.as_dict()}
         write_json(path, {**content, "logistic_regression": self.classifier.as_dict()})
 
     @classmethod
     def read(cls, path: Path) -> PixelBaseline | None:
         """Read the file; None if it does not exist. Raises CheckpointError if it is damaged."""
-        from cardiocaps.evaluation.decision import decision_of, read_kept
-        from cardiocaps.models.pixel_classifiers import PixelClassifier
 
-        content = read_kept(path, _KIND)
-        if content is None:
-            return None
-        try:
+        def make(content: dict[str, Any]) -> PixelBaseline:
             classifier = PixelClassifier.from_dict(content["logistic_regression"])
             if content["side"] != PIXEL_SIDE or classifier.pixels != PIXEL_SIDE**2:
                 raise ValueError(f"it is for frames of another size than {PIXEL_SIDE}x{PIXEL_SIDE}")
-            return cls(classifier, decision_of(content["decision"]))
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise CheckpointError(f"{path} is damaged: {error}") from error
+            return cls(classifier, Decision.from_dict(content["decision"]))
+
+        return read_json(path, _KIND, make, CheckpointError) if path.exists() else None
 
 
 def predict_pixels(classifier: PixelClassifier, data: EchoDataModule, split: str) -> Predictions:
     """Predictions of a classifier of pixels for every frame of a split."""
-    from cardiocaps.evaluation.predictions import Predictions
-
     pixels, label, clip = data.pixels(split, PIXEL_SIDE)
     out = {"probability": classifier.probability(pixels), "label": label, "clip": clip}
     return Predictions.of(out, data.clips(split), data.study.group_kind)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from cardiocaps.config import TrainConfig
 from cardiocaps.errors import ConfigError
@@ -36,7 +36,7 @@ class Predictions:
     """Predictions of a system for n frames of a split.
 
     Raises:
-        ValueError: other shapes or values, or n is 0.
+        ValueError: other shapes, probabilities or labels.
     """
 
     probability: Floats  # float64 [n] in [0, 1], of class 1
@@ -50,30 +50,18 @@ class Predictions:
     group_kind: str = GROUP_KINDS[0]  # what `patient` counts
 
     def __post_init__(self) -> None:
-        probability = np.asarray(self.probability, np.float64)
-        n = probability.size
-        if probability.shape != (n,) or not n:
-            raise ValueError(f"probability has shape {list(probability.shape)}; expected [n], not empty")
-        wrong = ~((probability >= 0) & (probability <= 1))
-        if wrong.any():
-            raise ValueError(f"probability is {probability[wrong][0]}; expected a number in [0, 1]")
-        object.__setattr__(self, "probability", probability)
-        for name in ("label", "clip", "frame", "patient"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, _integers(getattr(self, name), n, name))
-        if not np.isin(self.label, (0, 1)).all():
-            raise ValueError(f"label is {np.unique(self.label)[:5].tolist()}; expected 0 or 1")
-        if self.group_kind not in GROUP_KINDS:
-            raise ValueError(f"group_kind is {self.group_kind!r}; expected one of {', '.join(GROUP_KINDS)}")
-        object.__setattr__(self, "video", tuple(self.video))
-        if len(self.video) != n:
-            raise ValueError(f"video has {len(self.video)} names; expected {n}")
-        for name in ("target", "regression"):
+        integers, floats = ("label", "clip", "frame", "patient"), ("probability", "target", "regression")
+        for name in (*integers, *floats):
             values = getattr(self, name)
             if values is not None:
-                if np.shape(values) != (n,):
-                    raise ValueError(f"{name} has shape {list(np.shape(values))}; expected [{n}]")
-                object.__setattr__(self, name, np.asarray(values, np.float64))
+                if np.shape(values) != (len(self.video),):
+                    raise ValueError(f"{name} has shape {list(np.shape(values))}; expected [{len(self.video)}]")
+                object.__setattr__(self, name, np.asarray(values, np.int64 if name in integers else np.float64))
+        wrong = ~((self.probability >= 0) & (self.probability <= 1))
+        if wrong.any():
+            raise ValueError(f"probability is {self.probability[wrong][0]}; expected a number in [0, 1]")
+        if not np.isin(self.label, (0, 1)).all():
+            raise ValueError(f"label is {np.unique(self.label)[:5].tolist()}; expected 0 or 1")
 
     @classmethod
     def of(cls, out: Mapping[str, Any], clips: Sequence[Clip], group_kind: str = "") -> Predictions:
@@ -156,11 +144,7 @@ class Predictions:
 
 
 def write_predictions(run: RunFolder, test: Predictions, validation: Predictions | None, threshold: float) -> None:
-    """Write the predictions of the test split, and of the validation split if given, by frame and by video.
-
-    Raises:
-        OutputError: a file cannot be written.
-    """
+    """Write the predictions of the test split, and of the validation split if given, by frame and by video."""
     for split, by_frame, by_video_csv in (
         (validation, run.validation_csv, run.validation_by_video_csv),
         (test, run.predictions_csv, run.predictions_by_video_csv),
@@ -171,39 +155,32 @@ def write_predictions(run: RunFolder, test: Predictions, validation: Predictions
 
 
 def read_predictions(path: Path) -> Predictions:
-    """The predictions by frame that `write_predictions` has written, without targets and regressions.
+    """The predictions by frame in a file of `write_predictions`, without targets and regressions.
 
     Raises:
         ConfigError: the file is missing or damaged.
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file, strict=True)
-            names = reader.fieldnames or ()
-            missing = [name for name in ("video", "clip", "label", "probability") if name not in names]
-            if missing:
-                raise ConfigError(f"{path} is damaged: it has no column {', '.join(missing)}")
-            rows = list(reader)
-        if any(None in row or None in row.values() for row in rows):
-            raise ConfigError(f"{path} is damaged: not all of its rows have the same number of columns")
-        columns: dict[str, list[str]] = {name: [row[name] for row in rows] for name in names}
-        kind = next((kind for kind in GROUP_KINDS if kind in columns), None)
+            rows = list(csv.DictReader(file, strict=True))
 
-        def whole(name: str) -> Integers:
-            return np.array([int(text) for text in columns[name]], np.int64)
+        def column(name: str, kind: type) -> NDArray[Any]:
+            return np.array([kind(row[name]) for row in rows])
 
+        names = rows[0] if rows else {}
+        group_kind = next((kind for kind in GROUP_KINDS if kind in names), None)
         return Predictions(
-            probability=np.array([float(text) for text in columns["probability"]]),
-            label=whole("label"),
-            clip=whole("clip"),
-            video=tuple(columns["video"]),
-            frame=whole("frame") if "frame" in columns else None,
-            patient=whole(kind) if kind else None,
-            group_kind=kind or GROUP_KINDS[0],
+            probability=column("probability", float),
+            label=column("label", int),
+            clip=column("clip", int),
+            video=tuple(row["video"] for row in rows),
+            frame=column("frame", int) if "frame" in names else None,
+            patient=column(group_kind, int) if group_kind else None,
+            group_kind=group_kind or GROUP_KINDS[0],
         )
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, csv.Error) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise ConfigError(f"{path} is damaged: {error}") from error
 
 
@@ -227,10 +204,3 @@ def _rows(columns: Mapping[str, Any]) -> list[dict[str, Any]]:
         if values is not None
     }
     return [dict(zip(known, values, strict=True)) for values in zip(*known.values(), strict=True)]
-
-
-def _integers(values: ArrayLike, n: int, name: str) -> Integers:
-    array = np.asarray(values)
-    if array.shape != (n,) or array.dtype.kind not in "biu":
-        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}; expected integers [{n}]")
-    return array.astype(np.int64)

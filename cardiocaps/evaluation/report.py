@@ -17,6 +17,7 @@ from cardiocaps.evaluation.predictions import unit_of, write_predictions
 from cardiocaps.evaluation.scores import Scores
 from cardiocaps.metrics import (
     BOOTSTRAP,
+    BOTH,
     DECISIONS,
     EXACT,
     METRICS,
@@ -66,7 +67,7 @@ def print_table(network: Scores, pixels: Scores | None, config: TrainConfig, mea
     if all(report.threshold == THRESHOLD for report in reports):
         at_half = []
     sections = [metrics(reports, ranks), decided, at_half, published, regression]
-    _print(title, head, *sections, caption=_methods(reports + halves))
+    _print(title, head, *sections, caption=_methods(config.bootstrap, f"{ours.groups} {plural(ours.group_name)}"))
     for note in _notes(network, pixels, unit):
         print_line(f"note: {note}")
 
@@ -83,16 +84,15 @@ def _regression_rows(network: Scores, unit: str, target: str, measure: str) -> l
     return [(name, "undefined" if text.startswith("nan") else text) for name, text in rows]
 
 
-def _methods(reports: Sequence[Report]) -> str:
-    """The meaning of the methods that the cells name."""
-    used = {estimate.method for report in reports for estimate in report.metrics.values()}
-    drawn = f"{reports[0].groups} {plural(reports[0].group_name)}"
-    means = {
-        BOOTSTRAP: f"{BOOTSTRAP}: the middle of {reports[0].bootstrap:,} resamples of the {drawn}.",
-        EXACT: f"{EXACT}: Clopper and Pearson; for an AUROC, of disjoint pairs.",
-        NO_INTERVAL: f"{NO_INTERVAL}: the middle 95 % of the resamples have one and the same value.",
-    }
-    return " ".join(text for method, text in means.items() if method in used)
+def _methods(bootstrap: int, drawn: str) -> str:
+    """What the methods that the cells name mean; empty without intervals."""
+    if not bootstrap:
+        return ""
+    return (
+        f"{BOOTSTRAP}: the middle of {bootstrap:,} resamples of the {drawn}. {EXACT}: Clopper and Pearson; for an "
+        f"AUROC, of disjoint pairs. {BOTH}: the wider of both bounds at each end. {NO_INTERVAL}: the middle 95 % of "
+        "the resamples have one and the same value."
+    )
 
 
 def _notes(network: Scores, pixels: Scores | None, unit: str) -> list[str]:
@@ -129,12 +129,8 @@ def print_means(runs: Sequence[tuple[Scores, Scores | None, TrainConfig]]) -> No
     rows = [(METRIC_NAMES[name], *(str(report.metrics[name]) for report in reports)) for name in METRICS]
     title = f"Mean over {len(runs)} runs ± standard deviation, decisions at each run's threshold"
     head = ("with 95 % interval" if config.bootstrap else "", network_title(config), PIXELS)
-    drawn = plural(runs[0][0].test.group_name)
-    caption = (
-        f"bootstrap: the middle of {config.bootstrap:,} resamples of the {drawn} and the runs. exact: Clopper and "
-        "Pearson; for an AUROC, of disjoint pairs. exact/bootstrap: the wider of both bounds at each end."
-    )
-    _print(title, head[: len(reports) + 1], rows, caption=caption if config.bootstrap else "")
+    drawn = f"{plural(runs[0][0].test.group_name)} and the runs"
+    _print(title, head[: len(reports) + 1], rows, caption=_methods(config.bootstrap, drawn))
     for note in reports[0].notes:
         print_line(f"note: {note}")
 
@@ -176,9 +172,6 @@ def write_results(
     Args:
         measure: as in `print_table`.
         identity: what was evaluated, and on what.
-
-    Raises:
-        OutputError: a file cannot be written.
     """
     unit = unit_of(config)
     report, at_half = network.report(unit), network.report_at_half(unit)

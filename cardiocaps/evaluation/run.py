@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from cardiocaps.config import TrainConfig, read_run, settings_that_affect
-from cardiocaps.data.datamodule import EchoDataModule
 from cardiocaps.data.fingerprint import Fingerprint
-from cardiocaps.data.open import decode_for_run, read_study
+from cardiocaps.data.open import RunData, decode_for_run, read_study
 from cardiocaps.data.splits import SPLITS
 from cardiocaps.errors import CardioCapsError, printable
 from cardiocaps.evaluation.decision import Decision, read_decision, training_mean
@@ -29,30 +28,15 @@ _CHANGED_DATA = "--allow-changed-data evaluates anyway"
 
 
 def evaluate_network(
-    config: TrainConfig,
-    machine: Machine,
-    run: RunFolder,
-    data: EchoDataModule,
-    results: RunFolder | None,
-    *,
-    own_data: bool = True,
-    fingerprint: str | None = None,
-    left_out: int = 0,
+    config: TrainConfig, machine: Machine, run: RunFolder, used: RunData, results: RunFolder | None
 ) -> tuple[Scores, Scores | None]:
     """Evaluate the best network of a run beside its baseline, logistic regression on pixels; print the table.
 
     The threshold and the baseline are those that the run keeps. At the end of training, when `results` is the run
-    itself, both are made and kept.
+    itself, both are made and kept. What an older run does not keep is made anew, if the run was trained on the data.
 
     Args:
-        config: settings of the run.
-        machine: what it computes on.
-        run: its folder.
-        data: the decoded data.
         results: where to write; None: print only.
-        own_data: whether the run was trained on `data`. If so, what an older run does not keep is made anew.
-        fingerprint: of the data; None: compute it.
-        left_out: number of test videos that `data` lacks because the run was trained or validated on them.
 
     Returns:
         The scores of the network and of the baseline; None if there is no baseline.
@@ -61,6 +45,7 @@ def evaluate_network(
         CheckpointError: a file of the run is missing, damaged or of another configuration.
         OutputError: a file cannot be written.
     """
+    data, own_data = used.data, used.is_own is not False
     training = results is not None and results.path == run.path
     unit, measure = unit_of(config), data.study.units[config.regression_target]
     network = best_network(config, run)
@@ -80,12 +65,12 @@ def evaluate_network(
     pixels = None
     if baseline is not None:
         pixels = Scores.of(baseline.predict(data, "test"), None, baseline.decision, config.bootstrap)
-    fingerprint = fingerprint or Fingerprint.of(data.study).digest
+    fingerprint = used.fingerprint.digest
     if results:
         identity: dict[str, str | int | None] = {
             "weights": weights,
             "fingerprint": fingerprint,
-            "test_videos_left_out": left_out,
+            "test_videos_left_out": used.left_out,
         }
         write_results(results, scores, pixels, config, measure, **identity)
     if results and not training:
@@ -104,7 +89,6 @@ def evaluate_run(
     """Evaluate a run and print the table.
 
     Args:
-        path: folder of the run.
         changed: settings that differ from the run's.
         out: new folder for the results.
         allow_changed_data: also evaluate on data that differ from those of the training. Data of another folder are
@@ -128,19 +112,11 @@ def evaluate_run(
         used = decode_for_run(
             reading, machine, study, run.data, _CHANGED_DATA, trained=run.is_trained, allow_changed=allow_changed_data
         )
+        if used.is_own is None:
+            used = replace(used, is_own="data" not in changed)  # data of the run may have moved
         results = RunFolder.create(out) if out else None
-        own_data = "data" not in changed if used.is_own is None else used.is_own  # data of the run may have moved
         try:
-            scores, pixels = evaluate_network(
-                config,
-                machine,
-                run,
-                used.data,
-                results,
-                own_data=own_data,
-                fingerprint=used.fingerprint.digest,
-                left_out=used.left_out,
-            )
+            scores, pixels = evaluate_network(config, machine, run, used, results)
         except (CardioCapsError, Interrupted):
             if results:
                 results.discard()

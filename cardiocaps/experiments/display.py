@@ -1,44 +1,33 @@
-"""Shows the progress of the jobs: bars on a terminal, else a line for each job that ends."""
+"""Shows the progress of the jobs: bars on a terminal, and a line for each job that ends."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.runtime.program import print_line
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
 
+class Display:
+    """A bar for all `jobs` and one for each running job, below the lines; without a terminal, no bar.
 
-class Lines:
-    """Prints a line for each job that ends."""
+    Attributes:
+        bars: a context manager, inside which they are drawn.
+    """
 
-    def __init__(self, jobs: int) -> None:
+    def __init__(self, jobs: int, bars: bool, console: Console | None = None) -> None:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[doing]}"),
+        )
+        console = console or Console(stderr=True)
+        self.bars = Progress(*columns, TimeElapsedColumn(), console=console, disable=not (bars and console.is_terminal))
+        self.tasks: dict[str, TaskID] = {}
         self.jobs, self.done = jobs, 0
-
-    def started(self, job: Job) -> None:
-        pass
-
-    def progress(self, job: Job, done: float, doing: str) -> None:
-        pass
-
-    def ended(self, job: Job, seconds: float, error: str | None) -> None:
-        self.done += 1
-        failure = "" if error is None else f"  failed: {error}"
-        print_line(f"[{self.done}/{self.jobs}] {job.name}  {seconds:.0f} s{failure}")
-
-
-class Bars(Lines):
-    """Shows a bar for all jobs and one for each running job, below the lines."""
-
-    def __init__(self, jobs: int, bars: Progress) -> None:
-        super().__init__(jobs)
-        self.bars, self.tasks = bars, {}  # type: ignore[var-annotated]
-        self.all = bars.add_task("jobs", total=jobs, doing="")
+        self.all = self.bars.add_task("jobs", total=jobs, doing="")
 
     def started(self, job: Job) -> None:
         self.tasks[job.name] = self.bars.add_task(job.name, total=1.0, doing="starting")
@@ -48,18 +37,7 @@ class Bars(Lines):
 
     def ended(self, job: Job, seconds: float, error: str | None) -> None:
         self.bars.remove_task(self.tasks.pop(job.name))
-        super().ended(job, seconds, error)
+        self.done += 1
+        failure = "" if error is None else f"  failed: {error}"
+        print_line(f"[{self.done}/{self.jobs}] {job.name}  {seconds:.0f} s{failure}")
         self.bars.update(self.all, completed=self.done)
-
-
-@contextmanager
-def display(jobs: int, progress: bool) -> Iterator[Lines]:
-    if not progress or not sys.stderr.isatty() or not jobs:
-        yield Lines(jobs)
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[doing]}")
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bars:
-        yield Bars(jobs, bars)

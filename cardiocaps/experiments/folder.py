@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from cardiocaps import __version__
 from cardiocaps.config import TrainConfig, completed, settings_that_affect
+from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
 from cardiocaps.errors import ConfigError, DataError, OutputError, printable
-from cardiocaps.runtime.files import output_errors, write_json
-from cardiocaps.runtime.program import print_line
-
-if TYPE_CHECKING:
-    from cardiocaps.data.fingerprint import Fingerprint
+from cardiocaps.runtime.files import output_errors, read_json, write_json
 
 _KIND = "cardiocaps experiments"
 
@@ -22,28 +17,13 @@ _KIND = "cardiocaps experiments"
 _MAY_DIFFER = {*settings_that_affect("machine", "display", "place"), "seed", "bootstrap"}
 
 
-@dataclass(frozen=True)
 class ExperimentFolder:
     """`path`/jobs/SYSTEM/seedN are runs; `path`/tables holds the tables and figures."""
 
-    path: Path
-
-    @property
-    def marker(self) -> Path:
-        return self.path / "experiments.json"
-
-    @property
-    def tables(self) -> Path:
-        return self.path / "tables"
-
-    @property
-    def jobs(self) -> Path:
-        return self.path / "jobs"
-
-    @property
-    def data(self) -> Path:
-        """Holds the fingerprint of the data (`cardiocaps.data.fingerprint`) of each protocol and split."""
-        return self.path / "data"
+    def __init__(self, path: Path) -> None:
+        self.path, self.marker = path, path / "experiments.json"
+        self.jobs, self.tables = path / "jobs", path / "tables"
+        self.data = path / "data"  # holds the fingerprint of the data of each protocol and split
 
     def job(self, key: str, seed: int) -> Path:
         return self.jobs / key / f"seed{seed}"
@@ -66,15 +46,12 @@ class ExperimentFolder:
             OutputError: it cannot be written.
         """
         settings = {name: value for name, value in config.resolved().as_dict().items() if name not in _MAY_DIFFER}
-        found = self._read()
-        if found is None or not self.jobs.is_dir():
+        if not self.jobs.is_dir():
             write_json(self.marker, {"kind": _KIND, "version": __version__, "settings": settings})
             return
-        before = completed(found.get("settings") or {})
+        before = completed(self._read()["settings"])
         different = [
-            f"{name} is {settings.get(name)!r}, was {before.get(name)!r}"
-            for name in dict.fromkeys((*(found.get("settings") or {}), *settings))
-            if settings.get(name) != before.get(name) and name not in _MAY_DIFFER
+            f"{name} is {x!r}, was {before.get(name)!r}" for name, x in settings.items() if x != before.get(name)
         ]
         if different:
             raise ConfigError(
@@ -83,18 +60,9 @@ class ExperimentFolder:
             )
 
     def claim_data(self, config: TrainConfig, now: Fingerprint) -> None:
-        """Record the fingerprint of the data of this protocol and split, or check that it is the one on record.
-
-        Raises:
-            DataError: the data have changed.
-            ConfigError: the record is damaged.
-            OutputError: it cannot be written.
-        """
+        """Record the fingerprint of the data of this protocol and split, or raise DataError if another is on record."""
         before = self.known_data(config)
         if before is None:
-            found = self._read() or {}
-            if "data" in found:
-                print_line(f"note: {self.path} was begun by an older version; whether its data have changed is unknown")
             with output_errors(self.data):
                 self.data.mkdir(exist_ok=True)
             write_json(self._data_file(config), now.as_dict())
@@ -106,8 +74,6 @@ class ExperimentFolder:
 
     def known_data(self, config: TrainConfig) -> Fingerprint | None:
         """The record of `claim_data`; None if there is none yet. Raises ConfigError if it is damaged."""
-        from cardiocaps.data.fingerprint import read_fingerprint
-
         return read_fingerprint(self._data_file(config))
 
     def _data_file(self, config: TrainConfig) -> Path:
@@ -117,18 +83,9 @@ class ExperimentFolder:
     def remember(self, command: str) -> tuple[str, ...]:
         """Record `command`; returns every command that has written tables here, in the order of their first use."""
         found = self._read()
-        assert found is not None
-        found["commands"] = list(dict.fromkeys([*found.get("commands", ()), command]))
-        write_json(self.marker, found)
-        return tuple(found["commands"])
+        commands = list(dict.fromkeys([*found.get("commands", ()), command]))
+        write_json(self.marker, {"kind": _KIND, **found, "commands": commands})
+        return tuple(commands)
 
-    def _read(self) -> dict[str, Any] | None:
-        if not self.marker.is_file():
-            return None
-        try:
-            content = json.loads(self.marker.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"out: {self.marker} cannot be read: {error}") from error
-        if not isinstance(content, dict) or content.get("kind") != _KIND:
-            raise ConfigError(f"out: {self.marker} is not a file of this program")
-        return content
+    def _read(self) -> dict[str, Any]:
+        return read_json(self.marker, _KIND, dict, ConfigError)

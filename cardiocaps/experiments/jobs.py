@@ -8,14 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 from threadpoolctl import threadpool_limits
 
-from cardiocaps.config import TrainConfig
+from cardiocaps.config import TrainConfig, write_run
 from cardiocaps.data.datamodule import EchoDataModule
 from cardiocaps.data.open import decode_for_run, read_study
 from cardiocaps.evaluation.decision import Decision, training_mean, write_decision
@@ -51,7 +51,7 @@ class Job:
     def name(self) -> str:
         return f"{self.system.key} seed {self.seed}"
 
-    @cached_property
+    @property
     def folder(self) -> Path:
         assert self.config.out is not None
         return self.config.out
@@ -60,10 +60,6 @@ class Job:
     def log(self) -> Path:
         """The output of the job. It lies beside the folder, which holds only files of the run."""
         return self.folder.with_name(f"{self.folder.name}.log")
-
-    @property
-    def is_network(self) -> bool:
-        return "classifier" not in self.system.settings
 
 
 def run(job: Job, watch: Watch, interruption: Interruption) -> None:
@@ -81,8 +77,7 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
     with lock_folder(folder.path), machine_for(job.config) as machine:
         folder.remove_leftovers()
         if not begun:
-            yaml, paths = job.config.kept()
-            folder.begin(yaml, machine.device, paths)
+            folder.begin(job.config, machine.device)
             # All jobs leave out the videos that the first jobs left out, even if they can be decoded by now.
             known = ExperimentFolder(job.folder.parents[2]).known_data(job.config)
             if known is not None:
@@ -92,11 +87,11 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
         ).data
         config = replace(job.config, resume=folder.path) if begun else job.config
         if begun:
-            folder.keep(*job.config.kept())
-        if job.is_network:
-            _train_network(job, config, machine, folder, data, watch, interruption)
-        else:
+            write_run(job.config, folder.path)
+        if "classifier" in job.system.settings:
             _fit_pixels(job, config, data, watch)
+        else:
+            _train_network(job, config, machine, folder, data, watch, interruption)
 
 
 def _train_network(
@@ -154,32 +149,16 @@ def _fit_pixels(job: Job, config: TrainConfig, data: EchoDataModule, watch: Watc
     _write(job, said, device="cpu", parameters=model.parameters, seconds=seconds)
 
 
-def _write(
-    job: Job,
-    said: Mapping[str, Predictions],
-    *,
-    device: str,
-    parameters: int | None,
-    seconds: float,
-    epochs: int | None = None,
-    best_epoch: int | None = None,
-    seconds_per_epoch: float | None = None,
-    peak_memory: int | None = None,
-) -> None:
+def _write(job: Job, said: Mapping[str, Predictions], **measured: Any) -> None:
+    """Write the result of a job: its predictions, and what was `measured` (fields of `Result`)."""
     result = Result(
         system=job.system.key,
         seed=job.seed,
         unit=unit_of(job.config),
         validation=said["val"],
         test=said["test"],
-        parameters=parameters,
-        epochs=epochs,
-        best_epoch=best_epoch,
-        seconds_per_epoch=seconds_per_epoch,
-        seconds=seconds,
-        peak_memory=peak_memory,
-        device=device,
         at_once=job.at_once,
         threads=torch.get_num_threads(),
+        **measured,
     )
     write_result(job.folder, result)

@@ -43,17 +43,13 @@ def rows_table(rows: Sequence[Row], found: Mapping[str, Summary], columns: Seque
     return table(("system", *(name for name, _ in columns)), lines)
 
 
-def metric_columns(names: Sequence[str], bootstrap: int) -> list[Column]:
+def metric_columns(names: Sequence[str]) -> list[Column]:
     """A column for each metric: mean, deviation and, if resamples were drawn, the interval."""
 
-    def column(name: str) -> Column:
-        def cell(summary: Summary) -> str:
-            estimate = summary.report.metrics[name]
-            return plus_minus(estimate) + (interval_text(estimate, DASH) if bootstrap else "")
+    def cell(name: str) -> Callable[[Summary], str]:
+        return lambda summary: with_interval(summary.report.metrics[name])
 
-        return METRIC_NAMES[name], cell
-
-    return [column(name) for name in names]
+    return [(METRIC_NAMES[name], cell(name)) for name in names]
 
 
 def failure(row: Row) -> str:
@@ -65,6 +61,10 @@ def plus_minus(estimate: MeanEstimate, digits: int = 3) -> str:
         return DASH
     deviation = "" if math.isnan(estimate.sd) else f" ± {estimate.sd:.{digits}f}"
     return f"{estimate.value:.{digits}f}{deviation}"
+
+
+def with_interval(estimate: MeanEstimate, digits: int = 3) -> str:
+    return plus_minus(estimate, digits) + interval_text(estimate, DASH)
 
 
 def count(n: int, what: str) -> str:

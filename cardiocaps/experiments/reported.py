@@ -4,31 +4,19 @@ The paper's "ROC AUC" is that of hard labels and its "PR AUC" a precision (see `
 that of the abnormal class for the classical classifiers and weighted for the networks.
 """
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+
+from cardiocaps.metrics import PUBLISHED, MeanEstimate
 
 ON = "reported on EchoNet-LVH"
 
-
-@dataclass(frozen=True)
-class Figure:
-    """A reported number and its deviation over seeds; NaN if the paper gives none."""
-
-    value: float
-    sd: float = math.nan
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f}" + ("" if math.isnan(self.sd) else f" ± {self.sd:.4f}")
-
-
-Reported = Mapping[str, Figure]
-"""A row of a table of the paper; its keys are those of `cardiocaps.metrics.PUBLISHED`."""
+Reported = Mapping[str, MeanEstimate]
+"""A row of a table of the paper; its keys are those of `PUBLISHED`. A deviation that the paper does not give is NaN."""
 
 
 def _row(*values: float | tuple[float, float]) -> Reported:
-    figures = (Figure(*value) if isinstance(value, tuple) else Figure(value) for value in values)
-    return dict(zip(("accuracy", "f1", "roc_auc", "pr_auc"), figures, strict=True))
+    figures = (MeanEstimate(*value) if isinstance(value, tuple) else MeanEstimate(value) for value in values)
+    return dict(zip(PUBLISHED, figures, strict=True))
 
 
 _DR_MARGIN = _row(0.5707, 0.6310, 0.5441, 0.1786)

@@ -17,7 +17,8 @@ from cardiocaps.data.datasets import DATASETS, PHANTOM
 from cardiocaps.data.fingerprint import Fingerprint
 from cardiocaps.data.open import decode, read_study
 from cardiocaps.errors import CardioCapsError, ConfigError, DataError
-from cardiocaps.experiments.display import display
+from cardiocaps.evaluation.predictions import unit_of
+from cardiocaps.experiments.display import Display
 from cardiocaps.experiments.exhibits import EXHIBITS, keys_of
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.folder import ExperimentFolder
@@ -39,11 +40,9 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
     """Run the jobs of these exhibits that are not finished yet, and write the exhibits to `out`/tables.
 
     Args:
-        names: of the exhibits.
         config: settings that all jobs share.
         seeds: number of seeds for each system.
         at_once: number of jobs that run at the same time.
-        out: folder of the experiments.
         command: command line that makes the exhibits; the index shows it.
 
     Raises:
@@ -76,8 +75,9 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
         pace = f"{count(at_once, 'job')} at a time, {count(threads, 'thread')} each"
         print_line(f"{count(len(jobs), 'job')}, {len(finished)} of them finished; {pace}")
         try:
-            with display(len(left), config.progress) as shown:
-                errors = {**unusable, **run_jobs(left, at_once, shown)}
+            display = Display(len(left), bars=config.progress)
+            with display.bars:
+                errors = {**unusable, **run_jobs(left, at_once, display)}
         except Interrupted as stop:
             raise Interrupted(stop.signum, "what was done is saved, and the same command goes on") from None
         _write(exhibits, jobs, errors, config, data, folder, command)
@@ -131,12 +131,8 @@ def _described(config: TrainConfig, data: EchoDataModule) -> str:
         what = DATASETS[PHANTOM].title
     parts = []
     for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
-        labels = data.labels(split)
-        unit, n, positives = "frames", len(labels), int(labels.sum())
-        if not config.splits_frames:
-            clips = data.clips(split)
-            unit, n, positives = "videos", len(clips), sum(clip.label for clip in clips)
-        parts.append(f"{name} {n} {unit}, {positives} abnormal")
+        labels = data.labels(split) if config.splits_frames else [clip.label for clip in data.clips(split)]
+        parts.append(f"{name} {len(labels)} {unit_of(config)}s, {int(sum(labels))} abnormal")
     rule = ", split by frame" if config.split == "frames" else ""
     return f"{what}; preset {config.preset}, protocol {config.protocol}{rule}: {'; '.join(parts)}."
 
@@ -151,7 +147,6 @@ def _write(
     command: str,
 ) -> None:
     """Write the exhibits from the finished jobs, and the index of all exhibits in the folder."""
-
     finished = [job for job in jobs if is_finished(job.folder)]
 
     def row(key: str) -> Row:

@@ -9,30 +9,23 @@ import sys
 import time
 import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import Protocol
 
 from cardiocaps.errors import CardioCapsError
+from cardiocaps.experiments.display import Display
 from cardiocaps.experiments.jobs import Job, run
 from cardiocaps.experiments.results import is_finished
 from cardiocaps.runtime.processes import die_with_parent, start_errors
-from cardiocaps.runtime.program import Interrupted, Interruption, defer_signals
+from cardiocaps.runtime.program import Interrupted, Interruption
+
+_PRELOAD = ["cardiocaps.experiments.jobs", "sklearn.ensemble", "sklearn.linear_model", "monai.networks.nets"]
+"""Heavy modules that the fork server imports once, if they are installed; then it forks a process for each job quickly.
+They must start no threads, which do not survive a fork."""
 
 _PATIENCE = 60.0  # seconds that a stopped job gets to save
-
-
-class Display(Protocol):
-    """Is told the progress of the jobs."""
-
-    def started(self, job: Job) -> None: ...
-
-    def progress(self, job: Job, done: float, doing: str) -> None: ...
-
-    def ended(self, job: Job, seconds: float, error: str | None) -> None: ...
 
 
 @dataclass
@@ -51,16 +44,15 @@ def run_jobs(jobs: Sequence[Job], at_once: int, display: Display) -> Mapping[str
     Returns:
         The name of each failed job -> its error.
     """
-    # The fork server imports the heavy packages once and then forks a process for each job quickly.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["cardiocaps.experiments.preload"])
+    context.set_forkserver_preload(_PRELOAD)
     waiting, errors = deque(jobs), {}
     running: dict[Connection, _Running] = {}
-    with _stopped_at_exit(running):
+    try:
         while waiting or running:
             while waiting and len(running) < at_once:
                 job = waiting.popleft()
-                with defer_signals(), start_errors("a job"):
+                with start_errors("a job"):
                     mine, theirs = context.Pipe(duplex=False)
                     process = context.Process(target=_work, args=(job, theirs))
                     process.start()
@@ -85,6 +77,13 @@ def run_jobs(jobs: Sequence[Job], at_once: int, display: Display) -> Mapping[str
                     one.error = text
                 else:
                     display.progress(one.job, done, text)
+    finally:
+        for one in running.values():
+            one.process.terminate()
+        until = time.monotonic() + _PATIENCE
+        for one in running.values():
+            one.process.join(max(0.0, until - time.monotonic()))
+            one.process.kill()
     return errors
 
 
@@ -99,22 +98,6 @@ def _why_it_ended(one: _Running) -> str | None:
         hint = " (out of memory?)" if -code == signal.SIGKILL else ""
         return f"killed by {signal.Signals(-code).name}{hint}"
     return f"ended with status {code}; see {one.job.log}"
-
-
-@contextmanager
-def _stopped_at_exit(running: Mapping[Connection, _Running]) -> Iterator[None]:
-    """Stop all processes at the end of the block, after giving them time to save."""
-    try:
-        yield
-    finally:
-        for one in running.values():
-            if one.process.is_alive():
-                one.process.terminate()
-        until = time.monotonic() + _PATIENCE
-        for one in running.values():
-            one.process.join(max(0.0, until - time.monotonic()))
-            if one.process.is_alive():
-                one.process.kill()
 
 
 def _work(job: Job, connection: Connection) -> None:

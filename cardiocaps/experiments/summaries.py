@@ -26,10 +26,9 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Summary:
-    """The numbers of a row. Made by `summarise`."""
+class Summary(Row):
+    """A row with its numbers. Made by `summarise`."""
 
-    row: Row
     unit: str  # what is counted: "video" or "frame"
     drawn: str  # what the bootstrap draws: "video", "patient" or "study"
     thresholds: tuple[float, ...]  # of each result
@@ -40,16 +39,8 @@ class Summary:
     notes: tuple[str, ...]
 
     @property
-    def system(self) -> str:
-        return self.row.system
-
-    @property
-    def title(self) -> str:
-        return self.row.title
-
-    @property
     def seeds(self) -> int:
-        return len(self.row.results)
+        return len(self.results)
 
     @property
     def threshold(self) -> MeanEstimate:
@@ -58,16 +49,16 @@ class Summary:
     @property
     def parameters(self) -> int | None:
         """The number of trainable parameters."""
-        return next((r.parameters for r in self.row.results if r.parameters is not None), None)
+        return next((r.parameters for r in self.results if r.parameters is not None), None)
 
     @property
     def peak_memory(self) -> int | None:
         """The largest of all seeds, in bytes."""
-        return max((r.peak_memory for r in self.row.results if r.peak_memory is not None), default=None)
+        return max((r.peak_memory for r in self.results if r.peak_memory is not None), default=None)
 
     def cost(self, name: str) -> MeanEstimate:
         """`epochs`, `best_epoch`, `seconds_per_epoch` or `seconds`, over the seeds that have it."""
-        return mean_and_deviation([x for x in (getattr(r, name) for r in self.row.results) if x is not None])
+        return mean_and_deviation([x for x in (getattr(r, name) for r in self.results) if x is not None])
 
 
 def mean_and_deviation(values: Sequence[float]) -> MeanEstimate:
@@ -109,7 +100,7 @@ def summarise(row: Row, of_paper: Reported | None, bootstrap: int) -> Summary:
         notes.append(f"only {len(row.results)} of the seeds: {row.error}")
     tests = [result.test for result in row.results]
     return Summary(
-        row=row,
+        **vars(row),
         unit=unit,
         drawn=drawn,
         thresholds=tuple(thresholds),

@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from cardiocaps import DISCLAIMER
-from cardiocaps.errors import ConfigError
 from cardiocaps.evaluation.names import METRIC_NAMES
 from cardiocaps.experiments.exhibits import COMPARED
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
-from cardiocaps.experiments.markdown import DASH, escaped, failure, joined, plus_minus, table
+from cardiocaps.experiments.markdown import DASH, escaped, failure, joined, table, with_interval
 from cardiocaps.experiments.plan import MAIN
 from cardiocaps.experiments.reported import ON
 from cardiocaps.experiments.summaries import Row, Summary, summarise
-from cardiocaps.metrics import METRICS, PUBLISHED, MeanEstimate, interval_text
+from cardiocaps.metrics import METRICS, PUBLISHED, MeanEstimate
 from cardiocaps.plots import save
 from cardiocaps.runtime.files import write_csv, write_text
 
@@ -29,21 +28,12 @@ def write_exhibit(exhibit: Exhibit, rows: Sequence[Row], folder: Path, *, data: 
     figure, and an older one is removed.
 
     Args:
-        exhibit: to write.
-        rows: of its systems, in order.
-        folder: where to write.
         data: a sentence about the data.
         bootstrap: resamples for the intervals; 0: none.
-
-    Raises:
-        ValueError: there is no row, or a row of a system that the exhibit does not have.
-        OutputError: a file cannot be written.
     """
-    foreign = [row.system for row in rows if row.system not in exhibit.systems]
-    if not rows or foreign:
-        raise ValueError(f"rows are of {', '.join(foreign) or 'none'}; expected rows of {', '.join(exhibit.systems)}")
     summaries = [summarise(row, exhibit.reported(row.system), bootstrap) for row in rows if row.results]
-    write_csv(folder / f"{exhibit.name}.csv", _csv_rows(exhibit, rows, summaries))
+    found = {s.system: s for s in summaries}
+    write_csv(folder / f"{exhibit.name}.csv", [_csv_row(exhibit, row, found.get(row.system)) for row in rows])
     picture = folder / f"{exhibit.name}.png"
     if summaries:
         save(exhibit.draw(summaries), picture)
@@ -64,14 +54,9 @@ def write_index(
 
     Args:
         exhibits: to link. A file that is missing is shown as missing.
-        folder: that holds the files of the exhibits.
         data: a sentence about the data.
         commands: command lines that make the files.
         environments: of the jobs, as `cardiocaps.training.environment.environment` returns them.
-
-    Raises:
-        ConfigError: a table cannot be read.
-        OutputError: the file cannot be written.
     """
     names = [exhibit.name for exhibit in exhibits if (folder / f"{exhibit.name}.csv").is_file()]
     parts = [
@@ -106,11 +91,6 @@ def _markdown(exhibit: Exhibit, rows: Sequence[Row], summaries: Sequence[Summary
     return "\n\n".join(parts) + "\n"
 
 
-def _csv_rows(exhibit: Exhibit, rows: Sequence[Row], summaries: Sequence[Summary]) -> list[dict[str, Any]]:
-    found = {s.system: s for s in summaries}
-    return [_csv_row(exhibit, row, found.get(row.system)) for row in rows]
-
-
 def _csv_row(exhibit: Exhibit, row: Row, summary: Summary | None) -> dict[str, Any]:
     """All columns, in every row; a cell without a number is empty."""
     nothing = MeanEstimate(math.nan)
@@ -133,10 +113,8 @@ def _csv_row(exhibit: Exhibit, row: Row, summary: Summary | None) -> dict[str, A
     means["calibration_error"] = summary.calibration_error if summary else nothing
     means |= {f"published_{name}": summary.published.paper[name] if summary else nothing for name in PUBLISHED}
     means["published_f1_abnormal"] = summary.published.metrics["f1"] if summary else nothing
-    of_paper = exhibit.reported(row.system)
-    for name in PUBLISHED:
-        figure = of_paper[name] if of_paper else None
-        means[f"reported_{name}"] = MeanEstimate(figure.value, figure.sd) if figure else nothing
+    of_paper = exhibit.reported(row.system) or dict.fromkeys(PUBLISHED, nothing)
+    means |= {f"reported_{name}": figure for name, figure in of_paper.items()}
     for name in ("epochs", "best_epoch", "seconds_per_epoch", "seconds"):
         means[name] = summary.cost(name) if summary else nothing
     for name, estimate in means.items():
@@ -150,14 +128,8 @@ def _csv_row(exhibit: Exhibit, row: Row, summary: Summary | None) -> dict[str, A
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
-    if not all({"system", "title", "error", "auroc", "published_accuracy"} <= set(row) for row in rows):
-        raise ConfigError(f"{path} is damaged: it is not a table that cardiocaps.experiments wrote")
-    return rows
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def _main_table(tables: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
@@ -179,12 +151,10 @@ def _main_table(tables: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
 
     head = ("system", "seeds", *(METRIC_NAMES[name] for name in ("auroc", "average_precision", "f1", "accuracy")))
     lines = table((*head, "accuracy as published", f"*accuracy, {ON}*"), [cells(row) for row in ordered])
-    text = "Mean over the seeds"
-    if any(row["auroc_sd"] for row in ordered):
-        text += " ± standard deviation"
-    if any(row["auroc_low"] for row in ordered):
-        text += " and, in brackets, its 95 % interval and the method of it"
-    text += ". The last column is the paper's. The tables below say how each number is defined."
+    text = (
+        "Mean over the seeds ± standard deviation and, in brackets, its 95 % interval and the method of it. The last "
+        "column is the paper's. The tables below say how each number is defined."
+    )
     return f"## CardioCaps against the other systems\n\n{text}\n\n{lines}"
 
 
@@ -194,7 +164,7 @@ def _of_csv(row: Mapping[str, str], name: str, digits: int = 3) -> str:
 
     value, sd, low, high = (number(f"{name}{end}") for end in ("", "_sd", "_low", "_high"))
     estimate = MeanEstimate(value, sd, low, high, row.get(f"{name}_method", ""))
-    return plus_minus(estimate, digits) + interval_text(estimate, DASH)
+    return with_interval(estimate, digits)
 
 
 def _links(exhibit: Exhibit, folder: Path) -> tuple[str, ...]:

@@ -60,14 +60,6 @@ class Machine:
         if self.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def compile_for_training(self, network: nn.Module) -> None:
-        """Compile the network in place, which keeps the names in its state dict.
-
-        Only for training: in one pass over the test split, compiling would take longer than it saves.
-        """
-        if self.compile:
-            network.compile()
-
 
 def decide(config: TrainConfig, gpu: Gpu | None) -> Machine:
     """How a run with the settings `config` uses a machine with `gpu` (None: no GPU).

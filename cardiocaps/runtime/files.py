@@ -5,35 +5,20 @@ killed leaves its temporary file behind; `remove_leftovers` removes it later.
 """
 
 import csv
-import errno
 import io
 import json
 import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from cardiocaps.errors import OutputError, printable
+from cardiocaps.errors import CardioCapsError, OutputError, printable
 
-_REASONS = {
-    errno.ENOSPC: "no space left on the disk",
-    errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "the file would pass the size limit",
-    errno.EACCES: "no permission to write there",
-    errno.EPERM: "no permission to write there",
-    errno.EROFS: "the file system is read-only",
-    errno.ENOTDIR: "a part of the path is a file, not a folder",
-    errno.EISDIR: "a folder is in the file's place",
-    errno.ENOENT: "a folder on the way does not exist",
-    errno.EEXIST: "something else is in its place",
-    errno.ENAMETOOLONG: "the name is too long",
-    errno.ELOOP: "the path is a circle of links",
-    errno.EIO: "the disk reports an input/output error",
-}
+T = TypeVar("T")
 
 _PART = re.compile(r"\.[0-9a-f]{8}\.part$")
 
@@ -49,14 +34,11 @@ def output_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = _REASONS.get(error.errno or 0) or error.strerror or str(error)
-        raise OutputError(f"cannot write {printable(path)}: {reason}") from error
+        raise OutputError(f"cannot write {printable(path)}: {error.strerror or error}") from error
     except RuntimeError as error:
         if not any(part in str(error) for part in _TORCH_WRITER):
             raise
-        raise OutputError(
-            f"cannot write {printable(path)}: the file could not be completed, is the disk full?"
-        ) from error
+        raise OutputError(f"cannot write {printable(path)}: the file is not complete; is the disk full?") from error
 
 
 @contextmanager
@@ -172,19 +154,29 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """Write a table; a missing value is an empty cell.
+def read_json(path: Path, kind: str, make: Callable[[dict[str, Any]], T], error: type[CardioCapsError]) -> T:
+    """What `make` makes of the content of a JSON file of this program.
 
     Args:
-        columns: by default all keys of the rows, in order of appearance.
-
-    Raises:
-        ValueError: a row has a key that is not in `columns`.
+        kind: what the file says that it is; `make` gets the rest.
+        error: raised if the file cannot be read, is of another kind, or `make` cannot use it.
     """
-    if columns is None:
-        columns = list(dict.fromkeys(key for row in rows for key in row))
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.pop("kind") != kind:
+            raise ValueError("it is not a file of this program")
+        return make(content)
+    except OSError as why:
+        raise error(f"cannot read {printable(path)}: {why.strerror}") from why
+    except (AttributeError, KeyError, TypeError, ValueError) as why:
+        raise error(f"{printable(path)} is damaged: {why}") from why
+
+
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write a table with all keys of the rows, in order of appearance; a missing value is an empty cell."""
     table = io.StringIO()
-    writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
+    columns = dict.fromkeys(key for row in rows for key in row)
+    writer = csv.DictWriter(table, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text(path, table.getvalue())
@@ -196,8 +188,6 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
     if hasattr(value, "tolist"):  # a NumPy array or scalar, a tensor
         return _plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):

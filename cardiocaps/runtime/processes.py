@@ -8,13 +8,11 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, as_completed
 from contextlib import ExitStack, contextmanager
-from queue import SimpleQueue
 from typing import TypeVar
 
 from cardiocaps.errors import ResourceError
-from cardiocaps.runtime.program import defer_signals
 
 _LACKING = {
     errno.EAGAIN: "the system starts no more processes or threads (see `ulimit -u`)",
@@ -40,22 +38,12 @@ def in_parallel(
     Raises:
         ResourceError: the workers cannot be started.
     """
-    done: SimpleQueue[Future[Result]] = SimpleQueue()
     with ExitStack() as at_end:
-        with defer_signals(), start_errors("workers"):
+        with start_errors("workers"):
             pool = make_pool()
-            at_end.callback(_close, pool)
+            at_end.callback(pool.shutdown, cancel_futures=True)
             futures = {pool.submit(function, item): item for item in items}
-            for future in futures:
-                future.add_done_callback(done.put)
-        # concurrent.futures.as_completed would lock all futures, and a signal meanwhile would leave some locked.
-        finished = (done.get() for _ in futures)
-        yield ((futures[future], future.result()) for future in finished)
-
-
-def _close(pool: Executor) -> None:
-    with defer_signals():
-        pool.shutdown(cancel_futures=True)
+        yield ((futures[future], future.result()) for future in as_completed(futures))
 
 
 def cores() -> int:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,21 +15,9 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from cardiocaps.errors import CardioCapsError, ConfigError, printable
+from cardiocaps.errors import CardioCapsError, printable
 
-_SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name))
-
-# Variables that a launcher sets in each process that it starts, and their largest value for a single process.
-# (SLURM_NTASKS is also set for a single process of a larger allocation.)
-_LAUNCHERS = {
-    "torchrun": {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0},
-    "srun": {"SLURM_STEP_NUM_TASKS": 1},
-    "mpirun": {"OMPI_COMM_WORLD_SIZE": 1, "PMI_SIZE": 1},
-}
-
-
-_REMIND_EVERY = 0.2  # seconds
-_NOTHING_LOST = "nothing is half-written"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class Interrupted(BaseException):
@@ -50,9 +37,6 @@ class Interruption:
     A second signal raises at once in any case. Files are written in one step and checkpoints are complete, so a
     program that is stopped at any moment leaves nothing half-written.
 
-    Some libraries drop what a signal's handler raises: torch does, while it imports NumPy at the start of a program. So
-    SIGALRM raises it again every 0.2 seconds, until it has left the block or is on its way out.
-
     Attributes:
         signum: the last signal that arrived, or None.
     """
@@ -64,20 +48,13 @@ class Interruption:
     @contextmanager
     def watched(self) -> Iterator[Interruption]:
         """Handle the signals inside the block, except those that the caller ignores (as nohup ignores SIGHUP)."""
-        before = {signum: signal.getsignal(signum) for signum in (*_SIGNALS, signal.SIGALRM)}
+        before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
         self._watched = [signum for signum in _SIGNALS if before[signum] != signal.SIG_IGN]
-        signal.signal(signal.SIGALRM, self._remind)
         self.defer(False)
         try:
             yield self
-        except Exception as error:
-            # A library that dropped the exception may fail before it is raised again.
-            if self.signum is None or self.deferred:
-                raise
-            raise Interrupted(self.signum, _NOTHING_LOST) from error
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            for signum in (*self._watched, signal.SIGALRM):
+            for signum in self._watched:
                 signal.signal(signum, before[signum])
 
     def defer(self, deferred: bool) -> None:
@@ -88,39 +65,8 @@ class Interruption:
 
     def _receive(self, signum: int, _: FrameType | None) -> None:
         again, self.signum = self.signum is not None, signum
-        if not self.deferred or again:
-            signal.setitimer(signal.ITIMER_REAL, _REMIND_EVERY, _REMIND_EVERY)
-            raise Interrupted(signum, _NOTHING_LOST)
-
-    def _remind(self, _: int, __: FrameType | None) -> None:
-        error = sys.exception()
-        while error is not None and not isinstance(error, Interrupted):
-            error = error.__context__
-        if error is None and self.signum is not None and not self.deferred:
-            raise Interrupted(self.signum, _NOTHING_LOST)
-
-
-@contextmanager
-def defer_signals() -> Iterator[None]:
-    """Delay the handlers of signals to the end of the block.
-
-    For steps that must not be cut in two, such as the start of a process and the note that it has to be stopped.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread handles signals
-        return
-    arrived: list[int] = []
-    signals = (*_SIGNALS, signal.SIGALRM)
-    handled = {signum: handler for signum in signals if callable(handler := signal.getsignal(signum))}
-    try:
-        for signum in handled:
-            signal.signal(signum, lambda signum, _: arrived.append(signum))
-        yield
-    finally:
-        for signum, handler in handled.items():
-            signal.signal(signum, handler)
-        for signum in arrived:
-            signal.raise_signal(signum)
+        if again or not self.deferred:
+            raise Interrupted(signum, "nothing is half-written")
 
 
 def run_program(body: Callable[[Interruption], None]) -> int:
@@ -130,11 +76,7 @@ def run_program(body: Callable[[Interruption], None]) -> int:
     """
     sys.stdout, sys.stderr = _writable(sys.stdout), _writable(sys.stderr)
     before, warnings.formatwarning = warnings.formatwarning, _note
-    # Plots are only written to files. With an unknown backend in this variable, matplotlib could not be imported.
-    backend = os.environ.get("MPLBACKEND")
-    os.environ["MPLBACKEND"] = "agg"
     try:
-        _refuse_copies()
         with Interruption().watched() as interruption:
             body(interruption)
     except (CardioCapsError, Interrupted) as error:
@@ -142,22 +84,7 @@ def run_program(body: Callable[[Interruption], None]) -> int:
         return error.exit_code
     finally:
         warnings.formatwarning = before
-        os.environ.pop("MPLBACKEND")
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
     return 0
-
-
-def _refuse_copies() -> None:
-    """Raise ConfigError where a launcher has started several copies: each would do all the work, in one folder."""
-    for launcher, variables in _LAUNCHERS.items():
-        numbers = {name: os.environ.get(name, "") for name in variables}
-        several = [f"{name}={x}" for name, x in numbers.items() if x.isdecimal() and int(x) > variables[name]]
-        if several:
-            raise ConfigError(
-                f"{launcher} has started several processes ({', '.join(several)}); this program runs in one process, "
-                "on one GPU: start it without the launcher"
-            )
 
 
 def print_line(text: str, stream: TextIO | None = None) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -10,7 +9,7 @@ from typing import TypeVar
 
 from cardiocaps.runtime.program import print_line
 
-BAR_AFTER, LINE_EVERY = 2.0, 10.0  # seconds
+LINE_EVERY = 10.0  # seconds
 T = TypeVar("T")
 
 
@@ -20,9 +19,12 @@ def shown(results: Iterable[T], total: int, what: str) -> Iterator[T]:
     Args:
         what: the step, for example "decoding videos".
     """
-    # A terminal that cannot move its cursor (TERM=dumb) cannot show a bar.
-    if sys.stderr is not None and sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
-        yield from _with_bar(results, total, what)
+    from rich.console import Console
+    from rich.progress import track
+
+    console = Console(stderr=True)
+    if console.is_interactive:
+        yield from track(results, what, total, console=console)
         return
     said = time.monotonic()
     for count, result in enumerate(results, 1):
@@ -30,23 +32,3 @@ def shown(results: Iterable[T], total: int, what: str) -> Iterator[T]:
         if time.monotonic() - said >= LINE_EVERY:
             print_line(f"{what}: {count} of {total}", sys.stderr)
             said = time.monotonic()
-
-
-def _with_bar(results: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Show a bar once the results have taken two seconds."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    bar = Progress(*columns, console=Console(stderr=True))
-    task, start, running = bar.add_task(what, total=total), time.monotonic(), False
-    try:
-        for result in results:
-            yield result
-            bar.advance(task)
-            if not running and time.monotonic() - start > BAR_AFTER:
-                bar.start()
-                running = True
-    finally:
-        if running:
-            bar.stop()

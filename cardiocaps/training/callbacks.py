@@ -16,23 +16,12 @@ from cardiocaps.errors import CardioCapsError
 from cardiocaps.metrics import by_video, evaluate
 from cardiocaps.runtime.files import write_csv
 from cardiocaps.runtime.program import Interrupted, Interruption, print_line
-from cardiocaps.training.checkpoints import CheckpointFiles
 from cardiocaps.training.run_folder import RunFolder
 
 Watch = Callable[[float, str], None]
 """Called with the share of a job that is done, from 0 to 1, and what is being done."""
 
 _SAVE_EVERY = 600.0  # seconds: a killed run loses no more work than this
-
-
-class Restored(Callback):
-    """Clears `CheckpointFiles.restoring` when Lightning has restored a checkpoint."""
-
-    def __init__(self, files: CheckpointFiles) -> None:
-        self.files = files
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.files.restoring = False
 
 
 class History(Callback):
@@ -170,10 +159,6 @@ class Patience(EarlyStopping):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore everything but the patience, which may have been changed."""
         super().load_state_dict({**state_dict, "patience": self.patience})
-
-    def waited(self, checkpoint: Mapping[str, Any]) -> int:
-        """The number of epochs without a decrease in a checkpoint."""
-        return int(checkpoint["callbacks"][self.state_key]["wait_count"])
 
 
 class Progress(Callback):

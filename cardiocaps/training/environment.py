@@ -26,12 +26,9 @@ _PACKAGES = (
 
 
 def environment(device: str) -> dict[str, Any]:
-    """Versions, processor, threads, GPU and commit.
+    """Versions, processor, threads, GPU and commit of a run on `device`, "cpu" or "cuda".
 
     It never identifies the user or the machine: no host name, user name, path or environment variable.
-
-    Args:
-        device: the one that the run computes on, "cpu" or "cuda".
     """
     import torch  # here, because tables read run folders without it
 
@@ -70,18 +67,10 @@ def _cpu_model() -> str:
 def _commit() -> str | None:
     """The commit of the checkout that holds this package, with `+` if files differ from it; None if installed."""
     root = Path(__file__).resolve().parents[2]
-
-    def git(*arguments: str) -> str:
-        command = ("git", "-C", str(root), *arguments)
-        kept = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10, env=kept)
-        return done.stdout.strip()
-
+    if not (root / ".git").exists():
+        return None
+    command = ("git", "-C", str(root), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+")
     try:
-        # An installed package can lie inside the checkout of another project, whose commit means nothing here.
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+" if changed else "")
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -20,9 +20,8 @@ from cardiocaps.errors import CheckpointError
 from cardiocaps.runtime.device import Machine, compilation_errors
 from cardiocaps.runtime.files import output_errors
 from cardiocaps.runtime.program import Interruption, print_line
-from cardiocaps.training.callbacks import Checkpoints, History, Patience, Restored
-from cardiocaps.training.checkpoint_checks import check_resumable_state, epochs_ended
-from cardiocaps.training.checkpoints import CheckpointFiles, load_weights, read_checkpoint, restoring_errors
+from cardiocaps.training.callbacks import Checkpoints, History, Patience
+from cardiocaps.training.checkpoints import CheckpointFiles, epochs_ended, load_weights, read_checkpoint
 from cardiocaps.training.module import Classifier
 from cardiocaps.training.run_folder import RunFolder
 
@@ -57,10 +56,6 @@ def train(
     """Train from the beginning or from last.ckpt; write best.ckpt, metrics.csv and the learning curves.
 
     Args:
-        config: the resolved settings of the run.
-        machine: what it computes on.
-        folder: of the run.
-        data: the decoded data.
         interruption: signals wait for a save while the network is trained.
         callbacks: further ones, which may keep a state in the checkpoints.
 
@@ -77,48 +72,42 @@ def train(
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     network = Classifier(config, data.train_class_counts(), data.train_target_mean())
     assert config.patience is not None and config.epochs is not None
-    history, patience, files = History(folder, network.loss.parts), Patience(config.patience), CheckpointFiles()
-    start, ended = folder.last, ""  # `ended`: why there is nothing left to train
-    bar = [RichProgressBar()] if _watched(config) else []
-    own = [history, patience, Checkpoints(folder, history, interruption), Restored(files), *bar, *callbacks]
-    trainer = make_trainer(config, machine, max_epochs=config.epochs, callbacks=own, plugins=[files])
-    if config.resume and start.exists():
+    history, patience = History(folder, network.loss.parts), Patience(config.patience)
+    start = folder.last if config.resume and folder.last.exists() else None
+    ended = ""  # why there is nothing left to train
+    if start is not None:
         checkpoint = read_checkpoint(start)
         load_weights(network, checkpoint, start)
-        check_resumable_state(
-            checkpoint,
-            start,
-            optimizer=network.configure_optimizers(),
-            loop=trainer.fit_loop.state_dict(),
-            history=history.state_key,
-            patience=patience.state_key,
-            parts=network.loss.parts,
-        )
-        epochs = epochs_ended(checkpoint)
+        try:
+            epochs = epochs_ended(checkpoint)
+            network.configure_optimizers().load_state_dict(checkpoint["optimizer_states"][0])
+            for callback in (history, patience, *callbacks):
+                if callback.state_key in checkpoint["callbacks"]:
+                    callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{start} is damaged: training cannot go on from it ({error!r})") from error
         if epochs and not folder.best.exists():
             raise CheckpointError(f"{folder.best} does not exist, though {epochs} epochs have ended")
         if epochs >= config.epochs:
             ended = f"{epochs} epochs are done, and --epochs is {config.epochs}"
-        elif patience.waited(checkpoint) >= config.patience:
+        elif patience.wait_count >= config.patience:
             ended = (
-                f"the validation loss has not become smaller for {patience.waited(checkpoint)} epochs, and --patience "
+                f"the validation loss has not become smaller for {patience.wait_count} epochs, and --patience "
                 f"is {config.patience}"
             )
-        files.restoring = True
-        with restoring_errors(files, start):
-            for callback in (history, *callbacks):
-                if callback.state_key in checkpoint["callbacks"]:
-                    callback.load_state_dict(checkpoint["callbacks"][callback.state_key])
     elif config.resume:
         print_line("this run has no checkpoint yet; it starts from the beginning")
     if ended:
         print_line(f"this run's training has ended: {ended}; to continue, give a larger value. Now evaluating")
     else:
         machine.lay_out(network.model)
-        machine.compile_for_training(network.model)
-        resumed = start if config.resume and start.exists() else None
-        with compilation_errors(), restoring_errors(files, start):
-            trainer.fit(network, datamodule=data, ckpt_path=resumed, weights_only=True)
+        if machine.compile:  # only for training: in one pass over the test split it would take longer than it saves
+            network.model.compile()  # in place, which keeps the names in the state dict
+        bar = [RichProgressBar()] if _watched(config) else []
+        own = [history, patience, Checkpoints(folder, history, interruption), *bar, *callbacks]
+        trainer = make_trainer(config, machine, max_epochs=config.epochs, callbacks=own, plugins=[CheckpointFiles()])
+        with compilation_errors():
+            trainer.fit(network, datamodule=data, ckpt_path=start, weights_only=True)
     with output_errors(folder.plots):
         folder.plots.mkdir(exist_ok=True)
     plots.learning_curves(history.rows, folder.learning_curves)

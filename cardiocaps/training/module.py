@@ -7,7 +7,6 @@ weights are drawn, every random number depends only on (seed, epoch, item).
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -85,15 +84,9 @@ def _shape(config: TrainConfig) -> dict[str, Any]:
 
 def check_configuration(checkpoint: Mapping[str, Any], config: TrainConfig) -> None:
     """Raise CheckpointError if a checkpoint belongs to a network of another configuration."""
-    has = checkpoint.get("cardiocaps")
-    if isinstance(has, dict):
-        has = {**_SHAPE_OF_OLDER, **has}
-    if not isinstance(has, dict) or not isinstance(checkpoint.get("state_dict"), dict):
+    if "cardiocaps" not in checkpoint or "state_dict" not in checkpoint:
         raise CheckpointError("the checkpoint was not written by cardiocaps.train")
-    different = [
-        f"{n} is {reprlib.repr(has.get(n))}, the run's is {x!r}"
-        for n, x in _shape(config).items()
-        if type(has.get(n)) is not type(x) or has[n] != x
-    ]
+    has = {**_SHAPE_OF_OLDER, **checkpoint["cardiocaps"]}
+    different = [f"{n} is {has.get(n)!r}, the run's is {x!r}" for n, x in _shape(config).items() if has.get(n) != x]
     if different:
         raise CheckpointError(f"the checkpoint is of another configuration: {'; '.join(different)}")

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from cardiocaps import __version__
+from cardiocaps.config import TrainConfig, write_run
 from cardiocaps.errors import ConfigError, OutputError
-from cardiocaps.runtime.files import lock_folder, output_errors, remove_leftovers, write_json, write_text
+from cardiocaps.runtime.files import lock_folder, output_errors, read_json, remove_leftovers, write_json, write_text
 from cardiocaps.training.environment import environment
 
 _KIND = "cardiocaps run"
@@ -60,17 +59,12 @@ class RunFolder:
         """Make the folder, and in it `run.json`, which marks it as the folder of a run.
 
         Args:
-            path: of the folder.
             overwrite: first delete the folder if it is the folder of a run.
 
         Raises:
             OutputError: the folder cannot be written, or holds files that are not to be deleted.
         """
         with output_errors(path):
-            if path.is_symlink() and not path.exists():
-                raise OutputError(f"cannot write {path}: it is a link to nothing")
-            if path.exists() and not path.is_dir():
-                raise OutputError(f"cannot write {path}: it is a file, not a folder")
             if path.is_dir() and any(path.iterdir()):
                 if not overwrite:
                     raise OutputError(
@@ -81,26 +75,16 @@ class RunFolder:
                     shutil.rmtree(path)
             path.mkdir(parents=True, exist_ok=True)
             folder = cls(path)
-            try:
-                # Exclusive, so that of two runs started at once with the same folder one fails.
-                with folder.marker.open("x", encoding="utf-8") as file:
-                    json.dump({"kind": _KIND, "version": __version__}, file)
-            except FileExistsError as error:
-                raise OutputError(f"{path} is being used by another run that has just started") from error
-            folder.plots.mkdir()
+            write_text(folder.marker, json.dumps({"kind": _KIND, "version": __version__}))
+            folder.plots.mkdir()  # fails if another run has just started in the same folder
         return folder
 
     @classmethod
     def open(cls, path: Path) -> "RunFolder":
         """The folder of an earlier run. Raises ConfigError if `path` is not one."""
         folder = cls(path)
-        try:
-            is_run = folder.is_run()
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        if not is_run:
-            what = "does not exist" if not path.exists() else "has no run.json of this program"
-            raise ConfigError(f"{path} is not the folder of a run: it {what}")
+        if not folder.is_run():
+            raise ConfigError(f"{path} is not the folder of a run: it has no run.json of this program")
         return folder
 
     @property
@@ -109,11 +93,9 @@ class RunFolder:
         return self.last.exists() or self.best.exists()
 
     def discard(self) -> None:
-        """Remove a folder that `create` has just made, if it holds only the files that a run begins with."""
-        begun = {self.marker, self.config, self.environment, self.paths, self.plots}
+        """Remove a folder that `create` has just made."""
         with output_errors(self.path):
-            if set(self.path.iterdir()) <= begun and not any(self.plots.iterdir()):
-                shutil.rmtree(self.path)
+            shutil.rmtree(self.path)
 
     def remove_leftovers(self) -> None:
         """Remove unfinished files of killed processes. Hold the folder (`files.lock_folder`) during the call."""
@@ -121,36 +103,24 @@ class RunFolder:
 
     def is_run(self) -> bool:
         """Whether `run.json` marks the folder as a run's."""
-        if not self.marker.is_file():
-            return False
         try:
-            content = json.loads(self.marker.read_text(encoding="utf-8"))
-        except ValueError:
+            read_json(self.marker, _KIND, dict, ConfigError)
+        except ConfigError:
             return False
-        return isinstance(content, dict) and content.get("kind") == _KIND
+        return True
 
-    def begin(self, config: str, device: str, paths: Mapping[str, Any] | None = None) -> None:
-        """Write the configuration, in YAML, `environment.json` and `paths.json`. Raises OutputError."""
+    def begin(self, config: TrainConfig, device: str) -> None:
+        """Write the settings and `environment.json`. Raises OutputError."""
         write_json(self.environment, environment(device))
-        self.keep(config, paths or {})
-
-    def keep(self, config: str, paths: Mapping[str, Any]) -> None:
-        """Write the configuration and `paths.json`, see `config.TrainConfig.kept`. Raises OutputError."""
-        write_json(self.paths, paths)
-        write_text(self.config, config)
+        write_run(config, self.path)
 
 
 def _refuse_deletion(path: Path) -> None:
     """Raise OutputError unless `path` is the folder of a run and does not hold the working folder."""
-    folder = RunFolder(path)
-    # A run that ended before it wrote its configuration has left only these files, the last of them perhaps incomplete.
-    first = (folder.marker, folder.plots, folder.environment, folder.paths)
-    begun = all(item in first or item.suffix == ".part" for item in path.iterdir())
-    torn = begun and folder.marker.is_file() and not folder.marker.stat().st_size
     if path.is_symlink():
         reason = "it is a link"
-    elif not torn and not (folder.is_run() and (begun or folder.config.is_file())):
-        reason = "it is not recognisably the folder of a run (config.yaml and run.json)"
+    elif not RunFolder(path).is_run():
+        reason = "it is not recognisably the folder of a run: it has no run.json of this program"
     elif Path.cwd().resolve().is_relative_to(path.resolve()):
         reason = "the working folder lies in it"
     else:

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 
 from cardiocaps import evaluate
-from cardiocaps.config import TrainConfig, read_run
-from cardiocaps.data.datamodule import EchoDataModule
+from cardiocaps.config import TrainConfig, read_run, write_run
 from cardiocaps.data.fingerprint import Fingerprint
 from cardiocaps.data.open import RunData, decode, decode_for_run, read_study
 from cardiocaps.data.study import Study
@@ -192,7 +191,7 @@ def test_what_may_not_be_looked_at_is_said(
     root = table([0, 1])
     config = _settings(root, tmp_path)
     run = RunFolder.create(tmp_path / "run")
-    run.keep(*config.kept())
+    write_run(config, run.path)
     _forbidden(monkeypatch, root)
     assert read_run(run.path).data == root
     with pytest.raises(DataError, match="Permission denied"):
@@ -204,7 +203,7 @@ def test_what_may_not_be_looked_at_is_said(
 
 def test_a_run_of_an_older_version_may_have_a_smaller_phantom(tmp_path: Path) -> None:
     run = RunFolder.create(tmp_path / "run")
-    run.keep(*TrainConfig(phantom_videos=12, phantom_dir=tmp_path / "phantom").resolved().kept())
+    write_run(TrainConfig(phantom_videos=12, phantom_dir=tmp_path / "phantom").resolved(), run.path)
     config = read_run(run.path)
     assert config.phantom_videos == 12
     with pytest.raises(ConfigError, match=r"^phantom_videos is 12; expected at least 18: "):
@@ -217,7 +216,7 @@ def test_a_working_folder_that_no_path_may_name(name: str, tmp_path: Path, monke
     (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / name)
     run = RunFolder.create(tmp_path / "run")
-    run.keep(*TrainConfig(data=Path("videos")).resolved().kept())
+    write_run(TrainConfig(data=Path("videos")).resolved(), run.path)
     assert json.loads(run.paths.read_text())["data"] == {"given": "videos"}
     assert read_run(run.path).data == Path("videos")
 
@@ -228,7 +227,7 @@ def test_a_cache_is_where_it_was_given_when_its_disk_is_gone(tmp_path: Path, mon
         folder.mkdir()
     monkeypatch.chdir(old)
     run = RunFolder.create(tmp_path / "run")
-    run.keep(*TrainConfig(cache_dir=Path("cache")).resolved().kept())
+    write_run(TrainConfig(cache_dir=Path("cache")).resolved(), run.path)
     monkeypatch.chdir(new)
     assert read_run(run.path).cache_dir == old / "cache"
     old.rmdir()
@@ -240,10 +239,8 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[Study]:
     """The studies that reach the evaluation, which is replaced, because there is no network."""
     studies = []
 
-    def take(
-        config: TrainConfig, machine: Machine, run: RunFolder, data: EchoDataModule, *_: object, **__: object
-    ) -> None:
-        studies.append(data.study)
+    def take(config: TrainConfig, machine: Machine, run: RunFolder, used: RunData, results: object) -> None:
+        studies.append(used.data.study)
         raise CheckpointError("no network here")
 
     monkeypatch.setattr(evaluation, "evaluate_network", take)
@@ -256,7 +253,7 @@ def test_other_data_are_read_as_their_own_table_says(
     """The split and the limit of the run do not apply; the options decide about links, patients and bad videos."""
     root = table(list(range(16)))
     config = replace(_settings(root, tmp_path), split="stratified", limit=12, bootstrap=0)
-    run.keep(*config.kept())
+    write_run(config, run.path)
     write_json(run.data, Fingerprint.of(read_study(config)).as_dict())
     other = table(list(range(20, 36)), split_of, lambda i: f"P{i % 5}")  # divided patients
     videos = (other / "Batch1").rename(tmp_path / "elsewhere")

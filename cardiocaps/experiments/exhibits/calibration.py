@@ -7,9 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
+from cardiocaps.experiments.exhibits.panels import SMALL, colour_of, wrapped
 from cardiocaps.experiments.markdown import Column, metric_columns, plus_minus, rows_table
 from cardiocaps.experiments.summaries import CALIBRATION_BINS, Row, Summary
+from cardiocaps.metrics import reliability
+from cardiocaps.plots import GREY, INK, dress, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,23 +32,17 @@ class Calibration(Exhibit):
             f"abnormal, over {CALIBRATION_BINS} bins of equally many samples."
         )
         error: Column = ("expected calibration error", lambda s: plus_minus(s.calibration_error))
-        own = ["## Calibration", text, rows_table(rows, found, [*metric_columns(("brier",), 1), error])]
+        own = ["## Calibration", text, rows_table(rows, found, [*metric_columns(("brier",)), error])]
         return own + super().sections(rows, found, bootstrap)
 
     def draw(self, summaries: Sequence[Summary]) -> Figure:
         """A panel for each system, with the predictions of all seeds together."""
-        import numpy as np
-
-        from cardiocaps.experiments.exhibits.panels import SMALL, colour_of, wrapped
-        from cardiocaps.metrics import reliability
-        from cardiocaps.plots import GREY, INK, dress, new_figure
-
         columns = min(_COLUMNS, len(summaries))
         lines = math.ceil(len(summaries) / columns)
         figure = new_figure(2.75 * columns + 0.5, 3.15 * lines + 0.9, wrapped(self.title, 30 * columns))
         panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
         for axes, summary in zip(panels, summaries, strict=False):
-            parts = [result.test.samples(summary.unit)[:2] for result in summary.row.results]
+            parts = [result.test.samples(summary.unit)[:2] for result in summary.results]
             probability, label = (np.concatenate(part) for part in zip(*parts, strict=True))
             predicted, observed, size = reliability(probability, label, CALIBRATION_BINS)
             axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=1)

@@ -7,9 +7,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
+from cardiocaps.experiments.exhibits.panels import wrapped
 from cardiocaps.experiments.markdown import Column, rows_table
 from cardiocaps.experiments.summaries import Row, Summary
+from cardiocaps.plots import INK, draw_confusion, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -39,11 +43,6 @@ class Confusions(Exhibit):
         return own + super().sections(rows, found, bootstrap)
 
     def draw(self, summaries: Sequence[Summary]) -> Figure:
-        import numpy as np
-
-        from cardiocaps.experiments.exhibits.panels import wrapped
-        from cardiocaps.plots import INK, draw_confusion, new_figure
-
         figure = new_figure(3.6 * len(summaries) + 0.6, 4.9, wrapped(self.title, 38 * len(summaries)))
         panels = figure.subplots(1, len(summaries), squeeze=False)[0]
         for axes, summary in zip(panels, summaries, strict=True):

@@ -7,9 +7,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from cardiocaps.evaluation.names import METRIC_NAMES
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
+from cardiocaps.experiments.exhibits.panels import SMALL, colour_of, dot_panel, dress_panel, name_systems, wrapped
 from cardiocaps.experiments.summaries import Row, Summary
 from cardiocaps.metrics import MeanEstimate
+from cardiocaps.plots import GREY, INK, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,10 +28,6 @@ class Efficiency(Exhibit):
 
     def draw(self, summaries: Sequence[Summary]) -> Figure:
         """Seconds per epoch and peak memory as bars, accuracy beside them."""
-        from cardiocaps.evaluation.names import METRIC_NAMES
-        from cardiocaps.experiments.exhibits.panels import dot_panel, name_systems, wrapped
-        from cardiocaps.plots import new_figure
-
         figure = new_figure(10, 0.42 * len(summaries) + 1.9, wrapped(self.title, 90))
         time, memory, accuracy = figure.subplots(1, 3)
         none = MeanEstimate(math.nan)
@@ -47,9 +46,6 @@ def _bars(
     axes: Axes, title: str, summaries: Sequence[Summary], values: Sequence[MeanEstimate], text: Callable[[float], str]
 ) -> None:
     """A bar for each system with its number at the end."""
-    from cardiocaps.experiments.exhibits.panels import SMALL, colour_of, dress_panel
-    from cardiocaps.plots import GREY, INK
-
     ends = [v.value + (v.sd if v.sd > 0 else 0) for v in values]
     for line, (summary, estimate, end) in enumerate(zip(summaries, values, ends, strict=True)):
         measured = not math.isnan(estimate.value)

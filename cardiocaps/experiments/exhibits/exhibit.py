@@ -13,7 +13,7 @@ from cardiocaps.experiments.markdown import DASH, Column, count, joined, metric_
 from cardiocaps.experiments.plan import MAIN
 from cardiocaps.experiments.reported import BINARY_F1, ON, Reported, reported
 from cardiocaps.experiments.summaries import Row, Summary
-from cardiocaps.metrics import BOTH, EXACT, PUBLISHED
+from cardiocaps.metrics import PUBLISHED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,25 +61,22 @@ class Exhibit:
         return [
             "## Results",
             _definitions(list(found.values()), bootstrap),
-            rows_table(rows, found, metric_columns(_PROBABILITIES, bootstrap)),
-            rows_table(rows, found, decisions + metric_columns(_DECISIONS, bootstrap)),
+            rows_table(rows, found, metric_columns(_PROBABILITIES)),
+            rows_table(rows, found, decisions + metric_columns(_DECISIONS)),
         ]
 
     def _published(self, rows: Sequence[Row], found: Mapping[str, Summary]) -> list[str]:
         """The published definitions, beside the paper's figures if it has any."""
-        papers = {row.system: self.reported(row.system) for row in rows}
-        with_paper = any(papers.values())
-        binary = {system for system, figures in papers.items() if figures and system.startswith(BINARY_F1)}
+        with_paper = [row.system for row in rows if self.reported(row.system)]
+        binary = [system for system in with_paper if system.startswith(BINARY_F1)]
 
         def ours(name: str) -> Callable[[Summary], str]:
             return lambda summary: plus_minus(summary.published.paper[name])
 
-        def theirs(name: str) -> dict[str, str]:
-            marks = dict.fromkeys(binary, " †") if name == "f1" else {}
-            return {
-                system: f"{figures[name]}{marks.get(system, '')}" if figures else DASH
-                for system, figures in papers.items()
-            }
+        def theirs(name: str, row: Row) -> str:
+            figures = self.reported(row.system)
+            mark = " †" if name == "f1" and row.system in binary else ""
+            return plus_minus(figures[name], 4) + mark if figures else DASH
 
         columns: list[Column] = []
         for name in PUBLISHED:
@@ -87,7 +84,7 @@ class Exhibit:
             if name == "f1" and binary:
                 columns.append(("F1 (abnormal)", lambda summary: plus_minus(summary.published.metrics["f1"])))
             if with_paper:
-                columns.append((f"*{PAPER_NAMES[name]}, {ON}*", theirs(name)))
+                columns.append((f"*{PAPER_NAMES[name]}, {ON}*", {row.system: theirs(name, row) for row in rows}))
         text = (
             "By the definitions of the published code, by frame, of decisions at 0.5: its “ROC AUC” is that of hard "
             "labels, which is the mean of sensitivity and specificity, and its “PR AUC” the precision of the abnormal "
@@ -118,7 +115,7 @@ class Exhibit:
             ("seconds per epoch", lambda s: plus_minus(s.cost("seconds_per_epoch"), 2)),
             ("seconds in all", lambda s: plus_minus(s.cost("seconds"), 1)),
             ("peak memory, MiB", lambda s: DASH if s.peak_memory is None else f"{s.peak_memory / 2**20:,.0f}"),
-            ("device", lambda s: joined(list(dict.fromkeys(r.device for r in s.row.results)))),
+            ("device", lambda s: joined(list(dict.fromkeys(r.device for r in s.results)))),
         ]
         if ours > 0 and len(found) > 1:
             columns.insert(5, ("relative to CardioCaps", relative))
@@ -127,29 +124,19 @@ class Exhibit:
 
 def _definitions(summaries: Sequence[Summary], bootstrap: int) -> str:
     """A paragraph that defines the numbers of the results: means, intervals, samples and thresholds."""
-    several = any(s.seeds > 1 for s in summaries)
-    text = "Mean over the seeds ± standard deviation" if several else "Of a single seed"
+    interval = ""
     if bootstrap:
         drawn = joined(list(dict.fromkeys(plural(s.drawn) for s in summaries)))
-        text += f", and in brackets the 95 % interval of the mean: bootstrap, the middle of {bootstrap:,} resamples of "
-        text += f"the test {drawn}"
-        if several:
-            text += " and of the seeds"
-            if all(s.report.paired for s in summaries):
-                text += f", the same {drawn} for every seed"
-        used = {e.method for s in summaries for e in s.report.metrics.values()}
-        if used & {EXACT, BOTH}:
-            text += f"; exact, the interval of Clopper and Pearson, for an AUROC that of disjoint pairs of {drawn}"
-        if BOTH in used:
-            text += "; exact/bootstrap: the wider of both bounds at each end"
+        interval = (
+            f", and in brackets the 95 % interval of the mean: bootstrap, the middle of {bootstrap:,} resamples of the "
+            f"test {drawn} and of the seeds; exact, the interval of Clopper and Pearson, for an AUROC that of disjoint "
+            f"pairs of {drawn}; exact/bootstrap: the wider of both bounds at each end"
+        )
     by_frame = [s.title for s in summaries if s.unit == "frame"]
-    if len(by_frame) == len(summaries):
-        text += ". A sample is a frame"
-    else:
-        text += ". A sample is a video, with the mean probability of its frames"
-        text += f", but a frame for {joined(by_frame)}" if by_frame else ""
+    frames = f", but a frame for {joined(by_frame)}" if by_frame else ""
     return (
-        f"{text}. F1, accuracy, sensitivity and specificity are of decisions at a threshold that each run chooses on "
-        "its own validation split: the one with the largest Youden index (sensitivity + specificity − 1), halfway "
-        "between two neighbouring probabilities, of equally good ones the nearest to 0.5."
+        f"Mean over the seeds ± standard deviation{interval}. A sample is a video, with the mean probability of its "
+        f"frames{frames}. F1, accuracy, sensitivity and specificity are of decisions at a threshold that each run "
+        "chooses on its own validation split: the one with the largest Youden index (sensitivity + specificity − 1), "
+        "halfway between two neighbouring probabilities, of equally good ones the nearest to 0.5."
     )

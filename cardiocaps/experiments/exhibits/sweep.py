@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from cardiocaps.config import TrainConfig
+from cardiocaps.evaluation.names import METRIC_NAMES
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
-from cardiocaps.experiments.plan import MAIN
+from cardiocaps.experiments.exhibits.panels import SMALL, wrapped
+from cardiocaps.experiments.plan import SYSTEMS
 from cardiocaps.experiments.reported import BEST_LAMBDAS
 from cardiocaps.experiments.summaries import Row, Summary
+from cardiocaps.plots import BLUE, GREEN, GREY, VERMILION, dress, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,10 +33,6 @@ class Sweep(Exhibit):
         return [own, *super().sections(rows, found, bootstrap)]
 
     def draw(self, summaries: Sequence[Summary]) -> Figure:
-        from cardiocaps.evaluation.names import METRIC_NAMES
-        from cardiocaps.experiments.exhibits.panels import SMALL, wrapped
-        from cardiocaps.plots import BLUE, GREEN, GREY, VERMILION, dress, new_figure
-
         figure = new_figure(6.6, 4.6, wrapped(self.title, 60))
         axes = figure.add_subplot()
         ordered = sorted(summaries, key=lambda s: lambda_of(s.system))
@@ -67,15 +66,5 @@ class Sweep(Exhibit):
 
 
 def lambda_of(system: str) -> float:
-    """The λ_reg of a system's key, for example 0.1 of "cardiocaps-lambda-0.1"; CardioCaps has the default.
-
-    Raises:
-        ValueError: the key names no λ_reg.
-    """
-    if system == MAIN:
-        return TrainConfig.regression_weight
-    _, _, number = system.partition("-lambda-")
-    try:
-        return float(number)
-    except ValueError:
-        raise ValueError(f"lambda_of: system is {system!r}; expected a key that ends in -lambda-NUMBER") from None
+    """The λ_reg of a system, by its key."""
+    return float(SYSTEMS[system].settings.get("regression_weight", TrainConfig.regression_weight))

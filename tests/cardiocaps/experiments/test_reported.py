@@ -5,6 +5,7 @@ import math
 import pytest
 
 from cardiocaps.experiments.exhibits import EXHIBITS
+from cardiocaps.experiments.markdown import plus_minus
 from cardiocaps.experiments.reported import TABLES, reported
 from cardiocaps.metrics import PUBLISHED
 
@@ -71,7 +72,7 @@ def test_the_figures_are_those_of_the_papers_lines(name: str) -> None:
             value, _, sd = cell.partition("±")
             assert figure.value == float(value), (system, metric)
             assert figure.sd == float(sd) if sd else math.isnan(figure.sd), (system, metric)
-            assert str(figure) == cell.replace("±", " ± ")
+            assert plus_minus(figure, 4) == cell.replace("±", " ± ")
 
 
 def test_a_figure_with_confusion_matrices_has_the_numbers_of_its_table() -> None:

@@ -22,7 +22,7 @@ from cardiocaps.config import TrainConfig
 from cardiocaps.data.study import Study
 from cardiocaps.errors import DataError
 from cardiocaps.experiments import __main__ as program
-from cardiocaps.experiments.display import Bars, Lines
+from cardiocaps.experiments.display import Display
 from cardiocaps.experiments.exhibits import EXHIBITS, keys_of
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.plan import FIRST_SEED, SYSTEMS, configure
@@ -170,12 +170,12 @@ def test_stopped_by_a_signal(
     """The signal comes while the first job trains."""
     out = tmp_path / "out"
 
-    def stop(self: Lines, job: Job, done: float, doing: str) -> None:
+    def stop(self: Display, job: Job, done: float, doing: str) -> None:
         if doing != "reading":
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as stopping:
-        stopping.setattr(Lines, "progress", stop)
+        stopping.setattr(Display, "progress", stop)
         assert program.main(["table2", *arguments, "--out", str(out)]) == 128 + signal.SIGTERM
     assert "stopped by SIGTERM; what was done is saved, and the same command goes on" in capsys.readouterr().err
     assert not list(out.glob("jobs/*/*/result.json"))
@@ -199,15 +199,13 @@ def _job(key: str, arguments: list[str], out: Path) -> Job:
     return Job(SYSTEMS[key], FIRST_SEED, configure(config, SYSTEMS[key], FIRST_SEED, folder))
 
 
-class _Killing:
+class _Killing(Display):
     """A display that kills the process of the first job that gets somewhere."""
 
     def __init__(self) -> None:
+        super().__init__(2, bars=False)
         self.victim: str | None = None
         self.ends: dict[str, str | None] = {}
-
-    def started(self, job: Job) -> None:
-        pass
 
     def progress(self, job: Job, done: float, doing: str) -> None:
         if self.victim is None:
@@ -386,15 +384,14 @@ def test_mistakes_in_the_command_line(arguments: list[str], message: str, capsys
 
 def test_bars(arguments: list[str], tmp_path: Path) -> None:
     from rich.console import Console
-    from rich.progress import Progress
 
     shown = io.StringIO()
-    with Progress(console=Console(file=shown, width=120, force_terminal=True)) as progress:
-        bars = Bars(2, progress)
+    display = Display(2, bars=True, console=Console(file=shown, width=120, force_terminal=True))
+    with display.bars:
         job = _job("vit", arguments, tmp_path)
-        bars.started(job)
-        bars.progress(job, 0.5, "epoch 1/2")
-        assert [task.completed for task in progress.tasks] == [0, 0.5]
-        bars.ended(job, 3.0, "it broke")
-        assert [(task.description, task.completed) for task in progress.tasks] == [("jobs", 1)]
+        display.started(job)
+        display.progress(job, 0.5, "epoch 1/2")
+        assert [task.completed for task in display.bars.tasks] == [0, 0.5]
+        display.ended(job, 3.0, "it broke")
+        assert [(task.description, task.completed) for task in display.bars.tasks] == [("jobs", 1)]
     assert "vit seed 10" in shown.getvalue()

@@ -383,7 +383,7 @@ def test_a_full_disk_leaves_no_torn_file(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("cardiocaps.phantom.dataset._encode", full)
-    with pytest.raises(OutputError, match="no space left"):
+    with pytest.raises(OutputError, match="No space left"):
         write_phantom(tmp_path / "out", VIDEOS, SEED, processes=1)
     assert {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()} == {MARKER}
     assert not phantom_is_complete(tmp_path / "out", VIDEOS, SEED)

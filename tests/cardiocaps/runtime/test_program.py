@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import sys
-import threading
-import time
 import warnings
-from contextlib import suppress
 
 import pytest
 
 from cardiocaps.errors import DataError
-from cardiocaps.runtime.program import Interrupted, Interruption, defer_signals, print_line, run_program
+from cardiocaps.runtime.program import Interruption, print_line, run_program
 
 
 def test_a_signal_is_not_caught_with_exceptions() -> None:
@@ -42,30 +37,6 @@ def test_a_signal_is_one_line_and_the_handlers_are_restored(capsys: pytest.Captu
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_an_error_after_a_signal_that_was_dropped_is_the_signal(capsys: pytest.CaptureFixture[str]) -> None:
-    def body(_: Interruption) -> None:
-        with suppress(BaseException):  # as torch does, while it imports NumPy
-            signal.raise_signal(signal.SIGTERM)
-        raise RecursionError
-
-    assert run_program(body) == 128 + signal.SIGTERM
-    assert capsys.readouterr().err == "error: stopped by SIGTERM; nothing is half-written\n"
-
-
-def test_a_signal_that_was_dropped_comes_again() -> None:
-    def body(_: Interruption) -> None:
-        for _ in range(2):
-            with suppress(BaseException):
-                signal.raise_signal(signal.SIGTERM)
-        time.sleep(60)
-
-    begin = time.monotonic()
-    assert run_program(body) == 128 + signal.SIGTERM
-    assert time.monotonic() - begin < 30
-    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
-    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
-
-
 def test_a_second_signal_does_not_wait_for_a_save() -> None:
     def body(interruption: Interruption) -> None:
         interruption.defer(True)
@@ -75,57 +46,6 @@ def test_a_second_signal_does_not_wait_for_a_save() -> None:
         pytest.fail("the second signal was deferred")
 
     assert run_program(body) == 128 + signal.SIGTERM
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_deferred_until_the_block_ends(signum: signal.Signals) -> None:
-    reached = False
-    with Interruption().watched():
-        before = signal.getsignal(signum)
-        with pytest.raises(Interrupted) as caught, defer_signals():
-            signal.raise_signal(signum)
-            reached = True
-        assert signal.getsignal(signum) is before
-    assert reached
-    assert caught.value.signum == signum
-
-
-def test_deferred_without_a_program() -> None:
-    """As a library, with Python's own handlers."""
-    reached = False
-    with pytest.raises(KeyboardInterrupt), defer_signals():
-        signal.raise_signal(signal.SIGINT)
-        reached = True
-    assert reached
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_deferring_does_not_handle_other_signals() -> None:
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        with defer_signals():
-            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-            assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def test_deferring_in_another_thread_does_nothing() -> None:
-    entered = []
-
-    def work() -> None:
-        with defer_signals():
-            entered.append(signal.getsignal(signal.SIGINT))
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert entered == [signal.default_int_handler]
-
-
-def test_an_exception_leaves_the_deferring_block() -> None:
-    with pytest.raises(ValueError, match="own"), defer_signals():
-        raise ValueError("own")
 
 
 def test_control_codes_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
@@ -138,40 +58,3 @@ def test_control_codes_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert out == "± 1\n  \\x1b[31mtwo\\r\n\\ttabs\\u202e\\x9b\n"
     assert err.splitlines() == [r"note: \x1b]0;title\x07\nof a window", r"error: bad \x1b[2Jname \udcff"]
-
-
-@pytest.mark.parametrize(
-    ("variables", "message"),
-    [
-        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "torchrun has started several processes (WORLD_SIZE=2)"),
-        ({"RANK": "1"}, "torchrun has started several processes (RANK=1)"),
-        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun has started several processes (SLURM_STEP_NUM_TASKS=4)"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun has started several processes"),
-        ({"WORLD_SIZE": "1", "RANK": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, ""),
-        ({"WORLD_SIZE": "many"}, ""),
-    ],
-)
-def test_several_copies_of_a_program_are_refused(
-    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
-    called: list[object] = []
-    assert run_program(called.append) == (2 if message else 0)
-    errors = capsys.readouterr().err
-    assert errors.startswith(f"error: {message}") if message else not errors
-    assert errors.count("\n") == bool(message) and bool(called) != bool(message)
-
-
-@pytest.mark.parametrize("backend", ["foo", "", None])
-def test_matplotlib_can_be_imported_with_any_backend_set(backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("MPLBACKEND", raising=False)
-    if backend is not None:
-        monkeypatch.setenv("MPLBACKEND", backend)
-    command = [sys.executable, "-c", "import matplotlib"]
-
-    def body(_: object) -> None:
-        assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""
-
-    assert run_program(body) == 0
-    assert os.environ.get("MPLBACKEND") == backend
