@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cardiocaps.config import TrainConfig
+from cardiocaps.models import MODELS
 
 MAIN = "cardiocaps"
 """The key of the system that the others are compared with."""
@@ -61,13 +62,10 @@ _SYSTEMS = (
         _system(f"{classifier}-{sampling}", f"{name}, {how}", classifier=classifier, sampling=sampling)
         for (classifier, name), (sampling, how) in product(CLASSIFIERS.items(), SAMPLINGS.items())
     ),
-    _system("cnn-1", "CNN-(1)", model="cnn-1"),
-    _system("cnn-2", "CNN-(2)", model="cnn-2"),
-    _system("resnet18", "ResNet18", model="resnet18"),
-    _system("unet", "U-Net", model="unet"),
-    _system("vit", "ViT", model="vit"),
-    _system("em-capsnet", "EM-CapsNet", model="em-capsnet"),
-    _system("efficient-capsnet", "Efficient-CapsNet", model="efficient-capsnet"),
+    *(
+        _system(model, MODELS[model].title, model=model)
+        for model in ("cnn-1", "cnn-2", "resnet18", "unet", "vit", "em-capsnet", "efficient-capsnet")
+    ),
     *(
         _system(lambda_key(value), f"CardioCaps, λ_reg = {value:g}", regression_weight=value)
         for value in LAMBDAS

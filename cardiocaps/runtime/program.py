@@ -18,6 +18,7 @@ from typing import TextIO
 from cardiocaps.errors import CardioCapsError, printable
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_REMIND_EVERY = 0.2  # seconds
 
 
 class Interrupted(BaseException):
@@ -37,6 +38,9 @@ class Interruption:
     A second signal raises at once in any case. Files are written in one step and checkpoints are complete, so a
     program that is stopped at any moment leaves nothing half-written.
 
+    Some libraries drop what a signal's handler raises, NumPy's and torch's imports for example. So SIGALRM raises it
+    again every 0.2 seconds, until it has left the block or is on its way out.
+
     Attributes:
         signum: the last signal that arrived, or None.
     """
@@ -48,13 +52,15 @@ class Interruption:
     @contextmanager
     def watched(self) -> Iterator[Interruption]:
         """Handle the signals inside the block, except those that the caller ignores (as nohup ignores SIGHUP)."""
-        before = {signum: signal.getsignal(signum) for signum in _SIGNALS}
+        before = {signum: signal.getsignal(signum) for signum in (*_SIGNALS, signal.SIGALRM)}
         self._watched = [signum for signum in _SIGNALS if before[signum] != signal.SIG_IGN]
+        signal.signal(signal.SIGALRM, self._remind)
         self.defer(False)
         try:
             yield self
         finally:
-            for signum in self._watched:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for signum in (*self._watched, signal.SIGALRM):
                 signal.signal(signum, before[signum])
 
     def defer(self, deferred: bool) -> None:
@@ -66,7 +72,15 @@ class Interruption:
     def _receive(self, signum: int, _: FrameType | None) -> None:
         again, self.signum = self.signum is not None, signum
         if again or not self.deferred:
+            signal.setitimer(signal.ITIMER_REAL, _REMIND_EVERY, _REMIND_EVERY)
             raise Interrupted(signum, "nothing is half-written")
+
+    def _remind(self, _: int, __: FrameType | None) -> None:
+        error = sys.exception()
+        while error is not None and not isinstance(error, Interrupted):
+            error = error.__context__
+        if error is None and self.signum is not None and not self.deferred:
+            raise Interrupted(self.signum, "nothing is half-written")
 
 
 def run_program(body: Callable[[Interruption], None]) -> int:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cardiocaps.data import cache
-from cardiocaps.data.echonet_lvh import read_folder
+from cardiocaps.data.echonet_lvh.reader import read_folder
 from cardiocaps.data.study import Clip, Study
 from cardiocaps.data.video import resize
 from cardiocaps.errors import DataError, OutputError

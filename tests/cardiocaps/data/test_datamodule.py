@@ -15,7 +15,7 @@ from torch.nn.functional import interpolate
 
 from cardiocaps.data import cache
 from cardiocaps.data.datamodule import EchoDataModule
-from cardiocaps.data.echonet_lvh import read_folder
+from cardiocaps.data.echonet_lvh.reader import read_folder
 from cardiocaps.data.study import Study
 from cardiocaps.data.views import base_side
 from cardiocaps.errors import DataError, OutputError
@@ -288,7 +288,7 @@ def test_workers_without_shared_memory_are_an_error_of_one_line(shared_folder: P
         "import subprocess, sys\n"
         "from cardiocaps.data import cache\n"
         "from cardiocaps.data.datamodule import EchoDataModule\n"
-        "from cardiocaps.data.echonet_lvh import read_folder\n"
+        "from cardiocaps.data.echonet_lvh.reader import read_folder\n"
         "from cardiocaps.runtime.program import run_program\n"
         "cached = cache.build(read_folder(sys.argv[1]), size=364, frames_per_clip=50, folder=sys.argv[2])\n"
         "for size in ('4k', '256k'):\n"

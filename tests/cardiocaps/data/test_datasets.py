@@ -10,7 +10,7 @@ import pytest
 from cardiocaps.config import TrainConfig, options
 from cardiocaps.data import datasets, open
 from cardiocaps.data.datasets import DATASETS, PHANTOM, DataSet
-from cardiocaps.data.echonet_lvh import read_folder
+from cardiocaps.data.echonet_lvh.reader import read_folder
 
 
 def test_every_target_of_the_settings_is_one_of_the_phantom(shared_folder: Path) -> None:

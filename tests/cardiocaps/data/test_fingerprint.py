@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from cardiocaps.data.echonet_lvh import UNITS
 from cardiocaps.data.echonet_lvh.labels import THRESHOLDS
 from cardiocaps.data.echonet_lvh.measurements import FILE_NAME
+from cardiocaps.data.echonet_lvh.reader import UNITS
 from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
 from cardiocaps.data.study import Clip, Study
 from cardiocaps.errors import ConfigError

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 import warnings
+from contextlib import suppress
 
 import pytest
 
@@ -35,6 +37,19 @@ def test_a_signal_is_one_line_and_the_handlers_are_restored(capsys: pytest.Captu
         signal.signal(signal.SIGHUP, before)
     assert capsys.readouterr().err == "error: stopped by SIGINT; nothing is half-written\n"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_that_was_dropped_comes_again() -> None:
+    def body(_: Interruption) -> None:
+        with suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+        time.sleep(60)
+
+    begin = time.monotonic()
+    assert run_program(body) == 128 + signal.SIGTERM
+    assert time.monotonic() - begin < 30
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.getsignal(signal.SIGALRM) == signal.SIG_DFL
 
 
 def test_a_second_signal_does_not_wait_for_a_save() -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from cardiocaps.config import TrainConfig
 from cardiocaps.data import cache
-from cardiocaps.data.echonet_lvh import read_folder
 from cardiocaps.data.echonet_lvh.labels import THRESHOLDS
+from cardiocaps.data.echonet_lvh.reader import read_folder
 from cardiocaps.data.open import read_study
 from cardiocaps.data.study import Study
 from cardiocaps.data.video import Header
