@@ -20,6 +20,8 @@ from .race import BEST_COMPILED, BEST_EAGER, CAPSOPS, OK, OTHER, PUBLISHED, Timi
 from .shapes import DIRECTIONS, Case, family
 
 RESULTS = "results.csv"
+# What `benchmarks.gpu_counts` writes beside them. It stays.
+COUNTS = ("gpu_counts.csv", "gpu_counts.md")
 FILES = (RESULTS, "results.md", "environment.json", "overhead.csv", "training_step.csv", "speed.png", "scaling.png")
 
 MEASURED = (
@@ -105,11 +107,12 @@ PEERS = (PUBLISHED, BEST_EAGER, BEST_COMPILED)
 def replacing(folder: Path, overwrite: bool) -> Iterator[Path]:
     """A new folder for the block to fill, which then takes the place of `folder`; if the block fails, nothing changes.
 
-    Folders in it that hold results of their own (`benchmarks.gpu`) stay. Raises OutputError: `folder` holds results and
-    is not to be overwritten, or anything that is no result of a run, or it cannot be written.
+    COUNTS stay, and folders in it that hold results of their own (`benchmarks.gpu`). Raises OutputError: `folder` holds
+    results and is not to be overwritten, or anything that is no result of a run, or it cannot be written.
     """
     with output_errors(folder):
         kept = {path.parent.name for path in folder.glob("*/environment.json")}
+        kept |= {name for name in COUNTS if (folder / name).exists()}
         present = sorted({path.name for path in folder.iterdir()} - kept) if folder.exists() else []
         strange = [name for name in present if name not in FILES]
         if strange:

@@ -1,6 +1,8 @@
 // The Python module capsops._C: takes addresses and sizes, returns a status, and releases the GIL while a kernel runs.
 // Python has checked shapes, dtypes and contiguity by then; a call with invalid sizes or pointers returns a status.
 
+#include <dlfcn.h>
+
 #include <chrono>
 #include <cstdint>
 #include <span>
@@ -140,6 +142,23 @@ struct WorkspaceQuery : ExecutionContext {
     WorkspaceQuery(const WorkspaceQuery&) = delete;
 };
 
+// A context on a GPU where nothing runs: an operator only lists the kernels that it would launch. No address that it
+// gets is read or written.
+struct LaunchQuery : ExecutionContext {
+    std::vector<Launch> list;
+    LaunchQuery(int index, Address workspace_) : ExecutionContext(1) {
+        device = index, workspace = pointer(workspace_), launches = &list;
+    }
+    LaunchQuery(const LaunchQuery&) = delete;
+};
+
+// Where a function lies in this module, by which its symbol is found.
+uintptr_t offset_in_module(const void* function) {
+    Dl_info module{};
+    dladdr(function, &module);
+    return reinterpret_cast<uintptr_t>(function) - reinterpret_cast<uintptr_t>(module.dli_fbase);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -187,6 +206,15 @@ PYBIND11_MODULE(_C, m) {
     py::class_<WorkspaceQuery, ExecutionContext>(m, "WorkspaceQuery")
         .def(py::init<int>())
         .def_readonly("bytes", &WorkspaceQuery::bytes);
+    py::class_<Launch>(m, "Launch")
+        .def_property_readonly("kernel_offset", [](const Launch& x) { return offset_in_module(x.kernel); })
+        .def_property_readonly("grid", [](const Launch& x) { return py::make_tuple(x.grid[0], x.grid[1], x.grid[2]); })
+        .def_readonly("threads", &Launch::threads)
+        .def_readonly("shared_bytes", &Launch::shared_bytes)
+        .def_property_readonly("arguments", [](const Launch& x) { return py::bytes(x.arguments); });
+    py::class_<LaunchQuery, ExecutionContext>(m, "LaunchQuery")
+        .def(py::init<int, Address>(), py::arg("device"), py::arg("workspace"))
+        .def_property_readonly("launches", [](const LaunchQuery& q) { return q.list; });
     py::class_<Capsules>(m, "Capsules")
         .def(py::init([](Address u, Address weight, Address mask, int64_t B, int64_t N, int64_t K, int64_t J, int64_t D,
                          int64_t rows, int64_t weight_stride, Dtype dtype) {

@@ -8,7 +8,9 @@
 
 #include <cstdint>
 #include <span>
+#include <string>
 #include <type_traits>
+#include <vector>
 
 namespace capsops {
 
@@ -21,6 +23,14 @@ enum class Dtype : int { float32, float64, bfloat16, float16 };
 // interrupted       ExecutionContext::stop returned true; the outputs are incomplete
 enum class Status : int { ok, out_of_memory, unsupported, launch_failed, invalid_argument, interrupted };
 
+// A launch of a GPU kernel.
+struct Launch {
+    const void* kernel;  // the address of its function on the host
+    unsigned grid[3], threads;
+    int64_t shared_bytes;   // dynamic shared memory
+    std::string arguments;  // their bytes, laid out as the kernel reads them
+};
+
 // Where an operator runs: on some threads of the CPU, or on a GPU.
 struct ExecutionContext {
     int threads;                // of the CPU
@@ -29,6 +39,7 @@ struct ExecutionContext {
     void* stream = nullptr;     // cudaStream_t
     void* workspace = nullptr;  // GPU memory, aligned to 256 bytes
     int64_t* needed = nullptr;  // if non-null, a size query: nothing runs, the required workspace size is written here
+    std::vector<Launch>* launches = nullptr;  // if non-null: nothing runs, the launches are appended here
 
     ExecutionContext(int threads) : threads(threads) {}
 };

@@ -152,10 +152,12 @@ def test_files_are_swapped_whole(tmp_path: Path) -> None:
 
     (folder / "a gpu").mkdir()
     (folder / "a gpu" / "environment.json").write_text("its own")
+    (folder / "gpu_counts.md").write_text("counted")
     with tables.replacing(folder, overwrite=True) as new:
         (new / "results.csv").write_text("again")
     assert (folder / "results.csv").read_text() == "again"
     assert (folder / "a gpu" / "environment.json").read_text() == "its own"
+    assert (folder / "gpu_counts.md").read_text() == "counted"
     assert [path.name for path in tmp_path.iterdir()] == ["results"]
 
 

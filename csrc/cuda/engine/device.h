@@ -7,6 +7,8 @@
 #include <cuda_runtime.h>
 #endif
 
+#include <string>
+
 #include "../../dtypes.h"
 #include "../../operators.h"
 #include "../../sizes.h"
@@ -21,6 +23,31 @@ constexpr int64_t shared_bytes = 48 << 10;
 
 constexpr int whole_warps(int64_t threads) {
     return static_cast<int>(ceil_div(at_least(threads, 1), warp_size) * warp_size);
+}
+
+// The bytes of a kernel's arguments of types P, each at a multiple of its alignment, as the kernel reads them.
+template <class... P, class... Q> std::string argument_bytes(const Q&... arguments) {
+    std::string bytes;
+    const auto append = [&]<class X>(const X& x) {
+        constexpr size_t alignment = alignof(X);
+        bytes.resize((bytes.size() + alignment - 1) / alignment * alignment);
+        bytes.append(reinterpret_cast<const char*>(&x), sizeof(X));
+    };
+    (append(static_cast<P>(arguments)), ...);
+    return bytes;
+}
+
+// Whether a launch really takes place. A query for the launches records it instead, one for the workspace skips it.
+template <class... P, class... Q>
+bool runs(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, const ExecutionContext& context,
+          const Q&... arguments) {
+    if (context.launches)
+        context.launches->push_back({.kernel = reinterpret_cast<const void*>(kernel),
+                                     .grid = {blocks.x, blocks.y, blocks.z},
+                                     .threads = static_cast<unsigned>(threads),
+                                     .shared_bytes = shared,
+                                     .arguments = argument_bytes<P...>(arguments...)});
+    return !context.launches && !context.needed;
 }
 
 #if defined(CAPSOPS_EMULATION)
@@ -47,7 +74,7 @@ template <int groups> inline void wait_for_copies() {
 template <class... P, class... Q>
 Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, const ExecutionContext& context,
               const Q&... arguments) {
-    if (context.needed) return Status::ok;
+    if (!runs(kernel, blocks, threads, shared, context, arguments...)) return Status::ok;
     emulation::launch(kernel, context.threads > 1, blocks, dim3{static_cast<unsigned>(threads)},
                       static_cast<size_t>(shared), arguments...);
     return Status::ok;
@@ -89,7 +116,7 @@ inline thread_local const char* last_error = "";
 template <class... P, class... Q>
 Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, const ExecutionContext& context,
               const Q&... arguments) {
-    if (context.needed) return Status::ok;
+    if (!runs(kernel, blocks, threads, shared, context, arguments...)) return Status::ok;
     // This library links its own CUDA runtime, which does not know the device that torch selected.
     cudaError_t error = cudaSetDevice(context.device);
     cudaLaunchConfig_t config{};
