@@ -271,7 +271,7 @@ concept WarpEmittingPolicy =
 // ---- the loops -----------------------------------------------------------------------------------------------
 
 template <int items, class T, class Policy>
-__global__ void __launch_bounds__(max_threads, 2)
+__global__ void __launch_bounds__(max_threads, items <= 4 ? 2 : 1)
     reduce_warps_kernel(WarpTiling<T, items> tiling, Policy policy, Accumulation<T>* partial /* [runs, B, J, D] */) {
     using A = Accumulation<T>;
     WarpPosition<A, items> at;
