@@ -396,7 +396,7 @@ def test_rows_of_a_case(case: Case, counter: gpu_counts.Counter) -> None:
 
 @built
 def test_masked_capsules_are_skipped(counter: gpu_counts.Counter) -> None:
-    shape = replace(RECOMMENDER, B=16, K=8)
+    shape = replace(RECOMMENDER, B=16, K=8, J=8)  # a warp has one batch item
     every, some = (
         sum(float(row["instructions_a_capsule"]) for row in counter.rows(Case(s, ROUTINGS["uniform"]), FORWARD))
         for s in (replace(shape, masked=False), shape)
