@@ -376,7 +376,7 @@ class Total:
 
 
 def totals(rows: Iterable[Row]) -> dict[tuple[str, str, str], Total]:
-    """By shape, routing and direction. fewest_blocks: of launches that take a tenth of the time or more."""
+    """By shape, routing and direction. fewest_blocks: of launches that take a tenth of the longest or more."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         for direction in (FORWARD, BOTH) if row["operator"] == FORWARD else (BOTH,):
@@ -386,14 +386,14 @@ def totals(rows: Iterable[Row]) -> dict[tuple[str, str, str], Total]:
         if key[2] == BOTH and all(row["operator"] == FORWARD for row in group):
             continue
         time = {id(row): float(row["forecast_us"]) * int(row["times"]) for row in group}
-        whole = sum(time.values())
+        whole, longest = sum(time.values()), max(time.values())
         bounds: dict[str, float] = {}
         for row in group:
             bounds[row["bound"]] = bounds.get(row["bound"], 0) + time[id(row)]
         floors = {row["operator"]: float(row["floor_us"]) for row in group}
         out[key] = Total(
             launches=sum(int(row["times"]) for row in group),
-            fewest_blocks=min(int(row["blocks"]) for row in group if time[id(row)] >= whole / 10),
+            fewest_blocks=min(int(row["blocks"]) for row in group if time[id(row)] >= longest / 10),
             instructions=sum(float(row["instructions_a_capsule"]) for row in group),
             forecast=whole,
             floor=sum(floors.values()),
@@ -447,7 +447,7 @@ _NOTES = (
     "kernel's longest loop. MB: what the launch must move at least.",
     "Forecast: the sum over the launches, each as long as what binds it (benchmarks/gpu_model.py). Floor: the fewest "
     "bytes of the operator at 3.0 TB/s; share: floor over forecast. Fewest blocks: of the launches that take a tenth "
-    "of the time or more.",
+    "of the longest one's time or more.",
 )
 
 

@@ -405,9 +405,11 @@ def test_masked_capsules_are_skipped(counter: gpu_counts.Counter) -> None:
 
 
 @built
-def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    small = [Case(replace(EFFICIENT, B=4), ROUTINGS["self-attention"])]
-    monkeypatch.setattr(gpu_counts, "cases", lambda: small)
+def test_program(
+    counter: gpu_counts.Counter, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_counts, "cases", lambda: [Case(EFFICIENT, ROUTINGS["self-attention"])])
+    monkeypatch.setattr(gpu_counts, "Counter", lambda kernels: counter)  # which has counted it already
     first = tmp_path / "first.csv"
     assert gpu_counts.main(["--csv", str(first)]) == 0
     assert "self-attention" in capsys.readouterr().out
