@@ -15,10 +15,18 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from cardiocaps.errors import CardioCapsError, printable
+from cardiocaps.errors import CardioCapsError, ConfigError, printable
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _REMIND_EVERY = 0.2  # seconds
+
+# Variables that a launcher sets in each process that it starts, and their largest value for a single process.
+# (SLURM_NTASKS is also set for a single process of a larger allocation.)
+_LAUNCHERS = {
+    "torchrun": {"WORLD_SIZE": 1, "RANK": 0, "LOCAL_RANK": 0},
+    "srun": {"SLURM_STEP_NUM_TASKS": 1},
+    "mpirun": {"OMPI_COMM_WORLD_SIZE": 1, "PMI_SIZE": 1},
+}
 
 
 class Interrupted(BaseException):
@@ -90,7 +98,11 @@ def run_program(body: Callable[[Interruption], None]) -> int:
     """
     sys.stdout, sys.stderr = _writable(sys.stdout), _writable(sys.stderr)
     before, warnings.formatwarning = warnings.formatwarning, _note
+    # Plots are only written to files. With an unknown backend in this variable, matplotlib could not be imported.
+    backend = os.environ.get("MPLBACKEND")
+    os.environ["MPLBACKEND"] = "agg"
     try:
+        _refuse_copies()
         with Interruption().watched() as interruption:
             body(interruption)
     except (CardioCapsError, Interrupted) as error:
@@ -98,7 +110,22 @@ def run_program(body: Callable[[Interruption], None]) -> int:
         return error.exit_code
     finally:
         warnings.formatwarning = before
+        os.environ.pop("MPLBACKEND")
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     return 0
+
+
+def _refuse_copies() -> None:
+    """Raise ConfigError where a launcher has started several copies: each would do all the work, in one folder."""
+    for launcher, variables in _LAUNCHERS.items():
+        numbers = {name: os.environ.get(name, "") for name in variables}
+        several = [f"{name}={x}" for name, x in numbers.items() if x.isdecimal() and int(x) > variables[name]]
+        if several:
+            raise ConfigError(
+                f"{launcher} has started several processes ({', '.join(several)}); this program runs in one process, "
+                "on one GPU: start it without the launcher"
+            )
 
 
 def print_line(text: str, stream: TextIO | None = None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -73,3 +75,40 @@ def test_control_codes_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert out == "± 1\n  \\x1b[31mtwo\\r\n\\ttabs\\u202e\\x9b\n"
     assert err.splitlines() == [r"note: \x1b]0;title\x07\nof a window", r"error: bad \x1b[2Jname \udcff"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, "torchrun has started several processes (WORLD_SIZE=2)"),
+        ({"RANK": "1"}, "torchrun has started several processes (RANK=1)"),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun has started several processes (SLURM_STEP_NUM_TASKS=4)"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "mpirun has started several processes"),
+        ({"WORLD_SIZE": "1", "RANK": "0", "SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1"}, ""),
+        ({"WORLD_SIZE": "many"}, ""),
+    ],
+)
+def test_several_copies_of_a_program_are_refused(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    called: list[object] = []
+    assert run_program(called.append) == (2 if message else 0)
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"error: {message}") if message else not errors
+    assert errors.count("\n") == bool(message) and bool(called) != bool(message)
+
+
+@pytest.mark.parametrize("backend", ["foo", "", None])
+def test_matplotlib_can_be_imported_with_any_backend_set(backend: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    if backend is not None:
+        monkeypatch.setenv("MPLBACKEND", backend)
+    command = [sys.executable, "-c", "import matplotlib"]
+
+    def body(_: object) -> None:
+        assert subprocess.run(command, capture_output=True, text=True, check=False).stderr == ""
+
+    assert run_program(body) == 0
+    assert os.environ.get("MPLBACKEND") == backend
