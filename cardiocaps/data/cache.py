@@ -290,12 +290,11 @@ def _intact(file: Path, shape: tuple[int, ...]) -> bool:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     expected = header.getvalue()
-    try:
-        with _readable(file), file.open("rb", buffering=0) as stream:
-            whole = file.stat().st_size == len(expected) + math.prod(shape)
-            return whole and stream.read(len(expected)) == expected
-    except FileNotFoundError:
+    if not file.is_file():  # it is missing, or a FIFO, which would never end
         return False
+    with _readable(file), file.open("rb", buffering=0) as stream:
+        whole = file.stat().st_size == len(expected) + math.prod(shape)
+        return whole and stream.read(len(expected)) == expected
 
 
 def _blank(file: Path, shape: tuple[int, ...]) -> bool:
@@ -334,6 +333,8 @@ def _save_index(file: Path, index: Mapping[Path, Entry]) -> None:
 
 def _read_index(file: Path) -> dict[Path, Entry]:
     """The index; empty if the file is missing or damaged."""
+    if not file.is_file():  # it is missing, or a FIFO, which would never end
+        return {}
     try:
         with _readable(file):
             entries = json.loads(file.read_bytes())

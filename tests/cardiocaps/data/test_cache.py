@@ -250,6 +250,29 @@ def test_a_damaged_index_only_costs_time(shared_folder: Path, tmp_path: Path, de
     assert len(decoded) == 8 and len(json.loads((tmp_path / "index.json").read_text())) == 8
 
 
+@pytest.mark.parametrize("kind", ["fifo", "device"])
+@pytest.mark.parametrize("what", ["index.json", "*.npy"])
+def test_what_is_no_file_is_replaced(
+    shared_folder: Path, tmp_path: Path, decoded: list[str], kind: str, what: str
+) -> None:
+    study = read_folder(shared_folder)
+    folder = tmp_path / "cache"
+    before = cache.build(study, folder=folder, **OPTIONS)
+    file = next(iter(sorted(folder.glob(what))))
+    file.unlink()
+    if kind == "fifo":
+        os.mkfifo(file)
+    else:
+        file.symlink_to("/dev/zero")
+    with within(30):
+        after = cache.build(study, folder=folder, **OPTIONS)
+    assert file.is_file() and not file.is_symlink()
+    assert {path: found.file for path, found in after.frames.items()} == {
+        path: found.file for path, found in before.frames.items()
+    }
+    assert len(decoded) == (9 if what == "*.npy" else 8)
+
+
 def test_a_fifo_in_place_of_a_video_is_its_reason(tmp_path: Path) -> None:
     study = read_folder(write_folder(tmp_path / "root", 16))
     cache.build(study, folder=tmp_path / "cache", **OPTIONS)
