@@ -585,9 +585,7 @@ class Run:
         for b in buffers:
             if b.data is None:
                 continue
-            own = address >> np.uint64(SPACING_BITS) == b.base >> SPACING_BITS
-            own = own if mask is None else own & mask
-            at = (address[own] - np.uint64(b.base)).astype(np.int64)
+            own, at = _within(b, address, mask)
             if size < 4:
                 found[0][own] = b.data.view(np.uint8 if size == 1 else np.uint16)[at // size]
             else:
@@ -601,9 +599,7 @@ class Run:
         for b in self._touch(index, address, size, mask, True):
             if b.data is None:
                 continue
-            own = address >> np.uint64(SPACING_BITS) == b.base >> SPACING_BITS
-            own = own if mask is None else own & mask
-            at = (address[own] - np.uint64(b.base)).astype(np.int64)
+            own, at = _within(b, address, mask)
             if size < 4:
                 b.data.view(np.uint8 if size == 1 else np.uint16)[at // size] = values[0][own]
             else:
@@ -625,6 +621,13 @@ class Run:
 
 
 _NOWHERE = np.uint64(2**64 - 1)
+
+
+def _within(b: Buffer, address: ndarray, mask: ndarray | None) -> tuple[ndarray, ndarray]:
+    """The threads that access a buffer, and the offsets of theirs in it."""
+    own = address >> np.uint64(SPACING_BITS) == b.base >> SPACING_BITS
+    own = own if mask is None else own & mask
+    return own, (address[own] - np.uint64(b.base)).astype(np.int64)
 
 
 def wavefronts(addresses: ndarray, size: int) -> int:

@@ -38,7 +38,7 @@ struct ThreadRows {
     explicit ThreadRows(int size_) : size(size_), per_warp(warp_size / size) {
         if (4 * per_warp * size < 3 * warp_size) per_warp = 0;
     }
-    // ThreadRows of a block with this many threads, and threads of a block with this many rows.
+    // Rows of a block with this many threads, and threads of a block with this many rows.
     int within(int threads) const { return per_warp ? threads / warp_size * per_warp : threads / size; }
     int threads(int rows) const {
         return per_warp ? static_cast<int>(ceil_div(rows, per_warp)) * warp_size
