@@ -24,7 +24,6 @@ not writable.
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import shutil
 import struct
@@ -41,7 +40,7 @@ import numpy as np
 from . import sass, sass_run
 from .gpu_model import CLASSES, H100, WARP, Work, forecast, instruction_class
 from .machine import floor
-from .program import BenchmarkError, ResultsError, print_line, run_program, write_csv, write_text
+from .program import BenchmarkError, ResultsError, print_line, read_csv, run_program, write_csv, write_text
 from .shapes import BOTH, CASES, FORWARD, Case, families, family, for_gpus
 
 BACKWARD = "backward"
@@ -489,11 +488,7 @@ def show(rows: Sequence[Row], baseline: Sequence[Row]) -> None:
 
 def read(path: Path) -> list[Row]:
     """Rows that `--csv` has written. Raises ResultsError."""
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ResultsError(f"cannot read {path}: {error}") from error
+    rows = read_csv(path)
     missing = set(COLUMNS) - set(rows[0] if rows else ())
     if missing:
         raise ResultsError(f"{path} has no column {', '.join(sorted(missing))}; expected a file by --csv")

@@ -7,14 +7,13 @@ memory on the ladder of as many output as input capsules.
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .program import ResultsError, print_line, run_program, write_bytes
+from .program import ResultsError, print_line, read_csv, run_program, write_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -160,11 +159,7 @@ def _why(rows: Sequence[Row], key: tuple[str, str, str], form: str) -> str:
 
 
 def _read(path: Path) -> list[Row]:
-    try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ResultsError(f"cannot read {path}: {error}") from error
+    rows = read_csv(path)
     needed = {"family", "shape", "N", "routing", "direction", "contestant", "status", "median_s", "extra_MB", "commit"}
     if not rows or needed - rows[0].keys():
         raise ResultsError(f"{path} is no table of results; `python -m benchmarks` writes one")

@@ -121,6 +121,16 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a table. Raises ResultsError if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ResultsError(f"cannot read {path}: {error}") from error
+    return rows
+
+
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
     """As `write_bytes`. `columns` defaults to all keys in order of appearance; a missing value is an empty cell."""
     table = io.StringIO()
