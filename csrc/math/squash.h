@@ -38,15 +38,29 @@ template <class A> CAPSOPS_HOST_DEVICE inline SquashFactors<A> squash_efficient(
     return {scale, std::exp(-n) - scale};
 }
 
-// Σ_d term(d), as a Kahan sum over blocks of a few terms: a float loses many small numbers that are added to it one by
-// one. Up to one block this is the plain sum.
-template <class A, class Term> CAPSOPS_HOST_DEVICE inline A kahan_sum(int64_t count, Term term) {
-    constexpr int64_t block = 16;
+// Who computes with a row: one thread of execution. On GPUs several lanes share a row (csrc/cuda/engine/rows.cuh): each
+// has the components first, first + step, … and calls largest() and sum() to join its number with those of the others.
+struct OneLane {
+    static constexpr int64_t first = 0, step = 1;
+    template <class A> CAPSOPS_HOST_DEVICE A largest(A x) const { return x; }
+    template <class A> CAPSOPS_HOST_DEVICE A sum(A x) const { return x; }
+};
+
+// Whichever is the larger; NaN if one of them is.
+template <class A> CAPSOPS_HOST_DEVICE inline A larger(A a, A b) {
+    return b > a || b != b ? b : a;
+}
+
+// Σ_d term(d) over a lane's components, as a Kahan sum over blocks of a few terms: a float loses many small numbers
+// that are added to it one by one. Up to one block this is the plain sum.
+template <class A, class Lanes, class Term>
+CAPSOPS_HOST_DEVICE inline A kahan_sum(int64_t dim, const Lanes& lanes, Term term) {
+    const int64_t block = 16 * lanes.step;
     A sum = 0, compensation = 0;
-    for (int64_t begin = 0; begin < count; begin += block) {
+    for (int64_t begin = lanes.first; begin < dim; begin += block) {
         A part = 0;
-        const int64_t end = at_most(begin + block, count);
-        for (int64_t d = begin; d < end; ++d) part += term(d);
+        const int64_t end = at_most(begin + block, dim);
+        for (int64_t d = begin; d < end; d += lanes.step) part += term(d);
         part -= compensation;
         const A next = sum + part;
         compensation = (next - sum) - part;
@@ -68,41 +82,44 @@ template <class A> CAPSOPS_HOST_DEVICE inline SquashFactors<A> squash_factors(Le
 }
 
 // ‖s‖ without overflow or underflow, of the squares or of the norm itself. Row: any type with components s[d].
-template <class A, class Row> CAPSOPS_HOST_DEVICE inline Length<A> length(const Row& s, int64_t dim) {
+template <class A, class Row, class Lanes>
+CAPSOPS_HOST_DEVICE inline Length<A> length(const Row& s, int64_t dim, const Lanes& lanes) {
     // The norm of many components above `huge` may overflow; the norm of the shrunk ones cannot.
     constexpr A huge = sizeof(A) == 4 ? A(0x1p60) : A(0x1p500);
     constexpr A small = sizeof(A) == 4 ? A(0x1p-56) : A(0x1p-496);
     A largest = 0;
-    for (int64_t d = 0; d < dim; ++d) {
-        const A magnitude = std::fabs(s[d]);
-        // Keeps a NaN, because no comparison with it is true.
-        if (magnitude > largest || magnitude != magnitude) largest = magnitude;
-    }
-    if (!(largest > A(0)) || std::isinf(largest)) return {largest, A(1)};
-    const A ratio = std::sqrt(kahan_sum<A>(dim, [&](int64_t d) {
-        const A x = s[d] / largest;
+    for (int64_t d = lanes.first; d < dim; d += lanes.step) largest = larger<A>(largest, std::fabs(s[d]));
+    largest = lanes.largest(largest);
+    const bool is_length = !(largest > A(0)) || std::isinf(largest);
+    // All lanes of a warp call sum() together, so there is no return before it.
+    const A unit = is_length ? A(1) : largest;
+    const A ratio = std::sqrt(lanes.sum(kahan_sum<A>(dim, lanes, [&](int64_t d) {
+        const A x = s[d] / unit;
         return x * x;
-    }));
+    })));
+    if (is_length) return {largest, A(1)};
     const A shrink = largest > huge ? small : A(1);
     return {largest * shrink * ratio, shrink};
 }
 
 // v = squash(s) and its vector-Jacobian product, in the accumulation type A.
-template <class A, class Row, class Out>
-CAPSOPS_HOST_DEVICE inline void squash_vector(const Row& s, Out v, int64_t dim, SquashKind kind) {
-    const Length<A> l = length<A>(s, dim);
+template <class A, class Row, class Out, class Lanes = OneLane>
+CAPSOPS_HOST_DEVICE inline void squash_vector(const Row& s, Out v, int64_t dim, SquashKind kind,
+                                              const Lanes& lanes = {}) {
+    const Length<A> l = length<A>(s, dim, lanes);
     const A scale = squash_factors(l, kind).scale;
-    for (int64_t d = 0; d < dim; ++d) v[d] = scale * (s[d] * l.shrink);
+    for (int64_t d = lanes.first; d < dim; d += lanes.step) v[d] = scale * (s[d] * l.shrink);
 }
 
-template <class A, class Gradient, class Row, class Out>
+template <class A, class Gradient, class Row, class Out, class Lanes = OneLane>
 CAPSOPS_HOST_DEVICE inline void squash_vector_backward(const Gradient& g_v, const Row& s, Out g_s, int64_t dim,
-                                                       SquashKind kind) {
-    const Length<A> l = length<A>(s, dim);
+                                                       SquashKind kind, const Lanes& lanes = {}) {
+    const Length<A> l = length<A>(s, dim, lanes);
     const SquashFactors<A> f = squash_factors(l, kind);
     const A divisor = l.n == A(0) ? A(1) : l.n;
-    const A along = kahan_sum<A>(dim, [&](int64_t d) { return (s[d] * l.shrink / divisor) * g_v[d]; });
-    for (int64_t d = 0; d < dim; ++d)
+    const A along =
+        lanes.sum(kahan_sum<A>(dim, lanes, [&](int64_t d) { return (s[d] * l.shrink / divisor) * g_v[d]; }));
+    for (int64_t d = lanes.first; d < dim; d += lanes.step)
         g_s[d] = (f.scale * g_v[d] + f.radial * along * (s[d] * l.shrink / divisor)) * l.shrink;
 }
 

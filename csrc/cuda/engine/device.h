@@ -50,6 +50,17 @@ bool runs(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, const 
     return !context.launches && !context.needed;
 }
 
+// Shared memory that a block may opt in to, at most `limits.shared`. The order of sums must not depend on it.
+inline int64_t most_shared_bytes(const ExecutionContext& context) {
+    int bytes = static_cast<int>(limits.shared);
+#if !defined(CAPSOPS_EMULATION)
+    // Without a GPU, as on those of compute capability 8.0 and 9.0.
+    if (!context.launches && !context.needed)
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, context.device);
+#endif
+    return at_most(bytes, limits.shared);
+}
+
 #if defined(CAPSOPS_EMULATION)
 inline void prefetch(const void*) {}
 
@@ -61,8 +72,8 @@ using SharedAddress = char*;
 inline SharedAddress shared_address(void* x) {
     return static_cast<char*>(x);
 }
-inline void copy_async(SharedAddress to, const void* from) {
-    emulation::copy_async(to, from);
+inline void copy_async(SharedAddress to, const void* from, bool present = true) {
+    emulation::copy_async(to, from, present);
 }
 inline void commit_copies() {
     emulation::commit_copies();
@@ -97,9 +108,14 @@ __device__ inline SharedAddress shared_address(const void* x) {
 }
 
 // Copies 16 bytes to shared memory while the thread goes on. The thread has them after wait_for_copies(), the others
-// after a barrier behind that. Needs compute capability 8.0.
+// after a barrier behind that. present: otherwise the copy is of zeros, and nothing is read. Needs compute
+// capability 8.0.
 __device__ inline void copy_async(SharedAddress to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ inline void copy_async(SharedAddress to, const void* from, bool present) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(present ? 16 : 0)
+                 : "memory");
 }
 // Ends a group of copies.
 __device__ inline void commit_copies() {
@@ -119,6 +135,8 @@ Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, co
     if (!runs(kernel, blocks, threads, shared, context, arguments...)) return Status::ok;
     // This library links its own CUDA runtime, which does not know the device that torch selected.
     cudaError_t error = cudaSetDevice(context.device);
+    if (error == cudaSuccess && shared > shared_bytes)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared));
     cudaLaunchConfig_t config{};
     config.gridDim = blocks;
     config.blockDim = dim3{static_cast<unsigned>(threads)};

@@ -50,6 +50,7 @@ struct Copy {
     char* to;
     const char* from;
     int group;
+    bool present;  // otherwise zeros are copied
 };
 
 struct Fiber {
@@ -113,10 +114,10 @@ inline double exchange(double own, unsigned other_thread) {
 }
 
 // Until the thread waits for a copy, its destination is NaN.
-inline void copy_async(char* to, const void* from) {
+inline void copy_async(char* to, const void* from, bool present) {
     if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from)) % 16) fail("a copy is not aligned");
     std::memset(to, 0xff, 16);
-    block.current->copies.push_back({to, static_cast<const char*>(from), block.current->groups});
+    block.current->copies.push_back({to, static_cast<const char*>(from), block.current->groups, present});
 }
 inline void commit_copies() {
     ++block.current->groups;
@@ -125,7 +126,10 @@ inline void wait_for_copies(int groups) {
     Fiber& own = *block.current;
     std::erase_if(own.copies, [&](const Copy& copy) {
         const bool finished = copy.group < own.groups - groups;
-        if (finished) std::memcpy(copy.to, copy.from, 16);
+        if (finished && copy.present)
+            std::memcpy(copy.to, copy.from, 16);
+        else if (finished)
+            std::memset(copy.to, 0, 16);
         return finished;
     });
 }

@@ -18,12 +18,13 @@ struct Limits {
     int64_t sums = 24'000'000;                       // partial sums of the blocks of a pass
     int64_t tile = 12'000'000, pieces = 4'000'000;   // of staged.cuh: capsules with their votes; pieces of a sum
     int64_t states = 6'000'000, min_iterations = 4;  // of a gradient through all iterations: a group of iterations
-    int64_t blocks = 4 * 132;                        // wanted in a pass: four for each multiprocessor of an H100
+    int64_t multiprocessors = 132;                   // of an H100
+    int64_t shared = 160 << 10;                      // of shared memory for a block
 };
 
 #if defined(CAPSOPS_EMULATION)
 // Small, so that small shapes reach them. The test of workspace sizes sets the limits of a GPU instead.
-inline Limits limits{8 << 10, 40 << 10, 8 << 10, 0, 2, 6};
+inline Limits limits{8 << 10, 40 << 10, 8 << 10, 0, 2, 2, 12 << 10};
 #else
 constexpr Limits limits{};
 #endif

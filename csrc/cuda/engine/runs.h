@@ -12,14 +12,12 @@ struct Runs {
 
 // Depends on the shape alone, so that sums have one order.
 //
-// step: capsules that a block takes at once. blocks: with the same run. bytes: the partial sums of a block.
-inline Runs cut_runs(int64_t N, int64_t step, int64_t blocks, int64_t bytes) {
-    // Twice as many blocks as wanted, if these have enough to do.
-    constexpr int64_t enough_steps = 8;
-    const int64_t steps = ceil_div(N, step), wanted = ceil_div(limits.blocks, blocks);
-    const int64_t many = at_least(wanted, at_most(2 * wanted, steps / enough_steps));
-    const int64_t fitting = limits.sums / at_least(blocks * bytes, 1);
-    const int64_t length = ceil_div(steps, at_least(at_most(at_most(many, fitting), steps), 1)) * step;
+// step: capsules that a block takes at once. blocks: with the same run. bytes: the partial sums of a block. wanted: how
+// many blocks there should be; there are not many more, so that all of them run at once.
+inline Runs cut_runs(int64_t N, int64_t step, int64_t blocks, int64_t bytes, int64_t wanted) {
+    const int64_t steps = ceil_div(N, step), fitting = limits.sums / at_least(blocks * bytes, 1);
+    const int64_t count = at_least(at_most(at_most(wanted / blocks, fitting), steps), 1);
+    const int64_t length = ceil_div(steps, count) * step;
     return {length, ceil_div(N, at_least(length, 1))};
 }
 

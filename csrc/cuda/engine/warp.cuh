@@ -43,7 +43,8 @@ template <class T, int items> struct WarpTiling {
           asynchronous(!mask && c.K * static_cast<int64_t>(sizeof(T)) % 16 == 0 &&
                        reinterpret_cast<uintptr_t>(u) % 16 == 0 && reinterpret_cast<uintptr_t>(weight) % 16 == 0) {
         while (bytes() > shared_bytes) warps /= 2;
-        runs = cut_runs(N, warps, 1, c.B * warp_JD * static_cast<int64_t>(sizeof(Accumulation<T>)));
+        runs = cut_runs(N, warps, 1, c.B * warp_JD * static_cast<int64_t>(sizeof(Accumulation<T>)),
+                        8 * limits.multiprocessors);
     }
     // Numbers of a capsule in shared memory: W [padded_K, J, D] and u [max_B, padded_K].
     __host__ __device__ int capsule() const { return padded_K * (warp_JD + max_B); }
@@ -365,7 +366,7 @@ __device__ inline void emit_weight(const WarpTiling<T, items>& tiling, const War
 template <int items, class T, class Policy>
 __global__ void __launch_bounds__(max_threads, items <= 4 ? 2 : 1)
     emit_warps_kernel(WarpTiling<T, items> tiling, Policy policy, GradientsOf<T> to,
-                      Accumulation<T>* params /* [runs, warps, param_count] */, int param_count) {
+                      Accumulation<T>* params /* [runs, param_count] */, int param_count) {
     using A = Accumulation<T>;
     WarpPosition<A, items> at;
     Pipeline<T, items> capsule(tiling, at);
@@ -379,7 +380,17 @@ __global__ void __launch_bounds__(max_threads, items <= 4 ? 2 : 1)
         if (to.u) emit_u(tiling, at, capsule, g, to);
         if (to.weight) emit_weight(tiling, at, capsule, g, to);
     }
-    policy.end_warp(at, own, params + (static_cast<int64_t>(blockIdx.x) * tiling.warps + at.warp) * param_count);
+    // Sums over the warps.
+    if (param_count == 0) return;
+    __syncthreads();
+    A* const sums = reinterpret_cast<A*>(shared_memory());  // [warps, param_count]
+    policy.end_warp(at, own, sums + at.warp * param_count);
+    __syncthreads();
+    for (int x = static_cast<int>(threadIdx.x); x < param_count; x += static_cast<int>(blockDim.x)) {
+        A total = 0;
+        for (int warp = 0; warp < tiling.warps; ++warp) total += sums[warp * param_count + x];
+        params[static_cast<int64_t>(blockIdx.x) * param_count + x] = total;
+    }
 }
 
 // Calls function.operator()<items>(): the batch items of a lane.
@@ -412,14 +423,13 @@ Status emit_in_warps(const Capsules& c, const Policy& policy, const CapsuleGradi
     return for_items(c, [&]<int items>() {
         static_assert(WarpEmittingPolicy<Policy, A, items>);
         const WarpTiling<T, items> tiling(c);
-        const int64_t rows = tiling.runs.count * tiling.warps;
         Workspace w(&whole);
-        A* const params = w.take<A>(rows * param_count);
+        A* const params = w.take<A>(tiling.runs.count * param_count);
         const GradientsOf<T> to{static_cast<T*>(gradients.u), static_cast<T*>(gradients.weight), nullptr, more};
         CAPSOPS_TRY(launch(emit_warps_kernel<items, T, Policy>, dim3{static_cast<unsigned>(tiling.runs.count)},
                            tiling.threads(), tiling.bytes(), c.context, tiling, policy, to, params,
                            static_cast<int>(param_count)));
-        return add(static_cast<const A*>(params), rows);
+        return add(static_cast<const A*>(params), tiling.runs.count);
     });
 }
 

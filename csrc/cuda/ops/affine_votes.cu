@@ -8,21 +8,24 @@ namespace {
 
 // The gradient of the votes that the caller gave.
 template <class T, int width> struct StoredGradient {
-    struct Registers {};
+    static constexpr int items = some_items<Accumulation<T>>;
+    static constexpr int resident = 3;
+    template <int> struct Registers {};
     using A = Accumulation<T>;
     const T* g_votes;  // [B, N, J, D]
 
     template <class Tiling> void cut(const Tiling&, int, Workspace&) {}
     __device__ void begin_block() const {}
     __device__ void end_block(A*) const {}
-    __device__ void start(const ThreadPosition<A, width>&, Registers&) const {}
-    __device__ void gradient(const ThreadPosition<A, width>& at, const Registers&, const A (&)[width],
-                             A (&g)[width]) const {
+    template <int n> __device__ void start(const ThreadPosition<A, width, n>&, Registers<n>&) const {}
+    template <int items>
+    __device__ void gradient(const ThreadPosition<A, width, items>& at, const Registers<items>&,
+                             const A (&)[items][width], A (&g)[items][width]) const {
 #pragma unroll
-        for (int d = 0; d < width; ++d)
-            g[d] = at.present && d < at.count
-                       ? static_cast<A>(g_votes[((at.b * at.N + at.i) * at.J + at.j) * at.D + at.part * width + d])
-                       : A(0);
+        for (int m = 0; m < items; ++m) {
+            const int64_t vote = ((at.b(m) * at.N + at.i) * at.J + at.j) * at.D;
+            load_numbers(g_votes + vote + at.part * width, at.present(m) ? at.count : 0, false, g[m]);
+        }
     }
 
     static constexpr bool needs_votes = false;

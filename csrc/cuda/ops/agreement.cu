@@ -16,7 +16,7 @@ Status sum_agreeing(const Capsules& c, const void* x, const void* prior, bool le
     return for_storage_and_width(c, [&]<class T, int width>() {
         using A = Accumulation<T>;
         const Agreement<A, width, false> policy{static_cast<const A*>(x), nullptr, static_cast<const A*>(prior), leaky};
-        return reduce<width, T>(c, policy, 2, w, static_cast<A*>(out));
+        return reduce<width, T>(c, policy, 2 * policy.items, w, static_cast<A*>(out));
     });
 }
 
@@ -24,7 +24,7 @@ Status sum_adjoint(const Capsules& c, const void* x, const void* y, bool leaky, 
     return for_storage_and_width(c, [&]<class T, int width>() {
         using A = Accumulation<T>;
         const Agreement<A, width, true> policy{static_cast<const A*>(x), static_cast<const A*>(y), nullptr, leaky};
-        return reduce<width, T>(c, policy, 2, w, static_cast<A*>(out));
+        return reduce<width, T>(c, policy, 2 * policy.items, w, static_cast<A*>(out));
     });
 }
 
@@ -42,14 +42,15 @@ Status emit_agreement(const Capsules& c, const AgreementTerms& terms, const Caps
                                            .prior = static_cast<const A*>(terms.prior),
                                            .rest = static_cast<const A*>(terms.rest),
                                            .g_prior = static_cast<A*>(terms.g_prior)};
-        return emit<width, T>(c, policy, 2, gradients, 0, w, terms.more, [&](const auto*, int64_t blocks) {
-            if (!policy.g_prior) return Status::ok;
-            const int64_t size = c.N * c.J;
-            // Without votes, no kernel has written it.
-            if (blocks == 0) return launch_over(size, write_zeros<A>, c.context, policy.g_prior, size);
-            if (policy.splits == 1) return Status::ok;
-            return add_rows(policy.g_prior_of_split, policy.splits, size, size, policy.g_prior, false, c.context);
-        });
+        return emit<width, T>(
+            c, policy, 2 * policy.items, gradients, 0, w, terms.more, [&](const auto*, int64_t blocks) {
+                if (!policy.g_prior) return Status::ok;
+                const int64_t size = c.N * c.J;
+                // Without votes, no kernel has written it.
+                if (blocks == 0) return launch_over(size, write_zeros<A>, c.context, policy.g_prior, size);
+                if (policy.splits == 1) return Status::ok;
+                return add_rows(policy.g_prior_of_split, policy.splits, size, size, policy.g_prior, false, c.context);
+            });
     });
 }
 

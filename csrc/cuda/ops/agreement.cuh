@@ -8,31 +8,37 @@
 
 namespace capsops::cuda {
 
-// The softmax over the output capsules of a batch item. In shared memory: two numbers from 0 on.
-template <class A> struct RowSoftmax {
-    A coupling, gradient;  // c, and c (q − Σ_k c_k q_k) if wanted
+// The softmax over the output capsules of each of a thread's batch items. In shared memory: two numbers for each of
+// them, from 0 on.
+template <class A, int items> struct RowSoftmax {
+    A coupling[items], gradient[items];  // c, and c (q − Σ_k c_k q_k) if wanted
 
-    // z: the logit of a thread's output capsule; q: the gradient of its coupling.
+    // z: the logits of a thread's output capsule; q: the gradients of its couplings.
     template <int width>
-    __device__ RowSoftmax(const ThreadPosition<A, width>& at, A z, A q, bool leaky, bool with_gradient) {
-        A largest[1] = {z};
+    __device__ RowSoftmax(const ThreadPosition<A, width, items>& at, const A (&z)[items], const A (&q)[items],
+                          bool leaky, bool with_gradient) {
+        A largest[items], sums[items], means[2 * items];
+#pragma unroll
+        for (int m = 0; m < items; ++m) largest[m] = z[m];
         join_capsules(at, 0, largest, Max{});
-        if (leaky) largest[0] = max(largest[0], A(0));
-        const A e = exponential(z - largest[0]);
-        A mean = 0;
-        coupling = e;
-        if (with_gradient) {
-            A sums[2] = {e, e * q};
-            join_capsules(at, 0, sums, Add{});
-            coupling = sums[0], mean = sums[1];
-        } else {
-            A sums[1] = {e};
-            join_capsules(at, 0, sums, Add{});
-            coupling = sums[0];
+#pragma unroll
+        for (int m = 0; m < items; ++m) {
+            if (leaky) largest[m] = max(largest[m], A(0));
+            coupling[m] = exponential(z[m] - largest[m]);
+            means[m] = sums[m] = coupling[m];
+            means[items + m] = coupling[m] * q[m];
         }
-        const A inverse = reciprocal(leaky ? coupling + exponential(-largest[0]) : coupling);
-        coupling = e * inverse;
-        gradient = coupling * (q - mean * inverse);
+        if (with_gradient)
+            join_capsules(at, 0, means, Add{});
+        else
+            join_capsules(at, 0, sums, Add{});
+#pragma unroll
+        for (int m = 0; m < items; ++m) {
+            const A sum = with_gradient ? means[m] : sums[m];
+            const A inverse = reciprocal(leaky ? sum + exponential(-largest[m]) : sum);
+            coupling[m] *= inverse;
+            gradient[m] = coupling[m] * (q[m] - means[items + m] * inverse);
+        }
     }
 };
 
@@ -81,7 +87,7 @@ template <class A, int items> struct PairSoftmax {
 
 // In the loops of warp.cuh: all couplings equal.
 template <class A> struct WarpEqual {
-    template <int items> struct Registers {};
+    template <int> struct Registers {};
     A coupling;
 
     template <int items> __device__ void start(const WarpPosition<A, items>&, Registers<items>&) const {}
@@ -127,7 +133,7 @@ template <class A, bool adjoint> struct WarpAgreement {
 
 // In the loops of warp.cuh: as AgreementGradient.
 template <class A> struct WarpAgreementGradient {
-    template <int items> struct Registers {};
+    template <int> struct Registers {};
     const A *x, *g;
     int64_t size, iterations;
     bool equal_first, leaky, detach;
@@ -193,15 +199,21 @@ template <class A> struct WarpAgreementGradient {
 
 // All couplings equal.
 template <class A, int width> struct Equal {
-    struct Registers {};
+    static constexpr int items = some_items<A>;
+    static constexpr int resident = 3;
+    template <int> struct Registers {};
     A coupling;
 
     WarpEqual<A> in_warps() const { return {coupling}; }
 
-    __device__ void start(const ThreadPosition<A, width>&, Registers&) const {}
-    __device__ void couple(const ThreadPosition<A, width>&, const Registers&, const A (&)[width], A (&c)[width]) const {
+    template <int n> __device__ void start(const ThreadPosition<A, width, n>&, Registers<n>&) const {}
+    template <int items>
+    __device__ void couple(const ThreadPosition<A, width, items>&, const Registers<items>&, const A (&)[items][width],
+                           A (&c)[items][width]) const {
 #pragma unroll
-        for (int d = 0; d < width; ++d) c[d] = coupling;
+        for (int m = 0; m < items; ++m)
+#pragma unroll
+            for (int d = 0; d < width; ++d) c[m][d] = coupling;
     }
 
     static int64_t staged_numbers(int64_t, int64_t) { return 0; }
@@ -211,15 +223,30 @@ template <class A, int width> struct Equal {
     }
 };
 
+// z = û · x and e = û · y for each of a thread's batch items. In shared memory: two numbers for each, from 0 on.
+template <class A, int width, int items>
+__device__ inline void agreements(const ThreadPosition<A, width, items>& at, const A (&v)[items][width],
+                                  const A (&x)[items][width], const A (&y)[items][width], A (&z)[items],
+                                  A (&e)[items]) {
+    A dots[2 * items];
+#pragma unroll
+    for (int m = 0; m < items; ++m) dots[m] = dot(v[m], x[m]), dots[items + m] = dot(v[m], y[m]);
+    join_parts(at, 0, dots, Add{});
+#pragma unroll
+    for (int m = 0; m < items; ++m) z[m] = dots[m], e[m] = dots[items + m];
+}
+
 // c = softmax_j(û · x) + prior; or, if adjoint, δ = c (e − Σ_k c_k e_k) with e = û · y.
 template <class A, int width, bool adjoint> struct Agreement {
-    struct State {
-        A x[width];
+    static constexpr int items = adjoint ? 1 : some_items<A>;  // two states take many registers
+    static constexpr int resident = adjoint ? 3 : 2;
+    template <int items> struct State {
+        A x[items][width];
     };
-    struct States : State {
-        A y[width];
+    template <int items> struct States : State<items> {
+        A y[items][width];
     };
-    using Registers = std::conditional_t<adjoint, States, State>;
+    template <int items> using Registers = std::conditional_t<adjoint, States<items>, State<items>>;
     const A* x;      // [B, J, D]
     const A* y;      // [B, J, D], if adjoint
     const A* prior;  // [N, J], or null
@@ -227,28 +254,39 @@ template <class A, int width, bool adjoint> struct Agreement {
 
     WarpAgreement<A, adjoint> in_warps() const { return {x, y, prior, leaky}; }
 
-    __device__ void start(const ThreadPosition<A, width>& at, Registers& own) const {
-        load(x, at, own.x);
-        if constexpr (adjoint) load(y, at, own.y);
-    }
-    __device__ void couple(const ThreadPosition<A, width>& at, const Registers& own, const A (&v)[width],
-                           A (&c)[width]) const {
-        A weight;
-        if constexpr (adjoint) {
-            A dots[2] = {dot(v, own.x), dot(v, own.y)};
-            join_parts(at, 0, dots, Add{});
-            weight = RowSoftmax<A>(at, dots[0], dots[1], leaky, true).gradient;
-        } else {
-            A dots[1] = {dot(v, own.x)};
-            join_parts(at, 0, dots, Add{});
-            weight = RowSoftmax<A>(at, dots[0], A(0), leaky, false).coupling;
-        }
-        if (!at.present)
-            weight = 0;
-        else if (prior)
-            weight += prior[at.i * at.J + at.j];
+    template <int items> __device__ void start(const ThreadPosition<A, width, items>& at, Registers<items>& own) const {
 #pragma unroll
-        for (int d = 0; d < width; ++d) c[d] = weight;
+        for (int m = 0; m < items; ++m) {
+            load(x, at, m, own.x[m]);
+            if constexpr (adjoint) load(y, at, m, own.y[m]);
+        }
+    }
+    template <int items>
+    __device__ void couple(const ThreadPosition<A, width, items>& at, const Registers<items>& own,
+                           const A (&v)[items][width], A (&c)[items][width]) const {
+        A z[items], e[items], weight[items];
+        if constexpr (adjoint) {
+            agreements(at, v, own.x, own.y, z, e);
+            const RowSoftmax<A, items> softmax(at, z, e, leaky, true);
+#pragma unroll
+            for (int m = 0; m < items; ++m) weight[m] = softmax.gradient[m];
+        } else {
+#pragma unroll
+            for (int m = 0; m < items; ++m) z[m] = dot(v[m], own.x[m]), e[m] = A(0);
+            join_parts(at, 0, z, Add{});
+            const RowSoftmax<A, items> softmax(at, z, e, leaky, false);
+#pragma unroll
+            for (int m = 0; m < items; ++m) weight[m] = softmax.coupling[m];
+        }
+#pragma unroll
+        for (int m = 0; m < items; ++m) {
+            if (!at.present(m))
+                weight[m] = A(0);
+            else if (prior)
+                weight[m] += prior[at.i * at.J + at.j];
+#pragma unroll
+            for (int d = 0; d < width; ++d) c[m][d] = weight[m];
+        }
     }
 
     static int64_t staged_numbers(int64_t J, int64_t) { return (adjoint ? 2 : 1) * J; }
@@ -264,7 +302,9 @@ template <class A, int width, bool adjoint> struct Agreement {
 
 // g_û = Σ_t [c^t g^t + δ^t x^t] over iterations.
 template <class A, int width> struct AgreementGradient {
-    struct Registers {};
+    static constexpr int items = some_items<A>;
+    static constexpr int resident = 2;
+    template <int> struct Registers {};
     const A* x;    // [iterations, B, J, D], the states of the logits
     const A* g;    // [iterations, B, J, D], the gradients of the sums
     int64_t size;  // of one iteration
@@ -289,30 +329,44 @@ template <class A, int width> struct AgreementGradient {
     }
     __device__ void begin_block() const {}
     __device__ void end_block(A*) const {}
-    __device__ void start(const ThreadPosition<A, width>&, Registers&) const {}
-    __device__ void gradient(const ThreadPosition<A, width>& at, const Registers&, const A (&v)[width],
-                             A (&out)[width]) const {
+    template <int n> __device__ void start(const ThreadPosition<A, width, n>&, Registers<n>&) const {}
+    template <int items>
+    __device__ void gradient(const ThreadPosition<A, width, items>& at, const Registers<items>&,
+                             const A (&v)[items][width], A (&out)[items][width]) const {
 #pragma unroll
-        for (int d = 0; d < width; ++d) out[d] = A(0);
-        if (rest) load(rest, at, out);
+        for (int m = 0; m < items; ++m) {
+#pragma unroll
+            for (int d = 0; d < width; ++d) out[m][d] = A(0);
+            if (rest) load(rest, at, m, out[m]);
+        }
+#pragma unroll 1
         for (int64_t t = 0; t < iterations; ++t) {
-            A own_x[width], own_g[width], c = equal, delta = 0;
-            load(g + t * size, at, own_g);
-            if (t > 0 || !equal_first) {
-                load(x + t * size, at, own_x);
-                A dots[2] = {dot(v, own_x), dot(v, own_g)};
-                join_parts(at, 0, dots, Add{});
-                if (g_prior) add_to_g_prior(at, dots[1]);
-                const RowSoftmax<A> softmax(at, dots[0], dots[1], leaky, !detach);
-                c = at.present ? softmax.coupling : A(0);
-                if (at.present && prior) c += prior[at.i * at.J + at.j];
-                if (at.present && !detach) delta = softmax.gradient;
+            A own_g[items][width];
+#pragma unroll
+            for (int m = 0; m < items; ++m) load(g + t * size, at, m, own_g[m]);
+            if (t == 0 && equal_first) {
+#pragma unroll
+                for (int m = 0; m < items; ++m)
+#pragma unroll
+                    for (int d = 0; d < width; ++d) out[m][d] += equal * own_g[m][d];
+                continue;
             }
+            A own_x[items][width], z[items], q[items];
 #pragma unroll
-            for (int d = 0; d < width; ++d) out[d] += c * own_g[d];
-            if (detach || (t == 0 && equal_first)) continue;
+            for (int m = 0; m < items; ++m) load(x + t * size, at, m, own_x[m]);
+            agreements(at, v, own_x, own_g, z, q);
+            if (g_prior) add_to_g_prior(at, q);
+            const RowSoftmax<A, items> softmax(at, z, q, leaky, !detach);
 #pragma unroll
-            for (int d = 0; d < width; ++d) out[d] += delta * own_x[d];
+            for (int m = 0; m < items; ++m) {
+                if (!at.present(m)) continue;
+                const A c = softmax.coupling[m] + (prior ? prior[at.i * at.J + at.j] : A(0));
+#pragma unroll
+                for (int d = 0; d < width; ++d) out[m][d] += c * own_g[m][d];
+                if (detach) continue;
+#pragma unroll
+                for (int d = 0; d < width; ++d) out[m][d] += softmax.gradient[m] * own_x[m][d];
+            }
         }
     }
 
@@ -339,14 +393,16 @@ template <class A, int width> struct AgreementGradient {
     }
 
   private:
-    // g_prior = Σ_b q, computed by the threads of the first item of each tile.
-    __device__ void add_to_g_prior(const ThreadPosition<A, width>& at, A q) const {
-        const A own[1] = {q};
-        at.publish_to_block(1, own);
-        if (at.item == 0 && at.part == 0 && at.in_run) {
+    // g_prior = Σ_b q, computed by the threads of the first row of each team.
+    template <int items>
+    __device__ void add_to_g_prior(const ThreadPosition<A, width, items>& at, const A (&q)[items]) const {
+        at.publish_to_block(0, q);
+        if (at.team_row == 0 && at.part == 0 && at.in_run(0)) {
             A sum = 0;
-            for (int item = 0; item < at.items; ++item)
-                sum += at.shared(1, rows.first(at.team * at.items + item) + at.slot - at.row);
+#pragma unroll
+            for (int m = 0; m < items; ++m)
+                for (int row = 0; row < at.team_rows; ++row)
+                    sum += at.shared(m, (at.team * at.team_rows + row) * rows.size + at.slot - at.row);
             A& to = g_prior_of_split[(at.split * at.N + at.i) * at.J + at.j];
             to = at.tile == at.first_tile ? sum : to + sum;
         }

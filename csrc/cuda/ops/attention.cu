@@ -13,8 +13,8 @@ Status attention_routing(const Capsules& c, const void* attn_weight, const void*
         Workspace w(c.context);
         const Attention<A, width> policy{static_cast<const A*>(attn_weight), static_cast<const A*>(attn_bias)};
         CAPSOPS_TRY((reduce<width, T>(c, policy, 2 * width, w, static_cast<A*>(s))));
-        return launch_over(c.B * c.J, squash_rows<A>, c.context, static_cast<const A*>(s), static_cast<A*>(v),
-                           c.B * c.J, c.D, SquashKind::sabour);
+        return launch_over_rows(c.B * c.J, c.D, squash_rows<A>, c.context, static_cast<const A*>(s), static_cast<A*>(v),
+                                c.B * c.J, c.D, SquashKind::sabour);
     });
 }
 
@@ -25,13 +25,16 @@ Status attention_routing_backward(const Capsules& c, const void* attn_weight, co
         const int64_t rows = c.B * c.J, JJ = c.J * c.J;
         Workspace w(c.context);
         A* g_s = w.take<A>(rows * c.D);
-        CAPSOPS_TRY(launch_over(rows, squash_rows_backward<A>, c.context, static_cast<const A*>(g_v),
-                                static_cast<const A*>(s), g_s, rows, c.D, SquashKind::sabour));
+        CAPSOPS_TRY(launch_over_rows(rows, c.D, squash_rows_backward<A>, c.context, static_cast<const A*>(g_v),
+                                     static_cast<const A*>(s), g_s, rows, c.D, SquashKind::sabour));
         const bool wants_params = g_attn_weight || g_attn_bias;
         const int64_t param_count = wants_params ? JJ + c.J : 0;
-        const int64_t params_at = at_least(2 * width, width + c.K);
-        AttentionGradient<A, width> policy{
-            {static_cast<const A*>(attn_weight), static_cast<const A*>(attn_bias)}, g_s, wants_params, c.J, params_at};
+        const int64_t params_at = at_least(2 * width, emit_numbers<width>(c, AttentionGradient<A, width>::items));
+        AttentionGradient<A, width> policy{{static_cast<const A*>(attn_weight), static_cast<const A*>(attn_bias)},
+                                           g_s,
+                                           wants_params,
+                                           static_cast<int>(c.J),
+                                           static_cast<int>(params_at)};
         const auto add = [&]<class X>(const X* params, int64_t blocks) {
             if (g_attn_weight)
                 CAPSOPS_TRY(

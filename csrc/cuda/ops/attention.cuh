@@ -137,11 +137,14 @@ template <class A> struct WarpAttentionGradient {
     }
 };
 
-// z_k = Σ_j A_kj û_j + a_k and c = softmax_k(z), for each component by itself (CardioCaps, eq. 4). In shared memory:
-// the votes [width], then z or other numbers that the threads of a batch item exchange [width].
+// z_k = Σ_j A_kj û_j + a_k and c = softmax_k(z), for each component by itself (CardioCaps, eq. 4). In shared memory,
+// for one batch item after another: the votes [width], then z or other numbers that the threads of a row exchange
+// [width].
 template <class A, int width> struct Attention {
+    static constexpr int items = 1;  // here the limit is what the threads exchange, not W
+    static constexpr int resident = 3;
     // For two output capsules j and k: z_k − z_j = own û_j + other û_k + constant determines the softmax.
-    struct Registers {
+    template <int items> struct Registers {
         A own, other, constant;
     };
     const A* weight;  // [J, J]
@@ -149,15 +152,22 @@ template <class A, int width> struct Attention {
 
     WarpAttention<A> in_warps() const { return {weight, bias}; }
 
-    __device__ void start(const ThreadPosition<A, width>& at, Registers& own) const {
+    template <int items> __device__ void start(const ThreadPosition<A, width, items>& at, Registers<items>& own) const {
         if (at.J != 2) return;
-        const int64_t j = at.j, k = 1 - j;
+        const int j = at.j, k = 1 - j;
         own.own = weight[k * 2 + j] - weight[j * 2 + j];
         own.other = weight[k * 2 + k] - weight[j * 2 + k];
         own.constant = bias ? bias[k] - bias[j] : A(0);
     }
-    __device__ void couple(const ThreadPosition<A, width>& at, const Registers& own, const A (&v)[width],
-                           A (&c)[width]) const {
+    template <int items>
+    __device__ void couple(const ThreadPosition<A, width, items>& at, const Registers<items>& own,
+                           const A (&v)[items][width], A (&c)[items][width]) const {
+#pragma unroll
+        for (int m = 0; m < items; ++m) couple_item(at, own, v[m], c[m]);
+    }
+    template <int items>
+    __device__ void couple_item(const ThreadPosition<A, width, items>& at, const Registers<items>& own,
+                                const A (&v)[width], A (&c)[width]) const {
         at.publish(0, v);
         if (at.J == 2) {
 #pragma unroll
@@ -169,7 +179,7 @@ template <class A, int width> struct Attention {
 #pragma unroll
         for (int d = 0; d < width; ++d) c[d] = a;
 #pragma unroll 1
-        for (int64_t k = 0; k < at.J; ++k) {
+        for (int k = 0; k < at.J; ++k) {
             const A a = weight[at.j * at.J + k];
 #pragma unroll
             for (int d = 0; d < width; ++d) c[d] += a * at.of(d, k);
@@ -204,14 +214,16 @@ template <class A, int width> struct Attention {
 // g_A,kj = Σ dz_k û_j;   g_a,k = Σ dz_k
 // In shared memory, behind the numbers of Attention: this thread's g_A and g_a [J + 1].
 template <class A, int width> struct AttentionGradient {
-    struct Registers {
-        typename Attention<A, width>::Registers attention;
-        A g_s[width], other[width];  // other: g_s of the other one of two output capsules
+    static constexpr int items = 1;  // more would take too many registers
+    static constexpr int resident = 3;
+    template <int items> struct Registers {
+        typename Attention<A, width>::template Registers<items> attention;
+        A g_s[items][width], other[items][width];  // other: g_s of the other one of two output capsules
     };
     Attention<A, width> attention;
     const A* g_s;  // [B, J, D]
     bool wants_params;
-    int64_t J, params_at;  // params_at: the first number of g_A and g_a in shared memory
+    int J, params_at;  // params_at: the first number of g_A and g_a in shared memory
     ThreadRows rows{1};
     int row_count = 0, parts = 0;
 
@@ -220,35 +232,49 @@ template <class A, int width> struct AttentionGradient {
     template <class Tiling> void cut(const Tiling& tiling, int count, Workspace&) {
         rows = tiling.rows, row_count = count, parts = tiling.parts;
     }
-    __device__ A& param(int64_t m, int64_t slot) const {
-        return reinterpret_cast<A*>(shared_memory())[(params_at + m) * (static_cast<int64_t>(blockDim.x) + 1) + slot];
+    __device__ A& param(int m, int slot) const {
+        return reinterpret_cast<A*>(shared_memory())[(params_at + m) * (static_cast<int>(blockDim.x) + 1) + slot];
     }
     __device__ void begin_block() const {
-        for (int64_t m = 0; wants_params && m <= J; ++m) param(m, threadIdx.x) = 0;
+        for (int m = 0; wants_params && m <= J; ++m) param(m, static_cast<int>(threadIdx.x)) = 0;
+        __syncthreads();
     }
-    __device__ void start(const ThreadPosition<A, width>& at, Registers& own) const {
+    template <int items> __device__ void start(const ThreadPosition<A, width, items>& at, Registers<items>& own) const {
         attention.start(at, own.attention);
-        load(g_s, at, own.g_s);
-        if (at.J == 2) load(g_s + (at.j == 0 ? at.D : -at.D), at, own.other);
+#pragma unroll
+        for (int m = 0; m < items; ++m) {
+            load(g_s, at, m, own.g_s[m]);
+            if (at.J == 2) load(g_s + (at.j == 0 ? at.D : -at.D), at, m, own.other[m]);
+        }
     }
-    __device__ void gradient(const ThreadPosition<A, width>& at, const Registers& own, const A (&v)[width],
-                             A (&g)[width]) const {
+    template <int items>
+    __device__ void gradient(const ThreadPosition<A, width, items>& at, const Registers<items>& own,
+                             const A (&v)[items][width], A (&g)[items][width]) const {
+#pragma unroll
+        for (int m = 0; m < items; ++m)
+            gradient_of_item(at, own.attention, at.present(m), own.g_s[m], own.other[m], v[m], g[m]);
+    }
+    template <int items>
+    __device__ void gradient_of_item(const ThreadPosition<A, width, items>& at,
+                                     const typename Attention<A, width>::template Registers<items>& own, bool present,
+                                     const A (&own_g_s)[width], const A (&other_g_s)[width], const A (&v)[width],
+                                     A (&g)[width]) const {
         A c[width], dz[width];
-        attention.couple(at, own.attention, v, c);
+        attention.couple_item(at, own, v, c);
         if (at.J == 2) {
             // dz_j = −dz_k = c_j c_k (q_j − q_k).
             A own_product = 0, other_product = 0, sum = 0;
 #pragma unroll
             for (int d = 0; d < width; ++d) {
                 const A other = at.of(d, 1 - at.j);
-                const A difference = own.g_s[d] * v[d] - own.other[d] * other;
-                dz[d] = at.present ? c[d] * (A(1) - c[d]) * difference : A(0);
-                g[d] = at.present ? c[d] * own.g_s[d] - own.attention.own * dz[d] : A(0);
+                const A difference = own_g_s[d] * v[d] - other_g_s[d] * other;
+                dz[d] = present ? c[d] * (A(1) - c[d]) * difference : A(0);
+                g[d] = present ? c[d] * own_g_s[d] - own.own * dz[d] : A(0);
                 own_product += dz[d] * v[d];
                 other_product += dz[d] * other;
                 sum += dz[d];
             }
-            if (wants_params) {
+            if (wants_params && present) {
                 param(at.j, at.slot) += own_product;
                 param(1 - at.j, at.slot) += other_product;
                 param(2, at.slot) += sum;
@@ -257,8 +283,8 @@ template <class A, int width> struct AttentionGradient {
         }
 #pragma unroll
         for (int d = 0; d < width; ++d) {
-            if (!at.present) c[d] = A(0);
-            g[d] = c[d] * own.g_s[d];
+            if (!present) c[d] = A(0);
+            g[d] = c[d] * own_g_s[d];
             dz[d] = g[d] * v[d];
         }
         A mean[width];
@@ -268,9 +294,9 @@ template <class A, int width> struct AttentionGradient {
 #pragma unroll
         for (int d = 0; d < width; ++d) dz[d] -= c[d] * mean[d];
         at.publish(width, dz);
-        if (!at.present) return;
+        if (!present) return;
 #pragma unroll 1
-        for (int64_t k = 0; k < at.J; ++k) {
+        for (int k = 0; k < at.J; ++k) {
             const A a = attention.weight[k * at.J + at.j];
             A product = 0;
 #pragma unroll
@@ -289,11 +315,11 @@ template <class A, int width> struct AttentionGradient {
     __device__ void end_block(A* params) const {
         if (!wants_params) return;
         __syncthreads();
-        for (int64_t x = threadIdx.x; x < J * (J + 1); x += blockDim.x) {
-            const int64_t k = x / (J + 1), m = x % (J + 1);
+        for (int x = static_cast<int>(threadIdx.x); x < J * (J + 1); x += static_cast<int>(blockDim.x)) {
+            const int k = x / (J + 1), m = x % (J + 1);
             A sum = 0;
             for (int row = 0; row < row_count; ++row)
-                for (int part = 0; part < parts; ++part) sum += param(m, rows.first(row) + k * parts + part);
+                for (int part = 0; part < parts; ++part) sum += param(m, row * rows.size + k * parts + part);
             params[m < J ? k * J + m : J * J + k] = sum;
         }
     }

@@ -11,15 +11,16 @@
 namespace capsops::cuda {
 namespace {
 
-// s += bias; v = squash(s); V (+)= v. A thread for each output capsule.
+// s += bias; v = squash(s); V (+)= v.
 template <class A>
-__global__ void finish_iteration(A* s, const A* bias, A* v, A* V, int64_t rows, int64_t J, int64_t D, bool first) {
-    for (int64_t r = first_index(); r < rows; r += index_stride()) {
+__global__ void finish_iteration(A* s, const A* bias, A* v, A* V, int64_t rows, int64_t J, int64_t D, bool first,
+                                 int lanes) {
+    for_rows(rows, lanes, [&](int64_t r, const RowLanes& lane) {
         A *own = s + r * D, *out = v + r * D, *sum = V + r * D;
-        for (int64_t d = 0; bias && d < D; ++d) own[d] += bias[r % J * D + d];
-        squash_vector<A>(own, out, D, SquashKind::sabour);
-        for (int64_t d = 0; d < D; ++d) sum[d] = first ? out[d] : sum[d] + out[d];
-    }
+        for (int64_t d = lane.first; bias && d < D; d += lane.step) own[d] += bias[r % J * D + d];
+        squash_vector<A>(own, out, D, SquashKind::sabour, lane);
+        for (int64_t d = lane.first; d < D; d += lane.step) sum[d] = first ? out[d] : sum[d] + out[d];
+    });
 }
 
 }  // namespace
@@ -34,8 +35,8 @@ Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, 
             A* sum = static_cast<A*>(s) + t * size;
             CAPSOPS_TRY(t == 0 ? sum_votes(c, equal_coupling<double>(c.J, leaky), w, sum)
                                : sum_agreeing(c, V, nullptr, leaky, w, sum));
-            CAPSOPS_TRY(launch_over(rows, finish_iteration<A>, c.context, sum, static_cast<const A*>(bias),
-                                    static_cast<A*>(v), V, rows, c.J, c.D, t == 0));
+            CAPSOPS_TRY(launch_over_rows(rows, c.D, finish_iteration<A>, c.context, sum, static_cast<const A*>(bias),
+                                         static_cast<A*>(v), V, rows, c.J, c.D, t == 0));
         }
         return Status::ok;
     });
@@ -44,33 +45,37 @@ Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, 
 namespace {
 
 // For the iterations begin … end − 1: V, the sum of v over all iterations before each of them. If g_v is not null, also
-// g_s of the last one, the gradient of its s. A thread for each output capsule.
+// g_s of the last one, the gradient of its s.
 template <class A>
-__global__ void states(const A* s, const A* g_v, A* V, A* g_s, int64_t rows, int64_t D, int64_t begin, int64_t end) {
+__global__ void states(const A* s, const A* g_v, A* V, A* g_s, int64_t rows, int64_t D, int64_t begin, int64_t end,
+                       int lanes) {
     const int64_t size = rows * D;
     A* const v = g_s;  // scratch memory: g_s is written later
-    for (int64_t r = first_index(); r < rows; r += index_stride()) {
+    for_rows(rows, lanes, [&](int64_t r, const RowLanes& lane) {
         const int64_t row = r * D;
-        for (int64_t d = 0; d < D; ++d) V[row + d] = A(0);
+        for (int64_t d = lane.first; d < D; d += lane.step) V[row + d] = A(0);
         for (int64_t t = 1; t < end; ++t) {
-            squash_vector<A>(s + (t - 1) * size + row, v + row, D, SquashKind::sabour);
-            const A* const before = V + at_least(t - 1 - begin, 0) * size;
-            A* const sum = V + at_least(t - begin, 0) * size;
-            for (int64_t d = row; d < row + D; ++d) sum[d] = before[d] + v[d];
+            squash_vector<A>(s + (t - 1) * size + row, v + row, D, SquashKind::sabour, lane);
+            const A* const before = V + at_least(t - 1 - begin, 0) * size + row;
+            A* const sum = V + at_least(t - begin, 0) * size + row;
+            for (int64_t d = lane.first; d < D; d += lane.step) sum[d] = before[d] + v[row + d];
         }
         if (g_v)
             squash_vector_backward<A>(g_v + row, s + (end - 1) * size + row, g_s + (end - 1 - begin) * size + row, D,
-                                      SquashKind::sabour);
-    }
+                                      SquashKind::sabour, lane);
+    });
 }
 
 // g_V (+)= H; g_s = the gradient of s through squash.
 template <class A>
-__global__ void earlier_gradient(const A* H, A* g_V, const A* s, A* g_s, int64_t rows, int64_t D, bool first) {
-    for (int64_t r = first_index(); r < rows; r += index_stride()) {
-        for (int64_t d = r * D; d < (r + 1) * D; ++d) g_V[d] = first ? H[d] : g_V[d] + H[d];
-        squash_vector_backward<A>(g_V + r * D, s + r * D, g_s + r * D, D, SquashKind::sabour);
-    }
+__global__ void earlier_gradient(const A* H, A* g_V, const A* s, A* g_s, int64_t rows, int64_t D, bool first,
+                                 int lanes) {
+    for_rows(rows, lanes, [&](int64_t r, const RowLanes& lane) {
+        const int64_t row = r * D;
+        for (int64_t d = lane.first; d < D; d += lane.step)
+            g_V[row + d] = first ? H[row + d] : g_V[row + d] + H[row + d];
+        squash_vector_backward<A>(g_V + row, s + row, g_s + row, D, SquashKind::sabour, lane);
+    });
 }
 
 }  // namespace
@@ -93,15 +98,15 @@ Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leak
         A* g_V = w.take<A>(size);
         for (int64_t end = iterations; end > 0; end = detach ? 0 : end - group) {
             const int64_t begin = at_least(end - group, 0);
-            CAPSOPS_TRY(launch_over(rows, states<A>, c.context, s,
-                                    end == iterations ? static_cast<const A*>(g_v) : nullptr, V, g_s, rows, c.D, begin,
-                                    end));
+            CAPSOPS_TRY(launch_over_rows(rows, c.D, states<A>, c.context, s,
+                                         end == iterations ? static_cast<const A*>(g_v) : nullptr, V, g_s, rows, c.D,
+                                         begin, end));
             for (int64_t t = end - 1; t >= begin; --t) {
                 const A* const own_V = V + (t - begin) * size;
                 A* const own_g_s = g_s + (t - begin) * size;
                 if (t < last)
-                    CAPSOPS_TRY(launch_over(rows, earlier_gradient<A>, c.context, static_cast<const A*>(H), g_V,
-                                            s + t * size, own_g_s, rows, c.D, t == last - 1));
+                    CAPSOPS_TRY(launch_over_rows(rows, c.D, earlier_gradient<A>, c.context, static_cast<const A*>(H),
+                                                 g_V, s + t * size, own_g_s, rows, c.D, t == last - 1));
                 if (t > 0 && !detach) CAPSOPS_TRY(sum_adjoint(c, own_V, own_g_s, leaky, w, H));
             }
             if (g_bias)

@@ -14,8 +14,8 @@ Status self_attention_routing(const Capsules& c, const void* prior, double scale
         CAPSOPS_TRY(launch_over(size, multiply<A>, c.context, static_cast<const A*>(total), static_cast<A>(scale),
                                 scaled, size));
         CAPSOPS_TRY(sum_agreeing(c, scaled, prior, false, w, s));
-        return launch_over(rows, squash_rows<A>, c.context, static_cast<const A*>(s), static_cast<A*>(v), rows, c.D,
-                           SquashKind::efficient);
+        return launch_over_rows(rows, c.D, squash_rows<A>, c.context, static_cast<const A*>(s), static_cast<A*>(v),
+                                rows, c.D, SquashKind::efficient);
     });
 }
 
@@ -29,8 +29,8 @@ Status self_attention_routing_backward(const Capsules& c, const void* prior, dou
         A* H = w.take<A>(size);
         CAPSOPS_TRY(
             launch_over(size, multiply<A>, c.context, static_cast<const A*>(total), static_cast<A>(scale), x, size));
-        CAPSOPS_TRY(launch_over(rows, squash_rows_backward<A>, c.context, static_cast<const A*>(g_v),
-                                static_cast<const A*>(s), g_s, rows, c.D, SquashKind::efficient));
+        CAPSOPS_TRY(launch_over_rows(rows, c.D, squash_rows_backward<A>, c.context, static_cast<const A*>(g_v),
+                                     static_cast<const A*>(s), g_s, rows, c.D, SquashKind::efficient));
         CAPSOPS_TRY(sum_adjoint(c, x, g_s, false, w, H));
         CAPSOPS_TRY(
             launch_over(size, multiply<A>, c.context, static_cast<const A*>(H), static_cast<A>(scale), H, size));

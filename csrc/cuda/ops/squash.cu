@@ -1,4 +1,4 @@
-// squash along contiguous rows, forward and backward; the formulas are in math/squash.h. A thread for each row.
+// squash along contiguous rows, forward and backward; the formulas are in math/squash.h. Some lanes for each row.
 
 #include "../engine/rows.cuh"
 
@@ -9,8 +9,8 @@ Status squash(const ExecutionContext& context, const void* s, void* v, int64_t r
     return for_storage(dtype, [&]<class T>() {
         const Workspace w(context);
         if (rows * dim == 0) return Status::ok;
-        return launch_over(rows, squash_rows<T>, context, static_cast<const T*>(s), static_cast<T*>(v), rows, dim,
-                           kind);
+        return launch_over_rows(rows, dim, squash_rows<T>, context, static_cast<const T*>(s), static_cast<T*>(v), rows,
+                                dim, kind);
     });
 }
 
@@ -19,8 +19,8 @@ Status squash_backward(const ExecutionContext& context, const void* g_v, const v
     return for_storage(dtype, [&]<class T>() {
         const Workspace w(context);
         if (rows * dim == 0) return Status::ok;
-        return launch_over(rows, squash_rows_backward<T>, context, static_cast<const T*>(g_v), static_cast<const T*>(s),
-                           static_cast<T*>(g_s), rows, dim, kind);
+        return launch_over_rows(rows, dim, squash_rows_backward<T>, context, static_cast<const T*>(g_v),
+                                static_cast<const T*>(s), static_cast<T*>(g_s), rows, dim, kind);
     });
 }
 
