@@ -1,8 +1,10 @@
-// Matrix products.
+// Matrix products, by one of two kernels.
 //
-// grid: a block for 64 × 64 entries of a result, a thread for 4 × 4 of them; 16 instead of 64 if there are at most 16
-// rows or columns. A block steps along k by 16 through shared memory. If the result alone makes too few blocks, the
-// sums are split into pieces, each with its own result, which the caller adds in their order.
+// Few rows and many columns: reading the right factor is the limit. A thread has a column, with all its rows.
+//
+// Else, grid: a block for 64 × 64 entries of a result, a thread for 4 × 4 of them; 16 instead of 64 if there are at
+// most 16 rows or columns. A block steps along k by 16 through shared memory. If the result alone makes too few blocks,
+// the sums are split into pieces, each with its own result, which the caller adds in their order.
 
 #include "product.h"
 
@@ -92,7 +94,48 @@ __global__ void __launch_bounds__(max_threads, sizeof(A) == 8 ? 1 : 2) product_k
     }
 }
 
+// A thread for each column of each product; all rows in registers. At most `rows` rows, and all axes but that of the
+// columns are single runs.
+template <int rows, class A, class R, class O> __global__ void few_rows_kernel(Product p) {
+    const R* const right = static_cast<const R*>(p.right.x);
+    const A *const left = static_cast<const A*>(p.left.x), *const bias = static_cast<const A*>(p.bias);
+    for (int64_t x = first_index(); x < p.batches * p.columns; x += index_stride()) {
+        const int64_t z = x / p.columns, n = x % p.columns;
+        const R* from = right + z * p.right.batch + p.right.outer.offset(n);
+        const A* factors = left + z * p.left.batch;
+        A sum[rows] = {};
+#pragma unroll 4
+        for (int64_t k = 0; k < p.depth; ++k, from += p.right.depth.stride, factors += p.left.depth.stride) {
+            const A number = static_cast<A>(*from);
+#pragma unroll
+            for (int m = 0; m < rows; ++m)
+                if (m < p.rows) sum[m] += factors[m * p.left.outer.stride] * number;
+        }
+        O* const out = static_cast<O*>(p.out) + z * p.batch + p.column.offset(n);
+#pragma unroll
+        for (int m = 0; m < rows; ++m) {
+            if (m >= p.rows) continue;
+            O& to = out[m * p.row.stride];
+            const A before = bias ? bias[m] : p.add ? static_cast<A>(to) : A(0);
+            to = static_cast<O>(before + sum[m]);
+        }
+    }
+}
+
+// Whether few_rows_kernel takes a product. Depends on the shape alone, so that sums have one order.
+bool has_few_rows(const Product& p) {
+    constexpr int64_t most_rows = 16;
+    const auto single = [](const Axis& axis) { return axis.inner == INT64_MAX; };
+    return p.rows <= most_rows && p.batches * p.columns >= limits.columns && p.pieces == 1 && p.left.x && p.right.x &&
+           single(p.left.outer) && single(p.left.depth) && single(p.right.depth) && single(p.row);
+}
+
 template <class A, class R, class O> Status launch_product(const Product& p, const ExecutionContext& context) {
+    if (has_few_rows(p)) {
+        const int64_t columns = p.batches * p.columns;
+        if (p.rows <= 4) return launch_over(columns, few_rows_kernel<4, A, R, O>, context, p);
+        return launch_over(columns, few_rows_kernel<16, A, R, O>, context, p);
+    }
     const auto run = [&]<int per_row, int per_column>() {
         constexpr int64_t width = Share<per_row, A, A>::width + Share<per_column, A, R>::width;
         const int64_t blocks = blocks_along(p.columns) * blocks_along(p.rows) * p.batches * p.pieces;

@@ -9,18 +9,21 @@ namespace capsops::cuda {
 
 constexpr int lanes_for(int64_t length) {
     int lanes = 1;
-    while (lanes < warp_size && 4 * lanes < length) lanes *= 2;
+    while (lanes < max_threads && 4 * lanes < length) lanes *= 2;
     return lanes;
 }
 
 // Combines x of all lanes of a row with `join`. All threads of the block must call it.
 template <class A, class Join> __device__ inline A over_lanes(A x, int lanes, Join join) {
     A* const memory = reinterpret_cast<A*>(shared_memory());
-    const int t = static_cast<int>(threadIdx.x), first = t / lanes * lanes;
+    const int t = static_cast<int>(threadIdx.x), lane = t % lanes;
     memory[t] = x;
     __syncthreads();
-    A all = memory[first];
-    for (int lane = 1; lane < lanes; ++lane) all = join(all, memory[first + lane]);
+    for (int others = lanes / 2; others > 0; others /= 2) {
+        if (lane < others) memory[t] = join(memory[t], memory[t + others]);
+        __syncthreads();
+    }
+    const A all = memory[t - lane];
     __syncthreads();
     return all;
 }
