@@ -9,7 +9,7 @@ from cardiocaps import __version__
 from cardiocaps.config import TrainConfig, completed, settings_that_affect
 from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
 from cardiocaps.errors import ConfigError, DataError, OutputError, printable
-from cardiocaps.runtime.files import output_errors, read_json, write_json
+from cardiocaps.runtime.files import is_unused, output_errors, read_json, write_json
 
 _KIND = "cardiocaps experiments"
 
@@ -32,7 +32,7 @@ class ExperimentFolder:
         """Make the folder if it is missing. Raises OutputError if it holds other files or cannot be written."""
         with output_errors(self.path):
             foreign = self.path.exists() and not self.marker.is_file()
-            if foreign and (not self.path.is_dir() or any(self.path.iterdir())):
+            if foreign and (not self.path.is_dir() or not is_unused(self.path, self.marker)):
                 raise OutputError(f"{self.path} is not empty and no folder of experiments; choose another --out")
             self.path.mkdir(parents=True, exist_ok=True)
 

@@ -77,11 +77,11 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
     with lock_folder(folder.path), machine_for(job.config) as machine:
         folder.remove_leftovers()
         if not begun:
-            folder.begin(job.config, machine.device)
             # All jobs leave out the videos that the first jobs left out, even if they can be decoded by now.
             known = ExperimentFolder(job.folder.parents[2]).known_data(job.config)
             if known is not None:
                 write_json(folder.data, known.as_dict())
+            folder.begin(job.config, machine.device)  # config.yaml comes last: a job that has it has begun
         data = decode_for_run(
             job.config, machine, read_study(job.config), folder.data, _OTHER_DATA, trained=folder.is_trained, keep=True
         ).data

@@ -20,6 +20,7 @@ from cardiocaps.errors import OutputError, printable
 from cardiocaps.phantom.patients import Patient, plan
 from cardiocaps.runtime.files import (
     atomic_write,
+    is_unused,
     lock_folder,
     output_errors,
     remove_leftovers,
@@ -118,9 +119,9 @@ def _has_content(path: Path) -> bool:
 def _claim(out: Path, settings: bytes, overwrite: bool) -> None:
     """Raise OutputError unless `out` is empty, or a phantom that may be continued or replaced."""
     with output_errors(out):
-        if not any(out.iterdir()):
-            return
         marker = out / MARKER
+        if is_unused(out, marker):
+            return
         if not marker.is_file():
             raise OutputError(f"{out} is not empty and not a phantom: choose a new folder")
         if overwrite:

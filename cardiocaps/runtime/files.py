@@ -138,6 +138,15 @@ def remove_leftovers(*folders: Path, older_than: float = 0.0) -> None:
                         Path(entry.path).unlink(missing_ok=True)
 
 
+def is_unused(folder: Path, first: Path) -> bool:
+    """Whether an existing folder is empty, or was left by a process that was killed while it wrote the file `first`.
+
+    A program that writes `first` before any other file can begin again in such a folder. Raises OSError.
+    """
+    names = [entry.name for entry in folder.iterdir()]
+    return all(_PART.search(name) and _PART.sub("", name) == first.name for name in names)
+
+
 def write_bytes(path: Path, content: bytes, *, sync: bool = True) -> None:
     """Write a file in one step (see `atomic_write`). Raises OutputError."""
     with atomic_write(path, sync=sync) as temporary:

@@ -8,7 +8,15 @@ from pathlib import Path
 from cardiocaps import __version__
 from cardiocaps.config import TrainConfig, write_run
 from cardiocaps.errors import ConfigError, OutputError
-from cardiocaps.runtime.files import lock_folder, output_errors, read_json, remove_leftovers, write_json, write_text
+from cardiocaps.runtime.files import (
+    is_unused,
+    lock_folder,
+    output_errors,
+    read_json,
+    remove_leftovers,
+    write_json,
+    write_text,
+)
 from cardiocaps.training.environment import environment
 
 _KIND = "cardiocaps run"
@@ -58,25 +66,30 @@ class RunFolder:
     def create(cls, path: Path, overwrite: bool = False) -> "RunFolder":
         """Make the folder, and in it `run.json`, which marks it as the folder of a run.
 
+        A process that is killed at any moment leaves a folder that `create` takes again, with `overwrite` if it holds
+        `run.json`: this file is written first and removed last.
+
         Args:
-            overwrite: first delete the folder if it is the folder of a run.
+            overwrite: first delete the files in the folder if it is the folder of a run.
 
         Raises:
             OutputError: the folder cannot be written, or holds files that are not to be deleted.
         """
+        folder = cls(path)
         with output_errors(path):
-            if path.is_dir() and any(path.iterdir()):
-                if not overwrite:
-                    raise OutputError(
-                        f"{path} exists and is not empty; choose another --out (training replaces a run by --overwrite)"
-                    )
-                with lock_folder(path):  # fails while the run is going on
-                    _refuse_deletion(path)
-                    shutil.rmtree(path)
             path.mkdir(parents=True, exist_ok=True)
-            folder = cls(path)
-            write_text(folder.marker, json.dumps({"kind": _KIND, "version": __version__}))
-            folder.plots.mkdir()  # fails if another run has just started in the same folder
+            with lock_folder(path):  # fails while a run is going on
+                if not is_unused(path, folder.marker):
+                    if not overwrite:
+                        raise OutputError(
+                            f"{path} exists and is not empty; choose another --out (training replaces a run by "
+                            "--overwrite)"
+                        )
+                    _refuse_deletion(path)
+                    folder._clear()
+                folder.remove_leftovers()
+                write_text(folder.marker, json.dumps({"kind": _KIND, "version": __version__}))
+                folder.plots.mkdir()  # fails if another run has just started and the file system has no locks
         return folder
 
     @classmethod
@@ -95,7 +108,16 @@ class RunFolder:
     def discard(self) -> None:
         """Remove a folder that `create` has just made."""
         with output_errors(self.path):
+            self._clear()
             shutil.rmtree(self.path)
+
+    def _clear(self) -> None:
+        """Delete everything in the folder but `run.json`; if this is cut off, `create` still recognises the folder."""
+        for item in self.path.iterdir():
+            if item.is_dir() and not item.is_symlink():
+                shutil.rmtree(item)
+            elif item != self.marker:
+                item.unlink()
 
     def remove_leftovers(self) -> None:
         """Remove unfinished files of killed processes. Hold the folder (`files.lock_folder`) during the call."""

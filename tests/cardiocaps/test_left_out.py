@@ -64,15 +64,25 @@ def test_a_run_goes_on_without_what_failed_when_it_began(config: TrainConfig, tm
 def test_experiments_go_on_without_what_failed_when_they_began(
     config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where a job was killed as soon as it had begun."""
     system, folder = SYSTEMS["logistic-regression-class-weight"], ExperimentFolder(tmp_path / "out")
     folder.make()
     used: list[tuple[Clip, ...]] = []
     monkeypatch.setattr(jobs, "_fit_pixels", lambda job, config, data, watch: used.append(data.study.clips))
+    begin = RunFolder.begin
+
+    def begin_and_stop(folder: RunFolder, config: TrainConfig, device: str) -> None:
+        begin(folder, config, device)
+        raise KeyboardInterrupt
+
     study = read_study(configure(config, system, 10, tmp_path))
     for seed in (10, 11):
         job = jobs.Job(system, seed, configure(config, system, seed, folder.job(system.key, seed)))
         with failing(study.clips[2].path) if seed == 10 else nullcontext():
             _prepare([job], config, folder)
+        with monkeypatch.context() as stopping, pytest.raises(KeyboardInterrupt):
+            stopping.setattr(RunFolder, "begin", begin_and_stop)
+            jobs.run(job, lambda done, what: None, Interruption())
         jobs.run(job, lambda done, what: None, Interruption())
     left = (*study.clips[:2], *study.clips[3:])
     assert used == [left, left]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 from dataclasses import replace
@@ -16,6 +17,7 @@ from cardiocaps.experiments.__main__ import _as_typed, parser
 from cardiocaps.experiments.exhibits import EXHIBITS, keys_of
 from cardiocaps.experiments.folder import ExperimentFolder
 from cardiocaps.experiments.plan import FIRST_SEED, LAMBDAS, SYSTEMS, configure, trained_as
+from tests.cardiocaps.killed import killed_before
 
 BASE = TrainConfig(seed=FIRST_SEED)
 NETWORKS = [key for key, system in SYSTEMS.items() if "classifier" not in system.settings]
@@ -93,6 +95,21 @@ def test_a_folder_of_an_older_version_is_gone_on_with(tmp_path: Path) -> None:
     folder.claim(config)
     with pytest.raises(ConfigError, match=r"threshold is \{'IVSd': 1.2\}, was None"):
         folder.claim(replace(config, threshold={"IVSd": 1.2}))
+
+
+def test_experiments_that_were_killed_at_any_point_of_their_beginning(tmp_path: Path) -> None:
+    config = TrainConfig()
+
+    def begin() -> None:
+        folder.make()
+        folder.claim(config)
+
+    for step in itertools.count(1):
+        folder = ExperimentFolder(tmp_path / str(step))
+        if not killed_before(step, begin):
+            break
+        begin()
+    assert step > 3
 
 
 def test_a_table_that_lost_its_splits_is_not_taken_for_another_study(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import errno
 import hashlib
+import itertools
 import re
 import shutil
 import signal
@@ -26,9 +27,11 @@ from cardiocaps.errors import OutputError, ResourceError
 from cardiocaps.phantom import phantom_is_complete, write_phantom
 from cardiocaps.phantom.__main__ import main
 from cardiocaps.phantom.anatomy import BORDERS
-from cardiocaps.phantom.dataset import COLUMNS, MARKER, TABLE
+from cardiocaps.phantom.dataset import COLUMNS, MARKER, TABLE, _claim, _settings
 from cardiocaps.phantom.patients import DILATED, HYPERTROPHIC, NORMAL, Patient, plan
 from cardiocaps.phantom.ultrasound import render
+from cardiocaps.runtime.files import write_bytes
+from tests.cardiocaps.killed import killed_before
 
 VIDEOS, SEED = 10, 3
 WALLS = ("IVSd", "IVSs", "LVPWd", "LVPWs")
@@ -327,6 +330,31 @@ def test_overwrite_replaces_a_phantom(study: Path, tmp_path: Path) -> None:
     assert digests(copy) == digests(study)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_phantom_that_was_killed_at_any_point_of_its_beginning(overwrite: bool, tmp_path: Path) -> None:
+    settings = _settings(VIDEOS, SEED)
+
+    def begin() -> None:
+        path.mkdir()
+        _claim(path, settings, overwrite)
+        write_bytes(path / MARKER, settings)
+        (path / "Batch1").mkdir()
+        _claim(path, settings, overwrite=True)
+
+    for step in itertools.count(1):
+        path = tmp_path / str(step)
+        if not killed_before(step, begin):
+            break
+        path.mkdir(exist_ok=True)
+        _claim(path, settings, overwrite)
+    assert step > 6
+    (tmp_path / "mine").mkdir()
+    for name in (f"{MARKER}.0123abcd.part", "thesis.tex.0123abcd.part"):
+        (tmp_path / "mine" / name).touch()
+    with pytest.raises(OutputError, match="not empty and not a phantom"):
+        _claim(tmp_path / "mine", settings, overwrite)
+
+
 def test_an_unwritable_place_is_a_plain_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     assert main([str(tmp_path / "file" / "below"), "--videos", "10"]) == OutputError.exit_code
@@ -354,7 +382,7 @@ def test_stopping_the_program_stops_its_processes(tmp_path: Path, signum: signal
         assert process.returncode == 128 + signum
         assert errors == f"error: stopped by {signum.name}; nothing is half-written\n"
         assert not list(out.rglob("*.part"))
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while any(Path("/proc", child, "cmdline").exists() for child in children) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not [child for child in children if Path("/proc", child, "cmdline").exists()]

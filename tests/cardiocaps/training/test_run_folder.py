@@ -1,4 +1,5 @@
 import getpass
+import itertools
 import json
 import shutil
 import socket
@@ -17,6 +18,7 @@ from cardiocaps.training import environment as module
 from cardiocaps.training import run_folder
 from cardiocaps.training.environment import environment
 from cardiocaps.training.run_folder import RunFolder
+from tests.cardiocaps.killed import killed_before
 
 
 def _names(folder: Path) -> set[str]:
@@ -53,6 +55,36 @@ def test_a_run_that_failed_at_once_can_be_overwritten(tmp_path: Path) -> None:
     RunFolder.create(tmp_path / "a", overwrite=True)
 
 
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_run_that_was_killed_at_any_point_of_its_beginning(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another run can begin in its folder; if it has left run.json, with --overwrite."""
+    monkeypatch.setattr(run_folder, "environment", lambda device: {})
+    config = TrainConfig(data=tmp_path)
+
+    def begin_and_fail() -> None:
+        folder = RunFolder.create(path, overwrite)
+        folder.begin(config, "cpu")
+        folder.discard()
+
+    for step in itertools.count(1):
+        path = tmp_path / str(step)
+        if overwrite:
+            RunFolder.create(path).begin(config, "cpu")
+            (path / "plots" / "roc_curve.png").touch()
+        if not killed_before(step, begin_and_fail):
+            break
+        if (path / "run.json").exists() and not overwrite:
+            with pytest.raises(OutputError, match="exists and is not empty"):
+                RunFolder.create(path)
+            RunFolder.create(path, overwrite=True)
+        else:
+            RunFolder.create(path, overwrite)
+        assert _names(path) == {"run.json", "plots"} and not _names(path / "plots")
+    assert step > 10 and not path.exists()
+
+
 def _photos(folder: Path) -> None:
     (folder / "photo.jpg").touch()
 
@@ -67,7 +99,12 @@ def _damaged_marker(folder: Path) -> None:
     (folder / "run.json").write_text("{")
 
 
-@pytest.mark.parametrize("fill", [_photos, _foreign_marker, _damaged_marker])
+def _anothers_leftover(folder: Path) -> None:
+    (folder / "run.json.0123abcd.part").write_text("{")  # of a run
+    (folder / "thesis.tex.0123abcd.part").write_text("mine")
+
+
+@pytest.mark.parametrize("fill", [_photos, _foreign_marker, _damaged_marker, _anothers_leftover])
 def test_overwrite_deletes_nothing_but_a_run(fill: Callable[[Path], None], tmp_path: Path) -> None:
     fill(tmp_path)
     before = _names(tmp_path)
