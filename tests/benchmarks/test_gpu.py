@@ -510,12 +510,12 @@ def test_sanitizers_watch_our_kernels_alone_and_share_the_time(tmp_path: Path, m
 def test_a_test_run_that_is_stopped(
     part: str, printed: str, red: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sleep = f"import time\nprint({printed!r})\ntime.sleep(60)"
+    sleeping = ["sh", "-c", f"echo '{printed}'; exec sleep 60"]
     real = gpu_checks.run_program
     monkeypatch.setattr(
         gpu_checks,
         "run_program",
-        lambda command, limit, log, title: real([sys.executable, "-c", sleep], limit, log, title),
+        lambda command, limit, log, title: real(sleeping, limit, log, title),
     )
     results = Results(tmp_path)
     assert bool(gpu_checks.test(results, part, 2)) == red

@@ -374,11 +374,12 @@ def test_old_leftovers_of_killed_processes_are_removed(shared_folder: Path, tmp_
 def test_an_error_does_not_wait_for_the_other_videos(
     shared_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begun = []
+    begun: list[Path] = []
 
     def slow(path: Path) -> None:
         begun.append(path)
-        time.sleep(0.1)
+        if len(begun) > 1:
+            time.sleep(0.5)
         raise OutputError("the first one")
 
     monkeypatch.setattr(cache, "probe", slow)

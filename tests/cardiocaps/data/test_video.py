@@ -243,10 +243,10 @@ def test_a_small_file_that_claims_millions_of_frames_costs_nothing(tmp_path: Pat
     for box, (place, values) in claims.items():
         start = path.read_bytes().index(box)
         overwrite(path, start + place, struct.pack(f">{len(values)}I", *values))
-    begin = time.monotonic()
+    begin = time.process_time()
     with pytest.raises(VideoError, match="absurd frame count: header claims 60000000"):
         probe(path)
-    assert time.monotonic() - begin < 2
+    assert time.process_time() - begin < 2
 
 
 def test_a_fragmented_mp4_is_named(tmp_path: Path) -> None:
@@ -355,13 +355,13 @@ def test_what_is_not_a_video_is_refused(tmp_path: Path) -> None:
         (Path("concat:a.avi|b.avi"), "no such file"),
         (tmp_path / "nul\0.avi", "unreadable: not a path"),
     ):
-        with within(10), pytest.raises(VideoError, match=reason):
+        with within(30), pytest.raises(VideoError, match=reason):
             probe(path)
 
 
 def test_a_fifo_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "a.avi")
-    with within(5), pytest.raises(VideoError, match="not a regular file"):
+    with within(30), pytest.raises(VideoError, match="not a regular file"):
         read_frames(tmp_path / "a.avi", [0], 16)
 
 

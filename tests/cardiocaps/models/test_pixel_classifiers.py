@@ -156,9 +156,9 @@ def test_a_missing_package_is_named(
 
 def test_the_size_it_is_made_for_takes_less_than_ten_seconds() -> None:
     (x, y), (test, _) = _frames(1400, 0), _frames(300, 1)
-    start = time.perf_counter()
+    start = time.process_time()
     _logistic(x, y).probability(test)
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 def test_another_number_of_pixels_is_refused() -> None:

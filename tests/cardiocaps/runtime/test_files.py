@@ -125,11 +125,17 @@ def test_waiting_for_a_lock(tmp_path: Path) -> None:
     command = [sys.executable, "-c", LOCKING, str(tmp_path)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None and process.stdout.readline() == "locked\n"
-    timer = threading.Timer(0.2, process.stdin.close)
+    released = threading.Event()
+
+    def release() -> None:
+        released.set()
+        process.communicate("\n")
+
+    timer = threading.Timer(0.2, release)
     timer.start()
     with lock_folder(tmp_path, wait=True):
-        assert not timer.is_alive()
-    process.wait()
+        assert released.is_set()
+    timer.join()
     process.stdout.close()
 
 
