@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from torch import Tensor
 
 from cardiocaps.config import TrainConfig
 from cardiocaps.errors import CheckpointError
@@ -30,6 +31,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             content: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}")
     # A truncated or foreign file can make torch raise almost any exception, with an unhelpful message.
     except Exception as error:
         raise CheckpointError(f"{path} is damaged, or not a checkpoint of this program") from error
@@ -38,12 +41,51 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 def load_weights(network: Classifier, checkpoint: Mapping[str, Any], path: Path) -> None:
     """Load the weights of a checkpoint into the network. Raises CheckpointError if they do not fit."""
-    check_configuration(checkpoint, network.config)
     try:
-        network.load_state_dict(checkpoint["state_dict"])
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
+        check_configuration(checkpoint, network.config)
+        weights = checkpoint["state_dict"]
+        for name, own in network.state_dict().items():
+            # torch would convert other types, and drop the imaginary part of complex numbers.
+            if name in weights and weights[name].dtype != own.dtype:
+                raise TypeError(f"{name} is of {weights[name].dtype}; expected {own.dtype}")
+        network.load_state_dict(weights)
+    except CheckpointError:
+        raise
+    except Exception as error:  # something else in place of a tensor can make torch raise almost any exception
+        reason = (str(error).splitlines() or [repr(error)])[-1].strip()
         raise CheckpointError(f"{path} does not fit the network: {reason}") from error
+
+
+def check_digest(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """Raise CheckpointError if a checkpoint does not hold what `CheckpointFiles` has written.
+
+    Lightning and torch do not check what they restore: a wrong value would end in a traceback, or in a crash of the
+    optimiser's kernel, or train on. Checkpoints of older versions have no digest and pass.
+    """
+    content = dict(checkpoint)
+    try:
+        right = content.pop("digest", None) in (None, _digest(content))
+    except Exception:  # other kinds of tensors, for example
+        right = False
+    if not right:
+        raise CheckpointError(f"{path} is damaged: its content is not what was saved")
+
+
+def _digest(content: Any) -> str:
+    """SHA-256 of the names, types and numbers in a checkpoint, in hexadecimal."""
+    kind, value = type(content).__name__, content
+    if isinstance(content, Tensor):
+        value = (content.dtype, content.shape, hashlib.sha256(_bytes(content)).hexdigest())
+    elif isinstance(content, Mapping):
+        value = [(name, _digest(item)) for name, item in content.items()]
+    elif isinstance(content, list | tuple):
+        value = [_digest(item) for item in content]
+    return hashlib.sha256(repr((kind, value)).encode()).hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The numbers of a tensor, as they lie in memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def epochs_ended(checkpoint: Mapping[str, Any]) -> int:
@@ -63,18 +105,17 @@ def weights_digest(network: Classifier) -> str:
     """SHA-256 of a network's weights and their names, in hexadecimal. It does not depend on the file."""
     digest = hashlib.sha256()
     for name, weights in sorted(network.state_dict().items()):
-        array = weights.detach().cpu().contiguous()
-        digest.update(f"{name} {array.dtype} {list(array.shape)}\n".encode())
-        digest.update(memoryview(array.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(f"{name} {weights.dtype} {list(weights.shape)}\n".encode())
+        digest.update(_bytes(weights))
     return digest.hexdigest()
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all, and reads them without executing code."""
+    """Writes checkpoints whole or not at all, with a digest, and reads them without executing code."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         with atomic_write(Path(path)) as temporary:
-            torch.save(checkpoint, temporary)
+            torch.save({**checkpoint, "digest": _digest(checkpoint)}, temporary)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return read_checkpoint(Path(path))

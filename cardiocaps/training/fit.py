@@ -21,7 +21,7 @@ from cardiocaps.runtime.device import Machine, compilation_errors
 from cardiocaps.runtime.files import output_errors
 from cardiocaps.runtime.program import Interruption, print_line
 from cardiocaps.training.callbacks import Checkpoints, History, Patience
-from cardiocaps.training.checkpoints import CheckpointFiles, epochs_ended, load_weights, read_checkpoint
+from cardiocaps.training.checkpoints import CheckpointFiles, check_digest, epochs_ended, load_weights, read_checkpoint
 from cardiocaps.training.module import Classifier
 from cardiocaps.training.run_folder import RunFolder
 
@@ -78,6 +78,7 @@ def train(
     if start is not None:
         checkpoint = read_checkpoint(start)
         load_weights(network, checkpoint, start)
+        check_digest(checkpoint, start)
         try:
             epochs = epochs_ended(checkpoint)
             network.configure_optimizers().load_state_dict(checkpoint["optimizer_states"][0])

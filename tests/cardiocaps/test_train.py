@@ -11,15 +11,21 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FunctionType
+from typing import Any
 
 import pytest
 import torch
 
 from cardiocaps import evaluate, train
-from cardiocaps.errors import OutputError
+from cardiocaps.config import read_run
+from cardiocaps.errors import CheckpointError, OutputError
 from cardiocaps.phantom import write_phantom
 from cardiocaps.runtime.files import lock_folder
+from cardiocaps.training.checkpoints import check_digest, load_weights, read_checkpoint
+from cardiocaps.training.module import Classifier
 from tests.cardiocaps.programs import ROOT, python, start, wait_for
 
 FAST = [
@@ -365,8 +371,6 @@ def test_stopped_at_any_step_resumes_as_if_nothing_had_happened(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from cardiocaps.training.module import Classifier
-
     steps, training_step = 0, Classifier.training_step
 
     def stopping(self: Classifier, *batch: object) -> object:
@@ -409,8 +413,6 @@ def test_training_draws_nothing_from_torch(
     finished: Path, arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A checkpoint therefore need not hold the state of any device's random number generator."""
-    from cardiocaps.training.module import Classifier
-
     training_step = Classifier.training_step
 
     def reseeding(self: Classifier, *batch: object) -> object:
@@ -729,7 +731,9 @@ def test_resume_with_other_settings_is_refused(finished: Path, capsys: pytest.Ca
     assert "routing is 'dynamic', was 'attention'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "text", "foreign", "configuration", "weights", "loops"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "empty", "text", "foreign", "tensor", "configuration", "weights", "complex", "loops"]
+)
 def test_bad_checkpoint(finished: Path, tmp_path: Path, damage: str, capsys: pytest.CaptureFixture[str]) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
@@ -743,12 +747,16 @@ def test_bad_checkpoint(finished: Path, tmp_path: Path, damage: str, capsys: pyt
             path.write_text("this is no checkpoint")
         elif damage == "foreign":
             torch.save({"state_dict": {}}, path)
+        elif damage == "tensor":
+            torch.save(torch.zeros(3), path)
         else:
             checkpoint = torch.load(path, weights_only=True)
             if damage == "configuration":
                 checkpoint["cardiocaps"]["routing"] = "dynamic"
             elif damage == "weights":
                 checkpoint["state_dict"]["model.conv.0.weight"] = torch.zeros(3)
+            elif damage == "complex":
+                checkpoint["state_dict"]["model.conv.0.weight"] = torch.zeros(3, dtype=torch.complex64)
             else:
                 del checkpoint["loops"]
             torch.save(checkpoint, path)
@@ -756,13 +764,97 @@ def test_bad_checkpoint(finished: Path, tmp_path: Path, damage: str, capsys: pyt
         "foreign": "was not written by cardiocaps.train",
         "configuration": "of another configuration: routing is 'dynamic', the run's is 'attention'",
         "weights": "does not fit the network: size mismatch for model.conv.0.weight",
-        "loops": "last.ckpt is damaged: training cannot go on from it (KeyError('loops'))",
+        "complex": "does not fit the network: model.conv.0.weight is of torch.complex64; expected torch.float32",
+        "loops": "last.ckpt is damaged: its content is not what was saved",
     }.get(damage, "is damaged, or not a checkpoint of this program")
     assert train.main(["--resume", str(run)]) == 5
-    assert expected in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert expected in errors and errors.count("\n") == 1
     if damage != "loops":  # of no concern to an evaluation
         assert evaluate.main([str(run)]) == 5
         assert expected in capsys.readouterr().err
+
+
+def _set(*place: Any, to: Any) -> Callable[[Any], None]:
+    """Puts another value into a checkpoint; `to` may be a function of the old one."""
+
+    def damage(checkpoint: Any) -> None:
+        for name in place[:-1]:
+            checkpoint = checkpoint[name]
+        checkpoint[place[-1]] = to(checkpoint[place[-1]]) if isinstance(to, FunctionType) else to
+
+    return damage
+
+
+_PATIENCE = "callbacks", "Patience{'monitor': 'val_loss', 'mode': 'min'}"
+_BATCHES = "loops", "fit_loop", "epoch_loop.batch_progress"
+_MOMENTS = "optimizer_states", 0, "state"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _set("epoch", to="two"),
+        _set("global_step", to=-36),
+        _set("loops", to=[]),
+        _set("loops", "fit_loop", to={}),
+        _set(*_BATCHES, to=3),
+        _set(*_BATCHES, "current", "ready", to=99),
+        _set(*_BATCHES, "is_last_batch", to=1),
+        _set("callbacks", to={}),
+        _set("callbacks", "History", "rows", to=lambda rows: rows[1:]),
+        _set("callbacks", "History", "rows", 1, "val_loss", to=lambda x: -x),
+        _set("callbacks", "History", "sums", to=[1.0]),
+        _set(*_PATIENCE, "wait_count", to="0"),
+        _set(*_PATIENCE, "best_score", to=None),
+        _set("optimizer_states", to=[]),
+        _set(*_MOMENTS, to={}),
+        _set(*_MOMENTS, 0, "exp_avg", to=torch.zeros(3)),
+        _set(*_MOMENTS, 0, "exp_avg", to=lambda x: x.flatten()),
+        _set(*_MOMENTS, 1, "exp_avg", to=lambda x: x.cfloat()),
+        _set(*_MOMENTS, 1, "exp_avg", to=lambda x: x.to_sparse()),
+        _set(*_MOMENTS, 1, "step", to=torch.tensor(float("nan"))),
+        _set(*_MOMENTS, to=lambda x: {**x, 999: x[0]}),
+        _set("optimizer_states", 0, "param_groups", 0, "lr", to=1e3),
+        _set("pytorch-lightning_version", to="none"),
+        _set("state_dict", to={}),
+        _set("state_dict", to=None),
+        _set("state_dict", 5, to=None),
+        _set("state_dict", "model.conv.0.weight", to=torch.zeros(0)),
+        _set("state_dict", "model.conv.0.weight", to=lambda x: x.long()),
+        _set("state_dict", "model.conv.0.weight", to=lambda x: x.to_sparse()),
+        _set("state_dict", "model.conv.0.weight", to=None),
+        _set("cardiocaps", to=7),
+        _set("cardiocaps", "preset.size", to=torch.zeros(3)),
+    ],
+)
+def test_damage_within_a_checkpoint_is_noticed(damage: Callable[[Any], None], finished: Path, tmp_path: Path) -> None:
+    """What torch and Lightning would take, or end on with a traceback or in a kernel that reads past a tensor's end."""
+    network = Classifier(read_run(finished), torch.ones(2), 0.0)
+    path = tmp_path / "last.ckpt"
+
+    def check() -> None:
+        content = read_checkpoint(path)
+        load_weights(network, content, path)
+        check_digest(content, path)
+
+    checkpoint = read_checkpoint(finished / "last.ckpt")
+    torch.save(checkpoint, path)
+    check()
+    damage(checkpoint)
+    torch.save(checkpoint, path)
+    with pytest.raises(CheckpointError):
+        check()
+
+
+def test_checkpoint_of_a_version_that_wrote_no_digest(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished, run)
+    checkpoint = torch.load(run / "last.ckpt", weights_only=True)
+    del checkpoint["digest"]
+    torch.save(checkpoint, run / "last.ckpt")
+    assert train.main(["--resume", str(run)]) == 0
+    _same(finished, run)
 
 
 def test_weights_alone_cannot_be_resumed(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -799,8 +891,6 @@ def test_network_that_diverged(finished: Path, tmp_path: Path, capsys: pytest.Ca
 def test_training_that_diverges_says_so(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from cardiocaps.training.module import Classifier
-
     monkeypatch.setattr(
         Classifier,
         "configure_optimizers",
