@@ -4,7 +4,8 @@ There is one `.npy` file for each video, uint8 [T, 3, S, S], which is read one f
 the video's bytes and of the settings, so a changed video or setting never finds an old file. `index.json` keeps each
 video's size, time of change, hashes and header, so that a second run reads only three small parts of each video.
 
-The files are as confidential as the videos, so only their owner can read them. A damaged file is written anew.
+The files are as confidential as the videos, so only their owner can read them. A damaged file is written anew, and so
+is an entry of the index that does not match its check.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import io
 import json
 import math
 import os
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,7 +89,7 @@ class Cached:
             OutputError: the file may not be read.
         """
         frames, count = self.frames[clip.path], 3 * self.size**2
-        with _readable(frames.file), frames.file.open("rb", buffering=0) as file:
+        with _open(frames.file) as file:
             file.seek((index - len(frames.numbers)) * count, io.SEEK_END)
             return np.fromfile(file, np.uint8, count).reshape(3, self.size, self.size)
 
@@ -148,6 +150,7 @@ def build(
     folder = default_folder() if folder is None else Path(folder)
     with output_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _make_private(folder)
     remove_leftovers(folder, older_than=_ABANDONED)
     known = _read_index(folder / _INDEX)
     headers = {entry.sha256: entry.header for entry in known.values()}
@@ -290,16 +293,17 @@ def _intact(file: Path, shape: tuple[int, ...]) -> bool:
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
     expected = header.getvalue()
-    if not file.is_file():  # it is missing, or a FIFO, which would never end
+    try:
+        with _open(file) as stream:
+            return stream.read(len(expected)) == expected and _size(stream) == len(expected) + math.prod(shape)
+    except OSError:
         return False
-    with _readable(file), file.open("rb", buffering=0) as stream:
-        whole = file.stat().st_size == len(expected) + math.prod(shape)
-        return whole and stream.read(len(expected)) == expected
 
 
 def _blank(file: Path, shape: tuple[int, ...]) -> bool:
     """Whether every channel of an intact array is blank. A few rows in the middle nearly always show that it is not."""
-    frames = np.memmap(file, np.uint8, "r", file.stat().st_size - math.prod(shape), shape)
+    with _open(file) as stream:
+        frames = np.memmap(stream, np.uint8, "r", _size(stream) - math.prod(shape), shape)
     top = max(shape[-1] // 2 - 8, 0)
     if np.ptp(frames[len(frames) // 2, 1, top : top + 16]) > _BLANK:
         return False
@@ -312,32 +316,70 @@ def _write(file: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-@contextmanager
-def _readable(file: Path) -> Iterator[None]:
-    """Raise OutputError if the block may not read a file of the cache: it is another user's, whose runs need it."""
+def _open(file: Path) -> io.FileIO:
+    """Open a file of the cache for reading, and make it private again if it is not.
+
+    Raises:
+        OSError: the file is missing, or is a link, a FIFO or a device, none of which this program puts there.
+        OutputError: the file may not be read: it is another user's, whose runs need it.
+    """
     try:
-        yield
+        stream = io.FileIO(os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK))
     except PermissionError:
         raise OutputError(
             f"cache_dir is {printable(file.parent)}; expected a cache of your own, but {file.name} in it is not "
             "readable; choose another folder with --cache-dir"
         ) from None
+    status = os.fstat(stream.fileno())
+    if not stat.S_ISREG(status.st_mode):
+        stream.close()
+        raise OSError(f"{file} is not a file")
+    if status.st_uid == os.geteuid() and status.st_mode & 0o077:
+        os.fchmod(stream.fileno(), 0o600)
+    return stream
+
+
+def _size(stream: io.FileIO) -> int:
+    """The size of an open file in bytes."""
+    return os.fstat(stream.fileno()).st_size
+
+
+def _make_private(folder: Path) -> None:
+    """Let only its owner use a cache folder, unless it holds other files too: others may need these."""
+    status = folder.stat()
+    if status.st_uid == os.geteuid() and status.st_mode & 0o077:
+        names = [Path(entry.name) for entry in os.scandir(folder)]
+        if all(name.suffix in (".npy", ".part") or name.name == _INDEX for name in names):
+            folder.chmod(0o700)
 
 
 def _save_index(file: Path, index: Mapping[Path, Entry]) -> None:
     """Write the index together with the entries that another run has written meanwhile."""
     merged = _read_index(file) | dict(index)
-    text = json.dumps({str(path): asdict(entry) for path, entry in merged.items()}, indent=0)
-    _write(file, text.encode())
+    content = {str(path): {**asdict(entry), "check": _check(entry)} for path, entry in merged.items()}
+    _write(file, json.dumps(content, indent=0).encode())
 
 
 def _read_index(file: Path) -> dict[Path, Entry]:
-    """The index; empty if the file is missing or damaged."""
-    if not file.is_file():  # it is missing, or a FIFO, which would never end
-        return {}
+    """The index without damaged entries; empty if the file is missing or damaged."""
     try:
-        with _readable(file):
-            entries = json.loads(file.read_bytes())
-        return {Path(path): Entry(**(entry | {"header": Header(**entry["header"])})) for path, entry in entries.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        with _open(file) as stream:
+            found = {Path(path): _entry(value) for path, value in json.loads(stream.read()).items()}
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
+    return {path: entry for path, entry in found.items() if entry is not None}
+
+
+def _entry(value: Any) -> Entry | None:
+    """An entry from the JSON of the index; None if anything in it is not what was written."""
+    try:
+        check = value.pop("check")
+        entry = Entry(**{**value, "header": Header(**value["header"])})
+    except (AttributeError, LookupError, TypeError):
+        return None
+    return entry if check == _check(entry) else None
+
+
+def _check(entry: Entry) -> str:
+    """A digest of an entry's values and their types."""
+    return hashlib.sha256(repr(entry).encode()).hexdigest()

@@ -1,5 +1,4 @@
 import errno
-import io
 import json
 import os
 import resource
@@ -250,7 +249,49 @@ def test_a_damaged_index_only_costs_time(shared_folder: Path, tmp_path: Path, de
     assert len(decoded) == 8 and len(json.loads((tmp_path / "index.json").read_text())) == 8
 
 
-@pytest.mark.parametrize("kind", ["fifo", "device"])
+WRONG: dict[str, Any] = {
+    "size": "7",
+    "mtime_ns": 1.5,
+    "sha256": None,
+    "sample": [],
+    "header": {},
+    "check": "0" * 64,
+    "other": 1,
+    "frames": -12,
+    "width": "64",
+    "height": 10**9,
+    "fps": float("nan"),
+    "claimed": True,
+    "turned": 0,
+    "form": 7,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_damaged_entry_of_the_index_only_costs_time(
+    name: str, shared_folder: Path, tmp_path: Path, decoded: list[str]
+) -> None:
+    """Wrong values, missing ones (but those that are equal to the default), and entries of another kind."""
+    study = read_folder(shared_folder)
+    first = cache.build(study, folder=tmp_path, **OPTIONS)
+    index = tmp_path / "index.json"
+    good = json.loads(index.read_text())
+    wrong, missing, nothing, number, kept, *_ = good
+    damaged = json.loads(index.read_text())
+    for entry in (damaged[wrong], damaged[missing]):
+        part = entry["header"] if name in entry["header"] else entry
+        part[name] = WRONG[name]
+    del part[name]
+    damaged |= {nothing: {}, number: 7}
+    index.write_text(json.dumps(damaged))
+    assert set(cache._read_index(index)) & {Path(wrong), Path(nothing), Path(number), Path(kept)} == {Path(kept)}
+    assert (Path(missing) in cache._read_index(index)) == (name in ("other", "claimed", "turned"))
+    second = cache.build(study, folder=tmp_path, **OPTIONS)
+    assert second.study == first.study and files(second) == files(first)
+    assert json.loads(index.read_text()) == good and len(decoded) == 8
+
+
+@pytest.mark.parametrize("kind", ["fifo", "device", "link"])
 @pytest.mark.parametrize("what", ["index.json", "*.npy"])
 def test_what_is_no_file_is_replaced(
     shared_folder: Path, tmp_path: Path, decoded: list[str], kind: str, what: str
@@ -259,11 +300,15 @@ def test_what_is_no_file_is_replaced(
     folder = tmp_path / "cache"
     before = cache.build(study, folder=folder, **OPTIONS)
     file = next(iter(sorted(folder.glob(what))))
+    good = file.read_bytes()
     file.unlink()
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_bytes(good)
+    elsewhere.chmod(0o644)
     if kind == "fifo":
         os.mkfifo(file)
     else:
-        file.symlink_to("/dev/zero")
+        file.symlink_to("/dev/zero" if kind == "device" else elsewhere)
     with within(30):
         after = cache.build(study, folder=folder, **OPTIONS)
     assert file.is_file() and not file.is_symlink()
@@ -271,6 +316,8 @@ def test_what_is_no_file_is_replaced(
         path: found.file for path, found in before.frames.items()
     }
     assert len(decoded) == (9 if what == "*.npy" else 8)
+    assert what == "index.json" or file.read_bytes() == good
+    assert elsewhere.read_bytes() == good and mode(elsewhere) == 0o644
 
 
 def test_a_fifo_in_place_of_a_video_is_its_reason(tmp_path: Path) -> None:
@@ -288,13 +335,26 @@ def mode(path: Path) -> int:
 
 
 def test_frames_are_for_their_owner_only(shared_folder: Path, tmp_path: Path) -> None:
+    """Also in a cache that others could read before."""
+    study, folder = read_folder(shared_folder), tmp_path / "cache"
     old = os.umask(0)
     try:
-        cache.build(read_folder(shared_folder), folder=tmp_path / "cache", **OPTIONS)
+        for _ in range(2):
+            cache.build(study, folder=folder, **OPTIONS)
+            assert mode(folder) == 0o700 and {mode(file) for file in folder.iterdir()} == {0o600}
+            folder.chmod(0o777)
+            for file in folder.iterdir():
+                file.chmod(0o644)
     finally:
         os.umask(old)
-    assert mode(tmp_path / "cache") == 0o700
-    assert {mode(file) for file in (tmp_path / "cache").iterdir()} == {0o600}
+
+
+def test_a_folder_that_holds_other_things_stays_open(shared_folder: Path, tmp_path: Path) -> None:
+    """It may be someone's home, or shared on purpose; the frames in it are private all the same."""
+    (tmp_path / "notes.txt").touch()
+    tmp_path.chmod(0o755)
+    cache.build(read_folder(shared_folder), folder=tmp_path, **OPTIONS)
+    assert mode(tmp_path) == 0o755 and {mode(file) for file in arrays(tmp_path)} == {0o600}
 
 
 @pytest.mark.parametrize("which", ["index.json", "frames"])
@@ -305,14 +365,14 @@ def test_another_users_file_is_not_replaced(
     study = read_folder(shared_folder)
     cached = cache.build(study, folder=tmp_path, **OPTIONS)
     file = tmp_path / "index.json" if which == "index.json" else cached.frames[study.clips[3].path].file
-    before, opened = file.stat().st_ino, io.open
+    before, opened = file.stat().st_ino, os.open
 
-    def opens(path: Path, *rest: Any, **options: Any) -> Any:
+    def opens(path: Path, *rest: int) -> int:
         if path == file:
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        return opened(path, *rest, **options)
+        return opened(path, *rest)
 
-    monkeypatch.setattr(io, "open", opens)  # what Path.open calls
+    monkeypatch.setattr(os, "open", opens)
     with pytest.raises(OutputError, match=f"^cache_dir is .*{file.name} in it is not readable; .*--cache-dir$"):
         cache.build(study, folder=tmp_path, **OPTIONS)
     assert file.stat().st_ino == before
@@ -327,7 +387,7 @@ def test_frames_that_another_user_has_replaced_are_named(
     def denied(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "open", denied)
+    monkeypatch.setattr(os, "open", denied)
     with pytest.raises(OutputError, match="in it is not readable"):
         cached.frame(study.clips[0], 0)
 
