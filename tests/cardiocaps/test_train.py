@@ -28,6 +28,8 @@ from cardiocaps.training.checkpoints import check_digest, load_weights, read_che
 from cardiocaps.training.module import Classifier
 from tests.cardiocaps.programs import ROOT, python, start, wait_for
 
+pytestmark = pytest.mark.usefixtures("empty_figures")  # the fixtures, which come first, draw theirs
+
 FAST = [
     "--frames-per-clip",
     "2",

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from cardiocaps.config import TrainConfig
 from cardiocaps.data.study import Study
 from cardiocaps.errors import DataError
 from cardiocaps.experiments import __main__ as program
+from cardiocaps.experiments import runner
 from cardiocaps.experiments.display import Display
 from cardiocaps.experiments.exhibits import EXHIBITS, keys_of
 from cardiocaps.experiments.jobs import Job
@@ -30,6 +32,8 @@ from cardiocaps.experiments.results import is_finished, read_result
 from cardiocaps.experiments.runner import run_jobs
 from cardiocaps.phantom import write_phantom
 from tests.cardiocaps.programs import ROOT, start, wait_for
+
+pytestmark = pytest.mark.usefixtures("empty_figures")  # the fixtures, which come first, draw theirs
 
 BY_FRAME = {"cardiocaps-frames", "cardiocaps-paper-protocol"}
 FAST = [
@@ -59,8 +63,16 @@ def arguments(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
     return ["--data", str(phantom), "--cache-dir", str(tmp_path_factory.mktemp("cache")), *FAST]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def jobs_draw_nothing() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "_PRELOAD", [*runner._PRELOAD, "tests.cardiocaps.empty_figures"])
+        yield
+
+
 @pytest.fixture(scope="module")
 def everything(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All exhibits, with their figures."""
     out = tmp_path_factory.mktemp("experiments") / "all"
     assert program.main(["all", *arguments, "--jobs", "2", "--out", str(out)]) == 0
     return out
