@@ -31,9 +31,9 @@ class Network(torch.nn.Module):
         super().__init__()
         self.primary = nn.PrimaryCapsules(1, 4, 4, kernel_size=3)
         self.attention = nn.CapsuleLayer(36, 4, 5, 6, "attention")
-        self.dynamic = nn.CapsuleLayer(36, 4, 5, 6, "dynamic", leaky=True)
+        self.dynamic = nn.CapsuleLayer(36, 4, 5, 6, "dynamic", iterations=2, leaky=True)
         self.self_attention = nn.CapsuleLayer(36, 4, 5, 6, "self-attention")
-        self.em = nn.EMCapsules(36, 4, 5, 6)
+        self.em = nn.EMCapsules(36, 4, 5, 6, iterations=2)
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         u = self.primary(images)

@@ -113,15 +113,24 @@ def test_float64(backend: str, routing: Routing) -> None:
     """The error is small enough for gradcheck."""
     if not _can(backend, routing):
         pytest.skip("EM routing has no CUDA kernels")
-    arguments = routing.arguments((2, 5, 3, 3, 5))
+    arguments = routing.arguments((2, 5, 3, 3, 5) if GPU else (2, 3, 2, 2, 3))
     exact = run(routing, arguments, torch.float64, "reference")
     for got, expected in zip(run(routing, arguments, torch.float64, backend), exact, strict=True):
         assert relative_error(got, expected) < (1e-10 if routing.em else 1e-12)
 
 
 @by_backend
-@by_some
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("routing", "dtype"),
+    [
+        (routing, dtype)
+        for routing in OPERATORS
+        for dtype in (torch.bfloat16, torch.float16)
+        # The kernels treat both alike; the interpreter takes longest for these two routings.
+        if GPU or (routing.name in FEW and (dtype == torch.bfloat16 or routing.name not in ("dynamic3", "em3")))
+    ],
+    ids=lambda x: getattr(x, "name", str(x)),
+)
 def test_low_precision_is_at_most_twice_as_wrong(backend: str, routing: Routing, dtype: torch.dtype) -> None:
     if not _can(backend, routing):
         pytest.skip("EM routing has no CUDA kernels")
@@ -153,7 +162,7 @@ def test_empty(backend: str, routing: Routing, shared: bool, shape: tuple[int, .
 def test_only_what_is_asked_for_is_computed(backend: str, routing: Routing) -> None:
     if not _can(backend, routing):
         pytest.skip("EM routing has no CUDA kernels")
-    arguments = routing.arguments((2, 3, 2, 3, 3))
+    arguments = routing.arguments((2, 3, 2, 3, 3) if GPU else (1, 2, 1, 2, 2))
     everything = dict(zip(arguments, run(routing, arguments, torch.float32, backend)[routing.outputs :], strict=True))
     for name in arguments:
         leaves = {n: x.to(device_of(backend), torch.float32).requires_grad_(n == name) for n, x in arguments.items()}

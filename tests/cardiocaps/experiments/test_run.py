@@ -247,7 +247,7 @@ def test_a_failed_row_is_reported_and_the_others_are_done(
     arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    assert program.main(["leakage", *arguments, "--out", str(out)]) == 0
+    assert program.main(["table2", *arguments, "--out", str(out)]) == 0
     taken = out / "jobs" / "em-capsnet" / f"seed{FIRST_SEED}"
     taken.mkdir(parents=True)
     (taken / "somebody's file").touch()
@@ -260,7 +260,7 @@ def test_a_failed_row_is_reported_and_the_others_are_done(
     assert "failed: seed 10: --overwrite does not delete OUT/jobs/em-capsnet/seed10:" in table
     index = (out / "tables" / "README.md").read_text()
     assert "Figure 6" not in index
-    assert all(f"({name}.md)" in index and f"experiments {name} " in index for name in ("leakage", "table6"))
+    assert all(f"({name}.md)" in index and f"experiments {name} " in index for name in ("table2", "table6"))
     assert (taken / "somebody's file").exists()
 
 
@@ -280,14 +280,18 @@ def test_other_settings_are_refused(
 
 
 def test_mistyped_settings_bind_nobody_before_a_job_has_begun(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from cardiocaps.experiments import run
+
     out = ["--out", str(tmp_path / "out")]
     assert program.main(["fig3", *arguments, "--data", str(tmp_path / "phantmo"), *out]) == 3
     (tmp_path / "empty").mkdir()
     assert program.main(["fig3", *arguments, "--data", str(tmp_path / "empty"), *out]) == 3
     capsys.readouterr()
-    assert program.main(["table2", *arguments, *out]) == 0
+    monkeypatch.setattr(run, "run_jobs", lambda jobs, *_: {job.name: "not run" for job in jobs})
+    assert program.main(["table2", *arguments, *out]) == 1
+    assert "3 of 3 jobs failed" in capsys.readouterr().err
 
 
 def test_only_the_rows_whose_data_cannot_be_used_fail(
