@@ -174,7 +174,8 @@ def _figure(width: float, height: float, rows: Sequence[Row]) -> Figure:
     FigureCanvasAgg(figure)
     r = rows[0]
     device = r.get("device") or f"{r['cpu']}, threads: {r['threads']}"
-    where = f"{device}, torch {r['torch']}, float32, commit {r['commit'][:9]}"
+    commits = " and ".join(dict.fromkeys(row["commit"][:7] for row in rows))
+    where = f"{device}, torch {r['torch']}, float32, commit {commits}"
     figure.supxlabel(where, fontsize=7, color=_GREY)
     return figure
 
