@@ -106,9 +106,10 @@ __global__ void add_rows_kernel(const X* x, int64_t count, int64_t stride, int64
 template <class X, class T>
 Status add_rows(const X* x, int64_t count, int64_t stride, int64_t size, T* to, bool more,
                 const ExecutionContext& context) {
-    // More lanes for a column as long as each has some rows and the GPU has threads to spare.
+    // More lanes for a column as long as each has some rows and the GPU has threads to spare. Neighbouring threads read
+    // at least four columns, if there are so many.
     constexpr int64_t some_rows = 4, threads = 132 * 2048;
-    constexpr int most_lanes = 64;
+    const int most_lanes = size < 64 ? max_threads : max_threads / 4;
     if (size == 0) return Status::ok;
     int lanes = 1;
     while (lanes < most_lanes && lanes * some_rows < count && lanes * size < threads) lanes *= 2;
