@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import secrets
 import signal
@@ -132,10 +133,19 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str] | None = None) -> None:
-    """As `write_bytes`. `columns` defaults to all keys in order of appearance; a missing value is an empty cell."""
+    """As `write_bytes`, with floats of six significant digits, which is more than a time repeats.
+
+    `columns` defaults to all keys in order of appearance; a missing value and NaN are empty cells.
+    """
+
+    def cell(value: Any) -> Any:
+        if not isinstance(value, float):
+            return value
+        return "" if math.isnan(value) else f"{value:.6g}"
+
     table = io.StringIO()
     columns = columns or list(dict.fromkeys(key for row in rows for key in row))
     writer = csv.DictWriter(table, columns, restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
     write_text(path, table.getvalue())

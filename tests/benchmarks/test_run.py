@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import signal
 import subprocess
@@ -9,11 +10,13 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import __main__ as program
 from benchmarks import forms, machine, memory, plots, race, tables, worker
+from benchmarks.program import write_csv
 from benchmarks.shapes import BOTH, CASES, FORWARD, QUICK_CASES
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -79,6 +82,62 @@ def test_figures_come_from_the_csv_alone(results: Path, tmp_path: Path) -> None:
     assert plots.main([str(tmp_path / "elsewhere")]) == 3
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
     assert plots.main([str(tmp_path)]) == 3
+
+
+def _row(shape: str, routing: str, contestant: str, ratio: float, N: int = 50) -> dict[str, str]:
+    values = {"shape": shape, "routing": routing, "contestant": contestant, "N": N, "ratio_to_capsops": ratio}
+    values |= {"family": "ladder" if shape.startswith("ladder") else shape, "median_s": ratio / 1000, "extra_MB": 2.0}
+    values |= {"direction": "forward + backward", "size": f"N={N}", "status": "ok", "commit": "0123456789"}
+    return {**{name: str(value) for name, value in values.items()}, "device": "a GPU", "torch": "2"}
+
+
+def _texts(figure: Any) -> list[str]:
+    from matplotlib.text import Text
+
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def test_the_bars_stand_by_shape_on_a_line_that_is_capsops() -> None:
+    contestants = (("capsops", 1.0), ("published", 20.0), ("best eager", 0.5))
+    shapes = (("mnist", "dynamic"), ("em", "em"), ("mnist", "attention"))  # as measured: a shape comes twice
+    figure = plots.speed([_row(shape, routing, *c) for shape, routing in shapes for c in contestants])
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_yticklabels()] == [
+        *("mnist", "dynamic, forward + backward", "attention, forward + backward"),
+        *("em", "forward + backward"),
+    ]
+    assert axes.get_xlim()[0] < 0.5, "capsops' line is not the frame"
+    number = next(text for text in axes.texts if text.get_text() == "0.5")
+    assert number.get_ha() == "right" and number.get_position()[0] < 0.5, "beyond the end of its bar"
+
+
+def test_each_routing_has_its_panels_in_milliseconds() -> None:
+    contestants = (("capsops", 1.0), ("published", 20.0), ("best eager", 5.0))
+    rows = [
+        _row(f"ladder-{N}", routing, name, ratio * N, N)
+        for routing in ("uniform", "dynamic")
+        for N in (64, 128)
+        for name, ratio in contestants
+    ]
+    figure = plots.scaling(rows)
+    assert figure is not None
+    times = figure.axes[0]
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["dynamic, 3 iterations", "uniform, one pass"]
+    published = next(line for line in times.lines if line.get_label() == "published")
+    assert list(published.get_ydata()) == pytest.approx([20 * 64, 20 * 128])
+    assert "milliseconds" in times.get_ylabel()
+    # A colour and a marker tell the forms apart: no line but the guide needs its dashes.
+    drawn = [line for axes in figure.axes for line in axes.lines if "N²" not in line.get_label()]
+    assert {line.get_linestyle() for line in drawn} == {"-"}
+    figure.canvas.draw()
+    assert not [text for text in _texts(figure) if "10^" in text or "times" in text]
+    assert "1,000" in _texts(figure)
+
+
+def test_tables_have_readable_numbers(tmp_path: Path) -> None:
+    write_csv(tmp_path / "a.csv", [{"name": "a", "s": 0.12345678901234567, "n": 12345678, "share": math.nan}])
+    assert (tmp_path / "a.csv").read_text() == "name,s,n,share\na,0.123457,12345678,\n"
 
 
 def test_earlier_results_are_not_overwritten_unasked(results: Path, capsys: pytest.CaptureFixture[str]) -> None:
