@@ -38,6 +38,9 @@ _LABELS = {
 def learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     """Draw a panel for each part of the loss and for the AUROC, and mark the epoch of the least validation loss.
 
+    An AUROC that is undefined in every epoch has no panel. The legend takes the place of a missing panel, if there is
+    one.
+
     Args:
         history: the rows of metrics.csv, at least one.
         path: of the PNG file.
@@ -45,9 +48,9 @@ def learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-    names = [name for name in _LABELS if f"val_{name}" in history[0]]
+    names = [name for name in _LABELS if any(math.isfinite(row.get(f"val_{name}", math.nan)) for row in history)]
     columns = min(3, len(names))
     rows = math.ceil(len(names) / columns)
     figure = new_figure(4.6 * columns, 3.3 * rows + 0.7, "Learning curves")
@@ -63,10 +66,19 @@ def learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
         axes.axvline(best, color=GREY, linewidth=1, linestyle=":", label="least validation loss")
         dress(axes, "Epoch", _LABELS[name])
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
-        if name != "auroc" and all(row[key] > 0 for row in history for key in keys):
-            axes.set_yscale("log")  # the first epoch is far larger than the others
-        if place == 1:
-            axes.legend(frameon=False, fontsize=8)
+        shown = [row[key] for row in history for key in keys]
+        if name != "auroc" and 0 < 10 * min(shown) <= max(shown):  # the first epoch is often far larger than the others
+            axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(10, subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_locator(NullLocator())
+    first = figure.axes[0]
+    if len(names) == rows * columns:
+        first.legend(frameon=False, fontsize=8)
+    else:
+        spare = figure.add_subplot(rows, columns, rows * columns)
+        spare.axis("off")
+        spare.legend(*first.get_legend_handles_labels(), frameon=False, loc="center", fontsize=11, labelspacing=0.9)
     save(figure, path)
 
 
@@ -92,7 +104,11 @@ def confusion_matrices(counts: Mapping[str, ArrayLike], path: Path) -> None:
 
 
 def draw_confusion(axes: "Axes", matrix: "np.ndarray[Any, Any]") -> "AxesImage":
-    """Draw the counts `matrix` [2, 2], coloured by their share of the row; returns the image for a colour bar."""
+    """Draw the counts `matrix` [2, 2], coloured by their share of the row, whose sum n stands at the left.
+
+    Returns:
+        The image for a colour bar.
+    """
     total = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, total, out=np.zeros(matrix.shape), where=total > 0)
     image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
@@ -108,7 +124,8 @@ def draw_confusion(axes: "Axes", matrix: "np.ndarray[Any, Any]") -> "AxesImage":
             color="white" if share[row, column] > 0.55 else INK,
         )
     axes.set_xticks(range(len(CLASSES)), CLASSES)
-    axes.set_yticks(range(len(CLASSES)), CLASSES, rotation=90, va="center")
+    names = [f"{name}\nn = {n:,}" for name, n in zip(CLASSES, total[:, 0], strict=True)]
+    axes.set_yticks(range(len(CLASSES)), names, rotation=90, va="center", ma="center")
     axes.set_xlabel("Predicted class")
     axes.set_ylabel("True class")
     axes.tick_params(length=0)

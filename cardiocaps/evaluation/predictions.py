@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cardiocaps.config import TrainConfig
 from cardiocaps.errors import ConfigError
 from cardiocaps.metrics import THRESHOLD, Floats, Integers, by_video, mean_by
-from cardiocaps.runtime.files import write_csv
+from cardiocaps.runtime.files import READABLE, write_csv
 
 if TYPE_CHECKING:
     from cardiocaps.data.study import Clip
@@ -144,14 +144,17 @@ class Predictions:
 
 
 def write_predictions(run: RunFolder, test: Predictions, validation: Predictions | None, threshold: float) -> None:
-    """Write the predictions of the test split, and of the validation split if given, by frame and by video."""
+    """Write the predictions of the test split, and of the validation split if given, by frame and by video.
+
+    `read_predictions` reads the tables by frame, so these are exact; those by video are for people.
+    """
     for split, by_frame, by_video_csv in (
         (validation, run.validation_csv, run.validation_by_video_csv),
         (test, run.predictions_csv, run.predictions_by_video_csv),
     ):
         if split is not None:
             write_csv(by_frame, split.frame_rows())
-            write_csv(by_video_csv, split.video_rows(threshold))
+            write_csv(by_video_csv, split.video_rows(threshold), digits=READABLE)
 
 
 def read_predictions(path: Path) -> Predictions:

@@ -158,18 +158,27 @@ def _write(
 
     with output_errors(folder.tables):
         folder.tables.mkdir(exist_ok=True)
+    environments = {
+        job.name: json.loads(RunFolder(job.folder).environment.read_text(encoding="utf-8")) for job in finished
+    }
     for exhibit in exhibits:
         keys = {trained_as(key, config.protocol) for key in exhibit.systems}
-        described = [data[_data_of(job)] for job in jobs if job.system.key in keys and _data_of(job) in data]
-        rows = [row(key) for key in exhibit.systems]
-        write_exhibit(exhibit, rows, folder.tables, data=" ".join(dict.fromkeys(described)), bootstrap=config.bootstrap)
+        own = [job for job in jobs if job.system.key in keys]
+        write_exhibit(
+            exhibit,
+            [row(key) for key in exhibit.systems],
+            folder.tables,
+            data=" ".join(dict.fromkeys(data[_data_of(job)] for job in own if _data_of(job) in data)),
+            bootstrap=config.bootstrap,
+            environments=[environments[job.name] for job in own if job.name in environments],
+        )
     written = [e for e in EXHIBITS.values() if e in exhibits or (folder.tables / f"{e.name}.csv").is_file()]
     write_index(
         written,
         folder.tables,
         data=next(iter(data.values())),
         commands=folder.remember(command),
-        environments=[json.loads(RunFolder(job.folder).environment.read_text(encoding="utf-8")) for job in finished],
+        environments=list(environments.values()),
     )
 
 

@@ -18,10 +18,18 @@ from cardiocaps.experiments.reported import ON
 from cardiocaps.experiments.summaries import Row, Summary, summarise
 from cardiocaps.metrics import METRICS, PUBLISHED, MeanEstimate
 from cardiocaps.plots import save
-from cardiocaps.runtime.files import write_csv, write_text
+from cardiocaps.runtime.files import READABLE, write_csv, write_text
 
 
-def write_exhibit(exhibit: Exhibit, rows: Sequence[Row], folder: Path, *, data: str, bootstrap: int) -> None:
+def write_exhibit(
+    exhibit: Exhibit,
+    rows: Sequence[Row],
+    folder: Path,
+    *,
+    data: str,
+    bootstrap: int,
+    environments: Sequence[Mapping[str, Any]] = (),
+) -> None:
     """Write NAME.md, NAME.csv and NAME.png of an exhibit into an existing folder.
 
     Tables show the error of a row without results; the figure leaves the row out. If no row has results, there is no
@@ -30,16 +38,22 @@ def write_exhibit(exhibit: Exhibit, rows: Sequence[Row], folder: Path, *, data: 
     Args:
         data: a sentence about the data.
         bootstrap: resamples for the intervals; 0: none.
+        environments: of the jobs, as `cardiocaps.training.environment.environment` returns them.
     """
     summaries = [summarise(row, exhibit.reported(row.system), bootstrap) for row in rows if row.results]
     found = {s.system: s for s in summaries}
-    write_csv(folder / f"{exhibit.name}.csv", [_csv_row(exhibit, row, found.get(row.system)) for row in rows])
+    write_csv(
+        folder / f"{exhibit.name}.csv", [_csv_row(exhibit, row, found.get(row.system)) for row in rows], digits=READABLE
+    )
     picture = folder / f"{exhibit.name}.png"
     if summaries:
         save(exhibit.draw(summaries), picture)
     else:
         picture.unlink(missing_ok=True)
-    write_text(folder / f"{exhibit.name}.md", _markdown(exhibit, rows, summaries, data, bootstrap))
+    write_text(
+        folder / f"{exhibit.name}.md",
+        _markdown(exhibit, rows, summaries, f"{data}{_made_with(environments)}", bootstrap),
+    )
 
 
 def write_index(
@@ -65,7 +79,7 @@ def write_index(
         _main_table({name: _read_csv(folder / f"{name}.csv") for name in names if name in COMPARED}),
         "## Tables and figures",
         table(("", "table", "numbers", "figure"), [_links(exhibit, folder) for exhibit in exhibits]),
-        "## How it was made",
+        f"## How it was made{_made_with(environments)}",
         "\n".join(["```", *commands, "```"]),
         table(("", ""), _environment_rows(environments)),
         DISCLAIMER,
@@ -107,7 +121,7 @@ def _csv_row(exhibit: Exhibit, row: Row, summary: Summary | None) -> dict[str, A
     for name in METRICS:
         estimate = summary.report.metrics[name] if summary else nothing
         values = (estimate.value, estimate.sd, estimate.low, estimate.high)
-        cells |= {f"{name}{end}": _number(x) for end, x in zip(("", "_sd", "_low", "_high"), values, strict=True)}
+        cells |= {f"{name}{end}": x for end, x in zip(("", "_sd", "_low", "_high"), values, strict=True)}
         cells[f"{name}_method"] = estimate.method
     means = {"threshold": summary.threshold if summary else nothing}
     means["calibration_error"] = summary.calibration_error if summary else nothing
@@ -118,7 +132,7 @@ def _csv_row(exhibit: Exhibit, row: Row, summary: Summary | None) -> dict[str, A
     for name in ("epochs", "best_epoch", "seconds_per_epoch", "seconds"):
         means[name] = summary.cost(name) if summary else nothing
     for name, estimate in means.items():
-        cells |= {name: _number(estimate.value), f"{name}_sd": _number(estimate.sd)}
+        cells |= {name: estimate.value, f"{name}_sd": estimate.sd}
     counts = [count for line in summary.report.confusion for count in line] if summary else [""] * 4
     cells |= dict(zip(("tn", "fp", "fn", "tp"), counts, strict=True))
     cells["parameters"] = "" if summary is None or summary.parameters is None else summary.parameters
@@ -175,6 +189,16 @@ def _links(exhibit: Exhibit, folder: Path) -> tuple[str, ...]:
     return exhibit.title, link("md", exhibit.name), link("csv", "CSV"), link("png", "PNG")
 
 
+def _made_with(environments: Sequence[Mapping[str, Any]]) -> str:
+    """A paragraph that names the versions and the commits which the jobs ran with; empty if there are no jobs."""
+    made = dict.fromkeys(
+        f"cardiocaps {e['cardiocaps']} and capsops {e['packages']['capsops']}"
+        f"{f' at commit {commit}' if (commit := e.get('commit')) else ''}, torch {e['packages']['torch']}"
+        for e in environments
+    )
+    return f"\n\nTrained with {'; '.join(made)}." if made else ""
+
+
 def _environment_rows(environments: Sequence[Mapping[str, Any]]) -> list[tuple[str, str]]:
     """A line for each property, with all values if it differs between jobs."""
     rows: dict[str, dict[str, None]] = {}
@@ -186,7 +210,3 @@ def _environment_rows(environments: Sequence[Mapping[str, Any]]) -> list[tuple[s
             elif value is not None:
                 rows.setdefault(name.replace("_", " "), {})[str(value)] = None
     return [(name, "; ".join(values)) for name, values in rows.items()]
-
-
-def _number(value: float) -> float | str:
-    return value if math.isfinite(value) else ""

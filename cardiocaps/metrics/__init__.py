@@ -1,6 +1,6 @@
 """Metrics of a classifier's probabilities, with intervals, and of a regression."""
 
-from cardiocaps.metrics.calibration import expected_calibration_error, reliability
+from cardiocaps.metrics.calibration import bins_of_equal_mass, expected_calibration_error, reliability
 from cardiocaps.metrics.classification import Report, evaluate
 from cardiocaps.metrics.intervals import (
     BOOTSTRAP,
@@ -9,6 +9,7 @@ from cardiocaps.metrics.intervals import (
     NO_INTERVAL,
     Estimate,
     MeanEstimate,
+    exact_interval,
     interval_text,
 )
 from cardiocaps.metrics.regression import RegressionReport, regression_report
@@ -33,11 +34,13 @@ __all__ = [
     "RegressionReport",
     "Report",
     "RunsReport",
+    "bins_of_equal_mass",
     "by_video",
     "confusion",
     "decision_threshold",
     "evaluate",
     "evaluate_runs",
+    "exact_interval",
     "expected_calibration_error",
     "interval_text",
     "mean_by",

@@ -15,11 +15,17 @@ def reliability(probability: ArrayLike, label: ArrayLike, bins: int = 10) -> tup
         ValueError: see `checked_samples`.
     """
     p, y = checked_samples(probability, label)
-    order = np.sort(p)
-    edges = np.unique(order[[p.size * k // bins for k in range(1, bins)]])
-    member = np.unique(np.searchsorted(edges, p, side="right"), return_inverse=True)[1]
+    member = bins_of_equal_mass(p, bins)
     size = np.bincount(member)
     return np.bincount(member, weights=p) / size, np.bincount(member, weights=y) / size, size.astype(np.int64)
+
+
+def bins_of_equal_mass(probability: Floats, bins: int = 10) -> Integers:
+    """The number [n] of each sample's bin, from 0 on in the order of the probabilities [n], as `reliability` has it."""
+    order = np.sort(probability)
+    edges = np.unique(order[[probability.size * k // bins for k in range(1, bins)]])
+    numbers = np.searchsorted(edges, probability, side="right")
+    return np.unique(numbers, return_inverse=True)[1].astype(np.int64)
 
 
 def expected_calibration_error(probability: ArrayLike, label: ArrayLike, bins: int = 10) -> float:

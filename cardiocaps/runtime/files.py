@@ -20,6 +20,9 @@ from cardiocaps.errors import CardioCapsError, OutputError, printable
 
 T = TypeVar("T")
 
+READABLE = 6
+"""Significant digits of the numbers in a table for people."""
+
 _PART = re.compile(r"\.[0-9a-f]{8}\.part$")
 
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")
@@ -181,13 +184,27 @@ def read_json(path: Path, kind: str, make: Callable[[dict[str, Any]], T], error:
         raise error(f"{printable(path)} is damaged: {why}") from why
 
 
-def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write a table with all keys of the rows, in order of appearance; a missing value is an empty cell."""
+def write_csv(path: Path, rows: Sequence[Mapping[str, Any]], *, digits: int | None = None) -> None:
+    """Write a table with all keys of the rows, in order of appearance.
+
+    Args:
+        rows: a missing value, NaN and infinity are empty cells.
+        digits: significant digits of a float, for a table that people read. By default a float has all that it takes
+            to read the same number back.
+    """
+
+    def cell(value: Any) -> Any:
+        if not isinstance(value, float):
+            return value
+        if not math.isfinite(value):
+            return ""
+        return value if digits is None else f"{value:.{digits}g}"
+
     table = io.StringIO()
     columns = dict.fromkeys(key for row in rows for key in row)
     writer = csv.DictWriter(table, list(columns), restval="", lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
     write_text(path, table.getvalue())
 
 

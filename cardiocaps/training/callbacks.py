@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cardiocaps.errors import CardioCapsError
 from cardiocaps.metrics import by_video, evaluate
-from cardiocaps.runtime.files import write_csv
+from cardiocaps.runtime.files import READABLE, write_csv
 from cardiocaps.runtime.program import Interrupted, Interruption, print_line
 from cardiocaps.training.run_folder import RunFolder
 
@@ -107,7 +107,7 @@ class History(Callback):
         trainer.callback_metrics["val_loss"] = torch.tensor(row["val_loss"], dtype=torch.float64)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        write_csv(self.run.metrics_csv, self.rows)
+        write_csv(self.run.metrics_csv, self.rows, digits=READABLE)
         row = self.rows[-1]
         print_line(
             f"epoch {row['epoch']:3d}/{trainer.max_epochs}  loss {row['train_loss']:.4f}"

@@ -99,6 +99,39 @@ def test_learning_curves_pair_training_and_validation(figures: list[Any], tmp_pa
     assert [axes.get_yscale() for axes in (loss, auroc)] == ["log", "linear"]
 
 
+def _parts(epochs: int = 20, **changed: Any) -> list[dict[str, Any]]:
+    """A history with every part of the loss."""
+    names = ("loss", "margin", "reconstruction", "regression")
+    losses = {f"{stage}_{name}": 4.2 for stage in ("train", "val") for name in names}
+    return [
+        {"epoch": i, **{name: x / (i + 1) for name, x in losses.items()}, "val_auroc": 0.5 + 0.02 * i, **changed}
+        for i in range(epochs)
+    ]
+
+
+def test_losses_have_plain_ticks_and_the_place_of_a_missing_panel_has_the_legend(
+    figures: list[Any], tmp_path: Path
+) -> None:
+    plots.learning_curves(_parts(), tmp_path / "a.png")
+    *panels, spare = figures[0].axes
+    assert len(panels) == 5 and not spare.axison and not any(axes.get_legend() for axes in panels)
+    assert [text.get_text() for text in spare.get_legend().get_texts()] == [
+        *("training", "validation", "least validation loss")
+    ]
+    figures[0].canvas.draw()
+    loss = panels[0]
+    assert loss.get_yscale() == "log"
+    low, high = loss.get_ylim()
+    ticks = [text.get_text() for text in loss.get_yticklabels() if low <= text.get_position()[1] <= high]
+    assert ticks == ["0.2", "0.5", "1", "2"] and not loss.get_yticklabels(minor=True)
+
+
+def test_an_auroc_that_is_never_defined_has_no_panel(figures: list[Any], tmp_path: Path) -> None:
+    plots.learning_curves(_parts(val_auroc=math.nan), tmp_path / "a.png")
+    assert "AUROC" not in _texts(figures[0])
+    assert [axes.axison for axes in figures[0].axes] == [True] * 4 + [False]
+
+
 def test_roc_curve_is_scikit_learns_with_the_operating_point(figures: list[Any], tmp_path: Path) -> None:
     from sklearn.metrics import roc_curve
 
@@ -127,6 +160,7 @@ def test_confusion_matrix_shows_counts_and_shares(figures: list[Any], tmp_path: 
     counts = {"probability > 0.31": [[1500, 500], [0, 0]], "probability > 0.5": [[1999, 1], [0, 0]]}
     plots.confusion_matrices(counts, tmp_path / "a.png")
     text = _texts(figures[0])
+    assert "normal\nn = 2,000" in text and "abnormal\nn = 0" in text
     assert "1,500\n75.0%" in text and "500\n25.0%" in text and "0\nno sample" in text and "1,999" in text
     assert [axes.get_title() for axes in figures[0].axes[:2]] == list(counts)
 

@@ -131,10 +131,12 @@ def test_one_threshold_chosen_on_validation_decides_everywhere(finished: Path) -
     probability, label = ([float(row[name]) for row in validation] for name in ("probability", "label"))
     chosen, _ = decision_threshold(probability, label)
     decision = json.loads((finished / "decision.json").read_text())
-    assert chosen == decision["threshold"] != 0.5 and "Youden" in decision["rule"] and decision["unit"] == "video"
-    assert {float(row["threshold"]) for row in (*validation, *test)} == {chosen}
+    threshold = decision["threshold"]
+    assert chosen == pytest.approx(threshold, rel=1e-5)  # the probabilities of the tables have six digits
+    assert threshold != 0.5 and "Youden" in decision["rule"] and decision["unit"] == "video"
+    assert {row["threshold"] for row in (*validation, *test)} == {f"{threshold:.6g}"}
     network = json.loads((finished / "metrics.json").read_text())["network"]
-    assert network["decision"]["threshold"] == network["video"]["threshold"] == network["frame"]["threshold"] == chosen
+    assert {network[name]["threshold"] for name in ("decision", "video", "frame")} == {threshold}
     for report, column in ((network["video"], "decision"), (network["video_at_0.5"], "decision_at_0.5")):
         counts = [[0, 0], [0, 0]]
         for row in test:
@@ -148,14 +150,14 @@ def test_one_threshold_chosen_on_validation_decides_everywhere(finished: Path) -
 def test_the_error_of_the_regression_is_by_video_in_its_unit(finished: Path) -> None:
     regression = json.loads((finished / "metrics.json").read_text())["network"]["regression"]
     mean = json.loads((finished / "decision.json").read_text())["target_mean"]
-    rows = [row for row in _rows(finished / "predictions_by_video.csv") if row["target"] != "nan"]
+    rows = [row for row in _rows(finished / "predictions_by_video.csv") if row["target"]]
     truth = [float(row["target"]) for row in rows]
     errors = [abs(float(row["regression"]) - float(row["target"])) for row in rows]
     video = regression["video"]
     assert (regression["target"], regression["unit"], video["n"]) == ("width", "cm", len(rows))
-    assert video["mae"] == pytest.approx(sum(errors) / len(rows), rel=1e-6)
+    assert video["mae"] == pytest.approx(sum(errors) / len(rows), rel=1e-3)
     assert video["constant"] == mean and 3 < mean < 7
-    assert video["constant_mae"] == pytest.approx(sum(abs(x - mean) for x in truth) / len(rows), rel=1e-6)
+    assert video["constant_mae"] == pytest.approx(sum(abs(x - mean) for x in truth) / len(rows), rel=1e-3)
     assert video["r2"] < 1 and regression["frame"]["n"] == 2 * video["n"]
 
 

@@ -13,7 +13,7 @@ from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.exhibits.panels import SMALL, colour_of, wrapped
 from cardiocaps.experiments.markdown import Column, metric_columns, plus_minus, rows_table
 from cardiocaps.experiments.summaries import CALIBRATION_BINS, Row, Summary
-from cardiocaps.metrics import reliability
+from cardiocaps.metrics import bins_of_equal_mass, exact_interval, reliability
 from cardiocaps.plots import GREY, INK, dress, new_figure
 
 if TYPE_CHECKING:
@@ -29,25 +29,36 @@ class Calibration(Exhibit):
     def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
         text = (
             "Expected calibration error: the mean distance between predicted probability and observed share of "
-            f"abnormal, over {CALIBRATION_BINS} bins of equally many samples."
+            f"abnormal, over {CALIBRATION_BINS} bins of equally many samples. In the figure, the bins hold the "
+            "predictions of all seeds, and the bars are 95 % intervals of the observed share (Clopper and Pearson; a "
+            f"{' or '.join(dict.fromkeys(s.drawn for s in found.values()))} counts once in a bin)."
         )
         error: Column = ("expected calibration error", lambda s: plus_minus(s.calibration_error))
         own = ["## Calibration", text, rows_table(rows, found, [*metric_columns(("brier",)), error])]
         return own + super().sections(rows, found, bootstrap)
 
     def draw(self, summaries: Sequence[Summary]) -> Figure:
-        """A panel for each system, with the predictions of all seeds together."""
+        """A panel for each system, with the predictions of all seeds together.
+
+        The bars are the intervals of Clopper and Pearson for the observed shares. A video (or patient) with several
+        predictions in a bin counts once there, because these are no independent samples.
+        """
         columns = min(_COLUMNS, len(summaries))
         lines = math.ceil(len(summaries) / columns)
         figure = new_figure(2.75 * columns + 0.5, 3.15 * lines + 0.9, wrapped(self.title, 30 * columns))
         panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).ravel()
         for axes, summary in zip(panels, summaries, strict=False):
-            parts = [result.test.samples(summary.unit)[:2] for result in summary.results]
-            probability, label = (np.concatenate(part) for part in zip(*parts, strict=True))
+            parts = [result.test.samples(summary.unit) for result in summary.results]
+            probability, label, group = (np.concatenate(part) for part in zip(*parts, strict=True))
             predicted, observed, size = reliability(probability, label, CALIBRATION_BINS)
+            member = bins_of_equal_mass(probability, CALIBRATION_BINS)
+            trials = [len(set(group[member == i])) for i in range(len(size))]
+            bounds = np.array([exact_interval(share * n, n) for share, n in zip(observed, trials, strict=True)])
             axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=1)
-            axes.plot(predicted, observed, "o-", color=colour_of(summary), markersize=4.5, linewidth=1.3, clip_on=False)
-            axes.set_title(wrapped(summary.title, 30), fontsize=9, color=INK)
+            colour = colour_of(summary)
+            axes.vlines(predicted, *bounds.T, color=colour, linewidth=1, alpha=0.45, clip_on=False)
+            axes.plot(predicted, observed, "o-", color=colour, markersize=4.5, linewidth=1.3, clip_on=False)
+            axes.set_title(wrapped(summary.title, 36), fontsize=8.5, color=INK)
             error, brier = summary.calibration_error, summary.report.metrics["brier"]
             axes.text(
                 0.03,
@@ -68,7 +79,7 @@ class Calibration(Exhibit):
             axes.remove()
         for place, axes in enumerate(panels[: len(summaries)]):
             if place % columns == 0:
-                axes.set_ylabel("Observed share of abnormal", fontsize=9)
+                axes.set_ylabel("Observed share of abnormal\nwith its 95 % interval", fontsize=9)
             if place + columns >= len(summaries):
                 axes.set_xlabel("Predicted probability", fontsize=9)
         return figure

@@ -43,16 +43,26 @@ class Confusions(Exhibit):
         return own + super().sections(rows, found, bootstrap)
 
     def draw(self, summaries: Sequence[Summary]) -> Figure:
-        figure = new_figure(3.6 * len(summaries) + 0.6, 4.9, wrapped(self.title, 38 * len(summaries)))
+        figure = new_figure(3.6 * len(summaries) + 0.6, 4.6, wrapped(self.title, 38 * len(summaries)))
         panels = figure.subplots(1, len(summaries), squeeze=False)[0]
         for axes, summary in zip(panels, summaries, strict=True):
             image = draw_confusion(axes, np.array(summary.report.confusion))
-            seeds = f" over {summary.seeds} seeds" if summary.seeds > 1 else ""
             threshold = summary.threshold.value, summary.threshold.sd
             at = " ± ".join(f"{x:.2f}" for x in threshold if math.isfinite(x))
-            title = f"{wrapped(summary.title, 34)}\n{summary.unit}s{seeds}, threshold {at}"
+            title = f"{wrapped(summary.title, 38)}\n{_counted(summary)}\nthreshold {at}"
             axes.set_title(title, fontsize=10, color=INK)
         bar = figure.colorbar(image, ax=panels, fraction=0.045 / len(summaries), format=lambda x, _: f"{x:.0%}")
         bar.set_label("Share of the true class")
         bar.outline.set_visible(False)  # type: ignore[operator]
         return figure
+
+
+def _counted(summary: Summary) -> str:
+    """What the matrix counts, for example "n = 270: 90 videos × 3 seeds"."""
+    sizes = [run.n for run in summary.report.runs]
+    unit = f"{summary.unit}s"
+    if len(sizes) == 1:
+        return f"n = {sizes[0]:,} {unit}"
+    if len(set(sizes)) > 1:
+        return f"n = {sum(sizes):,} {unit} over {len(sizes)} seeds"
+    return f"n = {sum(sizes):,}: {sizes[0]:,} {unit} × {len(sizes)} seeds"

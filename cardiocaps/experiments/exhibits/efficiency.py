@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.patches import Patch
 
 from cardiocaps.evaluation.names import METRIC_NAMES
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
-from cardiocaps.experiments.exhibits.panels import SMALL, colour_of, dot_panel, dress_panel, name_systems, wrapped
+from cardiocaps.experiments.exhibits.panels import SMALL, dot_panel, dress_panel, name_systems, wrapped
+from cardiocaps.experiments.plan import SYSTEMS
 from cardiocaps.experiments.summaries import Row, Summary
 from cardiocaps.metrics import MeanEstimate
-from cardiocaps.plots import GREY, INK, new_figure
+from cardiocaps.plots import BLUE, GREY, INK, VERMILION, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+_COLOURS = {"naive": VERMILION, "fused": BLUE}
 
 
 @dataclass(frozen=True)
@@ -27,19 +32,29 @@ class Efficiency(Exhibit):
         return [*self._cost(rows, found), *self._results(rows, found, bootstrap), *self._published(rows, found)]
 
     def draw(self, summaries: Sequence[Summary]) -> Figure:
-        """Seconds per epoch and peak memory as bars, accuracy beside them."""
-        figure = new_figure(10, 0.42 * len(summaries) + 1.9, wrapped(self.title, 90))
-        time, memory, accuracy = figure.subplots(1, 3)
+        """Seconds per epoch and peak memory as bars, accuracy beside them; the colour tells naive from fused."""
+        height = 0.42 * len(summaries) + 1.5
+        figure = new_figure(10, height + 0.7, wrapped(self.title, 90))
+        blocks: Any = figure.subfigures(2, 1, height_ratios=[height, 0.3])
+        body, foot = blocks
+        time, memory, accuracy = body.subplots(1, 3)
         none = MeanEstimate(math.nan)
         mebibytes = [none if s.peak_memory is None else MeanEstimate(s.peak_memory / 2**20) for s in summaries]
         _bars(time, "Seconds per epoch", summaries, [s.cost("seconds_per_epoch") for s in summaries], "{:.1f}".format)
         _bars(memory, "Peak memory, MiB", summaries, mebibytes, "{:,.0f}".format)
         estimates = [s.report.metrics["accuracy"] for s in summaries]
         seeds = [[run.metrics["accuracy"].value for run in s.report.runs] for s in summaries]
-        dot_panel(accuracy, METRIC_NAMES["accuracy"], summaries, estimates, seeds)
+        dot_panel(accuracy, METRIC_NAMES["accuracy"], summaries, estimates, seeds, colour=_colour)
         for axes in (time, memory, accuracy):
             name_systems(axes, summaries, shown=axes is time)
+        handles = [Patch(color=colour, label=f"{name} routing") for name, colour in _COLOURS.items()]
+        foot.legend(handles=handles, loc="center", ncols=len(handles), frameon=False, fontsize=SMALL)
         return figure
+
+
+def _colour(summary: Summary) -> str:
+    naive = SYSTEMS[summary.system].settings.get("backend") == "reference"
+    return _COLOURS["naive" if naive else "fused"]
 
 
 def _bars(
@@ -51,7 +66,7 @@ def _bars(
         measured = not math.isnan(estimate.value)
         if measured:
             deviation = [estimate.sd] if estimate.sd > 0 else None
-            axes.barh([line], [estimate.value], 0.62, xerr=deviation, color=colour_of(summary), ecolor=INK, capsize=2)
+            axes.barh([line], [estimate.value], 0.62, xerr=deviation, color=_colour(summary), ecolor=INK, capsize=2)
         axes.annotate(
             text(estimate.value) if measured else "not measured",
             (end if measured else 0, line),

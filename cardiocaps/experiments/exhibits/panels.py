@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from cardiocaps.experiments.plan import MAIN
@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SMALL = 8  # points
+STRIP = "#ECECEC"
 REPORTED: dict[str, Any] = {
     "marker": "D",
-    "markersize": 5.5,
+    "markersize": 4.5,
     "markerfacecolor": "white",
     "color": INK,
     "linestyle": "none",
@@ -34,11 +35,19 @@ def dot_panel(
     estimates: Sequence[MeanEstimate],
     seeds: Sequence[Sequence[float]],
     paper: str | None = None,
+    colour: Callable[[Summary], str] | None = None,
 ) -> None:
-    """Means with their intervals, the seeds as small dots, and the paper's figures `paper`: a line for each system."""
+    """Means with their intervals, the seeds as small dots, and the paper's figures `paper`: a line for each system.
+
+    The paper's figures are of another data set. They stand above ours on a strip of grey, so that nobody compares the
+    two at first sight.
+
+    Args:
+        colour: of a system; by default that of `colour_of`.
+    """
     shown: list[float] = []
     for line, (summary, estimate, values) in enumerate(zip(summaries, estimates, seeds, strict=True)):
-        colour = colour_of(summary)
+        own = (colour or colour_of)(summary)
         if math.isnan(estimate.value):
             middle = axes.get_yaxis_transform()  # across: shares of the panel; down: the lines
             axes.text(0.5, line, "undefined", ha="center", va="center", fontsize=7, color=GREY, transform=middle)
@@ -50,7 +59,7 @@ def dot_panel(
                 [estimate.value],
                 [line],
                 xerr=error if bounds else None,
-                color=colour,
+                color=own,
                 zorder=3,
                 marker="o",
                 markersize=5.5,
@@ -61,12 +70,13 @@ def dot_panel(
             shown += [estimate.value, *bounds]
         if len(values) > 1:
             finite = [value for value in values if math.isfinite(value)]
-            axes.plot(finite, [line + 0.24] * len(finite), ".", color=colour, markersize=3.5, alpha=0.8, zorder=2)
+            axes.plot(finite, [line + 0.24] * len(finite), ".", color=own, markersize=3.5, alpha=0.8, zorder=2)
             shown += finite
         if paper and summary.reported:
             value = summary.reported[paper].value
             binary = paper == "f1" and summary.system.startswith(BINARY_F1)
-            axes.plot([value], [line - 0.24], zorder=4, **(REPORTED_BINARY if binary else REPORTED))
+            axes.axhspan(line - 0.42, line - 0.14, color=STRIP, linewidth=0, zorder=0.5)
+            axes.plot([value], [line - 0.28], zorder=4, **(REPORTED_BINARY if binary else REPORTED))
             shown.append(value)
     axes.set_xlim(*_limits(shown))
     dress_panel(axes, title[0].upper() + title[1:], len(summaries))

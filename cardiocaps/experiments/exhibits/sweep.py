@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cardiocaps.config import TrainConfig
 from cardiocaps.evaluation.names import METRIC_NAMES
@@ -14,10 +14,12 @@ from cardiocaps.experiments.exhibits.panels import SMALL, wrapped
 from cardiocaps.experiments.plan import SYSTEMS
 from cardiocaps.experiments.reported import BEST_LAMBDAS
 from cardiocaps.experiments.summaries import Row, Summary
-from cardiocaps.plots import BLUE, GREEN, GREY, VERMILION, dress, new_figure
+from cardiocaps.plots import BLUE, GREY, VERMILION, dress, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+_METRICS = ("auroc", "average_precision", "accuracy")
 
 
 @dataclass(frozen=True)
@@ -33,35 +35,42 @@ class Sweep(Exhibit):
         return [own, *super().sections(rows, found, bootstrap)]
 
     def draw(self, summaries: Sequence[Summary]) -> Figure:
-        figure = new_figure(6.6, 4.6, wrapped(self.title, 60))
-        axes = figure.add_subplot()
+        """A panel for each metric: the means over the seeds with their intervals, and the seeds as small dots."""
+        figure = new_figure(6.6, 7.2, wrapped(self.title, 60))
+        blocks: Any = figure.subfigures(2, 1, height_ratios=[6.5, 0.3])
+        body, foot = blocks
+        panels = body.subplots(len(_METRICS), 1, sharex=True, sharey=True)
         ordered = sorted(summaries, key=lambda s: lambda_of(s.system))
         at = [lambda_of(s.system) for s in ordered]
-        lines = (("auroc", BLUE, "o-"), ("average_precision", VERMILION, "s--"), ("accuracy", GREEN, "^-."))
-        for place, (name, colour, style) in enumerate(lines):
+        for axes, name in zip(panels, _METRICS, strict=True):
             estimates = [s.report.metrics[name] for s in ordered]
-            axes.errorbar(
-                [value * 1.06 ** (place - 1) for value in at],  # a little apart, so that no bar covers another
-                [e.value for e in estimates],
-                yerr=[0 if math.isnan(e.sd) else e.sd for e in estimates],
-                fmt=style,
-                color=colour,
-                markersize=5,
-                linewidth=1.5,
-                capsize=2.5,
-                label=METRIC_NAMES[name],
-            )
-        axes.set_xscale("log")
+            axes.plot(at, [e.value for e in estimates], "o-", color=BLUE, markersize=5, linewidth=1.5, label="mean")
+            known = [(value, e.low, e.high) for value, e in zip(at, estimates, strict=True) if not math.isnan(e.low)]
+            if known:
+                axes.vlines(*zip(*known, strict=True), color=BLUE, linewidth=1.3, alpha=0.6, label="its 95 % interval")
+            dots = [
+                (value, run.metrics[name].value) for value, s in zip(at, ordered, strict=True) for run in s.report.runs
+            ]
+            if len(dots) > len(at):  # a little to the right, where no interval covers them
+                x, y = zip(*((1.12 * value, y) for value, y in dots), strict=True)
+                axes.plot(x, y, ".", color=VERMILION, markersize=4, label="single seeds")
+            for value in BEST_LAMBDAS:
+                axes.axvline(value, color=GREY, linestyle=":", linewidth=1.2, zorder=0)
+            text = METRIC_NAMES[name]
+            dress(axes, "", text[0].upper() + text[1:])
+            axes.grid(axis="x", visible=False)
         for value in BEST_LAMBDAS:
-            axes.axvline(value, color=GREY, linestyle=":", linewidth=1.2, zorder=0)
-            above = axes.get_xaxis_transform()
-            text = f"paper: {value:g}"
-            axes.text(value, 1.01, text, ha="center", va="bottom", fontsize=SMALL, color=GREY, transform=above)
-        axes.set_xticks(at, [f"{value:g}" for value in at], fontsize=SMALL)
-        axes.minorticks_off()
-        dress(axes, "λ_reg (weight of the regression loss)", "Mean over the seeds, with standard deviation")
-        axes.set_xlim(min(*at, *BEST_LAMBDAS) / 1.5, max(*at, *BEST_LAMBDAS) * 1.5)
-        axes.legend(frameon=False, fontsize=9, loc="best")
+            above = panels[0].get_xaxis_transform()
+            text = f"best in the\npaper: {value:g}"
+            panels[0].text(value, 1.02, text, ha="center", va="bottom", fontsize=SMALL, color=GREY, transform=above)
+        below = panels[-1]
+        below.set_xscale("log")
+        below.set_xticks(at, [f"{value:g}" for value in at], fontsize=SMALL)
+        below.minorticks_off()
+        below.set_xlim(min(*at, *BEST_LAMBDAS) / 1.5, max(*at, *BEST_LAMBDAS) * 1.5)
+        below.set_xlabel("λ_reg (weight of the regression loss)")
+        handles = panels[0].get_legend_handles_labels()
+        foot.legend(*handles, loc="center", ncols=len(handles[0]), frameon=False, fontsize=SMALL)
         return figure
 
 

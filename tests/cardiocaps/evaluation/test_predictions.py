@@ -95,7 +95,7 @@ def test_the_rows_of_videos_have_their_decisions(tmp_path: Path) -> None:
     assert [row["video"] for row in rows] == ["video 0", "video 1", "video 2"]
     assert [float(row["probability"]) for row in rows] == pytest.approx([0.25, 0.55, 0.25])
     assert [row["decision"] for row in rows] == [row["decision_at_0.5"] for row in rows] == ["0", "1", "0"]
-    assert rows[1]["threshold"] == "0.45" and (rows[1]["target"], rows[1]["regression"]) == ("1.0", "1.5")
+    assert rows[1]["threshold"] == "0.45" and (rows[1]["target"], rows[1]["regression"]) == ("1", "1.5")
     write_predictions(run, test, None, 0.2)
     again = list(csv.DictReader(run.predictions_by_video_csv.open()))
     assert [row["decision"] for row in again] == ["1"] * 3 and again[0]["decision_at_0.5"] == "0"

@@ -232,3 +232,11 @@ def test_csv(tmp_path: Path) -> None:
         {"epoch": "0", "loss": "0.1", "name": ""},
         {"epoch": "1", "loss": "", "name": 'a, "b"\n'},
     ]
+
+
+def test_csv_for_people_and_for_programs(tmp_path: Path) -> None:
+    row = {"n": 1_234_567_890, "third": 1 / 3, "large": 12_345_678.9, "undefined": math.nan, "infinite": math.inf}
+    write_csv(tmp_path / "exact.csv", [row])
+    write_csv(tmp_path / "readable.csv", [row], digits=6)
+    assert (tmp_path / "exact.csv").read_text().splitlines()[1] == f"1234567890,{1 / 3},12345678.9,,"
+    assert (tmp_path / "readable.csv").read_text().splitlines()[1] == "1234567890,0.333333,1.23457e+07,,"
