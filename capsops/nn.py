@@ -50,11 +50,15 @@ class PrimaryCapsules(nn.Module):
         in_channels: channels of the image or feature map.
         types: capsule types; the convolution has types · dim channels.
         dim: K, the dimension of a capsule.
-        kernel_size: of the convolution, as are stride and padding.
+        kernel_size: of the convolution, in both directions.
+        stride: of the convolution, in both directions.
+        padding: of the convolution, at all edges.
         layout: "channels": the components of a capsule are neighbouring channels at one location. "legacy": a plain
             reshape of [B, C, H, W], as in the published CardioCaps: the components are `dim` neighbouring pixels of one
             channel, and where H' · W' is not a multiple of `dim`, a capsule continues in the next channel.
-        squash: "sabour" or "efficient".
+        squash: "sabour" or "efficient"; see `capsops.squash`.
+        device: of the parameters.
+        dtype: of the parameters.
 
     Shape: [B, in_channels, H, W] -> [B, N, K] with N = types · H' · W'. In layout "channels" the capsules run over
     types, then rows, then columns.
@@ -185,12 +189,19 @@ class CapsuleLayer(_Matrices):
         iterations: of dynamic routing.
         bias: for attention the bias of the 1×1 convolution; for self-attention the prior [N, J] of the couplings;
             otherwise a bias [J, D] inside the squash.
-        leaky: for dynamic routing only, as is detach; see `capsops.dynamic_routing`.
+        leaky: for dynamic routing only; see `capsops.dynamic_routing`.
+        detach: for dynamic routing only; see `capsops.dynamic_routing`.
         shared: use one matrix [K, J, D] for all input capsules; N may then vary from call to call. Self-attention
             routing then has no prior, so bias must be False.
+        device: of the parameters.
+        dtype: of the parameters.
 
-    Parameters: weight [N, K, J, D] (or [K, J, D]); attn_weight [J, J] and attn_bias [J]; or prior [N, J]; or bias
-    [J, D].
+    Attributes:
+        weight: parameter [N, K, J, D], or [K, J, D] if shared.
+        attn_weight: parameter [J, J] of attention routing; otherwise None.
+        attn_bias: parameter [J] of attention routing with a bias; otherwise None.
+        prior: parameter [N, J] of self-attention routing with a bias; otherwise None.
+        bias: parameter [J, D] of dynamic and uniform routing with a bias; otherwise None.
 
     Shape: u [B, N, K] (and mask, bool [B, N]) -> v [B, J, D].
 
@@ -373,10 +384,16 @@ class EMCapsules(_Matrices):
         out_capsules: J.
         out_dim: D, the columns of an output pose that is a matrix.
         iterations: at least 1.
-        inverse_temperature: see `capsops.em_routing`, also for renormalise.
+        inverse_temperature: λ; see `capsops.em_routing`.
+        renormalise: see `capsops.em_routing`.
         shared: use one matrix [K, J, D] for all input capsules; N may then vary from call to call.
+        device: of the parameters.
+        dtype: of the parameters.
 
-    Parameters: weight [N, K, J, D] (or [K, J, D]); beta_u [J] and beta_a [J].
+    Attributes:
+        weight: parameter [N, K, J, D], or [K, J, D] if shared.
+        beta_u: parameter [J].
+        beta_a: parameter [J].
 
     Shape: pose [B, N, K] and activation [B, N] (and mask, bool [B, N]) -> pose [B, J, D] and activation [B, J];
     for matrices pose [B, N, P, K] -> [B, J, P, D].
@@ -486,7 +503,9 @@ class ConvCapsules(nn.Module):
         in_dim: K.
         out_types: J.
         out_dim: D.
-        kernel_size: of the receptive fields in both directions, as are stride and padding.
+        kernel_size: of the receptive fields, in both directions.
+        stride: between receptive fields, in both directions.
+        padding: of the grid, at all edges.
         routing: one of `CapsuleLayer`, or "em".
         options: further keyword arguments of the layer that routes: `CapsuleLayer` or, for "em", `EMCapsules`.
 

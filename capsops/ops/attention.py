@@ -54,8 +54,8 @@ def attention_routing(
     Args:
         u: input capsules [B, N, K].
         weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
-        attn_weight: [J, J].
-        attn_bias: [J].
+        attn_weight: weight [J, J] of the convolution.
+        attn_bias: bias [J] of the convolution.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
 
     Returns:

@@ -103,8 +103,23 @@ def coupling_coefficients(
     The votes are made in chunks of input capsules and never all held.
 
     Args:
-        routing: "attention", "dynamic", "uniform", "self-attention" or "em". The other arguments are those of the
-            routing function; for EM routing u is the pose.
+        routing: "attention", "dynamic", "uniform", "self-attention" or "em". The other arguments mean what they mean
+            in its function; those of other routings are ignored.
+        u: input capsules [B, N, K]; for EM routing their poses [B, N, K] or [B, N, P, K].
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+        attn_weight: [J, J], for attention, which needs it.
+        attn_bias: [J], for attention.
+        iterations: for dynamic and EM routing.
+        bias: [J, D], for dynamic and uniform routing.
+        leaky: for dynamic routing.
+        prior: [N, J], for self-attention.
+        scale: for self-attention.
+        activation: [B, N], for EM routing, which needs it.
+        beta_u: [J], for EM routing, which needs it.
+        beta_a: [J], for EM routing, which needs it.
+        inverse_temperature: for EM routing.
+        renormalise: for EM routing.
+        mask: bool [B, N], True where there is a capsule.
 
     Returns:
         c [B, N, J]; for attention [B, N, J, D]; for EM the responsibilities r of the last iteration. 0 where the mask

@@ -72,7 +72,8 @@ def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModul
     """The data module of a study, after decoding.
 
     Raises:
-        DataError, OutputError: as `cache.build`; or a needed split lacks frames of a class.
+        DataError: as `cache.build`; or a needed split lacks frames of a class.
+        OutputError: as `cache.build`.
         ConfigError: the study has no such target, or a package is missing.
     """
     if config.regression_target not in study.units:

@@ -83,6 +83,7 @@ def evaluate(
             several videos are of one. None: every sample by itself.
         threshold: class 1 is predicted above it. (The metrics of PUBLISHED always use 0.5.)
         bootstrap: number of resamples; 0: no intervals of any method.
+        seed: of the resamples.
         group_name: what the notes call one group.
 
     Raises:

@@ -16,8 +16,11 @@ class RegressionReport:
     """Errors in the unit of the target, over the `n` samples that have a target.
 
     Attributes:
-        mae, rmse, r2: of the predictions.
-        constant_mae, constant_rmse: of predicting `constant` for every sample.
+        mae: mean absolute error of the predictions.
+        rmse: root mean square error of the predictions.
+        r2: coefficient of determination of the predictions.
+        constant_mae: mean absolute error of predicting `constant` for every sample.
+        constant_rmse: root mean square error of predicting `constant` for every sample.
         undefined: the reason for each value that is NaN.
     """
 

@@ -25,7 +25,9 @@ class RunsReport:
         paper: a mean over the runs for each of PUBLISHED, without interval.
         runs: the report of each run, without intervals.
         paired: all runs were tested on the same videos.
-        undefined, no_interval, notes: as in `Report`.
+        undefined: the reason for each metric that is NaN.
+        no_interval: the reason for each metric without an interval.
+        notes: what limits the intervals.
     """
 
     metrics: Mapping[str, MeanEstimate]
@@ -61,8 +63,13 @@ def evaluate_runs(
     run has the intervals of `evaluate`.
 
     Args:
-        probabilities, labels, groups, thresholds: of each run, as `evaluate` takes them; thresholds None: 0.5 for all.
-        bootstrap, seed, group_name: see `evaluate`.
+        probabilities: of each run, [n] of class 1.
+        labels: of each run, [n], 0 or 1.
+        groups: of each run, as `evaluate` takes them. None: every sample by itself.
+        thresholds: of each run. None: 0.5 for all.
+        bootstrap: number of resamples; 0: no intervals of any method.
+        seed: of the resamples.
+        group_name: what the notes call one group.
 
     Raises:
         ValueError: see `evaluate`; or the sequences have different lengths.
