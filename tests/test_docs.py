@@ -1,0 +1,83 @@
+"""The pages are in the site's navigation, their links lead somewhere, and the examples run."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.forked_python import forked_python
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "benchmarks").rglob("*.md")])
+
+
+def _name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def _without_code(page: Path) -> str:
+    return re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+
+
+def _anchors(page: Path) -> set[str]:
+    """The anchors that a code host gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", _without_code(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def _entries(nav: Any) -> list[str]:
+    """All pages of a part of the navigation in mkdocs.yml."""
+    if isinstance(nav, str):
+        return [nav]
+    parts = nav.values() if isinstance(nav, dict) else nav
+    return [page for part in parts for page in _entries(part)]
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    entries = _entries(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    assert sorted(entries) == sorted(_name(page).removeprefix("docs/") for page in PAGES)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_name)
+def test_every_relative_link_leads_to_a_file_of_the_repository(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)\s#:]*)(?:#([^)\s]*))?\)", _without_code(page)):
+        file = page.parent / target if target else page
+        assert file.resolve().is_relative_to(ROOT) and file.is_file(), target
+        assert not anchor or anchor in _anchors(file), f"{target}#{anchor}"
+
+
+def _run(example: str, *arguments: str) -> str:
+    program = f"import runpy; runpy.run_path('examples/{example}', run_name='__main__')"
+    command = [*forked_python(), "-c", program, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_example_of_digits_learns() -> None:
+    (accuracy,) = re.findall(r"test accuracy ([\d.]+) on 450 images", _run("digits.py", "--epochs", "3"))
+    assert float(accuracy) > 0.9
+
+
+def test_the_example_of_an_own_network_agrees_with_capsops() -> None:
+    text = _run("own_network.py", "--batch", "3", "--capsules", "50", "--repeats", "1")
+    assert re.findall(r"^(\w+): equal but for rounding", text, flags=re.MULTILINE) == ["outputs", "gradients"]
+    assert "times as fast" in text
+
+
+def test_the_example_of_onnx_agrees_with_capsops(tmp_path: Path) -> None:
+    for package in ("onnxruntime", "onnxscript"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    text = _run("export_onnx.py", str(tmp_path / "network.onnx"))
+    assert text.count("onnxruntime and capsops agree") == 2
+
+
+def test_every_example_is_tested() -> None:
+    assert {path.name for path in (ROOT / "examples").iterdir()} - {"__pycache__"} == set(
+        re.findall(r"_run\(\"(\w+\.py)\"", Path(__file__).read_text())
+    )
