@@ -95,24 +95,32 @@ _PROBE = """
 import json, torch
 from capsops.backends import cuda
 why = cuda.why_not("dynamic_routing", torch.device("cuda"), torch.float32)
-print(json.dumps([*torch.cuda.get_device_capability(0), why]))
+capability = torch.cuda.get_device_capability(0)
+print(json.dumps([*capability, why, cuda.form_for(*capability) if why is None else None]))
 """
 
 
 def build(results: Results, limit: float, rebuild: bool) -> str:
-    """Build the extension for this GPU where it has no kernels for it; what was done, in words."""
+    """Build the extension for this GPU where it has no machine code for it; what was done, in words.
+
+    The driver would compile PTX too, but perhaps PTX of an older GPU.
+    """
     start = time.perf_counter()
     probe = run_program([sys.executable, "-c", _PROBE], limit, results.log, "probe")
     try:
-        major, minor, why = json.loads(probe.output.splitlines()[-1])
+        major, minor, why, form = json.loads(probe.output.splitlines()[-1])
     except (ValueError, IndexError):
         return f"not known what there is to build: {last_line(probe.output)}"
-    buildable = ("does not load", "without CUDA kernels", "the kernels were built for")
-    if why is None and not rebuild:
-        return f"the extension was there, with kernels for {major}.{minor}"
+    buildable = ("does not load", "no extension", "without CUDA kernels", "were built for")
+    there = f"the extension was there, with {form} for {major}.{minor}"
+    if form == "machine code" and not rebuild:
+        return there
     if why is not None and not any(part in why for part in buildable):
         return f"nothing, for it would not help: {why}"
     nvcc = find_tool("nvcc")
+    if nvcc is None and why is None:
+        tell(f"no nvcc was found (PATH, CUDA_HOME): {there}")
+        return there
     if nvcc is None:
         tell(f"no nvcc was found (PATH, CUDA_HOME): Triton is measured alone ({why})")
         return f"nothing, for no nvcc was found; Triton is measured alone (cuda: {why})"

@@ -1,6 +1,7 @@
 from typing import Any
 
 compiler: str
+cuda_reason: str
 cuda_architectures: str | None
 Dtype: Any
 Status: Any

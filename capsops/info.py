@@ -1,7 +1,4 @@
-"""`python -m capsops.info`: what was built, what runs here, and why not the rest.
-
-Exit status: 0, or 2 if CAPSOPS_BACKEND or CAPSOPS_ISA has a value that is not allowed.
-"""
+"""What was built, what runs here, and why not the rest. Also a program: `python -m capsops.info`."""
 
 import sys
 from types import ModuleType
@@ -18,9 +15,16 @@ class _Callable(ModuleType):
 
 sys.modules[__name__].__class__ = _Callable
 
-if __name__ == "__main__":
+
+def main() -> int:
+    """Print the report. The exit status: 0, or 2 if CAPSOPS_BACKEND or CAPSOPS_ISA has a value that is not allowed."""
     try:
         print(info())
     except BackendError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -163,8 +163,9 @@ uintptr_t offset_in_module(const void* function) {
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled capsule-routing kernels. Use the functions of capsops instead.";
+    m.attr("cuda_reason") = CAPSOPS_CUDA_REASON;  // why these kernels were compiled, or none
 #ifdef CAPSOPS_CUDA_ARCHS
-    m.attr("cuda_architectures") = CAPSOPS_CUDA_ARCHS;
+    m.attr("cuda_architectures") = CAPSOPS_CUDA_ARCHS;  // as in "80 90 90-virtual"
     m.attr("cuda_runtime") = cuda::runtime_version();
     m.def("cuda_driver", &cuda::driver_version);
     m.def("cuda_error", &cuda::error);

@@ -181,7 +181,7 @@ def _warn_slow(op: str, reasons: str) -> None:
         _warned.add(reasons)
         warnings.warn(
             f"capsops runs {op} on its slow reference backend, which materialises the votes ({reasons}). "
-            "`python -m capsops.info` says what was built.",
+            "`python -m capsops info` says what was built.",
             RuntimeWarning,
             stacklevel=5,
         )

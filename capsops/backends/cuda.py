@@ -30,9 +30,8 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 @constant_when_compiled
 def unfit(index: int) -> str | None:
     """Why the kernels that were built do not run on GPU number `index`, or None if they do."""
-    architectures = extension._C.cuda_architectures
-    if architectures is None:
-        return "the extension was built without CUDA kernels (no nvcc was found, or CAPSOPS_CUDA=0)"
+    if extension._C.cuda_architectures is None:
+        return f"the extension was built without CUDA kernels ({extension._C.cuda_reason})"
     if torch.version.hip:
         return "it needs an NVIDIA GPU"
     if not torch.cuda.is_available():
@@ -41,15 +40,32 @@ def unfit(index: int) -> str | None:
     if driver // 1000 < runtime // 1000:
         return f"its driver runs CUDA up to {_version(driver)}, and the kernels were built by CUDA {_version(runtime)}"
     major, minor = torch.cuda.get_device_capability(index)
-    built = [divmod(int(a), 10) for a in architectures.split()]
-    # Machine code runs on GPUs of the same major version and at least its minor version. The newest architecture is
-    # there as PTX too, which the driver compiles for later GPUs.
-    if any(a == major and b <= minor for a, b in built) or (major, minor) >= built[-1]:
-        return None
-    return (
-        f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, "
-        f"and the kernels were built for {architectures} (CAPSOPS_CUDA_ARCHS)"
-    )
+    form = form_for(major, minor)
+    if form is None:
+        return (
+            f"{torch.cuda.get_device_name(index)} has compute capability {major}.{minor}, "
+            f"and the kernels were built for {extension.gpu_code()} (CAPSOPS_CUDA_ARCHS)"
+        )
+    if form == "PTX" and driver < runtime:
+        return (
+            f"its driver compiles PTX of CUDA up to {_version(driver)}, and CUDA {_version(runtime)} made that of the "
+            f"kernels, which were built for {extension.gpu_code()} (CAPSOPS_CUDA_ARCHS)"
+        )
+    return None
+
+
+def form_for(major: int, minor: int) -> str | None:
+    """In which form a GPU of a compute capability runs the kernels: "machine code", "PTX", or None if it cannot.
+
+    Machine code runs on GPUs of the same major version and at least its minor version. PTX ("90-virtual") runs on all
+    later GPUs: their driver compiles it when it loads a kernel for the first time, and keeps the result on disk.
+    """
+    architectures = (extension._C.cuda_architectures or "").split()
+    machine_code = [divmod(int(a), 10) for a in architectures if a.isdigit()]
+    if any(a == major and b <= minor for a, b in machine_code):
+        return "machine code"
+    ptx = [divmod(int(a.removesuffix("-virtual")), 10) for a in architectures if not a.isdigit()]
+    return "PTX" if any(capability <= (major, minor) for capability in ptx) else None
 
 
 def _version(number: int) -> str:

@@ -5,6 +5,7 @@ The operators in `capsops.ops` have checked all tensors. A kernel runs on the de
 
 from __future__ import annotations
 
+import importlib.util
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,12 @@ try:
     """Why there is no extension."""
 except ImportError as error:
     _C = None  # type: ignore[assignment]
-    MISSING = f"the extension capsops._C does not load ({error}); `pip install -e .` builds it"
+    MISSING = (
+        f"the extension capsops._C does not load ({error})"
+        if importlib.util.find_spec("capsops._C")
+        else "there is no extension capsops._C: capsops was installed with CAPSOPS_EXTENSION=0, without a C++ "
+        "compiler, or for another Python"
+    ) + "; `pip install -e .` builds it"
 
 DTYPES: dict[torch.dtype, Any] = (
     {}
@@ -50,12 +56,21 @@ if _C is not None:
         )
 
 
+def gpu_code() -> str | None:
+    """The code for GPUs in the extension, by compute capability, as in "80, 90, PTX of 90"; None if there is none."""
+    if _C is None or _C.cuda_architectures is None:
+        return None
+    forms = _C.cuda_architectures.split()
+    return ", ".join(x if x.isdigit() else f"PTX of {x.removesuffix('-virtual')}" for x in forms)
+
+
 def built() -> str | None:
-    """What built the extension and for which GPUs, or None if it was not built."""
+    """What built the extension, for which GPUs and why for those, or None if it was not built."""
     if _C is None:
         return None
-    gpus = f"CUDA kernels for {_C.cuda_architectures}" if _C.cuda_architectures else "without CUDA kernels"
-    return f"built by {_C.compiler}, {gpus}"
+    code = gpu_code()
+    gpus = f"CUDA kernels for {code}" if code else "no CUDA kernels"
+    return f"built by {_C.compiler}; {gpus} ({_C.cuda_reason})"
 
 
 # ---- the call of a kernel ------------------------------------------------------------------------

@@ -445,22 +445,31 @@ def test_what_decides_most_comes_first_and_nothing_is_lost() -> None:
 
 
 @pytest.mark.parametrize(
-    ("why", "nvcc", "expected", "builds"),
+    ("why", "form", "nvcc", "expected", "builds"),
     [
-        (None, "/cuda/nvcc", "the extension was there, with kernels for 9.0", False),
-        ("the extension capsops._C does not load", "/cuda/nvcc", "for compute capability 9.0 alone", True),
-        ("the extension was built without CUDA kernels", None, "Triton is measured alone", False),
-        ("its driver takes programs up to CUDA 11.8", "/cuda/nvcc", "would not help", False),
+        (None, "machine code", "/cuda/nvcc", "the extension was there, with machine code for 9.0", False),
+        (None, "PTX", "/cuda/nvcc", "for compute capability 9.0 alone", True),
+        (None, "PTX", None, "the extension was there, with PTX for 9.0", False),
+        ("the extension capsops._C does not load", None, "/cuda/nvcc", "for compute capability 9.0 alone", True),
+        ("there is no extension capsops._C", None, "/cuda/nvcc", "for compute capability 9.0 alone", True),
+        ("the extension was built without CUDA kernels", None, None, "Triton is measured alone", False),
+        ("its driver takes programs up to CUDA 11.8", None, "/cuda/nvcc", "would not help", False),
     ],
 )
 def test_what_is_built(
-    why: str | None, nvcc: str | None, expected: str, builds: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    why: str | None,
+    form: str | None,
+    nvcc: str | None,
+    expected: str,
+    builds: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     commands: list[tuple[Sequence[str], Any]] = []
 
     def run(command: Sequence[str], limit: float, log: Path, title: str, settings: Any = None) -> Done:
         commands.append((command, settings))
-        return Done(0, "a warning\n" + json.dumps([9, 0, why]))
+        return Done(0, "a warning\n" + json.dumps([9, 0, why, form]))
 
     monkeypatch.setattr(gpu_checks, "run_program", run)
     monkeypatch.setattr(gpu_checks, "find_tool", lambda name: nvcc)

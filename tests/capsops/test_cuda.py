@@ -34,14 +34,17 @@ def fresh_answers() -> Iterator[None]:
 def _machine(
     monkeypatch: pytest.MonkeyPatch,
     *,
-    built: str | None = "80 90 100",
+    built: str | None = "80 90 100 100-virtual",
     capability: tuple[int, int] = (9, 0),
     driver: int = 13010,
+    runtime: int = 13000,
     gpu: bool = True,
     hip: str | None = None,
 ) -> None:
     """Pretend to be a machine with this GPU, driver and extension."""
-    kernels = SimpleNamespace(cuda_architectures=built, cuda_runtime=13000, cuda_driver=lambda: driver)
+    kernels = SimpleNamespace(
+        cuda_architectures=built, cuda_reason="CAPSOPS_CUDA=0", cuda_runtime=runtime, cuda_driver=lambda: driver
+    )
     monkeypatch.setattr(extension, "_C", kernels)
     monkeypatch.setattr(extension, "MISSING", None)
     monkeypatch.setattr(extension, "DTYPES", {FLOAT: 0})
@@ -63,10 +66,17 @@ def test_runs_from_the_oldest_architecture_on(monkeypatch: pytest.MonkeyPatch, c
 @pytest.mark.parametrize(
     ("machine", "reason"),
     [
-        ({"built": None}, "built without CUDA kernels"),
-        ({"capability": (7, 5)}, r"Invented GPU has compute capability 7.5, and the kernels were built for 80 90 100"),
-        ({"capability": (9, 0), "built": "80"}, None),  # by the PTX of 80
-        ({"capability": (8, 0), "built": "86 100"}, "has compute capability 8.0"),
+        ({"built": None}, r"built without CUDA kernels \(CAPSOPS_CUDA=0\)"),
+        (
+            {"capability": (7, 5)},
+            "has compute capability 7.5, and the kernels were built for 80, 90, 100, PTX of 100",
+        ),
+        ({"capability": (9, 0), "built": "80 80-virtual"}, None),
+        ({"capability": (9, 0), "built": "80-virtual"}, None),
+        ({"built": "80-virtual", "driver": 13010, "runtime": 13020}, r"compiles PTX of CUDA up to 13.1, and CUDA 13.2"),
+        ({"built": "90 90-virtual", "driver": 13010, "runtime": 13020}, None),  # by the machine code
+        ({"capability": (9, 0), "built": "80"}, "has compute capability 9.0"),
+        ({"capability": (8, 0), "built": "86 100 100-virtual"}, "has compute capability 8.0"),
         ({"driver": 12080}, r"runs CUDA up to 12.8, and the kernels were built by CUDA 13.0"),
         ({"driver": 0}, "runs CUDA up to 0.0"),
         ({"hip": "7.0"}, "it needs an NVIDIA GPU"),

@@ -4,6 +4,10 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(CAPSOPS_X86)
+#include <cpuid.h>
+#endif
+
 #include "../../operators.h"
 #include "layout.h"
 
@@ -30,6 +34,14 @@ struct InstructionSet {
     bool (*runs)();
 };
 
+#if defined(CAPSOPS_X86)
+// Asks the processor itself: not every Clang lets __builtin_cpu_supports ask for F16C.
+bool has_f16c() {
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
+#endif
+
 // Best first.
 const InstructionSet all[] = {
 #if defined(CAPSOPS_X86)
@@ -39,7 +51,7 @@ const InstructionSet all[] = {
                 __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq");
      }},
     {"avx2", 32, &avx2::kernels,
-     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"); }},
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); }},
 #endif
     {"baseline", 16, &baseline::kernels, [] { return true; }},
 };

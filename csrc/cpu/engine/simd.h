@@ -185,8 +185,12 @@ CAPSOPS_INLINE Lanes<A> broadcast(const A* p, int m, std::integer_sequence<int, 
         __builtin_memcpy(&pair, p + m * unit, sizeof(pair));
         return reinterpret_cast<typename Lanes<A>::Vector>(pair - Register<double>::Vector{});
     } else {
+#if defined(__clang__)  // has no __builtin_shuffle
+        return typename Lanes<A>::Vector{p[m * unit + l % unit]...};
+#else
         typename Lanes<A>::Bits indices = {(l % unit)...};
         return __builtin_shuffle(load(p).v, indices + m * unit);
+#endif
     }
 }
 template <int unit, class A> CAPSOPS_INLINE Lanes<A> broadcast(const A* p, int m) {
