@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,8 +58,8 @@ def test_unknown_backend() -> None:
 def test_a_wrong_environment_variable(name: str, message: str) -> None:
     """Programs report it in one line. Importing succeeds; every operator raises."""
     wrong = {name: "gpu\x1b"}
-    for program in ("capsops.info", "cardiocaps.train"):
-        run = _python("-m", program, **wrong)
+    for program in ("capsops info", "capsops.info", "cardiocaps.train"):
+        run = _python("-m", *program.split(), **wrong)
         assert run.returncode == 2
         assert run.stdout == ""
         assert re.fullmatch(f"error: {message}\n", run.stderr)
@@ -107,13 +110,53 @@ def test_info_is_a_function_and_a_module() -> None:
     assert "backend cpu" in run.stdout, run.stderr
 
 
-def test_info_program() -> None:
-    run = _python("-m", "capsops.info")
+@pytest.mark.parametrize("program", ["capsops info", "capsops.info"])
+def test_info_program(program: str) -> None:
+    run = _python("-m", *program.split())
     assert run.returncode == 0
     assert run.stderr == ""
     for word in (capsops.__version__, torch.__version__, "backend cpu", "backend reference"):
         assert word in run.stdout
     assert repr(capsops.info()) == str(capsops.info())
+
+
+def test_program() -> None:
+    assert _python("-m", "capsops", "--version").stdout == f"capsops {capsops.__version__}\n"
+    run = _python("-m", "capsops")
+    assert run.returncode == 2
+    assert "usage: capsops" in run.stderr
+
+
+@pytest.mark.skipif(backends.extension._C is None, reason="there is no extension")
+def test_info_says_which_gpu_code_there_is_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = SimpleNamespace(
+        cuda_architectures="80 90 90-virtual", cuda_reason="for the GPUs that were seen", compiler="GNU 12.2.0"
+    )
+    monkeypatch.setattr(backends.extension, "_C", built)
+    assert backends.extension.built() == (
+        "built by GNU 12.2.0; CUDA kernels for 80, 90, PTX of 90 (for the GPUs that were seen)"
+    )
+    built.cuda_architectures, built.cuda_reason = None, "CAPSOPS_CUDA=0"
+    assert backends.extension.built() == "built by GNU 12.2.0; no CUDA kernels (CAPSOPS_CUDA=0)"
+
+
+def test_a_copy_without_the_extension_warns_once_and_computes(tmp_path: Path) -> None:
+    """As it is installed by CAPSOPS_EXTENSION=0 or without a compiler."""
+    source = Path(capsops.__file__).parent
+    shutil.copytree(source, tmp_path / "capsops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    program = (
+        "import capsops, torch\n"
+        "for _ in range(2): v = capsops.dynamic_routing(torch.ones(2, 5, 3), torch.ones(5, 3, 2, 4))\n"
+        "print(*v.shape, capsops.info().extension)"
+    )
+    environment = {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "0"}
+    command = [*forked_python(), "-c", program]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env={**os.environ, **environment}, cwd=tmp_path, check=False
+    )
+    assert run.stdout == "2 2 4 not built\n", run.stderr
+    assert run.stderr.count("RuntimeWarning: capsops runs dynamic_routing on its slow reference backend") == 1
+    assert "there is no extension capsops._C: capsops was installed with CAPSOPS_EXTENSION=0" in run.stderr
 
 
 def test_instruction_set_can_be_forced() -> None:
