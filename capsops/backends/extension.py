@@ -69,7 +69,7 @@ def built() -> str | None:
     if _C is None:
         return None
     code = gpu_code()
-    gpus = f"CUDA kernels for {code}" if code else "no CUDA kernels"
+    gpus = f"CUDA kernels: {code}" if code else "no CUDA kernels"
     return f"built by {_C.compiler}; {gpus} ({_C.cuda_reason})"
 
 

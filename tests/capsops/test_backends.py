@@ -134,7 +134,7 @@ def test_info_says_which_gpu_code_there_is_and_why(monkeypatch: pytest.MonkeyPat
     )
     monkeypatch.setattr(backends.extension, "_C", built)
     assert backends.extension.built() == (
-        "built by GNU 12.2.0; CUDA kernels for 80, 90, PTX of 90 (for the GPUs that were seen)"
+        "built by GNU 12.2.0; CUDA kernels: 80, 90, PTX of 90 (for the GPUs that were seen)"
     )
     built.cuda_architectures, built.cuda_reason = None, "CAPSOPS_CUDA=0"
     assert backends.extension.built() == "built by GNU 12.2.0; no CUDA kernels (CAPSOPS_CUDA=0)"
