@@ -376,7 +376,7 @@ def test_the_whole_program_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with (folder / "training_step.csv").open() as file:
         steps = list(csv.DictReader(file))
     assert [(step["way"], step["peak_MB"]) for step in steps] == [
-        (way, "12.0") for way in ("fused", "naive", "fused, TF32")
+        (way, "12") for way in ("fused", "naive", "fused, TF32")
     ]
     text = (folder / "results.md").read_text()
     assert text.splitlines()[2].startswith("Pretend 100, driver ")

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -150,7 +151,7 @@ def test_a_copy_without_the_extension_warns_once_and_computes(tmp_path: Path) ->
         "print(*v.shape, capsops.info().extension)"
     )
     environment = {"PYTHONPATH": str(tmp_path), "TRITON_INTERPRET": "0"}
-    command = [*forked_python(), "-c", program]
+    command = [sys.executable, "-c", program]  # not a fork of a process that has imported capsops
     run = subprocess.run(
         command, capture_output=True, text=True, env={**os.environ, **environment}, cwd=tmp_path, check=False
     )

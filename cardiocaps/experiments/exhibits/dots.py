@@ -9,8 +9,6 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.lines import Line2D
-
 from cardiocaps.evaluation.names import METRIC_NAMES, PAPER_NAMES
 from cardiocaps.experiments.exhibits.panels import REPORTED, REPORTED_BINARY, SMALL, dot_panel, name_systems, wrapped
 from cardiocaps.experiments.plan import MAIN
@@ -21,6 +19,7 @@ from cardiocaps.plots import BLUE, INK, VERMILION, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
 _METRICS = ("auroc", "average_precision", "f1", "accuracy")  # those of the main table of the index
 
@@ -51,6 +50,8 @@ def draw(title: str, summaries: Sequence[Summary]) -> Figure:
 
 
 def _legend(summaries: Sequence[Summary]) -> list[Line2D]:
+    from matplotlib.lines import Line2D
+
     intervals = any(not math.isnan(e.low) for s in summaries for e in s.report.metrics.values())
     mean = "mean and its 95 % interval" if intervals else "mean"
     handles = [Line2D([], [], color=BLUE, marker="o", markersize=5.5, label=mean)]

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from matplotlib.patches import Patch
-
 from cardiocaps.evaluation.names import METRIC_NAMES
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.exhibits.panels import SMALL, dot_panel, dress_panel, name_systems, wrapped
@@ -33,6 +31,8 @@ class Efficiency(Exhibit):
 
     def draw(self, summaries: Sequence[Summary]) -> Figure:
         """Seconds per epoch and peak memory as bars, accuracy beside them; the colour tells naive from fused."""
+        from matplotlib.patches import Patch
+
         height = 0.42 * len(summaries) + 1.5
         figure = new_figure(10, height + 0.7, wrapped(self.title, 90))
         blocks: Any = figure.subfigures(2, 1, height_ratios=[height, 0.3])

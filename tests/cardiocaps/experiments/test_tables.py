@@ -412,7 +412,7 @@ def test_what_is_certain_has_an_exact_interval_and_its_name(tmp_path: Path) -> N
     """40 videos, all of them right in every seed."""
     results = tuple(result("vit", 10 + k, test=predictions(k, skill=50.0)) for k in range(2))
     markdown, (cells,) = _write("table5", [Row("vit", "ViT", results, None)], tmp_path)
-    assert (cells["auroc"], cells["auroc_method"], cells["f1_method"]) == ("1.0", "exact", "no interval")
+    assert (cells["auroc"], cells["auroc_method"], cells["f1_method"]) == ("1", "exact", "no interval")
     assert float(cells["auroc_low"]) == pytest.approx(0.025 ** (1 / 10)) and cells["f1_low"] == ""
     assert float(cells["accuracy_low"]) == pytest.approx(0.025 ** (1 / 40))
     ranking, decisions, *_ = _cells(markdown, "ViT")
