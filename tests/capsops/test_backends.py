@@ -142,10 +142,15 @@ def test_info_says_which_gpu_code_there_is_and_why(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_copy_without_the_extension_warns_once_and_computes(tmp_path: Path) -> None:
-    """As it is installed by CAPSOPS_EXTENSION=0 or without a compiler."""
+    """As it is installed by CAPSOPS_EXTENSION=0 or without a compiler.
+
+    An editable installation has an import hook of its own, which would find the extension of the other copy.
+    """
     source = Path(capsops.__file__).parent
     shutil.copytree(source, tmp_path / "capsops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     program = (
+        "import sys\n"
+        "sys.meta_path = [hook for hook in sys.meta_path if not hook.__module__.startswith('__editable__')]\n"
         "import capsops, torch\n"
         "for _ in range(2): v = capsops.dynamic_routing(torch.ones(2, 5, 3), torch.ones(5, 3, 2, 4))\n"
         "print(*v.shape, capsops.info().extension)"
