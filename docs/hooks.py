@@ -24,6 +24,7 @@ OUTSIDE = (
     "LICENSE",
     "benchmarks/results/**/*.*",  # pages, figures and the numbers behind them
     "examples/*.py",
+    ".github/workflows/ci.yml",
 )
 LINK = re.compile(r"\]\(([^)\s#:]+)(#[^)\s]*)?\)")
 
