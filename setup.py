@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -86,6 +87,7 @@ def choose_cuda() -> Cuda:
         if wanted == "1":
             sys.exit("CAPSOPS_CUDA is 1, but there is no nvcc; expected one by CUDACXX, PATH or CUDA_HOME")
         return Cuda(None, (), "no nvcc was found by CUDACXX, PATH or CUDA_HOME")
+    require_toolkit(nvcc)
     named = os.environ.get("CAPSOPS_CUDA_ARCHS")
     if named:
         if not re.fullmatch(r"\d{2,3}(;\d{2,3})*", named):
@@ -103,6 +105,23 @@ def choose_cuda() -> Cuda:
     return Cuda(nvcc, with_ptx(latest), "for the GPUs that were seen")
 
 
+def require_toolkit(nvcc: str) -> None:
+    """End the build in one line if nvcc stands without its headers, libraries or other programs."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "kernel.cu")
+        source.write_text("__global__ void kernel() {}\n")
+        command = [nvcc, "-shared", "-Xcompiler", "-fPIC", "-o", str(source.with_suffix(".so")), str(source)]
+        try:
+            subprocess.run(command, capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            lines = (getattr(error, "stderr", "") or str(error)).strip().splitlines()
+            reason = next((line for line in lines if "error" in line), lines[-1]).strip()
+            sys.exit(
+                f"{nvcc} does not compile an empty kernel ({reason}); expected a whole CUDA toolkit; CAPSOPS_CUDA=0 "
+                "builds without it"
+            )
+
+
 def with_ptx(capabilities: Iterable[int]) -> tuple[str, ...]:
     """Return machine code for each compute capability, and PTX of the latest for later GPUs, in CMake's form."""
     chosen = sorted(set(capabilities))
@@ -111,10 +130,7 @@ def with_ptx(capabilities: Iterable[int]) -> tuple[str, ...]:
 
 def known_capabilities(nvcc: str) -> list[int]:
     """Return the compute capabilities that both nvcc and the kernels know, in order."""
-    try:
-        run = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        sys.exit(f"nvcc does not run; CAPSOPS_CUDA=0 builds without {nvcc}: {error}")
+    run = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
     known = sorted(x for x in map(int, re.findall(r"compute_(\d+)", run.stdout)) if x >= OLDEST)
     return known or sys.exit(f"{nvcc} knows no compute capability from {OLDEST / 10} on; expected a newer nvcc")
 

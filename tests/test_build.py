@@ -142,7 +142,13 @@ def test_nvcc_that_is_not_on_the_path(
         ({"CAPSOPS_CUDA": "1"}, None, "CAPSOPS_CUDA is 1, but there is no nvcc"),
         ({"CUDACXX": "/no/nvcc"}, None, "CUDACXX is '/no/nvcc'; expected a program that can be run"),
         ({"CAPSOPS_CUDA_ARCHS": "8.0"}, "", "CAPSOPS_CUDA_ARCHS is '8.0'; expected compute capabilities as in 80;90"),
-        ({}, "exit 1", "nvcc does not run; CAPSOPS_CUDA=0 builds without .*/nvcc: "),
+        (
+            {},
+            "echo kernel.cu; echo 'fatal error: cuda_runtime.h: No such file or directory' >&2; exit 1",
+            r"/nvcc does not compile an empty kernel \(fatal error: cuda_runtime.h: No such file or directory\); "
+            "expected a whole CUDA toolkit; CAPSOPS_CUDA=0 builds without it",
+        ),
+        ({}, "exit 1", r"does not compile an empty kernel \(.* returned non-zero exit status 1"),
         ({}, "echo compute_75", r"nvcc knows no compute capability from 8\.0 on; expected a newer nvcc"),
     ],
 )
