@@ -29,6 +29,7 @@ from .. import backends, memory
 from ..backends import reference
 from ..dtypes import LOW_PRECISION
 from ._checks import check_floating, check_shape, check_tensors, fail
+from ._flops import Formula, register_flops
 
 _LIBRARY = torch.library.Library("capsops", "DEF")
 
@@ -112,6 +113,9 @@ class Differentiable:
         outputs: `outputs(op, *arguments)` checks the arguments of name and returns the `Output`s.
         results: how many outputs users get.
         batch: see `BatchAxes`.
+        flops: counts the floating-point operations of name, from its arguments, with shapes in place of tensors; see
+            `_flops`.
+        gradient_flops: the same for name_backward.
         empty_gradient: allocates the gradient of an argument.
     """
 
@@ -123,6 +127,8 @@ class Differentiable:
         *,
         results: int = 1,
         batch: BatchAxes,
+        flops: Formula,
+        gradient_flops: Formula,
         empty_gradient: Callable[[Tensor], Tensor] = memory.empty_like,
     ) -> None:
         self.name, self.check, self.results = schema[: schema.index("(")], outputs, results
@@ -167,6 +173,8 @@ class Differentiable:
         self.autograd_kernel = _register_gradient(self.operator, gradient, len(tensors), results)
         _register_batch_rule(self.operator, batch)
         _register_batch_rule(gradient, batch)
+        register_flops(self.operator.overloadpacket, flops)
+        register_flops(gradient.overloadpacket, gradient_flops)
 
     def __call__(self, *args: Any) -> Any:
         """Run the operator on its backend; args: all of its arguments, the tensors settled.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ._checks import check_floating, check_vectors, check_votes
 from ._declare import Differentiable, Output
+from ._flops import Shape, pass_flops
 
 
 def _outputs(op: str, u: Tensor, weight: Tensor) -> list[Output]:
@@ -15,11 +18,21 @@ def _outputs(op: str, u: Tensor, weight: Tensor) -> list[Output]:
     return [("B, N, J, D", (B, N, J, D), u.dtype)]
 
 
+def _flops(u: Shape, weight: Shape) -> int:
+    return pass_flops(u, weight).votes
+
+
+def _gradient_flops(g_votes: Shape, u: Shape, weight: Shape, wanted: Sequence[bool]) -> int:
+    return sum(wanted) * pass_flops(u, weight).votes
+
+
 _affine_votes = Differentiable(
     "affine_votes(Tensor u, Tensor weight) -> Tensor votes",
     "affine_votes_backward(Tensor g_votes, Tensor u, Tensor weight, bool[2] wanted) -> (Tensor g_u, Tensor g_weight)",
     _outputs,
     batch={"u": 0, "votes": 0},
+    flops=_flops,
+    gradient_flops=_gradient_flops,
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -10,6 +11,7 @@ from ..backends import reference
 from ..dtypes import accumulation_dtype
 from ._checks import Sizes, check_floating, check_shape, check_vectors, check_votes
 from ._declare import Differentiable, Output
+from ._flops import Shape, pass_flops
 from .coupling_coefficients import Couplings, Votes, check_given, explains, widened
 
 
@@ -32,6 +34,29 @@ def _outputs(op: str, u: Tensor, *others: Any) -> list[Output]:
     return [("B, J, D", (B, J, D), u.dtype), ("B, J, D", (B, J, D), accumulation_dtype(u.dtype))]
 
 
+def _flops(
+    u: Shape, weight: Shape, attn_weight: Shape, attn_bias: Shape | None = None, mask: Shape | None = None
+) -> int:
+    part, J = pass_flops(u, weight), weight[-2]
+    # The convolution mixes J output capsules into each of J; then a weighted sum.
+    return part.votes + (J + 1) * part.contraction
+
+
+def _gradient_flops(
+    g_v: Shape,
+    s: Shape,
+    u: Shape,
+    weight: Shape,
+    attn_weight: Shape,
+    attn_bias: Shape | None,
+    mask: Shape | None,
+    wanted: Sequence[bool],
+) -> int:
+    part, J, (g_u, g_weight, *g_attention) = pass_flops(u, weight), weight[-2], wanted
+    # The convolution and its transpose, the products with g_s, the term c g_s, and the gradient of the convolution.
+    return part.gradients(2 * J + 2 + J * any(g_attention), g_u, g_weight)
+
+
 _attention_routing = Differentiable(
     "attention_routing(Tensor u, Tensor weight, Tensor attn_weight, Tensor? attn_bias, Tensor? mask)"
     " -> (Tensor v, Tensor s)",
@@ -40,6 +65,8 @@ _attention_routing = Differentiable(
     " -> (Tensor g_u, Tensor g_weight, Tensor g_attn_weight, Tensor g_attn_bias)",
     _outputs,
     batch={"u": 0, "mask": 0, "v": 0, "s": 0},
+    flops=_flops,
+    gradient_flops=_gradient_flops,
 )
 
 

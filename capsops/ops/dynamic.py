@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ._checks import (
     check_votes,
 )
 from ._declare import Differentiable, Output
+from ._flops import Shape, pass_flops
 from .coupling_coefficients import Couplings, Votes, explains, widened
 
 
@@ -41,6 +43,34 @@ def _outputs(
     return [("B, J, D", (B, J, D), u.dtype), s]
 
 
+def _flops(u: Shape, weight: Shape, bias: Shape | None, mask: Shape | None, iterations: int, *_: bool) -> int:
+    part = pass_flops(u, weight)
+    # The first iteration adds the votes up. Each later one is a pass with agreements and a weighted sum.
+    return part.total + (iterations - 1) * (part.votes + 2 * part.contraction)
+
+
+def _gradient_flops(
+    g_v: Shape,
+    s: Shape,
+    u: Shape,
+    weight: Shape,
+    bias: Shape | None,
+    mask: Shape | None,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    wanted: Sequence[bool],
+) -> int:
+    part, later, (g_u, g_weight, _) = pass_flops(u, weight), iterations - 1, wanted
+    # A pass for each later iteration: agreements with V and with g_s, and the sum of δ û.
+    flops = 0 if detach else later * (part.votes + 3 * part.contraction)
+    if g_u or g_weight:
+        # The term c g_s; in later iterations also the agreements and, with couplings that have a gradient, δ V.
+        contractions = 1 + min(later, 1) if detach else 1 + 4 * later
+        flops += part.gradients(contractions, g_u, g_weight)
+    return flops
+
+
 _dynamic_routing = Differentiable(
     "dynamic_routing(Tensor u, Tensor weight, Tensor? bias, Tensor? mask, int iterations, bool leaky, bool detach)"
     " -> (Tensor v, Tensor s)",
@@ -49,6 +79,8 @@ _dynamic_routing = Differentiable(
     " -> (Tensor g_u, Tensor g_weight, Tensor g_bias)",
     _outputs,
     batch={"u": 0, "mask": 0, "v": 0, "s": 1},
+    flops=_flops,
+    gradient_flops=_gradient_flops,
 )
 
 

@@ -23,6 +23,7 @@ from ._checks import (
     shape_of,
 )
 from ._declare import Differentiable, Output
+from ._flops import Shape, pass_flops
 from .coupling_coefficients import Couplings, Votes, check_given, explains, widened
 
 
@@ -67,6 +68,44 @@ def _outputs(op: str, pose: Tensor, *others: Any) -> list[Output]:
     return [("B, J, (P,) D", (B, J, *vote), pose.dtype), ("B, J", (B, J), pose.dtype), state]
 
 
+def _flops(
+    pose: Shape,
+    activation: Shape,
+    weight: Shape,
+    beta_u: Shape,
+    beta_a: Shape,
+    mask: Shape | None,
+    inverse_temperatures: Sequence[float],
+) -> int:
+    part, iterations = pass_flops(pose, weight), len(inverse_temperatures)
+    # The sums of w û and w û², in a pass for each iteration and two for the first, which knows no mean yet; logits of
+    # the later iterations. A second pass that an iteration takes because its means moved far is not counted.
+    return (iterations + 1) * (part.votes + 2 * part.contraction) + (iterations - 1) * part.contraction
+
+
+def _gradient_flops(
+    g_mean: Shape,
+    g_activation: Shape,
+    state: Shape,
+    pose: Shape,
+    activation: Shape,
+    weight: Shape,
+    beta_u: Shape,
+    beta_a: Shape,
+    mask: Shape | None,
+    inverse_temperatures: Sequence[float],
+    wanted: Sequence[bool],
+) -> int:
+    part, iterations = pass_flops(pose, weight), len(inverse_temperatures)
+    g_pose, g_activation_in, g_weight, *_ = wanted
+    # A pass for each later iteration: its logits, the quadratic form e (two), the sums of δ û and δ û².
+    flops = (iterations - 1) * (part.votes + 5 * part.contraction)
+    if g_pose or g_activation_in or g_weight:
+        # For each iteration e and two terms of its M-step; for the later ones also logits and the term of their E-step.
+        flops += part.gradients(4 * iterations + 2 * (iterations - 1), g_pose, g_weight)
+    return flops
+
+
 _em_routing = Differentiable(
     "em_routing(Tensor pose, Tensor activation, Tensor weight, Tensor beta_u, Tensor beta_a, Tensor? mask,"
     " float[] inverse_temperatures) -> (Tensor mean, Tensor activation_out, Tensor state)",
@@ -76,6 +115,8 @@ _em_routing = Differentiable(
     _outputs,
     results=2,
     batch={"pose": 0, "activation": 0, "mask": 0, "mean": 0, "activation_out": 0, "state": 1, "activation_in": 0},
+    flops=_flops,
+    gradient_flops=_gradient_flops,
 )
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ._checks import check_at_least, check_choice, check_floating, fail, shape_of
 from ._declare import Differentiable, Output
+from ._flops import elementwise
 from .squash import SQUASH_KINDS
 
 LAYOUTS = ("channels", "legacy")
@@ -35,6 +36,8 @@ _primary_capsules = Differentiable(
     "primary_capsules_backward(Tensor g_u, Tensor features, int types, bool legacy, str kind) -> Tensor g_features",
     _outputs,
     batch={"features": 0, "u": 0},
+    flops=elementwise,
+    gradient_flops=elementwise,
     empty_gradient=_empty_like,
 )
 

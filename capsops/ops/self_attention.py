@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from ._checks import (
     check_votes,
 )
 from ._declare import Differentiable, Output
+from ._flops import Shape, pass_flops
 from .coupling_coefficients import Couplings, Votes, explains, widened
 
 
@@ -39,6 +41,28 @@ def _outputs(op: str, u: Tensor, *others: Any) -> list[Output]:
     return [("B, J, D", (B, J, D), u.dtype), sums, sums]
 
 
+def _flops(u: Shape, weight: Shape, *_: Any) -> int:
+    part = pass_flops(u, weight)
+    # One pass for T, and one with agreements and a weighted sum.
+    return part.total + part.votes + 2 * part.contraction
+
+
+def _gradient_flops(
+    g_v: Shape,
+    total: Shape,
+    s: Shape,
+    u: Shape,
+    weight: Shape,
+    prior: Shape | None,
+    mask: Shape | None,
+    scale: float,
+    wanted: Sequence[bool],
+) -> int:
+    part, (g_u, g_weight, _) = pass_flops(u, weight), wanted
+    # A pass with the agreements with T and with g_s, and the sum H of δ û; then the agreements again, c g_s and δ T.
+    return part.votes + 3 * part.contraction + part.gradients(4, g_u, g_weight)
+
+
 _self_attention_routing = Differentiable(
     "self_attention_routing(Tensor u, Tensor weight, Tensor? prior, Tensor? mask, float scale)"
     " -> (Tensor v, Tensor total, Tensor s)",
@@ -46,6 +70,8 @@ _self_attention_routing = Differentiable(
     " Tensor? mask, float scale, bool[3] wanted) -> (Tensor g_u, Tensor g_weight, Tensor g_prior)",
     _outputs,
     batch={"u": 0, "mask": 0, "v": 0, "total": 0, "s": 0},
+    flops=_flops,
+    gradient_flops=_gradient_flops,
 )
 
 

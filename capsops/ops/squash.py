@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ._checks import check_choice, check_floating, fail
 from ._declare import Differentiable, Output
+from ._flops import elementwise
 
 SQUASH_KINDS = ("sabour", "efficient")
 
@@ -23,6 +24,8 @@ _squash = Differentiable(
     "squash_backward(Tensor g_v, Tensor s, str kind) -> Tensor g_s",
     _outputs,
     batch=None,
+    flops=elementwise,
+    gradient_flops=elementwise,
 )
 
 
