@@ -13,7 +13,7 @@ public function straight to the autograd kernel and from there to the backend; i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import new_class
 from typing import Any, NoReturn
@@ -30,6 +30,7 @@ from ..backends import reference
 from ..dtypes import LOW_PRECISION
 from ._checks import check_floating, check_shape, check_tensors, fail
 from ._flops import Formula, register_flops
+from ._sharding import Axes, declare_sharding, register_shardings
 
 _LIBRARY = torch.library.Library("capsops", "DEF")
 
@@ -38,9 +39,8 @@ _USE_REFERENCE = '`with capsops.use_backend("reference"):` around the forward pa
 Output = tuple[str, Sequence[int], torch.dtype]
 """An output of an operator: the names of its axes, for messages, its shape and its dtype."""
 
-BatchAxes = Mapping[str, int] | None
-"""The axis of B in each tensor of an operator, by name; a tensor that is not named has no B. The gradient g_x has the
-axis of x. None stands for an operator on rows: all axes of its tensors but the last are batch axes."""
+BatchAxes = Axes | None
+"""Where the axis B is. None stands for an operator on rows: all axes of its tensors but the last are batch axes."""
 
 
 _backend_kernels: dict[Any, Callable[..., Any]] = {}
@@ -113,6 +113,7 @@ class Differentiable:
         outputs: `outputs(op, *arguments)` checks the arguments of name and returns the `Output`s.
         results: how many outputs users get.
         batch: see `BatchAxes`.
+        other_axes: axes besides B along which name can be split over devices.
         flops: counts the floating-point operations of name, from its arguments, with shapes in place of tensors; see
             `_flops`.
         gradient_flops: the same for name_backward.
@@ -129,6 +130,7 @@ class Differentiable:
         batch: BatchAxes,
         flops: Formula,
         gradient_flops: Formula,
+        other_axes: Sequence[Axes] = (),
         empty_gradient: Callable[[Tensor], Tensor] = memory.empty_like,
     ) -> None:
         self.name, self.check, self.results = schema[: schema.index("(")], outputs, results
@@ -173,6 +175,9 @@ class Differentiable:
         self.autograd_kernel = _register_gradient(self.operator, gradient, len(tensors), results)
         _register_batch_rule(self.operator, batch)
         _register_batch_rule(gradient, batch)
+        axes = None if batch is None else (batch, *other_axes)
+        declare_sharding(self.operator, axes)
+        declare_sharding(gradient, axes)
         register_flops(self.operator.overloadpacket, flops)
         register_flops(gradient.overloadpacket, gradient_flops)
 
@@ -269,9 +274,10 @@ def _register_gradient(operator: Any, gradient: Any, tensors: int, results: int)
 def _call_below_autograd(operator: Any, keys: Any, args: Sequence[Any]) -> Any:
     """Call an operator; keys are the dispatch keys with which its autograd kernel was called, None outside of one."""
     with torch._C._AutoDispatchBelowAutograd():
-        if keys is not None:
-            return operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
-        return operator(*args) if _observed(args) else _backend_kernels[operator](*args)
+        if keys is None and not _observed(args):
+            return _backend_kernels[operator](*args)
+        register_shardings()  # the tensors may be DTensors
+        return operator(*args) if keys is None else operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
 
 
 _ORDINARY = (Tensor, Parameter)

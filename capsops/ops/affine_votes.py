@@ -31,6 +31,8 @@ _affine_votes = Differentiable(
     "affine_votes_backward(Tensor g_votes, Tensor u, Tensor weight, bool[2] wanted) -> (Tensor g_u, Tensor g_weight)",
     _outputs,
     batch={"u": 0, "votes": 0},
+    # N, for matrices that are shared (which have no such axis) and that are not; J; D.
+    other_axes=({"u": 1, "weight": -4, "votes": 1}, {"weight": -2, "votes": 2}, {"weight": -1, "votes": 3}),
     flops=_flops,
     gradient_flops=_gradient_flops,
 )
