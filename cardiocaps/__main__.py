@@ -1,0 +1,45 @@
+"""The program `cardiocaps`, also `python -m cardiocaps`: runs the other programs by their names."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from cardiocaps import DISCLAIMER, __version__
+from cardiocaps.config import CommandLine
+
+_PROGRAMS = {
+    "train": ("cardiocaps.train", "train a network on echocardiogram videos and evaluate it"),
+    "evaluate": ("cardiocaps.evaluate", "evaluate the networks of runs once more"),
+    "experiments": (
+        "cardiocaps.experiments.__main__",
+        "train what the tables and figures of the paper compare",
+    ),
+    "phantom": ("cardiocaps.phantom.__main__", "write a synthetic study"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status of the program that is run; 2 if there is no such program."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in _PROGRAMS:
+        module, _ = _PROGRAMS[arguments[0]]
+        return import_module(module).main(arguments[1:])
+    names = "\n".join(f"  {name:<13}{what}" for name, (_, what) in _PROGRAMS.items())
+    parser = CommandLine(
+        prog="cardiocaps",
+        usage="%(prog)s COMMAND [options]",
+        description=f"commands:\n{names}\n\n`%(prog)s COMMAND --help` lists the options of a command.",
+        epilog=DISCLAIMER,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"cardiocaps {__version__}")
+    parser.add_argument("command", choices=list(_PROGRAMS), metavar="COMMAND", help=argparse.SUPPRESS)
+    parser.parse_args(arguments[:1])
+    raise AssertionError("unreachable: a command was given")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
