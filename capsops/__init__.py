@@ -24,7 +24,7 @@ from .functional import (
 from .memory import release_memory
 
 # torch.fx.symbolic_trace records a call by the names of this module as one node too.
-for _name in functional.OPERATORS:
+for _name in functional.FUNCTIONS:
     torch.fx.wrap(_name)
 
 __all__ = [

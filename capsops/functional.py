@@ -14,16 +14,18 @@ and forward mode (jvp, jacfwd, hessian) with an error; `use_backend("reference")
 
 Graphs: torch.compile, torch.export, make_fx and torch.fx.symbolic_trace record the operators, whose gradients are those
 of eager calls. torch.onnx.export and torch.jit.trace record the reference, so that the result runs where capsops is not
-installed.
+installed. torch.jit.script refuses them.
 """
 
 from __future__ import annotations
 
 import warnings
+from functools import partial
 
 import torch.fx
 from torch.jit._trace import TracerWarning
 
+from .ops._checks import refuse_scripting
 from .ops._declare import float32
 from .ops.affine_votes import affine_votes
 from .ops.attention import attention_routing
@@ -55,10 +57,13 @@ OPERATORS = (
     "self_attention_routing",
     "em_routing",
 )
+FUNCTIONS = (*OPERATORS, "coupling_coefficients")
 
 # torch.jit.trace warns of every comparison of sizes. These only refuse wrong sizes, so a trace holds for every B.
 warnings.filterwarnings("ignore", category=TracerWarning, module=r"capsops\.")
 
-# torch.fx.symbolic_trace records a call of these as one node.
-for _name in OPERATORS:
+for _name in FUNCTIONS:
+    # torch.fx.symbolic_trace records a call of these as one node.
     torch.fx.wrap(_name)
+    # torch.jit.script calls this first.
+    vars(globals()[_name])["__prepare_scriptable__"] = partial(refuse_scripting, _name)

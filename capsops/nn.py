@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from .ops._checks import (
     check_tensors,
     check_votes,
     fail,
+    refuse_scripting,
 )
 from .ops._declare import settle
 from .ops.primary_capsules import LAYOUTS
@@ -43,7 +44,15 @@ def _check_window(layer: str, kernel_size: int, padding: int, height: int, width
         )
 
 
-class PrimaryCapsules(nn.Module):
+class _Layer(nn.Module):
+    """The base of all layers."""
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Called by torch.jit.script before it compiles a module that has this layer."""
+        refuse_scripting(type(self).__name__)
+
+
+class PrimaryCapsules(_Layer):
     """A convolution whose output is read as capsules, and squashed (Sabour et al. 2017, section 4).
 
     Args:
@@ -114,7 +123,7 @@ class PrimaryCapsules(nn.Module):
         return f"types={self.types}, dim={self.dim}, layout={self.layout!r}, squash={self.squash!r}"
 
 
-class _Matrices(nn.Module):
+class _Matrices(_Layer):
     """The base of layers from N input capsules to J output capsules: their sizes and transformation matrices.
 
     layer: the name of the layer in error messages, that of the class which the user made.
@@ -488,7 +497,7 @@ class EMCapsules(_Matrices):
         ) + ", shared=True" * self.shared
 
 
-class ConvCapsules(nn.Module):
+class ConvCapsules(_Layer):
     """Capsules on a grid, routed from local receptive fields with matrices that all positions share.
 
     As in the convolutional capsule layers of Hinton et al. 2018, an output position routes the capsules of the

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from typing import NoReturn
 
-import torch
+import torch.fx
 from torch import Tensor
 
 from ..dtypes import FLOATING
@@ -33,7 +33,13 @@ def check_tensors(op: str, names: str, required: int, *tensors: object) -> None:
     """Raise TypeError unless all are tensors; those after the first `required` may be None. names: as in "u mask"."""
     for i, x in enumerate(tensors):
         if not isinstance(x, Tensor) and (x is not None or i < required):
-            raise TypeError(f"{op}: {names.split()[i]} is a {type(x).__name__}; expected a torch.Tensor")
+            hint = ""
+            if isinstance(x, torch.fx.Proxy):
+                hint = (
+                    f". torch.fx.symbolic_trace records a call of `capsops.{op}`; where the function is imported by "
+                    f'its name, it needs `torch.fx.wrap("{op}")` in that module'
+                )
+            raise TypeError(f"{op}: {names.split()[i]} is a {type(x).__name__}; expected a torch.Tensor{hint}")
 
 
 def check_floating(op: str, names: str, first: Tensor, *others: Tensor | None) -> None:
@@ -99,6 +105,14 @@ def check_votes(op: str, u: Tensor, weight: Tensor, mask: Tensor | None = None, 
             fail(op, f"mask is on {mask.device}; expected {u.device}, the device of {name}")
         check_shape(op, "mask", mask, "B, N", B, N)
     return B, N, K, J, D
+
+
+def refuse_scripting(name: str) -> NoReturn:
+    """Raise RuntimeError: TorchScript's compiler takes none of our functions and layers."""
+    raise RuntimeError(
+        f"{name}: torch.jit.script cannot compile it; expected torch.export.export or torch.jit.trace, which record "
+        "its calls"
+    )
 
 
 def check_at_least(op: str, least: int, **values: object) -> None:

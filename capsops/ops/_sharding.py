@@ -17,8 +17,8 @@ from dataclasses import replace
 from typing import Any
 
 Axes = Mapping[str, int]
-"""Where an axis is in each tensor of an operator, by name. A tensor that is not named does not have it. Negative numbers
-count from the end. The gradient g_x has the axis where x has it."""
+"""Where an axis is in each tensor of an operator, by name. A tensor that is not named does not have it. A negative
+number counts from the end. The gradient g_x has the axis where x has it."""
 
 _unregistered: list[tuple[Any, Sequence[Axes] | None]] = []
 

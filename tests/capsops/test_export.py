@@ -112,6 +112,31 @@ def test_torch_fx_traces_the_layers(network: Network) -> None:
         _assert_trains_like(module, network, *_images(3))
 
 
+def test_torch_fx_says_how_to_call_a_function_that_is_imported_by_its_name() -> None:
+    squash = capsops.functional.squash
+    message = r"^squash: s is a Proxy; .*capsops\.squash.*torch\.fx\.wrap\(\"squash\"\)"
+    with pytest.raises(TypeError, match=message):
+        torch.fx.symbolic_trace(lambda s: squash(s))
+    traced = torch.fx.symbolic_trace(lambda u, w: capsops.coupling_coefficients("dynamic", u, w))
+    u, weight = torch.randn(2, 7, 4), torch.randn(7, 4, 3, 5)
+    torch.testing.assert_close(traced(u, weight), capsops.coupling_coefficients("dynamic", u, weight))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", capsops.functional.FUNCTIONS)
+def test_torch_jit_script_refuses_a_function(name: str) -> None:
+    with pytest.raises(RuntimeError, match=rf"^{name}: torch\.jit\.script cannot compile it; .*torch\.export"):
+        torch.jit.script(getattr(capsops, name))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_torch_jit_script_refuses_a_network_with_a_layer(network: Network) -> None:
+    layers = [nn.ConvCapsules(1, 4, 2, 4), network.em, network.primary, network.dynamic]
+    for layer in layers:
+        with pytest.raises(RuntimeError, match=rf"^{type(layer).__name__}: torch\.jit\.script cannot compile it"):
+            torch.jit.script(torch.nn.Sequential(torch.nn.ReLU(), layer))
+
+
 def test_an_exported_module_compiles(network: Network) -> None:
     torch._dynamo.reset()
     module = torch.export.export(network, _images(3)).module()
@@ -129,6 +154,24 @@ def test_checkpoints(network: Network, reentrant: bool) -> None:
     images = images.requires_grad_()
     got = _results(lambda *x: checkpoint(network, *x, use_reentrant=reentrant), parameters, images, mask)
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
+
+
+def test_aot_inductor(tmp_path: Path) -> None:
+    """A package runs without the module that it comes from, for any batch, on the kernels."""
+    torch.manual_seed(0)
+    module = nn.CapsuleLayer(6, 4, 3, 5, "dynamic").eval()
+    u = torch.randn(3, 6, 4)
+    with torch.no_grad():
+        program = torch.export.export(module, (u,), dynamic_shapes=({0: BATCH},))
+        path = torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(tmp_path / "layer.pt2"),
+            inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},  # a quarter of the time
+        )
+        loaded = torch._inductor.aoti_load_package(path)
+        for batch in (1, 3, 5):
+            u = torch.randn(batch, 6, 4)
+            torch.testing.assert_close(loaded(u), module(u), rtol=0, atol=0)
 
 
 def test_distributed_data_parallel(network: Network, tmp_path: Path) -> None:
