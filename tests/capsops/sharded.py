@@ -23,6 +23,7 @@ SHAPE = 5, 6, 3, 4, 5  # B is 3 in the first process and 2 in the second
 # DTensor is imported after capsops here, and first used after the first call.
 capsops.squash(torch.ones(2, 3))
 
+from torch.distributed.fsdp import fully_shard  # noqa: E402
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor  # noqa: E402
 from torch.distributed.tensor.debug import CommDebugMode  # noqa: E402
 
@@ -133,12 +134,29 @@ def layers() -> None:
         torch.testing.assert_close(x.grad.full_tensor(), y.grad)
 
 
+def sharded_parameters() -> None:
+    """fully_shard: every process holds a part of the parameters, and its own part of the batch."""
+    torch.manual_seed(0)
+    u = torch.randn(4, 6, 4)
+    layer, single = (nn.CapsuleLayer(6, 4, 3, 5, "attention") for _ in range(2))
+    single.load_state_dict(layer.state_dict())
+    fully_shard(layer, mesh=init_device_mesh("cpu", (2,)))
+    own = u.chunk(2)[dist.get_rank()]
+    out = layer(own)
+    torch.testing.assert_close(out, single(own))
+    out.sum().backward()
+    single.zero_grad()
+    (single(u).sum() / 2).backward()  # fully_shard takes the mean over the processes
+    for x, y in zip(layer.parameters(), single.parameters(), strict=True):
+        torch.testing.assert_close(x.grad.full_tensor(), y.grad)
+
+
 if __name__ == "__main__":
     rank, store = sys.argv[1:]
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=2)
-    for part in (batches, votes, other_placements, gradients_that_are_not_wanted, layers):
+    for part in (batches, votes, other_placements, gradients_that_are_not_wanted, layers, sharded_parameters):
         part()
     dist.destroy_process_group()
     print("done")
