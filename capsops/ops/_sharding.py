@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -29,26 +30,34 @@ def declare_sharding(operator: Any, axes: Sequence[Axes] | None) -> None:
 
 
 def register_shardings() -> None:
-    """Register the rules with DTensor, once it is imported."""
+    """Register the rules with DTensor, once it is imported.
+
+    DTensor's interface is experimental. With a torch that has another one nothing is registered, and DTensor itself
+    says that it does not know the operators.
+    """
     if not _unregistered or "torch.distributed.tensor" not in sys.modules:
         return
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor.experimental import register_sharding
+    rules = _unregistered[:]
+    _unregistered.clear()
+    with suppress(ImportError, AttributeError, KeyError, TypeError):
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor.experimental import register_sharding
 
-    while _unregistered:
-        operator, axes = _unregistered.pop()
-        register_sharding(operator)(_Rule(operator, axes))
-        # DTensor remembers what it found for arguments like these. It has to look at all that are no tensors: `wanted`
-        # decides about the shapes of the gradients, and `register_sharding` looks at integers only.
         known = DTensor._op_dispatcher.sharding_propagator.op_to_schema_info
-        tensors = [a.name for a in operator._schema.arguments if "Tensor" in str(a.type)]
-        known[operator] = replace(known[operator], static_argnum=len(tensors))
+        for operator, axes in rules:
+            register_sharding(operator)(_Rule(operator, axes))
+            # DTensor remembers what it found for equal arguments. It must compare all arguments that are not tensors,
+            # because `wanted` decides which gradients have elements; `register_sharding` compares from the first
+            # integer on.
+            tensors = [a.name for a in operator._schema.arguments if "Tensor" in str(a.type)]
+            known[operator] = replace(known[operator], static_argnum=len(tensors))
 
 
 class _Rule:
-    """Called with the arguments of an operator, specifications in place of tensors, lists all allowed placements.
+    """Lists the placements that are allowed for an operator, as `register_sharding` wants them.
 
-    Each is a list for the outputs and a list for the arguments, as `register_sharding` wants them.
+    It is called with the operator's arguments, where a specification with `ndim` and `placements` stands for each
+    tensor. It returns pairs of the placements of all outputs and those of all arguments.
     """
 
     def __init__(self, operator: Any, axes: Sequence[Axes] | None) -> None:
