@@ -32,6 +32,13 @@ using namespace capsops;
 
 namespace {
 
+// The compiler's own half precision, to compare that of csrc/dtypes.h with.
+#if defined(__aarch64__)
+using Half = __fp16;  // GCC 12 has no _Float16 here
+#else
+using Half = _Float16;
+#endif
+
 uint64_t state = 1;
 
 double uniform() {
@@ -95,7 +102,7 @@ class Numbers {
             case Dtype::float64: static_cast<double*>(data_)[x] = value; break;
             case Dtype::bfloat16: static_cast<uint16_t*>(data_)[x] = static_cast<uint16_t>(bits >> 16); break;
             case Dtype::float16: {
-                const _Float16 half = static_cast<_Float16>(narrow);
+                const Half half = static_cast<Half>(narrow);
                 std::memcpy(static_cast<uint16_t*>(data_) + x, &half, 2);
             }
         }
@@ -111,7 +118,7 @@ class Numbers {
                 return wide;
             }
             case Dtype::float16: {
-                _Float16 half;
+                Half half;
                 std::memcpy(&half, static_cast<const uint16_t*>(data_) + x, 2);
                 return static_cast<double>(half);
             }

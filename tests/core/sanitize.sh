@@ -6,20 +6,33 @@
 #   tests/core/sanitize.sh thread                         ThreadSanitizer
 #   tests/core/sanitize.sh address,undefined emulated     only the baseline instruction set; also the CUDA kernels on
 #                                                         the host (AddressSanitizer), compared with it
+#   tests/core/sanitize.sh undefined aarch64              for 64-bit ARM on any Linux machine, by a cross compiler and an
+#                                                         emulator (apt-get install g++-aarch64-linux-gnu qemu-user)
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 
 sanitizers=${1:-address,undefined}
+kind=${2:-}
+machine=$(uname -m)
+cxx=${CXX:-g++}
+run=()
+link=()
+if [ "$kind" = aarch64 ] && [ "$machine" != aarch64 ]; then
+    machine=aarch64 cxx=aarch64-linux-gnu-g++ run=(qemu-aarch64) link=(-static)
+    for tool in "$cxx" "${run[@]}"; do
+        command -v "$tool" >/dev/null || { echo "sanitize.sh: there is no $tool; apt-get install" \
+            "g++-aarch64-linux-gnu qemu-user" >&2; exit 1; }
+    done
+fi
 build=$(mktemp -d)
 trap 'rm -rf "$build"' EXIT
-cxx=${CXX:-g++}
 options=(-std=c++20 -O1 -g1 -fno-omit-frame-pointer -fopenmp -fno-math-errno -fno-trapping-math -fno-strict-aliasing
     -ffp-contract=fast -Wno-psabi -Wno-ignored-attributes -fsanitize="$sanitizers" -fno-sanitize-recover=all)
 
 jobs=()
 sets=("baseline 16")
 x86=()
-if [ "$(uname -m)" = x86_64 ] && [ "${2:-}" != emulated ]; then
+if [ "$machine" = x86_64 ] && [ "$kind" != emulated ]; then
     sets+=("avx2 32 -mavx2 -mfma -mf16c" "avx512 64 -mavx512f -mavx512vl -mavx512bw -mavx512dq -mavx2 -mfma -mf16c")
     x86=(-DCAPSOPS_X86)
 fi
@@ -32,7 +45,7 @@ for set in "${sets[@]}"; do
     done
 done
 emulation=
-if [ "${2:-}" = emulated ]; then
+if [ "$kind" = emulated ]; then
     emulation=-DCAPSOPS_EMULATION
     for source in csrc/cuda/*/*.cu; do
         jobs+=("cuda-$(basename "$source" .cu).o $source -xc++ $emulation -Wno-unknown-pragmas -fno-sanitize=undefined")
@@ -47,6 +60,6 @@ if [[ $sanitizers == *thread* ]]; then
     # Without -fopenmp, so that the kernels call openmp.cpp instead of libgomp.
     "$cxx" -fsanitize="$sanitizers" "$build"/*.o -o "$build/every_operator" -pthread
 else
-    "$cxx" -fsanitize="$sanitizers" -fopenmp "$build"/*.o -o "$build/every_operator"
+    "$cxx" -fsanitize="$sanitizers" -fopenmp "${link[@]}" "$build"/*.o -o "$build/every_operator"
 fi
-"$build/every_operator"
+OMP_WAIT_POLICY=passive "${run[@]}" "$build/every_operator"
