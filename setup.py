@@ -1,8 +1,11 @@
 """Build capsops._C with CMake and Ninja. Everything else about the package is in pyproject.toml.
 
+This file serves the project at the root, which installs capsops and cardiocaps, and distributions/capsops.
+
 Environment variables:
-    CAPSOPS_EXTENSION: 1 requires the extension; 0 leaves it out, and capsops runs on plain PyTorch; otherwise it is
-        built if the machine has a C++ compiler, CMake, Ninja and pybind11.
+    CAPSOPS_EXTENSION: 1 requires the extension; 0 leaves it out, and capsops runs on plain PyTorch; the path of a
+        capsops/_C.*.so takes this one, which was compiled before for the same Python; otherwise it is built if the
+        machine has a C++ compiler, CMake, Ninja and pybind11.
     CAPSOPS_CUDA: 1 requires the CUDA kernels, for compute capabilities 8.0, 9.0 and 10.0; 0 leaves them out; otherwise
         they are compiled if nvcc is found: for the GPUs of this machine, or for any GPU where none is seen.
     CAPSOPS_CUDA_ARCHS: compute capabilities to compile for in place of these, as in 80;90;100.
@@ -16,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -144,8 +148,22 @@ def missing_tools() -> list[str]:
     return missing + ["pybind11"] * (importlib.util.find_spec("pybind11") is None)
 
 
+def ready_made() -> Path | None:
+    """Return the extension that CAPSOPS_EXTENSION names, or None if it names none."""
+    value = os.environ.get("CAPSOPS_EXTENSION", "")
+    if not value.endswith(".so"):
+        return None
+    expected = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+    path = Path(value).resolve()
+    if path.name != expected or not path.is_file():
+        sys.exit(f"CAPSOPS_EXTENSION is {value!r}; expected a file {expected}, which this Python can import")
+    return path
+
+
 def extensions() -> list[Extension]:
     """Return the extension, or nothing and a warning where it is not wanted or cannot be compiled."""
+    if ready_made():
+        return [Extension("capsops._C", sources=[])]
     wanted = switch("CAPSOPS_EXTENSION", "the extension")
     missing = missing_tools()
     if wanted == "0":
@@ -169,10 +187,16 @@ class CMakeBuild(build_ext):
     """Build csrc/ and put the module where setuptools expects it."""
 
     def build_extension(self, ext: Extension) -> None:
+        module = Path(self.get_ext_fullpath(ext.name)).resolve()
+        if ready := ready_made():
+            if ready != module:
+                module.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(ready, module)
+            return
         import pybind11
 
         cuda = choose_cuda()
-        target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        target = module.parent
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         options = {

@@ -5,11 +5,10 @@
 `capsops.nn` has the layers, `capsops.info()` says what was built and what runs here.
 """
 
-__version__ = "0.1.0"
-
 import torch.fx
 
 from . import functional, nn
+from ._version import __version__ as __version__
 from .backends import BackendError, info, use_backend
 from .functional import (
     affine_votes,

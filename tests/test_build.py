@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +16,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 VARIABLES = ("CAPSOPS_EXTENSION", "CAPSOPS_CUDA", "CAPSOPS_CUDA_ARCHS", "CXX", "CUDACXX", "CUDA_HOME")
+SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
 NVCC_13 = "80 86 89 90 100 103 120"
 
 
@@ -211,6 +213,27 @@ def test_without_the_tools_the_kernels_are_left_out_with_a_warning(
             build.extensions()
 
 
+def test_an_extension_that_was_compiled_before_is_taken(
+    build: ModuleType, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It needs no compiler. `tests/test_wheels.py` puts one into a wheel."""
+    module = tmp_path / f"_C{SUFFIX}"
+    module.touch()
+    monkeypatch.setenv("CAPSOPS_EXTENSION", str(module))
+    assert build.ready_made() == module
+    assert [x.name for x in build.extensions()] == ["capsops._C"]
+
+
+@pytest.mark.parametrize("name", ["_C.cpython-38-x86_64-linux-gnu.so", f"no/_C{SUFFIX}", f"_D{SUFFIX}"])
+def test_an_extension_for_another_python_is_refused(
+    build: ModuleType, programs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / Path(name).name).touch()
+    monkeypatch.setenv("CAPSOPS_EXTENSION", str(tmp_path / name))
+    with pytest.raises(SystemExit, match=rf"CAPSOPS_EXTENSION is '.*{name}'; expected a file _C{SUFFIX}, "):
+        build.extensions()
+
+
 def _setup(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run setup.py in a copy of the project without its sources in C++."""
     tree.mkdir()
@@ -218,7 +241,8 @@ def _setup(tree: Path, *arguments: str, **environment: str) -> subprocess.Comple
         shutil.copy(ROOT / name, tree)
     for package in ("capsops", "cardiocaps"):
         (tree / package).mkdir()
-        shutil.copy(ROOT / package / "__init__.py", tree / package)
+        for name in ("__init__.py", "_version.py"):
+            shutil.copy(ROOT / package / name, tree / package)
     command = [sys.executable, "setup.py", *arguments]
     return subprocess.run(
         command, cwd=tree, capture_output=True, text=True, check=False, env={**os.environ, **environment}

@@ -8,7 +8,9 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+FILES = ("pyproject.toml", "distributions/capsops/pyproject.toml", "distributions/cardiocaps/pyproject.toml")
+PROJECTS = {name: tomllib.loads((ROOT / name).read_text()) for name in FILES}
+PROJECT = PROJECTS["pyproject.toml"]
 
 
 def _name(text: str) -> str:
@@ -36,18 +38,31 @@ def test_the_lock_holds_the_tested_versions_with_hashes() -> None:
     assert [name for name, (_, hashes) in locked.items() if not hashes] == []
 
 
-def test_what_builds_the_package_is_pinned_to_the_tested_versions() -> None:
+@pytest.mark.parametrize("file", FILES)
+def test_what_builds_the_package_is_pinned_to_the_tested_versions(file: str) -> None:
     constraints = _constraints()
-    for requirement in PROJECT["build-system"]["requires"]:
+    for requirement in PROJECTS[file]["build-system"]["requires"]:
         name, _, version = requirement.partition("==")
         assert version == constraints[_name(name)], requirement
 
 
-def test_every_direct_dependency_has_a_tested_version() -> None:
-    project = PROJECT["project"]
-    wanted = [*project["dependencies"], *(r for group in project["optional-dependencies"].values() for r in group)]
-    names = {_name(re.match(r"[\w.-]+", r)[0]) for r in wanted} - {"capsops"}  # type: ignore[index]
+@pytest.mark.parametrize("file", FILES)
+def test_every_direct_dependency_has_a_tested_version(file: str) -> None:
+    project = PROJECTS[file]["project"]
+    optional = project.get("optional-dependencies", {})
+    wanted = map(Requirement, [*project.get("dependencies", ()), *(r for group in optional.values() for r in group)])
+    tested_on = {"sys_platform": "linux", "platform_machine": "x86_64", "extra": ""}
+    names = {_name(r.name) for r in wanted if r.marker is None or r.marker.evaluate(tested_on)} - {"cardiocaps"}
     assert names - _constraints().keys() == set()
+
+
+def test_capsops_is_built_alike_alone_and_with_cardiocaps() -> None:
+    alone = PROJECTS["distributions/capsops/pyproject.toml"]
+    assert alone["build-system"] == PROJECT["build-system"]
+    for part in ("dynamic", "package-data"):
+        assert alone["tool"]["setuptools"][part].items() <= PROJECT["tool"]["setuptools"][part].items()
+    for name in ("license", "requires-python"):
+        assert {x["project"][name] for x in PROJECTS.values()} == {PROJECT["project"][name]}
 
 
 @pytest.mark.parametrize("version", ["2.6.2", "2.6.3"])

@@ -6,9 +6,11 @@ The operators in `capsops.ops` have checked all tensors. A kernel runs on the de
 from __future__ import annotations
 
 import importlib.util
+import sysconfig
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -16,6 +18,21 @@ from torch import Tensor
 
 from ..dtypes import LOW_PRECISION
 from ._feature_maps import Grid
+
+
+def _why_missing(error: ImportError) -> str:
+    """Say why the extension cannot be imported."""
+    if importlib.util.find_spec("capsops._C"):
+        reason = f"the extension capsops._C does not load ({error})"
+    elif others := sorted(path.name for path in Path(__file__).parents[1].glob("_C.*.so")):
+        expected = f"_C{sysconfig.get_config_var('EXT_SUFFIX')}"
+        reason = f"there is no extension {expected}, only for another Python or platform: {', '.join(others)}"
+    else:
+        reason = (
+            "there is no extension capsops._C: capsops was installed with CAPSOPS_EXTENSION=0 or without a C++ compiler"
+        )
+    return f"{reason}; install capsops again, with this Python"
+
 
 try:
     # Imported after torch, so that both share one OpenMP runtime.
@@ -25,12 +42,7 @@ try:
     """Why there is no extension."""
 except ImportError as error:
     _C = None  # type: ignore[assignment]
-    MISSING = (
-        f"the extension capsops._C does not load ({error})"
-        if importlib.util.find_spec("capsops._C")
-        else "there is no extension capsops._C: capsops was installed with CAPSOPS_EXTENSION=0, without a C++ "
-        "compiler, or for another Python"
-    ) + "; `pip install -e .` builds it"
+    MISSING = _why_missing(error)
 
 DTYPES: dict[torch.dtype, Any] = (
     {}

@@ -16,7 +16,7 @@ def require_package(module: str, package: str, what: str, extra: str = "experime
         module: for example "monai.networks.nets".
         package: the package that has the module, as pip calls it.
         what: the setting that needs it, as the error message begins, for example "model: 'resnet18'".
-        extra: the extra of capsops that installs the package.
+        extra: the extra of cardiocaps that installs the package.
 
     Raises:
         ConfigError: the package is not installed, or cannot be imported.
@@ -25,4 +25,4 @@ def require_package(module: str, package: str, what: str, extra: str = "experime
         return import_module(module)
     except Exception as error:  # XGBoost raises one of its own if its library does not load
         reason = "" if find_spec(module.partition(".")[0]) is None else f", which cannot be imported ({error})"
-        raise ConfigError(f"{what} needs the package {package}{reason}; pip install 'capsops[{extra}]'") from error
+        raise ConfigError(f"{what} needs the package {package}{reason}; pip install 'cardiocaps[{extra}]'") from error

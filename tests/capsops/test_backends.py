@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
@@ -163,6 +164,24 @@ def test_a_copy_without_the_extension_warns_once_and_computes(tmp_path: Path) ->
     assert run.stdout == "2 2 4 not built\n", run.stderr
     assert run.stderr.count("RuntimeWarning: capsops runs dynamic_routing on its slow reference backend") == 1
     assert "there is no extension capsops._C: capsops was installed with CAPSOPS_EXTENSION=0" in run.stderr
+
+
+@pytest.mark.parametrize(
+    ("found", "others", "said"),
+    [
+        (False, [], "there is no extension capsops._C: capsops was installed with CAPSOPS_EXTENSION=0 or without a C"),
+        (False, ["_C.cpython-38-sparc.so"], "only for another Python or platform: _C.cpython-38-sparc.so; install "),
+        (True, ["_C.cpython-38-sparc.so"], "the extension capsops._C does not load (wrong ELF class); install capsops"),
+    ],
+)
+def test_why_there_is_no_extension(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, found: bool, others: list[str], said: str
+) -> None:
+    for name in others:
+        (tmp_path / name).touch()
+    monkeypatch.setattr(backends.extension, "__file__", str(tmp_path / "backends" / "extension.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: found or None)
+    assert said in backends.extension._why_missing(ImportError("wrong ELF class"))
 
 
 def test_instruction_set_can_be_forced() -> None:

@@ -166,7 +166,7 @@ def test_wrong_image(model: str, shape: tuple[int, ...]) -> None:
 def test_a_missing_package_is_named(model: str, package: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [package, *(name for name in sys.modules if name.startswith(f"{package}."))]:
         monkeypatch.setitem(sys.modules, name, None)
-    expected = rf"^model: '{model}' needs the package {package}.*; pip install 'capsops\[experiments\]'$"
+    expected = rf"^model: '{model}' needs the package {package}.*; pip install 'cardiocaps\[experiments\]'$"
     with pytest.raises(ConfigError, match=expected):
         on_meta(settings(model))
 

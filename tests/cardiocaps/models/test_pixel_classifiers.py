@@ -150,7 +150,7 @@ def test_a_missing_package_is_named(
     classifier: str, sampling: str, module: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(ConfigError, match=rf"needs the package {package}.*pip install 'capsops\[experiments\]'"):
+    with pytest.raises(ConfigError, match=rf"needs the package {package}.*pip install 'cardiocaps\[experiments\]'"):
         fit(classifier, sampling, np.eye(4), [0, 1, 0, 1], np.eye(4), [0, 1, 0, 1], seed=0)
 
 

@@ -19,7 +19,7 @@ def test_an_installed_module_is_imported() -> None:
 def test_a_missing_package_is_named() -> None:
     with pytest.raises(ConfigError) as error:
         require_package("no_such_package.networks", "no-such-package", "model: 'x'")
-    assert str(error.value) == "model: 'x' needs the package no-such-package; pip install 'capsops[experiments]'"
+    assert str(error.value) == "model: 'x' needs the package no-such-package; pip install 'cardiocaps[experiments]'"
 
 
 @pytest.mark.parametrize("content", ["import no_such_package", "raise ValueError('no_such_package does not load')"])

@@ -1,0 +1,1 @@
+../capsops/_version.py
