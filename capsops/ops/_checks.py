@@ -136,7 +136,7 @@ def check_flag(op: str, name: str, flag: object) -> None:
 
 def check_number(op: str, name: str, value: object) -> None:
     """Require a finite number."""
-    numbers = int | float | torch.SymInt | torch.SymFloat
+    numbers = (int, float, torch.SymInt, torch.SymFloat)  # a tuple: Dynamo of torch 2.8 does not know unions
     if isinstance(value, bool) or not isinstance(value, numbers) or not -math.inf < value < math.inf:
         fail(op, f"{name} is {value!r}; expected a finite number")
 
