@@ -125,7 +125,7 @@ def test_both_have_the_version_that_is_written_once(wheels: dict[str, Path]) -> 
 
 def test_both_are_imported_and_share_the_openmp_of_torch(python: Path, tmp_path: Path) -> None:
     """Nothing can be compiled here: the environment has no PATH."""
-    smoke_test = ROOT / "distributions/smoke_test.py"
+    smoke_test = ROOT / ".ci/smoke_test.py"
     program = (
         f"import runpy; runpy.run_path({str(smoke_test)!r}, run_name='__main__'); "
         "import cardiocaps.models; print('cardiocaps:', *cardiocaps.__path__)"
