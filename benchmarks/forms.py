@@ -245,6 +245,25 @@ def _dynamic(
     raise ValueError("iterations must be at least 1")
 
 
+# One step of dynamic routing, without its squash
+
+
+def step_published(votes: Tensor, state: Tensor) -> Outputs:
+    """An iteration of `dynamic_published`."""
+    b = torch.matmul(votes[:, :, :, None], state[:, None].expand_as(votes)[..., None]).squeeze(4)
+    return ((F.softmax(b, dim=2) * votes).sum(dim=1),)
+
+
+def step_einsum(votes: Tensor, state: Tensor) -> Outputs:
+    c = torch.einsum("bnjd,bjd->bnj", votes, state).softmax(dim=2)
+    return (torch.einsum("bnj,bnjd->bjd", c, votes),)
+
+
+def step_broadcast(votes: Tensor, state: Tensor) -> Outputs:
+    c = (votes * state[:, None]).sum(dim=-1).softmax(dim=2)
+    return ((c[..., None] * votes).sum(dim=1),)
+
+
 # Self-attention routing (Efficient-CapsNet)
 
 
@@ -373,6 +392,7 @@ _ROUTES: dict[str, dict[str, Callable[..., Outputs]]] = {
     "uniform": {"sum": uniform_sum},
     "attention": {"einsum": attention_einsum, "broadcast": attention_broadcast},
     "dynamic": {"einsum": dynamic_einsum, "broadcast": dynamic_broadcast},
+    "step": {"einsum": step_einsum, "broadcast": step_broadcast},
     "self-attention": {"einsum": self_attention_einsum, "broadcast": self_attention_broadcast},
     "em": {"einsum": em_einsum, "broadcast": em_broadcast},
 }
@@ -380,6 +400,7 @@ _PUBLISHED: dict[str, Callable[..., Outputs]] = {
     "uniform": uniform_published,
     "attention": attention_published,
     "dynamic": dynamic_published,
+    "step": step_published,
     "self-attention": self_attention_published,
     "em": em_published,
 }
@@ -448,6 +469,7 @@ def _capsops(case: Case) -> Form:
         "uniform": lambda **inputs: capsops.dynamic_routing(**inputs, iterations=1),
         "attention": lambda **inputs: capsops.attention_routing(**inputs),
         "dynamic": lambda **inputs: capsops.dynamic_routing(**inputs, **options),  # type: ignore[arg-type]
+        "step": lambda **inputs: capsops.routing_step(**inputs),
         "self-attention": lambda **inputs: capsops.self_attention_routing(**inputs),
         "em": lambda **inputs: capsops.em_routing(
             **inputs, iterations=routing.iterations, inverse_temperature=INVERSE_TEMPERATURE

@@ -70,6 +70,7 @@ ROUTINGS = {
         Routing("attention", passes=(1, 1)),
         Routing("dynamic", passes=(3, 3), iterations=3),
         Routing("dynamic, detached", passes=(3, 1), iterations=3, detach=True),
+        Routing("step", passes=(1, 1)),
         Routing("self-attention", passes=(2, 2)),
         Routing("em", passes=(3, 3), iterations=3),
     )
@@ -140,6 +141,8 @@ class Case:
             }
         if routing == "attention":
             tensors |= {"attn_weight": normal(s.J, s.J, scale=s.J**-0.5), "attn_bias": normal(s.J)}
+        if routing == "step":
+            tensors |= {"state": normal(s.B, s.J, s.D, scale=s.D**-0.5)}
         if routing == "self-attention":
             tensors |= {"prior": normal(s.N, s.J, scale=1 / s.J)}
         kind = dtype or getattr(torch, self.dtype)
@@ -180,9 +183,9 @@ def _cases(shape: Shape, *routings: str, **options: object) -> list[Case]:
 def _all(ladder: Sequence[int], attention_up_to: int, shapes: Sequence[Shape]) -> list[Case]:
     paper, quarter, mnist, efficient, recommender, em = shapes
     cases = [
-        *_cases(paper, "attention", "dynamic, detached", "dynamic"),
+        *_cases(paper, "attention", "dynamic, detached", "dynamic", "step"),
         *_cases(quarter, "attention"),
-        *_cases(mnist, "dynamic", "dynamic, detached", "attention"),
+        *_cases(mnist, "dynamic", "dynamic, detached", "attention", "step"),
         *_cases(efficient, "self-attention"),
         *_cases(recommender, "dynamic, detached"),
         *_cases(em, "em"),

@@ -17,6 +17,7 @@ from .functional import (
     dynamic_routing,
     em_routing,
     primary_capsules,
+    routing_step,
     self_attention_routing,
     squash,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "nn",
     "primary_capsules",
     "release_memory",
+    "routing_step",
     "self_attention_routing",
     "squash",
     "use_backend",

@@ -35,6 +35,7 @@ from .ops.em import em_routing
 from .ops.primary_capsules import primary_capsules
 from .ops.self_attention import self_attention_routing
 from .ops.squash import squash
+from .ops.step import routing_step
 
 __all__ = [
     "affine_votes",
@@ -44,6 +45,7 @@ __all__ = [
     "em_routing",
     "float32",
     "primary_capsules",
+    "routing_step",
     "self_attention_routing",
     "squash",
 ]
@@ -54,6 +56,7 @@ OPERATORS = (
     "affine_votes",
     "attention_routing",
     "dynamic_routing",
+    "routing_step",
     "self_attention_routing",
     "em_routing",
 )

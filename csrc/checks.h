@@ -114,6 +114,13 @@ inline bool dynamic_routing_backward(const Capsules& c, int64_t iterations, bool
     return valid(c, iterations) && given({s, g_v}, {c.B});
 }
 
+inline bool routing_step(const Capsules& c, const void* state, void* s) {
+    return valid(c) && given({state, s}, {c.B});
+}
+inline bool routing_step_backward(const Capsules& c, const void* state, const void* g_s, void*, void*, void*) {
+    return valid(c) && given({state, g_s}, {c.B});
+}
+
 inline bool self_attention_routing(const Capsules& c, const void*, double, void* v, void* total, void* s) {
     return valid(c) && given({v, total, s}, {c.B});
 }

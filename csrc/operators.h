@@ -147,6 +147,15 @@ struct Kernels {
                                        void* g_u, void* g_weight,
                                        void* g_bias);  // [J, D] accumulation
 
+    Status (*routing_step)(const Capsules& c,
+                           const void* state,  // [B, J, D] accumulation
+                           void* s);           // [B, J, D] accumulation
+    Status (*routing_step_backward)(const Capsules& c,
+                                    const void* state,  // [B, J, D] accumulation
+                                    const void* g_s,    // [B, J, D] accumulation
+                                    void* g_u, void* g_weight,
+                                    void* g_state);  // [B, J, D] accumulation
+
     Status (*self_attention_routing)(const Capsules& c,
                                      const void* prior,  // [N, J] accumulation, or null
                                      double scale,
@@ -200,6 +209,8 @@ struct Kernels {
     X(attention_routing_backward)         \
     X(dynamic_routing)                    \
     X(dynamic_routing_backward)           \
+    X(routing_step)                       \
+    X(routing_step_backward)              \
     X(self_attention_routing)             \
     X(self_attention_routing_backward)
 #define CAPSOPS_CPU_ONLY_OPERATORS(X) \

@@ -211,6 +211,8 @@ _ROWS = {
     "dynamic_routing_backward": _Row(
         options="iterations leaky detach", saved="s g_v", stored="g_u g_weight", outputs="g_bias"
     ),
+    "routing_step": _Row(small="state", outputs="s"),
+    "routing_step_backward": _Row(small="state", saved="g_s", stored="g_u g_weight", outputs="g_state"),
     "self_attention_routing": _Row(small="prior", options="scale", outputs="v total s"),
     "self_attention_routing_backward": _Row(
         small="prior", options="scale", saved="total s g_v", stored="g_u g_weight", outputs="g_prior"

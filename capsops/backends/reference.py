@@ -147,6 +147,13 @@ def dynamic_routing(
     return v
 
 
+def routing_step(u: Tensor, weight: Tensor, state: Tensor, mask: Tensor | None = None) -> Tensor:
+    """s = Σ_i c_i û_i with c = softmax_j(û · state): one pass of dynamic routing, without its squash."""
+    votes = affine_votes(u, weight, mask)
+    c = _masked(dynamic_couplings(torch.einsum("bnjd,bjd->bnj", votes, state), leaky=False), mask)
+    return torch.einsum("bnj,bnjd->bjd", c, votes)
+
+
 def self_attention_routing(
     u: Tensor, weight: Tensor, prior: Tensor | None = None, mask: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:

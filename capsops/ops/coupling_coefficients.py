@@ -96,6 +96,7 @@ def coupling_coefficients(
     beta_a: Tensor | None = None,
     inverse_temperature: float | Sequence[float] = 0.01,
     renormalise: bool = False,
+    state: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """The coupling coefficients c that a routing ends with, for explanation; without gradient.
@@ -103,8 +104,8 @@ def coupling_coefficients(
     The votes are made in chunks of input capsules and never all held.
 
     Args:
-        routing: "attention", "dynamic", "uniform", "self-attention" or "em". The other arguments mean what they mean
-            in its function; those of other routings are ignored.
+        routing: "attention", "dynamic", "uniform", "self-attention", "em" or "step". The other arguments mean what they
+            mean in its function; those of other routings are ignored.
         u: input capsules [B, N, K]; for EM routing their poses [B, N, K] or [B, N, P, K].
         weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
         attn_weight: [J, J], for attention, which needs it.
@@ -119,6 +120,7 @@ def coupling_coefficients(
         beta_a: [J], for EM routing, which needs it.
         inverse_temperature: for EM routing.
         renormalise: for EM routing.
+        state: [B, J, D], for a routing step, which needs it.
         mask: bool [B, N], True where there is a capsule.
 
     Returns:
@@ -131,8 +133,10 @@ def coupling_coefficients(
         ValueError: an unknown routing, or arguments that the routing function itself refuses.
     """
     op = "coupling_coefficients"
-    names = "u weight attn_weight attn_bias bias prior activation beta_u beta_a mask"
-    tensors = settle(op, names, 2, u, weight, attn_weight, attn_bias, bias, prior, activation, beta_u, beta_a, mask)
+    names = "u weight attn_weight attn_bias bias prior activation beta_u beta_a state mask"
+    tensors = settle(
+        op, names, 2, u, weight, attn_weight, attn_bias, bias, prior, activation, beta_u, beta_a, state, mask
+    )
     if routing not in _ROUTINGS:
         fail(op, f"routing is {routing!r}; expected one of {', '.join(map(repr, _ROUTINGS))}")
     u, weight, *_, mask = tensors

@@ -32,11 +32,11 @@ Arguments = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Routing:
-    """One operator with fixed options: `call(**arguments)`, and the sizes of its small arguments from N, J, D."""
+    """One operator with fixed options: `call(**arguments)`, and the sizes of its small arguments from B, N, J, D."""
 
     name: str
     call: Callable[..., Tensor | tuple[Tensor, Tensor]]
-    parameters: Callable[[int, int, int], dict[str, tuple[int, ...]]]
+    parameters: Callable[[int, int, int, int], dict[str, tuple[int, ...]]]
     detached: bool = False
     rows: int | None = None  # for EM routing; 0 for capsules that are vectors
     inverse_temperature: float | tuple[float, ...] = 0.01  # for EM routing
@@ -65,7 +65,7 @@ class Routing:
 
         u = normal(B, N, *[self.rows] * bool(self.rows), K) / K**0.5
         weight = normal(*((K, J, D) if shared else (N, K, J, D))) / D**0.5
-        small = {n: normal(*size) for n, size in self.parameters(N, J, D).items()}
+        small = {n: normal(*size) for n, size in self.parameters(B, N, J, D).items()}
         if self.em:
             small["activation"] = 0.1 + 0.8 * torch.rand(B, N, generator=g, dtype=torch.float64)
         return {self.capsules: u, "weight": weight, **small}
@@ -76,7 +76,7 @@ def _dynamic(iterations: int, *, detach: bool, leaky: bool, bias: bool) -> Routi
         return capsops.dynamic_routing(iterations=iterations, detach=detach, leaky=leaky, **arguments)
 
     name = f"dynamic{iterations}" + "-detach" * detach + "-leaky" * leaky + "-bias" * bias
-    return Routing(name, call, lambda N, J, D: {"bias": (J, D)} if bias else {}, detach)
+    return Routing(name, call, lambda B, N, J, D: {"bias": (J, D)} if bias else {}, detach)
 
 
 def _self_attention(*, prior: bool, scale: float | None) -> Routing:
@@ -84,7 +84,7 @@ def _self_attention(*, prior: bool, scale: float | None) -> Routing:
         return capsops.self_attention_routing(scale=scale, **arguments)
 
     name = "self-attention" + "-prior" * prior + "-scale" * (scale is not None)
-    return Routing(name, call, lambda N, J, D: {"prior": (N, J)} if prior else {})
+    return Routing(name, call, lambda B, N, J, D: {"prior": (N, J)} if prior else {})
 
 
 def _em(
@@ -97,18 +97,22 @@ def _em(
         )
 
     name = f"em{iterations}" + f"-rows{rows}" * bool(rows) + "-renormalise" * renormalise
-    return Routing(name, call, lambda N, J, D: {"beta_u": (J,), "beta_a": (J,)}, False, rows, inverse_temperature)
+    return Routing(name, call, lambda B, N, J, D: {"beta_u": (J,), "beta_a": (J,)}, False, rows, inverse_temperature)
 
 
-ATTENTION = Routing("attention", capsops.attention_routing, lambda N, J, D: {"attn_weight": (J, J), "attn_bias": (J,)})
+ATTENTION = Routing(
+    "attention", capsops.attention_routing, lambda B, N, J, D: {"attn_weight": (J, J), "attn_bias": (J,)}
+)
+STEP = Routing("step", capsops.routing_step, lambda B, N, J, D: {"state": (B, J, D)})
 ROUTINGS = [
     ATTENTION,
-    Routing("attention-no-bias", capsops.attention_routing, lambda N, J, D: {"attn_weight": (J, J)}),
+    Routing("attention-no-bias", capsops.attention_routing, lambda B, N, J, D: {"attn_weight": (J, J)}),
     _dynamic(1, detach=False, leaky=False, bias=False),
     _dynamic(3, detach=False, leaky=False, bias=False),
     _dynamic(3, detach=True, leaky=False, bias=True),
     _dynamic(2, detach=False, leaky=True, bias=True),
     _dynamic(5, detach=True, leaky=True, bias=False),
+    STEP,
     _self_attention(prior=True, scale=None),
     _self_attention(prior=False, scale=0.3),
     _em(1, 0, 1.0),
@@ -116,7 +120,7 @@ ROUTINGS = [
     _em(3, 0, (0.01, 0.02, 0.03)),
     _em(3, 3, 1.0),
 ]
-VOTES = Routing("votes", capsops.affine_votes, lambda N, J, D: {})
+VOTES = Routing("votes", capsops.affine_votes, lambda B, N, J, D: {})
 OPERATORS = [*ROUTINGS, VOTES]
 
 
@@ -175,6 +179,8 @@ def _examples() -> dict[str, tuple]:
         "attention_routing_backward": (v, s[0], u, weight, a, None, None, [True, True, False, False]),
         "dynamic_routing": (u, weight, full, mask, 3, True, False),
         "dynamic_routing_backward": (v, s, u, shared, full, mask, 3, False, False, [True, True, True]),
+        "routing_step": (u, weight, v, mask),
+        "routing_step_backward": (s[0], u, shared, v, None, [True, True, True]),
         "primary_capsules": (features, 2, False, "efficient"),
         "primary_capsules_backward": (torch.randn(B, 60, 2), features, 3, True, "sabour"),
         "self_attention_routing": (u, weight, prior, mask, 0.5),

@@ -174,6 +174,20 @@ def test_self_attention(backend: str) -> None:
 
 
 @by_backend
+def test_step(backend: str) -> None:
+    u, weight, state = torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5), torch.zeros(2, 3, 5)
+    with capsops.use_backend(backend):
+        with pytest.raises(
+            ValueError, match=r"routing_step: state has shape \[3, 5\]; expected \[B, J, D\] = \[2, 3, 5\]"
+        ):
+            capsops.routing_step(u, weight, state[0])
+        with pytest.raises(ValueError, match=r"routing_step: state has dtype torch\.float64; expected torch\.float32"):
+            capsops.routing_step(u, weight, state.double())
+        with pytest.raises(TypeError, match="routing_step: state is a NoneType"):
+            capsops.routing_step(u, weight, None)  # type: ignore[arg-type]
+
+
+@by_backend
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -261,6 +275,8 @@ def test_coupling_coefficients() -> None:
         )
     with pytest.raises(ValueError, match=r"prior has shape \[3\]"):
         capsops.coupling_coefficients("self-attention", u, weight, prior=beta)
+    with pytest.raises(ValueError, match="state is None; expected a tensor for a routing step"):
+        capsops.coupling_coefficients("step", u, weight)
     with pytest.raises(ValueError, match="scale is nan"):
         capsops.coupling_coefficients("self-attention", u, weight, scale=float("nan"))
 

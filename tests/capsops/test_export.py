@@ -39,8 +39,9 @@ class Network(torch.nn.Module):
         u = self.primary(images)
         pose, activation = self.em(u, u.norm(dim=-1), mask)
         votes = capsops.affine_votes(u, self.dynamic.weight)
+        step = capsops.routing_step(u, self.dynamic.weight, votes.mean(dim=1), mask=mask)
         routed = (self.attention(u, mask), self.dynamic(u, mask), self.self_attention(u, mask))
-        return (*routed, pose, activation, capsops.squash(votes.mean(dim=1)))
+        return (*routed, pose, activation, step, capsops.squash(votes.mean(dim=1)))
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +78,7 @@ def _assert_trains_like(module: torch.nn.Module, network: Network, *inputs: Tens
 def test_an_exported_module_trains(network: Network, strict: bool, tmp_path: Path) -> None:
     program = torch.export.export(network, _images(3), dynamic_shapes=({0: BATCH}, {0: BATCH}), strict=strict)
     kernels = {str(node.target) for node in program.graph.nodes if "capsops" in str(node.target)}
-    assert len(kernels) == 7
+    assert len(kernels) == 8
     for batch in (1, 3, 5):
         _assert_trains_like(program.module(), network, *_images(batch))
     again = [copy.deepcopy(program), torch.export.export(program.module(), _images(3)), program.run_decompositions()]

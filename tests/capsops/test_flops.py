@@ -40,6 +40,8 @@ def _by_hand(routing: Routing) -> tuple[int, int, int]:
         if routing.detached:
             return forward, 3 * votes + 2 * contraction, naive
         return forward, (R - 1) * (votes + 3 * contraction) + 3 * votes + (4 * R - 3) * contraction, naive
+    if name.startswith("step"):
+        return votes + 2 * contraction, 3 * votes + 5 * contraction, votes + 2 * contraction
     if name.startswith("self-attention"):
         return 2 * votes + 2 * contraction, 4 * votes + 7 * contraction, votes + 2 * contraction
     R = int(name[2])

@@ -31,7 +31,7 @@ BACKENDS = [
 SMALL = [(1, 1, 1, 1, 1), (2, 5, 3, 3, 5), (3, 7, 2, 2, 4), (5, 3, 2, 9, 1)]
 
 # The interpreter is slow, so only these run all tests; the others differ in options, which one shape tests.
-FEW = ("attention", "dynamic3", "dynamic2-leaky-bias", "self-attention-prior", "em3", "votes")
+FEW = ("attention", "dynamic3", "dynamic2-leaky-bias", "step", "self-attention-prior", "em3", "votes")
 
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
 by_some = pytest.mark.parametrize("routing", [r for r in OPERATORS if GPU or r.name in FEW], ids=lambda r: r.name)
@@ -334,6 +334,8 @@ def test_memory_of_triton(
             lambda: triton.dynamic_routing(v, s, *dynamic[2:], no),
             lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, False),
             lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, True),
+            lambda: triton.routing_step(v, u, weight, total, None),
+            lambda: triton.routing_step_backward(u, weight, total, v, u, weight, total, None),
             lambda: triton.attention_routing(v, total, *attention),
             lambda: triton.attention_routing_backward(u, weight, mix, small, v, total, *attention),
             lambda: triton.self_attention_routing(v, total, total, *own),

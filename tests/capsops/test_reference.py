@@ -136,6 +136,21 @@ def test_em_of_capsules_that_are_off() -> None:
         assert torch.isfinite(g).all()
 
 
+def test_step() -> None:
+    B, N, K, J, D = 2, 6, 3, 4, 5
+    rng = _rng()
+    u, weight, state = rng.normal(size=(B, N, K)), rng.normal(size=(N, K, J, D)), rng.normal(size=(B, J, D))
+    got = capsops.routing_step(*map(torch.from_numpy, (u, weight, state))).numpy()
+    for b in range(B):
+        s = np.zeros((J, D))
+        for i in range(N):
+            votes = np.stack([u[b, i] @ weight[i, :, j] for j in range(J)])
+            c = np.exp([votes[j] @ state[b, j] for j in range(J)])
+            for j in range(J):
+                s[j] += c[j] / c.sum() * votes[j]
+        np.testing.assert_allclose(got[b], s, rtol=1e-10)
+
+
 @pytest.mark.parametrize("prior", [False, True])
 def test_self_attention(prior: bool) -> None:
     """Mazzia et al. 2021: A_j = Û_j Û_jᵀ / √D [N, N], c = softmax_j(Σ_k A_jik) + prior."""

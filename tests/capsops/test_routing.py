@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -123,6 +124,29 @@ def test_gradcheck(routing: Routing, shared: bool) -> None:
 
     with capsops.use_backend("cpu"):
         assert torch.autograd.gradcheck(call, tuple(arguments.values()), fast_mode=False)
+
+
+@by_outputs
+@by_batch
+def test_a_loop_of_steps_is_dynamic_routing(J: int, B: int) -> None:
+    """Values and gradients are those of `dynamic_routing`; the first step compares with a state of 0."""
+    routing = next(r for r in ROUTINGS if r.name == "dynamic3")
+    arguments = routing.arguments((B, 37, 5, J, 16))
+
+    def loop(u: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        state = u.new_zeros(B, J, 16)
+        for _ in range(3):
+            v = capsops.squash(capsops.routing_step(u, weight, state))
+            state = state + v
+        return v
+
+    steps = replace(routing, call=loop)
+    torch.testing.assert_close(
+        run(steps, arguments, torch.float64, "cpu"),
+        run(routing, arguments, torch.float64, "cpu"),
+        rtol=1e-10,
+        atol=1e-12,
+    )
 
 
 def test_detached_gradient_takes_the_couplings_as_constants() -> None:
@@ -321,6 +345,8 @@ def _kind(routing: Routing) -> tuple[str, dict[str, Any]]:
         return "em", {"iterations": int(routing.name[2]), **given}
     if routing.name.startswith("dynamic"):
         return "dynamic", {"iterations": int(routing.name[7]), "leaky": "leaky" in routing.name}
+    if routing.name == "step":
+        return "step", {}
     if routing.name.startswith("self-attention"):
         return "self-attention", {"scale": 0.3} if "scale" in routing.name else {}
     return "attention", {}
@@ -348,7 +374,9 @@ def test_coupling_coefficients_explain_the_output(routing: Routing, backend: str
         s = (c * votes if c.dim() == 4 else c[..., None] * votes).sum(dim=1)
         if "bias" in arguments:
             s = s + arguments["bias"]
-        torch.testing.assert_close(capsops.squash(s, kind="efficient" if kind == "self-attention" else "sabour"), out)
+        if kind != "step":
+            s = capsops.squash(s, kind="efficient" if kind == "self-attention" else "sabour")
+        torch.testing.assert_close(s, out)
     total = c.sum(dim=2)
     if "prior" in arguments:
         total = total - arguments["prior"].sum(dim=1)

@@ -311,6 +311,14 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
         return k.dynamic_routing_backward(operands(threads), 3, true, false, saved.get(), g.get(), nullptr, o[0]->get(),
                                           nullptr);
     });
+    check(name + "step", {{outputs, wide}},
+          [&](int threads, Outputs o) { return k.routing_step(operands(threads), saved.get(), o[0]->get()); });
+    check(name + "step backward", {{capsules, dtype}, {weights, dtype}, {outputs, wide}}, [&](int threads, Outputs o) {
+        return k.routing_step_backward(operands(threads), saved.get(), g.get(), o[0]->get(), o[1]->get(), o[2]->get());
+    });
+    check(name + "step backward, state", {{outputs, wide}}, [&](int threads, Outputs o) {
+        return k.routing_step_backward(operands(threads), saved.get(), g.get(), nullptr, nullptr, o[0]->get());
+    });
     Numbers total(outputs, wide);
     check(name + "self-attention", {{outputs, wide}, {outputs, wide}, {outputs, wide}}, [&](int threads, Outputs o) {
         const Status status =
@@ -421,6 +429,8 @@ void workspaces() {
                         ask("dynamic backward", false,
                             k.dynamic_routing_backward(c, iterations, false, detach, p, p, p, g_weight, p));
                 }
+                ask("step", false, k.routing_step(c, p, p));
+                ask("step backward", false, k.routing_step_backward(c, p, p, p, g_weight, p));
                 ask("self-attention", false, k.self_attention_routing(c, p, 1, p, p, p));
                 ask("self-attention backward", false,
                     k.self_attention_routing_backward(c, p, 1, p, p, p, p, g_weight, p));

@@ -526,6 +526,34 @@ def dynamic_routing_backward(
             g_bias.copy_(to_bias)
 
 
+def routing_step(s: Tensor, u: Tensor, weight: Tensor, state: Tensor, mask: Tensor | None) -> None:
+    V = _wide(state)
+    assert V is not None
+    with _on(u):
+        s.copy_(_Stream.of(u, weight, mask).reduce("agreement", [V]))
+
+
+def routing_step_backward(
+    g_u: Tensor | None,
+    g_weight: Tensor | None,
+    g_state: Tensor | None,
+    g_s: Tensor,
+    u: Tensor,
+    weight: Tensor,
+    state: Tensor,
+    mask: Tensor | None,
+) -> None:
+    V, g = _wide(state), _wide(g_s)
+    assert V is not None
+    assert g is not None
+    with _on(u):
+        stream = _Stream.of(u, weight, mask, g_weight is not None)
+        if g_state is not None:
+            g_state.copy_(stream.reduce("adjoint", [V, g]))
+        if g_u is not None or g_weight is not None:
+            stream.emit("agreement", g_u, g_weight, [V, g])
+
+
 def self_attention_routing(
     v: Tensor,
     total: Tensor,

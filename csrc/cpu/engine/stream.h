@@ -36,8 +36,9 @@ concept ReducingPolicy = requires(const P& policy, Tile<A>& tile, A* sum, A* scr
 };
 
 // What `emit` needs: emit() writes tile.g_votes, from tile.votes if needs_votes, and adds to params [param_count()].
-// A policy that takes votes in registers has a second emit(), which replaces votes by their gradients. Its
-// contributions to params are kept in totals() of one block of capsules, and add() adds them at the end of the block.
+// A policy that takes votes in registers has a second emit(), which replaces votes by their gradients. It keeps its
+// contributions to params in totals(params) of one block of capsules, which add() adds at the end of the block; if they
+// do not fit into registers, totals(params) may refer to params instead.
 template <class P, class A>
 concept EmittingPolicy = requires(const P& policy, Tile<A>& tile, A* params, A* scratch /* [scratch_size()] */) {
     { P::needs_votes } -> std::convertible_to<bool>;
@@ -45,7 +46,7 @@ concept EmittingPolicy = requires(const P& policy, Tile<A>& tile, A* params, A* 
     { policy.scratch_size() } -> std::same_as<int64_t>;
     policy.emit(tile, params, scratch);
     requires !P::takes_registers || requires(Votes<A, 1, 1>& votes, const int64_t* b) {
-        { policy.totals() } -> std::same_as<typename P::Totals>;
+        { policy.totals(params) } -> std::same_as<typename P::Totals>;
         requires requires(typename P::Totals& totals) {
             policy.emit(votes, b, totals);
             policy.add(totals, params);
@@ -211,7 +212,7 @@ inline void emit_panels(const Operands<A>& o, const Tasks& tasks, int64_t task, 
 template <int E, class A, class Policy>
 inline void emit_rows(const Operands<A>& o, const Tasks& tasks, int64_t task, const Policy& policy,
                       const RowsMemory<A>& memory, A* params, const GradientWriter<A>& writer) {
-    auto totals = policy.totals();
+    auto totals = policy.totals(params);
     const auto visit = [&](const Rows<A>& x) {
         if (x.count == 0) return writer.put_nothing(x.i);
         for_each_group<register_rows<A, E>>(0, x.count, [&]<int rows>(int64_t r) {

@@ -166,7 +166,7 @@ template <class A> struct AttentionGradient {
     struct Totals {
         KahanSum<A> of[3];
     };
-    Totals totals() const { return {}; }
+    Totals totals(A*) const { return {}; }
 
     template <int rows, int E>
     CAPSOPS_INLINE void emit(Votes<A, rows, E>& votes, const int64_t* b, Totals& totals) const {

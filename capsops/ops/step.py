@@ -1,0 +1,100 @@
+"""One pass of routing by agreement, from which loops can be written in Python."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends import reference
+from ._checks import Sizes, check_floating, check_shape, check_vectors, check_votes
+from ._declare import Differentiable, Output
+from ._flops import Shape, pass_flops
+from .coupling_coefficients import Couplings, Votes, check_given, explains, widened
+
+# A state with more numbers gets its gradient in a pass of its own, as in csrc/cpu/ops/step.cpp.
+_MOST_WITH_GRADIENTS = 1 << 15
+
+
+def check(op: str, u: Tensor, weight: Tensor, state: Tensor, mask: Tensor | None) -> Sizes:
+    """Check the arguments of a routing step and return B, N, K, J, D."""
+    check_floating(op, "u weight state", u, weight, state)
+    check_vectors(op, u)
+    sizes = check_votes(op, u, weight, mask)
+    B, _, _, J, D = sizes
+    check_shape(op, "state", state, "B, J, D", B, J, D)
+    return sizes
+
+
+def _outputs(op: str, u: Tensor, *others: Any) -> list[Output]:
+    B, _, _, J, D = check(op, u, *others)
+    return [("B, J, D", (B, J, D), u.dtype)]
+
+
+def _flops(u: Shape, weight: Shape, *_: Any) -> int:
+    part = pass_flops(u, weight)
+    # Agreements, and a weighted sum.
+    return part.votes + 2 * part.contraction
+
+
+def _gradient_flops(g_s: Shape, u: Shape, weight: Shape, state: Shape, *others: Any) -> int:
+    part, (g_u, g_weight, g_state, *g_logits) = pass_flops(u, weight), others[-1]
+    flops = 0
+    if g_u or g_weight or any(g_logits):
+        # The agreements with the state and with g_s, the terms c g_s and δ state, and with them the sum of δ û.
+        flops += part.gradients(4, g_u, g_weight)
+        if g_state and math.prod(state) <= _MOST_WITH_GRADIENTS:
+            return flops + part.contraction
+    if g_state:
+        flops += part.votes + 3 * part.contraction  # a pass of its own: both agreements and the sum
+    return flops
+
+
+_routing_step = Differentiable(
+    "routing_step(Tensor u, Tensor weight, Tensor state, Tensor? mask) -> Tensor s",
+    "routing_step_backward(Tensor g_s, Tensor u, Tensor weight, Tensor state, Tensor? mask, bool[3] wanted)"
+    " -> (Tensor g_u, Tensor g_weight, Tensor g_state)",
+    _outputs,
+    batch={"u": 0, "state": 0, "mask": 0, "s": 0},
+    flops=_flops,
+    gradient_flops=_gradient_flops,
+)
+
+
+def routing_step(u: Tensor, weight: Tensor, state: Tensor, *, mask: Tensor | None = None) -> Tensor:
+    """One pass of routing by agreement: s_j = Σ_i c_ij û_ij with c_ij = softmax_j(û_ij · state_j).
+
+    The gradient, also that of the state, is exact. So a routing with another squash or another rule for the state can
+    be written as a loop in Python. With `state` the sum of the v before, `v = squash(routing_step(u, weight, state))`
+    is one iteration of `dynamic_routing`; a state of 0 gives the equal couplings of its first iteration.
+
+    Args:
+        u: input capsules [B, N, K].
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+        state: [B, J, D], with which the votes are compared.
+        mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
+
+    Returns:
+        s [B, J, D], not squashed.
+
+    Raises:
+        TypeError: an argument is not a tensor.
+        ValueError: wrong shapes, dtypes or devices.
+        MemoryError: no memory for the workspace.
+    """
+    return _routing_step(*_routing_step.settle(u, weight, state, mask))
+
+
+@explains("step")
+def _couplings(op: str, votes: Votes, state: Tensor | None, **_: Any) -> tuple[tuple[int, ...], Couplings]:
+    """c [B, N, J]."""
+    check_given(op, "a routing step", state=state)
+    B, N, _K, J, _D = check(op, votes.u, votes.weight, state, votes.mask)  # type: ignore[arg-type]
+    (V,) = widened(state)
+
+    def couplings(_part: slice, some: Tensor) -> Tensor:
+        return reference.dynamic_couplings(torch.einsum("bnjd,bjd->bnj", some, V), leaky=False)
+
+    return (B, N, J), couplings
