@@ -121,6 +121,14 @@ inline bool routing_step_backward(const Capsules& c, const void* state, const vo
     return valid(c) && given({state, g_s}, {c.B});
 }
 
+inline bool routing_step_with_logits(const Capsules& c, const void* state, const void* logits, void* s) {
+    return valid(c) && fits({c.B, c.N, c.J}) && given({state, s}, {c.B}) && given({logits}, {c.B, c.N});
+}
+inline bool routing_step_with_logits_backward(const Capsules& c, const void* state, const void* logits, const void* g_s,
+                                              void*, void*, void*, void*) {
+    return valid(c) && fits({c.B, c.N, c.J}) && given({state, g_s}, {c.B}) && given({logits}, {c.B, c.N});
+}
+
 inline bool self_attention_routing(const Capsules& c, const void*, double, void* v, void* total, void* s) {
     return valid(c) && given({v, total, s}, {c.B});
 }

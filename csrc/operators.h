@@ -171,6 +171,18 @@ struct Kernels {
                                               void* g_u, void* g_weight,
                                               void* g_prior);  // [N, J] accumulation
 
+    Status (*routing_step_with_logits)(const Capsules& c,
+                                       const void* state,   // [B, J, D] accumulation
+                                       const void* logits,  // [B, N, J] accumulation
+                                       void* s);            // [B, J, D] accumulation
+    Status (*routing_step_with_logits_backward)(const Capsules& c,
+                                                const void* state,   // [B, J, D] accumulation
+                                                const void* logits,  // [B, N, J] accumulation
+                                                const void* g_s,     // [B, J, D] accumulation
+                                                void* g_u, void* g_weight,
+                                                void* g_state,    // [B, J, D] accumulation
+                                                void* g_logits);  // [B, N, J] accumulation
+
     // The state of one output capsule: mean [H], its rounding error [H], variance [H], mass and the activation's logit.
     // One iteration for each inverse temperature.
     Status (*em_routing)(const Capsules& c,
@@ -213,8 +225,10 @@ struct Kernels {
     X(routing_step_backward)              \
     X(self_attention_routing)             \
     X(self_attention_routing_backward)
-#define CAPSOPS_CPU_ONLY_OPERATORS(X) \
-    X(em_routing)                     \
+#define CAPSOPS_CPU_ONLY_OPERATORS(X)    \
+    X(routing_step_with_logits)          \
+    X(routing_step_with_logits_backward) \
+    X(em_routing)                        \
     X(em_routing_backward)
 #define CAPSOPS_OPERATORS(X)          \
     CAPSOPS_CPU_AND_CUDA_OPERATORS(X) \

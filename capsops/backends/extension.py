@@ -213,6 +213,10 @@ _ROWS = {
     ),
     "routing_step": _Row(small="state", outputs="s"),
     "routing_step_backward": _Row(small="state", saved="g_s", stored="g_u g_weight", outputs="g_state"),
+    "routing_step_with_logits": _Row(small="state logits", outputs="s"),
+    "routing_step_with_logits_backward": _Row(
+        small="state logits", saved="g_s", stored="g_u g_weight", outputs="g_state g_logits"
+    ),
     "self_attention_routing": _Row(small="prior", options="scale", outputs="v total s"),
     "self_attention_routing_backward": _Row(
         small="prior", options="scale", saved="total s g_v", stored="g_u g_weight", outputs="g_prior"

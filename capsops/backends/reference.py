@@ -86,6 +86,17 @@ def dynamic_couplings(logits: Tensor, leaky: bool) -> Tensor:
     return torch.cat([leak, logits], dim=2).softmax(dim=2)[:, :, 1:]
 
 
+def step_couplings(votes: Tensor, state: Tensor, logits: Tensor | None = None) -> Tensor:
+    """c [B, N, J]: how far a vote agrees with the state [B, J, D]; 0 where a logit is −∞, even if all are."""
+    agreement = torch.einsum("bnjd,bjd->bnj", votes, state)
+    if logits is None:
+        return agreement.softmax(dim=2)
+    removed = logits == -torch.inf
+    # The lowest number in place of −∞, because the softmax of nothing but −∞ is NaN.
+    least = torch.finfo(agreement.dtype).min
+    return torch.where(removed, least, agreement + logits).softmax(dim=2).masked_fill(removed, 0)
+
+
 def self_attention_couplings(votes: Tensor, total: Tensor, prior: Tensor | None, scale: float) -> Tensor:
     """c [B, N, J]: how far a vote agrees with total [B, J, D], the sum of all votes (Mazzia et al. 2021).
 
@@ -150,8 +161,16 @@ def dynamic_routing(
 def routing_step(u: Tensor, weight: Tensor, state: Tensor, mask: Tensor | None = None) -> Tensor:
     """s = Σ_i c_i û_i with c = softmax_j(û · state): one pass of dynamic routing, without its squash."""
     votes = affine_votes(u, weight, mask)
-    c = _masked(dynamic_couplings(torch.einsum("bnjd,bjd->bnj", votes, state), leaky=False), mask)
-    return torch.einsum("bnj,bnjd->bjd", c, votes)
+    return torch.einsum("bnj,bnjd->bjd", _masked(step_couplings(votes, state), mask), votes)
+
+
+def routing_step_with_logits(
+    u: Tensor, weight: Tensor, state: Tensor, logits: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """The same with c = softmax_j(û · state + logits); logits [B, N, J]."""
+    votes = affine_votes(u, weight, mask)
+    c = step_couplings(votes, state, _masked(logits, mask))
+    return torch.einsum("bnj,bnjd->bjd", _masked(c, mask), votes)
 
 
 def self_attention_routing(

@@ -97,6 +97,7 @@ def coupling_coefficients(
     inverse_temperature: float | Sequence[float] = 0.01,
     renormalise: bool = False,
     state: Tensor | None = None,
+    logits: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """The coupling coefficients c that a routing ends with, for explanation; without gradient.
@@ -121,22 +122,22 @@ def coupling_coefficients(
         inverse_temperature: for EM routing.
         renormalise: for EM routing.
         state: [B, J, D], for a routing step, which needs it.
+        logits: [N, J], [1, N, J] or [B, N, J], for a routing step.
         mask: bool [B, N], True where there is a capsule.
 
     Returns:
         c [B, N, J]; for attention [B, N, J, D]; for EM the responsibilities r of the last iteration. 0 where the mask
         says that there is no capsule. Sums to 1 over J; if leaky, to less, by the leak's share; with a prior, to more,
-        by the prior's sum.
+        by the prior's sum; 0 where all logits are −∞.
 
     Raises:
         TypeError: an argument is not a tensor.
         ValueError: an unknown routing, or arguments that the routing function itself refuses.
     """
     op = "coupling_coefficients"
-    names = "u weight attn_weight attn_bias bias prior activation beta_u beta_a state mask"
-    tensors = settle(
-        op, names, 2, u, weight, attn_weight, attn_bias, bias, prior, activation, beta_u, beta_a, state, mask
-    )
+    names = "u weight attn_weight attn_bias bias prior activation beta_u beta_a state logits mask"
+    small = (attn_weight, attn_bias, bias, prior, activation, beta_u, beta_a, state, logits)
+    tensors = settle(op, names, 2, u, weight, *small, mask)
     if routing not in _ROUTINGS:
         fail(op, f"routing is {routing!r}; expected one of {', '.join(map(repr, _ROUTINGS))}")
     u, weight, *_, mask = tensors

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..backends import reference
-from ._checks import Sizes, check_floating, check_shape, check_vectors, check_votes
-from ._declare import Differentiable, Output
+from ._checks import Sizes, check_floating, check_shape, check_vectors, check_votes, fail, shape_of
+from ._declare import Differentiable, Output, settle
 from ._flops import Shape, pass_flops
 from .coupling_coefficients import Couplings, Votes, check_given, explains, widened
 
@@ -30,6 +29,15 @@ def check(op: str, u: Tensor, weight: Tensor, state: Tensor, mask: Tensor | None
 
 def _outputs(op: str, u: Tensor, *others: Any) -> list[Output]:
     B, _, _, J, D = check(op, u, *others)
+    return [("B, J, D", (B, J, D), u.dtype)]
+
+
+def _outputs_with_logits(
+    op: str, u: Tensor, weight: Tensor, state: Tensor, logits: Tensor, mask: Tensor | None
+) -> list[Output]:
+    B, N, _, J, D = check(op, u, weight, state, mask)
+    check_floating(op, "u logits", u, logits)
+    check_shape(op, "logits", logits, "B, N, J", B, N, J)
     return [("B, J, D", (B, J, D), u.dtype)]
 
 
@@ -61,19 +69,46 @@ _routing_step = Differentiable(
     flops=_flops,
     gradient_flops=_gradient_flops,
 )
+# An operator of its own, because there are no GPU kernels for it: a GPU then says that it uses the reference, and why.
+_with_logits = Differentiable(
+    "routing_step_with_logits(Tensor u, Tensor weight, Tensor state, Tensor logits, Tensor? mask) -> Tensor s",
+    "routing_step_with_logits_backward(Tensor g_s, Tensor u, Tensor weight, Tensor state, Tensor logits, Tensor? mask,"
+    " bool[4] wanted) -> (Tensor g_u, Tensor g_weight, Tensor g_state, Tensor g_logits)",
+    _outputs_with_logits,
+    batch={"u": 0, "state": 0, "logits": 0, "mask": 0, "s": 0},
+    flops=_flops,
+    gradient_flops=_gradient_flops,
+)
 
 
-def routing_step(u: Tensor, weight: Tensor, state: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """One pass of routing by agreement: s_j = Σ_i c_ij û_ij with c_ij = softmax_j(û_ij · state_j).
+def _of_every_item(op: str, logits: Tensor, u: Tensor, weight: Tensor) -> Tensor:
+    """Logits [N, J], [1, N, J] or [B, N, J] as a view [B, N, J]. u and weight have been checked."""
+    B, N, J = *u.shape[:2], weight.shape[-2]
+    if logits.shape not in ((N, J), (1, N, J), (B, N, J)):
+        fail(
+            op,
+            f"logits has shape {shape_of(logits)}; expected [N, J] = [{N}, {J}], [1, N, J], or [B, N, J] with B = {B}",
+        )
+    return logits.expand(B, N, J)
 
-    The gradient, also that of the state, is exact. So a routing with another squash or another rule for the state can
-    be written as a loop in Python. With `state` the sum of the v before, `v = squash(routing_step(u, weight, state))`
-    is one iteration of `dynamic_routing`; a state of 0 gives the equal couplings of its first iteration.
+
+def routing_step(
+    u: Tensor, weight: Tensor, state: Tensor, logits: Tensor | None = None, *, mask: Tensor | None = None
+) -> Tensor:
+    """One pass of routing by agreement: s_j = Σ_i c_ij û_ij with c_ij = softmax_j(û_ij · state_j + logits_ij).
+
+    The gradient, also that of the state and the logits, is exact. So a routing with another squash or another rule for
+    the state can be written as a loop in Python. With `state` the sum of the v before,
+    `v = squash(routing_step(u, weight, state))` is one iteration of `dynamic_routing`; a state of 0 gives the equal
+    couplings of its first iteration.
 
     Args:
         u: input capsules [B, N, K].
         weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
         state: [B, J, D], with which the votes are compared.
+        logits: [N, J], [1, N, J] or [B, N, J], added to the agreements. −∞ removes a pair of an input and an output
+            capsule: its coupling and its gradients are 0. An input capsule whose logits are all −∞ sends nothing. +∞
+            and NaN make s of their batch items NaN. They have no GPU kernel: there the reference runs.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
 
     Returns:
@@ -84,17 +119,28 @@ def routing_step(u: Tensor, weight: Tensor, state: Tensor, *, mask: Tensor | Non
         ValueError: wrong shapes, dtypes or devices.
         MemoryError: no memory for the workspace.
     """
-    return _routing_step(*_routing_step.settle(u, weight, state, mask))
+    if logits is None:
+        return _routing_step(*_routing_step.settle(u, weight, state, mask))
+    op = "routing_step"
+    u, weight, state, logits, mask = settle(op, "u weight state logits mask", 4, u, weight, state, logits, mask)
+    check(op, u, weight, state, mask)
+    check_floating(op, "u logits", u, logits)
+    return _with_logits(u, weight, state, _of_every_item(op, logits, u, weight), mask)
 
 
 @explains("step")
-def _couplings(op: str, votes: Votes, state: Tensor | None, **_: Any) -> tuple[tuple[int, ...], Couplings]:
+def _couplings(
+    op: str, votes: Votes, state: Tensor | None, logits: Tensor | None, **_: Any
+) -> tuple[tuple[int, ...], Couplings]:
     """c [B, N, J]."""
     check_given(op, "a routing step", state=state)
     B, N, _K, J, _D = check(op, votes.u, votes.weight, state, votes.mask)  # type: ignore[arg-type]
-    (V,) = widened(state)
+    if logits is not None:
+        check_floating(op, "u logits", votes.u, logits)
+        logits = _of_every_item(op, logits, votes.u, votes.weight)
+    V, added = widened(state, logits)
 
-    def couplings(_part: slice, some: Tensor) -> Tensor:
-        return reference.dynamic_couplings(torch.einsum("bnjd,bjd->bnj", some, V), leaky=False)
+    def couplings(part: slice, some: Tensor) -> Tensor:
+        return reference.step_couplings(some, V, None if added is None else added[:, part])
 
     return (B, N, J), couplings

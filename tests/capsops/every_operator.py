@@ -52,9 +52,8 @@ def rows(backend: str) -> int:
 def routings(backend: str) -> int:
     """Run the routings and the votes; return the number of calls."""
     calls = 0
-    able = COMPILED[backend].why_not("em_routing", device_of(backend), torch.float32) is None
     for routing, shape, shared in itertools.product(OPERATORS, FEW, (False, True)):
-        if routing.em and not able:
+        if not routing.runs_on(backend):
             continue
         arguments = routing.arguments(shape, shared=shared)
         mask = torch.rand(shape[:2], generator=torch.Generator().manual_seed(5)) < 0.6

@@ -55,6 +55,10 @@ class Routing:
     def outputs(self) -> int:
         return 2 if self.em else 1
 
+    def runs_on(self, backend: str) -> bool:
+        """Whether a backend has a kernel for it."""
+        return backend == "cpu" or (self.name != "step-logits" and (backend == "triton" or not self.em))
+
     def arguments(self, shape: tuple[int, ...], *, shared: bool = False, seed: int = 0) -> Arguments:
         """Random arguments in float64, with votes of about unit length."""
         B, N, K, J, D = shape
@@ -103,6 +107,7 @@ def _em(
 ATTENTION = Routing(
     "attention", capsops.attention_routing, lambda B, N, J, D: {"attn_weight": (J, J), "attn_bias": (J,)}
 )
+LOGITS = Routing("step-logits", capsops.routing_step, lambda B, N, J, D: {"state": (B, J, D), "logits": (B, N, J)})
 STEP = Routing("step", capsops.routing_step, lambda B, N, J, D: {"state": (B, J, D)})
 ROUTINGS = [
     ATTENTION,
@@ -113,6 +118,7 @@ ROUTINGS = [
     _dynamic(2, detach=False, leaky=True, bias=True),
     _dynamic(5, detach=True, leaky=True, bias=False),
     STEP,
+    LOGITS,
     _self_attention(prior=True, scale=None),
     _self_attention(prior=False, scale=0.3),
     _em(1, 0, 1.0),
@@ -181,6 +187,8 @@ def _examples() -> dict[str, tuple]:
         "dynamic_routing_backward": (v, s, u, shared, full, mask, 3, False, False, [True, True, True]),
         "routing_step": (u, weight, v, mask),
         "routing_step_backward": (s[0], u, shared, v, None, [True, True, True]),
+        "routing_step_with_logits": (u, weight, v, torch.randn(B, N, J), mask),
+        "routing_step_with_logits_backward": (s[0], u, shared, v, torch.randn(B, N, J), None, [True] * 4),
         "primary_capsules": (features, 2, False, "efficient"),
         "primary_capsules_backward": (torch.randn(B, 60, 2), features, 3, True, "sabour"),
         "self_attention_routing": (u, weight, prior, mask, 0.5),

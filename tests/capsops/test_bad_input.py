@@ -183,6 +183,13 @@ def test_step(backend: str) -> None:
             capsops.routing_step(u, weight, state[0])
         with pytest.raises(ValueError, match=r"routing_step: state has dtype torch\.float64; expected torch\.float32"):
             capsops.routing_step(u, weight, state.double())
+        for logits in (torch.zeros(7), torch.zeros(3, 7), torch.zeros(3, 7, 3), torch.zeros(2, 1, 3)):
+            with pytest.raises(
+                ValueError, match=r"routing_step: logits has shape .*; expected \[N, J\] = \[7, 3\], \[1, N, J\], or"
+            ):
+                capsops.routing_step(u, weight, state, logits)
+        with pytest.raises(ValueError, match=r"routing_step: logits has dtype torch\.float16; expected torch\.float32"):
+            capsops.routing_step(u, weight, state, torch.zeros(7, 3).half())
         with pytest.raises(TypeError, match="routing_step: state is a NoneType"):
             capsops.routing_step(u, weight, None)  # type: ignore[arg-type]
 

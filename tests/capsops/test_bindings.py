@@ -38,6 +38,10 @@ def calls(c: Any, context: Any = CONTEXT, iterations: int = 2, p: int = P) -> di
         ),
         "routing_step": lambda: _C.routing_step(context, c, p, p),
         "routing_step_backward": lambda: _C.routing_step_backward(context, c, p, p, 0, 0, 0),
+        "routing_step_with_logits": lambda: _C.routing_step_with_logits(context, c, p, p, p),
+        "routing_step_with_logits_backward": lambda: _C.routing_step_with_logits_backward(
+            context, c, p, p, p, 0, 0, 0, 0
+        ),
         "self_attention_routing": lambda: _C.self_attention_routing(context, c, 0, 1.0, p, p, p),
         "self_attention_routing_backward": lambda: _C.self_attention_routing_backward(
             context, c, 0, 1.0, p, p, p, 0, 0, 0

@@ -52,10 +52,6 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton, "_LEAST_ITERATIONS", 2)
 
 
-def _can(backend: str, routing: Routing) -> bool:
-    return backend == "triton" or not routing.em
-
-
 def _agrees(routing: Routing, got: list[torch.Tensor], naive: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
     """Require an error below 2e-5, or below four times that of plain PyTorch in the same precision if that is more."""
     for x, plain, y in zip(got, naive, exact, strict=True):
@@ -75,8 +71,8 @@ def _agrees(routing: Routing, got: list[torch.Tensor], naive: list[torch.Tensor]
 )
 @by_sharing
 def test_agrees_with_the_reference(backend: str, routing: Routing, shape: tuple[int, ...], shared: bool) -> None:
-    if not _can(backend, routing):
-        pytest.skip("EM routing has no CUDA kernels")
+    if not routing.runs_on(backend):
+        pytest.skip("the backend has no kernel for it")
     arguments = routing.arguments(shape, shared=shared)
     exact = run(routing, arguments, torch.float64, "reference")
     naive = run(routing, arguments, torch.float32, "reference")
@@ -87,8 +83,8 @@ def test_agrees_with_the_reference(backend: str, routing: Routing, shape: tuple[
 @by_some
 @by_sharing
 def test_mask(backend: str, routing: Routing, shared: bool) -> None:
-    if not _can(backend, routing):
-        pytest.skip("EM routing has no CUDA kernels")
+    if not routing.runs_on(backend):
+        pytest.skip("the backend has no kernel for it")
     if routing not in ROUTINGS:
         pytest.skip("votes have no mask")
     shape = (9, 67, 5, 3, 6) if GPU else (3, 5, 2, 3, 3)
@@ -111,8 +107,8 @@ def test_mask(backend: str, routing: Routing, shared: bool) -> None:
 @by_some
 def test_float64(backend: str, routing: Routing) -> None:
     """The error is small enough for gradcheck."""
-    if not _can(backend, routing):
-        pytest.skip("EM routing has no CUDA kernels")
+    if not routing.runs_on(backend):
+        pytest.skip("the backend has no kernel for it")
     arguments = routing.arguments((2, 5, 3, 3, 5) if GPU else (2, 3, 2, 2, 3))
     exact = run(routing, arguments, torch.float64, "reference")
     for got, expected in zip(run(routing, arguments, torch.float64, backend), exact, strict=True):
@@ -132,8 +128,8 @@ def test_float64(backend: str, routing: Routing) -> None:
     ids=lambda x: getattr(x, "name", str(x)),
 )
 def test_low_precision_is_at_most_twice_as_wrong(backend: str, routing: Routing, dtype: torch.dtype) -> None:
-    if not _can(backend, routing):
-        pytest.skip("EM routing has no CUDA kernels")
+    if not routing.runs_on(backend):
+        pytest.skip("the backend has no kernel for it")
     for shape in SHAPES if GPU else [(2, 5, 3, 3, 5)]:
         arguments = {n: x.to(dtype).double() for n, x in routing.arguments(shape).items()}
         exact = run(routing, arguments, torch.float64, "reference")
@@ -149,8 +145,8 @@ def test_low_precision_is_at_most_twice_as_wrong(backend: str, routing: Routing,
 @by_sharing
 @pytest.mark.parametrize("shape", [(0, 5, 3, 2, 4), (2, 0, 3, 2, 4)], ids=["no-batch", "no-capsules"])
 def test_empty(backend: str, routing: Routing, shared: bool, shape: tuple[int, ...]) -> None:
-    if not _can(backend, routing):
-        pytest.skip("EM routing has no CUDA kernels")
+    if not routing.runs_on(backend):
+        pytest.skip("the backend has no kernel for it")
     arguments = routing.arguments(shape, shared=shared)
     expected = run(routing, arguments, torch.float64, "reference")
     for got, y in zip(run(routing, arguments, torch.float64, backend), expected, strict=True):
@@ -160,8 +156,8 @@ def test_empty(backend: str, routing: Routing, shared: bool, shape: tuple[int, .
 @by_backend
 @by_some
 def test_only_what_is_asked_for_is_computed(backend: str, routing: Routing) -> None:
-    if not _can(backend, routing):
-        pytest.skip("EM routing has no CUDA kernels")
+    if not routing.runs_on(backend):
+        pytest.skip("the backend has no kernel for it")
     arguments = routing.arguments((2, 3, 2, 3, 3) if GPU else (1, 2, 1, 2, 2))
     everything = dict(zip(arguments, run(routing, arguments, torch.float32, backend)[routing.outputs :], strict=True))
     for name in arguments:
@@ -179,8 +175,8 @@ def test_only_what_is_asked_for_is_computed(backend: str, routing: Routing) -> N
 @by_backend
 @by_some
 def test_strided_and_misaligned_inputs(backend: str, routing: Routing) -> None:
-    if not _can(backend, routing):
-        pytest.skip("EM routing has no CUDA kernels")
+    if not routing.runs_on(backend):
+        pytest.skip("the backend has no kernel for it")
     device = device_of(backend)
     shape = (3, 5, 4, 3, 8) if GPU else (2, 3, 2, 2, 3)  # on a GPU with votes of whole vectors
     arguments = {n: x.to(device, torch.float32) for n, x in routing.arguments(shape).items()}
@@ -371,8 +367,8 @@ def test_triton_compiles_for_gpus() -> None:
 @by_some
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_bitwise_the_same_from_run_to_run(backend: str, routing: Routing, dtype: torch.dtype) -> None:
-    if not _can(backend, routing):
-        pytest.skip("EM routing has no CUDA kernels")
+    if not routing.runs_on(backend):
+        pytest.skip("the backend has no kernel for it")
     arguments = routing.arguments((13, 1031, 8, 10, 16))
     first = run(routing, arguments, dtype, backend)
     for _ in range(3):

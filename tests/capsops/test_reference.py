@@ -136,19 +136,46 @@ def test_em_of_capsules_that_are_off() -> None:
         assert torch.isfinite(g).all()
 
 
-def test_step() -> None:
+@pytest.mark.parametrize("with_logits", [False, True])
+def test_step(with_logits: bool) -> None:
     B, N, K, J, D = 2, 6, 3, 4, 5
     rng = _rng()
     u, weight, state = rng.normal(size=(B, N, K)), rng.normal(size=(N, K, J, D)), rng.normal(size=(B, J, D))
-    got = capsops.routing_step(*map(torch.from_numpy, (u, weight, state))).numpy()
+    logits = rng.normal(size=(B, N, J)) * with_logits
+    if with_logits:
+        logits[0, 2, 1] = -np.inf
+    given = [u, weight, state, *[logits] * with_logits]
+    got = capsops.routing_step(*map(torch.from_numpy, given)).numpy()
     for b in range(B):
         s = np.zeros((J, D))
         for i in range(N):
             votes = np.stack([u[b, i] @ weight[i, :, j] for j in range(J)])
-            c = np.exp([votes[j] @ state[b, j] for j in range(J)])
+            c = np.exp([votes[j] @ state[b, j] + logits[b, i, j] for j in range(J)])
             for j in range(J):
                 s[j] += c[j] / c.sum() * votes[j]
         np.testing.assert_allclose(got[b], s, rtol=1e-10)
+
+
+def test_inverted_dot_product_attention_routing() -> None:
+    """Tsai et al. 2020, algorithm 1, as docs/capsops.md writes it with `routing_step`."""
+    B, N, K, J, D = 2, 6, 3, 4, 5
+    rng = _rng()
+    u, weight = rng.normal(size=(B, N, K)), rng.normal(size=(N, K, J, D))
+    state = torch.zeros(B, J, D, dtype=torch.float64)
+    for _ in range(3):
+        s = capsops.routing_step(torch.from_numpy(u), torch.from_numpy(weight), state)
+        state = torch.nn.functional.layer_norm(s, (D,))
+    for b in range(B):
+        pose = np.zeros((J, D))
+        for _ in range(3):
+            s = np.zeros((J, D))
+            for i in range(N):
+                votes = np.stack([u[b, i] @ weight[i, :, j] for j in range(J)])
+                r = np.exp([votes[j] @ pose[j] for j in range(J)])
+                s += (r / r.sum())[:, None] * votes
+            for j in range(J):
+                pose[j] = (s[j] - s[j].mean()) / math.sqrt(s[j].var() + 1e-5)
+        np.testing.assert_allclose(state[b].numpy(), pose, rtol=1e-9)
 
 
 @pytest.mark.parametrize("prior", [False, True])

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 import capsops
 from tests.forked_python import forked_python
 
-from .routings import OPERATORS, ROUTINGS, SHAPES, Arguments, Routing, each, relative_error, run
+from .routings import LOGITS, OPERATORS, ROUTINGS, SHAPES, Arguments, Routing, each, relative_error, run
 
 by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name)
 by_routing = pytest.mark.parametrize("routing", ROUTINGS, ids=lambda r: r.name)
@@ -149,6 +149,47 @@ def test_a_loop_of_steps_is_dynamic_routing(J: int, B: int) -> None:
     )
 
 
+@by_outputs
+@by_batch
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_logits_of_every_shape(J: int, B: int, backend: str) -> None:
+    """Logits without a batch are those of every batch item; −∞ removes a pair, or all pairs of an input capsule."""
+    u, weight, state, logits = LOGITS.arguments((B, 7, 4, J, 5)).values()
+    logits[:, 1, 0], logits[:, 3] = -torch.inf, -torch.inf
+    own = logits[0].clone().requires_grad_()
+    with capsops.use_backend(backend):
+        results = []
+        for given in (own, own[None], own.expand(B, 7, J)):
+            s = capsops.routing_step(u, weight, state, given)
+            results.append((s.detach(), *torch.autograd.grad(s.sin().sum(), own)))
+    for got in results[1:]:
+        torch.testing.assert_close(got, results[0])
+    s, g = results[0]
+    assert (g[own == -torch.inf] == 0).all()
+    assert (J == 2) == (g[1] == 0).all()  # with one pair left there is nothing to weigh
+    present = torch.arange(7) != 3
+    without = capsops.routing_step(u[:, present], weight[present], state, own[present])
+    torch.testing.assert_close(s, without.detach())
+    c = capsops.coupling_coefficients("step", u, weight, state=state, logits=own)
+    torch.testing.assert_close(torch.einsum("bnj,bnk,nkjd->bjd", c, u, weight), s)
+    assert (c[:, 3] == 0).all()
+
+
+@by_outputs
+@by_batch
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_wrong_logit_makes_its_batch_item_nan(J: int, B: int, wrong: float, backend: str) -> None:
+    arguments = LOGITS.arguments((B, 7, 4, J, 5))
+    for j in range(J):
+        logits = arguments["logits"].clone()
+        logits[1, 2, j] = wrong
+        with capsops.use_backend(backend):
+            s = capsops.routing_step(**{**arguments, "logits": logits})
+        assert s[1].isnan().all()
+        assert s[torch.arange(B) != 1].isfinite().all()
+
+
 def test_detached_gradient_takes_the_couplings_as_constants() -> None:
     torch.manual_seed(3)
     u = torch.randn(2, 19, 4, dtype=torch.float64, requires_grad=True)
@@ -188,7 +229,7 @@ def test_mask(routing: Routing, shared: bool, J: int, B: int, share: float) -> N
     if "bias" not in routing.name or routing.name.startswith("attention"):
         assert (got[0][2] == 0).all(), "an item without capsules gives 0"
     gradients = dict(zip(arguments, got[routing.outputs :], strict=True))
-    for name in {routing.capsules, "activation"} & set(arguments):
+    for name in {routing.capsules, "activation", "logits"} & set(arguments):
         assert (gradients[name][~mask] == 0).all(), "no gradient where there is no capsule"
         assert (gradients[name][mask] != 0).any()
 
@@ -202,7 +243,7 @@ def _masked_reference(
     mask = torch.rand(shape[:2], generator=torch.Generator().manual_seed(5)) < share
     mask[2] = False
     mask[:, 5] = False
-    for name in {routing.capsules, "activation"} & set(arguments):
+    for name in {routing.capsules, "activation", "logits"} & set(arguments):
         arguments[name][~mask] = float("nan")  # masked values may be anything
     expected = run(routing, arguments, torch.float64, "reference", mask=mask)
     without = run(routing, {n: x.nan_to_num() for n, x in arguments.items()}, torch.float64, "reference", mask=mask)
@@ -215,7 +256,7 @@ def test_mask_is_the_same_as_leaving_the_capsules_out(routing: Routing) -> None:
     arguments = routing.arguments((1, 40, 4, 3, 5))
     mask = torch.arange(40) % 3 != 0
     shorter = dict(arguments)
-    for name in {routing.capsules, "activation"} & set(arguments):
+    for name in {routing.capsules, "activation", "logits"} & set(arguments):
         shorter[name] = arguments[name][:, mask]
     for name in {"weight", "prior"} & set(arguments):
         shorter[name] = arguments[name][mask]
@@ -345,7 +386,7 @@ def _kind(routing: Routing) -> tuple[str, dict[str, Any]]:
         return "em", {"iterations": int(routing.name[2]), **given}
     if routing.name.startswith("dynamic"):
         return "dynamic", {"iterations": int(routing.name[7]), "leaky": "leaky" in routing.name}
-    if routing.name == "step":
+    if routing.name.startswith("step"):
         return "step", {}
     if routing.name.startswith("self-attention"):
         return "self-attention", {"scale": 0.3} if "scale" in routing.name else {}

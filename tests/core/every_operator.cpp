@@ -319,6 +319,23 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
     check(name + "step backward, state", {{outputs, wide}}, [&](int threads, Outputs o) {
         return k.routing_step_backward(operands(threads), saved.get(), g.get(), nullptr, nullptr, o[0]->get());
     });
+    if (k.routing_step_with_logits) {
+        Numbers logits(s.B * s.N * s.J, wide);
+        logits.random();
+        check(name + "step with logits", {{outputs, wide}}, [&](int threads, Outputs o) {
+            return k.routing_step_with_logits(operands(threads), saved.get(), logits.get(), o[0]->get());
+        });
+        check(name + "step with logits backward",
+              {{capsules, dtype}, {weights, dtype}, {outputs, wide}, {s.B * s.N * s.J, wide}},
+              [&](int threads, Outputs o) {
+                  return k.routing_step_with_logits_backward(operands(threads), saved.get(), logits.get(), g.get(),
+                                                             o[0]->get(), o[1]->get(), o[2]->get(), o[3]->get());
+              });
+        check(name + "step with logits backward, logits", {{s.B * s.N * s.J, wide}}, [&](int threads, Outputs o) {
+            return k.routing_step_with_logits_backward(operands(threads), saved.get(), logits.get(), g.get(), nullptr,
+                                                       nullptr, nullptr, o[0]->get());
+        });
+    }
     Numbers total(outputs, wide);
     check(name + "self-attention", {{outputs, wide}, {outputs, wide}, {outputs, wide}}, [&](int threads, Outputs o) {
         const Status status =
