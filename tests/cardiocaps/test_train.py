@@ -1072,3 +1072,13 @@ def test_help_answers_at_once() -> None:
         assert "usage" in done.stdout
         imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
         assert "argparse" in imported and not imported & {"torch", "av", "sklearn", "matplotlib"}, module
+
+
+@pytest.mark.parametrize("name", ["CAPSOPS_BACKEND", "CAPSOPS_ISA"])
+def test_a_wrong_environment_variable(name: str) -> None:
+    command = [*python(), "-m", "cardiocaps.train"]
+    run = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, name: "gpu\x1b"}, capture_output=True, text=True, check=False
+    )
+    assert (run.returncode, run.stdout) == (2, "")
+    assert re.fullmatch(rf"error: {name} is 'gpu\\x1b'; expected one of .*\n", run.stderr)
