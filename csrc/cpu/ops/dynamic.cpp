@@ -12,6 +12,20 @@
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
+template <class A> void DynamicPasses<A>::reduce(const Operands<A>& o, const DynamicSum<A>& policy, A* out) {
+    CAPSOPS_ISA::reduce(o, policy, out);
+}
+template <class A> void DynamicPasses<A>::reduce(const Operands<A>& o, const AdjointSum<A>& policy, A* out) {
+    CAPSOPS_ISA::reduce(o, policy, out);
+}
+template <class A>
+void DynamicPasses<A>::emit(const Operands<A>& o, const DynamicGradient<A>& policy, const CapsuleGradients& gradients,
+                            A* params) {
+    CAPSOPS_ISA::emit(o, policy, gradients, params);
+}
+template struct DynamicPasses<float>;
+template struct DynamicPasses<double>;
+
 Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, bool leaky, void* v, void* s) {
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, DynamicSum<A>>(c));
@@ -27,7 +41,7 @@ Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, 
                 for (int64_t x = 0; x < o.state_size(); ++x) sum.get()[x] *= equal;
             } else {
                 o.pack(total.get(), V.get());
-                reduce(o, DynamicSum<A>{{V.get(), leaky}, o.J, o.D}, sum.get());
+                DynamicPasses<A>::reduce(o, DynamicSum<A>{{V.get(), leaky}, o.J, o.D}, sum.get());
             }
             o.unpack(sum.get(), s_t);
             if (bias)
@@ -70,7 +84,7 @@ Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leak
             fill(g_V.get(), compact, A(0));
             for (int64_t t = last; t > 0; --t) {
                 const Dynamic<A> dynamic{V.get() + t * size, leaky};
-                reduce(o, AdjointSum<A>{{dynamic, g_s_packed.get() + t * size}, o.J, o.D}, sum.get());
+                DynamicPasses<A>::reduce(o, AdjointSum<A>{{dynamic, g_s_packed.get() + t * size}, o.J, o.D}, sum.get());
                 o.unpack(sum.get(), H.get());
                 for (int64_t x = 0; x < compact; ++x) g_V.get()[x] += H.get()[x];
                 through_squash(g_V.get(), t - 1);
@@ -85,7 +99,7 @@ Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leak
         }
         if (!gradients.u && !gradients.weight) return;
         const DynamicGradient<A> policy{V.get(), g_s_packed.get(), size, o.J, iterations, true, leaky, detach, 0};
-        emit(o, policy, gradients, static_cast<A*>(nullptr));
+        DynamicPasses<A>::emit(o, policy, gradients, nullptr);
     });
 }
 

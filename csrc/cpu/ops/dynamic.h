@@ -6,8 +6,6 @@
 #include "../engine/stream.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
-// Internal linkage: the compiler inlines a function that one file calls once.
-namespace {
 
 template <class A> struct Dynamic {
     const A* V;  // [B, J, D]
@@ -178,5 +176,14 @@ template <class A> struct DynamicGradient {
     }
 };
 
-}  // namespace
+// The loops with these policies. They are compiled in dynamic.cpp alone, because they take long to compile.
+template <class A> struct DynamicPasses {
+    static void reduce(const Operands<A>& o, const DynamicSum<A>& policy, A* out);
+    static void reduce(const Operands<A>& o, const AdjointSum<A>& policy, A* out);
+    static void emit(const Operands<A>& o, const DynamicGradient<A>& policy, const CapsuleGradients& gradients,
+                     A* params);
+};
+extern template struct DynamicPasses<float>;
+extern template struct DynamicPasses<double>;
+
 }  // namespace capsops::cpu::CAPSOPS_ISA

@@ -24,7 +24,7 @@ Status routing_step(const Capsules& c, const void* state, void* s) {
         const Operands<A> o(c, best_layout<A, DynamicSum<A>>(c));
         Buffer<A> V(o.state_size()), sum(o.state_size());
         o.pack(static_cast<const A*>(state), V.get());
-        reduce(o, DynamicSum<A>{{V.get(), false}, o.J, o.D}, sum.get());
+        DynamicPasses<A>::reduce(o, DynamicSum<A>{{V.get(), false}, o.J, o.D}, sum.get());
         o.unpack(sum.get(), static_cast<A*>(s));
     });
 }
@@ -39,10 +39,11 @@ Status routing_step_backward(const Capsules& c, const void* state, const void* g
         o.pack(static_cast<const A*>(g_s_), g_s.get());
         const bool emits = g_u || g_weight, one_pass = g_state && emits && size <= most_with_gradients;
         Buffer<A> g_V(g_state ? size : 0);
-        if (g_state && !one_pass) reduce(o, AdjointSum<A>{{{V.get(), false}, g_s.get()}, o.J, o.D}, g_V.get());
+        if (g_state && !one_pass)
+            DynamicPasses<A>::reduce(o, AdjointSum<A>{{{V.get(), false}, g_s.get()}, o.J, o.D}, g_V.get());
         if (emits) {
             const DynamicGradient<A> policy{V.get(), g_s.get(), size, o.J, 1, false, false, false, one_pass ? size : 0};
-            emit(o, policy, {g_u, g_weight}, g_V.get());
+            DynamicPasses<A>::emit(o, policy, {g_u, g_weight}, g_V.get());
         }
         if (g_state) o.unpack(g_V.get(), static_cast<A*>(g_state));
     });
