@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import tomllib
 import zipfile
 from importlib.metadata import Distribution, PathDistribution
@@ -48,8 +47,7 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name in NAMES:
         setup = (sys.executable, "setup.py", "-q")
         _run(*setup, "egg_info", "-e", out, "sdist", "-d", out, cwd=ROOT / "distributions" / name)
-        with tarfile.open(out / f"{name}-{capsops.__version__}.tar.gz") as archive:
-            archive.extractall(out, filter="data")
+        shutil.unpack_archive(out / f"{name}-{capsops.__version__}.tar.gz", out)
         source = out / f"{name}-{capsops.__version__}"
         _run(*setup, "bdist_wheel", "-d", out, cwd=source, CAPSOPS_EXTENSION=str(extension._C.__file__))
     return {path.name.partition("-")[0]: path for path in out.glob("*.whl")}

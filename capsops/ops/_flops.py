@@ -12,11 +12,14 @@ the operator, with shapes in place of tensors.
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 from typing import Any, NamedTuple
-
-from torch.utils.flop_counter import register_flop_formula
 
 Shape = Sequence[int]
 Formula = Callable[..., int]
@@ -56,10 +59,53 @@ def elementwise(*_: Any, **__: Any) -> int:
     return 0
 
 
+_COUNTER = "torch.utils.flop_counter"
+_waiting: list[tuple[Any, Formula]] = []
+"""Operators and formulas to register once the counter is imported."""
+
+
 def register_flops(operator: Any, formula: Formula) -> None:
     """Let FlopCounterMode use the formula for calls of an operator."""
+    _waiting.append((operator, formula))
+    if _COUNTER in sys.modules:
+        _register_waiting(sys.modules[_COUNTER])
+
+
+def _register_waiting(counter: ModuleType) -> None:
+    for operator, formula in _waiting:
+        counter.register_flop_formula(operator)(_with_out_shape(formula))
+    _waiting.clear()
+
+
+def _with_out_shape(formula: Formula) -> Formula:
+    """The formula as FlopCounterMode calls it."""
 
     def count(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
         return formula(*args, **kwargs)
 
-    register_flop_formula(operator)(count)
+    return count
+
+
+class _AfterImport(MetaPathFinder):
+    """Registers the formulas right after the counter is imported. capsops itself does not import it, because it imports
+    Triton, which takes long."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != _COUNTER:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        if spec is None or spec.loader is None:
+            return spec
+        load = spec.loader.exec_module
+
+        def load_and_register(module: ModuleType) -> None:
+            load(module)
+            _register_waiting(module)
+
+        spec.loader.exec_module = load_and_register  # type: ignore[method-assign]
+        return spec
+
+
+if _COUNTER not in sys.modules:
+    sys.meta_path.insert(0, _AfterImport())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +15,7 @@ import capsops
 
 from .routings import EXAMPLES, ROUTINGS, VOTES, Routing, each
 
+COUNTER = "torch.utils.flop_counter"
 SHAPE = B, N, K, J, D = 2, 7, 5, 3, 11
 VOTE_FLOPS, CONTRACTION = 2 * B * N * K * J * D, 2 * B * N * J * D
 
@@ -91,3 +94,19 @@ def test_every_operator_has_a_formula(name: str) -> None:
     # By name too, as an exported graph may call it.
     names = [a.name for a in operator.default._schema.arguments]
     assert _count(lambda: operator(**dict(zip(names, EXAMPLES[name], strict=True)))) == counted
+
+
+@pytest.mark.parametrize("order", [("capsops", COUNTER), (COUNTER, "capsops")])
+def test_the_counter_may_be_imported_before_or_after(order: tuple[str, str]) -> None:
+    """capsops does not import it: it imports Triton."""
+    program = (
+        f"import sys, torch, {order[0]}; early = 'triton' in sys.modules; import {order[1]}, capsops\n"
+        f"with {COUNTER}.FlopCounterMode(display=False) as mode:\n"
+        "    capsops.affine_votes(torch.ones(2, 3, 4), torch.ones(3, 4, 5, 6))\n"
+        "print(mode.get_total_flops(), early)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.split()[0] == str(2 * 2 * 3 * 4 * 5 * 6)
+    if order[0] == "capsops":
+        assert run.stdout.split()[1] == "False"
