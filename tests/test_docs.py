@@ -176,3 +176,10 @@ def test_every_example_is_tested() -> None:
     assert {path.name for path in (ROOT / "examples").iterdir()} - {"__pycache__"} == set(
         re.findall(r"\"(\w+\.py)\", ", Path(__file__).read_text())
     )
+
+
+def test_the_list_of_files_is_current() -> None:
+    made = runpy.run_path(str(ROOT / "docs" / "files.py"))
+    assert (ROOT / "docs" / "files.md").read_text() == made["page"](), "run python docs/files.py"
+    for path in made["sources"]():
+        assert made["first_paragraph"](path) or not path.read_text().strip(), f"{path} does not say what it holds"
