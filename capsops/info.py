@@ -1,4 +1,4 @@
-"""What was built, what runs here, and why not the rest. Also a program: `python -m capsops.info`."""
+"""The program `capsops info`, also `python -m capsops.info`: prints `Info` of `capsops/backends/__init__.py`."""
 
 import sys
 from types import ModuleType

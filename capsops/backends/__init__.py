@@ -1,4 +1,4 @@
-"""The backends, and the choice between them.
+"""The backends, the choice between them, and `Info`: what was built, what runs here, and why not the rest.
 
 `reference` has the functions of the operators in plain PyTorch, which differentiates them. The others are compiled.
 Each of those is a module with two functions: `why_not` tells why it cannot run an operator on tensors of a device and

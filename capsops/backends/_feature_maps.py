@@ -1,4 +1,6 @@
-"""How primary capsules lie in the features of a convolution, for the kernels of all backends."""
+"""How primary capsules lie in the features of a convolution (layouts "channels" and "legacy"), for the kernels of
+the backends cpu, cuda and triton; `reference.py` has a formula of its own.
+"""
 
 from __future__ import annotations
 
