@@ -38,6 +38,13 @@ by_some = pytest.mark.parametrize("routing", [r for r in OPERATORS if GPU or r.n
 by_sharing = pytest.mark.parametrize("shared", [False, True], ids=["matrices", "shared"])
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
+
+def _needs_kernel(backend: str, routing: Routing) -> None:
+    """Skip what the backend has no kernel for: a call of it is a fallback, which test_backends.py tests."""
+    if not routing.runs_on(backend):
+        pytest.skip("the backend has no kernel for it")
+
+
 pytestmark = pytest.mark.skipif(not BACKENDS, reason="there is neither a GPU nor Triton")
 
 
@@ -71,8 +78,7 @@ def _agrees(routing: Routing, got: list[torch.Tensor], naive: list[torch.Tensor]
 )
 @by_sharing
 def test_agrees_with_the_reference(backend: str, routing: Routing, shape: tuple[int, ...], shared: bool) -> None:
-    if not routing.runs_on(backend):
-        pytest.skip("the backend has no kernel for it")
+    _needs_kernel(backend, routing)
     arguments = routing.arguments(shape, shared=shared)
     exact = run(routing, arguments, torch.float64, "reference")
     naive = run(routing, arguments, torch.float32, "reference")
@@ -83,8 +89,7 @@ def test_agrees_with_the_reference(backend: str, routing: Routing, shape: tuple[
 @by_some
 @by_sharing
 def test_mask(backend: str, routing: Routing, shared: bool) -> None:
-    if not routing.runs_on(backend):
-        pytest.skip("the backend has no kernel for it")
+    _needs_kernel(backend, routing)
     if routing not in ROUTINGS:
         pytest.skip("votes have no mask")
     shape = (9, 67, 5, 3, 6) if GPU else (3, 5, 2, 3, 3)
@@ -107,8 +112,7 @@ def test_mask(backend: str, routing: Routing, shared: bool) -> None:
 @by_some
 def test_float64(backend: str, routing: Routing) -> None:
     """The error is small enough for gradcheck."""
-    if not routing.runs_on(backend):
-        pytest.skip("the backend has no kernel for it")
+    _needs_kernel(backend, routing)
     arguments = routing.arguments((2, 5, 3, 3, 5) if GPU else (2, 3, 2, 2, 3))
     exact = run(routing, arguments, torch.float64, "reference")
     for got, expected in zip(run(routing, arguments, torch.float64, backend), exact, strict=True):
@@ -128,8 +132,7 @@ def test_float64(backend: str, routing: Routing) -> None:
     ids=lambda x: getattr(x, "name", str(x)),
 )
 def test_low_precision_is_at_most_twice_as_wrong(backend: str, routing: Routing, dtype: torch.dtype) -> None:
-    if not routing.runs_on(backend):
-        pytest.skip("the backend has no kernel for it")
+    _needs_kernel(backend, routing)
     for shape in SHAPES if GPU else [(2, 5, 3, 3, 5)]:
         arguments = {n: x.to(dtype).double() for n, x in routing.arguments(shape).items()}
         exact = run(routing, arguments, torch.float64, "reference")
@@ -145,8 +148,7 @@ def test_low_precision_is_at_most_twice_as_wrong(backend: str, routing: Routing,
 @by_sharing
 @pytest.mark.parametrize("shape", [(0, 5, 3, 2, 4), (2, 0, 3, 2, 4)], ids=["no-batch", "no-capsules"])
 def test_empty(backend: str, routing: Routing, shared: bool, shape: tuple[int, ...]) -> None:
-    if not routing.runs_on(backend):
-        pytest.skip("the backend has no kernel for it")
+    _needs_kernel(backend, routing)
     arguments = routing.arguments(shape, shared=shared)
     expected = run(routing, arguments, torch.float64, "reference")
     for got, y in zip(run(routing, arguments, torch.float64, backend), expected, strict=True):
@@ -156,8 +158,7 @@ def test_empty(backend: str, routing: Routing, shared: bool, shape: tuple[int, .
 @by_backend
 @by_some
 def test_only_what_is_asked_for_is_computed(backend: str, routing: Routing) -> None:
-    if not routing.runs_on(backend):
-        pytest.skip("the backend has no kernel for it")
+    _needs_kernel(backend, routing)
     arguments = routing.arguments((2, 3, 2, 3, 3) if GPU else (1, 2, 1, 2, 2))
     everything = dict(zip(arguments, run(routing, arguments, torch.float32, backend)[routing.outputs :], strict=True))
     for name in arguments:
@@ -175,8 +176,7 @@ def test_only_what_is_asked_for_is_computed(backend: str, routing: Routing) -> N
 @by_backend
 @by_some
 def test_strided_and_misaligned_inputs(backend: str, routing: Routing) -> None:
-    if not routing.runs_on(backend):
-        pytest.skip("the backend has no kernel for it")
+    _needs_kernel(backend, routing)
     device = device_of(backend)
     shape = (3, 5, 4, 3, 8) if GPU else (2, 3, 2, 2, 3)  # on a GPU with votes of whole vectors
     arguments = {n: x.to(device, torch.float32) for n, x in routing.arguments(shape).items()}
@@ -367,8 +367,7 @@ def test_triton_compiles_for_gpus() -> None:
 @by_some
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_bitwise_the_same_from_run_to_run(backend: str, routing: Routing, dtype: torch.dtype) -> None:
-    if not routing.runs_on(backend):
-        pytest.skip("the backend has no kernel for it")
+    _needs_kernel(backend, routing)
     arguments = routing.arguments((13, 1031, 8, 10, 16))
     first = run(routing, arguments, dtype, backend)
     for _ in range(3):

@@ -40,19 +40,9 @@ template <class A> struct SelfAttention {
     }
 };
 
-template <class A> struct SelfAttentionAdjoint {
+// The sum of dynamic routing, for votes in tiles alone.
+template <class A> struct SelfAttentionAdjoint : AdjointSum<A> {
     static constexpr bool takes_registers = false;
-    DynamicAdjoint<A> adjoint;
-    int64_t J, D;
-
-    int64_t row_size() const { return J * D; }
-    int64_t scratch_size() const { return 2 * J * Lanes<A>::count; }
-
-    void accumulate(Tile<A>& t, A* H, A* scratch) const {
-        Lanes<A>* p = reinterpret_cast<Lanes<A>*>(scratch);
-        adjoint.couplings(t, p, p + J);
-        add_coupled(t, p + J, H);
-    }
 };
 
 template <class A> struct SelfAttentionGradient {
@@ -117,7 +107,7 @@ Status self_attention_routing_backward(const Capsules& c, const void* prior, dou
         squash_outputs_backward(static_cast<const A*>(g_v), static_cast<const A*>(s), g_s.get(), rows, o.H,
                                 SquashKind::efficient);
         o.pack(g_s.get(), g_s_packed.get());
-        reduce(o, SelfAttentionAdjoint<A>{{{T.get(), false}, g_s_packed.get()}, o.J, o.D}, H.get());
+        reduce(o, SelfAttentionAdjoint<A>{{{{T.get(), false}, g_s_packed.get()}, o.J, o.D}}, H.get());
         multiply_all(H.get(), size, scale);
         if (g_prior) fill(static_cast<A*>(g_prior), c.N * o.J, A(0));
         const SelfAttentionGradient<A> policy{
