@@ -171,18 +171,6 @@ struct Kernels {
                                               void* g_u, void* g_weight,
                                               void* g_prior);  // [N, J] accumulation
 
-    Status (*routing_step_with_logits)(const Capsules& c,
-                                       const void* state,   // [B, J, D] accumulation
-                                       const void* logits,  // [B, N, J] accumulation
-                                       void* s);            // [B, J, D] accumulation
-    Status (*routing_step_with_logits_backward)(const Capsules& c,
-                                                const void* state,   // [B, J, D] accumulation
-                                                const void* logits,  // [B, N, J] accumulation
-                                                const void* g_s,     // [B, J, D] accumulation
-                                                void* g_u, void* g_weight,
-                                                void* g_state,    // [B, J, D] accumulation
-                                                void* g_logits);  // [B, N, J] accumulation
-
     // The state of one output capsule: mean [H], its rounding error [H], variance [H], mass and the activation's logit.
     // One iteration for each inverse temperature.
     Status (*em_routing)(const Capsules& c,
@@ -205,6 +193,18 @@ struct Kernels {
                                   void* g_beta_u,      // [J] accumulation
                                   void* g_beta_a);     // [J] accumulation
 
+    Status (*routing_step_with_logits)(const Capsules& c,
+                                       const void* state,   // [B, J, D] accumulation
+                                       const void* logits,  // [B, N, J] accumulation
+                                       void* s);            // [B, J, D] accumulation
+    Status (*routing_step_with_logits_backward)(const Capsules& c,
+                                                const void* state,   // [B, J, D] accumulation
+                                                const void* logits,  // [B, N, J] accumulation
+                                                const void* g_s,     // [B, J, D] accumulation
+                                                void* g_u, void* g_weight,
+                                                void* g_state,    // [B, J, D] accumulation
+                                                void* g_logits);  // [B, N, J] accumulation
+
     // Measures one pass over `size` bytes, or `size` steps of arithmetic. Not an operator.
     Status (*probe)(Probe what, int64_t size, int threads, double* rate);
 };
@@ -224,12 +224,12 @@ struct Kernels {
     X(routing_step)                       \
     X(routing_step_backward)              \
     X(self_attention_routing)             \
-    X(self_attention_routing_backward)
-#define CAPSOPS_CPU_ONLY_OPERATORS(X)    \
-    X(routing_step_with_logits)          \
-    X(routing_step_with_logits_backward) \
-    X(em_routing)                        \
+    X(self_attention_routing_backward)    \
+    X(em_routing)                         \
     X(em_routing_backward)
+#define CAPSOPS_CPU_ONLY_OPERATORS(X) \
+    X(routing_step_with_logits)       \
+    X(routing_step_with_logits_backward)
 #define CAPSOPS_OPERATORS(X)          \
     CAPSOPS_CPU_AND_CUDA_OPERATORS(X) \
     CAPSOPS_CPU_ONLY_OPERATORS(X)

@@ -200,7 +200,7 @@ class Info:
     instruction_set: str  # of the CPU kernels
     gpus: tuple[str, ...]  # as torch sees them
     forced: str | None
-    backends: dict[str, str]  # name -> "yes", or why not
+    backends: dict[str, str]  # name -> "yes", "yes, without" some operators, or why not
     chosen: dict[str, str]  # device -> the backend that runs on its tensors
 
     def __str__(self) -> str:
@@ -220,8 +220,8 @@ class Info:
     __repr__ = __str__
 
 
-# An operator that all backends have, and one that some lack.
-_USUAL, _RARE = "dynamic_routing", "em_routing"
+# An operator that all compiled backends have.
+_USUAL = "dynamic_routing"
 
 
 def _chosen(device: torch.device) -> str:
@@ -229,18 +229,19 @@ def _chosen(device: torch.device) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            usual, rare = (select(op, device, torch.float32) for op in (_USUAL, _RARE))
+            return select(_USUAL, device, torch.float32)
     except BackendError as error:
         return f"nothing: {error}"
-    if usual == rare:
-        return usual
-    return f"{usual}; EM routing on {rare} ({usual}: {COMPILED[usual].why_not(_RARE, device, torch.float32)})"
 
 
 def _state(module: ModuleType) -> str:
-    """Whether a compiled backend runs here, for `Info`."""
-    usual, rare = (module.why_not(op, torch.device(module.DEVICE_TYPE), torch.float32) for op in (_USUAL, _RARE))
-    return f"no: {usual}" if usual else f"yes, but {rare}" if rare else "yes"
+    """Whether a compiled backend runs here, and what it has no kernel for, for `Info`."""
+    device = torch.device(module.DEVICE_TYPE)
+    if reason := module.why_not(_USUAL, device, torch.float32):
+        return f"no: {reason}"
+    forward = sorted(op for op in extension.OPERATORS.get("cpu", ()) if not op.endswith("_backward"))
+    lacking = [op for op in forward if module.why_not(op, device, torch.float32)]
+    return f"yes, without {', '.join(lacking)}" if lacking else "yes"
 
 
 def info() -> Info:

@@ -110,16 +110,19 @@ def call_kernel(op: str, operands: Sequence[Tensor], *args: Any) -> None:
 
 def _call_on_gpu(kernel: Any, device: torch.device, *args: Any) -> Any:
     """Launch on the current stream of the device, in a workspace that torch allocates."""
-    with torch.cuda.device(device):
-        query = _C.WorkspaceQuery(device.index)
-        status = kernel(query, *args)
-        if status != _C.Status.ok:
-            return status
-        # The workspace is freed on return, before the kernels end. That is safe: the allocator gives its memory only
-        # to work that comes later in the same stream.
-        workspace = torch.empty(query.bytes, dtype=torch.uint8, device=device)
-        stream = torch.cuda.current_stream().cuda_stream
-        return kernel(_C.ExecutionContext(device.index, stream, workspace.data_ptr()), *args)
+    # These two functions of torch take a tenth of the time of torch.cuda.device and torch.cuda.current_stream.
+    if torch._C._cuda_getDevice() != device.index:
+        with torch.cuda.device(device):
+            return _call_on_gpu(kernel, device, *args)
+    query = _C.WorkspaceQuery(device.index)
+    status = kernel(query, *args)
+    if status != _C.Status.ok:
+        return status
+    # The workspace is freed on return, before the kernels end. That is safe: the allocator gives its memory only to
+    # work that comes later in the same stream.
+    workspace = torch.empty(query.bytes, dtype=torch.uint8, device=device)
+    stream = torch._C._cuda_getCurrentRawStream(device.index)
+    return kernel(_C.ExecutionContext(device.index, stream, workspace.data_ptr()), *args)
 
 
 def _raise(status: Any, op: str, operands: Sequence[Tensor]) -> NoReturn:

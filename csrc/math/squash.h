@@ -7,6 +7,7 @@
 #include "../host_device.h"
 #include "../operators.h"
 #include "../sizes.h"
+#include "lanes.h"
 
 namespace capsops {
 // Internal linkage: each instruction set has its own copy, so that the linker cannot mix them.
@@ -37,14 +38,6 @@ template <class A> CAPSOPS_HOST_DEVICE inline SquashFactors<A> squash_efficient(
     const A scale = -std::expm1(-n) / n;
     return {scale, std::exp(-n) - scale};
 }
-
-// Who computes with a row: one thread of execution. On GPUs several lanes share a row (csrc/cuda/engine/rows.cuh): each
-// has the components first, first + step, … and calls largest() and sum() to join its number with those of the others.
-struct OneLane {
-    static constexpr int64_t first = 0, step = 1;
-    template <class A> CAPSOPS_HOST_DEVICE A largest(A x) const { return x; }
-    template <class A> CAPSOPS_HOST_DEVICE A sum(A x) const { return x; }
-};
 
 // Whichever is the larger; NaN if one of them is.
 template <class A> CAPSOPS_HOST_DEVICE inline A larger(A a, A b) {

@@ -57,7 +57,7 @@ class Routing:
 
     def runs_on(self, backend: str) -> bool:
         """Whether a backend has a kernel for it."""
-        return backend == "cpu" or (self.name != "step-logits" and (backend == "triton" or not self.em))
+        return backend == "cpu" or self.name != "step-logits"
 
     def arguments(self, shape: tuple[int, ...], *, shared: bool = False, seed: int = 0) -> Arguments:
         """Random arguments in float64, with votes of about unit length."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,11 +95,15 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch, machine: dict[str, Any], reaso
         assert backends.select("dynamic_routing", DEVICE, FLOAT) == "triton"
 
 
-def test_em_routing_runs_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operator_without_a_cuda_kernel_runs_on_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     _machine(monkeypatch)
     monkeypatch.setattr(triton, "_installed", lambda: True)
+    monkeypatch.setitem(
+        extension.OPERATORS, "cpu", frozenset({"dynamic_routing", "em_routing", "em_routing_backward", "squash"})
+    )
     assert backends.select("em_routing", DEVICE, FLOAT) == "triton"
-    assert backends._chosen(DEVICE) == "cuda; EM routing on triton (cuda: it has no kernel for em_routing)"
+    assert backends._chosen(DEVICE) == "cuda"
+    assert backends._state(cuda) == "yes, without em_routing"
 
 
 def test_without_any_backend_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +131,8 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return empty(size, dtype=dtype)
 
     monkeypatch.setattr(torch, "empty", allocate)
-    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: DEVICE.index, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 0, raising=False)
     return sizes
 
 

@@ -60,10 +60,14 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _agrees(routing: Routing, got: list[torch.Tensor], naive: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
-    """Require an error below 2e-5, or below four times that of plain PyTorch in the same precision if that is more."""
+    """Require an error below 2e-5, or below some times that of plain PyTorch in the same precision if that is more.
+
+    The variances of EM routing amplify rounding, which the order of the sums decides.
+    """
+    times = 10 if routing.em else 4
     for x, plain, y in zip(got, naive, exact, strict=True):
         if y.abs().max() > 1e-3:
-            assert relative_error(x, y) < max(2e-5, 4 * relative_error(plain, y))
+            assert relative_error(x, y) < max(2e-5, times * relative_error(plain, y))
         else:  # the gradient vanishes: there is one output capsule, or an activation is saturated
             assert (x - y).abs().max() < 2e-5
 

@@ -1,4 +1,4 @@
-"""The Triton backend: for GPUs without the compiled extension, for GPUs that are not NVIDIA's, and for EM routing.
+"""The Triton backend: for GPUs without the compiled extension, and for GPUs that are not NVIDIA's.
 
 Triton compiles a kernel for the GPU when it first runs, and again for every new shape, but not for new B and N. With
 TRITON_INTERPRET=1 the kernels run on the CPU, slowly: for tests.

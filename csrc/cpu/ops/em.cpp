@@ -206,11 +206,15 @@ Status em_routing_backward(const Capsules& c, const void* activation, const void
         const Moments<A> moments(o);
         Buffer<A> sums(o.state_rows * moments.row_size());
         for (int64_t t = iterations - 1; t >= 0; --t) {
-            for (int64_t r = 0; r < rows; ++r)
-                m_step_backward(gaussians.at(t, r), g_mean.get() + r * H, g_variance.get() + r * H, g_logit.get()[r], H,
-                                A(em_epsilon), beta_u[r % J], static_cast<A>(inverse_temperatures[t]),
-                                constants.get() + r, linears.get() + r * H, quadratics.get() + r * H,
-                                g_beta_u.get() + r % J, g_beta_a.get() + r % J);
+            for (int64_t r = 0; r < rows; ++r) {
+                const MStepGradient<A> g = m_step_backward(gaussians.at(t, r), g_mean.get() + r * H,
+                                                           g_variance.get() + r * H, g_logit.get()[r], H, A(em_epsilon),
+                                                           beta_u[r % J], static_cast<A>(inverse_temperatures[t]),
+                                                           linears.get() + r * H, quadratics.get() + r * H);
+                constants.get()[r] = g.constant;
+                g_beta_u.get()[r % J] += g.g_beta_u;
+                g_beta_a.get()[r % J] += g.g_beta_a;
+            }
             o.pack(linears.get(), linear.get() + t * size);
             o.pack(quadratics.get(), quadratic.get() + t * size);
             o.pack_scalars(constants.get(), constant.get() + t * o.scalars_size());

@@ -126,7 +126,8 @@ template <class A> struct Gaussians {
         for (int64_t row = 0; row < rows; ++row) {
             const Gaussian<A> g = at(t, row);
             std::memcpy(means.get() + row * H, g.mean, sizeof(A) * static_cast<size_t>(H));
-            constants.get()[row] = e_step(g, H, quadratics.get() + row * H);
+            constants.get()[row] = e_step_constant(g, H);
+            for (int64_t h = 0; h < H; ++h) quadratics.get()[row * H + h] = e_step_quadratic(g.variance[h]);
         }
         o.pack(means.get(), mean.get() + t * o.state_size());
         o.pack(quadratics.get(), quadratic.get() + t * o.state_size());

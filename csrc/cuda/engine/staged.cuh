@@ -8,7 +8,8 @@
 // `limits` sets the number of capsules of a tile, from the shape alone. Sums over all capsules are made of the pieces
 // of each tile, added in their order, in double.
 //
-// Masked pairs have votes of 0.
+// Masked pairs have votes of 0. Capsules may be matrices of P rows: their votes are [P, J, D] then, the rows one after
+// another.
 #pragma once
 
 #include <concepts>
@@ -20,13 +21,14 @@ namespace capsops::cuda {
 
 // The input capsules first … first + count − 1. The pair of batch item b and capsule first + i has index b · count + i.
 template <class A> struct StagedVotes {
-    const uint8_t* mask;  // [B, N], or null
-    int64_t B, N, K, J, D, first, count;
-    A* u;      // [B, count, K]; 0 where masked
-    A* votes;  // [B, count, J, D]
+    const uint8_t* mask;                  // [B, N], or null
+    int64_t B, N, K, J, D, first, count;  // K: numbers of an input capsule, in all its rows
+    A* u;                                 // [B, count, K]; 0 where masked
+    A* votes;                             // [B, count, P, J, D]
 
     // numbers: of memory for each pair.
-    StagedVotes(const Capsules& c, int64_t numbers) : mask(c.mask), B(c.B), N(c.N), K(c.K), J(c.J), D(c.D), first(0) {
+    StagedVotes(const Capsules& c, int64_t numbers)
+        : mask(c.mask), B(c.B), N(c.N), K(c.rows * c.K), J(c.J), D(c.D), first(0) {
         const int64_t bytes = at_least(B * numbers * static_cast<int64_t>(sizeof(A)), 1);
         count = at_least(at_most(limits.tile / bytes, N), 1);
     }
@@ -54,7 +56,7 @@ template <class A> struct Couplings {
 template <class P, class A>
 concept StagedReducingPolicy =
     requires(const P& policy, const StagedVotes<A>& t, A* scratch, Couplings<A>& c, const ExecutionContext& context) {
-        { P::staged_numbers(t.J, t.D) } -> std::same_as<int64_t>;
+        { policy.staged_numbers(t.J, t.D) } -> std::same_as<int64_t>;
         { policy.stage_couplings(t, scratch, c, context) } -> std::same_as<Status>;
     };
 
@@ -64,7 +66,7 @@ template <class P, class A>
 concept StagedEmittingPolicy = requires(const P& policy, const StagedVotes<A>& t, A* scratch, A* g, A* params,
                                         int64_t pieces, const ExecutionContext& context) {
     { P::needs_votes } -> std::convertible_to<bool>;
-    { P::staged_numbers(t.J, t.D) } -> std::same_as<int64_t>;
+    { policy.staged_numbers(t.J, t.D) } -> std::same_as<int64_t>;
     { policy.stage_gradient(t, scratch, g, params, pieces, context) } -> std::same_as<Status>;
 };
 
@@ -101,34 +103,40 @@ template <class A, class T> __global__ void stage_rows(StagedVotes<A> t, const T
     }
 }
 
-// The matrices as factors of products over the pairs: a product for each input capsule or, if they share a matrix, one
-// for all.
+// The matrices as factors of products over the rows of the pairs' capsules: a product for each input capsule or, if
+// they share a matrix, one for all.
 template <class T> struct Matrices {
     using A = Accumulation<T>;
-    int64_t batches, rows, row, batch;  // row, batch: pairs from one row, one product, to the next
+    int64_t P, batches, rows;
+    int64_t step;   // pairs from one to the next in a product
+    int64_t batch;  // rows from one product to the next
     int64_t K, JD;
     const T* weight;
     int64_t weight_stride;
     Dtype storage;
 
     Matrices(const Capsules& c, const StagedVotes<A>& t)
-        : batches(c.weight_stride ? t.count : 1),
-          rows(c.weight_stride ? t.B : t.pairs()),
-          row(c.weight_stride ? t.count : 1),
-          batch(c.weight_stride ? 1 : 0),
+        : P(c.rows),
+          batches(c.weight_stride ? t.count : 1),
+          rows(c.rows * (c.weight_stride ? t.B : t.pairs())),
+          step(c.weight_stride ? t.count : 1),
+          batch(c.weight_stride ? c.rows : 0),
           K(c.K),
           JD(c.J * c.D),
           weight(static_cast<const T*>(c.weight) + t.first * c.weight_stride),
           weight_stride(c.weight_stride),
           storage(c.dtype) {}
 
+    // The rows of a product, with `size` numbers each.
+    Axis row(int64_t size) const { return P == 1 ? Axis{step * size} : Axis{size, P, step * P * size}; }
+
     Product votes(const A* u, A* to) const {
-        return {.left = {u, {row * K}, {1}, batch * K},
+        return {.left = {u, row(K), {1}, batch * K},
                 .right = {weight, {1}, {JD}, weight_stride},
                 .out = to,
                 .right_type = storage,
                 .out_type = dtype_of<A>,
-                .row = {row * JD},
+                .row = row(JD),
                 .column = {1},
                 .batch = batch * JD,
                 .rows = rows,
@@ -136,14 +144,14 @@ template <class T> struct Matrices {
                 .depth = K,
                 .batches = batches};
     }
-    // to: pieces of [B, tile, K], `piece` numbers apart.
+    // to: pieces of [B, tile, P, K], `piece` numbers apart.
     Product capsule_gradients(const A* g, A* to, int64_t pieces, int64_t piece) const {
-        return {.left = {g, {row * JD}, {1}, batch * JD},
+        return {.left = {g, row(JD), {1}, batch * JD},
                 .right = {weight, {JD}, {1}, weight_stride},
                 .out = to,
                 .right_type = storage,
                 .out_type = dtype_of<A>,
-                .row = {row * K},
+                .row = row(K),
                 .column = {1},
                 .batch = batch * K,
                 .piece = piece,
@@ -155,8 +163,8 @@ template <class T> struct Matrices {
     }
     // to: as the matrices, or pieces of the gradient of a shared matrix.
     Product weight_gradients(const A* u, const A* g, void* to, Dtype type, int64_t pieces, bool more) const {
-        return {.left = {u, {1}, {row * K}, batch * K},
-                .right = {g, {1}, {row * JD}, batch * JD},
+        return {.left = {u, {1}, row(K), batch * K},
+                .right = {g, {1}, row(JD), batch * JD},
                 .out = to,
                 .right_type = dtype_of<A>,
                 .out_type = type,
@@ -248,9 +256,9 @@ template <class T, StagedEmittingPolicy<Accumulation<T>> Policy, class Add>
 Status emit_staged(const Capsules& c, const Policy& policy, const CapsuleGradients& gradients, int64_t param_count,
                    Workspace& whole, bool more, Add add) {
     using A = Accumulation<T>;
-    const int64_t JD = c.J * c.D, KJD = c.K * JD, own = policy.staged_numbers(c.J, c.D);
+    const int64_t JD = c.J * c.D, KJD = c.K * JD, vote = c.rows * JD, own = policy.staged_numbers(c.J, c.D);
     const bool shared = c.weight_stride == 0;
-    StagedVotes<A> t(c, 2 * c.K + 2 * JD + own);
+    StagedVotes<A> t(c, 2 * c.rows * c.K + (Policy::needs_votes ? 2 : 1) * vote + own);
     const int64_t pairs = t.pairs();
     const bool sums = shared && gradients.weight;
     Workspace w(&whole);
@@ -259,14 +267,14 @@ Status emit_staged(const Capsules& c, const Policy& policy, const CapsuleGradien
     Workspace memory(&w);
     g_weight.start_tile(memory);
     params.start_tile(memory);
-    t.u = memory.take<A>(pairs * c.K);
-    t.votes = memory.take<A>(pairs * JD);
-    A* g = memory.take<A>(pairs * JD);
+    t.u = memory.take<A>(pairs * t.K);
+    t.votes = memory.take<A>(Policy::needs_votes ? pairs * vote : 0);
+    A* g = memory.take<A>(pairs * vote);
     A* scratch = memory.take<A>(pairs * own);
     const Matrices<T> m(c, t);
     const int64_t u_pieces =
-        fitting_pieces<A>(pieces_for(m.batches * blocks_along(m.rows) * blocks_along(c.K), JD), pairs * c.K);
-    A* g_u = memory.take<A>(gradients.u ? u_pieces * pairs * c.K : 0);
+        fitting_pieces<A>(pieces_for(m.batches * blocks_along(m.rows) * blocks_along(c.K), JD), pairs * t.K);
+    A* g_u = memory.take<A>(gradients.u ? u_pieces * pairs * t.K : 0);
     if (c.context.needed) return Status::ok;
     CAPSOPS_TRY(g_weight.start(c.context));
     CAPSOPS_TRY(params.start(c.context));
@@ -275,9 +283,9 @@ Status emit_staged(const Capsules& c, const Policy& policy, const CapsuleGradien
         if (param_count) CAPSOPS_TRY(params.add(c.context));
         const Matrices<T> tile(c, t);
         if (gradients.u) {
-            CAPSOPS_TRY(multiply_matrices(tile.capsule_gradients(g, g_u, u_pieces, pairs * c.K), c.context));
-            CAPSOPS_TRY(launch_over(t.pairs() * c.K, write_capsule_gradients<A, T>, c.context, t, g_u, u_pieces,
-                                    pairs * c.K, static_cast<T*>(gradients.u), more));
+            CAPSOPS_TRY(multiply_matrices(tile.capsule_gradients(g, g_u, u_pieces, pairs * t.K), c.context));
+            CAPSOPS_TRY(launch_over(t.pairs() * t.K, write_capsule_gradients<A, T>, c.context, t, g_u, u_pieces,
+                                    pairs * t.K, static_cast<T*>(gradients.u), more));
         }
         if (!gradients.weight) return Status::ok;
         if (!shared) {
