@@ -23,6 +23,7 @@ template <int per, class A, class T> struct Share {
     int m, k;
     int64_t at[per];
     bool in[per];
+    A fetched[per];
 
     __device__ Share(const Factor& f, int64_t z, int64_t first, int64_t count)
         : x(static_cast<const T*>(f.x)), depth(f.depth), along_depth(f.depth.stride == 1) {
@@ -36,14 +37,21 @@ template <int per, class A, class T> struct Share {
             at[e] = z * f.batch + f.outer.offset(own);
         }
     }
-    __device__ void bring(int64_t first, int64_t end, A* to) const {
+    // Loads the thread's part of a step.
+    __device__ void fetch(int64_t first, int64_t end) {
+#pragma unroll
+        for (int e = 0; e < per; ++e) {
+            const int64_t own = first + k + (along_depth ? 0 : depth_step / per * e);
+            fetched[e] = A(0);
+            if (in[e] && own < end) fetched[e] = x ? static_cast<A>(x[at[e] + depth.offset(own)]) : A(1);
+        }
+    }
+    // Writes it to shared memory.
+    __device__ void put(A* to) const {
 #pragma unroll
         for (int e = 0; e < per; ++e) {
             const int own_m = m + (along_depth ? 16 * e : 0), own_k = k + (along_depth ? 0 : depth_step / per * e);
-            A number = A(0);
-            if (in[e] && first + own_k < end)
-                number = x ? static_cast<A>(x[at[e] + depth.offset(first + own_k)]) : A(1);
-            to[own_k * width + own_m] = number;
+            to[own_k * width + own_m] = fetched[e];
         }
     }
 };
@@ -61,14 +69,16 @@ __global__ void __launch_bounds__(max_threads, sizeof(A) == 8 ? 1 : 2) product_k
     const int64_t first_column = blockIdx.x % across * 16 * per_column, first_row = block % down * 16 * per_row;
     const int64_t z = block / down % p.batches, piece = block / down / p.batches;
     const int64_t length = ceil_div(p.depth, p.pieces), end = at_most((piece + 1) * length, p.depth);
-    const Left own_left(p.left, z, first_row, p.rows);
-    const Right own_right(p.right, z, first_column, p.columns);
+    Left own_left(p.left, z, first_row, p.rows);
+    Right own_right(p.right, z, first_column, p.columns);
     const int r0 = static_cast<int>(threadIdx.x) / 16 * per_row, c0 = static_cast<int>(threadIdx.x) % 16;
     A sum[per_row][per_column] = {};
+    own_left.fetch(piece * length, end), own_right.fetch(piece * length, end);
     for (int64_t first = piece * length; first < end; first += depth_step) {
-        own_left.bring(first, end, left);
-        own_right.bring(first, end, right);
+        own_left.put(left), own_right.put(right);
         __syncthreads();
+        // The loads of the next step take their time while this one is computed.
+        own_left.fetch(first + depth_step, end), own_right.fetch(first + depth_step, end);
 #pragma unroll 4
         for (int k = 0; k < depth_step; ++k) {
             const Rows rows = *reinterpret_cast<const Rows*>(left + k * Left::width + r0);

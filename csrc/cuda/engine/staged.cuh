@@ -95,6 +95,25 @@ template <class A> struct RunningSum {
     }
 };
 
+// Combines x of all lanes of a row with `join`; the lanes of a row are every step-th thread. All threads of the block
+// must call it.
+template <class A, class Join> __device__ inline A over_lanes(A x, int lanes, Join join, int step = 1) {
+    A* const memory = reinterpret_cast<A*>(shared_memory());
+    const int t = static_cast<int>(threadIdx.x), lane = t / step % lanes;
+    memory[t] = x;
+    __syncthreads();
+    for (int others = lanes / 2; others > 0; others /= 2) {
+        if (lane < others) memory[t] = join(memory[t], memory[t + others * step]);
+        __syncthreads();
+    }
+    const A all = memory[t - lane * step];
+    __syncthreads();
+    return all;
+}
+template <class A> __device__ inline A sum_over_lanes(A x, int lanes, int step = 1) {
+    return over_lanes(x, lanes, [](A a, A b) { return a + b; }, step);
+}
+
 // Copies the tile's rows of x [B, N, size] to [B, count, size]; 0 where masked.
 template <class A, class T> __global__ void stage_rows(StagedVotes<A> t, const T* x, int64_t size, A* to) {
     for (int64_t m = first_index(); m < t.pairs() * size; m += index_stride()) {

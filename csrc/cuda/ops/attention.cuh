@@ -6,28 +6,40 @@
 
 namespace capsops::cuda {
 
-// The numbers of one component for all output capsules.
-template <class A> struct Component {
-    A* x;
-    int64_t stride;
-    __device__ A& operator[](int64_t j) const { return x[j * stride]; }
-};
-
-// In place: z becomes c = softmax_j(z) or, with g_s, the gradient c g_s; then dz is written too. A thread for each
-// component.
+// In place: z becomes c = softmax_j(z) or, with g_s, the gradient c g_s; then dz is written too. A block takes
+// `columns` neighbouring components of a pair, with max_threads / columns lanes for each.
 template <class A>
-__global__ void couple_components(StagedVotes<A> t, A* z, const A* g_s /* [B, J, D], or null */, A* dz) {
-    for (int64_t x = first_index(); x < t.pairs() * t.D; x += index_stride()) {
-        const int64_t pair = x / t.D, d = x % t.D, own = pair * t.J * t.D + d;
-        const Component<A> c{z + own, t.D};
-        softmax(c, t.J, false);
-        if (!g_s) continue;
-        const Component<A> e{dz + own, t.D}, v{t.votes + own, t.D};
-        const Component<const A> g{g_s + pair / t.count * t.J * t.D + d, t.D};
+__global__ void couple_components(StagedVotes<A> t, A* z, const A* g_s /* [B, J, D], or null */, A* dz, int columns) {
+    const int lanes = static_cast<int>(blockDim.x) / columns, column = static_cast<int>(threadIdx.x) % columns;
+    const int64_t groups = ceil_div(t.D, columns), lane = static_cast<int>(threadIdx.x) / columns;
+    for (int64_t block = blockIdx.x; block < t.pairs() * groups; block += gridDim.x) {
+        const int64_t pair = block / groups, d = block % groups * columns + column, own = pair * t.J * t.D + d;
+        const int64_t end = d < t.D ? t.J : 0;
+        A* const c = z + own;
+        A largest = -INFINITY, sum = 0, mean = 0;
+        for (int64_t j = lane; j < end; j += lanes) largest = max(c[j * t.D], largest);
+        largest = over_lanes(largest, lanes, [](A a, A b) { return max(a, b); }, columns);
+        for (int64_t j = lane; j < end; j += lanes) {
+            const A power = exponential(c[j * t.D] - largest);
+            c[j * t.D] = power;
+            sum += power;
+        }
+        const A inverse = reciprocal(sum_over_lanes(sum, lanes, columns));
+        if (!g_s) {
+            for (int64_t j = lane; j < end; j += lanes) c[j * t.D] *= inverse;
+            continue;
+        }
+        A* const e = dz + own;
+        const A *const v = t.votes + own, *const g = g_s + pair / t.count * t.J * t.D + d;
         const bool present = t.present(pair);
-        for (int64_t j = 0; j < t.J; ++j) e[j] = present ? g[j] * v[j] : A(0);
-        softmax_backward(c, e, t.J);
-        for (int64_t j = 0; j < t.J; ++j) c[j] = present ? c[j] * g[j] : A(0);
+        for (int64_t j = lane; j < end; j += lanes)
+            mean += present ? c[j * t.D] * inverse * g[j * t.D] * v[j * t.D] : A(0);
+        mean = sum_over_lanes(mean, lanes, columns);
+        for (int64_t j = lane; j < end; j += lanes) {
+            const A coupled = present ? c[j * t.D] * inverse : A(0), g_c = g[j * t.D] * v[j * t.D];
+            e[j * t.D] = present ? coupled * (g_c - mean) : A(0);
+            c[j * t.D] = present ? coupled * g[j * t.D] : A(0);
+        }
     }
 }
 
@@ -206,7 +218,11 @@ template <class A, int width> struct Attention {
         Product z = mix_capsules<A>(t, weight, false, t.votes, c);
         z.bias = bias;
         CAPSOPS_TRY(multiply_matrices(z, context));
-        return launch_over(t.pairs() * t.D, couple_components<A>, context, t, c, g_s, dz);
+        int columns = 1;
+        while (columns < warp_size && columns < t.D) columns *= 2;
+        const int64_t blocks = at_least(at_most(t.pairs() * ceil_div(t.D, columns), max_blocks), 1);
+        return launch(couple_components<A>, dim3{static_cast<unsigned>(blocks)}, max_threads,
+                      max_threads * static_cast<int64_t>(sizeof(A)), context, t, c, g_s, dz, columns);
     }
 };
 

@@ -94,7 +94,8 @@ Status normalise(const Tiling& t, const A* terms, bool equal, bool with_gradient
 template <bool adjoint, class Tiling, class A = typename Tiling::A>
 Status sum_over_capsules(const Tiling& t, const A* terms, bool equal, const A* again, const ExecutionContext& context,
                          Workspace& whole, A* sums) {
-    constexpr int64_t resident = 2;  // blocks that a multiprocessor runs at a time
+    // Blocks that a multiprocessor runs at a time, by their registers.
+    constexpr int64_t resident = sizeof(A) == 4 && Tiling::size == 8 && !adjoint ? 2 : 1;
     const int64_t size = t.B * t.J * t.moments(), number = static_cast<int64_t>(sizeof(A));
     const bool normalises = t.chunks > 1 && (adjoint || !equal);
     const int64_t fitting = at_least(limits.pieces / at_least(2 * number * t.B, 1), 1);
@@ -110,7 +111,8 @@ Status sum_over_capsules(const Tiling& t, const A* terms, bool equal, const A* a
         if (count > 0) {
             if (normalises) CAPSOPS_TRY(normalise(t, terms, equal, adjoint, first, count, normalisers, context));
             const dim3 blocks{static_cast<unsigned>(own_runs * t.B), static_cast<unsigned>(t.chunks)};
-            CAPSOPS_TRY(launch(sum_moments<adjoint, Tiling>, blocks, t.threads(), exchange_bytes<A>, context, t, terms,
+            const int64_t exchanged = (2 * Tiling::size + 1) * t.threads() * number;
+            CAPSOPS_TRY(launch(sum_moments<adjoint, Tiling>, blocks, t.threads(), exchanged, context, t, terms,
                                normalises ? normalisers : nullptr, equal, again, first, count, runs.length, partial));
         }
         CAPSOPS_TRY(add_rows(static_cast<const A*>(partial), own_runs, size, size, sums, first > 0, context));

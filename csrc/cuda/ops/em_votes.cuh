@@ -78,8 +78,8 @@ template <class Tiling> struct PosePosition {
     int count;      // of its components along D; 0 if it has none
     bool exists;    // its output capsule
 
-    __device__ PosePosition(const Tiling& t, int chunk) {
-        row = static_cast<int>(threadIdx.x) / t.lanes, lane = static_cast<int>(threadIdx.x) % t.lanes;
+    __device__ PosePosition(const Tiling& t, int chunk) : PosePosition(t, chunk, static_cast<int>(threadIdx.x)) {}
+    __device__ PosePosition(const Tiling& t, int chunk, int thread) : row(thread / t.lanes), lane(thread % t.lanes) {
         const int part = lane % t.parts;
         j = (chunk * t.lanes + lane) / t.parts;
         p = part / t.columns * Tiling::rows, d = part % t.columns * Tiling::width;
@@ -318,29 +318,26 @@ __global__ void __launch_bounds__(max_threads, 1)
             sums[m] += weighted, squares[m] += weighted * moved;
         }
     }
-    // Sums over the rows of the block.
+    // Sums over the rows of the block: in shared memory, numbers [2 · size + 1, threads].
     A* const shared = reinterpret_cast<A*>(shared_memory());
-    const auto add_rows_of_block = [&](A& x) {
-        shared[threadIdx.x] = x;
-        __syncthreads();
-        if (at.row == 0)
-            for (int row = 1; row < block_rows; ++row) x += shared[row * t.lanes + at.lane];
-        __syncthreads();
-    };
-    if (block_rows > 1) {
-        add_rows_of_block(mass);
-#pragma unroll
-        for (int m = 0; m < size; ++m) add_rows_of_block(sums[m]), add_rows_of_block(squares[m]);
-    }
-    if (at.row > 0 || !at.exists) return;
-    A* const to = partial + ((run * t.B + b) * t.J + at.j) * t.moments();
-    if (at.p == 0 && at.d == 0) to[2 * H] = mass;
+    const int threads = static_cast<int>(blockDim.x), own = static_cast<int>(threadIdx.x);
+    __syncthreads();
 #pragma unroll
     for (int m = 0; m < size; ++m) {
-        const int p = m / Tiling::width, d = m % Tiling::width;
-        if (at.p + p >= t.P || d >= at.count) continue;
-        const int64_t h = (at.p + p) * t.D + at.d + d;
-        to[h] = sums[m], to[H + h] = squares[m];
+        shared[m * threads + own] = sums[m];
+        shared[(size + m) * threads + own] = squares[m];
+    }
+    shared[2 * size * threads + own] = mass;
+    __syncthreads();
+    for (int x = own; x < (2 * size + 1) * t.lanes; x += threads) {
+        const int number = x / t.lanes, m = number % size, p = m / Tiling::width, d = m % Tiling::width;
+        const PosePosition<Tiling> of(t, chunk, x % t.lanes);
+        const bool is_mass = number == 2 * size;
+        if (is_mass ? !of.exists || of.p > 0 || of.d > 0 : of.p + p >= t.P || d >= of.count) continue;
+        A sum = 0;
+        for (int row = 0; row < block_rows; ++row) sum += shared[number * threads + row * t.lanes + of.lane];
+        const int64_t h = (of.p + p) * t.D + of.d + d;
+        partial[((run * t.B + b) * t.J + of.j) * t.moments() + (is_mass ? 2 * H : number < size ? h : H + h)] = sum;
     }
 }
 

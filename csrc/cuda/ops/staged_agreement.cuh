@@ -13,24 +13,6 @@ constexpr int lanes_for(int64_t length) {
     return lanes;
 }
 
-// Combines x of all lanes of a row with `join`. All threads of the block must call it.
-template <class A, class Join> __device__ inline A over_lanes(A x, int lanes, Join join) {
-    A* const memory = reinterpret_cast<A*>(shared_memory());
-    const int t = static_cast<int>(threadIdx.x), lane = t % lanes;
-    memory[t] = x;
-    __syncthreads();
-    for (int others = lanes / 2; others > 0; others /= 2) {
-        if (lane < others) memory[t] = join(memory[t], memory[t + others]);
-        __syncthreads();
-    }
-    const A all = memory[t - lane];
-    __syncthreads();
-    return all;
-}
-template <class A> __device__ inline A sum_over_lanes(A x, int lanes) {
-    return over_lanes(x, lanes, [](A a, A b) { return a + b; });
-}
-
 // Launches a kernel over rows, with one number for each thread in shared memory and the number of lanes as its last
 // argument.
 template <class A, class... P, class... Q>
