@@ -284,6 +284,10 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
     }
     if (s.rows > 1) return;
 
+    // One gradient alone. Of the CUDA kernels in float32 only, because fibers are slow.
+    const auto check_one = [&](const std::string& what, const std::vector<std::pair<int64_t, Dtype>>& sizes, auto run) {
+        if (!emulated || dtype == Dtype::float32) check(what, sizes, run);
+    };
     Numbers saved(3 * outputs, wide);
     const auto save = [&](const std::unique_ptr<Numbers>& s_) { std::memcpy(saved.get(), s_->get(), s_->bytes()); };
     check(name + "attention", {{outputs, wide}, {outputs, wide}}, [&](int threads, Outputs o) {
@@ -296,7 +300,7 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
               return k.attention_routing_backward(operands(threads), mix.get(), mix_bias.get(), saved.get(), g.get(),
                                                   o[0]->get(), o[1]->get(), o[2]->get(), o[3]->get());
           });
-    check(name + "attention backward, bias", {{s.J, wide}}, [&](int threads, Outputs o) {
+    check_one(name + "attention backward, bias", {{s.J, wide}}, [&](int threads, Outputs o) {
         return k.attention_routing_backward(operands(threads), mix.get(), nullptr, saved.get(), g.get(), nullptr,
                                             nullptr, nullptr, o[0]->get());
     });
@@ -312,11 +316,11 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
                                                         o[0]->get(), o[1]->get(), o[2]->get());
                   });
     }
-    check(name + "dynamic backward, u", {{capsules, dtype}}, [&](int threads, Outputs o) {
+    check_one(name + "dynamic backward, u", {{capsules, dtype}}, [&](int threads, Outputs o) {
         return k.dynamic_routing_backward(operands(threads), 3, true, false, saved.get(), g.get(), o[0]->get(), nullptr,
                                           nullptr);
     });
-    check(name + "dynamic backward, W", {{weights, dtype}}, [&](int threads, Outputs o) {
+    check_one(name + "dynamic backward, W", {{weights, dtype}}, [&](int threads, Outputs o) {
         return k.dynamic_routing_backward(operands(threads), 3, true, false, saved.get(), g.get(), nullptr, o[0]->get(),
                                           nullptr);
     });
@@ -325,7 +329,7 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
     check(name + "step backward", {{capsules, dtype}, {weights, dtype}, {outputs, wide}}, [&](int threads, Outputs o) {
         return k.routing_step_backward(operands(threads), saved.get(), g.get(), o[0]->get(), o[1]->get(), o[2]->get());
     });
-    check(name + "step backward, state", {{outputs, wide}}, [&](int threads, Outputs o) {
+    check_one(name + "step backward, state", {{outputs, wide}}, [&](int threads, Outputs o) {
         return k.routing_step_backward(operands(threads), saved.get(), g.get(), nullptr, nullptr, o[0]->get());
     });
     if (k.routing_step_with_logits) {
@@ -357,7 +361,7 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
               return k.self_attention_routing_backward(operands(threads), prior.get(), 0.5, total.get(), saved.get(),
                                                        g.get(), o[0]->get(), o[1]->get(), o[2]->get());
           });
-    check(name + "self-attention backward, prior", {{s.N * s.J, wide}}, [&](int threads, Outputs o) {
+    check_one(name + "self-attention backward, prior", {{s.N * s.J, wide}}, [&](int threads, Outputs o) {
         return k.self_attention_routing_backward(operands(threads), nullptr, 0.5, total.get(), saved.get(), g.get(),
                                                  nullptr, nullptr, o[0]->get());
     });
