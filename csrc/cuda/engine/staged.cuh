@@ -95,9 +95,13 @@ template <class A> struct RunningSum {
     }
 };
 
-// Combines x of all lanes of a row with `join`; the lanes of a row are every step-th thread. All threads of the block
-// must call it.
+// Combines x of all lanes of a row with `join`; the lanes of a row are every step-th thread, powers of 2 both. All
+// threads of the block must call it.
 template <class A, class Join> __device__ inline A over_lanes(A x, int lanes, Join join, int step = 1) {
+    if (lanes * step <= warp_size) {
+        for (int other = 1; other < lanes; other *= 2) x = join(x, __shfl_xor_sync(~0u, x, other * step));
+        return x;
+    }
     A* const memory = reinterpret_cast<A*>(shared_memory());
     const int t = static_cast<int>(threadIdx.x), lane = t / step % lanes;
     memory[t] = x;
@@ -220,10 +224,11 @@ template <class A> __global__ void weigh_votes(StagedVotes<A> t, Couplings<A> c,
         const int64_t begin = x / size * run, end = at_most(begin + run, t.count), b = x % size / JD, jd = x % JD;
         const int64_t j = jd / t.D;
         A sum = 0;
+#pragma unroll 8
         for (int64_t i = begin; i < end; ++i) {
             const int64_t pair = b * t.count + i;
-            if (!t.present(pair)) continue;
-            sum += (c.elementwise ? c.c[pair * JD + jd] : c.of(t, pair, j)) * t.votes[pair * JD + jd];
+            if (t.present(pair))
+                sum += (c.elementwise ? c.c[pair * JD + jd] : c.of(t, pair, j)) * t.votes[pair * JD + jd];
         }
         sums[x] = sum;
     }

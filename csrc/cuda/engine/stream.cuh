@@ -384,6 +384,14 @@ template <class Function> inline Status for_storage_and_width(const Capsules& c,
     });
 }
 
+// Whether the votes of one batch item go through registers; else the loops of staged.cuh run. A policy may say from how
+// many output capsules on these are faster (most_capsules).
+template <class Policy, class Tiling> bool fits(const Tiling& tiling, int64_t numbers) {
+    if constexpr (requires { Policy::most_capsules; })
+        if (tiling.J > Policy::most_capsules) return false;
+    return tiling.fits(numbers);
+}
+
 // out [B, J, D] = Σ_i policy(û_bi). numbers: that each thread of the policy has in shared memory.
 template <int width, class T, ReducingPolicy<T, width> Policy>
 Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspace& whole, Accumulation<T>* out) {
@@ -397,7 +405,7 @@ Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspac
     constexpr int items = Policy::items;
     numbers = at_least(numbers, width);
     Tiling<T, width, items> tiling(c, numbers, Policy::resident);
-    if (!tiling.fits(numbers)) return reduce_staged<T>(c, policy, whole, out);
+    if (!fits<Policy>(tiling, numbers)) return reduce_staged<T>(c, policy, whole, out);
     tiling.runs = cut_runs(c.N, tiling.teams, tiling.tiles,
                            ceil_div(size, tiling.tiles) * static_cast<int64_t>(sizeof(A)), tiling.wanted);
     Workspace w(&whole);
@@ -442,7 +450,7 @@ Status emit(const Capsules& c, Policy& policy, int64_t numbers, const CapsuleGra
     constexpr int items = Policy::items;
     numbers = at_least(numbers, emit_numbers<width>(c, items));
     Tiling<T, width, items> tiling(c, numbers, Policy::resident);
-    if (!tiling.fits(numbers)) return emit_staged<T>(c, policy, gradients, param_count, whole, more, add);
+    if (!fits<Policy>(tiling, numbers)) return emit_staged<T>(c, policy, gradients, param_count, whole, more, add);
     const int64_t KJD = c.K * c.J * c.D;
     const bool shared = tiling.shared_weight();
     // The numbers of one block's sums of g_W, if it keeps them apart.

@@ -155,6 +155,7 @@ template <class A> struct WarpAttentionGradient {
 template <class A, int width> struct Attention {
     static constexpr int items = 1;  // here the limit is what the threads exchange, not W
     static constexpr int resident = 3;
+    static constexpr int64_t most_capsules = 128;  // of more, the threads' J² steps are slower than matrix products
     // For two output capsules j and k: z_k − z_j = own û_j + other û_k + constant determines the softmax.
     template <int items> struct Registers {
         A own, other, constant;
@@ -232,6 +233,7 @@ template <class A, int width> struct Attention {
 template <class A, int width> struct AttentionGradient {
     static constexpr int items = 1;  // more would take too many registers
     static constexpr int resident = 3;
+    static constexpr int64_t most_capsules = Attention<A, width>::most_capsules;
     template <int items> struct Registers {
         typename Attention<A, width>::template Registers<items> attention;
         A g_s[items][width], other[items][width];  // other: g_s of the other one of two output capsules
