@@ -5,6 +5,8 @@
 //   reduce   s += Σ_i c û                        with the couplings that the policy computes from û
 //   emit     g_u = g_û Wᵀ;  g_W = Σ_b uᵀ g_û     with the gradient that the policy computes from û
 //
+// Equal couplings need no votes: s = Σ_i u_i W_i is one product, and so are the gradients of u and W.
+//
 // `limits` sets the number of capsules of a tile, from the shape alone. Sums over all capsules are made of the pieces
 // of each tile, added in their order, in double.
 //
@@ -59,6 +61,12 @@ concept StagedReducingPolicy =
         { policy.staged_numbers(t.J, t.D) } -> std::same_as<int64_t>;
         { policy.stage_couplings(t, scratch, c, context) } -> std::same_as<Status>;
     };
+
+// What reduce_uniform needs: the coupling of all pairs.
+template <class P, class A>
+concept UniformPolicy = requires(const P& policy) {
+    { policy.uniform_coupling() } -> std::same_as<A>;
+};
 
 // What emit_staged needs: the gradient g of the votes of a tile, computed from the votes if needs_votes, and sums over
 // the tile in params [pieces, param_count].
@@ -130,7 +138,7 @@ template <class A, class T> __global__ void stage_rows(StagedVotes<A> t, const T
 // they share a matrix, one for all.
 template <class T> struct Matrices {
     using A = Accumulation<T>;
-    int64_t P, batches, rows;
+    int64_t P, count, batches, rows;
     int64_t step;   // pairs from one to the next in a product
     int64_t batch;  // rows from one product to the next
     int64_t K, JD;
@@ -140,6 +148,7 @@ template <class T> struct Matrices {
 
     Matrices(const Capsules& c, const StagedVotes<A>& t)
         : P(c.rows),
+          count(t.count),
           batches(c.weight_stride ? t.count : 1),
           rows(c.rows * (c.weight_stride ? t.B : t.pairs())),
           step(c.weight_stride ? t.count : 1),
@@ -152,6 +161,11 @@ template <class T> struct Matrices {
 
     // The rows of a product, with `size` numbers each.
     Axis row(int64_t size) const { return P == 1 ? Axis{step * size} : Axis{size, P, step * P * size}; }
+    // Rows of g, the gradient of the votes: [B, tile, P, J, D], or [B, J, D] if it is the same for every input capsule.
+    Axis row_of(bool uniform) const {
+        if (!uniform) return row(JD);
+        return weight_stride ? Axis{JD} : Axis{0, count, JD};
+    }
 
     Product votes(const A* u, A* to) const {
         return {.left = {u, row(K), {1}, batch * K},
@@ -168,8 +182,8 @@ template <class T> struct Matrices {
                 .batches = batches};
     }
     // to: pieces of [B, tile, P, K], `piece` numbers apart.
-    Product capsule_gradients(const A* g, A* to, int64_t pieces, int64_t piece) const {
-        return {.left = {g, row(JD), {1}, batch * JD},
+    Product capsule_gradients(const A* g, bool uniform, A* to, int64_t pieces, int64_t piece) const {
+        return {.left = {g, row_of(uniform), {1}, uniform ? 0 : batch * JD},
                 .right = {weight, {JD}, {1}, weight_stride},
                 .out = to,
                 .right_type = storage,
@@ -184,10 +198,26 @@ template <class T> struct Matrices {
                 .batches = batches,
                 .pieces = pieces};
     }
+    // Σ_i u_i W_i, in pieces of [B, J, D]. Only if P is 1.
+    Product sums(const StagedVotes<A>& t, A* to, int64_t pieces) const {
+        return {.left = {t.u, {count * K}, {1}},
+                .right = {weight, {1}, {JD, K, weight_stride}},
+                .out = to,
+                .right_type = storage,
+                .out_type = dtype_of<A>,
+                .row = {JD},
+                .column = {1},
+                .piece = t.B * JD,
+                .rows = t.B,
+                .columns = JD,
+                .depth = count * K,
+                .pieces = pieces};
+    }
     // to: as the matrices, or pieces of the gradient of a shared matrix.
-    Product weight_gradients(const A* u, const A* g, void* to, Dtype type, int64_t pieces, bool more) const {
+    Product weight_gradients(const A* u, const A* g, bool uniform, void* to, Dtype type, int64_t pieces,
+                             bool more) const {
         return {.left = {u, {1}, row(K), batch * K},
-                .right = {g, {1}, row(JD), batch * JD},
+                .right = {g, {1}, row_of(uniform), uniform ? 0 : batch * JD},
                 .out = to,
                 .right_type = dtype_of<A>,
                 .out_type = type,
@@ -276,24 +306,55 @@ Status reduce_staged(const Capsules& c, const Policy& policy, Workspace& whole, 
     return sum.write(out, false, c.context);
 }
 
+// out [B, J, D] = coupling Σ_i û_i.
+template <class T>
+Status reduce_uniform(const Capsules& c, Accumulation<T> coupling, Workspace& whole, Accumulation<T>* out) {
+    using A = Accumulation<T>;
+    const int64_t JD = c.J * c.D, size = c.B * JD;
+    StagedVotes<A> t(c, c.K);
+    Workspace w(&whole);
+    RunningSum<A> sum(w, size, pieces_for(blocks_along(c.B) * blocks_along(JD), t.count * c.K));
+    Workspace tile(&w);
+    sum.start_tile(tile);
+    t.u = tile.take<A>(t.pairs() * c.K);
+    if (c.context.needed) return Status::ok;
+    CAPSOPS_TRY(sum.start(c.context));
+    CAPSOPS_TRY((for_tiles<T>(c, t, tile, false, [&] {
+        CAPSOPS_TRY(multiply_matrices(Matrices<T>(c, t).sums(t, sum.rows, sum.count), c.context));
+        return sum.add(c.context);
+    })));
+    CAPSOPS_TRY(sum.write(out, false, c.context));
+    return launch_over(size, multiply<A>, c.context, static_cast<const A*>(out), coupling, out, size);
+}
+
+// Whether a policy's gradient of the votes is the same for every input capsule. It says so by is_uniform(), and
+// uniform_gradient() writes it.
+template <class Policy> bool is_uniform(const Policy& policy) {
+    if constexpr (requires { policy.is_uniform(); }) return policy.is_uniform();
+    return false;
+}
+
 template <class T, StagedEmittingPolicy<Accumulation<T>> Policy, class Add>
 Status emit_staged(const Capsules& c, const Policy& policy, const CapsuleGradients& gradients, int64_t param_count,
                    Workspace& whole, bool more, Add add) {
     using A = Accumulation<T>;
-    const int64_t JD = c.J * c.D, KJD = c.K * JD, vote = c.rows * JD, own = policy.staged_numbers(c.J, c.D);
-    const bool shared = c.weight_stride == 0;
-    StagedVotes<A> t(c, 2 * c.rows * c.K + (Policy::needs_votes ? 2 : 1) * vote + own);
+    const bool uniform = is_uniform(policy), shared = c.weight_stride == 0;
+    const bool needs_votes = Policy::needs_votes && !uniform;
+    const int64_t JD = c.J * c.D, KJD = c.K * JD, vote = uniform ? 0 : c.rows * JD;
+    const int64_t own = uniform ? 0 : policy.staged_numbers(c.J, c.D);
+    StagedVotes<A> t(c, 2 * c.rows * c.K + (needs_votes ? 2 : 1) * vote + own);
     const int64_t pairs = t.pairs();
     const bool sums = shared && gradients.weight;
     Workspace w(&whole);
     RunningSum<A> g_weight(w, sums ? KJD : 0, pieces_for(blocks_along(c.K) * blocks_along(JD), pairs));
     RunningSum<A> params(w, param_count, pieces_for(ceil_div(param_count, 4096), pairs * c.D));
+    A* const same = w.take<A>(uniform ? c.B * JD : 0);
     Workspace memory(&w);
     g_weight.start_tile(memory);
     params.start_tile(memory);
     t.u = memory.take<A>(pairs * t.K);
-    t.votes = memory.take<A>(Policy::needs_votes ? pairs * vote : 0);
-    A* g = memory.take<A>(pairs * vote);
+    t.votes = memory.take<A>(needs_votes ? pairs * vote : 0);
+    A* const g = uniform ? same : memory.take<A>(pairs * vote);
     A* scratch = memory.take<A>(pairs * own);
     const Matrices<T> m(c, t);
     const int64_t u_pieces =
@@ -302,22 +363,24 @@ Status emit_staged(const Capsules& c, const Policy& policy, const CapsuleGradien
     if (c.context.needed) return Status::ok;
     CAPSOPS_TRY(g_weight.start(c.context));
     CAPSOPS_TRY(params.start(c.context));
-    CAPSOPS_TRY((for_tiles<T>(c, t, memory, Policy::needs_votes, [&] {
-        CAPSOPS_TRY(policy.stage_gradient(t, scratch, g, params.rows, params.count, c.context));
+    if constexpr (requires { policy.is_uniform(); })
+        if (uniform) CAPSOPS_TRY(policy.uniform_gradient(same, c.context));
+    CAPSOPS_TRY((for_tiles<T>(c, t, memory, needs_votes, [&] {
+        if (!uniform) CAPSOPS_TRY(policy.stage_gradient(t, scratch, g, params.rows, params.count, c.context));
         if (param_count) CAPSOPS_TRY(params.add(c.context));
         const Matrices<T> tile(c, t);
         if (gradients.u) {
-            CAPSOPS_TRY(multiply_matrices(tile.capsule_gradients(g, g_u, u_pieces, pairs * t.K), c.context));
+            CAPSOPS_TRY(multiply_matrices(tile.capsule_gradients(g, uniform, g_u, u_pieces, pairs * t.K), c.context));
             CAPSOPS_TRY(launch_over(t.pairs() * t.K, write_capsule_gradients<A, T>, c.context, t, g_u, u_pieces,
                                     pairs * t.K, static_cast<T*>(gradients.u), more));
         }
         if (!gradients.weight) return Status::ok;
         if (!shared) {
             T* const to = static_cast<T*>(gradients.weight) + t.first * c.weight_stride;
-            return multiply_matrices(tile.weight_gradients(t.u, g, to, c.dtype, 1, more), c.context);
+            return multiply_matrices(tile.weight_gradients(t.u, g, uniform, to, c.dtype, 1, more), c.context);
         }
-        CAPSOPS_TRY(multiply_matrices(tile.weight_gradients(t.u, g, g_weight.rows, dtype_of<A>, g_weight.count, false),
-                                      c.context));
+        CAPSOPS_TRY(multiply_matrices(
+            tile.weight_gradients(t.u, g, uniform, g_weight.rows, dtype_of<A>, g_weight.count, false), c.context));
         return g_weight.add(c.context);
     })));
     if (sums) CAPSOPS_TRY(g_weight.write(static_cast<T*>(gradients.weight), more, c.context));

@@ -141,7 +141,7 @@ __device__ inline void join_capsules(const ThreadPosition<A, width, items>& at, 
 // registers for a tile of the batch; couple() computes the weights c of the components of the votes v.
 template <class P, class T, int width, class A = Accumulation<T>, int items = P::items>
 concept ReducingPolicy =
-    StagedReducingPolicy<P, A> &&
+    (StagedReducingPolicy<P, A> || UniformPolicy<P, A>) &&
     requires(const P& policy, const ThreadPosition<A, width, items>& at, typename P::template Registers<items>& own,
              A (&v)[items][width], A (&c)[items][width]) {
         policy.start(at, own);
@@ -405,7 +405,12 @@ Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspac
     constexpr int items = Policy::items;
     numbers = at_least(numbers, width);
     Tiling<T, width, items> tiling(c, numbers, Policy::resident);
-    if (!fits<Policy>(tiling, numbers)) return reduce_staged<T>(c, policy, whole, out);
+    if (!fits<Policy>(tiling, numbers)) {
+        if constexpr (UniformPolicy<Policy, A>)
+            return reduce_uniform<T>(c, policy.uniform_coupling(), whole, out);
+        else
+            return reduce_staged<T>(c, policy, whole, out);
+    }
     tiling.runs = cut_runs(c.N, tiling.teams, tiling.tiles,
                            ceil_div(size, tiling.tiles) * static_cast<int64_t>(sizeof(A)), tiling.wanted);
     Workspace w(&whole);

@@ -216,11 +216,7 @@ template <class A, int width> struct Equal {
             for (int d = 0; d < width; ++d) c[m][d] = coupling;
     }
 
-    static int64_t staged_numbers(int64_t, int64_t) { return 0; }
-    Status stage_couplings(const StagedVotes<A>&, A*, Couplings<A>& c, const ExecutionContext&) const {
-        c.equal = coupling;
-        return Status::ok;
-    }
+    A uniform_coupling() const { return coupling; }
 };
 
 // z = û · x and e = û · y for each of a thread's batch items. In shared memory: two numbers for each, from 0 on.
@@ -368,6 +364,12 @@ template <class A, int width> struct AgreementGradient {
                 for (int d = 0; d < width; ++d) out[m][d] += softmax.gradient[m] * own_x[m][d];
             }
         }
+    }
+
+    // Equal couplings in the only iteration.
+    bool is_uniform() const { return iterations == 1 && equal_first && !rest; }
+    Status uniform_gradient(A* to, const ExecutionContext& context) const {
+        return launch_over(size, multiply<A>, context, g, equal, to, size);
     }
 
     static constexpr bool needs_votes = true;
