@@ -17,7 +17,7 @@ Blocks run in waves. The busiest multiprocessor counts: 133 blocks take as long 
 
 Corrected by a measurement: on an H200, whose multiprocessors are those of the H100, the kernels of 17 operators took
 1.1 to 1.3 times as long as the cycles above say, and `stalls` is the mean (benchmarks/results/h200). The bandwidths are
-an H100's.
+an H100's, on which the kernels then took 0.93 to 1.05 times as long as forecast (benchmarks/results/h100).
 """
 
 from __future__ import annotations
