@@ -1,6 +1,6 @@
-"""coupling_coefficients: the couplings that a routing ends with, for explanation.
+"""coupling_coefficients: the function that hands over to the couplings of a routing, which stand in its own file.
 
-Each routing registers its own couplings with `explains`, in its own file.
+Each routing registers its own with `explains`.
 """
 
 from __future__ import annotations

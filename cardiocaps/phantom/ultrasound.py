@@ -1,4 +1,4 @@
-"""From the moving heart to B-mode frames.
+"""From the moving heart to B-mode frames: speckle, attenuation, gain, grey levels, the sector.
 
 Scatterers have tissue coordinates and move with the tissue, so that speckle follows the wall. For each frame: look up
 the scatterers on the grid of beams and depths, add thin leaflets, blur with the point-spread function (constant in
