@@ -21,6 +21,7 @@ from .ops._checks import (
     check_tensors,
     check_votes,
     fail,
+    of_every_item,
     refuse_scripting,
 )
 from .ops._declare import settle
@@ -200,8 +201,9 @@ class CapsuleLayer(_Matrices):
             otherwise a bias [J, D] inside the squash.
         leaky: for dynamic routing only; see `capsops.dynamic_routing`.
         detach: for dynamic routing only; see `capsops.dynamic_routing`.
+        logits: for dynamic routing only: learn initial logits [N, J], which begin at 0; see `capsops.dynamic_routing`.
         shared: use one matrix [K, J, D] for all input capsules; N may then vary from call to call. Self-attention
-            routing then has no prior, so bias must be False.
+            routing then has no prior, so bias must be False; and no logits are learned.
         device: of the parameters.
         dtype: of the parameters.
 
@@ -211,8 +213,10 @@ class CapsuleLayer(_Matrices):
         attn_bias: parameter [J] of attention routing with a bias; otherwise None.
         prior: parameter [N, J] of self-attention routing with a bias; otherwise None.
         bias: parameter [J, D] of dynamic and uniform routing with a bias; otherwise None.
+        logits: parameter [N, J] of dynamic routing with logits; otherwise None.
 
-    Shape: u [B, N, K] (and mask, bool [B, N]) -> v [B, J, D].
+    Shape: u [B, N, K] (and mask, bool [B, N]) -> v [B, J, D]. Dynamic routing also takes logits [N, J], [1, N, J] or
+    [B, N, J], to which the parameter is added.
 
     Raises:
         TypeError: an input is not a tensor.
@@ -233,6 +237,7 @@ class CapsuleLayer(_Matrices):
         bias: bool = True,
         leaky: bool = False,
         detach: bool = False,
+        logits: bool = False,
         shared: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -241,7 +246,7 @@ class CapsuleLayer(_Matrices):
         super().__init__(_layer, in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype)
         check_choice(_layer, "routing", routing, ROUTINGS)
         check_flag(_layer, "bias", bias)
-        for name, flag in (("leaky", leaky), ("detach", detach)):
+        for name, flag in (("leaky", leaky), ("detach", detach), ("logits", logits)):
             check_flag(_layer, name, flag)
             if flag and routing != "dynamic":
                 fail(_layer, f"{name} is True; expected False, because routing is {routing!r} and not 'dynamic'")
@@ -251,6 +256,11 @@ class CapsuleLayer(_Matrices):
                 "bias is True; expected False, because shared matrices take any number of capsules and the prior of "
                 "routing 'self-attention' does not",
             )
+        if logits and (shared or detach):
+            reason = (
+                "shared matrices take any number of capsules" if shared else "with detach they would get no gradient"
+            )
+            fail(_layer, f"logits is True; expected False, because {reason}")
         self.routing, self.iterations = routing, 1 if routing == "uniform" else iterations
         self.leaky, self.detach = leaky, detach
 
@@ -262,6 +272,7 @@ class CapsuleLayer(_Matrices):
         self.attn_bias = parameter(out_capsules) if attention and bias else None
         self.prior = parameter(in_capsules, out_capsules) if self_attention and bias else None
         self.bias = parameter(out_capsules, out_dim) if bias and not (attention or self_attention) else None
+        self.logits = parameter(in_capsules, out_capsules) if logits else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -293,30 +304,39 @@ class CapsuleLayer(_Matrices):
         above 1e-4 (above 1e-3 for input capsules of length 1). With a shared matrix, input capsules that all point in
         one direction give an s that is up to √N times as long.
 
-        The 1×1 convolution starts as `torch.nn.Conv2d` does, bias and prior at 0 (the prior as in Mazzia et al. 2021).
+        The 1×1 convolution starts as `torch.nn.Conv2d` does, bias, logits and prior at 0 (the prior as in Mazzia et al.
+        2021).
         """
         nn.init.normal_(self.weight, std=_initial_deviation(self))
         bound = 1 / math.sqrt(self.out_capsules)
         for convolution in (self.attn_weight, self.attn_bias):
             if convolution is not None:
                 nn.init.uniform_(convolution, -bound, bound)
-        for start in (self.bias, self.prior):
+        for start in (self.bias, self.logits, self.prior):
             if start is not None:
                 nn.init.zeros_(start)
 
-    def forward(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, u: Tensor, mask: Tensor | None = None, logits: Tensor | None = None) -> Tensor:
         def route() -> Tensor:
             if self.routing == "self-attention":
                 return functional.self_attention_routing(u, self.weight, self.prior, mask=mask)
             if self.attn_weight is not None:
                 return functional.attention_routing(u, self.weight, self.attn_weight, self.attn_bias, mask=mask)
             return functional.dynamic_routing(
-                u, self.weight, self.iterations, bias=self.bias, leaky=self.leaky, detach=self.detach, mask=mask
+                u,
+                self.weight,
+                self.iterations,
+                logits=self._with_parameter(logits),
+                bias=self.bias,
+                leaky=self.leaky,
+                detach=self.detach,
+                mask=mask,
             )
 
-        return self._call(route, u, mask)
+        self._check_takes_logits(logits)
+        return self._call(route, u, mask, logits)
 
-    def coupling_coefficients(self, u: Tensor, mask: Tensor | None = None) -> Tensor:
+    def coupling_coefficients(self, u: Tensor, mask: Tensor | None = None, logits: Tensor | None = None) -> Tensor:
         """c [B, N, J] (attention: [B, N, J, D]) for these input capsules; see `capsops.coupling_coefficients`."""
 
         def explain() -> Tensor:
@@ -330,17 +350,31 @@ class CapsuleLayer(_Matrices):
                 bias=self.bias,
                 leaky=self.leaky,
                 prior=self.prior,
+                logits=self._with_parameter(logits),
                 mask=mask,
             )
 
-        return self._call(explain, u, mask)
+        self._check_takes_logits(logits)
+        return self._call(explain, u, mask, logits)
 
-    def _refuse(self, u: Tensor, mask: Tensor | None) -> None:
-        layer, names = self._layer, "u weight mask"
-        u, weight, mask = settle(layer, names, 2, u, self.weight, mask)
+    def _with_parameter(self, logits: Tensor | None) -> Tensor | None:
+        """The given logits plus those that the layer learns."""
+        if self.logits is None or logits is None:
+            return self.logits if logits is None else logits
+        return self.logits + logits
+
+    def _check_takes_logits(self, logits: Tensor | None) -> None:
+        if logits is not None and self.routing != "dynamic":
+            fail(self._layer, f"logits are given; expected None, because routing is {self.routing!r} and not 'dynamic'")
+
+    def _refuse(self, u: Tensor, mask: Tensor | None, logits: Tensor | None) -> None:
+        layer, names = self._layer, "u weight mask logits"
+        u, weight, mask, logits = settle(layer, names, 2, u, self.weight, mask, logits)
         self._check_capsules("u", u, "[B, N, K]")
         check_floating(layer, names, u, weight)
         check_votes(layer, u, weight, mask)
+        if logits is not None:
+            of_every_item(layer, logits, u, weight)
 
     def extra_repr(self) -> str:
         parts = [
@@ -351,6 +385,8 @@ class CapsuleLayer(_Matrices):
             parts.append(f"iterations={self.iterations}, leaky={self.leaky}, detach={self.detach}")
         if self.attn_bias is None and self.bias is None and self.prior is None:
             parts.append("bias=False")
+        if self.logits is not None:
+            parts.append("logits=True")
         if self.shared:
             parts.append("shared=True")
         return ", ".join(parts)

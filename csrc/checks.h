@@ -129,6 +129,15 @@ inline bool routing_step_with_logits_backward(const Capsules& c, const void* sta
     return valid(c) && fits({c.B, c.N, c.J}) && given({state, g_s}, {c.B}) && given({logits}, {c.B, c.N});
 }
 
+inline bool dynamic_routing_with_logits(const Capsules& c, const void* logits, const void*, int64_t iterations, bool,
+                                        void* v, void* s) {
+    return valid(c, iterations) && fits({c.B, c.N, c.J}) && given({v, s}, {c.B}) && given({logits}, {c.B, c.N});
+}
+inline bool dynamic_routing_with_logits_backward(const Capsules& c, const void* logits, int64_t iterations, bool, bool,
+                                                 const void* s, const void* g_v, void*, void*, void*, void*) {
+    return valid(c, iterations) && fits({c.B, c.N, c.J}) && given({s, g_v}, {c.B}) && given({logits}, {c.B, c.N});
+}
+
 inline bool self_attention_routing(const Capsules& c, const void*, double, void* v, void* total, void* s) {
     return valid(c) && given({v, total, s}, {c.B});
 }

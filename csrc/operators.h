@@ -205,6 +205,21 @@ struct Kernels {
                                                 void* g_state,    // [B, J, D] accumulation
                                                 void* g_logits);  // [B, N, J] accumulation
 
+    Status (*dynamic_routing_with_logits)(const Capsules& c,
+                                          const void* logits,  // [B, N, J] accumulation
+                                          const void* bias,    // [J, D] accumulation, or null
+                                          int64_t iterations, bool leaky,
+                                          void* v,   // [B, J, D] accumulation
+                                          void* s);  // [iterations, B, J, D] accumulation, bias included
+    Status (*dynamic_routing_with_logits_backward)(const Capsules& c,
+                                                   const void* logits,  // [B, N, J] accumulation
+                                                   int64_t iterations, bool leaky, bool detach,
+                                                   const void* s,    // [iterations, B, J, D] accumulation, from forward
+                                                   const void* g_v,  // [B, J, D] accumulation
+                                                   void* g_u, void* g_weight,
+                                                   void* g_logits,  // [B, N, J] accumulation
+                                                   void* g_bias);   // [J, D] accumulation
+
     // Measures one pass over `size` bytes, or `size` steps of arithmetic. Not an operator.
     Status (*probe)(Probe what, int64_t size, int threads, double* rate);
 };
@@ -227,9 +242,11 @@ struct Kernels {
     X(self_attention_routing_backward)    \
     X(em_routing)                         \
     X(em_routing_backward)
-#define CAPSOPS_CPU_ONLY_OPERATORS(X) \
-    X(routing_step_with_logits)       \
-    X(routing_step_with_logits_backward)
+#define CAPSOPS_CPU_ONLY_OPERATORS(X)       \
+    X(routing_step_with_logits)             \
+    X(routing_step_with_logits_backward)    \
+    X(dynamic_routing_with_logits)          \
+    X(dynamic_routing_with_logits_backward)
 #define CAPSOPS_OPERATORS(X)          \
     CAPSOPS_CPU_AND_CUDA_OPERATORS(X) \
     CAPSOPS_CPU_ONLY_OPERATORS(X)

@@ -220,6 +220,14 @@ _ROWS = {
     "routing_step_with_logits_backward": _Row(
         small="state logits", saved="g_s", stored="g_u g_weight", outputs="g_state g_logits"
     ),
+    "dynamic_routing_with_logits": _Row(small="logits bias", options="iterations leaky", outputs="v s"),
+    "dynamic_routing_with_logits_backward": _Row(
+        small="logits",
+        options="iterations leaky detach",
+        saved="s g_v",
+        stored="g_u g_weight",
+        outputs="g_logits g_bias",
+    ),
     "self_attention_routing": _Row(small="prior", options="scale", outputs="v total s"),
     "self_attention_routing_backward": _Row(
         small="prior", options="scale", saved="total s g_v", stored="g_u g_weight", outputs="g_prior"

@@ -7,7 +7,7 @@ v [B, J, D] output capsules.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -78,23 +78,26 @@ def attention_couplings(votes: Tensor, attn_weight: Tensor, attn_bias: Tensor | 
     return z.softmax(dim=2)
 
 
-def dynamic_couplings(logits: Tensor, leaky: bool) -> Tensor:
-    """c [B, N, J]: a softmax over the output capsules, with one more logit, 0, if leaky."""
-    if not leaky:
-        return logits.softmax(dim=2)
-    leak = torch.zeros_like(logits[:, :, :1])
-    return torch.cat([leak, logits], dim=2).softmax(dim=2)[:, :, 1:]
+def dynamic_couplings(agreement: Tensor, leaky: bool, logits: Tensor | None = None) -> Tensor:
+    """c [B, N, J]: a softmax over the output capsules, with one more logit, 0, if leaky.
+
+    logits [B, N, J] are added to the agreement; c is 0 where one is −∞, even if all are.
+    """
+    if logits is not None:
+        removed = logits == -torch.inf
+        # The lowest number in place of −∞, because the softmax of nothing but −∞ is NaN.
+        agreement = torch.where(removed, torch.finfo(agreement.dtype).min, agreement + logits)
+    if leaky:
+        leak = torch.zeros_like(agreement[:, :, :1])
+        c = torch.cat([leak, agreement], dim=2).softmax(dim=2)[:, :, 1:]
+    else:
+        c = agreement.softmax(dim=2)
+    return c if logits is None else c.masked_fill(removed, 0)
 
 
 def step_couplings(votes: Tensor, state: Tensor, logits: Tensor | None = None) -> Tensor:
-    """c [B, N, J]: how far a vote agrees with the state [B, J, D]; 0 where a logit is −∞, even if all are."""
-    agreement = torch.einsum("bnjd,bjd->bnj", votes, state)
-    if logits is None:
-        return agreement.softmax(dim=2)
-    removed = logits == -torch.inf
-    # The lowest number in place of −∞, because the softmax of nothing but −∞ is NaN.
-    least = torch.finfo(agreement.dtype).min
-    return torch.where(removed, least, agreement + logits).softmax(dim=2).masked_fill(removed, 0)
+    """c [B, N, J]: how far a vote agrees with the state [B, J, D]; logits as in `dynamic_couplings`."""
+    return dynamic_couplings(torch.einsum("bnjd,bjd->bnj", votes, state), False, logits)
 
 
 def self_attention_couplings(votes: Tensor, total: Tensor, prior: Tensor | None, scale: float) -> Tensor:
@@ -133,6 +136,28 @@ def attention_routing(
     return squash((c * votes).sum(dim=1))
 
 
+def _route(
+    votes: Tensor,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    detach: bool,
+    couplings: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """The iterations of routing by agreement; couplings(b) are those of the agreements b [B, N, J] so far."""
+    agreeing = votes.detach() if detach else votes
+    agreement = torch.zeros_like(votes[..., 0])
+    for iteration in range(iterations):
+        last = iteration == iterations - 1
+        s = torch.einsum("bnj,bnjd->bjd", _masked(couplings(agreement), mask), votes if last else agreeing)
+        if bias is not None:
+            s = s + (bias if last or not detach else bias.detach())
+        v = squash(s)
+        if not last:
+            agreement = agreement + torch.einsum("bnjd,bjd->bnj", agreeing, v)
+    return v
+
+
 def dynamic_routing(
     u: Tensor,
     weight: Tensor,
@@ -144,18 +169,22 @@ def dynamic_routing(
 ) -> Tensor:
     """Routing by agreement (Sabour et al. 2017, procedure 1); bias [J, D] is added inside the squash."""
     votes = affine_votes(u, weight, mask)
-    agreeing = votes.detach() if detach else votes
-    logits = torch.zeros_like(votes[..., 0])
-    for iteration in range(iterations):
-        last = iteration == iterations - 1
-        c = _masked(dynamic_couplings(logits, leaky), mask)
-        s = torch.einsum("bnj,bnjd->bjd", c, votes if last else agreeing)
-        if bias is not None:
-            s = s + (bias if last or not detach else bias.detach())
-        v = squash(s)
-        if not last:
-            logits = logits + torch.einsum("bnjd,bjd->bnj", agreeing, v)
-    return v
+    return _route(votes, bias, mask, iterations, detach, lambda b: dynamic_couplings(b, leaky))
+
+
+def dynamic_routing_with_logits(
+    u: Tensor,
+    weight: Tensor,
+    logits: Tensor,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    iterations: int = 3,
+    leaky: bool = False,
+    detach: bool = False,
+) -> Tensor:
+    """The same with logits [B, N, J] added to the agreements of every iteration."""
+    votes, logits = affine_votes(u, weight, mask), _masked(logits.detach() if detach else logits, mask)
+    return _route(votes, bias, mask, iterations, detach, lambda b: dynamic_couplings(b, leaky, logits))
 
 
 def routing_step(u: Tensor, weight: Tensor, state: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -107,6 +107,24 @@ def check_votes(op: str, u: Tensor, weight: Tensor, mask: Tensor | None = None, 
     return B, N, K, J, D
 
 
+def of_every_item(op: str, logits: Tensor, u: Tensor, weight: Tensor) -> Tensor:
+    """Require logits [N, J], [1, N, J] or [B, N, J]; return a view [B, N, J]. u and weight have been checked."""
+    check_floating(op, "u logits", u, logits)
+    B, N, J = *u.shape[:2], weight.shape[-2]
+    if logits.shape not in ((N, J), (1, N, J), (B, N, J)):
+        fail(
+            op,
+            f"logits has shape {shape_of(logits)}; expected [N, J] = [{N}, {J}], [1, N, J], or [B, N, J] with B = {B}",
+        )
+    return logits.expand(B, N, J)
+
+
+def check_logits(op: str, logits: Tensor, u: Tensor, weight: Tensor) -> None:
+    """Require logits [B, N, J]. u and weight have been checked."""
+    check_floating(op, "u logits", u, logits)
+    check_shape(op, "logits", logits, "B, N, J", *u.shape[:2], weight.shape[-2])
+
+
 def refuse_scripting(name: str) -> NoReturn:
     """Raise RuntimeError: TorchScript's compiler takes none of our functions and layers."""
     raise RuntimeError(

@@ -122,7 +122,7 @@ def coupling_coefficients(
         inverse_temperature: for EM routing.
         renormalise: for EM routing.
         state: [B, J, D], for a routing step, which needs it.
-        logits: [N, J], [1, N, J] or [B, N, J], for a routing step.
+        logits: [N, J], [1, N, J] or [B, N, J], for dynamic routing and a routing step.
         mask: bool [B, N], True where there is a capsule.
 
     Returns:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..backends import reference
-from ._checks import Sizes, check_floating, check_shape, check_vectors, check_votes, fail, shape_of
+from ._checks import Sizes, check_floating, check_logits, check_shape, check_vectors, check_votes, of_every_item
 from ._declare import Differentiable, Output, settle
 from ._flops import Shape, pass_flops
 from .coupling_coefficients import Couplings, Votes, check_given, explains, widened
@@ -35,9 +35,8 @@ def _outputs(op: str, u: Tensor, *others: Any) -> list[Output]:
 def _outputs_with_logits(
     op: str, u: Tensor, weight: Tensor, state: Tensor, logits: Tensor, mask: Tensor | None
 ) -> list[Output]:
-    B, N, _, J, D = check(op, u, weight, state, mask)
-    check_floating(op, "u logits", u, logits)
-    check_shape(op, "logits", logits, "B, N, J", B, N, J)
+    B, _, _, J, D = check(op, u, weight, state, mask)
+    check_logits(op, logits, u, weight)
     return [("B, J, D", (B, J, D), u.dtype)]
 
 
@@ -81,17 +80,6 @@ _with_logits = Differentiable(
 )
 
 
-def _of_every_item(op: str, logits: Tensor, u: Tensor, weight: Tensor) -> Tensor:
-    """Logits [N, J], [1, N, J] or [B, N, J] as a view [B, N, J]. u and weight have been checked."""
-    B, N, J = *u.shape[:2], weight.shape[-2]
-    if logits.shape not in ((N, J), (1, N, J), (B, N, J)):
-        fail(
-            op,
-            f"logits has shape {shape_of(logits)}; expected [N, J] = [{N}, {J}], [1, N, J], or [B, N, J] with B = {B}",
-        )
-    return logits.expand(B, N, J)
-
-
 def routing_step(
     u: Tensor, weight: Tensor, state: Tensor, logits: Tensor | None = None, *, mask: Tensor | None = None
 ) -> Tensor:
@@ -124,8 +112,7 @@ def routing_step(
     op = "routing_step"
     u, weight, state, logits, mask = settle(op, "u weight state logits mask", 4, u, weight, state, logits, mask)
     check(op, u, weight, state, mask)
-    check_floating(op, "u logits", u, logits)
-    return _with_logits(u, weight, state, _of_every_item(op, logits, u, weight), mask)
+    return _with_logits(u, weight, state, of_every_item(op, logits, u, weight), mask)
 
 
 @explains("step")
@@ -136,8 +123,7 @@ def _couplings(
     check_given(op, "a routing step", state=state)
     B, N, _K, J, _D = check(op, votes.u, votes.weight, state, votes.mask)  # type: ignore[arg-type]
     if logits is not None:
-        check_floating(op, "u logits", votes.u, logits)
-        logits = _of_every_item(op, logits, votes.u, votes.weight)
+        logits = of_every_item(op, logits, votes.u, votes.weight)
     V, added = widened(state, logits)
 
     def couplings(part: slice, some: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ class Routing:
 
     def runs_on(self, backend: str) -> bool:
         """Whether a backend has a kernel for it."""
-        return backend == "cpu" or self.name != "step-logits"
+        return backend == "cpu" or "logits" not in self.name
 
     def arguments(self, shape: tuple[int, ...], *, shared: bool = False, seed: int = 0) -> Arguments:
         """Random arguments in float64, with votes of about unit length."""
@@ -75,12 +75,15 @@ class Routing:
         return {self.capsules: u, "weight": weight, **small}
 
 
-def _dynamic(iterations: int, *, detach: bool, leaky: bool, bias: bool) -> Routing:
+def _dynamic(iterations: int, *, detach: bool, leaky: bool, bias: bool, logits: bool = False) -> Routing:
     def call(**arguments: Tensor) -> Tensor:
         return capsops.dynamic_routing(iterations=iterations, detach=detach, leaky=leaky, **arguments)
 
-    name = f"dynamic{iterations}" + "-detach" * detach + "-leaky" * leaky + "-bias" * bias
-    return Routing(name, call, lambda B, N, J, D: {"bias": (J, D)} if bias else {}, detach)
+    def parameters(B: int, N: int, J: int, D: int) -> dict[str, tuple[int, ...]]:
+        return ({"logits": (B, N, J)} if logits else {}) | ({"bias": (J, D)} if bias else {})
+
+    name = f"dynamic{iterations}" + "-detach" * detach + "-leaky" * leaky + "-bias" * bias + "-logits" * logits
+    return Routing(name, call, parameters, detach)
 
 
 def _self_attention(*, prior: bool, scale: float | None) -> Routing:
@@ -107,6 +110,7 @@ def _em(
 ATTENTION = Routing(
     "attention", capsops.attention_routing, lambda B, N, J, D: {"attn_weight": (J, J), "attn_bias": (J,)}
 )
+DYNAMIC_LOGITS = _dynamic(3, detach=False, leaky=False, bias=True, logits=True)
 LOGITS = Routing("step-logits", capsops.routing_step, lambda B, N, J, D: {"state": (B, J, D), "logits": (B, N, J)})
 STEP = Routing("step", capsops.routing_step, lambda B, N, J, D: {"state": (B, J, D)})
 ROUTINGS = [
@@ -117,6 +121,7 @@ ROUTINGS = [
     _dynamic(3, detach=True, leaky=False, bias=True),
     _dynamic(2, detach=False, leaky=True, bias=True),
     _dynamic(5, detach=True, leaky=True, bias=False),
+    DYNAMIC_LOGITS,
     STEP,
     LOGITS,
     _self_attention(prior=True, scale=None),
@@ -189,6 +194,20 @@ def _examples() -> dict[str, tuple]:
         "routing_step_backward": (s[0], u, shared, v, None, [True, True, True]),
         "routing_step_with_logits": (u, weight, v, torch.randn(B, N, J), mask),
         "routing_step_with_logits_backward": (s[0], u, shared, v, torch.randn(B, N, J), None, [True] * 4),
+        "dynamic_routing_with_logits": (u, weight, torch.randn(B, N, J), full, mask, 3, True, False),
+        "dynamic_routing_with_logits_backward": (
+            v,
+            s,
+            u,
+            shared,
+            torch.randn(B, N, J),
+            full,
+            mask,
+            3,
+            False,
+            False,
+            [True] * 4,
+        ),
         "primary_capsules": (features, 2, False, "efficient"),
         "primary_capsules_backward": (torch.randn(B, 60, 2), features, 3, True, "sabour"),
         "self_attention_routing": (u, weight, prior, mask, 0.5),

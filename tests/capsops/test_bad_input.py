@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -192,6 +193,33 @@ def test_step(backend: str) -> None:
             capsops.routing_step(u, weight, state, torch.zeros(7, 3).half())
         with pytest.raises(TypeError, match="routing_step: state is a NoneType"):
             capsops.routing_step(u, weight, None)  # type: ignore[arg-type]
+
+
+@by_backend
+def test_initial_logits(backend: str) -> None:
+    u, weight = torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5)
+    expected = r"expected \[N, J\] = \[7, 3\], \[1, N, J\], or \[B, N, J\] with B = 2"
+    with capsops.use_backend(backend):
+        for logits in (torch.zeros(7), torch.zeros(3, 7), torch.zeros(3, 7, 3), torch.zeros(2, 1, 3)):
+            for call in (capsops.dynamic_routing, partial(capsops.coupling_coefficients, "dynamic")):
+                with pytest.raises(ValueError, match=rf"logits has shape .*; {expected}"):
+                    call(u, weight, logits=logits)
+        with pytest.raises(ValueError, match=r"dynamic_routing: logits has dtype torch\.float16; expected"):
+            capsops.dynamic_routing(u, weight, logits=torch.zeros(7, 3).half())
+        with pytest.raises(TypeError, match="dynamic_routing: logits is a list"):
+            capsops.dynamic_routing(u, weight, logits=[0.0])  # type: ignore[arg-type]
+        layer = capsops.nn.CapsuleLayer(7, 4, 3, 5, "dynamic")
+        with pytest.raises(ValueError, match=rf"CapsuleLayer: logits has shape \[7\]; {expected}"):
+            layer(u, logits=torch.zeros(7))
+        with pytest.raises(ValueError, match="CapsuleLayer: logits are given; expected None, because routing is 'att"):
+            capsops.nn.CapsuleLayer(7, 4, 3, 5, "attention")(u, logits=torch.zeros(7, 3))
+    for options, reason in (
+        ({"routing": "uniform"}, "routing is 'uniform' and not 'dynamic'"),
+        ({"routing": "dynamic", "shared": True}, "shared matrices take any number of capsules"),
+        ({"routing": "dynamic", "detach": True}, "with detach they would get no gradient"),
+    ):
+        with pytest.raises(ValueError, match=f"CapsuleLayer: logits is True; expected False, because {reason}"):
+            capsops.nn.CapsuleLayer(7, 4, 3, 5, logits=True, **options)
 
 
 @by_backend

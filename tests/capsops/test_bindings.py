@@ -42,6 +42,12 @@ def calls(c: Any, context: Any = CONTEXT, iterations: int = 2, p: int = P) -> di
         "routing_step_with_logits_backward": lambda: _C.routing_step_with_logits_backward(
             context, c, p, p, p, 0, 0, 0, 0
         ),
+        "dynamic_routing_with_logits": lambda: _C.dynamic_routing_with_logits(
+            context, c, p, 0, iterations, False, p, p
+        ),
+        "dynamic_routing_with_logits_backward": lambda: _C.dynamic_routing_with_logits_backward(
+            context, c, p, iterations, False, False, p, p, 0, 0, 0, 0
+        ),
         "self_attention_routing": lambda: _C.self_attention_routing(context, c, 0, 1.0, p, p, p),
         "self_attention_routing_backward": lambda: _C.self_attention_routing_backward(
             context, c, 0, 1.0, p, p, p, 0, 0, 0

@@ -39,6 +39,9 @@ def _by_hand(routing: Routing) -> tuple[int, int, int]:
     if name.startswith("dynamic"):
         R = int(name[7])
         naive = votes + (2 * R - 1) * contraction  # one sum for each iteration, an agreement for each but the last
+        if "logits" in name:  # the first iteration has couplings, and backward their agreement with g_s
+            backward = (R - 1) * (votes + 3 * contraction) + 3 * votes + (4 * R - 2) * contraction
+            return R * votes + (2 * R - 1) * contraction, backward, naive
         forward = R * votes + 2 * (R - 1) * contraction
         if routing.detached:
             return forward, 3 * votes + 2 * contraction, naive

@@ -50,9 +50,11 @@ def _agreement(
     detach: bool = False,
     leaky: bool = False,
     present: Sequence[bool] = (True,) * N,
+    initial: Tensor | None = None,
 ) -> Tensor:
-    """Routing by agreement of one item, votes [N, J, D] -> v [J, D]."""
-    logits = [[torch.zeros((), dtype=torch.float64) for _ in range(J)] for _ in range(N)]
+    """Routing by agreement of one item, votes [N, J, D] and initial logits [N, J] -> v [J, D]."""
+    start = torch.zeros(N, J, dtype=torch.float64) if initial is None else initial
+    logits = [[start[i, j] for j in range(J)] for i in range(N)]
     for iteration in range(iterations):
         last = iteration == iterations - 1
         used = votes.detach() if detach and not last else votes
@@ -105,11 +107,13 @@ def test_ageron_handson_ml() -> None:
 
 
 def test_adambielski_capsnet_pytorch() -> None:
-    """With the initial logits at 0; n_iterations counts the rounds after the first."""
-    u, W, n_iterations = _random(B, N, K), _random(N, K, J * D), 3
-    formula = [_agreement(_votes(x, lambda x, i, j: x @ W[i, :, j * D : (j + 1) * D]), n_iterations + 1) for x in u]
-    found = capsops.dynamic_routing(u, W.view(N, K, J, D), n_iterations + 1)
-    _same(found, torch.stack(formula), u, W)
+    """It learns the initial logits; n_iterations counts the rounds after the first."""
+    u, W, b, n_iterations = _random(B, N, K), _random(N, K, J * D), _random(N, J), 3
+    formula = [
+        _agreement(_votes(x, lambda x, i, j: x @ W[i, :, j * D : (j + 1) * D]), n_iterations + 1, initial=b) for x in u
+    ]
+    found = capsops.dynamic_routing(u, W.view(N, K, J, D), n_iterations + 1, logits=b)
+    _same(found, torch.stack(formula), u, W, b)
 
 
 @pytest.mark.parametrize("leaky", [False, True])

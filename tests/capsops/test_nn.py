@@ -35,6 +35,24 @@ def test_capsule_layer(routing: str, bias: bool, shared: bool) -> None:
     assert layer.coupling_coefficients(u, mask).shape == ((2, 17, 3, 5) if routing == "attention" else (2, 17, 3))
 
 
+def test_a_layer_with_initial_logits() -> None:
+    """It learns them, and takes others to which it adds its own."""
+    layer = nn.CapsuleLayer(7, 4, 3, 5, "dynamic", logits=True)
+    assert "logits=True" in repr(layer) and (layer.logits == 0).all()
+    u, given = torch.randn(2, 7, 4), torch.randn(2, 7, 3)
+    plain = nn.CapsuleLayer(7, 4, 3, 5, "dynamic")
+    plain.load_state_dict({n: x for n, x in layer.state_dict().items() if n != "logits"})
+    torch.testing.assert_close(layer(u), plain(u))
+    layer(u).square().sum().backward()
+    assert layer.logits.grad.abs().max() > 0
+    with torch.no_grad():
+        layer.logits.normal_()
+    both = layer.logits.detach() + given
+    for call in (lambda x, *args: x(*args), lambda x, *args: x.coupling_coefficients(*args)):
+        assert not torch.equal(call(layer, u), call(plain, u))
+        torch.testing.assert_close(call(layer, u, None, given), call(plain, u, None, both))
+
+
 def test_shared_matrices_take_any_number_of_capsules() -> None:
     layer = nn.CapsuleLayer(20, 4, 3, 5, "dynamic", shared=True)
     assert layer(torch.randn(2, 7, 4)).shape == (2, 3, 5)

@@ -6,7 +6,7 @@ import os
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
@@ -17,7 +17,18 @@ from hypothesis import strategies as st
 import capsops
 from tests.forked_python import forked_python
 
-from .routings import LOGITS, OPERATORS, ROUTINGS, SHAPES, Arguments, Routing, each, relative_error, run
+from .routings import (
+    DYNAMIC_LOGITS,
+    LOGITS,
+    OPERATORS,
+    ROUTINGS,
+    SHAPES,
+    Arguments,
+    Routing,
+    each,
+    relative_error,
+    run,
+)
 
 by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name)
 by_routing = pytest.mark.parametrize("routing", ROUTINGS, ids=lambda r: r.name)
@@ -25,6 +36,7 @@ by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 by_instructions = pytest.mark.parametrize("instructions", capsops.backends.cpu.instruction_sets(), indirect=True)
 by_outputs = pytest.mark.parametrize("J", [2, 3])  # two output capsules have loops of their own
 by_batch = pytest.mark.parametrize("B", [3, 16])  # a batch that fills vectors has loops of its own
+by_logits = pytest.mark.parametrize("routing", [LOGITS, DYNAMIC_LOGITS], ids=lambda r: r.name)
 by_sharing = pytest.mark.parametrize("shared", [False, True], ids=["matrices", "shared"])
 
 
@@ -151,43 +163,81 @@ def test_a_loop_of_steps_is_dynamic_routing(J: int, B: int) -> None:
 
 @by_outputs
 @by_batch
+@by_logits
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_logits_of_every_shape(J: int, B: int, backend: str) -> None:
+def test_logits_of_every_shape(routing: Routing, J: int, B: int, backend: str) -> None:
     """Logits without a batch are those of every batch item; −∞ removes a pair, or all pairs of an input capsule."""
-    u, weight, state, logits = LOGITS.arguments((B, 7, 4, J, 5)).values()
-    logits[:, 1, 0], logits[:, 3] = -torch.inf, -torch.inf
-    own = logits[0].clone().requires_grad_()
+    arguments = routing.arguments((B, 7, 4, J, 5))
+    own = arguments.pop("logits")[0].clone()
+    own[1, 0], own[3] = -torch.inf, -torch.inf
+    own.requires_grad_()
     with capsops.use_backend(backend):
         results = []
         for given in (own, own[None], own.expand(B, 7, J)):
-            s = capsops.routing_step(u, weight, state, given)
-            results.append((s.detach(), *torch.autograd.grad(s.sin().sum(), own)))
+            out = routing.call(**arguments, logits=given)
+            results.append((out.detach(), *torch.autograd.grad(out.sin().sum(), own)))
     for got in results[1:]:
         torch.testing.assert_close(got, results[0])
-    s, g = results[0]
+    out, g = results[0]
     assert (g[own == -torch.inf] == 0).all()
     assert (J == 2) == (g[1] == 0).all()  # with one pair left there is nothing to weigh
     present = torch.arange(7) != 3
-    without = capsops.routing_step(u[:, present], weight[present], state, own[present])
-    torch.testing.assert_close(s, without.detach())
-    c = capsops.coupling_coefficients("step", u, weight, state=state, logits=own)
-    torch.testing.assert_close(torch.einsum("bnj,bnk,nkjd->bjd", c, u, weight), s)
+    rest = {n: x for n, x in arguments.items() if n not in ("u", "weight")}
+    u, weight = arguments["u"], arguments["weight"]
+    without = routing.call(u=u[:, present], weight=weight[present], logits=own[present], **rest)
+    torch.testing.assert_close(out, without.detach())
+    kind, options = _kind(routing)
+    c = capsops.coupling_coefficients(kind, **arguments, logits=own, **options)
+    s = torch.einsum("bnj,bnk,nkjd->bjd", c, u, weight)
+    torch.testing.assert_close(s if kind == "step" else capsops.squash(s + arguments["bias"]), out)
     assert (c[:, 3] == 0).all()
 
 
 @by_outputs
 @by_batch
+@by_logits
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf")])
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
-def test_a_wrong_logit_makes_its_batch_item_nan(J: int, B: int, wrong: float, backend: str) -> None:
-    arguments = LOGITS.arguments((B, 7, 4, J, 5))
+def test_a_wrong_logit_makes_its_batch_item_nan(routing: Routing, J: int, B: int, wrong: float, backend: str) -> None:
+    arguments = routing.arguments((B, 7, 4, J, 5))
     for j in range(J):
         logits = arguments["logits"].clone()
         logits[1, 2, j] = wrong
         with capsops.use_backend(backend):
-            s = capsops.routing_step(**{**arguments, "logits": logits})
-        assert s[1].isnan().all()
-        assert s[torch.arange(B) != 1].isfinite().all()
+            out = routing.call(**{**arguments, "logits": logits})
+        assert out[1].isnan().all()
+        assert out[torch.arange(B) != 1].isfinite().all()
+
+
+@by_outputs
+@by_batch
+@by_sharing
+@pytest.mark.parametrize("leaky", [False, True], ids=["", "leaky"])
+def test_logits_with_a_leak_or_detached(J: int, B: int, shared: bool, leaky: bool) -> None:
+    """As the reference. Detached couplings are constants, so the gradient of the logits is 0."""
+    arguments = DYNAMIC_LOGITS.arguments((B, 7, 4, J, 5), shared=shared)
+    arguments["logits"][1, 3] = -torch.inf
+
+    def call(detach: bool, **arguments: torch.Tensor) -> torch.Tensor:
+        return capsops.dynamic_routing(**arguments, iterations=3, leaky=leaky, detach=detach)
+
+    without = {n: x for n, x in arguments.items() if n != "logits"}
+    for detach in (False, True):
+        routing = replace(DYNAMIC_LOGITS, call=partial(call, detach))
+        # Detached logits are constants.
+        inputs, fixed = (without, {"logits": arguments["logits"]}) if detach else (arguments, {})
+        got, expected = (run(routing, inputs, torch.float64, backend, **fixed) for backend in ("cpu", "reference"))
+        for x, y in zip(got, expected, strict=True):
+            assert relative_error(x, y) < 1e-12
+    (g,) = run(
+        replace(DYNAMIC_LOGITS, call=partial(call, True, **without)),
+        {"logits": arguments["logits"]},
+        torch.float64,
+        "cpu",
+    )[1:]
+    assert (g == 0).all()
+    zeros = {**arguments, "logits": torch.zeros_like(arguments["logits"])}
+    torch.testing.assert_close(call(False, **zeros), call(False, **without))
 
 
 def test_detached_gradient_takes_the_couplings_as_constants() -> None:

@@ -332,6 +332,7 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
     check_one(name + "step backward, state", {{outputs, wide}}, [&](int threads, Outputs o) {
         return k.routing_step_backward(operands(threads), saved.get(), g.get(), nullptr, nullptr, o[0]->get());
     });
+    // The operators that only the CPU has.
     if (k.routing_step_with_logits) {
         Numbers logits(s.B * s.N * s.J, wide);
         logits.random();
@@ -348,6 +349,20 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
             return k.routing_step_with_logits_backward(operands(threads), saved.get(), logits.get(), g.get(), nullptr,
                                                        nullptr, nullptr, o[0]->get());
         });
+        for (const bool leaky : {false, true})
+            check(name + "dynamic with logits", {{outputs, wide}, {3 * outputs, wide}}, [&](int threads, Outputs o) {
+                const Status status = k.dynamic_routing_with_logits(operands(threads), logits.get(), bias.get(), 3,
+                                                                    leaky, o[0]->get(), o[1]->get());
+                return save(o[1]), status;
+            });
+        for (const bool detach : {false, true})
+            check(name + "dynamic with logits backward",
+                  {{capsules, dtype}, {weights, dtype}, {s.B * s.N * s.J, wide}, {s.J * H, wide}},
+                  [&](int threads, Outputs o) {
+                      return k.dynamic_routing_with_logits_backward(operands(threads), logits.get(), 3, true, detach,
+                                                                    saved.get(), g.get(), o[0]->get(), o[1]->get(),
+                                                                    o[2]->get(), o[3]->get());
+                  });
     }
     Numbers total(outputs, wide);
     check(name + "self-attention", {{outputs, wide}, {outputs, wide}, {outputs, wide}}, [&](int threads, Outputs o) {

@@ -24,8 +24,8 @@ def test_cuda_has_a_part_of_them_or_none() -> None:
         assert names == []
     else:
         assert "attention_routing" in names
-        alone = "routing_step_with_logits"
-        assert set(_C.operators("cpu")) - set(names) == {alone, f"{alone}_backward"}
+        alone = {"routing_step_with_logits", "dynamic_routing_with_logits"}
+        assert set(_C.operators("cpu")) - set(names) == alone | {f"{name}_backward" for name in alone}
 
 
 def test_an_unknown_backend_is_refused() -> None:

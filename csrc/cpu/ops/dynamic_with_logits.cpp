@@ -1,0 +1,54 @@
+// Routing by agreement with initial logits, b_ij = û_ij · V_j + logits_ij in every iteration. The passes are those of
+// dynamic.cpp, but for the first iteration, whose couplings are not equal here. The gradient of the logits is Σ_t δ^t.
+
+#include "couplings.h"
+#include "iterations.h"
+
+namespace capsops::cpu::CAPSOPS_ISA {
+
+template <class A> void CoupledPasses<A>::reduce(const Operands<A>& o, const CoupledSum<A>& policy, A* out) {
+    CAPSOPS_ISA::reduce(o, policy, out);
+}
+template <class A>
+void CoupledPasses<A>::emit(const Operands<A>& o, const CoupledGradient<A>& policy, const CapsuleGradients& gradients,
+                            A* params) {
+    CAPSOPS_ISA::emit(o, policy, gradients, params);
+}
+template struct CoupledPasses<float>;
+template struct CoupledPasses<double>;
+
+Status dynamic_routing_with_logits(const Capsules& c, const void* logits, const void* bias, int64_t iterations,
+                                   bool leaky, void* v, void* s) {
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const Operands<A> o(c, best_layout<A, CoupledSum<A>>(c));
+        route(o, static_cast<const A*>(bias), iterations, static_cast<A*>(v), static_cast<A*>(s),
+              [&](int64_t, const A* V, A* sum) {
+                  const Couplings<A> couplings{V, static_cast<const A*>(logits), c.N, o.J, leaky};
+                  CoupledPasses<A>::reduce(o, CoupledSum<A>{couplings, nullptr, o.D}, sum);
+              });
+    });
+}
+
+Status dynamic_routing_with_logits_backward(const Capsules& c, const void* logits, int64_t iterations, bool leaky,
+                                            bool detach, const void* s, const void* g_v, void* g_u, void* g_weight,
+                                            void* g_logits, void* g_bias) {
+    return for_accumulation(c.dtype, [&]<class A>() {
+        const Operands<A> o(c, best_layout<A, CoupledSum<A>, CoupledGradient<A>>(c));
+        Couplings<A> couplings{nullptr, static_cast<const A*>(logits), c.N, o.J, leaky};
+        const RouteGradients<A> route(o, iterations, static_cast<const A*>(s), static_cast<const A*>(g_v), detach,
+                                      [&](int64_t, const A* V, const A* g_s, A* H) {
+                                          couplings.V = V;
+                                          CoupledPasses<A>::reduce(o, CoupledSum<A>{couplings, g_s, o.D}, H);
+                                      });
+        if (g_bias) route.sum_over_batch(static_cast<A*>(g_bias));
+        // Masked pairs have no gradient, and if detach, none has.
+        if (g_logits) fill(static_cast<A*>(g_logits), c.B * c.N * o.J, A(0));
+        if (!g_u && !g_weight && (!g_logits || detach)) return;
+        couplings.V = route.V.get();
+        const CoupledGradient<A> policy{
+            couplings, route.g_s.get(), static_cast<A*>(g_logits), o.state_size(), iterations, true, detach, 0};
+        CoupledPasses<A>::emit(o, policy, {g_u, g_weight}, nullptr);
+    });
+}
+
+}  // namespace capsops::cpu::CAPSOPS_ISA

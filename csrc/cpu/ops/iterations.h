@@ -1,0 +1,85 @@
+// The iterations of routing by agreement, around the passes that its forms differ in.
+#pragma once
+
+#include "../engine/stream.h"
+
+namespace capsops::cpu::CAPSOPS_ISA {
+
+// Forward. reduce(t, V, sum) writes Σ_i c_ij û_ij of iteration t to sum, a state. V is a state too, the sum of the
+// output capsules of all earlier iterations; null in the first iteration.
+template <class A, class Reduce>
+inline void route(const Operands<A>& o, const A* bias /* [J, H], or null */, int64_t iterations, A* v /* [B, J, H] */,
+                  A* s /* [iterations, B, J, H] */, Reduce reduce) {
+    const int64_t rows = o.c.B * o.J, size = rows * o.H;
+    Buffer<A> sum(o.state_size()), total(size), V(o.state_size());
+    fill(total.get(), size, A(0));
+    for (int64_t t = 0; t < iterations; ++t) {
+        A* s_t = s + t * size;
+        if (t > 0) o.pack(total.get(), V.get());
+        reduce(t, t > 0 ? V.get() : nullptr, sum.get());
+        o.unpack(sum.get(), s_t);
+        if (bias)
+            for (int64_t x = 0; x < size; ++x) s_t[x] += bias[x % o.JH];
+        squash_outputs(s_t, v, rows, o.H, SquashKind::sabour);
+        for (int64_t x = 0; x < size; ++x) total.get()[x] += v[x];
+    }
+}
+
+// Backward: V^t and the gradient of s^t for every iteration t. With detach only that of the last one is computed.
+template <class A> struct RouteGradients {
+    const Operands<A>& o;
+    const int64_t iterations, compact /* numbers of [B, J, H] */;
+    const bool detach;
+    Buffer<A> V;            // [iterations, a state]: the sum of v over the iterations before
+    Buffer<A> g_s;          // [iterations, a state]
+    Buffer<A> g_s_compact;  // the same, [iterations, B, J, H]
+
+    // adjoint(t, V^t, g_s^t, H) writes H^t = Σ_i δ^t_ij û_ij, the gradient of V^t, to H, a state. It is called for the
+    // iterations from the last one to the second, because g_s^{t−1} depends on H^t.
+    template <class Adjoint>
+    RouteGradients(const Operands<A>& o, int64_t iterations, const A* s /* [iterations, B, J, H] */,
+                   const A* g_v /* [B, J, H] */, bool detach, Adjoint adjoint)
+        : o(o),
+          iterations(iterations),
+          compact(o.c.B * o.JH),
+          detach(detach),
+          V(iterations * o.state_size()),
+          g_s(iterations * o.state_size()),
+          g_s_compact(iterations * compact) {
+        const int64_t rows = o.c.B * o.J, size = o.state_size(), last = iterations - 1;
+        Buffer<A> v(compact), total(compact);
+        fill(V.get(), size, A(0));
+        fill(total.get(), compact, A(0));
+        for (int64_t t = 1; t < iterations; ++t) {
+            throw_if_stopped(o.c.context);
+            squash_outputs(s + (t - 1) * compact, v.get(), rows, o.H, SquashKind::sabour);
+            for (int64_t x = 0; x < compact; ++x) total.get()[x] += v.get()[x];
+            o.pack(total.get(), V.get() + t * size);
+        }
+
+        const auto through_squash = [&](const A* g_v, int64_t t) {
+            A* g = g_s_compact.get() + t * compact;
+            squash_outputs_backward(g_v, s + t * compact, g, rows, o.H, SquashKind::sabour);
+            o.pack(g, g_s.get() + t * size);
+        };
+        through_squash(g_v, last);
+        if (detach) return;
+        Buffer<A> sum(size), H(compact), g_V(compact);
+        fill(g_V.get(), compact, A(0));
+        for (int64_t t = last; t > 0; --t) {
+            adjoint(t, V.get() + t * size, g_s.get() + t * size, sum.get());
+            o.unpack(sum.get(), H.get());
+            for (int64_t x = 0; x < compact; ++x) g_V.get()[x] += H.get()[x];
+            through_squash(g_V.get(), t - 1);
+        }
+    }
+
+    // The gradient of a bias that every s has.
+    void sum_over_batch(A* g_bias /* [J, H] */) const {
+        fill(g_bias, o.JH, A(0));
+        for (int64_t x = (detach ? iterations - 1 : 0) * compact; x < iterations * compact; ++x)
+            g_bias[x % o.JH] += g_s_compact.get()[x];
+    }
+};
+
+}  // namespace capsops::cpu::CAPSOPS_ISA
