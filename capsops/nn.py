@@ -14,6 +14,7 @@ from . import functional
 from .ops import em
 from .ops._checks import (
     check_at_least,
+    check_axis,
     check_choice,
     check_flag,
     check_floating,
@@ -201,6 +202,7 @@ class CapsuleLayer(_Matrices):
             otherwise a bias [J, D] inside the squash.
         leaky: for dynamic routing only; see `capsops.dynamic_routing`.
         detach: for dynamic routing only; see `capsops.dynamic_routing`.
+        axis: for dynamic routing only: "output" or "input"; see `capsops.dynamic_routing`.
         logits: for dynamic routing only: learn initial logits [N, J], which begin at 0; see `capsops.dynamic_routing`.
         shared: use one matrix [K, J, D] for all input capsules; N may then vary from call to call. Self-attention
             routing then has no prior, so bias must be False; and no logits are learned.
@@ -237,6 +239,7 @@ class CapsuleLayer(_Matrices):
         bias: bool = True,
         leaky: bool = False,
         detach: bool = False,
+        axis: str = "output",
         logits: bool = False,
         shared: bool = False,
         device: torch.device | str | None = None,
@@ -256,13 +259,16 @@ class CapsuleLayer(_Matrices):
                 "bias is True; expected False, because shared matrices take any number of capsules and the prior of "
                 "routing 'self-attention' does not",
             )
+        check_axis(_layer, axis, leaky)
+        if axis == "input" and routing != "dynamic":
+            fail(_layer, f"axis is 'input'; expected 'output', because routing is {routing!r} and not 'dynamic'")
         if logits and (shared or detach):
             reason = (
                 "shared matrices take any number of capsules" if shared else "with detach they would get no gradient"
             )
             fail(_layer, f"logits is True; expected False, because {reason}")
         self.routing, self.iterations = routing, 1 if routing == "uniform" else iterations
-        self.leaky, self.detach = leaky, detach
+        self.leaky, self.detach, self.axis = leaky, detach, axis
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -299,10 +305,14 @@ class CapsuleLayer(_Matrices):
           logit covaries with the vote that it weighs, in the same way for all input capsules, and s² grows by the
           factor 1 + N σ² / (3 K). The product of this factor and n² is limited to 2.
 
-        For J from 2 to 1,000, N from 16 to 100,000 and lengths of the input capsules from 0.3 to 1, the mean of the
-        largest coupling is then below 0.3 (below 0.6 for two output capsules). The median length of v is below 0.95 and
-        above 1e-4 (above 1e-3 for input capsules of length 1). With a shared matrix, input capsules that all point in
-        one direction give an s that is up to √N times as long.
+        With the softmax over the input capsules (axis "input") equal couplings are 1 / N, and N takes the place of J in
+        these rules. Couplings then start nearly equal, and the output capsules of many input capsules short: 0.04 for
+        N = 1,152 and three iterations.
+
+        With the softmax over the output capsules, for J from 2 to 1,000, N from 16 to 100,000 and lengths of the input
+        capsules from 0.3 to 1, the mean of the largest coupling is then below 0.3 (below 0.6 for two output capsules).
+        The median length of v is below 0.95 and above 1e-4 (above 1e-3 for input capsules of length 1). With a shared
+        matrix, input capsules that all point in one direction give an s that is up to √N times as long.
 
         The 1×1 convolution starts as `torch.nn.Conv2d` does, bias, logits and prior at 0 (the prior as in Mazzia et al.
         2021).
@@ -327,6 +337,7 @@ class CapsuleLayer(_Matrices):
                 self.weight,
                 self.iterations,
                 logits=self._with_parameter(logits),
+                axis=self.axis,
                 bias=self.bias,
                 leaky=self.leaky,
                 detach=self.detach,
@@ -351,6 +362,7 @@ class CapsuleLayer(_Matrices):
                 leaky=self.leaky,
                 prior=self.prior,
                 logits=self._with_parameter(logits),
+                axis=self.axis,
                 mask=mask,
             )
 
@@ -359,9 +371,9 @@ class CapsuleLayer(_Matrices):
 
     def _with_parameter(self, logits: Tensor | None) -> Tensor | None:
         """The given logits plus those that the layer learns."""
-        if self.logits is None or logits is None:
-            return self.logits if logits is None else logits
-        return self.logits + logits
+        if self.logits is None:
+            return logits
+        return self.logits if logits is None else self.logits + logits
 
     def _check_takes_logits(self, logits: Tensor | None) -> None:
         if logits is not None and self.routing != "dynamic":
@@ -383,6 +395,8 @@ class CapsuleLayer(_Matrices):
         ]
         if self.routing == "dynamic":
             parts.append(f"iterations={self.iterations}, leaky={self.leaky}, detach={self.detach}")
+        if self.axis == "input":
+            parts.append("axis='input'")
         if self.attn_bias is None and self.bias is None and self.prior is None:
             parts.append("bias=False")
         if self.logits is not None:
@@ -396,20 +410,21 @@ def _initial_deviation(layer: CapsuleLayer) -> float:
     """The σ of the matrices that `CapsuleLayer.reset_parameters` derives."""
     N, K, J, D = layer.in_capsules, layer.in_dim, layer.out_capsules, layer.out_dim
     steps = layer.iterations * (layer.iterations - 1) / 2
-    unit = J / math.sqrt(N * D)  # gives s the length 1
+    rivals = N if layer.axis == "input" else J  # capsules over which the couplings add up to 1
+    unit = rivals / math.sqrt(N * D)  # gives s the length 1
     if layer.routing == "attention":
         most = _LOGIT_DEVIATION * math.sqrt(3)
         if layer.shared:
             q = N / (3 * K)
             most = min(most, math.sqrt((math.sqrt(1 + 8 * q / (N * D) * J**2) - 1) / (2 * q)))
         return min(unit, most)
-    if J == 1 or layer.routing == "uniform" or (layer.routing == "dynamic" and steps == 0):
+    if rivals == 1 or layer.routing == "uniform" or (layer.routing == "dynamic" and steps == 0):
         return unit
     M = N + D + (N * D / K if layer.shared else 0)
-    growth = _GROWTH / math.sqrt(math.log(J))
+    growth = _GROWTH / math.sqrt(math.log(rivals))
     if layer.routing == "self-attention":
         return min(unit, math.sqrt(growth * math.sqrt(D) / M))
-    wanted = growth * N * D / (M * J * steps)
+    wanted = growth * N * D / (M * rivals * steps)
     low, high = 0.0, 1.0
     while wanted < 0.5 and high - low > 1e-9:  # n³ / (1 + n²) grows with n
         n = (low + high) / 2

@@ -138,6 +138,25 @@ inline bool dynamic_routing_with_logits_backward(const Capsules& c, const void* 
     return valid(c, iterations) && fits({c.B, c.N, c.J}) && given({s, g_v}, {c.B}) && given({logits}, {c.B, c.N});
 }
 
+inline bool dynamic_routing_over_inputs(const Capsules& c, const void*, const void*, int64_t iterations, void* v,
+                                        void* s, void* log_sums) {
+    return valid(c, iterations) && fits({c.B, c.N, c.J}) && given({v, s, log_sums}, {c.B});
+}
+inline bool dynamic_routing_over_inputs_backward(const Capsules& c, const void*, const void*, int64_t iterations, bool,
+                                                 const void* s, const void* log_sums, const void* g_v, void*, void*,
+                                                 void*, void*) {
+    return valid(c, iterations) && fits({c.B, c.N, c.J}) && given({s, log_sums, g_v}, {c.B});
+}
+
+inline bool routing_step_over_inputs(const Capsules& c, const void* state, const void*, void* s, void* total,
+                                     void* log_sums) {
+    return valid(c) && fits({c.B, c.N, c.J}) && given({state, s, total, log_sums}, {c.B});
+}
+inline bool routing_step_over_inputs_backward(const Capsules& c, const void* state, const void*, const void* total,
+                                              const void* log_sums, const void* g_s, void*, void*, void*, void*) {
+    return valid(c) && fits({c.B, c.N, c.J}) && given({state, total, log_sums, g_s}, {c.B});
+}
+
 inline bool self_attention_routing(const Capsules& c, const void*, double, void* v, void* total, void* s) {
     return valid(c) && given({v, total, s}, {c.B});
 }

@@ -220,6 +220,41 @@ struct Kernels {
                                                    void* g_logits,  // [B, N, J] accumulation
                                                    void* g_bias);   // [J, D] accumulation
 
+    // The same two operators with the softmax over the input capsules. log_sums: log Σ_i exp(b_ij), b the logits.
+    Status (*dynamic_routing_over_inputs)(const Capsules& c,
+                                          const void* logits,  // [B, N, J] accumulation, or null
+                                          const void* bias,    // [J, D] accumulation, or null
+                                          int64_t iterations,
+                                          void* v,          // [B, J, D] accumulation
+                                          void* s,          // [iterations, B, J, D] accumulation, bias included
+                                          void* log_sums);  // [iterations, B, J] accumulation
+    Status (*dynamic_routing_over_inputs_backward)(const Capsules& c,
+                                                   const void* logits,  // [B, N, J] accumulation, or null
+                                                   const void* bias,    // [J, D] accumulation, or null
+                                                   int64_t iterations, bool detach,
+                                                   const void* s,         // from forward
+                                                   const void* log_sums,  // from forward
+                                                   const void* g_v,       // [B, J, D] accumulation
+                                                   void* g_u, void* g_weight,
+                                                   void* g_logits,  // [B, N, J] accumulation
+                                                   void* g_bias);   // [J, D] accumulation
+
+    Status (*routing_step_over_inputs)(const Capsules& c,
+                                       const void* state,   // [B, J, D] accumulation
+                                       const void* logits,  // [B, N, J] accumulation, or null
+                                       void* s,             // [B, J, D] accumulation
+                                       void* total,         // the same again: s may be rounded, this is saved
+                                       void* log_sums);     // [B, J] accumulation
+    Status (*routing_step_over_inputs_backward)(const Capsules& c,
+                                                const void* state,     // [B, J, D] accumulation
+                                                const void* logits,    // [B, N, J] accumulation, or null
+                                                const void* total,     // from forward
+                                                const void* log_sums,  // from forward
+                                                const void* g_s,       // [B, J, D] accumulation
+                                                void* g_u, void* g_weight,
+                                                void* g_state,    // [B, J, D] accumulation
+                                                void* g_logits);  // [B, N, J] accumulation
+
     // Measures one pass over `size` bytes, or `size` steps of arithmetic. Not an operator.
     Status (*probe)(Probe what, int64_t size, int threads, double* rate);
 };
@@ -246,7 +281,11 @@ struct Kernels {
     X(routing_step_with_logits)             \
     X(routing_step_with_logits_backward)    \
     X(dynamic_routing_with_logits)          \
-    X(dynamic_routing_with_logits_backward)
+    X(dynamic_routing_with_logits_backward) \
+    X(dynamic_routing_over_inputs)          \
+    X(dynamic_routing_over_inputs_backward) \
+    X(routing_step_over_inputs)             \
+    X(routing_step_over_inputs_backward)
 #define CAPSOPS_OPERATORS(X)          \
     CAPSOPS_CPU_AND_CUDA_OPERATORS(X) \
     CAPSOPS_CPU_ONLY_OPERATORS(X)

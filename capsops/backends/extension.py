@@ -228,6 +228,18 @@ _ROWS = {
         stored="g_u g_weight",
         outputs="g_logits g_bias",
     ),
+    "dynamic_routing_over_inputs": _Row(small="logits bias", options="iterations", outputs="v s log_sums"),
+    "dynamic_routing_over_inputs_backward": _Row(
+        small="logits bias",
+        options="iterations detach",
+        saved="s log_sums g_v",
+        stored="g_u g_weight",
+        outputs="g_logits g_bias",
+    ),
+    "routing_step_over_inputs": _Row(small="state logits", outputs="s total log_sums"),
+    "routing_step_over_inputs_backward": _Row(
+        small="state logits", saved="total log_sums g_s", stored="g_u g_weight", outputs="g_state g_logits"
+    ),
     "self_attention_routing": _Row(small="prior", options="scale", outputs="v total s"),
     "self_attention_routing_backward": _Row(
         small="prior", options="scale", saved="total s g_v", stored="g_u g_weight", outputs="g_prior"

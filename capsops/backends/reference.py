@@ -95,6 +95,16 @@ def dynamic_couplings(agreement: Tensor, leaky: bool, logits: Tensor | None = No
     return c if logits is None else c.masked_fill(removed, 0)
 
 
+def input_couplings(agreement: Tensor, logits: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """c [B, N, J]: a softmax over the input capsules, without masked ones and pairs whose logit is −∞."""
+    removed = torch.zeros_like(agreement, dtype=torch.bool) if mask is None else ~mask[:, :, None].expand_as(agreement)
+    if logits is not None:
+        removed = removed | (logits == -torch.inf)
+        agreement = agreement + logits
+    least = torch.finfo(agreement.dtype).min
+    return torch.where(removed, least, agreement).softmax(dim=1).masked_fill(removed, 0)
+
+
 def step_couplings(votes: Tensor, state: Tensor, logits: Tensor | None = None) -> Tensor:
     """c [B, N, J]: how far a vote agrees with the state [B, J, D]; logits as in `dynamic_couplings`."""
     return dynamic_couplings(torch.einsum("bnjd,bjd->bnj", votes, state), False, logits)
@@ -187,6 +197,22 @@ def dynamic_routing_with_logits(
     return _route(votes, bias, mask, iterations, detach, lambda b: dynamic_couplings(b, leaky, logits))
 
 
+def dynamic_routing_over_inputs(
+    u: Tensor,
+    weight: Tensor,
+    logits: Tensor | None = None,
+    bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    iterations: int = 3,
+    detach: bool = False,
+) -> Tensor:
+    """Dynamic routing with the softmax over the input capsules; logits [B, N, J] are added to the agreements."""
+    votes = affine_votes(u, weight, mask)
+    if logits is not None:
+        logits = _masked(logits.detach() if detach else logits, mask)
+    return _route(votes, bias, mask, iterations, detach, lambda b: input_couplings(b, logits, mask))
+
+
 def routing_step(u: Tensor, weight: Tensor, state: Tensor, mask: Tensor | None = None) -> Tensor:
     """s = Σ_i c_i û_i with c = softmax_j(û · state): one pass of dynamic routing, without its squash."""
     votes = affine_votes(u, weight, mask)
@@ -200,6 +226,16 @@ def routing_step_with_logits(
     votes = affine_votes(u, weight, mask)
     c = step_couplings(votes, state, _masked(logits, mask))
     return torch.einsum("bnj,bnjd->bjd", _masked(c, mask), votes)
+
+
+def routing_step_over_inputs(
+    u: Tensor, weight: Tensor, state: Tensor, logits: Tensor | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """The same with c = softmax_i(û · state + logits)."""
+    votes = affine_votes(u, weight, mask)
+    agreement = torch.einsum("bnjd,bjd->bnj", votes, state)
+    c = input_couplings(agreement, None if logits is None else _masked(logits, mask), mask)
+    return torch.einsum("bnj,bnjd->bjd", c, votes)
 
 
 def self_attention_routing(

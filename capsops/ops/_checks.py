@@ -125,6 +125,14 @@ def check_logits(op: str, logits: Tensor, u: Tensor, weight: Tensor) -> None:
     check_shape(op, "logits", logits, "B, N, J", *u.shape[:2], weight.shape[-2])
 
 
+def check_axis(op: str, axis: object, leaky: bool = False) -> None:
+    """Require an axis of the softmax, and the one over the output capsules where it is leaky."""
+    if axis not in ("output", "input"):
+        fail(op, f"axis is {axis!r}; expected 'output' or 'input', the capsules over which the couplings add up to 1")
+    if leaky and axis == "input":
+        fail(op, "axis is 'input'; expected 'output', because leaky gives the softmax over the output capsules a logit")
+
+
 def refuse_scripting(name: str) -> NoReturn:
     """Raise RuntimeError: TorchScript's compiler takes none of our functions and layers."""
     raise RuntimeError(

@@ -78,6 +78,36 @@ def widened(*operands: Tensor | None) -> Any:
     return [x if x is None else x.to(accumulation_dtype(x.dtype)) for x in operands]
 
 
+def softmax_of_agreements(votes: Votes, V: Tensor, logits: Tensor | None, axis: str, leaky: bool = False) -> Couplings:
+    """The couplings with the logits û · V + logits, V [B, J, D] and logits [B, N, J] or None."""
+
+    def logits_of(part: slice, some: Tensor) -> Tensor:
+        b = torch.einsum("bnjd,bjd->bnj", some, V)
+        return b if logits is None else b + logits[:, part]
+
+    if axis == "output":
+
+        def over_outputs(part: slice, some: Tensor) -> Tensor:
+            b = torch.einsum("bnjd,bjd->bnj", some, V)
+            return reference.dynamic_couplings(b, leaky, None if logits is None else logits[:, part])
+
+        return over_outputs
+
+    def present(part: slice, b: Tensor) -> Tensor:
+        return b if votes.mask is None else b.masked_fill(~votes.mask[:, part, None], -torch.inf)
+
+    # log Σ_i exp(b_ij), chunk by chunk; −∞ where an output capsule has no pairs.
+    log_sum = V.new_full(V.shape[:2], -torch.inf)
+    for part, some in votes:
+        log_sum = torch.logaddexp(log_sum, present(part, logits_of(part, some)).logsumexp(dim=1))
+
+    def over_inputs(part: slice, some: Tensor) -> Tensor:
+        b = present(part, logits_of(part, some))
+        return (b - log_sum[:, None]).exp().masked_fill(b == -torch.inf, 0)
+
+    return over_inputs
+
+
 @torch.no_grad()
 def coupling_coefficients(
     routing: str,
@@ -98,6 +128,7 @@ def coupling_coefficients(
     renormalise: bool = False,
     state: Tensor | None = None,
     logits: Tensor | None = None,
+    axis: str = "output",
     mask: Tensor | None = None,
 ) -> Tensor:
     """The coupling coefficients c that a routing ends with, for explanation; without gradient.
@@ -123,12 +154,13 @@ def coupling_coefficients(
         renormalise: for EM routing.
         state: [B, J, D], for a routing step, which needs it.
         logits: [N, J], [1, N, J] or [B, N, J], for dynamic routing and a routing step.
+        axis: "output" or "input", for dynamic routing and a routing step.
         mask: bool [B, N], True where there is a capsule.
 
     Returns:
         c [B, N, J]; for attention [B, N, J, D]; for EM the responsibilities r of the last iteration. 0 where the mask
-        says that there is no capsule. Sums to 1 over J; if leaky, to less, by the leak's share; with a prior, to more,
-        by the prior's sum; 0 where all logits are −∞.
+        says that there is no capsule. Sums to 1 over J, with axis "input" over N; if leaky, to less, by the leak's
+        share; with a prior, to more, by the prior's sum; 0 where all logits are −∞.
 
     Raises:
         TypeError: an argument is not a tensor.
@@ -152,6 +184,7 @@ def coupling_coefficients(
             scale=scale,
             inverse_temperature=inverse_temperature,
             renormalise=renormalise,
+            axis=axis,
         )
         c: Tensor | None = None
         for part, some in votes:

@@ -12,6 +12,7 @@ from ..backends import reference
 from ..dtypes import accumulation_dtype
 from ._checks import (
     Sizes,
+    check_axis,
     check_flag,
     check_floating,
     check_iterations,
@@ -23,7 +24,7 @@ from ._checks import (
 )
 from ._declare import Differentiable, Output, settle
 from ._flops import Shape, pass_flops
-from .coupling_coefficients import Couplings, Votes, explains, widened
+from .coupling_coefficients import Couplings, Votes, explains, softmax_of_agreements, widened
 
 
 def check(op: str, u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, iterations: int) -> Sizes:
@@ -60,6 +61,23 @@ def _outputs_with_logits(
     return outputs
 
 
+def _outputs_over_inputs(
+    op: str,
+    u: Tensor,
+    weight: Tensor,
+    logits: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    *_: bool,
+) -> list[Output]:
+    outputs = _outputs(op, u, weight, bias, mask, iterations)
+    if logits is not None:
+        check_logits(op, logits, u, weight)
+    B, J = u.shape[0], weight.shape[-2]
+    return [*outputs, ("iterations, B, J", (iterations, B, J), accumulation_dtype(u.dtype))]
+
+
 def _flops(u: Shape, weight: Shape, bias: Shape | None, mask: Shape | None, iterations: int, *_: bool) -> int:
     part = pass_flops(u, weight)
     # The first iteration adds the votes up. Each later one is a pass with agreements and a weighted sum.
@@ -94,7 +112,9 @@ def _flops_with_logits(u: Shape, weight: Shape, logits: Shape, *others: Any) -> 
     return iterations * (part.votes + part.contraction) + (iterations - 1) * part.contraction
 
 
-def _gradient_flops_with_logits(g_v: Shape, s: Shape, u: Shape, weight: Shape, logits: Shape, *others: Any) -> int:
+def _gradient_flops_with_logits(
+    g_v: Shape, s: Shape, u: Shape, weight: Shape, logits: Shape | None, *others: Any
+) -> int:
     part, (_, _, iterations, _, detach, (g_u, g_weight, g_logits, _)) = pass_flops(u, weight), others
     later = iterations - 1
     flops = 0 if detach else later * (part.votes + 3 * part.contraction)
@@ -103,6 +123,20 @@ def _gradient_flops_with_logits(g_v: Shape, s: Shape, u: Shape, weight: Shape, l
         contractions = 1 + min(later, 1) if detach else 2 + 4 * later
         flops += part.gradients(contractions, g_u, g_weight)
     return flops
+
+
+def _flops_over_inputs(u: Shape, weight: Shape, logits: Shape | None, *others: Any) -> int:
+    if logits is None:
+        return _flops(u, weight, *others)
+    return _flops_with_logits(u, weight, logits, *others)
+
+
+def _gradient_flops_over_inputs(
+    g_v: Shape, s: Shape, log_sums: Shape, u: Shape, weight: Shape, logits: Shape | None, *others: Any
+) -> int:
+    # As with logits, also where there are none: the gradient of the first couplings is not left out.
+    bias, mask, iterations, detach, wanted = others
+    return _gradient_flops_with_logits(g_v, s, u, weight, logits, bias, mask, iterations, False, detach, wanted)
 
 
 _dynamic_routing = Differentiable(
@@ -128,6 +162,18 @@ _with_logits = Differentiable(
     flops=_flops_with_logits,
     gradient_flops=_gradient_flops_with_logits,
 )
+# Operators of their own, for the same reason, and because they save more for the gradient: log_sums, log Σ_i exp(b_ij).
+_over_inputs = Differentiable(
+    "dynamic_routing_over_inputs(Tensor u, Tensor weight, Tensor? logits, Tensor? bias, Tensor? mask, int iterations,"
+    " bool detach) -> (Tensor v, Tensor s, Tensor log_sums)",
+    "dynamic_routing_over_inputs_backward(Tensor g_v, Tensor s, Tensor log_sums, Tensor u, Tensor weight,"
+    " Tensor? logits, Tensor? bias, Tensor? mask, int iterations, bool detach, bool[4] wanted)"
+    " -> (Tensor g_u, Tensor g_weight, Tensor g_logits, Tensor g_bias)",
+    _outputs_over_inputs,
+    batch={"u": 0, "logits": 0, "mask": 0, "v": 0, "s": 1, "log_sums": 1},
+    flops=_flops_over_inputs,
+    gradient_flops=_gradient_flops_over_inputs,
+)
 
 
 def dynamic_routing(
@@ -136,6 +182,7 @@ def dynamic_routing(
     iterations: int = 3,
     *,
     logits: Tensor | None = None,
+    axis: str = "output",
     bias: Tensor | None = None,
     leaky: bool = False,
     detach: bool = False,
@@ -150,63 +197,78 @@ def dynamic_routing(
         logits: [N, J], [1, N, J] or [B, N, J], where routing begins: they are added to the agreements in every
             iteration, and the first couplings are their softmax. −∞ removes a pair of an input and an output capsule:
             its coupling and its gradients are 0. An input capsule whose logits are all −∞ sends nothing. +∞ and NaN
-            make v of their batch items NaN. They have no GPU kernel: there the reference runs.
+            make v of their batch items NaN, or with axis "input" that of their output capsule.
+        axis: the capsules over which the couplings add up to 1. "output": an input capsule divides itself among the
+            output capsules, as in the paper. "input": an output capsule weighs the input capsules, as in many other
+            implementations; masked ones take no part.
         bias: [J, D], added inside the squash of every iteration.
-        leaky: give the softmax one more logit, which is always 0 and whose share is dropped.
+        leaky: give the softmax one more logit, which is always 0 and whose share is dropped; for axis "output".
         detach: let the gradient pass only through the votes of the last iteration, with the couplings as constants, so
             that the gradient of the logits is 0; by default it is exact.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives squash(bias), or 0.
+
+    Logits, and axis "input", have no GPU kernel: there the reference runs.
 
     Returns:
         output capsules v [B, J, D], squashed.
 
     Raises:
         TypeError: an argument is not a tensor.
-        ValueError: wrong shapes, dtypes, devices or iterations.
+        ValueError: wrong shapes, dtypes, devices or iterations, an unknown axis, leaky with axis "input".
         MemoryError: no memory for the workspace.
     """
     op = "dynamic_routing"
-    if logits is None:
+    plain = logits is None and axis == "output"
+    if plain:
         u, weight, bias, mask = _dynamic_routing.settle(u, weight, bias, mask)
     else:
-        u, weight, logits, bias, mask = settle(op, "u weight logits bias mask", 3, u, weight, logits, bias, mask)
+        u, weight, logits, bias, mask = settle(op, "u weight logits bias mask", 2, u, weight, logits, bias, mask)
     check_iterations(op, iterations)
     check_flag(op, "leaky", leaky)
     check_flag(op, "detach", detach)
-    if logits is None:
+    if plain:
         return _dynamic_routing(u, weight, bias, mask, iterations, leaky, detach)
+    check_axis(op, axis, leaky)
     check(op, u, weight, bias, mask, iterations)
-    logits = of_every_item(op, logits, u, weight)
+    if logits is not None:
+        logits = of_every_item(op, logits, u, weight)
+    if axis == "input":
+        return _over_inputs(u, weight, logits, bias, mask, iterations, detach)
     return _with_logits(u, weight, logits, bias, mask, iterations, leaky, detach)
 
 
 @explains("dynamic")
 def _couplings(
-    op: str, votes: Votes, bias: Tensor | None, logits: Tensor | None, iterations: int, leaky: bool, **_: Any
+    op: str,
+    votes: Votes,
+    bias: Tensor | None,
+    logits: Tensor | None,
+    axis: str,
+    iterations: int,
+    leaky: bool,
+    **_: Any,
 ) -> tuple[tuple[int, ...], Couplings]:
     """c [B, N, J]; the logits are û · V, with V the sum of the output capsules of the iterations before."""
     B, N, _K, J, _D = check(op, votes.u, votes.weight, bias, votes.mask, iterations)
+    check_axis(op, axis, leaky)
     if logits is not None:
         logits = of_every_item(op, logits, votes.u, votes.weight)
     zero = votes.zero()
     bias, added = widened(bias, logits)
     V = zero
-
-    def couplings(part: slice, some: Tensor) -> Tensor:
-        agreement = torch.einsum("bnjd,bjd->bnj", some, V)
-        return reference.dynamic_couplings(agreement, leaky, None if added is None else added[:, part])
-
-    for _iteration in range(iterations - 1):
-        s = zero if bias is None else zero + bias
-        for part, some in votes:
-            s = s + torch.einsum("bnj,bnjd->bjd", couplings(part, some), some)
-        V = V + reference.squash(s)
+    for iteration in range(iterations):
+        couplings = softmax_of_agreements(votes, V, added, axis, leaky)
+        if iteration < iterations - 1:
+            s = zero if bias is None else zero + bias
+            for part, some in votes:
+                s = s + torch.einsum("bnj,bnjd->bjd", couplings(part, some), some)
+            V = V + reference.squash(s)
     return (B, N, J), couplings
 
 
 @explains("uniform")
 def _uniform_couplings(
-    op: str, votes: Votes, iterations: int, logits: Tensor | None, **options: Any
+    op: str, votes: Votes, iterations: int, logits: Tensor | None, axis: str, **options: Any
 ) -> tuple[tuple[int, ...], Couplings]:
     """c [B, N, J]: those of one iteration of dynamic routing."""
-    return _couplings(op, votes, iterations=1, logits=None, **options)
+    return _couplings(op, votes, iterations=1, logits=None, axis="output", **options)

@@ -7,13 +7,22 @@ from typing import Any
 
 from torch import Tensor
 
-from ..backends import reference
-from ._checks import Sizes, check_floating, check_logits, check_shape, check_vectors, check_votes, of_every_item
+from ..dtypes import accumulation_dtype
+from ._checks import (
+    Sizes,
+    check_axis,
+    check_floating,
+    check_logits,
+    check_shape,
+    check_vectors,
+    check_votes,
+    of_every_item,
+)
 from ._declare import Differentiable, Output, settle
 from ._flops import Shape, pass_flops
-from .coupling_coefficients import Couplings, Votes, check_given, explains, widened
+from .coupling_coefficients import Couplings, Votes, check_given, explains, softmax_of_agreements, widened
 
-# A state with more numbers gets its gradient in a pass of its own, as in csrc/cpu/ops/step.cpp.
+# A state with more numbers gets its gradient in a pass of its own, as in csrc/cpu/ops/iterations.h.
 _MOST_WITH_GRADIENTS = 1 << 15
 
 
@@ -40,6 +49,16 @@ def _outputs_with_logits(
     return [("B, J, D", (B, J, D), u.dtype)]
 
 
+def _outputs_over_inputs(
+    op: str, u: Tensor, weight: Tensor, state: Tensor, logits: Tensor | None, mask: Tensor | None
+) -> list[Output]:
+    B, _, _, J, D = check(op, u, weight, state, mask)
+    if logits is not None:
+        check_logits(op, logits, u, weight)
+    exact = accumulation_dtype(u.dtype)
+    return [("B, J, D", (B, J, D), u.dtype), ("B, J, D", (B, J, D), exact), ("B, J", (B, J), exact)]
+
+
 def _flops(u: Shape, weight: Shape, *_: Any) -> int:
     part = pass_flops(u, weight)
     # Agreements, and a weighted sum.
@@ -57,6 +76,10 @@ def _gradient_flops(g_s: Shape, u: Shape, weight: Shape, state: Shape, *others: 
     if g_state:
         flops += part.votes + 3 * part.contraction  # a pass of its own: both agreements and the sum
     return flops
+
+
+def _gradient_flops_over_inputs(g_s: Shape, total: Shape, log_sums: Shape, u: Shape, *others: Any) -> int:
+    return _gradient_flops(g_s, u, *others)
 
 
 _routing_step = Differentiable(
@@ -78,10 +101,28 @@ _with_logits = Differentiable(
     flops=_flops,
     gradient_flops=_gradient_flops,
 )
+# It saves more for the gradient: s in the accumulation dtype (total), and log_sums, log Σ_i exp(b_ij).
+_over_inputs = Differentiable(
+    "routing_step_over_inputs(Tensor u, Tensor weight, Tensor state, Tensor? logits, Tensor? mask)"
+    " -> (Tensor s, Tensor total, Tensor log_sums)",
+    "routing_step_over_inputs_backward(Tensor g_s, Tensor total, Tensor log_sums, Tensor u, Tensor weight,"
+    " Tensor state, Tensor? logits, Tensor? mask, bool[4] wanted)"
+    " -> (Tensor g_u, Tensor g_weight, Tensor g_state, Tensor g_logits)",
+    _outputs_over_inputs,
+    batch={"u": 0, "state": 0, "logits": 0, "mask": 0, "s": 0, "total": 0, "log_sums": 0},
+    flops=_flops,
+    gradient_flops=_gradient_flops_over_inputs,
+)
 
 
 def routing_step(
-    u: Tensor, weight: Tensor, state: Tensor, logits: Tensor | None = None, *, mask: Tensor | None = None
+    u: Tensor,
+    weight: Tensor,
+    state: Tensor,
+    logits: Tensor | None = None,
+    *,
+    axis: str = "output",
+    mask: Tensor | None = None,
 ) -> Tensor:
     """One pass of routing by agreement: s_j = Σ_i c_ij û_ij with c_ij = softmax_j(û_ij · state_j + logits_ij).
 
@@ -96,37 +137,40 @@ def routing_step(
         state: [B, J, D], with which the votes are compared.
         logits: [N, J], [1, N, J] or [B, N, J], added to the agreements. −∞ removes a pair of an input and an output
             capsule: its coupling and its gradients are 0. An input capsule whose logits are all −∞ sends nothing. +∞
-            and NaN make s of their batch items NaN. They have no GPU kernel: there the reference runs.
+            and NaN make s of their batch items NaN, or with axis "input" that of their output capsule.
+        axis: the capsules over which the couplings add up to 1: "output", softmax_j, or "input", softmax_i.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
+
+    Logits, and axis "input", have no GPU kernel: there the reference runs.
 
     Returns:
         s [B, J, D], not squashed.
 
     Raises:
         TypeError: an argument is not a tensor.
-        ValueError: wrong shapes, dtypes or devices.
+        ValueError: wrong shapes, dtypes or devices, an unknown axis.
         MemoryError: no memory for the workspace.
     """
-    if logits is None:
+    if logits is None and axis == "output":
         return _routing_step(*_routing_step.settle(u, weight, state, mask))
     op = "routing_step"
-    u, weight, state, logits, mask = settle(op, "u weight state logits mask", 4, u, weight, state, logits, mask)
+    u, weight, state, logits, mask = settle(op, "u weight state logits mask", 3, u, weight, state, logits, mask)
+    check_axis(op, axis)
     check(op, u, weight, state, mask)
-    return _with_logits(u, weight, state, of_every_item(op, logits, u, weight), mask)
+    if logits is not None:
+        logits = of_every_item(op, logits, u, weight)
+    return (_over_inputs if axis == "input" else _with_logits)(u, weight, state, logits, mask)
 
 
 @explains("step")
 def _couplings(
-    op: str, votes: Votes, state: Tensor | None, logits: Tensor | None, **_: Any
+    op: str, votes: Votes, state: Tensor | None, logits: Tensor | None, axis: str, **_: Any
 ) -> tuple[tuple[int, ...], Couplings]:
     """c [B, N, J]."""
     check_given(op, "a routing step", state=state)
     B, N, _K, J, _D = check(op, votes.u, votes.weight, state, votes.mask)  # type: ignore[arg-type]
+    check_axis(op, axis)
     if logits is not None:
         logits = of_every_item(op, logits, votes.u, votes.weight)
     V, added = widened(state, logits)
-
-    def couplings(part: slice, some: Tensor) -> Tensor:
-        return reference.step_couplings(some, V, None if added is None else added[:, part])
-
-    return (B, N, J), couplings
+    return (B, N, J), softmax_of_agreements(votes, V, added, axis)

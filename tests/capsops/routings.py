@@ -52,6 +52,11 @@ class Routing:
         return "pose" if self.em else "u"
 
     @property
+    def over_inputs(self) -> bool:
+        """Whether the couplings add up to 1 over the input capsules."""
+        return self.name.endswith("-inputs")
+
+    @property
     def outputs(self) -> int:
         return 2 if self.em else 1
 
@@ -75,15 +80,17 @@ class Routing:
         return {self.capsules: u, "weight": weight, **small}
 
 
-def _dynamic(iterations: int, *, detach: bool, leaky: bool, bias: bool, logits: bool = False) -> Routing:
+def _dynamic(
+    iterations: int, *, detach: bool, leaky: bool, bias: bool, logits: bool = False, axis: str = "output"
+) -> Routing:
     def call(**arguments: Tensor) -> Tensor:
-        return capsops.dynamic_routing(iterations=iterations, detach=detach, leaky=leaky, **arguments)
+        return capsops.dynamic_routing(iterations=iterations, detach=detach, leaky=leaky, axis=axis, **arguments)
 
     def parameters(B: int, N: int, J: int, D: int) -> dict[str, tuple[int, ...]]:
         return ({"logits": (B, N, J)} if logits else {}) | ({"bias": (J, D)} if bias else {})
 
     name = f"dynamic{iterations}" + "-detach" * detach + "-leaky" * leaky + "-bias" * bias + "-logits" * logits
-    return Routing(name, call, parameters, detach)
+    return Routing(name + "-inputs" * (axis == "input"), call, parameters, detach)
 
 
 def _self_attention(*, prior: bool, scale: float | None) -> Routing:
@@ -111,8 +118,14 @@ ATTENTION = Routing(
     "attention", capsops.attention_routing, lambda B, N, J, D: {"attn_weight": (J, J), "attn_bias": (J,)}
 )
 DYNAMIC_LOGITS = _dynamic(3, detach=False, leaky=False, bias=True, logits=True)
+DYNAMIC_INPUTS = _dynamic(2, detach=False, leaky=False, bias=True, logits=True, axis="input")
 LOGITS = Routing("step-logits", capsops.routing_step, lambda B, N, J, D: {"state": (B, J, D), "logits": (B, N, J)})
 STEP = Routing("step", capsops.routing_step, lambda B, N, J, D: {"state": (B, J, D)})
+STEP_INPUTS = Routing(
+    "step-logits-inputs",
+    lambda **arguments: capsops.routing_step(axis="input", **arguments),
+    lambda B, N, J, D: {"state": (B, J, D), "logits": (B, N, J)},
+)
 ROUTINGS = [
     ATTENTION,
     Routing("attention-no-bias", capsops.attention_routing, lambda B, N, J, D: {"attn_weight": (J, J)}),
@@ -122,8 +135,10 @@ ROUTINGS = [
     _dynamic(2, detach=False, leaky=True, bias=True),
     _dynamic(5, detach=True, leaky=True, bias=False),
     DYNAMIC_LOGITS,
+    DYNAMIC_INPUTS,
     STEP,
     LOGITS,
+    STEP_INPUTS,
     _self_attention(prior=True, scale=None),
     _self_attention(prior=False, scale=0.3),
     _em(1, 0, 1.0),
@@ -207,6 +222,32 @@ def _examples() -> dict[str, tuple]:
             False,
             False,
             [True] * 4,
+        ),
+        "dynamic_routing_over_inputs": (u, weight, None, full, mask, 3, False),
+        "dynamic_routing_over_inputs_backward": (
+            v,
+            s,
+            torch.randn(3, B, J),
+            u,
+            shared,
+            torch.randn(B, N, J),
+            full,
+            mask,
+            3,
+            False,
+            [True] * 4,
+        ),
+        "routing_step_over_inputs": (u, weight, v, torch.randn(B, N, J), mask),
+        "routing_step_over_inputs_backward": (
+            s[0],
+            s[1],
+            torch.randn(B, J),
+            u,
+            shared,
+            v,
+            None,
+            None,
+            [True, True, True, False],
         ),
         "primary_capsules": (features, 2, False, "efficient"),
         "primary_capsules_backward": (torch.randn(B, 60, 2), features, 3, True, "sabour"),

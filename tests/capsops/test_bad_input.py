@@ -196,6 +196,32 @@ def test_step(backend: str) -> None:
 
 
 @by_backend
+def test_axis(backend: str) -> None:
+    u, weight, state = torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5), torch.zeros(2, 3, 5)
+    leaky = "axis is 'input'; expected 'output', because leaky gives"
+    with capsops.use_backend(backend):
+        for call in (
+            partial(capsops.dynamic_routing, u, weight),
+            partial(capsops.routing_step, u, weight, state),
+            partial(capsops.coupling_coefficients, "dynamic", u, weight),
+            partial(capsops.coupling_coefficients, "step", u, weight, state=state),
+            partial(capsops.nn.CapsuleLayer, 7, 4, 3, 5, "dynamic"),
+        ):
+            for axis in ("inputs", 1, None):
+                with pytest.raises(ValueError, match=f"axis is {axis!r}; expected 'output' or 'input'"):
+                    call(axis=axis)
+        for call in (
+            partial(capsops.dynamic_routing, u, weight),
+            partial(capsops.coupling_coefficients, "dynamic", u, weight),
+            partial(capsops.nn.CapsuleLayer, 7, 4, 3, 5, "dynamic"),
+        ):
+            with pytest.raises(ValueError, match=leaky):
+                call(axis="input", leaky=True)
+    with pytest.raises(ValueError, match="axis is 'input'; expected 'output', because routing is 'uniform' and not"):
+        capsops.nn.CapsuleLayer(7, 4, 3, 5, "uniform", axis="input")
+
+
+@by_backend
 def test_initial_logits(backend: str) -> None:
     u, weight = torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5)
     expected = r"expected \[N, J\] = \[7, 3\], \[1, N, J\], or \[B, N, J\] with B = 2"

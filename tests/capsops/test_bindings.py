@@ -48,6 +48,14 @@ def calls(c: Any, context: Any = CONTEXT, iterations: int = 2, p: int = P) -> di
         "dynamic_routing_with_logits_backward": lambda: _C.dynamic_routing_with_logits_backward(
             context, c, p, iterations, False, False, p, p, 0, 0, 0, 0
         ),
+        "dynamic_routing_over_inputs": lambda: _C.dynamic_routing_over_inputs(context, c, 0, 0, iterations, p, p, p),
+        "dynamic_routing_over_inputs_backward": lambda: _C.dynamic_routing_over_inputs_backward(
+            context, c, 0, 0, iterations, False, p, p, p, 0, 0, 0, 0
+        ),
+        "routing_step_over_inputs": lambda: _C.routing_step_over_inputs(context, c, p, 0, p, p, p),
+        "routing_step_over_inputs_backward": lambda: _C.routing_step_over_inputs_backward(
+            context, c, p, 0, p, p, p, 0, 0, 0, 0
+        ),
         "self_attention_routing": lambda: _C.self_attention_routing(context, c, 0, 1.0, p, p, p),
         "self_attention_routing_backward": lambda: _C.self_attention_routing_backward(
             context, c, 0, 1.0, p, p, p, 0, 0, 0

@@ -33,6 +33,7 @@ class Network(torch.nn.Module):
         self.attention = nn.CapsuleLayer(36, 4, 5, 6, "attention")
         self.dynamic = nn.CapsuleLayer(36, 4, 5, 6, "dynamic", iterations=2, leaky=True)
         self.logits = nn.CapsuleLayer(36, 4, 5, 6, "dynamic", iterations=2, logits=True)
+        self.inputs = nn.CapsuleLayer(36, 4, 5, 6, "dynamic", iterations=2, axis="input")
         self.self_attention = nn.CapsuleLayer(36, 4, 5, 6, "self-attention")
         self.em = nn.EMCapsules(36, 4, 5, 6, iterations=2)
 
@@ -42,7 +43,15 @@ class Network(torch.nn.Module):
         votes = capsops.affine_votes(u, self.dynamic.weight)
         step = capsops.routing_step(u, self.dynamic.weight, votes.mean(dim=1), mask=mask)
         routed = (self.attention(u, mask), self.dynamic(u, mask), self.self_attention(u, mask))
-        return (*routed, self.logits(u, mask), pose, activation, step, capsops.squash(votes.mean(dim=1)))
+        return (
+            *routed,
+            self.logits(u, mask),
+            self.inputs(u, mask),
+            pose,
+            activation,
+            step,
+            capsops.squash(votes.mean(dim=1)),
+        )
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +88,7 @@ def _assert_trains_like(module: torch.nn.Module, network: Network, *inputs: Tens
 def test_an_exported_module_trains(network: Network, strict: bool, tmp_path: Path) -> None:
     program = torch.export.export(network, _images(3), dynamic_shapes=({0: BATCH}, {0: BATCH}), strict=strict)
     kernels = {str(node.target) for node in program.graph.nodes if "capsops" in str(node.target)}
-    assert len(kernels) == 9
+    assert len(kernels) == 10
     for batch in (1, 3, 5):
         _assert_trains_like(program.module(), network, *_images(batch))
     again = [copy.deepcopy(program), torch.export.export(program.module(), _images(3)), program.run_decompositions()]

@@ -51,6 +51,7 @@ def _agreement(
     leaky: bool = False,
     present: Sequence[bool] = (True,) * N,
     initial: Tensor | None = None,
+    over_inputs: bool = False,
 ) -> Tensor:
     """Routing by agreement of one item, votes [N, J, D] and initial logits [N, J] -> v [J, D]."""
     start = torch.zeros(N, J, dtype=torch.float64) if initial is None else initial
@@ -62,7 +63,8 @@ def _agreement(
         for j in range(J):
             s = torch.zeros(D, dtype=torch.float64) if bias is None else bias[j]
             for i in range(N):
-                share = logits[i][j].exp() / (sum(b.exp() for b in logits[i]) + leaky)
+                rivals = [b[j] for b in logits] if over_inputs else logits[i]
+                share = logits[i][j].exp() / (sum(b.exp() for b in rivals) + leaky)
                 s = s + present[i] * share * used[i, j]
             v.append(_squash(s))
         if not last:
@@ -116,6 +118,21 @@ def test_adambielski_capsnet_pytorch() -> None:
     _same(found, torch.stack(formula), u, W, b)
 
 
+def test_gram_ai_capsule_networks() -> None:
+    u, W, b = _random(B, N, K), _random(J, N, K, D), _random(J, 1, N, 1, 1)
+    logits = b[:, 0, :, 0, 0].T
+    formula = [_agreement(_votes(x, lambda x, i, j: x @ W[j, i]), 3, initial=logits, over_inputs=True) for x in u]
+    found = capsops.dynamic_routing(u, convert_weight(W, "JNKD"), 3, logits=logits, axis="input")
+    _same(found, torch.stack(formula), u, W, b)
+
+
+def test_leftthomas_capsnet() -> None:
+    u, W = _random(B, N, K), _random(J, N, D, K)
+    formula = [_agreement(_votes(x, lambda x, i, j: W[j, i] @ x), 3, over_inputs=True) for x in u]
+    found = capsops.dynamic_routing(u, convert_weight(W, "JNDK"), 3, axis="input")
+    _same(found, torch.stack(formula), u, W)
+
+
 @pytest.mark.parametrize("leaky", [False, True])
 def test_sarasra_models(leaky: bool) -> None:
     u, W, bias = _random(B, N, K), _random(N, K, J * D), _random(J, D)
@@ -158,6 +175,40 @@ def test_thudm_comirec() -> None:
     ]
     weight = convert_weight(W.view(N, J, D, K), "NJDK")
     found = capsops.dynamic_routing(u, weight, 3, detach=True, mask=mask)
+    _same(found, torch.stack(formula), u, W)
+
+
+def test_thudm_comirec_mind() -> None:
+    """`CapsuleNetwork` with bilinear_type 0: one matrix for all capsules, and random logits that are not learned."""
+    u, W, b = _random(B, N, K), _random(K, D), _random(B, J, N).detach()
+    mask = torch.tensor([[True] * 3 + [False] * 2, [True] * N])
+    formula = [
+        _agreement(_votes(x, lambda x, i, j: x @ W), 3, detach=True, present=present.tolist(), initial=logits.T)
+        for x, present, logits in zip(u, mask, b, strict=True)
+    ]
+    weight = W[:, None].expand(K, J, D)
+    found = capsops.dynamic_routing(u, weight, 3, logits=b.transpose(1, 2), detach=True, mask=mask)
+    _same(found, torch.stack(formula), u, W)
+
+
+def test_shiningcosmos_pytorch_comirec() -> None:
+    """Its softmax runs over the items, also over those that pad a sequence, whose embedding is 0."""
+    u, W, b = _random(B, N, K), _random(D, K), _random(B, J, N).detach()
+    mask = torch.tensor([[1.0] * 3 + [0.0] * 2, [1.0] * N]).double()
+    formula = [
+        _agreement(
+            _votes(x, lambda x, i, j: W @ x),
+            3,
+            detach=True,
+            present=present.tolist(),
+            initial=logits.T,
+            over_inputs=True,
+        )
+        for x, present, logits in zip(u * mask[:, :, None], mask, b, strict=True)
+    ]
+    weight = W.T[:, None].expand(K, J, D)
+    items = u * mask[:, :, None]
+    found = capsops.dynamic_routing(items, weight, 3, logits=b.transpose(1, 2), axis="input", detach=True)
     _same(found, torch.stack(formula), u, W)
 
 

@@ -126,6 +126,17 @@ def test_initial_couplings_are_soft_and_lengths_in_range(
             assert largest * J > 1.0001  # the routing has begun to choose
 
 
+@pytest.mark.parametrize(("N", "K", "J", "D", "shared"), [STARTS[1], STARTS[4], STARTS[6], STARTS[10]])
+@torch.no_grad()
+def test_initial_couplings_over_the_inputs(N: int, K: int, J: int, D: int, shared: bool) -> None:
+    torch.manual_seed(0)
+    layer = nn.CapsuleLayer(N, K, J, D, "dynamic", axis="input", bias=False, shared=shared)
+    u = torch.nn.functional.normalize(torch.randn(1, N, K), dim=-1)
+    assert 1.001 < N * layer.coupling_coefficients(u).amax(dim=1).mean() < 3
+    assert 1e-3 < layer(u).norm(dim=-1).median() < 0.95
+    assert "axis='input'" in repr(layer)
+
+
 @pytest.mark.parametrize("iterations", [1, 2, 3, 5, 10])
 def test_initial_logits_of_any_number_of_iterations(iterations: int) -> None:
     torch.manual_seed(0)

@@ -24,7 +24,11 @@ def test_cuda_has_a_part_of_them_or_none() -> None:
         assert names == []
     else:
         assert "attention_routing" in names
-        alone = {"routing_step_with_logits", "dynamic_routing_with_logits"}
+        alone = {
+            f"{routing}_{kind}"
+            for routing in ("routing_step", "dynamic_routing")
+            for kind in ("with_logits", "over_inputs")
+        }
         assert set(_C.operators("cpu")) - set(names) == alone | {f"{name}_backward" for name in alone}
 
 

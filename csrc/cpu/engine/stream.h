@@ -26,6 +26,7 @@ namespace capsops::cpu::CAPSOPS_ISA {
 
 // What `reduce` needs: accumulate() adds the terms of one tile to sum [state_rows, row_size()]. A policy that takes
 // votes in registers (votes.h) has a second accumulate(), for the votes of a few batch items b and two output capsules.
+// Sums that do not begin at 0, or cannot be added as they are, have begin() and align() as PlainSums (tasks.h) has.
 template <class P, class A>
 concept ReducingPolicy = requires(const P& policy, Tile<A>& tile, A* sum, A* scratch /* [scratch_size()] */) {
     { policy.row_size() } -> std::same_as<int64_t>;
@@ -34,6 +35,13 @@ concept ReducingPolicy = requires(const P& policy, Tile<A>& tile, A* sum, A* scr
     requires !P::takes_registers ||
                  requires(const Votes<A, 1, 1>& votes, const int64_t* b) { policy.accumulate(votes, b, sum); };
 };
+
+template <class A, ReducingPolicy<A> Policy> inline auto sums_of(const Policy& policy) {
+    if constexpr (requires { &Policy::align; })
+        return policy;
+    else
+        return PlainSums<A>{policy.row_size()};
+}
 
 // What `emit` needs: emit() writes tile.g_votes, from tile.votes if needs_votes, and adds to params [param_count()].
 // A policy that takes votes in registers has a second emit(), which replaces votes by their gradients. It keeps its
@@ -55,21 +63,20 @@ concept EmittingPolicy = requires(const P& policy, Tile<A>& tile, A* params, A* 
 };
 
 // Calls visit(tile, sum [B, row_size], scratch [scratch_size]) for every tile.
-template <bool with_votes, class A, class Visit>
-inline void reduce_tiles(const Operands<A>& o, int64_t row_size, int64_t scratch_size, A* out, Visit visit) {
+template <bool with_votes, class A, class Sums, class Visit>
+inline void reduce_tiles(const Operands<A>& o, const Sums& sums, int64_t scratch_size, A* out, Visit visit) {
     const ThreadScratch<A> w(o, false);
-    sum_over_tasks(
-        o.c, 1, row_size, w.total + scratch_size, out, [&](const Tasks& tasks, int64_t task, A* sum, A* own) {
-            for_each_tile<with_votes>(
-                o, tasks, task, own, w, [&](Tile<A>& t) { visit(t, sum, own + w.total); }, [](int64_t, int64_t) {});
-        });
+    sum_over_tasks(o.c, 1, sums, w.total + scratch_size, out, [&](const Tasks& tasks, int64_t task, A* sum, A* own) {
+        for_each_tile<with_votes>(
+            o, tasks, task, own, w, [&](Tile<A>& t) { visit(t, sum, own + w.total); }, [](int64_t, int64_t) {});
+    });
 }
 
 // Calls visit(panel, sum [state_rows, row_size], own) for every panel.
-template <class A, class Visit>
-inline void reduce_panels(const Operands<A>& o, const ThreadScratch<A>& w, int64_t row_size, int64_t scratch_size,
+template <class A, class Sums, class Visit>
+inline void reduce_panels(const Operands<A>& o, const ThreadScratch<A>& w, const Sums& sums, int64_t scratch_size,
                           A* out, Visit visit) {
-    sum_over_tasks(o.c, o.items, row_size, w.total + scratch_size, out,
+    sum_over_tasks(o.c, o.items, sums, w.total + scratch_size, out,
                    [&](const Tasks& tasks, int64_t task, A* sum, A* own) {
                        for_each_panel(o, tasks, task, own, w, [&](const Panel<A>& p) { visit(p, sum, own); });
                    });
@@ -80,7 +87,7 @@ template <class A> inline void contract_shared(const Capsules& c, A* out /* [B, 
     const Operands<A> o(c, Layout::components);
     const int64_t K = o.K;
     Buffer<A> sum(c.B * K), weight(o.direct_weight ? 0 : o.weight_size), state(o.state_size());
-    sum_over_tasks(c, 1, K, K, sum.get(), [&](const Tasks& tasks, int64_t task, A* to, A* own) {
+    sum_over_tasks(c, 1, PlainSums<A>{K}, K, sum.get(), [&](const Tasks& tasks, int64_t task, A* to, A* own) {
         Steps steps(tasks.watch);
         for (int64_t b = tasks.first_item(task); b < tasks.end_item(task) && !steps.stopped(); ++b)
             for (int64_t i = tasks.first_capsule(task); i < tasks.end_capsule(task); ++i) {
@@ -105,7 +112,7 @@ template <class A> inline void contract_shared(const Capsules& c, A* out /* [B, 
 template <class A> inline void contract_rows(const Operands<A>& o, A* out) {
     const Capsules& c = o.c;
     const int64_t step = at_least((int64_t{1} << 12) / o.weight_size, 1);
-    sum_over_tasks(c, 1, o.JD, 0, out, [&](const Tasks& tasks, int64_t task, A* sum, A*) {
+    sum_over_tasks(c, 1, PlainSums<A>{o.JD}, 0, out, [&](const Tasks& tasks, int64_t task, A* sum, A*) {
         const A* u[Tile<A>::size];
         A* rows[Tile<A>::size];
         const int64_t end = tasks.end_capsule(task), end_item = tasks.end_item(task);
@@ -127,7 +134,7 @@ template <class A> inline void contract_rows(const Operands<A>& o, A* out) {
 
 template <class A> inline void contract_panels(const Operands<A>& o, A* out) {
     const ThreadScratch<A> w(o, false);
-    reduce_panels(o, w, o.JD, 0, out, [&](const Panel<A>& p, A* sum, A*) {
+    reduce_panels(o, w, PlainSums<A>{o.JD}, 0, out, [&](const Panel<A>& p, A* sum, A*) {
         A* to = sum + o.row(p.b) * o.JD;
         // One long product, as in contract_rows.
         if (o.c.rows == 1) return multiply_items<true>(p.u, p.weight, p.capsules * o.K, o.X, o.X, to);
@@ -145,7 +152,7 @@ template <class A> inline void contract(const Operands<A>& o, A* out /* a state 
     }
     if (o.layout == Layout::items) return contract_panels(o, out);
     if (o.direct_u && o.direct_weight && !c.mask) return contract_rows(o, out);
-    reduce_tiles<false>(o, o.JD, 0, out, [&](Tile<A>& t, A* sum, A*) {
+    reduce_tiles<false>(o, PlainSums<A>{o.JD}, 0, out, [&](Tile<A>& t, A* sum, A*) {
         A* rows[Tile<A>::size];
         for (int r = 0; r < t.count; ++r) rows[r] = sum + t.b[r] * o.JD;
         for (int s = 0; s < t.segment_count; ++s) {
@@ -157,17 +164,17 @@ template <class A> inline void contract(const Operands<A>& o, A* out /* a state 
 
 template <class A, ReducingPolicy<A> Policy>
 inline void reduce(const Operands<A>& o, const Policy& policy, A* out /* [state_rows, policy.row_size()] */) {
+    const auto sums = sums_of<A>(policy);
     if (o.layout == Layout::items) {
         const ThreadScratch<A> w(o, false);
-        return reduce_panels(
-            o, w, policy.row_size(), policy.scratch_size(), out, [&](const Panel<A>& p, A* sum, A* own) {
-                for_each_tile_of(o, p, own, w, [&](Tile<A>& t, int64_t) { policy.accumulate(t, sum, own + w.total); });
-            });
+        return reduce_panels(o, w, sums, policy.scratch_size(), out, [&](const Panel<A>& p, A* sum, A* own) {
+            for_each_tile_of(o, p, own, w, [&](Tile<A>& t, int64_t) { policy.accumulate(t, sum, own + w.total); });
+        });
     }
     for_vote_vectors(o, [&]<int E>() {
         if constexpr (E > 0 && Policy::takes_registers) {
             const RowsMemory<A> memory(o, o.c.context.threads);
-            sum_over_tasks(o.c, 1, policy.row_size(), 0, out, [&](const Tasks& tasks, int64_t task, A* sum, A*) {
+            sum_over_tasks(o.c, 1, sums, 0, out, [&](const Tasks& tasks, int64_t task, A* sum, A*) {
                 const auto visit = [&](const Rows<A>& x) {
                     for_each_group<register_rows<A, E>>(0, x.count, [&]<int rows>(int64_t r) {
                         const Votes<A, rows, E> votes(x.u + r, x.weight, o.K);
@@ -177,7 +184,7 @@ inline void reduce(const Operands<A>& o, const Policy& policy, A* out /* [state_
                 for_each_capsule(o, tasks, task, memory, visit, [](int64_t, int64_t) {});
             });
         } else {
-            reduce_tiles<true>(o, policy.row_size(), policy.scratch_size(), out,
+            reduce_tiles<true>(o, sums, policy.scratch_size(), out,
                                [&](Tile<A>& t, A* sum, A* scratch) { policy.accumulate(t, sum, scratch); });
         }
     });

@@ -52,11 +52,22 @@ inline void add_blocks(const A* partial, int64_t blocks, int64_t size, A* out, [
     }
 }
 
+// The sums of a block, [rows, row_size()], that begin at 0 and are added as they are. Others have two functions of
+// their own: begin() writes what rows first … end − 1 begin with; align() makes the sums [blocks, rows · row_size()] of
+// all blocks such that they can be added.
+template <class A> struct PlainSums {
+    int64_t size;  // of a row
+
+    int64_t row_size() const { return size; }
+    void begin(A* sum, int64_t first, int64_t end) const { fill(sum + first * size, (end - first) * size, A(0)); }
+    void align(A*, int64_t /* blocks */, int /* threads */) const {}
+};
+
 // out [rows, row_size] = Σ over the blocks of what run(tasks, task, sum, own) adds to sum. One row stands for `items`
 // batch items. own [memory_size] is scratch memory of the thread.
-template <class A, class Run>
-inline void sum_over_tasks(const Capsules& c, int64_t items, int64_t row_size, int64_t memory_size, A* out, Run run) {
-    const int64_t size = ceil_div(c.B, items) * row_size;
+template <class A, class Sums, class Run>
+inline void sum_over_tasks(const Capsules& c, int64_t items, const Sums& sums, int64_t memory_size, A* out, Run run) {
+    const int64_t size = ceil_div(c.B, items) * sums.row_size();
     const Tasks tasks(c, size, true);
     Buffer<A> partial(tasks.blocks * size);
     memory_size = ceil_div(memory_size, 64) * 64;
@@ -66,11 +77,11 @@ inline void sum_over_tasks(const Capsules& c, int64_t items, int64_t row_size, i
     for (int64_t task = 0; task < tasks.count(); ++task) {
         if (tasks.watch.stopped()) continue;
         A* sum = partial.get() + task / tasks.groups * size;
-        const int64_t begin = tasks.first_item(task) / items, end = ceil_div(tasks.end_item(task), items);
-        fill(sum + begin * row_size, (end - begin) * row_size, A(0));
+        sums.begin(sum, tasks.first_item(task) / items, ceil_div(tasks.end_item(task), items));
         run(tasks, task, sum, memory.get() + omp_get_thread_num() * memory_size);
     }
     tasks.watch.finish();
+    sums.align(partial.get(), tasks.blocks, c.context.threads);
     add_blocks(partial.get(), tasks.blocks, size, out, c.context.threads);
 }
 

@@ -28,7 +28,7 @@ template <class A> struct StoredVoteGradient {
 Status affine_votes(const Capsules& c, void* votes) {
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, Layout::components);
-        reduce_tiles<true>(o, 0, 0, static_cast<A*>(nullptr), [&](Tile<A>& t, A*, A*) {
+        reduce_tiles<true>(o, PlainSums<A>{0}, 0, static_cast<A*>(nullptr), [&](Tile<A>& t, A*, A*) {
             for (int r = 0; r < t.count; ++r)
                 for (int64_t j = 0; j < o.J; ++j)
                     write(t.votes + r * o.JD + j * o.D, o.H, votes, c.dtype, ((t.b[r] * c.N + t.i[r]) * o.J + j) * o.H);

@@ -1,22 +1,27 @@
-// The passes of routing by agreement whose logits have a part that is given, as policies: b_ij = û_ij · V_j +
-// logits_ij.
+// The passes of routing by agreement with logits b_ij = û_ij · V_j + logits_ij, part of which is given, and with a
+// softmax over the output capsules or over the input capsules, as policies.
 #pragma once
 
 #include <limits>
 
 #include "../../math/softmax.h"
-#include "../engine/stream.h"
+#include "iterations.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
-// c = softmax_j(û · V + logits). A logit of −∞ removes its pair: c = 0, also where all logits of an input capsule are
-// −∞. +∞ and NaN make all couplings of their input capsule NaN. The logits are read with the pairs in the lanes, in
-// either layout.
+// The couplings of one iteration: c_ij = exp(b_ij) / Σ_k exp(b_ik), or, with log_sums, c_ij = exp(b_ij − log_sums_j).
+//
+// A logit of −∞ removes its pair: c = 0, even where that leaves an input or an output capsule without pairs. +∞ and NaN
+// make all couplings of their sum NaN. The logits are read with the pairs in the lanes, in either layout.
 template <class A> struct Couplings {
     const A* V;       // a state; null: all its numbers are 0
-    const A* logits;  // [B, N, J]
+    const A* logits;  // [B, N, J]; null: all are 0
     int64_t N, J;
-    bool leaky;
+    bool leaky;  // over output capsules only
+    // For the softmax over the input capsules, both as Operands::pack_scalars makes them: log Σ_i exp b_ij, and
+    // Σ_i c_ij e_ij with e = û · g_s, which is needed for δ only.
+    const A* log_sums = nullptr;
+    const A* means = nullptr;
 
     // Calls each(j, r, x) with the number x [·, J] of item r and output capsule j, in numbers [B, N, J].
     template <class X, class Each> void for_each(const Tile<A>& t, X* numbers, Each each) const {
@@ -27,26 +32,60 @@ template <class A> struct Couplings {
         }
     }
 
-    void couplings(const Tile<A>& t, Lanes<A>* c /* [J] */) const {
-        constexpr A removed = -std::numeric_limits<A>::infinity(), lowest = std::numeric_limits<A>::lowest();
+    // b, with the lowest number in place of −∞ and for masked items.
+    void add_up(const Tile<A>& t, Lanes<A>* b /* [J] */) const {
+        constexpr A lowest = std::numeric_limits<A>::lowest();
         if (V)
-            agreements_with(t, V, c);
+            agreements_with(t, V, b);
         else
-            for (int64_t j = 0; j < J; ++j) c[j] = A(0);
+            for (int64_t j = 0; j < J; ++j) b[j] = A(0);
+        set_absent(t, b, lowest);
+        if (!logits) return;
         // x − x is 0, or NaN if x is +∞.
         for_each(t, logits,
-                 [&](int64_t j, int r, A x) { c[j].v[r] = x == removed ? lowest : c[j].v[r] + x + (x - x); });
-        softmax(c, J, leaky);
-        for_each(t, logits, [&](int64_t j, int r, A x) {
-            if (x == removed) c[j].v[r] = 0;
-        });
+                 [&](int64_t j, int r, A x) { b[j].v[r] = x == removed ? lowest : b[j].v[r] + x + (x - x); });
     }
 
-    // c, and δ_j = c_j (e_j − Σ_k c_k e_k) with e = û · g_s: the gradient of the logits.
+    // Sets the couplings of removed pairs and of masked items to 0.
+    void clear(const Tile<A>& t, Lanes<A>* c /* [J] */) const {
+        if (logits)
+            for_each(t, logits, [&](int64_t j, int r, A x) {
+                if (x == removed) c[j].v[r] = 0;
+            });
+        set_absent(t, c, A(0));
+    }
+
+    void couplings(const Tile<A>& t, Lanes<A>* c /* [J] */) const {
+        add_up(t, c);
+        if (log_sums)
+            for (int64_t j = 0; j < J; ++j) c[j] = exponential(c[j] - scalar(t, log_sums, j));
+        else
+            softmax(c, J, leaky);
+        clear(t, c);
+    }
+
+    // c, and δ, the gradient of b: δ_ij = c_ij (e_ij − Σ_k c_ik e_ik), or c_ij (e_ij − means_j).
     void couplings(const Tile<A>& t, const A* g_s, Lanes<A>* c, Lanes<A>* delta) const {
         couplings(t, c);
         agreements_with(t, g_s, delta);
-        softmax_backward(c, delta, J);
+        if (!log_sums) return softmax_backward(c, delta, J);
+        for (int64_t j = 0; j < J; ++j) delta[j] = c[j] * (delta[j] - scalar(t, means, j));
+    }
+
+  private:
+    static constexpr A removed = -std::numeric_limits<A>::infinity();
+
+    void set_absent(const Tile<A>& t, Lanes<A>* x /* [J] */, A value) const {
+        for (int r = 0; t.absent && r < t.count; ++r)
+            for (int64_t j = 0; j < J && !t.has(r); ++j) x[j].v[r] = value;
+    }
+
+    // Lane r: the number of item r and output capsule j.
+    Lanes<A> scalar(const Tile<A>& t, const A* scalars, int64_t j) const {
+        if (t.layout == Layout::items) return load(scalars + (t.row(0) * J + j) * Lanes<A>::count);
+        Lanes<A> x = A(0);
+        for (int r = 0; r < t.count; ++r) x.v[r] = scalars[t.b[r] * J + j];
+        return x;
     }
 };
 
@@ -75,10 +114,10 @@ template <class A> struct CoupledSum {
 // emit: g_û = Σ_t (c^t g_s^t + δ^t V^t) and g_logits = Σ_t δ^t over iterations; or, if detach, only the last c g_s.
 template <class A> struct CoupledGradient {
     static constexpr bool needs_votes = true, takes_registers = false;
-    Couplings<A> first;  // V is [iterations, a state]
-    const A* g_s;        // [iterations, a state]
-    A* g_logits;         // [B, N, J], zeros to which it adds; or null
-    int64_t size;        // of a state
+    Couplings<A> all;  // V is [iterations, a state], log_sums and means [iterations, scalars] or null
+    const A* g_s;      // [iterations, a state]
+    A* g_logits;       // [B, N, J], zeros to which it adds; or null
+    int64_t state_size, scalars_size;
     int64_t iterations;
     bool zero_first;  // whether V of the first of them is 0
     bool detach;
@@ -87,18 +126,20 @@ template <class A> struct CoupledGradient {
     static constexpr int64_t term_size = sizeof(Term<A>) / sizeof(A);
 
     int64_t param_count() const { return adjoint_size; }
-    int64_t scratch_size() const { return 2 * iterations * (first.J * Lanes<A>::count + term_size); }
+    int64_t scratch_size() const { return 2 * iterations * (all.J * Lanes<A>::count + term_size); }
 
     void emit(Tile<A>& t, A* params, A* scratch) const {
-        const int64_t J = first.J;
+        const int64_t J = all.J;
         Lanes<A>* c = reinterpret_cast<Lanes<A>*>(scratch);
         Term<A>* const terms = reinterpret_cast<Term<A>*>(c + 2 * iterations * J);
         int64_t count = 0;
         for (int64_t iteration = detach ? iterations - 1 : 0; iteration < iterations; ++iteration, c += 2 * J) {
             const bool zero = zero_first && iteration == 0;
-            const A* g = g_s + iteration * size;
-            Couplings<A> couplings = first;
-            couplings.V = zero ? nullptr : first.V + iteration * size;
+            const A* g = g_s + iteration * state_size;
+            Couplings<A> couplings = all;
+            couplings.V = zero ? nullptr : all.V + iteration * state_size;
+            if (all.log_sums) couplings.log_sums += iteration * scalars_size;
+            if (all.means) couplings.means += iteration * scalars_size;
             terms[count++] = {c, g};
             if (detach) {
                 couplings.couplings(t, c);
@@ -122,5 +163,37 @@ template <class A> struct CoupledPasses {
 };
 extern template struct CoupledPasses<float>;
 extern template struct CoupledPasses<double>;
+
+// The gradient of one pass.
+template <class A>
+inline void coupled_step_backward(const Operands<A>& o, const Couplings<A>& couplings, const A* g_s /* a state */,
+                                  const CapsuleGradients& gradients, void* g_state, void* g_logits) {
+    // Masked pairs have no gradient.
+    if (g_logits) fill(static_cast<A*>(g_logits), o.c.B * o.c.N * o.J, A(0));
+    step_backward(
+        o, g_state, gradients.u || gradients.weight || g_logits,
+        [&](A* g_V) { CoupledPasses<A>::reduce(o, CoupledSum<A>{couplings, g_s, o.D}, g_V); },
+        [&](int64_t adjoint_size, A* g_V) {
+            const CoupledGradient<A> policy{
+                couplings, g_s,         static_cast<A*>(g_logits), o.state_size(), o.scalars_size(), 1, false,
+                false,     adjoint_size};
+            CoupledPasses<A>::emit(o, policy, gradients, g_V);
+        });
+}
+
+// The gradient of all iterations, in which V, log_sums and means are those of each.
+template <class A>
+inline void coupled_route_backward(const Operands<A>& o, Couplings<A> couplings, const RouteGradients<A>& route,
+                                   const CapsuleGradients& gradients, void* g_logits, void* g_bias) {
+    if (g_bias) route.sum_over_batch(static_cast<A*>(g_bias));
+    // Masked pairs have no gradient, and with detach none has.
+    if (g_logits) fill(static_cast<A*>(g_logits), o.c.B * o.c.N * o.J, A(0));
+    if (!gradients.u && !gradients.weight && (!g_logits || route.detach)) return;
+    couplings.V = route.V.get();
+    const CoupledGradient<A> policy{couplings,      route.g_s.get(),  static_cast<A*>(g_logits),
+                                    o.state_size(), o.scalars_size(), route.iterations,
+                                    true,           route.detach,     0};
+    CoupledPasses<A>::emit(o, policy, gradients, nullptr);
+}
 
 }  // namespace capsops::cpu::CAPSOPS_ISA

@@ -46,7 +46,7 @@ Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leak
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, AdjointSum<A>, DynamicGradient<A>>(c));
         const RouteGradients<A> route(o, iterations, static_cast<const A*>(s), static_cast<const A*>(g_v), detach,
-                                      [&](int64_t, const A* V, const A* g_s, A* H) {
+                                      [&](int64_t, const A* V, const A* g_s, const A*, A* H) {
                                           const DynamicAdjoint<A> adjoint{{V, leaky}, g_s};
                                           DynamicPasses<A>::reduce(o, AdjointSum<A>{adjoint, o.J, o.D}, H);
                                       });

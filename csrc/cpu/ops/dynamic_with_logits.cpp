@@ -2,7 +2,6 @@
 // dynamic.cpp, but for the first iteration, whose couplings are not equal here. The gradient of the logits is Σ_t δ^t.
 
 #include "couplings.h"
-#include "iterations.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
 
@@ -36,18 +35,11 @@ Status dynamic_routing_with_logits_backward(const Capsules& c, const void* logit
         const Operands<A> o(c, best_layout<A, CoupledSum<A>, CoupledGradient<A>>(c));
         Couplings<A> couplings{nullptr, static_cast<const A*>(logits), c.N, o.J, leaky};
         const RouteGradients<A> route(o, iterations, static_cast<const A*>(s), static_cast<const A*>(g_v), detach,
-                                      [&](int64_t, const A* V, const A* g_s, A* H) {
+                                      [&](int64_t, const A* V, const A* g_s, const A*, A* H) {
                                           couplings.V = V;
                                           CoupledPasses<A>::reduce(o, CoupledSum<A>{couplings, g_s, o.D}, H);
                                       });
-        if (g_bias) route.sum_over_batch(static_cast<A*>(g_bias));
-        // Masked pairs have no gradient, and if detach, none has.
-        if (g_logits) fill(static_cast<A*>(g_logits), c.B * c.N * o.J, A(0));
-        if (!g_u && !g_weight && (!g_logits || detach)) return;
-        couplings.V = route.V.get();
-        const CoupledGradient<A> policy{
-            couplings, route.g_s.get(), static_cast<A*>(g_logits), o.state_size(), iterations, true, detach, 0};
-        CoupledPasses<A>::emit(o, policy, {g_u, g_weight}, nullptr);
+        coupled_route_backward(o, couplings, route, {g_u, g_weight}, g_logits, g_bias);
     });
 }
 

@@ -1,4 +1,4 @@
-// The iterations of routing by agreement, around the passes that its forms differ in.
+// The iterations of routing by agreement, and a single one, around the passes that its forms differ in.
 #pragma once
 
 #include "../engine/stream.h"
@@ -34,8 +34,8 @@ template <class A> struct RouteGradients {
     Buffer<A> g_s;          // [iterations, a state]
     Buffer<A> g_s_compact;  // the same, [iterations, B, J, H]
 
-    // adjoint(t, V^t, g_s^t, H) writes H^t = Σ_i δ^t_ij û_ij, the gradient of V^t, to H, a state. It is called for the
-    // iterations from the last one to the second, because g_s^{t−1} depends on H^t.
+    // adjoint(t, V^t, g_s^t, g_s_compact, H) writes H^t = Σ_i δ^t_ij û_ij, the gradient of V^t, to H, a state. It is
+    // called for the iterations from the last one to the second, because g_s^{t−1} depends on H^t.
     template <class Adjoint>
     RouteGradients(const Operands<A>& o, int64_t iterations, const A* s /* [iterations, B, J, H] */,
                    const A* g_v /* [B, J, H] */, bool detach, Adjoint adjoint)
@@ -67,7 +67,7 @@ template <class A> struct RouteGradients {
         Buffer<A> sum(size), H(compact), g_V(compact);
         fill(g_V.get(), compact, A(0));
         for (int64_t t = last; t > 0; --t) {
-            adjoint(t, V.get() + t * size, g_s.get() + t * size, sum.get());
+            adjoint(t, V.get() + t * size, g_s.get() + t * size, g_s_compact.get(), sum.get());
             o.unpack(sum.get(), H.get());
             for (int64_t x = 0; x < compact; ++x) g_V.get()[x] += H.get()[x];
             through_squash(g_V.get(), t - 1);
@@ -81,5 +81,23 @@ template <class A> struct RouteGradients {
             g_bias[x % o.JH] += g_s_compact.get()[x];
     }
 };
+
+// The gradient of one iteration whose V is given. reduce(g_V) writes that of V, a state; emit(size, g_V) writes the
+// others, and that of V too if size is not 0.
+//
+// All come from one emitting pass, unless the state is large: the emitting pass does not split the batch among threads,
+// so partial sums of a large state would leave it with too few blocks, and a reducing pass comes before it.
+template <class A, class Reduce, class Emit>
+inline void step_backward(const Operands<A>& o, void* g_state /* [B, J, H], or null */, bool emits, Reduce reduce,
+                          Emit emit) {
+    // The numbers of a state of which at least eight blocks may hold a partial sum each (Tasks in tasks.h).
+    constexpr int64_t most_with_gradients = int64_t{1} << 15;
+    const int64_t size = o.state_size();
+    const bool one_pass = g_state && emits && size <= most_with_gradients;
+    Buffer<A> g_V(g_state ? size : 0);
+    if (g_state && !one_pass) reduce(g_V.get());
+    if (emits) emit(one_pass ? size : 0, g_V.get());
+    if (g_state) o.unpack(g_V.get(), static_cast<A*>(g_state));
+}
 
 }  // namespace capsops::cpu::CAPSOPS_ISA
