@@ -166,12 +166,19 @@ def attention_broadcast(votes: Tensor, attn_weight: Tensor, attn_bias: Tensor) -
 # Dynamic routing (Sabour et al. 2017, procedure 1)
 
 
-def dynamic_published(votes: Tensor, iterations: int, detach: bool, mask: Tensor | None = None) -> Outputs:
+def _softmax_axis(axis: str) -> int:
+    """Of logits [B, N, J]."""
+    return 1 if axis == "input" else 2
+
+
+def dynamic_published(
+    votes: Tensor, iterations: int, detach: bool, mask: Tensor | None = None, axis: str = "output"
+) -> Outputs:
     """As the ports have it: a tensor b of logits, and the agreement as a matmul with v repeated for every capsule."""
     held = votes.detach() if detach else votes
     b = votes.new_zeros(*votes.shape[:3], 1)
     for iteration in range(iterations):
-        c = F.softmax(b, dim=2)
+        c = F.softmax(b, dim=_softmax_axis(axis))
         if mask is not None:
             c = torch.where(mask[:, :, None, None], c, 0)
         if iteration == iterations - 1:
@@ -200,23 +207,29 @@ def dynamic_published_shared(
     raise ValueError("iterations must be at least 1")
 
 
-def dynamic_einsum(votes: Tensor, iterations: int, detach: bool, mask: Tensor | None = None) -> Outputs:
+def dynamic_einsum(
+    votes: Tensor, iterations: int, detach: bool, mask: Tensor | None = None, axis: str = "output"
+) -> Outputs:
     return _dynamic(
         votes,
         iterations,
         detach,
         mask,
+        _softmax_axis(axis),
         lambda c, votes: torch.einsum("bnj,bnjd->bjd", c, votes),
         lambda votes, v: torch.einsum("bnjd,bjd->bnj", votes, v),
     )
 
 
-def dynamic_broadcast(votes: Tensor, iterations: int, detach: bool, mask: Tensor | None = None) -> Outputs:
+def dynamic_broadcast(
+    votes: Tensor, iterations: int, detach: bool, mask: Tensor | None = None, axis: str = "output"
+) -> Outputs:
     return _dynamic(
         votes,
         iterations,
         detach,
         mask,
+        _softmax_axis(axis),
         lambda c, votes: (c[..., None] * votes).sum(dim=1),
         lambda votes, v: (votes * v[:, None]).sum(dim=-1),
     )
@@ -227,16 +240,17 @@ def _dynamic(
     iterations: int,
     detach: bool,
     mask: Tensor | None,
+    dim: int,
     total: Callable[[Tensor, Tensor], Tensor],
     agreement: Callable[[Tensor, Tensor], Tensor],
 ) -> Outputs:
     """The first iteration without a softmax, for its couplings are equal; the agreement without a tensor of its own."""
     held = votes.detach() if detach else votes
-    J = votes.shape[2]
+    equal = 1 / votes.shape[dim]
     valid = None if mask is None else mask[:, :, None].to(votes.dtype)
     b = None
     for iteration in range(iterations):
-        c = votes.new_full(votes.shape[:3], 1 / J) if b is None else b.softmax(dim=2)
+        c = votes.new_full(votes.shape[:3], equal) if b is None else b.softmax(dim=dim)
         c = c if valid is None else c * valid
         if iteration == iterations - 1:
             return (squash(total(c, votes)),)
@@ -412,11 +426,12 @@ _VOTES: dict[str, tuple[Votes, str]] = {
 }
 
 
-def _algorithm(case: Case) -> tuple[str, dict[str, int | bool]]:
+def _algorithm(case: Case) -> tuple[str, dict[str, int | bool | str]]:
     """The routing's name in the tables above, and its fixed options."""
     name, routing = case.routing.name, case.routing
     if name.startswith("dynamic"):
-        return "dynamic", {"iterations": routing.iterations, "detach": routing.detach}
+        axis: dict[str, int | bool | str] = {"axis": routing.axis} if routing.axis != "output" else {}
+        return "dynamic", {"iterations": routing.iterations, "detach": routing.detach, **axis}
     return name, {"iterations": routing.iterations} if name == "em" else {}
 
 
