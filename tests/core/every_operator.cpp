@@ -349,12 +349,11 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
             return k.routing_step_with_logits_backward(operands(threads), saved.get(), logits.get(), g.get(), nullptr,
                                                        nullptr, nullptr, o[0]->get());
         });
-        for (const bool leaky : {false, true})
-            check(name + "dynamic with logits", {{outputs, wide}, {3 * outputs, wide}}, [&](int threads, Outputs o) {
-                const Status status = k.dynamic_routing_with_logits(operands(threads), logits.get(), bias.get(), 3,
-                                                                    leaky, o[0]->get(), o[1]->get());
-                return save(o[1]), status;
-            });
+        check(name + "dynamic with logits", {{outputs, wide}, {3 * outputs, wide}}, [&](int threads, Outputs o) {
+            const Status status = k.dynamic_routing_with_logits(operands(threads), logits.get(), bias.get(), 3, true,
+                                                                o[0]->get(), o[1]->get());
+            return save(o[1]), status;
+        });
         for (const bool detach : {false, true})
             check(name + "dynamic with logits backward",
                   {{capsules, dtype}, {weights, dtype}, {s.B * s.N * s.J, wide}, {s.J * H, wide}},
@@ -364,40 +363,39 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
                                                                     o[2]->get(), o[3]->get());
                   });
         Numbers log_sums(3 * s.B * s.J, wide);
+        const auto save_both = [&](Outputs o) {
+            save(o[1]);
+            std::memcpy(log_sums.get(), o[2]->get(), o[2]->bytes());
+        };
         for (const bool given : {false, true}) {
             const void* initial = given ? logits.get() : nullptr;
-            const auto save_both = [&](Outputs o) {
-                save(o[1]);
-                std::memcpy(log_sums.get(), o[2]->get(), o[2]->bytes());
-            };
             check(name + "dynamic over inputs", {{outputs, wide}, {3 * outputs, wide}, {3 * s.B * s.J, wide}},
                   [&](int threads, Outputs o) {
                       const Status status = k.dynamic_routing_over_inputs(operands(threads), initial, bias.get(), 3,
                                                                           o[0]->get(), o[1]->get(), o[2]->get());
                       return save_both(o), status;
                   });
-            for (const bool detach : {false, true})
-                check(name + "dynamic over inputs backward",
-                      {{capsules, dtype}, {weights, dtype}, {s.B * s.N * s.J, wide}, {s.J * H, wide}},
-                      [&](int threads, Outputs o) {
-                          return k.dynamic_routing_over_inputs_backward(
-                              operands(threads), initial, bias.get(), 3, detach, saved.get(), log_sums.get(), g.get(),
-                              o[0]->get(), o[1]->get(), o[2]->get(), o[3]->get());
-                      });
-            check(name + "step over inputs", {{outputs, wide}, {outputs, wide}, {s.B * s.J, wide}},
+            check(name + "dynamic over inputs backward",
+                  {{capsules, dtype}, {weights, dtype}, {s.B * s.N * s.J, wide}, {s.J * H, wide}},
                   [&](int threads, Outputs o) {
-                      const Status status = k.routing_step_over_inputs(operands(threads), g.get(), initial, o[0]->get(),
-                                                                       o[1]->get(), o[2]->get());
-                      return save_both(o), status;
-                  });
-            check(name + "step over inputs backward",
-                  {{capsules, dtype}, {weights, dtype}, {outputs, wide}, {s.B * s.N * s.J, wide}},
-                  [&](int threads, Outputs o) {
-                      return k.routing_step_over_inputs_backward(operands(threads), g.get(), initial, saved.get(),
-                                                                 log_sums.get(), g.get(), o[0]->get(), o[1]->get(),
-                                                                 o[2]->get(), o[3]->get());
+                      return k.dynamic_routing_over_inputs_backward(operands(threads), initial, bias.get(), 3, !given,
+                                                                    saved.get(), log_sums.get(), g.get(), o[0]->get(),
+                                                                    o[1]->get(), o[2]->get(), o[3]->get());
                   });
         }
+        check(name + "step over inputs", {{outputs, wide}, {outputs, wide}, {s.B * s.J, wide}},
+              [&](int threads, Outputs o) {
+                  const Status status = k.routing_step_over_inputs(operands(threads), g.get(), logits.get(),
+                                                                   o[0]->get(), o[1]->get(), o[2]->get());
+                  return save_both(o), status;
+              });
+        check(name + "step over inputs backward",
+              {{capsules, dtype}, {weights, dtype}, {outputs, wide}, {s.B * s.N * s.J, wide}},
+              [&](int threads, Outputs o) {
+                  return k.routing_step_over_inputs_backward(operands(threads), g.get(), logits.get(), saved.get(),
+                                                             log_sums.get(), g.get(), o[0]->get(), o[1]->get(),
+                                                             o[2]->get(), o[3]->get());
+              });
     }
     Numbers total(outputs, wide);
     check(name + "self-attention", {{outputs, wide}, {outputs, wide}, {outputs, wide}}, [&](int threads, Outputs o) {

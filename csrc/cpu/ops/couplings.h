@@ -32,18 +32,23 @@ template <class A> struct Couplings {
         }
     }
 
-    // b, with the lowest number in place of −∞ and for masked items.
-    void add_up(const Tile<A>& t, Lanes<A>* b /* [J] */) const {
+    // b, with the lowest number in place of −∞ and for masked items. Returns whether there are such pairs, whose
+    // couplings clear() then sets to 0.
+    bool add_up(const Tile<A>& t, Lanes<A>* b /* [J] */) const {
         constexpr A lowest = std::numeric_limits<A>::lowest();
         if (V)
             agreements_with(t, V, b);
         else
             for (int64_t j = 0; j < J; ++j) b[j] = A(0);
         set_absent(t, b, lowest);
-        if (!logits) return;
+        bool some = t.absent != 0;
+        if (!logits) return some;
         // x − x is 0, or NaN if x is +∞.
-        for_each(t, logits,
-                 [&](int64_t j, int r, A x) { b[j].v[r] = x == removed ? lowest : b[j].v[r] + x + (x - x); });
+        for_each(t, logits, [&](int64_t j, int r, A x) {
+            some |= x == removed;
+            b[j].v[r] = x == removed ? lowest : b[j].v[r] + x + (x - x);
+        });
+        return some;
     }
 
     // Sets the couplings of removed pairs and of masked items to 0.
@@ -56,12 +61,12 @@ template <class A> struct Couplings {
     }
 
     void couplings(const Tile<A>& t, Lanes<A>* c /* [J] */) const {
-        add_up(t, c);
+        const bool some_removed = add_up(t, c);
         if (log_sums)
             for (int64_t j = 0; j < J; ++j) c[j] = exponential(c[j] - scalar(t, log_sums, j));
         else
             softmax(c, J, leaky);
-        clear(t, c);
+        if (some_removed) clear(t, c);
     }
 
     // c, and δ, the gradient of b: δ_ij = c_ij (e_ij − Σ_k c_ik e_ik), or c_ij (e_ij − means_j).

@@ -40,11 +40,11 @@ template <class A> struct OnlineSum {
 
     void accumulate(Tile<A>& t, A* sum, A* scratch) const {
         Lanes<A>* c = reinterpret_cast<Lanes<A>*>(scratch);
-        couplings.add_up(t, c);
+        const bool some_removed = couplings.add_up(t, c);
         if (t.layout == Layout::items)
-            weigh_items(t, sum, c);
+            weigh_items(t, sum, c, some_removed);
         else
-            weigh_components(t, sum, c);
+            weigh_components(t, sum, c, some_removed);
         add_coupled(t, c, sum);
     }
 
@@ -73,7 +73,7 @@ template <class A> struct OnlineSum {
 
   private:
     // In place: b becomes exp(b − m), which is added to Z.
-    void weigh_items(const Tile<A>& t, A* sum, Lanes<A>* b) const {
+    void weigh_items(const Tile<A>& t, A* sum, Lanes<A>* b, bool some_removed) const {
         constexpr int n = Lanes<A>::count;
         const int64_t row = t.row(0) * J;
         A *m_row = sum + m() + row * n, *Z_row = sum + Z() + row * n;
@@ -92,12 +92,12 @@ template <class A> struct OnlineSum {
             for (int64_t d = 0; d < D; d += n) store(S + d, factor * load(S + d));
         }
         for (int64_t j = 0; j < J; ++j) b[j] = exponential(b[j] - load(m_row + j * n));
-        couplings.clear(t, b);
+        if (some_removed) couplings.clear(t, b);
         for (int64_t j = 0; j < J; ++j) add_to(Z_row + j * n, b[j]);
     }
 
     // The same. Several pairs may have one batch item: m is settled before it is used.
-    void weigh_components(const Tile<A>& t, A* sum, Lanes<A>* b) const {
+    void weigh_components(const Tile<A>& t, A* sum, Lanes<A>* b, bool some_removed) const {
         const auto for_each = [&](auto each) {
             for (int r = 0; r < t.count; ++r)
                 for (int64_t j = 0; j < J; ++j) each(b[j].v[r], t.b[r] * J + j);
@@ -111,7 +111,7 @@ template <class A> struct OnlineSum {
         for (int64_t j = 0; j < J; ++j)
             for (int r = 0; r < t.count; ++r) b[j].v[r] -= m_of[t.b[r] * J + j];
         for (int64_t j = 0; j < J; ++j) b[j] = exponential(b[j]);
-        couplings.clear(t, b);
+        if (some_removed) couplings.clear(t, b);
         for_each([&](A x, int64_t at) { Z_of[at] += x; });
     }
 };
