@@ -147,6 +147,11 @@ class Results:
         if self.rows:
             write_csv(self.path / RESULTS, self.rows, (*MEASURED, *WHERE))
         if self.steps:
+            # The report has the digits that the file has, so that it can be made again from the file.
+            self.steps = [
+                {name: float(f"{x:.6g}") if isinstance(x, float) else x for name, x in row.items()}
+                for row in self.steps
+            ]
             write_csv(self.path / STEPS, self.steps)
         if self.kernels:
             write_csv(self.path / KERNELS, self.kernels, KERNEL_COLUMNS)
