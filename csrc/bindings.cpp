@@ -227,7 +227,8 @@ PYBIND11_MODULE(_C, m) {
                  c.strided = true;
                  c.strides[0] = k, c.strides[1] = j, c.strides[2] = d;
              })
-        .def_readwrite("own_gradients", &Capsules::own_gradients);
+        .def_readwrite("own_gradients", &Capsules::own_gradients)
+        .def_readwrite("votes_given", &Capsules::votes_given);
     py::class_<PrimaryCapsules>(m, "PrimaryCapsules")
         .def(py::init([](int64_t B, int64_t outer, int64_t inner, int64_t K, int64_t batch_stride, int64_t outer_stride,
                          int64_t inner_stride, int64_t component_stride, SquashKind kind, Dtype dtype) {

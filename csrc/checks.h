@@ -43,6 +43,9 @@ inline bool valid(const Capsules& c) {
     if (!valid(c.context) || c.K < 1 || c.J < 1 || c.D < 1 || c.rows < 1) return false;
     // GPU kernels read contiguous matrices.
     if (c.context.device >= 0 && (c.strided || c.own_gradients)) return false;
+    if (c.votes_given && (c.context.device >= 0 || c.weight || c.K != 1 || c.rows != 1 || c.weight_stride != 0 ||
+                          c.strided || c.own_gradients || !fits({c.B, c.N, c.J, c.D})))
+        return false;
     // u; W; a state; one block diagonal matrix (operands.h); the products of one input capsule.
     if (!fits({c.B, c.N, c.rows, c.K}) || !fits({c.N, c.K, c.J, c.D}) || !fits({c.B, c.J, c.rows, c.D}) ||
         !fits({c.K, c.rows, c.J, c.rows, c.D}) || !fits({c.J, c.J}) || !fits({c.N, c.J}) ||
@@ -55,7 +58,7 @@ inline bool valid(const Capsules& c) {
     } else if (c.weight_stride != 0 && c.weight_stride != c.K * c.J * c.D) {
         return false;
     }
-    return given({c.u}, {c.B, c.N}) && given({c.weight}, {c.weight_stride ? c.N : 1});
+    return given({c.u}, {c.B, c.N}) && (c.votes_given || given({c.weight}, {c.weight_stride ? c.N : 1}));
 }
 
 inline bool valid(const PrimaryCapsules& p) {
@@ -92,10 +95,10 @@ inline bool primary_capsules_backward(const PrimaryCapsules& p, const void* g_u,
 }
 
 inline bool affine_votes(const Capsules& c, void* votes) {
-    return valid(c) && fits({c.B, c.N, c.J, c.rows, c.D}) && given({votes}, {c.B, c.N});
+    return valid(c) && !c.votes_given && fits({c.B, c.N, c.J, c.rows, c.D}) && given({votes}, {c.B, c.N});
 }
 inline bool affine_votes_backward(const Capsules& c, const void* g_votes, void*, void*) {
-    return valid(c) && fits({c.B, c.N, c.J, c.rows, c.D}) && given({g_votes}, {c.B, c.N});
+    return valid(c) && !c.votes_given && fits({c.B, c.N, c.J, c.rows, c.D}) && given({g_votes}, {c.B, c.N});
 }
 
 inline bool attention_routing(const Capsules& c, const void* attn_weight, const void*, void* v, void* s) {

@@ -50,7 +50,7 @@ enum class SquashKind : int { sabour, efficient };
 constexpr double em_epsilon = 1e-8;
 
 // The operands of the votes û_bi = u_bi W_i. With P = rows > 1 capsules are matrices of P rows (Hinton et al. 2018):
-// u_bi is [P, K], W_ij is [K, D] and a vote is [P, D].
+// u_bi is [P, K], W_ij is [K, D] and a vote is [P, D]. If votes_given, u is the votes themselves.
 struct Capsules {
     const void* u;        // [B, N, P, K] storage
     const void* weight;   // [N, K, J, D] storage, by weight_stride and strides
@@ -68,6 +68,9 @@ struct Capsules {
     // Whether the gradient of one common matrix is still [N, K, J, D], one for each input capsule, instead of their
     // sum [K, J, D].
     bool own_gradients = false;
+    // Whether u is the votes [B, N, J, D], made by something else. Then weight is null, its gradient is not written,
+    // and K, P and weight_stride are 1, 1 and 0. CPU only.
+    bool votes_given = false;
 
     // Whether the input capsules share one matrix and its gradient.
     bool shared() const { return weight_stride == 0 && !own_gradients; }

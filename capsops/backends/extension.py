@@ -6,6 +6,7 @@ The operators in `capsops.ops` have checked all tensors. A kernel runs on the de
 from __future__ import annotations
 
 import importlib.util
+import math
 import sysconfig
 import threading
 from collections.abc import Callable, Sequence
@@ -143,11 +144,21 @@ def _raise(status: Any, op: str, operands: Sequence[Tensor]) -> NoReturn:
 class Capsules:
     """u [B, N, K] or [B, N, P, K], W and the mask as one struct of pointers; keeps contiguous copies alive with it.
 
+    Without W u is the votes, [B, N, J, D] or [B, N, J, P, D].
+
     Args:
         gradient: whether the kernel writes a gradient of W.
     """
 
-    def __init__(self, u: Tensor, weight: Tensor, mask: Tensor | None = None, gradient: bool = False) -> None:
+    def __init__(self, u: Tensor, weight: Tensor | None, mask: Tensor | None = None, gradient: bool = False) -> None:
+        self.tensors: tuple[Tensor | None, ...]
+        if weight is None:
+            self.tensors = u, mask = u.contiguous(), None if mask is None else mask.contiguous()
+            B, N, J, *vote = u.shape
+            sizes = B, N, 1, J, math.prod(vote), 1, 0
+            self.struct = _C.Capsules(u.data_ptr(), 0, _address(mask), *sizes, DTYPES[u.dtype])
+            self.struct.votes_given = True
+            return
         contiguous = weight.is_contiguous()
         if not contiguous:
             weight = _readable(weight, gradient)
@@ -310,7 +321,8 @@ def run(op: str, names: Sequence[str], values: Sequence[Any]) -> None:
     tensors = [x if (x := values[i]) is None else x.contiguous() for i in plan.tensors]
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
     options = [values[i] for i in plan.options]
-    call_kernel(op, (u, weight), capsules.struct, *addresses[: plan.before], *options, *addresses[plan.before :])
+    operands = (u,) if weight is None else (u, weight)
+    call_kernel(op, operands, capsules.struct, *addresses[: plan.before], *options, *addresses[plan.before :])
     for out, wide in rounded:
         out.copy_(wide)
 

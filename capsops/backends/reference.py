@@ -2,7 +2,7 @@
 
 The tests compare everything with it, and the benchmarks call it the "naive routing". It runs on any device and with any
 floating dtype. Symbols: u [B, N, K] input capsules, W [N, K, J, D] or [K, J, D], û [B, N, J, D] votes, c couplings,
-v [B, J, D] output capsules.
+v [B, J, D] output capsules. Where W may be None, u is the votes then.
 """
 
 from __future__ import annotations
@@ -58,11 +58,13 @@ def primary_capsules(features: Tensor, types: int, legacy: bool = False, kind: s
     return squash(u.reshape(B, types * pixels, K), kind)
 
 
-def affine_votes(u: Tensor, weight: Tensor, mask: Tensor | None = None) -> Tensor:
+def affine_votes(u: Tensor, weight: Tensor | None, mask: Tensor | None = None) -> Tensor:
     """û_ij = u_i W_ij; 0 where the mask is False, so that a masked value (even a NaN) has no effect.
 
-    The vote of a capsule that is a matrix [P, K] is a matrix [P, D].
+    The vote of a capsule that is a matrix [P, K] is a matrix [P, D]. Without a weight u is the votes.
     """
+    if weight is None:
+        return _masked(u, mask)
     if mask is not None:
         u = _masked(u, mask)
         if weight.dim() == 4:
@@ -138,7 +140,7 @@ def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def attention_routing(
-    u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None = None, mask: Tensor | None = None
+    u: Tensor, weight: Tensor | None, attn_weight: Tensor, attn_bias: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
     """v = squash(Σ_i c_i · û_i), elementwise in D (CardioCaps, eq. 4)."""
     votes = affine_votes(u, weight, mask)
@@ -170,7 +172,7 @@ def _route(
 
 def dynamic_routing(
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     iterations: int = 3,
@@ -184,7 +186,7 @@ def dynamic_routing(
 
 def dynamic_routing_with_logits(
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     logits: Tensor,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
@@ -199,7 +201,7 @@ def dynamic_routing_with_logits(
 
 def dynamic_routing_over_inputs(
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     logits: Tensor | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
@@ -213,14 +215,14 @@ def dynamic_routing_over_inputs(
     return _route(votes, bias, mask, iterations, detach, lambda b: input_couplings(b, logits, mask))
 
 
-def routing_step(u: Tensor, weight: Tensor, state: Tensor, mask: Tensor | None = None) -> Tensor:
+def routing_step(u: Tensor, weight: Tensor | None, state: Tensor, mask: Tensor | None = None) -> Tensor:
     """s = Σ_i c_i û_i with c = softmax_j(û · state): one pass of dynamic routing, without its squash."""
     votes = affine_votes(u, weight, mask)
     return torch.einsum("bnj,bnjd->bjd", _masked(step_couplings(votes, state), mask), votes)
 
 
 def routing_step_with_logits(
-    u: Tensor, weight: Tensor, state: Tensor, logits: Tensor, mask: Tensor | None = None
+    u: Tensor, weight: Tensor | None, state: Tensor, logits: Tensor, mask: Tensor | None = None
 ) -> Tensor:
     """The same with c = softmax_j(û · state + logits); logits [B, N, J]."""
     votes = affine_votes(u, weight, mask)
@@ -229,7 +231,7 @@ def routing_step_with_logits(
 
 
 def routing_step_over_inputs(
-    u: Tensor, weight: Tensor, state: Tensor, logits: Tensor | None = None, mask: Tensor | None = None
+    u: Tensor, weight: Tensor | None, state: Tensor, logits: Tensor | None = None, mask: Tensor | None = None
 ) -> Tensor:
     """The same with c = softmax_i(û · state + logits)."""
     votes = affine_votes(u, weight, mask)
@@ -239,7 +241,7 @@ def routing_step_over_inputs(
 
 
 def self_attention_routing(
-    u: Tensor, weight: Tensor, prior: Tensor | None = None, mask: Tensor | None = None, scale: float = 1.0
+    u: Tensor, weight: Tensor | None, prior: Tensor | None = None, mask: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
     """v = squash(Σ_i c_i û_i) (Mazzia et al. 2021); prior [N, J] is added to the couplings."""
     votes = affine_votes(u, weight, mask)
@@ -250,7 +252,7 @@ def self_attention_routing(
 def em_routing(
     pose: Tensor,
     activation: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     beta_u: Tensor,
     beta_a: Tensor,
     mask: Tensor | None = None,

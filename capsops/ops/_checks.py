@@ -30,16 +30,24 @@ def shape_of(x: Tensor) -> str:
 
 
 def check_tensors(op: str, names: str, required: int, *tensors: object) -> None:
-    """Raise TypeError unless all are tensors; those after the first `required` may be None. names: as in "u mask"."""
+    """Raise TypeError unless all are tensors.
+
+    Args:
+        names: as in "u weight? mask"; one that ends with "?" may be None.
+        required: those after the first `required` may be None too.
+    """
     for i, x in enumerate(tensors):
-        if not isinstance(x, Tensor) and (x is not None or i < required):
+        if not isinstance(x, Tensor):
+            name = names.split()[i]
+            if x is None and (i >= required or name.endswith("?")):
+                continue
             hint = ""
             if isinstance(x, torch.fx.Proxy):
                 hint = (
                     f". torch.fx.symbolic_trace records a call of `capsops.{op}`; where the function is imported by "
                     f'its name, it needs `torch.fx.wrap("{op}")` in that module'
                 )
-            raise TypeError(f"{op}: {names.split()[i]} is a {type(x).__name__}; expected a torch.Tensor{hint}")
+            raise TypeError(f"{op}: {name.removesuffix('?')} is a {type(x).__name__}; expected a torch.Tensor{hint}")
 
 
 def check_floating(op: str, names: str, first: Tensor, *others: Tensor | None) -> None:
@@ -74,26 +82,37 @@ def check_shape(op: str, name: str, x: Tensor, axes: str, *sizes: int) -> None:
         fail(op, f"{name} has shape {shape_of(x)}; expected [{axes}] = [{wanted}]")
 
 
-def check_vectors(op: str, u: Tensor) -> None:
-    """Require u [B, N, K]."""
-    if u.dim() != 3:
-        fail(op, f"u has shape {shape_of(u)}; expected 3 dimensions, [B, N, K]")
+def check_vectors(op: str, u: Tensor, weight: Tensor | None) -> None:
+    """Require u [B, N, K], or votes [B, N, J, D] if the weight is None."""
+    if weight is None:
+        if u.dim() != 4:
+            fail(op, f"u has shape {shape_of(u)} and weight is None; expected votes, 4 dimensions, [B, N, J, D]")
+    elif u.dim() != 3:
+        hint = "" if u.dim() != 4 else ", or weight None if these are votes [B, N, J, D]"
+        fail(op, f"u has shape {shape_of(u)}; expected 3 dimensions, [B, N, K]{hint}")
 
 
-def check_votes(op: str, u: Tensor, weight: Tensor, mask: Tensor | None = None, name: str = "u") -> Sizes:
-    """Check the shapes of u [B, N, (P,) K] (called `name`), weight [(N,) K, J, D] and mask [B, N]; return the sizes."""
-    sizes, matrices = u.shape, weight.shape
-    B, N, K = sizes[0], sizes[1], sizes[-1]
-    if matrices[:-2] != ((N, K) if len(matrices) == 4 else (K,)):
-        if len(matrices) not in (3, 4):
-            fail(op, f"weight has shape {shape_of(weight)}; expected [N, K, J, D], or [K, J, D] to share it")
-        axes = "[B, N, K]" if len(sizes) == 3 else "[B, N, P, K]"
-        wanted = f"[{N}, {K}, J, D]" if len(matrices) == 4 else f"[{K}, J, D]"
-        fail(op, f"weight has shape {shape_of(weight)}; expected {wanted} for {name} {axes} = {shape_of(u)}")
-    J, D = matrices[-2], matrices[-1]
+def vote_sizes(u: Tensor | Sequence[int], weight: Tensor | Sequence[int] | None) -> tuple[int, int]:
+    """J and D, from tensors or their shapes: of the weight, or of u if the weight is None and u is the votes."""
+    shape = u if weight is None else weight
+    sizes = shape.shape if isinstance(shape, Tensor) else shape
+    return (sizes[2], sizes[-1]) if weight is None else (sizes[-2], sizes[-1])
+
+
+def check_votes(op: str, u: Tensor, weight: Tensor | None, mask: Tensor | None = None, name: str = "u") -> Sizes:
+    """Check the shapes of u [B, N, (P,) K] (called `name`), weight [(N,) K, J, D] and mask [B, N]; return the sizes.
+
+    If the weight is None, u is the votes [B, N, J, (P,) D], and K is 1.
+    """
+    if weight is None:
+        B, N, K = u.shape[0], u.shape[1], 1
+    else:
+        B, N, K = _check_matrices(op, u, weight, name)
+    J, D = vote_sizes(u, weight)
     if K == 0 or J == 0 or D == 0:
         empty = "K" if K == 0 else "J" if J == 0 else "D"
-        fail(op, f"{empty} is 0 ({name} {shape_of(u)}, weight {shape_of(weight)}); expected at least 1")
+        operands = "" if weight is None else f", weight {shape_of(weight)}"
+        fail(op, f"{empty} is 0 ({name} {shape_of(u)}{operands}); expected at least 1")
     if mask is not None and (
         mask.dtype != torch.bool or mask.shape != (B, N) or mask.device != u.device or mask.layout != torch.strided
     ):
@@ -107,10 +126,23 @@ def check_votes(op: str, u: Tensor, weight: Tensor, mask: Tensor | None = None, 
     return B, N, K, J, D
 
 
-def of_every_item(op: str, logits: Tensor, u: Tensor, weight: Tensor) -> Tensor:
+def _check_matrices(op: str, u: Tensor, weight: Tensor, name: str) -> tuple[int, int, int]:
+    """Check the shape of the weight for u; return B, N, K."""
+    sizes, matrices = u.shape, weight.shape
+    B, N, K = sizes[0], sizes[1], sizes[-1]
+    if matrices[:-2] != ((N, K) if len(matrices) == 4 else (K,)):
+        if len(matrices) not in (3, 4):
+            fail(op, f"weight has shape {shape_of(weight)}; expected [N, K, J, D], or [K, J, D] to share it")
+        axes = "[B, N, K]" if len(sizes) == 3 else "[B, N, P, K]"
+        wanted = f"[{N}, {K}, J, D]" if len(matrices) == 4 else f"[{K}, J, D]"
+        fail(op, f"weight has shape {shape_of(weight)}; expected {wanted} for {name} {axes} = {shape_of(u)}")
+    return B, N, K
+
+
+def of_every_item(op: str, logits: Tensor, u: Tensor, weight: Tensor | None) -> Tensor:
     """Require logits [N, J], [1, N, J] or [B, N, J]; return a view [B, N, J]. u and weight have been checked."""
     check_floating(op, "u logits", u, logits)
-    B, N, J = *u.shape[:2], weight.shape[-2]
+    B, N, J = *u.shape[:2], vote_sizes(u, weight)[0]
     if logits.shape not in ((N, J), (1, N, J), (B, N, J)):
         fail(
             op,
@@ -119,10 +151,10 @@ def of_every_item(op: str, logits: Tensor, u: Tensor, weight: Tensor) -> Tensor:
     return logits.expand(B, N, J)
 
 
-def check_logits(op: str, logits: Tensor, u: Tensor, weight: Tensor) -> None:
+def check_logits(op: str, logits: Tensor, u: Tensor, weight: Tensor | None) -> None:
     """Require logits [B, N, J]. u and weight have been checked."""
     check_floating(op, "u logits", u, logits)
-    check_shape(op, "logits", logits, "B, N, J", *u.shape[:2], weight.shape[-2])
+    check_shape(op, "logits", logits, "B, N, J", *u.shape[:2], vote_sizes(u, weight)[0])
 
 
 def check_axis(op: str, axis: object, leaky: bool = False) -> None:

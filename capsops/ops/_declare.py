@@ -57,6 +57,7 @@ def _define(schema: str, outputs: Callable[..., tuple[Tensor, ...]]) -> Any:
             tensors it is the shape rule that torch.compile and torch.export use.
     """
     name = schema[: schema.index("(")]
+    name_of_votes = backends.of_votes(name)
 
     def allocate(*args: Any) -> Tensor | tuple[Tensor, ...]:
         out = outputs(*args)
@@ -68,7 +69,8 @@ def _define(schema: str, outputs: Callable[..., tuple[Tensor, ...]]) -> Any:
         if has_wanted:
             *args, wanted = args  # type: ignore[assignment]
             filled = [x if want else None for x, want in zip(out, wanted, strict=True)]
-        backends.compiled(name, args[0]).run(name, names, (*filled, *args))
+        op = name if weight is None or args[weight] is not None else name_of_votes
+        backends.compiled(op, args[0]).run(name, names, (*filled, *args))
         return out if several else out[0]
 
     _LIBRARY.define(schema)
@@ -78,10 +80,19 @@ def _define(schema: str, outputs: Callable[..., tuple[Tensor, ...]]) -> Any:
     declared = overload._schema
     several = len(declared.returns) > 1
     names = [x.name for x in (*declared.returns, *declared.arguments)]
+    weight = _optional_weight(declared)
     has_wanted = names[-1] == "wanted"
     names = names[:-1] if has_wanted else names
     _backend_kernels[overload] = run
     return overload
+
+
+def _optional_weight(schema: Any) -> int | None:
+    """The position of a weight that may be None, because the first argument is votes then; None if there is none."""
+    for position, a in enumerate(schema.arguments):
+        if a.name == "weight" and str(a.type) == "Optional[Tensor]":
+            return position
+    return None
 
 
 def float32(x: Tensor) -> torch.autocast:
@@ -143,9 +154,10 @@ class Differentiable:
         self.operator = _define(schema, allocate)
         arguments = self.operator._schema.arguments
         tensors = [a for a in arguments if "Tensor" in str(a.type)]
-        required = len([a for a in tensors if str(a.type) == "Tensor"])
         # settle(*tensors) checks that they are tensors, or None where that is allowed, and applies the autocast rule.
-        self.settle = partial(settle, name, " ".join(a.name for a in tensors), required)
+        names = " ".join(a.name if str(a.type) == "Tensor" else f"{a.name}?" for a in tensors)
+        self.settle = partial(settle, name, names, len(tensors))
+        self.weight = _optional_weight(self.operator._schema)
 
         def allocate_gradients(*args: Any) -> tuple[Tensor, ...]:
             op, given, wanted = f"{name}_backward", args[count:], [True]
@@ -188,11 +200,12 @@ class Differentiable:
             The results, without what is saved for backward: a tensor, or a tuple if there are several.
         """
         first: Tensor = args[0]
+        name = self.name if self.weight is None or args[self.weight] is not None else backends.of_votes(self.name)
         compiling = torch.compiler.is_compiling()
         if is_tracing() or (compiling and torch.onnx.is_in_onnx_export()):
             backend = "reference"  # the graph is for programs without these operators: TorchScript and ONNX
         else:
-            backend = backends.select(self.name, first.device, first.dtype)
+            backend = backends.select(name, first.device, first.dtype)
         if backend == "reference":
             self.check(self.name, *args)
             with float32(first):
@@ -201,7 +214,7 @@ class Differentiable:
             out = self.operator(*args)  # a tracer or a transform has to see the operator
         else:
             # The short way to the autograd kernel, which remembers the backend for the gradient.
-            choice = None if backend == "meta" else (self.name, first.device, first.dtype, backends.COMPILED[backend])
+            choice = None if backend == "meta" else (name, first.device, first.dtype, backends.COMPILED[backend])
             outer = backends.remember(choice)
             try:
                 out = self.autograd_kernel(None, *args)

@@ -44,8 +44,13 @@ class PassFlops(NamedTuple):
         return (1 + u + weight) * self.votes + contractions * self.contraction
 
 
-def pass_flops(u: Shape, weight: Shape) -> PassFlops:
-    """The operations of one pass, from the shapes of u [B, N, (P,) K] and the weight [(N,) K, J, D]."""
+def pass_flops(u: Shape, weight: Shape | None) -> PassFlops:
+    """The operations of one pass, from the shapes of u [B, N, (P,) K] and the weight [(N,) K, J, D].
+
+    Without a weight u is the votes [B, N, J, (P,) D]: they take no product, nor does their sum.
+    """
+    if weight is None:
+        return PassFlops(0, 0, 2 * math.prod(u))
     B, N, *rows, K = u
     J, D = weight[-2:]
     of_one = 2 * B * J * math.prod(rows) * D  # contraction of one input capsule

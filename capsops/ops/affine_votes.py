@@ -13,7 +13,7 @@ from ._flops import Shape, pass_flops
 
 def _outputs(op: str, u: Tensor, weight: Tensor) -> list[Output]:
     check_floating(op, "u weight", u, weight)
-    check_vectors(op, u)
+    check_vectors(op, u, weight)
     B, N, _, J, D = check_votes(op, u, weight)
     return [("B, N, J, D", (B, N, J, D), u.dtype)]
 

@@ -9,18 +9,18 @@ from torch import Tensor
 
 from ..backends import reference
 from ..dtypes import accumulation_dtype
-from ._checks import Sizes, check_floating, check_shape, check_vectors, check_votes
+from ._checks import Sizes, check_floating, check_shape, check_vectors, check_votes, vote_sizes
 from ._declare import Differentiable, Output
 from ._flops import Shape, pass_flops
 from .coupling_coefficients import Couplings, Votes, check_given, explains, widened
 
 
 def check(
-    op: str, u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None, mask: Tensor | None
+    op: str, u: Tensor, weight: Tensor | None, attn_weight: Tensor, attn_bias: Tensor | None, mask: Tensor | None
 ) -> Sizes:
     """Check the arguments of attention routing and return B, N, K, J, D."""
     check_floating(op, "u weight attn_weight attn_bias", u, weight, attn_weight, attn_bias)
-    check_vectors(op, u)
+    check_vectors(op, u, weight)
     sizes = check_votes(op, u, weight, mask)
     J = sizes[3]
     check_shape(op, "attn_weight", attn_weight, "J, J", J, J)
@@ -35,9 +35,9 @@ def _outputs(op: str, u: Tensor, *others: Any) -> list[Output]:
 
 
 def _flops(
-    u: Shape, weight: Shape, attn_weight: Shape, attn_bias: Shape | None = None, mask: Shape | None = None
+    u: Shape, weight: Shape | None, attn_weight: Shape, attn_bias: Shape | None = None, mask: Shape | None = None
 ) -> int:
-    part, J = pass_flops(u, weight), weight[-2]
+    part, J = pass_flops(u, weight), vote_sizes(u, weight)[0]
     # The convolution mixes J output capsules into each of J; then a weighted sum.
     return part.votes + (J + 1) * part.contraction
 
@@ -46,21 +46,21 @@ def _gradient_flops(
     g_v: Shape,
     s: Shape,
     u: Shape,
-    weight: Shape,
+    weight: Shape | None,
     attn_weight: Shape,
     attn_bias: Shape | None,
     mask: Shape | None,
     wanted: Sequence[bool],
 ) -> int:
-    part, J, (g_u, g_weight, *g_attention) = pass_flops(u, weight), weight[-2], wanted
+    part, J, (g_u, g_weight, *g_attention) = pass_flops(u, weight), vote_sizes(u, weight)[0], wanted
     # The convolution and its transpose, the products with g_s, the term c g_s, and the gradient of the convolution.
     return part.gradients(2 * J + 2 + J * any(g_attention), g_u, g_weight)
 
 
 _attention_routing = Differentiable(
-    "attention_routing(Tensor u, Tensor weight, Tensor attn_weight, Tensor? attn_bias, Tensor? mask)"
+    "attention_routing(Tensor u, Tensor? weight, Tensor attn_weight, Tensor? attn_bias, Tensor? mask)"
     " -> (Tensor v, Tensor s)",
-    "attention_routing_backward(Tensor g_v, Tensor s, Tensor u, Tensor weight, Tensor attn_weight, Tensor? attn_bias,"
+    "attention_routing_backward(Tensor g_v, Tensor s, Tensor u, Tensor? weight, Tensor attn_weight, Tensor? attn_bias,"
     " Tensor? mask, bool[4] wanted)"
     " -> (Tensor g_u, Tensor g_weight, Tensor g_attn_weight, Tensor g_attn_bias)",
     _outputs,
@@ -71,7 +71,12 @@ _attention_routing = Differentiable(
 
 
 def attention_routing(
-    u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None = None, *, mask: Tensor | None = None
+    u: Tensor,
+    weight: Tensor | None,
+    attn_weight: Tensor,
+    attn_bias: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Attention routing (CardioCaps, eq. 4): v = squash(Σ_i softmax(conv(û_i)) · û_i) in one pass.
 
@@ -79,11 +84,13 @@ def attention_routing(
     separately: z_kd = Σ_j attn_weight_kj û_jd + attn_bias_k.
 
     Args:
-        u: input capsules [B, N, K].
-        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+        u: input capsules [B, N, K]; without a weight the votes [B, N, J, D], which something else made.
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them; None if u is the votes.
         attn_weight: weight [J, J] of the convolution.
         attn_bias: bias [J] of the convolution.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
+
+    Votes in place of u and the weight have no GPU kernel: there the reference runs.
 
     Returns:
         output capsules v [B, J, D], squashed.

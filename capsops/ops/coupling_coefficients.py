@@ -5,6 +5,7 @@ Each routing registers its own with `explains`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..backends import reference
 from ..dtypes import accumulation_dtype
-from ._checks import fail
+from ._checks import fail, vote_sizes
 from ._declare import float32, settle
 
 # How many numbers of the votes are held at a time.
@@ -46,24 +47,30 @@ class Votes:
     says that there is no capsule.
     """
 
-    def __init__(self, u: Tensor, weight: Tensor, mask: Tensor | None) -> None:
+    def __init__(self, u: Tensor, weight: Tensor | None, mask: Tensor | None) -> None:
         self.u, self.weight, self.mask = u, weight, mask
         self.dtype = accumulation_dtype(u.dtype)
-        self.rows = u.shape[2] if u.dim() == 4 else 1
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        """J and H."""
+        J, D = vote_sizes(self.u, self.weight)
+        return J, math.prod(self.u.shape[3 if self.weight is None else 2 : -1]) * D
 
     def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
         u, weight, mask = self.u, self.weight, self.mask
-        step = max(1, _CHUNK // max(u.shape[0] * self.rows * weight.shape[-2] * weight.shape[-1], 1))
+        step = max(1, _CHUNK // max(u.shape[0] * math.prod(self.sizes), 1))
         for i in range(0, u.shape[1], step):
             part = slice(i, i + step)
-            matrices = (weight[part] if weight.dim() == 4 else weight).to(self.dtype)
+            matrices = weight
+            if weight is not None:
+                matrices = (weight[part] if weight.dim() == 4 else weight).to(self.dtype)
             present = None if mask is None else mask[:, part]
             yield part, reference.affine_votes(u[:, part].to(self.dtype), matrices, present).flatten(start_dim=3)
 
     def zero(self) -> Tensor:
         """A sum over the input capsules to begin with, [B, J, H]."""
-        J, D = self.weight.shape[-2:]
-        return self.u.new_zeros(self.u.shape[0], J, self.rows * D, dtype=self.dtype)
+        return self.u.new_zeros(self.u.shape[0], *self.sizes, dtype=self.dtype)
 
 
 def check_given(op: str, routing: str, **tensors: Tensor | None) -> None:
@@ -112,7 +119,7 @@ def softmax_of_agreements(votes: Votes, V: Tensor, logits: Tensor | None, axis: 
 def coupling_coefficients(
     routing: str,
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     attn_weight: Tensor | None = None,
     attn_bias: Tensor | None = None,
     *,
@@ -138,8 +145,8 @@ def coupling_coefficients(
     Args:
         routing: "attention", "dynamic", "uniform", "self-attention", "em" or "step". The other arguments mean what they
             mean in its function; those of other routings are ignored.
-        u: input capsules [B, N, K]; for EM routing their poses [B, N, K] or [B, N, P, K].
-        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+        u: input capsules [B, N, K]; for EM routing their poses [B, N, K] or [B, N, P, K]; without a weight the votes.
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them; None if u is the votes.
         attn_weight: [J, J], for attention, which needs it.
         attn_bias: [J], for attention.
         iterations: for dynamic and EM routing.
@@ -167,7 +174,7 @@ def coupling_coefficients(
         ValueError: an unknown routing, or arguments that the routing function itself refuses.
     """
     op = "coupling_coefficients"
-    names = "u weight attn_weight attn_bias bias prior activation beta_u beta_a state logits mask"
+    names = "u weight? attn_weight attn_bias bias prior activation beta_u beta_a state logits mask"
     small = (attn_weight, attn_bias, bias, prior, activation, beta_u, beta_a, state, logits)
     tensors = settle(op, names, 2, u, weight, *small, mask)
     if routing not in _ROUTINGS:

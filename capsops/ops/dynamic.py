@@ -21,16 +21,19 @@ from ._checks import (
     check_vectors,
     check_votes,
     of_every_item,
+    vote_sizes,
 )
 from ._declare import Differentiable, Output, settle
 from ._flops import Shape, pass_flops
 from .coupling_coefficients import Couplings, Votes, explains, softmax_of_agreements, widened
 
 
-def check(op: str, u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, iterations: int) -> Sizes:
+def check(
+    op: str, u: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, iterations: int
+) -> Sizes:
     """Check the arguments of dynamic routing and return B, N, K, J, D."""
     check_floating(op, "u weight bias", u, weight, bias)
-    check_vectors(op, u)
+    check_vectors(op, u, weight)
     sizes = check_votes(op, u, weight, mask)
     if bias is not None:
         check_shape(op, "bias", bias, "J, D", sizes[3], sizes[4])
@@ -39,7 +42,7 @@ def check(op: str, u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor 
 
 
 def _outputs(
-    op: str, u: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor | None, iterations: int, *_: bool
+    op: str, u: Tensor, weight: Tensor | None, bias: Tensor | None, mask: Tensor | None, iterations: int, *_: bool
 ) -> list[Output]:
     B, _N, _K, J, D = check(op, u, weight, bias, mask, iterations)
     s = "iterations, B, J, D", (iterations, B, J, D), accumulation_dtype(u.dtype)
@@ -49,7 +52,7 @@ def _outputs(
 def _outputs_with_logits(
     op: str,
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     logits: Tensor,
     bias: Tensor | None,
     mask: Tensor | None,
@@ -64,7 +67,7 @@ def _outputs_with_logits(
 def _outputs_over_inputs(
     op: str,
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     logits: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
@@ -74,11 +77,11 @@ def _outputs_over_inputs(
     outputs = _outputs(op, u, weight, bias, mask, iterations)
     if logits is not None:
         check_logits(op, logits, u, weight)
-    B, J = u.shape[0], weight.shape[-2]
+    B, J = u.shape[0], vote_sizes(u, weight)[0]
     return [*outputs, ("iterations, B, J", (iterations, B, J), accumulation_dtype(u.dtype))]
 
 
-def _flops(u: Shape, weight: Shape, bias: Shape | None, mask: Shape | None, iterations: int, *_: bool) -> int:
+def _flops(u: Shape, weight: Shape | None, bias: Shape | None, mask: Shape | None, iterations: int, *_: bool) -> int:
     part = pass_flops(u, weight)
     # The first iteration adds the votes up. Each later one is a pass with agreements and a weighted sum.
     return part.total + (iterations - 1) * (part.votes + 2 * part.contraction)
@@ -88,7 +91,7 @@ def _gradient_flops(
     g_v: Shape,
     s: Shape,
     u: Shape,
-    weight: Shape,
+    weight: Shape | None,
     bias: Shape | None,
     mask: Shape | None,
     iterations: int,
@@ -106,14 +109,14 @@ def _gradient_flops(
     return flops
 
 
-def _flops_with_logits(u: Shape, weight: Shape, logits: Shape, *others: Any) -> int:
+def _flops_with_logits(u: Shape, weight: Shape | None, logits: Shape, *others: Any) -> int:
     part, iterations = pass_flops(u, weight), others[2]
     # The couplings of the first iteration differ, but compare nothing: a weighted sum.
     return iterations * (part.votes + part.contraction) + (iterations - 1) * part.contraction
 
 
 def _gradient_flops_with_logits(
-    g_v: Shape, s: Shape, u: Shape, weight: Shape, logits: Shape | None, *others: Any
+    g_v: Shape, s: Shape, u: Shape, weight: Shape | None, logits: Shape | None, *others: Any
 ) -> int:
     part, (_, _, iterations, _, detach, (g_u, g_weight, g_logits, _)) = pass_flops(u, weight), others
     later = iterations - 1
@@ -125,14 +128,14 @@ def _gradient_flops_with_logits(
     return flops
 
 
-def _flops_over_inputs(u: Shape, weight: Shape, logits: Shape | None, *others: Any) -> int:
+def _flops_over_inputs(u: Shape, weight: Shape | None, logits: Shape | None, *others: Any) -> int:
     if logits is None:
         return _flops(u, weight, *others)
     return _flops_with_logits(u, weight, logits, *others)
 
 
 def _gradient_flops_over_inputs(
-    g_v: Shape, s: Shape, log_sums: Shape, u: Shape, weight: Shape, logits: Shape | None, *others: Any
+    g_v: Shape, s: Shape, log_sums: Shape, u: Shape, weight: Shape | None, logits: Shape | None, *others: Any
 ) -> int:
     # As with logits, also where there are none: the gradient of the first couplings is not left out.
     bias, mask, iterations, detach, wanted = others
@@ -140,9 +143,9 @@ def _gradient_flops_over_inputs(
 
 
 _dynamic_routing = Differentiable(
-    "dynamic_routing(Tensor u, Tensor weight, Tensor? bias, Tensor? mask, int iterations, bool leaky, bool detach)"
+    "dynamic_routing(Tensor u, Tensor? weight, Tensor? bias, Tensor? mask, int iterations, bool leaky, bool detach)"
     " -> (Tensor v, Tensor s)",
-    "dynamic_routing_backward(Tensor g_v, Tensor s, Tensor u, Tensor weight, Tensor? bias, Tensor? mask,"
+    "dynamic_routing_backward(Tensor g_v, Tensor s, Tensor u, Tensor? weight, Tensor? bias, Tensor? mask,"
     " int iterations, bool leaky, bool detach, bool[3] wanted)"
     " -> (Tensor g_u, Tensor g_weight, Tensor g_bias)",
     _outputs,
@@ -152,9 +155,9 @@ _dynamic_routing = Differentiable(
 )
 # An operator of its own, because there are no GPU kernels for it: a GPU then says that it uses the reference, and why.
 _with_logits = Differentiable(
-    "dynamic_routing_with_logits(Tensor u, Tensor weight, Tensor logits, Tensor? bias, Tensor? mask, int iterations,"
+    "dynamic_routing_with_logits(Tensor u, Tensor? weight, Tensor logits, Tensor? bias, Tensor? mask, int iterations,"
     " bool leaky, bool detach) -> (Tensor v, Tensor s)",
-    "dynamic_routing_with_logits_backward(Tensor g_v, Tensor s, Tensor u, Tensor weight, Tensor logits, Tensor? bias,"
+    "dynamic_routing_with_logits_backward(Tensor g_v, Tensor s, Tensor u, Tensor? weight, Tensor logits, Tensor? bias,"
     " Tensor? mask, int iterations, bool leaky, bool detach, bool[4] wanted)"
     " -> (Tensor g_u, Tensor g_weight, Tensor g_logits, Tensor g_bias)",
     _outputs_with_logits,
@@ -164,9 +167,9 @@ _with_logits = Differentiable(
 )
 # Operators of their own, for the same reason, and because they save more for the gradient: log_sums, log Σ_i exp(b_ij).
 _over_inputs = Differentiable(
-    "dynamic_routing_over_inputs(Tensor u, Tensor weight, Tensor? logits, Tensor? bias, Tensor? mask, int iterations,"
+    "dynamic_routing_over_inputs(Tensor u, Tensor? weight, Tensor? logits, Tensor? bias, Tensor? mask, int iterations,"
     " bool detach) -> (Tensor v, Tensor s, Tensor log_sums)",
-    "dynamic_routing_over_inputs_backward(Tensor g_v, Tensor s, Tensor log_sums, Tensor u, Tensor weight,"
+    "dynamic_routing_over_inputs_backward(Tensor g_v, Tensor s, Tensor log_sums, Tensor u, Tensor? weight,"
     " Tensor? logits, Tensor? bias, Tensor? mask, int iterations, bool detach, bool[4] wanted)"
     " -> (Tensor g_u, Tensor g_weight, Tensor g_logits, Tensor g_bias)",
     _outputs_over_inputs,
@@ -178,7 +181,7 @@ _over_inputs = Differentiable(
 
 def dynamic_routing(
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     iterations: int = 3,
     *,
     logits: Tensor | None = None,
@@ -191,8 +194,8 @@ def dynamic_routing(
     """Routing by agreement (Sabour et al. 2017, procedure 1), in one pass for each iteration.
 
     Args:
-        u: input capsules [B, N, K].
-        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+        u: input capsules [B, N, K]; without a weight the votes [B, N, J, D], which something else made.
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them; None if u is the votes.
         iterations: at least 1; with 1 all couplings are equal (uniform routing), unless there are logits.
         logits: [N, J], [1, N, J] or [B, N, J], where routing begins: they are added to the agreements in every
             iteration, and the first couplings are their softmax. −∞ removes a pair of an input and an output capsule:
@@ -207,7 +210,7 @@ def dynamic_routing(
             that the gradient of the logits is 0; by default it is exact.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives squash(bias), or 0.
 
-    Logits, and axis "input", have no GPU kernel: there the reference runs.
+    Logits, axis "input" and votes in place of u and the weight have no GPU kernel: there the reference runs.
 
     Returns:
         output capsules v [B, J, D], squashed.
@@ -222,7 +225,7 @@ def dynamic_routing(
     if plain:
         u, weight, bias, mask = _dynamic_routing.settle(u, weight, bias, mask)
     else:
-        u, weight, logits, bias, mask = settle(op, "u weight logits bias mask", 2, u, weight, logits, bias, mask)
+        u, weight, logits, bias, mask = settle(op, "u weight? logits? bias? mask?", 5, u, weight, logits, bias, mask)
     check_iterations(op, iterations)
     check_flag(op, "leaky", leaky)
     check_flag(op, "detach", detach)

@@ -31,7 +31,7 @@ def check(
     op: str,
     pose: Tensor,
     activation: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     beta_u: Tensor,
     beta_a: Tensor,
     mask: Tensor | None,
@@ -40,11 +40,14 @@ def check(
     """Check the arguments of EM routing and return B, N, K, J, D; without temperatures, only the tensors."""
     names = "pose activation weight beta_u beta_a"
     check_floating(op, names, pose, activation, weight, beta_u, beta_a)
-    if pose.dim() not in (3, 4):
+    if weight is None and pose.dim() not in (4, 5):
+        votes = "[B, N, J, D] or [B, N, J, P, D]"
+        fail(op, f"pose has shape {shape_of(pose)} and weight is None; expected votes, 4 or 5 dimensions, {votes}")
+    if weight is not None and pose.dim() not in (3, 4):
         fail(op, f"pose has shape {shape_of(pose)}; expected 3 or 4 dimensions, [B, N, K] or [B, N, P, K]")
     sizes = check_votes(op, pose, weight, mask, "pose")
     B, N, _, J, _ = sizes
-    if pose.dim() == 4 and pose.shape[2] == 0:
+    if pose.dim() == (4 if weight is not None else 5) and pose.shape[-2] == 0:
         fail(op, f"P is 0 (pose {shape_of(pose)}); expected at least 1")
     check_shape(op, "activation", activation, "B, N", B, N)
     check_shape(op, "beta_u", beta_u, "J", J)
@@ -60,8 +63,9 @@ def check(
 
 def _outputs(op: str, pose: Tensor, *others: Any) -> list[Output]:
     B, _, _, J, D = check(op, pose, *others)
+    weight = others[1]
     iterations, wide = len(others[-1]), accumulation_dtype(pose.dtype)
-    vote = (D,) if pose.dim() == 3 else (pose.shape[2], D)
+    vote = (*pose.shape[3 if weight is None else 2 : -1], D)
     H = math.prod(vote)
     # Saved for each output capsule: the mean [H], its rounding error [H], the variance [H], Σ_i w_i and the logit.
     state = "iterations, B, J, 3H + 2", (iterations, B, J, 3 * H + 2), wide
@@ -71,7 +75,7 @@ def _outputs(op: str, pose: Tensor, *others: Any) -> list[Output]:
 def _flops(
     pose: Shape,
     activation: Shape,
-    weight: Shape,
+    weight: Shape | None,
     beta_u: Shape,
     beta_a: Shape,
     mask: Shape | None,
@@ -89,7 +93,7 @@ def _gradient_flops(
     state: Shape,
     pose: Shape,
     activation: Shape,
-    weight: Shape,
+    weight: Shape | None,
     beta_u: Shape,
     beta_a: Shape,
     mask: Shape | None,
@@ -107,10 +111,10 @@ def _gradient_flops(
 
 
 _em_routing = Differentiable(
-    "em_routing(Tensor pose, Tensor activation, Tensor weight, Tensor beta_u, Tensor beta_a, Tensor? mask,"
+    "em_routing(Tensor pose, Tensor activation, Tensor? weight, Tensor beta_u, Tensor beta_a, Tensor? mask,"
     " float[] inverse_temperatures) -> (Tensor mean, Tensor activation_out, Tensor state)",
     "em_routing_backward(Tensor g_mean, Tensor g_activation, Tensor state, Tensor pose, Tensor activation,"
-    " Tensor weight, Tensor beta_u, Tensor beta_a, Tensor? mask, float[] inverse_temperatures, bool[5] wanted)"
+    " Tensor? weight, Tensor beta_u, Tensor beta_a, Tensor? mask, float[] inverse_temperatures, bool[5] wanted)"
     " -> (Tensor g_pose, Tensor g_activation_in, Tensor g_weight, Tensor g_beta_u, Tensor g_beta_a)",
     _outputs,
     results=2,
@@ -123,7 +127,7 @@ _em_routing = Differentiable(
 def em_routing(
     pose: Tensor,
     activation: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     beta_u: Tensor,
     beta_a: Tensor,
     iterations: int = 3,
@@ -136,8 +140,9 @@ def em_routing(
 
     Args:
         pose: input capsules [B, N, K], or matrices [B, N, P, K]; a vote is the product of one with W_ij [K, D].
+            Without a weight the votes [B, N, J, D] or [B, N, J, P, D], which something else made.
         activation: [B, N], between 0 and 1.
-        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them; None if pose is the votes.
         beta_u: [J], the cost of leaving a vote undescribed by the output capsule.
         beta_a: [J], the cost of activating the output capsule.
         iterations: at least 1.
@@ -147,6 +152,8 @@ def em_routing(
             implementations do: in effect every activation above 0 becomes 1.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives pose 0 and activation
             logistic(λ beta_a).
+
+    Votes in place of poses and the weight have no GPU kernel: there the reference runs.
 
     Returns:
         pose [B, J, D] or [B, J, P, D], and activation [B, J].

@@ -23,10 +23,10 @@ from ._flops import Shape, pass_flops
 from .coupling_coefficients import Couplings, Votes, explains, widened
 
 
-def check(op: str, u: Tensor, weight: Tensor, prior: Tensor | None, mask: Tensor | None, scale: float) -> Sizes:
+def check(op: str, u: Tensor, weight: Tensor | None, prior: Tensor | None, mask: Tensor | None, scale: float) -> Sizes:
     """Check the arguments of self-attention routing and return B, N, K, J, D."""
     check_floating(op, "u weight prior", u, weight, prior)
-    check_vectors(op, u)
+    check_vectors(op, u, weight)
     sizes = check_votes(op, u, weight, mask)
     if prior is not None:
         check_shape(op, "prior", prior, "N, J", sizes[1], sizes[3])
@@ -41,7 +41,7 @@ def _outputs(op: str, u: Tensor, *others: Any) -> list[Output]:
     return [("B, J, D", (B, J, D), u.dtype), sums, sums]
 
 
-def _flops(u: Shape, weight: Shape, *_: Any) -> int:
+def _flops(u: Shape, weight: Shape | None, *_: Any) -> int:
     part = pass_flops(u, weight)
     # One pass for T, and one with agreements and a weighted sum.
     return part.total + part.votes + 2 * part.contraction
@@ -52,7 +52,7 @@ def _gradient_flops(
     total: Shape,
     s: Shape,
     u: Shape,
-    weight: Shape,
+    weight: Shape | None,
     prior: Shape | None,
     mask: Shape | None,
     scale: float,
@@ -64,9 +64,9 @@ def _gradient_flops(
 
 
 _self_attention_routing = Differentiable(
-    "self_attention_routing(Tensor u, Tensor weight, Tensor? prior, Tensor? mask, float scale)"
+    "self_attention_routing(Tensor u, Tensor? weight, Tensor? prior, Tensor? mask, float scale)"
     " -> (Tensor v, Tensor total, Tensor s)",
-    "self_attention_routing_backward(Tensor g_v, Tensor total, Tensor s, Tensor u, Tensor weight, Tensor? prior,"
+    "self_attention_routing_backward(Tensor g_v, Tensor total, Tensor s, Tensor u, Tensor? weight, Tensor? prior,"
     " Tensor? mask, float scale, bool[3] wanted) -> (Tensor g_u, Tensor g_weight, Tensor g_prior)",
     _outputs,
     batch={"u": 0, "mask": 0, "v": 0, "total": 0, "s": 0},
@@ -77,7 +77,7 @@ _self_attention_routing = Differentiable(
 
 def self_attention_routing(
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     prior: Tensor | None = None,
     *,
     scale: float | None = None,
@@ -89,11 +89,13 @@ def self_attention_routing(
     squash. û_ij · T_j is the row sum of the paper's N×N attention matrix, which is never materialised.
 
     Args:
-        u: input capsules [B, N, K].
-        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+        u: input capsules [B, N, K]; without a weight the votes [B, N, J, D], which something else made.
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them; None if u is the votes.
         prior: [N, J], added to the couplings after the softmax.
         scale: the factor of the logits; D**-0.5 by default.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
+
+    Votes in place of u and the weight have no GPU kernel: there the reference runs.
 
     Returns:
         output capsules v [B, J, D], squashed.
@@ -106,15 +108,16 @@ def self_attention_routing(
     op = "self_attention_routing"
     u, weight, prior, mask = _self_attention_routing.settle(u, weight, prior, mask)
     if scale is None:
-        scale = _default_scale(weight)
+        scale = _default_scale(u, weight)
     else:
         check_number(op, "scale", scale)
     return _self_attention_routing(u, weight, prior, mask, scale)
 
 
-def _default_scale(weight: Tensor) -> float:
-    """D**-0.5; any number for a weight without a D above 0, which the operator refuses."""
-    return weight.shape[-1] ** -0.5 if weight.dim() and weight.shape[-1] else 1.0
+def _default_scale(u: Tensor, weight: Tensor | None) -> float:
+    """D**-0.5; any number for an operand without a D above 0, which the operator refuses."""
+    of = u if weight is None else weight
+    return of.shape[-1] ** -0.5 if of.dim() and of.shape[-1] else 1.0
 
 
 @explains("self-attention")
@@ -122,7 +125,7 @@ def _couplings(
     op: str, votes: Votes, prior: Tensor | None, scale: float | None, **_: Any
 ) -> tuple[tuple[int, ...], Couplings]:
     """c [B, N, J]."""
-    scale = _default_scale(votes.weight) if scale is None else scale
+    scale = _default_scale(votes.u, votes.weight) if scale is None else scale
     B, N, _K, J, _D = check(op, votes.u, votes.weight, prior, votes.mask, scale)
     (prior,) = widened(prior)
     total = votes.zero()

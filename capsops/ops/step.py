@@ -26,10 +26,10 @@ from .coupling_coefficients import Couplings, Votes, check_given, explains, soft
 _MOST_WITH_GRADIENTS = 1 << 15
 
 
-def check(op: str, u: Tensor, weight: Tensor, state: Tensor, mask: Tensor | None) -> Sizes:
+def check(op: str, u: Tensor, weight: Tensor | None, state: Tensor, mask: Tensor | None) -> Sizes:
     """Check the arguments of a routing step and return B, N, K, J, D."""
     check_floating(op, "u weight state", u, weight, state)
-    check_vectors(op, u)
+    check_vectors(op, u, weight)
     sizes = check_votes(op, u, weight, mask)
     B, _, _, J, D = sizes
     check_shape(op, "state", state, "B, J, D", B, J, D)
@@ -42,7 +42,7 @@ def _outputs(op: str, u: Tensor, *others: Any) -> list[Output]:
 
 
 def _outputs_with_logits(
-    op: str, u: Tensor, weight: Tensor, state: Tensor, logits: Tensor, mask: Tensor | None
+    op: str, u: Tensor, weight: Tensor | None, state: Tensor, logits: Tensor, mask: Tensor | None
 ) -> list[Output]:
     B, _, _, J, D = check(op, u, weight, state, mask)
     check_logits(op, logits, u, weight)
@@ -50,7 +50,7 @@ def _outputs_with_logits(
 
 
 def _outputs_over_inputs(
-    op: str, u: Tensor, weight: Tensor, state: Tensor, logits: Tensor | None, mask: Tensor | None
+    op: str, u: Tensor, weight: Tensor | None, state: Tensor, logits: Tensor | None, mask: Tensor | None
 ) -> list[Output]:
     B, _, _, J, D = check(op, u, weight, state, mask)
     if logits is not None:
@@ -59,13 +59,13 @@ def _outputs_over_inputs(
     return [("B, J, D", (B, J, D), u.dtype), ("B, J, D", (B, J, D), exact), ("B, J", (B, J), exact)]
 
 
-def _flops(u: Shape, weight: Shape, *_: Any) -> int:
+def _flops(u: Shape, weight: Shape | None, *_: Any) -> int:
     part = pass_flops(u, weight)
     # Agreements, and a weighted sum.
     return part.votes + 2 * part.contraction
 
 
-def _gradient_flops(g_s: Shape, u: Shape, weight: Shape, state: Shape, *others: Any) -> int:
+def _gradient_flops(g_s: Shape, u: Shape, weight: Shape | None, state: Shape, *others: Any) -> int:
     part, (g_u, g_weight, g_state, *g_logits) = pass_flops(u, weight), others[-1]
     flops = 0
     if g_u or g_weight or any(g_logits):
@@ -83,8 +83,8 @@ def _gradient_flops_over_inputs(g_s: Shape, total: Shape, log_sums: Shape, u: Sh
 
 
 _routing_step = Differentiable(
-    "routing_step(Tensor u, Tensor weight, Tensor state, Tensor? mask) -> Tensor s",
-    "routing_step_backward(Tensor g_s, Tensor u, Tensor weight, Tensor state, Tensor? mask, bool[3] wanted)"
+    "routing_step(Tensor u, Tensor? weight, Tensor state, Tensor? mask) -> Tensor s",
+    "routing_step_backward(Tensor g_s, Tensor u, Tensor? weight, Tensor state, Tensor? mask, bool[3] wanted)"
     " -> (Tensor g_u, Tensor g_weight, Tensor g_state)",
     _outputs,
     batch={"u": 0, "state": 0, "mask": 0, "s": 0},
@@ -93,8 +93,8 @@ _routing_step = Differentiable(
 )
 # An operator of its own, because there are no GPU kernels for it: a GPU then says that it uses the reference, and why.
 _with_logits = Differentiable(
-    "routing_step_with_logits(Tensor u, Tensor weight, Tensor state, Tensor logits, Tensor? mask) -> Tensor s",
-    "routing_step_with_logits_backward(Tensor g_s, Tensor u, Tensor weight, Tensor state, Tensor logits, Tensor? mask,"
+    "routing_step_with_logits(Tensor u, Tensor? weight, Tensor state, Tensor logits, Tensor? mask) -> Tensor s",
+    "routing_step_with_logits_backward(Tensor g_s, Tensor u, Tensor? weight, Tensor state, Tensor logits, Tensor? mask,"
     " bool[4] wanted) -> (Tensor g_u, Tensor g_weight, Tensor g_state, Tensor g_logits)",
     _outputs_with_logits,
     batch={"u": 0, "state": 0, "logits": 0, "mask": 0, "s": 0},
@@ -103,9 +103,9 @@ _with_logits = Differentiable(
 )
 # It saves more for the gradient: s in the accumulation dtype (total), and log_sums, log Σ_i exp(b_ij).
 _over_inputs = Differentiable(
-    "routing_step_over_inputs(Tensor u, Tensor weight, Tensor state, Tensor? logits, Tensor? mask)"
+    "routing_step_over_inputs(Tensor u, Tensor? weight, Tensor state, Tensor? logits, Tensor? mask)"
     " -> (Tensor s, Tensor total, Tensor log_sums)",
-    "routing_step_over_inputs_backward(Tensor g_s, Tensor total, Tensor log_sums, Tensor u, Tensor weight,"
+    "routing_step_over_inputs_backward(Tensor g_s, Tensor total, Tensor log_sums, Tensor u, Tensor? weight,"
     " Tensor state, Tensor? logits, Tensor? mask, bool[4] wanted)"
     " -> (Tensor g_u, Tensor g_weight, Tensor g_state, Tensor g_logits)",
     _outputs_over_inputs,
@@ -117,7 +117,7 @@ _over_inputs = Differentiable(
 
 def routing_step(
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     state: Tensor,
     logits: Tensor | None = None,
     *,
@@ -132,8 +132,8 @@ def routing_step(
     couplings of its first iteration.
 
     Args:
-        u: input capsules [B, N, K].
-        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+        u: input capsules [B, N, K]; without a weight the votes [B, N, J, D], which something else made.
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them; None if u is the votes.
         state: [B, J, D], with which the votes are compared.
         logits: [N, J], [1, N, J] or [B, N, J], added to the agreements. −∞ removes a pair of an input and an output
             capsule: its coupling and its gradients are 0. An input capsule whose logits are all −∞ sends nothing. +∞
@@ -141,7 +141,7 @@ def routing_step(
         axis: the capsules over which the couplings add up to 1: "output", softmax_j, or "input", softmax_i.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
 
-    Logits, and axis "input", have no GPU kernel: there the reference runs.
+    Logits, axis "input" and votes in place of u and the weight have no GPU kernel: there the reference runs.
 
     Returns:
         s [B, J, D], not squashed.
@@ -154,7 +154,7 @@ def routing_step(
     if logits is None and axis == "output":
         return _routing_step(*_routing_step.settle(u, weight, state, mask))
     op = "routing_step"
-    u, weight, state, logits, mask = settle(op, "u weight state logits mask", 3, u, weight, state, logits, mask)
+    u, weight, state, logits, mask = settle(op, "u weight? state logits? mask?", 5, u, weight, state, logits, mask)
     check_axis(op, axis)
     check(op, u, weight, state, mask)
     if logits is not None:

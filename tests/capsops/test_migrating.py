@@ -321,6 +321,44 @@ def test_yl_1993_matrix_capsules_em_pytorch() -> None:
     _same(found[1], activations, pose, W, beta_u, beta_a)
 
 
+def test_lalonde_segcaps() -> None:
+    """Each position routes by itself."""
+    height, width = 2, 3
+    votes, b = _random(B, N, height, width, J, D), _random(1, 1, J, D)
+    formula = [
+        _agreement(votes[item, :, row, column], 3, bias=b[0, 0])
+        for item in range(B)
+        for row in range(height)
+        for column in range(width)
+    ]
+    found = capsops.dynamic_routing(votes.permute(0, 2, 3, 1, 4, 5).flatten(0, 2), None, 3, bias=b[0, 0])
+    _same(found, torch.stack(formula), votes, b)
+
+
+def test_brjathu_deepcaps() -> None:
+    """The softmax runs over output capsules and positions, and the squash takes the length over all positions."""
+    height, width = 2, 3
+    given, bias = _random(B, N, J, D, height, width), _random(J, D, 1, 1)
+    places = [(j, row, column) for j in range(J) for row in range(height) for column in range(width)]
+    formula = []
+    for item in given:
+        logits = torch.zeros(N, J, height, width, dtype=torch.float64)
+        for _ in range(3):
+            v = []
+            for j in range(J):
+                s = bias[j].expand(D, height, width)
+                for i in range(N):
+                    share = logits[i].exp() / sum(logits[i][place].exp() for place in places)
+                    s = s + share[j] * item[i, j]
+                v.append(_squash(s))
+            logits = logits + torch.stack([(item[i] * torch.stack(v)).sum(1) for i in range(N)])
+        formula.append(torch.stack(v).permute(0, 2, 3, 1))
+    page = PAGE.read_text().split("In DeepCaps")[1]
+    names = {"capsops": capsops, "votes": given, "bias": bias}
+    exec(page.split("```python\n")[1].split("```")[0], names)  # the loop of the page
+    _same(names["v"], torch.stack(formula), given, bias)
+
+
 def test_every_row_of_the_page_has_a_test() -> None:
     page = PAGE.read_text().split("## What gives the same numbers")[1].split("\n## ")[0]
     rows = re.findall(r"^\| \[([\w./-]+)\]", page, flags=re.MULTILINE)

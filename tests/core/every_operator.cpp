@@ -231,14 +231,14 @@ std::string name_of(const Shape& s) {
 // Which input capsules are not masked.
 enum class Mask { all, some, none };
 
-// expanded: one matrix for all input and output capsules, by strides of 0.
+// expanded: one matrix for all input and output capsules, by strides of 0. votes_given: votes in place of u and W.
 void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool shared, bool expanded,
-              const std::string& name) {
+              const std::string& name, bool votes_given = false) {
     const bool masked = there != Mask::all;
     state = std::hash<std::string>()(name);
     const Dtype wide = accumulation(dtype);
-    const int64_t H = s.rows * s.D, weights = (shared ? 1 : s.N) * s.K * s.J * s.D;
-    const int64_t capsules = s.B * s.N * s.rows * s.K, outputs = s.B * s.J * H;
+    const int64_t H = s.rows * s.D, weights = votes_given ? 0 : (shared ? 1 : s.N) * s.K * s.J * s.D;
+    const int64_t capsules = s.B * s.N * (votes_given ? s.J * H : s.rows * s.K), outputs = s.B * s.J * H;
     Numbers u(capsules, dtype), weight(expanded ? s.K * s.D : weights, dtype), mix(s.J * s.J, wide),
         mix_bias(s.J, wide), bias(s.J * H, wide);
     Numbers g(outputs, wide), prior(s.N * s.J, wide), g_votes(s.B * s.N * s.J * H, dtype);
@@ -253,6 +253,11 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
         mask[x] = x % 7 != 0 && x >= static_cast<size_t>(s.N) / 2;
 
     const auto operands = [&](int threads) {
+        if (votes_given) {
+            Capsules c{u.get(), nullptr,         masked ? mask.data() : nullptr, s.B, s.N, 1, s.J, H, 1, 0,
+                       dtype,   context(threads)};
+            return c.votes_given = true, c;
+        }
         const int64_t stride = shared || expanded ? 0 : s.K * s.J * s.D;
         Capsules c{u.get(), weight.get(),    masked ? mask.data() : nullptr, s.B, s.N, s.K, s.J, s.D, s.rows, stride,
                    dtype,   context(threads)};
@@ -413,7 +418,7 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
         return k.self_attention_routing_backward(operands(threads), nullptr, 0.5, total.get(), saved.get(), g.get(),
                                                  nullptr, nullptr, o[0]->get());
     });
-    if (masked) return;
+    if (masked || votes_given) return;
     check(name + "votes", {{s.B * s.N * s.J * H, dtype}},
           [&](int threads, Outputs o) { return k.affine_votes(operands(threads), o[0]->get()); });
     check(name + "votes backward", {{capsules, dtype}, {weights, dtype}}, [&](int threads, Outputs o) {
@@ -579,6 +584,10 @@ int main() {
             for (const Shape& s : shapes)
                 if (!emulated && dtype != Dtype::float64)
                     run(s, dtype == Dtype::float32 ? Mask::all : Mask::some, false, true);
+            for (const Shape& s : {shapes[0], shapes[2], shapes[4], shapes[5], empty[0], empty[1]})
+                for (const Mask mask : {Mask::all, Mask::some})
+                    if (!emulated)
+                        routings(kernels, s, dtype, mask, false, false, prefix + name_of(s) + " given votes ", true);
             for (const Shape& s : large) {
                 if (!half) run(s, Mask::all, false);
                 run(s, Mask::some, dtype != Dtype::bfloat16);

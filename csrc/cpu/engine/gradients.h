@@ -23,6 +23,11 @@ template <class A> struct GradientWriter {
     // Pairs (b_r, i_r) that have one matrix, with u_r [K] and g [rows, J, D].
     void put(const Segment<A>& s, const A* const* u, const A* g, const int64_t* b, const int64_t* i) const {
         const int count = s.end - s.begin;
+        if (o.c.votes_given) {
+            for (int r = 0; r < count && gradients.u; ++r)
+                o.store_votes_gradient(g + r * o.JD, (b[r] * o.c.N + i[r]) * o.K, gradients.u);
+            return;
+        }
         if (gradients.u && count) put_u(s.weight, count, g, b, i);
         put_weight(s,
                    [&](A* out, bool add, bool nontemporal) { outer(u, g, count, o.K, o.JD, out, add, nontemporal); });
@@ -112,6 +117,7 @@ template <class A> struct PanelWriter {
     void put(const Panel<A>& p, int64_t s, const Tile<A>& t) const {
         constexpr int n = Lanes<A>::count;
         const Capsules& c = o.c;
+        if (c.votes_given) return;  // t.g_votes is a part of p.g_u
         const A* g = t.g_votes;
         if (gradients.u) {
             const A* weight = p.weight + s * p.weight_next;

@@ -82,7 +82,7 @@ inline void reduce_panels(const Operands<A>& o, const ThreadScratch<A>& w, const
                    });
 }
 
-// For capsules that share a matrix: out[b] = (Σ_i u_bi) W.
+// For capsules that share a matrix: out[b] = (Σ_i u_bi) W. For votes that are given: their sum.
 template <class A> inline void contract_shared(const Capsules& c, A* out /* [B, J, H] */) {
     const Operands<A> o(c, Layout::components);
     const int64_t K = o.K;
@@ -96,6 +96,10 @@ template <class A> inline void contract_shared(const Capsules& c, A* out /* [B, 
                 for (int64_t k = 0; k < K; ++k) to[b * K + k] += u[k];
             }
     });
+    if (c.votes_given) {
+        std::memcpy(out, sum.get(), sizeof(A) * static_cast<size_t>(c.B * K));
+        return;
+    }
     const A* const matrix = o.load_weight(0, weight.get());
     Watch watch(c.context);
     Steps steps(watch);
@@ -237,7 +241,7 @@ inline void emit(const Operands<A>& o, const Policy& policy, const CapsuleGradie
                  A* params /* [policy.param_count()] */) {
     const Capsules& c = o.c;
     const int64_t param_count = policy.param_count(), weight_size = o.gradient_size;
-    const bool shared = o.shared() && gradients.weight;
+    const bool shared = o.shared() && gradients.weight && !c.votes_given;
     const int64_t shared_size = shared ? weight_size : 0;
     const Tasks tasks(c, param_count + shared_size, false);
     Buffer<A> param_partial(tasks.blocks * param_count), shared_partial(tasks.blocks * shared_size);

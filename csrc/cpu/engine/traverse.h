@@ -61,7 +61,9 @@ inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task
     const int64_t i0 = tasks.first_capsule(task), i1 = tasks.end_capsule(task);
 
     const auto flush = [&] {
-        if (with_votes) {
+        if (with_votes && o.c.votes_given) {
+            for (int r = 0; r < t.count; ++r) o.pad_votes(t.u[r], t.votes + r * o.JD);
+        } else if (with_votes) {
             A* rows[Tile<A>::size];
             for (int r = 0; r < t.count; ++r) rows[r] = t.votes + r * o.JD;
             for (int s = 0; s < t.segment_count; ++s) {
@@ -178,7 +180,12 @@ inline void for_each_tile_of(const Operands<A>& o, const Panel<A>& p, A* memory,
             t.i[r] = p.i + s;
             if (o.c.mask && !o.c.mask[t.b[r] * o.c.N + t.i[r]]) t.absent |= uint32_t{1} << r;
         }
-        multiply_capsule<false>(o, p.u + s * o.K * Panel<A>::size, p.weight + s * p.weight_next, t.votes);
+        if (o.c.votes_given) {
+            t.votes = p.u + s * o.K * Panel<A>::size;
+            t.g_votes = p.g_u + s * o.K * Panel<A>::size;
+        } else {
+            multiply_capsule<false>(o, p.u + s * o.K * Panel<A>::size, p.weight + s * p.weight_next, t.votes);
+        }
         visit(t, s);
     }
 }

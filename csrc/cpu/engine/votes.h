@@ -140,7 +140,7 @@ CAPSOPS_INLINE void project(Votes<A, rows, E>& g, const A* weight, int64_t K, A*
 
 // Calls function.operator()<E>() with E the vectors of a vote if votes fit into registers, else with 0.
 template <class A, class Function> inline void for_vote_vectors(const Operands<A>& o, Function function) {
-    if (o.layout == Layout::components && o.J == 2) switch (o.D / Lanes<A>::count) {
+    if (o.layout == Layout::components && o.J == 2 && !o.c.votes_given) switch (o.D / Lanes<A>::count) {
             case 1: return function.template operator()<1>();
             case 2: return function.template operator()<2>();
         }
