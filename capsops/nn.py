@@ -106,7 +106,7 @@ class PrimaryCapsules(_Layer):
     def forward(self, x: Tensor) -> Tensor:
         layer, conv = "PrimaryCapsules", self.conv
         if not isinstance(x, torch.fx.Proxy):  # the placeholder of torch.fx, which has no shape
-            check_tensors(layer, "x", 1, x)
+            check_tensors(layer, "x", x)
             if x.dim() != 4 or x.shape[1] != conv.in_channels:
                 fail(
                     layer,
@@ -380,10 +380,10 @@ class CapsuleLayer(_Matrices):
             fail(self._layer, f"logits are given; expected None, because routing is {self.routing!r} and not 'dynamic'")
 
     def _refuse(self, u: Tensor, mask: Tensor | None, logits: Tensor | None) -> None:
-        layer, names = self._layer, "u weight mask logits"
-        u, weight, mask, logits = settle(layer, names, 2, u, self.weight, mask, logits)
+        layer = self._layer
+        u, weight, mask, logits = settle(layer, "u weight mask? logits?", u, self.weight, mask, logits)
         self._check_capsules("u", u, "[B, N, K]")
-        check_floating(layer, names, u, weight)
+        check_floating(layer, "u weight", u, weight)
         check_votes(layer, u, weight, mask)
         if logits is not None:
             of_every_item(layer, logits, u, weight)
@@ -535,8 +535,8 @@ class EMCapsules(_Matrices):
         return self._call(explain, pose, activation, mask)
 
     def _refuse(self, pose: Tensor, activation: Tensor, mask: Tensor | None) -> None:
-        names = "pose activation weight beta_u beta_a mask"
-        tensors = settle(self._layer, names, 5, pose, activation, self.weight, self.beta_u, self.beta_a, mask)
+        names = "pose activation weight beta_u beta_a mask?"
+        tensors = settle(self._layer, names, pose, activation, self.weight, self.beta_u, self.beta_a, mask)
         self._check_capsules("pose", tensors[0], "[B, N, (P,) K]")
         em.check(self._layer, *tensors)
 
@@ -625,7 +625,7 @@ class ConvCapsules(_Layer):
     def _check(self, pose: Tensor, activation: Tensor | None, mask: Tensor | None) -> tuple[int, int, int]:
         """Check the inputs and return B, H' and W'."""
         layer, em = "ConvCapsules", self.routing == "em"
-        check_tensors(layer, "pose activation mask", 1, pose, activation, mask)
+        check_tensors(layer, "pose activation? mask?", pose, activation, mask)
         dims, last = ((5, 6), "[B, in_types, H, W, (P,) K]") if em else ((5,), "[B, in_types, H, W, K]")
         if pose.dim() not in dims or pose.shape[1] != self.in_types or pose.shape[-1] != self.in_dim:
             fail(
@@ -642,8 +642,8 @@ class ConvCapsules(_Layer):
                     layer,
                     f"{name} has shape {list(x.shape)}; expected [B, in_types, H, W] = {list(pose.shape[:4])}",
                 )
-        names = "pose weight activation"
-        check_floating(layer, names, *settle(layer, names, 2, pose, self.capsules.weight, activation))
+        tensors = settle(layer, "pose weight activation?", pose, self.capsules.weight, activation)
+        check_floating(layer, "pose weight activation", *tensors)
         if mask is not None and (mask.dtype != torch.bool or mask.device != pose.device):
             fail(
                 layer,
@@ -709,7 +709,7 @@ def convert_weight(weight: Tensor, layout: str = "JNDK") -> Tensor:
         TypeError: weight is not a tensor.
         ValueError: layout is not such a permutation, or weight does not have four dimensions.
     """
-    check_tensors("convert_weight", "weight", 1, weight)
+    check_tensors("convert_weight", "weight", weight)
     if not isinstance(layout, str) or sorted(layout) != sorted("JNDK"):
         fail("convert_weight", f"layout is {layout!r}; expected a permutation of 'JNDK'")
     shape, extra = list(weight.shape), weight.dim() - 4

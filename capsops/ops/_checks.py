@@ -29,17 +29,12 @@ def shape_of(x: Tensor) -> str:
     return f"[{', '.join([str(n) for n in x.shape])}]"
 
 
-def check_tensors(op: str, names: str, required: int, *tensors: object) -> None:
-    """Raise TypeError unless all are tensors.
-
-    Args:
-        names: as in "u weight? mask"; one that ends with "?" may be None.
-        required: those after the first `required` may be None too.
-    """
+def check_tensors(op: str, names: str, *tensors: object) -> None:
+    """Raise TypeError unless all are tensors. names: as in "u weight? mask?"; one that ends with "?" may be None."""
     for i, x in enumerate(tensors):
         if not isinstance(x, Tensor):
             name = names.split()[i]
-            if x is None and (i >= required or name.endswith("?")):
+            if x is None and name.endswith("?"):
                 continue
             hint = ""
             if isinstance(x, torch.fx.Proxy):

@@ -57,7 +57,6 @@ def _define(schema: str, outputs: Callable[..., tuple[Tensor, ...]]) -> Any:
             tensors it is the shape rule that torch.compile and torch.export use.
     """
     name = schema[: schema.index("(")]
-    name_of_votes = backends.of_votes(name)
 
     def allocate(*args: Any) -> Tensor | tuple[Tensor, ...]:
         out = outputs(*args)
@@ -69,8 +68,7 @@ def _define(schema: str, outputs: Callable[..., tuple[Tensor, ...]]) -> Any:
         if has_wanted:
             *args, wanted = args  # type: ignore[assignment]
             filled = [x if want else None for x, want in zip(out, wanted, strict=True)]
-        op = name if weight is None or args[weight] is not None else name_of_votes
-        backends.compiled(op, args[0]).run(name, names, (*filled, *args))
+        backends.compiled(_asked_for(name, weight, args), args[0]).run(name, names, (*filled, *args))
         return out if several else out[0]
 
     _LIBRARY.define(schema)
@@ -95,18 +93,23 @@ def _optional_weight(schema: Any) -> int | None:
     return None
 
 
+def _asked_for(name: str, weight: int | None, args: Sequence[Any]) -> str:
+    """What a backend is asked for to run the operator `name`; weight: as `_optional_weight` says."""
+    return name if weight is None or args[weight] is not None else backends.of_votes(name)
+
+
 def float32(x: Tensor) -> torch.autocast:
     """Switch autocast off inside; `settle` has cast up the arguments already."""
     return torch.autocast(x.device.type, enabled=False)
 
 
-def settle(op: str, names: str, required: int, *tensors: Any) -> tuple[Any, ...]:
+def settle(op: str, names: str, *tensors: Any) -> tuple[Any, ...]:
     """Apply the autocast rule: where autocast is on, tensors of low precision become float32.
 
     Raises:
         TypeError: an argument is not a tensor; see `check_tensors`.
     """
-    check_tensors(op, names, required, *tensors)
+    check_tensors(op, names, *tensors)
     device = tensors[0].device.type
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
@@ -156,7 +159,7 @@ class Differentiable:
         tensors = [a for a in arguments if "Tensor" in str(a.type)]
         # settle(*tensors) checks that they are tensors, or None where that is allowed, and applies the autocast rule.
         names = " ".join(a.name if str(a.type) == "Tensor" else f"{a.name}?" for a in tensors)
-        self.settle = partial(settle, name, names, len(tensors))
+        self.settle = partial(settle, name, names)
         self.weight = _optional_weight(self.operator._schema)
 
         def allocate_gradients(*args: Any) -> tuple[Tensor, ...]:
@@ -200,7 +203,7 @@ class Differentiable:
             The results, without what is saved for backward: a tensor, or a tuple if there are several.
         """
         first: Tensor = args[0]
-        name = self.name if self.weight is None or args[self.weight] is not None else backends.of_votes(self.name)
+        name = _asked_for(self.name, self.weight, args)
         compiling = torch.compiler.is_compiling()
         if is_tracing() or (compiling and torch.onnx.is_in_onnx_export()):
             backend = "reference"  # the graph is for programs without these operators: TorchScript and ONNX

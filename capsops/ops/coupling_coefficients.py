@@ -174,18 +174,27 @@ def coupling_coefficients(
         ValueError: an unknown routing, or arguments that the routing function itself refuses.
     """
     op = "coupling_coefficients"
-    names = "u weight? attn_weight attn_bias bias prior activation beta_u beta_a state logits mask"
-    small = (attn_weight, attn_bias, bias, prior, activation, beta_u, beta_a, state, logits)
-    tensors = settle(op, names, 2, u, weight, *small, mask)
+    small = {
+        "attn_weight": attn_weight,
+        "attn_bias": attn_bias,
+        "bias": bias,
+        "prior": prior,
+        "activation": activation,
+        "beta_u": beta_u,
+        "beta_a": beta_a,
+        "state": state,
+        "logits": logits,
+    }
+    names = f"u weight? {' '.join(f'{name}?' for name in small)} mask?"
+    u, weight, *settled, mask = settle(op, names, u, weight, *small.values(), mask)
     if routing not in _ROUTINGS:
         fail(op, f"routing is {routing!r}; expected one of {', '.join(map(repr, _ROUTINGS))}")
-    u, weight, *_, mask = tensors
     votes = Votes(u, weight, mask)
     with float32(u):
         shape, couplings = _ROUTINGS[routing](
             op,
             votes,
-            **dict(zip(names.split()[2:-1], tensors[2:-1], strict=True)),
+            **dict(zip(small, settled, strict=True)),
             iterations=iterations,
             leaky=leaky,
             scale=scale,

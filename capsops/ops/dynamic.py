@@ -225,7 +225,7 @@ def dynamic_routing(
     if plain:
         u, weight, bias, mask = _dynamic_routing.settle(u, weight, bias, mask)
     else:
-        u, weight, logits, bias, mask = settle(op, "u weight? logits? bias? mask?", 5, u, weight, logits, bias, mask)
+        u, weight, logits, bias, mask = settle(op, "u weight? logits? bias? mask?", u, weight, logits, bias, mask)
     check_iterations(op, iterations)
     check_flag(op, "leaky", leaky)
     check_flag(op, "detach", detach)

@@ -154,7 +154,7 @@ def routing_step(
     if logits is None and axis == "output":
         return _routing_step(*_routing_step.settle(u, weight, state, mask))
     op = "routing_step"
-    u, weight, state, logits, mask = settle(op, "u weight? state logits? mask?", 5, u, weight, state, logits, mask)
+    u, weight, state, logits, mask = settle(op, "u weight? state logits? mask?", u, weight, state, logits, mask)
     check_axis(op, axis)
     check(op, u, weight, state, mask)
     if logits is not None:

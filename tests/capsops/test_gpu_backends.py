@@ -59,12 +59,14 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(triton, "_LEAST_ITERATIONS", 2)
 
 
-def _agrees(routing: Routing, got: list[torch.Tensor], naive: list[torch.Tensor], exact: list[torch.Tensor]) -> None:
+def _agrees(
+    backend: str, routing: Routing, got: list[torch.Tensor], naive: list[torch.Tensor], exact: list[torch.Tensor]
+) -> None:
     """Require an error below 2e-5, or below some times that of plain PyTorch in the same precision if that is more.
 
-    The variances of EM routing amplify rounding, which the order of the sums decides.
+    The variances of EM routing amplify rounding. The sums of its CUDA kernels have an order further from PyTorch's.
     """
-    times = 10 if routing.em else 4
+    times = 10 if routing.em and backend == "cuda" else 4
     for x, plain, y in zip(got, naive, exact, strict=True):
         if y.abs().max() > 1e-3:
             assert relative_error(x, y) < max(2e-5, times * relative_error(plain, y))
@@ -83,12 +85,10 @@ def _agrees(routing: Routing, got: list[torch.Tensor], naive: list[torch.Tensor]
 @by_sharing
 def test_agrees_with_the_reference(backend: str, routing: Routing, shape: tuple[int, ...], shared: bool) -> None:
     _needs_kernel(backend, routing)
-    if shared and not GPU and shape != SMALL[2]:
-        pytest.skip("the interpreter is slow; other shapes have a shared matrix")
     arguments = routing.arguments(shape, shared=shared)
     exact = run(routing, arguments, torch.float64, "reference")
     naive = run(routing, arguments, torch.float32, "reference")
-    _agrees(routing, run(routing, arguments, torch.float32, backend), naive, exact)
+    _agrees(backend, routing, run(routing, arguments, torch.float32, backend), naive, exact)
 
 
 @by_backend
@@ -107,7 +107,7 @@ def test_mask(backend: str, routing: Routing, shared: bool) -> None:
     exact = run(routing, arguments, torch.float64, "reference", mask=mask)
     naive = run(routing, arguments, torch.float32, "reference", mask=mask)
     got = run(routing, arguments, torch.float32, backend, mask=mask)
-    _agrees(routing, got, naive, exact)
+    _agrees(backend, routing, got, naive, exact)
     gradients = dict(zip(arguments, got[routing.outputs :], strict=True))
     for name in {routing.capsules, "activation"} & set(arguments):
         assert (gradients[name][~mask] == 0).all(), "no gradient where there is no capsule"

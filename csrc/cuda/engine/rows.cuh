@@ -50,8 +50,7 @@ template <class Body> __device__ inline void for_rows(int64_t rows, int lanes, B
 template <class... P, class... Q>
 Status launch_over_rows(int64_t rows, int64_t dim, void (*kernel)(P...), const ExecutionContext& context,
                         const Q&... arguments) {
-    int lanes = 1;
-    while (lanes < warp_size && lanes < dim) lanes *= 2;
+    const int lanes = static_cast<int>(at_most(power_of_two(dim), warp_size));
     return launch_over(rows * lanes, kernel, context, arguments..., lanes);
 }
 

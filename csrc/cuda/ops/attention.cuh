@@ -219,8 +219,7 @@ template <class A, int width> struct Attention {
         Product z = mix_capsules<A>(t, weight, false, t.votes, c);
         z.bias = bias;
         CAPSOPS_TRY(multiply_matrices(z, context));
-        int columns = 1;
-        while (columns < warp_size && columns < t.D) columns *= 2;
+        const int columns = static_cast<int>(at_most(power_of_two(t.D), warp_size));
         const int64_t blocks = at_least(at_most(t.pairs() * ceil_div(t.D, columns), max_blocks), 1);
         return launch(couple_components<A>, dim3{static_cast<unsigned>(blocks)}, max_threads,
                       max_threads * static_cast<int64_t>(sizeof(A)), context, t, c, g_s, dz, columns);

@@ -12,12 +12,6 @@
 
 namespace capsops::cuda {
 
-constexpr int64_t power_of_two(int64_t at_least_) {
-    int64_t power = 1;
-    while (power < at_least_) power *= 2;
-    return power;
-}
-
 // How the votes are divided among threads. Depends on the shape alone, so that sums have one order.
 template <class T, int rows_, int width_> struct PoseTiling {
     using Storage = T;
