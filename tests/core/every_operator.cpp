@@ -540,9 +540,10 @@ int main() {
                             {16, 9, 4, 3, 4, 4},  {45, 70, 3, 5, 3, 1},  {150, 3, 5, 10, 4, 1}, {70, 2, 3, 6, 20, 1}};
     // Shapes of which one batch item is too large for a block of GPU threads or for its shared memory: many output
     // capsules; also many batch items; long votes; both; matrices with many rows, if gradients are wanted; a
-    // convolution with many parameters, if their gradients are wanted.
-    const Shape large[] = {{2, 5, 3, 300, 3, 1}, {18, 3, 2, 260, 1, 1}, {2, 2, 2, 3, 1361, 1},
-                           {2, 2, 2, 86, 33, 1}, {2, 5, 400, 3, 3, 1},  {2, 5, 4, 100, 3, 1}};
+    // convolution with many parameters, if their gradients are wanted; many output capsules that are read by 16 bytes,
+    // short and long ones.
+    const Shape large[] = {{2, 5, 3, 300, 3, 1}, {18, 3, 2, 260, 1, 1}, {2, 2, 2, 3, 1361, 1}, {2, 2, 2, 86, 33, 1},
+                           {2, 5, 400, 3, 3, 1}, {2, 5, 4, 100, 3, 1},  {2, 7, 8, 280, 8, 1},  {6, 5, 9, 136, 16, 1}};
     // Shapes with a size of 0, also with the large sizes above. J is never 0: operators refuse it, and its softmax is
     // not defined.
     const Shape empty[] = {{0, 5, 3, 2, 4, 1},   {2, 0, 3, 2, 4, 1},   {0, 0, 3, 3, 4, 1},   {2, 5, 0, 3, 4, 1},

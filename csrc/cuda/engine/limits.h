@@ -24,11 +24,12 @@ struct Limits {
     int64_t multiprocessors = 132;                   // of an H100
     int64_t shared = 160 << 10;                      // of shared memory for a block
     int64_t columns = 1 << 13;                       // of a product with few rows: a thread for each
+    int64_t wide_items = 32;                         // batch items of ops/wide_agreement.cu
 };
 
 #if defined(CAPSOPS_EMULATION)
 // Small, so that small shapes reach them. The test of workspace sizes sets the limits of a GPU instead.
-inline Limits limits{8 << 10, 40 << 10, 8 << 10, 0, 2, 2, 12 << 10, 40};
+inline Limits limits{8 << 10, 40 << 10, 8 << 10, 0, 2, 2, 12 << 10, 40, 8};
 #else
 constexpr Limits limits{};
 #endif

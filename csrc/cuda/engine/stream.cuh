@@ -392,6 +392,12 @@ template <class Policy, class Tiling> bool fits(const Tiling& tiling, int64_t nu
     return tiling.fits(numbers);
 }
 
+// Whether a policy's own passes take a shape whose votes do not fit, if it has such passes: reduce_wide() and
+// emit_wide(). They compute votes several times, so they are for few batch items.
+inline bool takes_wide(const Capsules& c) {
+    return c.weight_stride != 0 && c.B <= limits.wide_items;
+}
+
 // out [B, J, D] = Σ_i policy(û_bi). numbers: that each thread of the policy has in shared memory.
 template <int width, class T, ReducingPolicy<T, width> Policy>
 Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspace& whole, Accumulation<T>* out) {
@@ -406,6 +412,8 @@ Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspac
     numbers = at_least(numbers, width);
     Tiling<T, width, items> tiling(c, numbers, Policy::resident);
     if (!fits<Policy>(tiling, numbers)) {
+        if constexpr (requires { policy.reduce_wide(c, whole, out); })
+            if (takes_wide(c)) return policy.reduce_wide(c, whole, out);
         if constexpr (UniformPolicy<Policy, A>)
             return reduce_uniform<T>(c, policy.uniform_coupling(), whole, out);
         else
@@ -455,7 +463,11 @@ Status emit(const Capsules& c, Policy& policy, int64_t numbers, const CapsuleGra
     constexpr int items = Policy::items;
     numbers = at_least(numbers, emit_numbers<width>(c, items));
     Tiling<T, width, items> tiling(c, numbers, Policy::resident);
-    if (!fits<Policy>(tiling, numbers)) return emit_staged<T>(c, policy, gradients, param_count, whole, more, add);
+    if (!fits<Policy>(tiling, numbers)) {
+        if constexpr (requires { policy.emit_wide(c, gradients, more, whole); })
+            if (takes_wide(c)) return policy.emit_wide(c, gradients, more, whole);
+        return emit_staged<T>(c, policy, gradients, param_count, whole, more, add);
+    }
     const int64_t KJD = c.K * c.J * c.D;
     const bool shared = tiling.shared_weight();
     // The numbers of one block's sums of g_W, if it keeps them apart.

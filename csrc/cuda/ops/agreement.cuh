@@ -5,6 +5,7 @@
 #include "../../math/softmax.h"
 #include "../engine/stream.cuh"
 #include "staged_agreement.cuh"
+#include "wide_agreement.h"
 
 namespace capsops::cuda {
 
@@ -217,6 +218,7 @@ template <class A, int width> struct Equal {
     }
 
     A uniform_coupling() const { return coupling; }
+    Status reduce_wide(const Capsules& c, Workspace& w, A* out) const { return sum_wide(c, nullptr, coupling, w, out); }
 };
 
 // z = û · x and e = û · y for each of a thread's batch items. In shared memory: two numbers for each, from 0 on.
@@ -285,6 +287,10 @@ template <class A, int width, bool adjoint> struct Agreement {
         }
     }
 
+    Status reduce_wide(const Capsules& c, Workspace& w, A* out) const {
+        const WideCouplings couplings{adjoint, x, y, prior, leaky};
+        return sum_wide(c, &couplings, 0, w, out);
+    }
     static int64_t staged_numbers(int64_t J, int64_t) { return (adjoint ? 2 : 1) * J; }
     Status stage_couplings(const StagedVotes<A>& t, A* scratch, Couplings<A>& c,
                            const ExecutionContext& context) const {
@@ -372,6 +378,19 @@ template <class A, int width> struct AgreementGradient {
         return launch_over(size, multiply<A>, context, g, equal, to, size);
     }
 
+    Status emit_wide(const Capsules& c, const CapsuleGradients& gradients, bool more, Workspace& w) const {
+        const AgreementTerms terms{.x = x,
+                                   .g = g,
+                                   .iterations = iterations,
+                                   .equal_first = equal_first,
+                                   .leaky = leaky,
+                                   .detach = detach,
+                                   .more = more,
+                                   .prior = prior,
+                                   .rest = rest,
+                                   .g_prior = g_prior};
+        return cuda::emit_wide(c, terms, gradients, w);
+    }
     static constexpr bool needs_votes = true;
     static int64_t staged_numbers(int64_t J, int64_t) { return 2 * J; }
     Status stage_gradient(const StagedVotes<A>& t, A* scratch, A* to, A*, int64_t,
