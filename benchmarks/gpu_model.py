@@ -9,7 +9,8 @@ A launch takes as long as the slowest of these, which is what binds it:
     integer    integer arithmetic, comparisons and selections, 2 a cycle
     special    special functions and conversions, 1 in two cycles
     float64    arithmetic in double, 2 a cycle
-    memory     passes of shared memory (bank conflicts count), shuffles, and 128-byte lines of global memory, 1 a cycle
+    memory     passes of shared memory (bank conflicts count), shuffles, transposes of matrices in registers, and
+               128-byte lines of global memory, 1 a cycle
     tensor     products of tensor cores, 1 (m16n8k16) in two cycles
     launch     to start a kernel and to end it
 
@@ -95,7 +96,7 @@ CLASSES = {
     "STS": r"STS",
     "LDG": r"LDG|LD\.",
     "STG": r"STG|ST\.|CCTL",
-    "SHFL": r"SHFL",
+    "SHFL": r"SHFL|MOVM",
     "BAR": r"BAR|BSSY|BSYNC|WARPSYNC|BREAK|DEPBAR",
     "uniform": r"U[A-Z0-9]+|R2UR|S2UR|VOTEU",
     "branch": r"BRA|EXIT|CALL|RET|NOP",

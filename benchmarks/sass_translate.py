@@ -671,9 +671,13 @@ def _sts(c: _Code, o: list[str], parts: list[str]) -> None:
 
 @_translates("LDGSTS")
 def _ldgsts(c: _Code, o: list[str], parts: list[str]) -> None:
-    size = _size(parts)
-    c.do(f"loaded = load_global({c.index}, {_address(c, o[1])}, {size}, {_active(c)})")
-    c.do(f"store_shared({c.index}, {_address(c, o[0])}, {size}, loaded, {_active(c)})")
+    """With a predicate, a thread without it copies zeros, and reads nothing."""
+    size, active = _size(parts), _active(c)
+    reads = active
+    if len(o) > 2:
+        reads = c.predicate(o[2]) if active == "None" else f"({active} & {c.predicate(o[2])})"
+    c.do(f"loaded = load_global({c.index}, {_address(c, o[1])}, {size}, {reads})")
+    c.do(f"store_shared({c.index}, {_address(c, o[0])}, {size}, loaded, {active})")
 
 
 @_translates("LDSM")
@@ -683,6 +687,12 @@ def _ldsm(c: _Code, o: list[str], parts: list[str]) -> None:
     c.do(f"load_matrices({c.index}, {_address(c, o[1])}, {count}, {_active(c)})")
     for number in range(count):
         c.write(f"R{int(o[0][1:]) + number}", c.arrays.constant(PATTERN))
+
+
+@_translates("MOVM")
+def _movm(c: _Code, o: list[str], parts: list[str]) -> None:
+    """The transpose of a matrix that the lanes of a warp have. The values are not moved."""
+    c.write(o[0], c.arrays.constant(PATTERN))
 
 
 @_translates("CCTL")

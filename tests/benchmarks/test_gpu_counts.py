@@ -280,6 +280,7 @@ def test_what_binds_a_launch() -> None:
         ("MUFU.EX2", "MUFU"),
         ("F2FP.BF16.F32.PACK_AB", "INT"),
         ("LDGSTS.E.128", "LDG"),
+        ("MOVM.16.MT88", "SHFL"),
         ("LDS.128", "LDS"),
         ("UIADD3", "uniform"),
         ("BAR.SYNC.DEFER_BLOCKING", "BAR"),

@@ -290,9 +290,10 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
     }
     if (s.rows > 1) return;
 
-    // One gradient alone. Of the CUDA kernels in float32 only, because fibers are slow.
+    // One gradient alone. Of the CUDA kernels in float32 only, because fibers are slow, and for those of tensor cores.
+    const bool in_tensor_cores = dtype == Dtype::bfloat16 && s.J == 2 && s.D == 16 && s.K % 8 == 0;
     const auto check_one = [&](const std::string& what, const std::vector<std::pair<int64_t, Dtype>>& sizes, auto run) {
-        if (!emulated || dtype == Dtype::float32) check(what, sizes, run);
+        if (!emulated || dtype == Dtype::float32 || in_tensor_cores) check(what, sizes, run);
     };
     Numbers saved(3 * outputs, wide);
     const auto save = [&](const std::unique_ptr<Numbers>& s_) { std::memcpy(saved.get(), s_->get(), s_->bytes()); };
@@ -538,6 +539,12 @@ int main() {
     const Shape shapes[] = {{1, 1, 1, 1, 1, 1},   {3, 211, 8, 2, 16, 1}, {2, 19, 9, 17, 3, 1},  {33, 5, 16, 10, 16, 1},
                             {5, 40, 7, 3, 33, 1}, {3, 21, 4, 3, 4, 4},   {11, 20, 9, 2, 16, 1}, {15, 4, 11, 2, 30, 1},
                             {16, 9, 4, 3, 4, 4},  {45, 70, 3, 5, 3, 1},  {150, 3, 5, 10, 4, 1}, {70, 2, 3, 6, 20, 1}};
+    // Shapes that tensor cores take in bfloat16.
+    const Shape tensor_cores[] = {{1, 45, 8, 2, 16, 1},
+                                  {5, 61, 16, 2, 16, 1},
+                                  {8, 33, 8, 2, 16, 1},
+                                  {9, 59, 8, 2, 16, 1},
+                                  {16, 23, 16, 2, 16, 1}};
     // Shapes of which one batch item is too large for a block of GPU threads or for its shared memory: many output
     // capsules; also many batch items; long votes; both; matrices with many rows, if gradients are wanted; a
     // convolution with many parameters, if their gradients are wanted; many output capsules that are read by 16 bytes,
@@ -576,6 +583,9 @@ int main() {
                 for (const Mask mask : {Mask::all, Mask::some})
                     for (const bool shared : {false, true})
                         if (!emulated || !half || (mask == Mask::some && !shared)) run(s, mask, shared);
+            for (const Shape& s : tensor_cores)
+                for (const Mask mask : {Mask::all, Mask::some})
+                    if (dtype == Dtype::bfloat16) run(s, mask, false);
             for (const Shape& s : {shapes[2], large[5]}) run(s, Mask::none, half);
             for (const Shape& s : shapes)
                 if (!emulated && dtype != Dtype::float64)

@@ -81,6 +81,18 @@ inline void commit_copies() {
 template <int groups> inline void wait_for_copies() {
     emulation::wait_for_copies(groups);
 }
+template <bool transposed, int count> inline void load_matrices(SharedAddress row, unsigned (&to)[count]) {
+    emulation::load_matrices(row, transposed, count, to);
+}
+inline unsigned transpose(unsigned x) {
+    return emulation::transpose(x);
+}
+inline unsigned pack(float first, float second) {
+    return bfloat16(first).bits | static_cast<unsigned>(bfloat16(second).bits) << 16;
+}
+template <int n> inline void multiply_fragments(const unsigned (&a)[2 * n], const unsigned (&b)[n], float (&c)[4]) {
+    emulation::multiply_fragments(a, b, c);
+}
 
 template <class... P, class... Q>
 Status launch(void (*kernel)(P...), dim3 blocks, int threads, int64_t shared, const ExecutionContext& context,
@@ -124,6 +136,65 @@ __device__ inline void commit_copies() {
 // Waits for all groups but the last `groups`.
 template <int groups> __device__ inline void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+}
+
+// Matrices of 8 × 8 numbers of type bfloat16, for the tensor cores. A lane has numbers 2 t and 2 t + 1 of row g in a
+// word, where g = lane / 4 and t = lane % 4; the first number is in the low half. Needs compute capability 8.0.
+
+// Loads 1, 2 or 4 matrices from shared memory, or their transposes. A row has 16 bytes; row r of matrix m is at the
+// address that lane 8 m + r gives.
+template <bool transposed, int count> __device__ inline void load_matrices(SharedAddress row, unsigned (&to)[count]) {
+    static_assert(count == 1 || count == 2 || count == 4);
+    if constexpr (count == 1 && transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.trans.shared.b16 {%0}, [%1];" : "=r"(to[0]) : "r"(row) : "memory");
+    if constexpr (count == 1 && !transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x1.shared.b16 {%0}, [%1];" : "=r"(to[0]) : "r"(row) : "memory");
+    if constexpr (count == 2 && transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(to[0]), "=r"(to[1])
+                     : "r"(row)
+                     : "memory");
+    if constexpr (count == 2 && !transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                     : "=r"(to[0]), "=r"(to[1])
+                     : "r"(row)
+                     : "memory");
+    if constexpr (count == 4 && transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                     : "r"(row)
+                     : "memory");
+    if constexpr (count == 4 && !transposed)
+        asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                     : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                     : "r"(row)
+                     : "memory");
+}
+__device__ inline unsigned transpose(unsigned x) {
+    unsigned to;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(to) : "r"(x));
+    return to;
+}
+// Two numbers in a word, rounded to bfloat16.
+__device__ inline unsigned pack(float first, float second) {
+    unsigned word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(second), "f"(first));
+    return word;
+}
+// c += a b, with a [16, 8 n], b [8 n, 8] and c [16, 8] in float. a: for each 8 columns, the matrix of the first 8 rows
+// and that of the last 8; b: the transpose of each 8 rows. c: numbers 2 t and 2 t + 1 of rows g and g + 8.
+template <int n>
+__device__ inline void multiply_fragments(const unsigned (&a)[2 * n], const unsigned (&b)[n], float (&c)[4]) {
+    static_assert(n == 1 || n == 2);
+    if constexpr (n == 1)
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+    else
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+            "{%0, %1, %2, %3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 // What CUDA reported for the last failed launch of this thread.

@@ -59,7 +59,7 @@ struct Fiber {
     std::unique_ptr<char[]> stack;
     dim3 index;
     State state;
-    double published;  // to the other threads of its warp
+    const void* shown;  // to the other threads of its warp
     std::vector<Copy> copies;
     int groups;  // of copies, that were committed
     void* fake_stack;
@@ -104,13 +104,15 @@ inline void wait(State for_others) {
     to_scheduler();
 }
 
-// Returns the number of the thread at this index of the block, which is in the same warp.
-inline double exchange(double own, unsigned other_thread) {
-    block.current->published = own;
+// Returns read(of), where of(lane) is what that thread of the warp shows; `own` is what this one shows.
+template <class X, class Read> auto with_warp(const X& own, Read read) {
+    block.current->shown = &own;
     wait(State::waits_for_warp);
-    const double other = block.fibers[other_thread]->published;
+    const unsigned first = block.current->index.x / warp * warp;
+    const auto result = read(
+        [&](unsigned lane) -> const X& { return *static_cast<const X*>(block.fibers[first + lane % warp]->shown); });
     wait(State::waits_for_warp);
-    return other;
+    return result;
 }
 
 // Until the thread waits for a copy, its destination is NaN.
@@ -131,6 +133,58 @@ inline void wait_for_copies(int groups) {
         else if (finished)
             std::memset(copy.to, 0, 16);
         return finished;
+    });
+}
+
+// Number x of the two in a word.
+inline uint16_t half(unsigned word, unsigned x) {
+    return static_cast<uint16_t>(word >> (16 * x));
+}
+inline float bfloat16_at(unsigned word, unsigned x) {
+    const unsigned bits = word >> (16 * x) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline void load_matrices(char* row, bool transposed, int count, unsigned* to) {
+    const unsigned lane = block.current->index.x % warp, g = lane / 4, t = lane % 4;
+    if (reinterpret_cast<uintptr_t>(row) % 16) fail("the row of a matrix is not aligned");
+    with_warp(row, [&](auto row_of) {
+        for (int m = 0; m < count; ++m) {
+            const auto number = [&](unsigned r, unsigned column) {
+                uint16_t x;
+                std::memcpy(&x, row_of(8 * m + r) + 2 * column, 2);
+                return static_cast<unsigned>(x);
+            };
+            to[m] = transposed ? number(2 * t, g) | number(2 * t + 1, g) << 16
+                               : number(g, 2 * t) | number(g, 2 * t + 1) << 16;
+        }
+        return 0;
+    });
+}
+
+inline unsigned transpose(unsigned x) {
+    const unsigned lane = block.current->index.x % warp, g = lane / 4, t = lane % 4;
+    return with_warp(x, [&](auto of) {
+        const auto number = [&](unsigned r) { return static_cast<unsigned>(half(of(4 * r + g / 2), g % 2)); };
+        return number(2 * t) | number(2 * t + 1) << 16;
+    });
+}
+
+template <int n> void multiply_fragments(const unsigned (&a)[2 * n], const unsigned (&b)[n], float (&c)[4]) {
+    struct Operands {
+        const unsigned *a, *b;
+    };
+    const unsigned lane = block.current->index.x % warp, g = lane / 4, t = lane % 4;
+    with_warp(Operands{a, b}, [&](auto of) {
+        for (unsigned x = 0; x < 4; ++x)
+            for (unsigned k = 0; k < 8 * n; ++k) {
+                const unsigned column = 2 * t + x % 2, word = k % 8 / 2;
+                const float left = bfloat16_at(of(4 * g + word).a[k / 8 * 2 + x / 2], k % 2);
+                c[x] += left * bfloat16_at(of(4 * column + word).b[k / 8], k % 2);
+            }
+        return 0;
     });
 }
 
@@ -243,12 +297,10 @@ inline void __syncwarp() {
     emulation::wait(emulation::State::waits_for_warp);
 }
 
-template <class X> X __shfl_xor_sync(unsigned, X x, int lane_mask) {
-    const unsigned own = threadIdx.x;
-    return static_cast<X>(emulation::exchange(static_cast<double>(x), own ^ static_cast<unsigned>(lane_mask)));
+template <class X> X __shfl_sync(unsigned, X x, int lane) {
+    return emulation::with_warp(x, [&](auto of) { return of(static_cast<unsigned>(lane)); });
 }
 
-template <class X> X __shfl_sync(unsigned, X x, int lane) {
-    const unsigned own = threadIdx.x;
-    return static_cast<X>(emulation::exchange(static_cast<double>(x), own / 32 * 32 + static_cast<unsigned>(lane)));
+template <class X> X __shfl_xor_sync(unsigned mask, X x, int lane_mask) {
+    return __shfl_sync(mask, x, static_cast<int>(threadIdx.x % 32) ^ lane_mask);
 }

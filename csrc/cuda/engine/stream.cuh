@@ -24,7 +24,7 @@
 #include "gradients.cuh"
 #include "inputs.cuh"
 #include "staged.cuh"
-#include "warp.cuh"
+#include "tensor_cores.cuh"
 
 namespace capsops::cuda {
 
@@ -407,7 +407,11 @@ Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspac
     if (size == 0) return Status::ok;
     if (c.N == 0) return launch_over(size, write_zeros<A>, c.context, out, size);
     if constexpr (sizeof(A) == 4 && requires { policy.in_warps(); })
-        if (takes_warps(c)) return reduce_in_warps<T>(c, policy.in_warps(), whole, out);
+        if (takes_warps(c)) {
+            if constexpr (std::is_same_v<T, bfloat16>)
+                if (takes_tensor_cores(c)) return reduce_in_tensor_cores(c, policy.in_warps(), whole, out);
+            return reduce_in_warps<T>(c, policy.in_warps(), whole, out);
+        }
     constexpr int items = Policy::items;
     numbers = at_least(numbers, width);
     Tiling<T, width, items> tiling(c, numbers, Policy::resident);
@@ -459,7 +463,12 @@ Status emit(const Capsules& c, Policy& policy, int64_t numbers, const CapsuleGra
     if (c.rows != 1) return Status::unsupported;
     if (c.B == 0 || c.N == 0 || c.J == 0 || c.D == 0) return more ? Status::ok : emit_nothing<T>(c, gradients, add);
     if constexpr (sizeof(A) == 4 && requires { policy.in_warps(); })
-        if (takes_warps(c)) return emit_in_warps<T>(c, policy.in_warps(), gradients, param_count, whole, more, add);
+        if (takes_warps(c)) {
+            if constexpr (std::is_same_v<T, bfloat16>)
+                if (takes_tensor_cores(c) && is_aligned(gradients.u) && is_aligned(gradients.weight))
+                    return emit_in_tensor_cores(c, policy.in_warps(), gradients, param_count, whole, more, add);
+            return emit_in_warps<T>(c, policy.in_warps(), gradients, param_count, whole, more, add);
+        }
     constexpr int items = Policy::items;
     numbers = at_least(numbers, emit_numbers<width>(c, items));
     Tiling<T, width, items> tiling(c, numbers, Policy::resident);

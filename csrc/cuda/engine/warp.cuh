@@ -63,27 +63,6 @@ inline bool takes_warps(const Capsules& c) {
            c.weight_stride != 0;
 }
 
-// The position of a lane in the work.
-template <class A, int items> struct WarpPosition {
-    int64_t i = 0;  // the input capsule of its warp
-    int B;
-    int warp = static_cast<int>(threadIdx.x) / warp_size, lane = static_cast<int>(threadIdx.x) % warp_size;
-    int d = lane % warp_D, half = lane / warp_D;
-
-    // Its batch item number m; it exists if it is less than B.
-    __device__ int b(int m) const { return m * (warp_size / warp_D) + half; }
-    // The index of its component of output capsule j in a state [B, J, D].
-    __device__ int state(int m, int j) const { return (b(m) * warp_J + j) * warp_D + d; }
-
-    // Loads its part of a state; 0 where there is no batch item.
-    __device__ void load(const A* x, A (&to)[items][warp_J]) const {
-#pragma unroll
-        for (int m = 0; m < items; ++m)
-#pragma unroll
-            for (int j = 0; j < warp_J; ++j) to[m][j] = b(m) < B ? x[state(m, j)] : A(0);
-    }
-};
-
 // Sums n numbers, at most 16, over the lanes of a half. The lane with component d gets the sum of number d / (16 / n).
 // bit: of the lanes that exchange numbers first.
 template <int n, class A> __device__ __forceinline__ A sum_scattered(A (&x)[n], int d, int bit = warp_D / 2) {
@@ -102,9 +81,32 @@ template <int n, class A> __device__ __forceinline__ A sum_scattered(A (&x)[n], 
     }
 }
 
-// The value for number m of n, from the lane of this half that has it by sum_scattered.
-template <int n, class A> __device__ inline A gather(A x, int m, int half) {
-    return __shfl_sync(~0u, x, half * warp_D + m * (warp_D / n));
+// The position of a lane in the work. The lane has numbers 0 … items − 1: each is one component of one batch item, of
+// both votes.
+template <class A, int items_> struct WarpPosition {
+    static constexpr int items = items_, batch_items = items, components = 1;  // items = batch_items · components
+    int64_t i = 0;                                                             // the input capsule of its warp
+    int B;
+    int warp = static_cast<int>(threadIdx.x) / warp_size, lane = static_cast<int>(threadIdx.x) % warp_size;
+    int d = lane % warp_D, half = lane / warp_D;
+
+    // The batch item of number m; it exists if it is less than B.
+    __device__ int b(int m) const { return m * (warp_size / warp_D) + half; }
+    // The index of number m, for output capsule j, in a state [B, J, D].
+    __device__ int state(int m, int j) const { return (b(m) * warp_J + j) * warp_D + d; }
+
+    // Sums over all components. The lane gets the sum of one batch item.
+    __device__ A sum_components(A (&x)[items]) const { return sum_scattered(x, d); }
+    // The sum x for the lane's batch item number n, from the lane that has it by sum_components.
+    __device__ A of_item(A x, int n) const { return __shfl_sync(~0u, x, half * warp_D + n * (warp_D / items)); }
+};
+
+// Loads a lane's part of a state; 0 where there is no batch item.
+template <class At, class A> __device__ inline void load_state(const At& at, const A* x, A (&to)[At::items][warp_J]) {
+#pragma unroll
+    for (int m = 0; m < At::items; ++m)
+#pragma unroll
+        for (int j = 0; j < warp_J; ++j) to[m][j] = at.b(m) < at.B ? x[at.state(m, j)] : A(0);
 }
 
 // Four neighbouring numbers.
@@ -249,25 +251,23 @@ __device__ inline void make_votes(const WarpTiling<T, items>& tiling, const Warp
 // ---- policies ------------------------------------------------------------------------------------------------
 
 // What reduce_in_warps needs. start() loads what a lane keeps in registers; couple() computes the weights c of the
-// components of the votes v.
-template <class P, class A, int items>
-concept WarpReducingPolicy =
-    requires(const P& policy, const WarpPosition<A, items>& at, typename P::template Registers<items>& own,
-             const A (&v)[items][warp_J], A (&c)[items][warp_J]) {
-        policy.start(at, own);
-        policy.couple(at, own, v, c);
-    };
+// components of the votes v. At: the position of a lane, as WarpPosition.
+template <class P, class A, class At>
+concept WarpReducingPolicy = requires(const P& policy, const At& at, typename P::template Registers<At::items>& own,
+                                      const A (&v)[At::items][warp_J], A (&c)[At::items][warp_J]) {
+    policy.start(at, own);
+    policy.couple(at, own, v, c);
+};
 
 // What emit_in_warps needs. gradient() computes the gradient g of the votes v, and adds to sums of parameters in `own`;
 // end_warp() writes these to params [param_count] of the warp.
-template <class P, class A, int items>
-concept WarpEmittingPolicy =
-    requires(const P& policy, const WarpPosition<A, items>& at, typename P::template Registers<items>& own,
-             const A (&v)[items][warp_J], A (&g)[items][warp_J], A* params) {
-        policy.start(at, own);
-        policy.gradient(at, own, v, g);
-        policy.end_warp(at, own, params);
-    };
+template <class P, class A, class At>
+concept WarpEmittingPolicy = requires(const P& policy, const At& at, typename P::template Registers<At::items>& own,
+                                      const A (&v)[At::items][warp_J], A (&g)[At::items][warp_J], A* params) {
+    policy.start(at, own);
+    policy.gradient(at, own, v, g);
+    policy.end_warp(at, own, params);
+};
 
 // ---- the loops -----------------------------------------------------------------------------------------------
 
@@ -394,7 +394,7 @@ template <class T, class Policy>
 Status reduce_in_warps(const Capsules& c, const Policy& policy, Workspace& whole, Accumulation<T>* out) {
     using A = Accumulation<T>;
     return for_items(c, [&]<int items>() {
-        static_assert(WarpReducingPolicy<Policy, A, items>);
+        static_assert(WarpReducingPolicy<Policy, A, WarpPosition<A, items>>);
         const WarpTiling<T, items> tiling(c);
         const int64_t size = c.B * warp_JD;
         Workspace w(&whole);
@@ -412,7 +412,7 @@ Status emit_in_warps(const Capsules& c, const Policy& policy, const CapsuleGradi
                      Workspace& whole, bool more, Add add) {
     using A = Accumulation<T>;
     return for_items(c, [&]<int items>() {
-        static_assert(WarpEmittingPolicy<Policy, A, items>);
+        static_assert(WarpEmittingPolicy<Policy, A, WarpPosition<A, items>>);
         const WarpTiling<T, items> tiling(c);
         const int64_t rows = tiling.runs.count * tiling.warps;
         Workspace w(&whole);

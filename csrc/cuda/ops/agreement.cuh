@@ -45,8 +45,9 @@ template <class A, int items> struct RowSoftmax {
 
 // The couplings of two output capsules in the loops of warp.cuh: c = softmax_j(û · x), and δ = c (q − Σ_k c_k q_k) with
 // q = û · y if wanted. Each lane computes those of one batch item; of() gets those of another one.
-template <class A, int items> struct PairSoftmax {
-    const WarpPosition<A, items>& at;
+template <class A, class At> struct PairSoftmax {
+    static constexpr int items = At::items;
+    const At& at;
     bool leaky;
     A c[2], delta[2];
 
@@ -65,9 +66,9 @@ template <class A, int items> struct PairSoftmax {
         const A mean = c[0] * q[0] + c[1] * q[1];
         delta[0] = c[0] * (q[0] - mean), delta[1] = c[1] * (q[1] - mean);
     }
-    // Numbers of batch item m: c or delta.
-    __device__ void of(const A (&x)[2], int m, A (&to)[2]) const {
-        to[0] = gather<items>(x[0], m, at.half), to[1] = gather<items>(x[1], m, at.half);
+    // Numbers of the lane's batch item number n: c or delta.
+    __device__ void of(const A (&x)[2], int n, A (&to)[2]) const {
+        to[0] = at.of_item(x[0], n), to[1] = at.of_item(x[1], n);
     }
 
   private:
@@ -78,11 +79,11 @@ template <class A, int items> struct PairSoftmax {
         if (leaky) {
 #pragma unroll
             for (int m = 0; m < items; ++m) products[m] = v[m][0] * x[m][0];
-            to[0] = sum_scattered(products, at.d);
+            to[0] = at.sum_components(products);
         }
 #pragma unroll
         for (int m = 0; m < items; ++m) products[m] = leaky ? v[m][1] * x[m][1] : v[m][1] * x[m][1] - v[m][0] * x[m][0];
-        to[1] = sum_scattered(products, at.d);
+        to[1] = at.sum_components(products);
     }
 };
 
@@ -91,12 +92,12 @@ template <class A> struct WarpEqual {
     template <int> struct Registers {};
     A coupling;
 
-    template <int items> __device__ void start(const WarpPosition<A, items>&, Registers<items>&) const {}
-    template <int items>
-    __device__ void couple(const WarpPosition<A, items>&, const Registers<items>&, const A (&)[items][2],
-                           A (&c)[items][2]) const {
+    template <class At> __device__ void start(const At&, Registers<At::items>&) const {}
+    template <class At>
+    __device__ void couple(const At&, const Registers<At::items>&, const A (&)[At::items][2],
+                           A (&c)[At::items][2]) const {
 #pragma unroll
-        for (int m = 0; m < items; ++m) c[m][0] = c[m][1] = coupling;
+        for (int m = 0; m < At::items; ++m) c[m][0] = c[m][1] = coupling;
     }
 };
 
@@ -110,14 +111,14 @@ template <class A, bool adjoint> struct WarpAgreement {
     const A* prior;  // [N, J], or null
     bool leaky;
 
-    template <int items> __device__ void start(const WarpPosition<A, items>& at, Registers<items>& own) const {
-        at.load(x, own.x);
-        if constexpr (adjoint) at.load(y, own.y);
+    template <class At> __device__ void start(const At& at, Registers<At::items>& own) const {
+        load_state(at, x, own.x);
+        if constexpr (adjoint) load_state(at, y, own.y);
     }
-    template <int items>
-    __device__ void couple(const WarpPosition<A, items>& at, const Registers<items>& own, const A (&v)[items][2],
-                           A (&c)[items][2]) const {
-        PairSoftmax<A, items> softmax{at, leaky};
+    template <class At>
+    __device__ void couple(const At& at, const Registers<At::items>& own, const A (&v)[At::items][2],
+                           A (&c)[At::items][2]) const {
+        PairSoftmax<A, At> softmax{at, leaky};
         if constexpr (adjoint)
             softmax.template compute<true>(v, own.x, own.y);
         else
@@ -125,9 +126,13 @@ template <class A, bool adjoint> struct WarpAgreement {
         A added[2] = {A(0), A(0)};
         if (prior) added[0] = prior[at.i * 2], added[1] = prior[at.i * 2 + 1];
 #pragma unroll
-        for (int m = 0; m < items; ++m) {
-            softmax.of(adjoint ? softmax.delta : softmax.c, m, c[m]);
-            c[m][0] += added[0], c[m][1] += added[1];
+        for (int n = 0; n < At::batch_items; ++n) {
+            A weight[2];
+            softmax.of(adjoint ? softmax.delta : softmax.c, n, weight);
+#pragma unroll
+            for (int m = n * At::components; m < (n + 1) * At::components; ++m)
+#pragma unroll
+                for (int j = 0; j < 2; ++j) c[m][j] = weight[j] + added[j];
         }
     }
 };
@@ -142,20 +147,21 @@ template <class A> struct WarpAgreementGradient {
     const A *prior, *rest;
     A* g_prior;
 
-    template <int items> __device__ void start(const WarpPosition<A, items>&, Registers<items>&) const {}
-    template <int items> __device__ void end_warp(const WarpPosition<A, items>&, Registers<items>&, A*) const {}
-    template <int items>
-    __device__ void gradient(const WarpPosition<A, items>& at, Registers<items>&, const A (&v)[items][2],
-                             A (&out)[items][2]) const {
+    template <class At> __device__ void start(const At&, Registers<At::items>&) const {}
+    template <class At> __device__ void end_warp(const At&, Registers<At::items>&, A*) const {}
+    template <class At>
+    __device__ void gradient(const At& at, Registers<At::items>&, const A (&v)[At::items][2],
+                             A (&out)[At::items][2]) const {
+        constexpr int items = At::items;
 #pragma unroll
         for (int m = 0; m < items; ++m) out[m][0] = out[m][1] = A(0);
-        if (rest) at.load(rest, out);
+        if (rest) load_state(at, rest, out);
         A added[2] = {A(0), A(0)};
         if (prior) added[0] = prior[at.i * 2], added[1] = prior[at.i * 2 + 1];
 #pragma unroll 1
         for (int64_t t = 0; t < iterations; ++t) {
             A own_g[items][2];
-            at.load(g + t * size, own_g);
+            load_state(at, g + t * size, own_g);
             if (t == 0 && equal_first) {
 #pragma unroll
                 for (int m = 0; m < items; ++m)
@@ -164,37 +170,42 @@ template <class A> struct WarpAgreementGradient {
                 continue;
             }
             A own_x[items][2];
-            at.load(x + t * size, own_x);
+            load_state(at, x + t * size, own_x);
             if (g_prior) add_to_g_prior(at, v, own_g);
-            PairSoftmax<A, items> softmax{at, leaky};
+            PairSoftmax<A, At> softmax{at, leaky};
             softmax.template compute<true>(v, own_x, own_g);
 #pragma unroll
-            for (int m = 0; m < items; ++m) {
+            for (int n = 0; n < At::batch_items; ++n) {
+                constexpr int components = At::components;
                 A c[2], delta[2];
-                softmax.of(softmax.c, m, c);
+                softmax.of(softmax.c, n, c);
 #pragma unroll
-                for (int j = 0; j < 2; ++j) out[m][j] += (c[j] + added[j]) * own_g[m][j];
+                for (int m = n * components; m < (n + 1) * components; ++m)
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) out[m][j] += (c[j] + added[j]) * own_g[m][j];
                 if (detach) continue;
-                softmax.of(softmax.delta, m, delta);
+                softmax.of(softmax.delta, n, delta);
 #pragma unroll
-                for (int j = 0; j < 2; ++j) out[m][j] += delta[j] * own_x[m][j];
+                for (int m = n * components; m < (n + 1) * components; ++m)
+#pragma unroll
+                    for (int j = 0; j < 2; ++j) out[m][j] += delta[j] * own_x[m][j];
             }
         }
     }
 
   private:
     // g_prior = Σ_b û · g.
-    template <int items>
-    __device__ void add_to_g_prior(const WarpPosition<A, items>& at, const A (&v)[items][2],
-                                   const A (&own_g)[items][2]) const {
+    template <class At>
+    __device__ void add_to_g_prior(const At& at, const A (&v)[At::items][2], const A (&own_g)[At::items][2]) const {
         A q[2] = {A(0), A(0)};
 #pragma unroll
-        for (int m = 0; m < items; ++m)
+        for (int m = 0; m < At::items; ++m)
 #pragma unroll
             for (int j = 0; j < 2; ++j) q[j] += v[m][j] * own_g[m][j];
-        A sum = sum_scattered(q, at.d);
+        const int lane = at.lane % warp_D;
+        A sum = sum_scattered(q, lane);
         sum += __shfl_xor_sync(~0u, sum, warp_D);
-        if (at.half == 0 && at.d % (warp_D / 2) == 0) g_prior[at.i * 2 + at.d / (warp_D / 2)] = sum;
+        if (at.lane < warp_D && lane % (warp_D / 2) == 0) g_prior[at.i * 2 + lane / (warp_D / 2)] = sum;
     }
 };
 

@@ -88,16 +88,16 @@ template <class A> struct WarpAttention {
     const A* weight;  // [2, 2]
     const A* bias;    // [2], or null
 
-    template <int items> __device__ void start(const WarpPosition<A, items>&, Registers<items>& own) const {
+    template <class At> __device__ void start(const At&, Registers<At::items>& own) const {
         own.first = (weight[2] - weight[0]) * log2_e;
         own.second = (weight[3] - weight[1]) * log2_e;
         own.constant = bias ? (bias[1] - bias[0]) * log2_e : A(0);
     }
-    template <int items>
-    __device__ void couple(const WarpPosition<A, items>&, const Registers<items>& own, const A (&v)[items][2],
-                           A (&c)[items][2]) const {
+    template <class At>
+    __device__ void couple(const At&, const Registers<At::items>& own, const A (&v)[At::items][2],
+                           A (&c)[At::items][2]) const {
 #pragma unroll
-        for (int m = 0; m < items; ++m) {
+        for (int m = 0; m < At::items; ++m) {
             c[m][0] = reciprocal(A(1) + exponential_2(own.constant + own.first * v[m][0] + own.second * v[m][1]));
             c[m][1] = A(1) - c[m][0];
         }
@@ -115,19 +115,19 @@ template <class A> struct WarpAttentionGradient {
     const A* g_s;  // [B, J, D]
     bool wants_params;
 
-    template <int items> __device__ void start(const WarpPosition<A, items>& at, Registers<items>& own) const {
+    template <class At> __device__ void start(const At& at, Registers<At::items>& own) const {
         attention.start(at, own.attention);
         own.first = attention.weight[2] - attention.weight[0];
         own.second = attention.weight[3] - attention.weight[1];
-        at.load(g_s, own.g_s);
+        load_state(at, g_s, own.g_s);
         own.params[0] = own.params[1] = own.params[2] = A(0);
     }
-    template <int items>
-    __device__ void gradient(const WarpPosition<A, items>& at, Registers<items>& own, const A (&v)[items][2],
-                             A (&g)[items][2]) const {
+    template <class At>
+    __device__ void gradient(const At& at, Registers<At::items>& own, const A (&v)[At::items][2],
+                             A (&g)[At::items][2]) const {
         attention.couple(at, own.attention, v, g);
 #pragma unroll
-        for (int m = 0; m < items; ++m) {
+        for (int m = 0; m < At::items; ++m) {
             // dz_0 = −dz_1 = c_0 c_1 (q_0 − q_1).
             const A dz = g[m][0] * g[m][1] * (own.g_s[m][0] * v[m][0] - own.g_s[m][1] * v[m][1]);
             g[m][0] = g[m][0] * own.g_s[m][0] - own.first * dz;
@@ -138,8 +138,7 @@ template <class A> struct WarpAttentionGradient {
         }
     }
     // params [J·J + J]: g_A and g_a.
-    template <int items>
-    __device__ void end_warp(const WarpPosition<A, items>& at, Registers<items>& own, A* params) const {
+    template <class At> __device__ void end_warp(const At& at, Registers<At::items>& own, A* params) const {
 #pragma unroll
         for (int m = 0; m < 3; ++m)
             for (int step = 1; step < warp_size; step *= 2) own.params[m] += __shfl_xor_sync(~0u, own.params[m], step);
