@@ -19,7 +19,7 @@ namespace capsops::cuda {
 // Bytes, if not named otherwise. A limit is exceeded only if the smallest possible amount is larger.
 struct Limits {
     int64_t sums = 24'000'000;                       // partial sums of the blocks of a pass
-    int64_t tile = 12'000'000, pieces = 4'000'000;   // of staged.cuh: capsules with their votes; pieces of a sum
+    int64_t tile = 12'000'000, pieces = 4'000'000;   // capsules with their votes or couplings; pieces of a sum
     int64_t states = 6'000'000, min_iterations = 4;  // of a gradient through all iterations: a group of iterations
     int64_t multiprocessors = 132;                   // of an H100
     int64_t shared = 160 << 10;                      // of shared memory for a block

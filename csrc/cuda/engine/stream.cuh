@@ -17,7 +17,7 @@
 //
 // What distinguishes the routings is in policies: ReducingPolicy and EmittingPolicy below. All threads of a block call
 // the functions of a policy together, because they exchange numbers through shared memory. If the votes of one batch
-// item do not fit into a block, reduce and emit use the loops of staged.cuh.
+// item do not fit into a block, reduce and emit use the policy's own passes, if it has any, or the loops of staged.cuh.
 #pragma once
 
 #include "../../math/softmax.h"

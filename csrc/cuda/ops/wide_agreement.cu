@@ -23,8 +23,9 @@ namespace {
 constexpr int items = 4;
 // Components of a thread: in `logits`, and in the other kernels.
 constexpr int long_width = 8, width = 4;
-// Threads of a block: in `logits` and `sums`, and in `gradients`.
-constexpr int few_threads = 128, many_threads = max_threads;
+// Threads of a block, and how many of them a multiprocessor runs at the same time, by their registers in float32.
+constexpr int threads = 128;
+constexpr int64_t resident_logits = 4, resident_adjoint_logits = 3, resident_sums = 5, resident_gradients = 4;
 // Numbers of u that are read at once.
 constexpr int k_step = 4;
 
@@ -126,7 +127,7 @@ template <int n, class A> __device__ __forceinline__ A dot(const A (&x)[n], cons
 // z = û · x and, if adjoint, e = û · y for `states` states that lie `size` numbers apart.
 // grid: output capsules, runs of input capsules, batch items.
 template <bool adjoint, class T, class A = Accumulation<T>>
-__global__ void __launch_bounds__(few_threads)
+__global__ void __launch_bounds__(threads)
     logits_kernel(WideTile<T> t, int64_t run, const A* x, const A* y, int64_t states, int64_t size,
                   A* z /* [states, pairs, J] */, A* e /* as z */) {
     const int64_t j = first_index(), b0 = static_cast<int64_t>(blockIdx.z) * items;
@@ -167,9 +168,8 @@ __global__ void __launch_bounds__(few_threads)
 // partial [runs, B, J, D] = Σ_i (c + prior) û, or Σ_i û if c is null.
 // grid: components, runs of input capsules, batch items.
 template <class T, class A = Accumulation<T>>
-__global__ void __launch_bounds__(few_threads)
-    sums_kernel(WideTile<T> t, int64_t run, const A* c /* [pairs, J], or null */, const A* prior /* [N, J], or null */,
-                A* partial) {
+__global__ void __launch_bounds__(threads) sums_kernel(WideTile<T> t, int64_t run, const A* c /* [pairs, J], or null */,
+                                                       const A* prior /* [N, J], or null */, A* partial) {
     const int64_t column = first_index(), b0 = static_cast<int64_t>(blockIdx.z) * items;
     const int64_t begin = blockIdx.y * run, end = at_most(begin + run, t.count);
     if (column >= t.columns()) return;
@@ -279,7 +279,7 @@ template <class A> __device__ __forceinline__ A sum_over_warp(A (&x)[warp_size])
 // g_W, and g_u of the block's components.
 // grid: components, runs of input capsules. Shared memory: a number for each thread.
 template <class T, class A = Accumulation<T>>
-__global__ void __launch_bounds__(many_threads)
+__global__ void __launch_bounds__(threads)
     gradients_kernel(WideTile<T> t, int64_t run, WideTerms<A> terms, GradientsOf<T> to,
                      A* g_u /* [blocks of components, B, count, K], or null */) {
     constexpr int rows = warp_size / items;  // of W at a time
@@ -332,7 +332,7 @@ __global__ void __launch_bounds__(many_threads)
                 if (warp > 0 || b >= t.B || own_k >= t.K) continue;
                 A total = 0;
 #pragma unroll
-                for (int other = 0; other < many_threads; other += warp_size) total += sums[other + lane];
+                for (int other = 0; other < threads; other += warp_size) total += sums[other + lane];
                 g_u[((blockIdx.x * t.B + b) * t.count + i) * t.K + own_k] = total;
             }
             if (!to.weight) continue;
@@ -359,7 +359,7 @@ __global__ void write_vectors(WideTile<T> t, const A* g_u, int64_t blocks, T* to
 
 // ---- launches ------------------------------------------------------------------------------------------------
 
-// The runs of input capsules for kernels with `blocks` blocks for each. A multiprocessor has `resident` of them.
+// The runs of input capsules for kernels with `blocks` blocks for each.
 template <class T> Runs wide_runs(const WideTile<T>& t, int64_t blocks, int64_t bytes, int64_t resident) {
     return cut_runs(t.count, 1, blocks, bytes, limits.multiprocessors * resident);
 }
@@ -371,12 +371,12 @@ template <class T> int64_t item_blocks(const WideTile<T>& t) {
 template <class T, class A = Accumulation<T>>
 Status compute_logits(const WideTile<T>& t, const A* x, const A* y, int64_t states, A* z, A* e,
                       const ExecutionContext& context) {
-    const int64_t across = ceil_div(t.J, few_threads);
-    const Runs runs = wide_runs(t, across * item_blocks(t), 0, 8);
+    const int64_t across = ceil_div(t.J, threads);
+    const Runs runs = wide_runs(t, across * item_blocks(t), 0, y ? resident_adjoint_logits : resident_logits);
     const dim3 grid{static_cast<unsigned>(across), static_cast<unsigned>(runs.count),
                     static_cast<unsigned>(item_blocks(t))};
-    return launch(y ? logits_kernel<true, T> : logits_kernel<false, T>, grid, few_threads, 0, context, t, runs.length,
-                  x, y, states, t.B * t.J * t.D, z, e);
+    return launch(y ? logits_kernel<true, T> : logits_kernel<false, T>, grid, threads, 0, context, t, runs.length, x, y,
+                  states, t.B * t.J * t.D, z, e);
 }
 
 template <class A>
@@ -406,9 +406,9 @@ Status sum_wide(const Capsules& c, const WideCouplings* couplings, double equal,
         A* const out = static_cast<A*>(to);
         const int64_t size = c.B * c.J * c.D;
         WideTile<T> t(c, couplings ? (adjoint ? 2 : 1) * c.J : 0);
-        const int64_t across = ceil_div(t.columns(), few_threads);
+        const int64_t across = ceil_div(t.columns(), threads);
         const int64_t bytes = ceil_div(size, across * item_blocks(t)) * static_cast<int64_t>(sizeof(A));
-        Runs runs = wide_runs(t, across * item_blocks(t), bytes, 8);
+        Runs runs = wide_runs(t, across * item_blocks(t), bytes, resident_sums);
         Workspace w(&whole);
         A* const partial = w.take<A>(runs.count * size);
         Workspace tile(&w);
@@ -427,8 +427,7 @@ Status sum_wide(const Capsules& c, const WideCouplings* couplings, double equal,
                             static_cast<unsigned>(item_blocks(t))};
             const A* const weights = !couplings ? nullptr : adjoint ? e : z;
             const A* const prior = couplings ? static_cast<const A*>(couplings->prior) : nullptr;
-            CAPSOPS_TRY(
-                launch(sums_kernel<T>, grid, few_threads, 0, c.context, t, runs.length, weights, prior, partial));
+            CAPSOPS_TRY(launch(sums_kernel<T>, grid, threads, 0, c.context, t, runs.length, weights, prior, partial));
             return add_rows(static_cast<const A*>(partial), runs.count, size, size, out, t.first > 0, c.context);
         }));
         if (couplings) return Status::ok;
@@ -442,7 +441,7 @@ Status emit_wide(const Capsules& c, const AgreementTerms& given, const CapsuleGr
         const int64_t size = c.B * c.J * c.D, first = given.equal_first ? 1 : 0;
         const int64_t states = given.iterations - first;
         const bool adjoint = states > 0 && (!given.detach || given.g_prior);
-        const int64_t across = ceil_div(c.J * ceil_div(c.D, width), many_threads);
+        const int64_t across = ceil_div(c.J * ceil_div(c.D, width), threads);
         WideTile<T> t(c, (adjoint ? 2 : 1) * states * c.J + (gradients.u ? across * c.K : 0));
         Workspace tile(&whole);
         t.u = tile.take<A>(t.pairs() * t.padded_K);
@@ -474,10 +473,10 @@ Status emit_wide(const Capsules& c, const AgreementTerms& given, const CapsuleGr
                 A* const delta = given.detach ? nullptr : e;
                 CAPSOPS_TRY(compute_softmax(z, delta, states * t.pairs(), c.J, given.leaky, c.context));
             }
-            const Runs runs = wide_runs(t, across, 0, 3);
+            const Runs runs = wide_runs(t, across, 0, resident_gradients);
             const dim3 grid{static_cast<unsigned>(across), static_cast<unsigned>(runs.count)};
-            CAPSOPS_TRY(launch(gradients_kernel<T>, grid, many_threads, many_threads * static_cast<int64_t>(sizeof(A)),
-                               c.context, t, runs.length, terms, to, gradients.u ? g_u : nullptr));
+            CAPSOPS_TRY(launch(gradients_kernel<T>, grid, threads, threads * static_cast<int64_t>(sizeof(A)), c.context,
+                               t, runs.length, terms, to, gradients.u ? g_u : nullptr));
             if (!gradients.u) return Status::ok;
             return launch_over(t.pairs() * t.K, write_vectors<T>, c.context, t, static_cast<const A*>(g_u), across,
                                to.u, given.more);
