@@ -49,9 +49,9 @@ inline void load_items(const Operands<A>& o, Tile<A>& t, int64_t b, int64_t i, i
 
 // Calls visit(tile) for tiles of the pairs (b, i) that are not masked, with their votes if with_votes, and absent(b, i)
 // for the masked pairs.
-template <bool with_votes, class A, class Visit, class Absent>
-inline void for_each_tile(const Operands<A>& o, const Tasks& tasks, int64_t task, A* memory, const ThreadScratch<A>& w,
-                          Visit visit, Absent absent) {
+template <class A, class Visit, class Absent>
+inline void for_each_tile(const Operands<A>& o, bool with_votes, const Tasks& tasks, int64_t task, A* memory,
+                          const ThreadScratch<A>& w, Visit visit, Absent absent) {
     Tile<A> t;
     t.layout = o.layout, t.K = o.K, t.J = o.J, t.D = o.D, t.JD = o.JD;
     t.votes = memory + w.votes;

@@ -138,13 +138,17 @@ CAPSOPS_INLINE void project(Votes<A, rows, E>& g, const A* weight, int64_t K, A*
 
 // ---- the capsules of a task ------------------------------------------------------------------------------
 
-// Calls function.operator()<E>() with E the vectors of a vote if votes fit into registers, else with 0.
+// The vectors of a vote if votes fit into registers, else 0.
+template <class A> inline int64_t vote_vectors(const Operands<A>& o) {
+    const int64_t vectors = o.D / Lanes<A>::count;
+    return o.layout == Layout::components && o.J == 2 && !o.c.votes_given && vectors <= max_vote_vectors ? vectors : 0;
+}
+
+// Calls function.operator()<E>() with E = vote_vectors(o), which is not 0.
 template <class A, class Function> inline void for_vote_vectors(const Operands<A>& o, Function function) {
-    if (o.layout == Layout::components && o.J == 2 && !o.c.votes_given) switch (o.D / Lanes<A>::count) {
-            case 1: return function.template operator()<1>();
-            case 2: return function.template operator()<2>();
-        }
-    function.template operator()<0>();
+    static_assert(max_vote_vectors == 2);
+    if (vote_vectors(o) == 1) return function.template operator()<1>();
+    function.template operator()<2>();
 }
 
 // One input capsule and the batch items for which it is not masked.

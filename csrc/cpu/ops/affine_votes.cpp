@@ -5,6 +5,21 @@
 namespace capsops::cpu::CAPSOPS_ISA {
 namespace {
 
+// Writes the votes. It sums nothing.
+template <class A> struct StoredVotes {
+    static constexpr bool takes_registers = false;
+    const Operands<A>& o;
+    void* votes;  // [B, N, J, H] storage
+
+    int64_t row_size() const { return 0; }
+    int64_t scratch_size() const { return 0; }
+    void accumulate(Tile<A>& t, A*, A*) const {
+        for (int r = 0; r < t.count; ++r)
+            for (int64_t j = 0; j < o.J; ++j)
+                write(t.votes + r * o.JD + j * o.D, o.H, votes, o.c.dtype, ((t.b[r] * o.c.N + t.i[r]) * o.J + j) * o.H);
+    }
+};
+
 // The gradient of the votes that the caller gave.
 template <class A> struct StoredVoteGradient {
     static constexpr bool needs_votes = false, takes_registers = false;
@@ -28,11 +43,7 @@ template <class A> struct StoredVoteGradient {
 Status affine_votes(const Capsules& c, void* votes) {
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, Layout::components);
-        reduce_tiles<true>(o, PlainSums<A>{0}, 0, static_cast<A*>(nullptr), [&](Tile<A>& t, A*, A*) {
-            for (int r = 0; r < t.count; ++r)
-                for (int64_t j = 0; j < o.J; ++j)
-                    write(t.votes + r * o.JD + j * o.D, o.H, votes, c.dtype, ((t.b[r] * c.N + t.i[r]) * o.J + j) * o.H);
-        });
+        reduce(o, StoredVotes<A>{o, votes}, static_cast<A*>(nullptr));
     });
 }
 
