@@ -11,6 +11,7 @@ import mmap
 import threading
 import weakref
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -40,10 +41,25 @@ def release_memory() -> None:
 
 def empty_like(x: Tensor) -> Tensor:
     """An uninitialised, contiguous tensor of the shape, dtype and device of x."""
+    return _empty_like(x) if _cached(x) else x.new_empty(x.shape)
+
+
+def allocator(x: Tensor) -> Callable[[Tensor], Tensor]:
+    """What does the same as `empty_like`, in less time, for x and tensors of its shape, strides, dtype and device."""
+    if _cached(x):
+        return _empty_like
+    # torch.empty_like keeps the strides. It takes half as long as new_empty.
+    plain = type(x) in (Tensor, torch.nn.Parameter) and x.is_contiguous()
+    return torch.empty_like if plain else empty_like
+
+
+def _cached(x: Tensor) -> bool:
     # The type is tested first: torch.compile traces with tensors of other types, which have no memory.
     plain = type(x) in (Tensor, torch.nn.Parameter)
-    if not plain or x.nbytes < LEAST_BYTES or x.device.type != "cpu" or not hasattr(mmap, "MAP_PRIVATE"):
-        return x.new_empty(x.shape)
+    return plain and x.nbytes >= LEAST_BYTES and x.device.type == "cpu" and hasattr(mmap, "MAP_PRIVATE")
+
+
+def _empty_like(x: Tensor) -> Tensor:
     size = x.nbytes
     block = _take(size)
     view = memoryview(block)

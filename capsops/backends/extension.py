@@ -11,6 +11,7 @@ import sysconfig
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -89,41 +90,49 @@ def built() -> str | None:
 # ---- the call of a kernel ------------------------------------------------------------------------
 
 
-def call_kernel(op: str, operands: Sequence[Tensor], *args: Any) -> None:
+def call_kernel(op: str, operands: Sequence[Tensor], *args: Any, notes: dict[str, Any] | None = None) -> None:
     """Call a kernel on the device of its operands.
 
     Args:
         op: the name of the operator.
         operands: the tensors whose shapes an error message should contain.
         args: what the kernel takes after the execution context.
+        notes: where the size of the workspace is kept for the next call with arguments like these.
     """
-    device = operands[0].device
     kernel = getattr(_C, op)
-    if device.type == "cpu":
+    if operands[0].is_cpu:
         # Python runs its signal handlers only in its main thread.
         obeys_signals = threading.get_ident() == threading.main_thread().ident
-        status = kernel(_C.ExecutionContext(torch.get_num_threads(), obeys_signals), *args)
+        status = kernel(_on_cpu(torch.get_num_threads(), obeys_signals), *args)
     else:
-        status = _call_on_gpu(kernel, device, *args)
-    if status != _C.Status.ok:
+        status = _call_on_gpu(kernel, operands[0].device, args, {} if notes is None else notes)
+    if status != _OK:
         _raise(status, op, operands)
 
 
-def _call_on_gpu(kernel: Any, device: torch.device, *args: Any) -> Any:
+_on_cpu = None if _C is None else cache(_C.ExecutionContext)
+_OK = None if _C is None else _C.Status.ok
+
+
+def _call_on_gpu(kernel: Any, device: torch.device, args: Sequence[Any], notes: dict[str, Any]) -> Any:
     """Launch on the current stream of the device, in a workspace that torch allocates."""
+    index = device.index
     # These two functions of torch take a tenth of the time of torch.cuda.device and torch.cuda.current_stream.
-    if torch._C._cuda_getDevice() != device.index:
+    if torch._C._cuda_getDevice() != index:
         with torch.cuda.device(device):
-            return _call_on_gpu(kernel, device, *args)
-    query = _C.WorkspaceQuery(device.index)
-    status = kernel(query, *args)
-    if status != _C.Status.ok:
-        return status
+            return _call_on_gpu(kernel, device, args, notes)
+    size = notes.get("workspace")
+    if size is None:
+        query = _C.WorkspaceQuery(index)
+        status = kernel(query, *args)
+        if status != _OK:
+            return status
+        size = notes["workspace"] = query.bytes
     # The workspace is freed on return, before the kernels end. That is safe: the allocator gives its memory only to
     # work that comes later in the same stream.
-    workspace = torch.empty(query.bytes, dtype=torch.uint8, device=device)
-    stream = torch._C._cuda_getCurrentRawStream(device.index)
-    return kernel(_C.ExecutionContext(device.index, stream, workspace.data_ptr()), *args)
+    workspace = torch.empty(size, dtype=torch.uint8, device=device) if size else None
+    stream = torch._C._cuda_getCurrentRawStream(index)
+    return kernel(_C.ExecutionContext(index, stream, _address(workspace)), *args)
 
 
 def _raise(status: Any, op: str, operands: Sequence[Tensor]) -> NoReturn:
@@ -154,27 +163,31 @@ class Capsules:
         self.tensors: tuple[Tensor | None, ...]
         if weight is None:
             self.tensors = u, mask = u.contiguous(), None if mask is None else mask.contiguous()
-            B, N, J, *vote = u.shape
-            sizes = B, N, 1, J, math.prod(vote), 1, 0
-            self.struct = _C.Capsules(u.data_ptr(), 0, _address(mask), *sizes, DTYPES[u.dtype])
+            self.struct = _C.Capsules(u.data_ptr(), 0, _address(mask), *_sizes(u, None))
             self.struct.votes_given = True
             return
         contiguous = weight.is_contiguous()
         if not contiguous:
             weight = _readable(weight, gradient)
         self.tensors = u, weight, mask = u.contiguous(), weight, None if mask is None else mask.contiguous()
-        B, N, *_ = shape = u.shape
-        K, J, D = weight.shape[-3:]
-        rows = shape[2] if len(shape) == 4 else 1
-        stride = 0 if weight.dim() == 3 else K * J * D if contiguous else weight.stride(0)
-        self.struct = _C.Capsules(
-            u.data_ptr(), weight.data_ptr(), _address(mask), B, N, K, J, D, rows, stride, DTYPES[u.dtype]
-        )
+        self.struct = _C.Capsules(u.data_ptr(), weight.data_ptr(), _address(mask), *_sizes(u, weight))
         if not contiguous:
             if not _has_contiguous_matrices(weight):
                 self.struct.set_strides(*weight.stride()[-3:])
             # Autograd wants a gradient with the shape of the expanded tensor.
-            self.struct.own_gradients = gradient and weight.dim() == 4 and stride == 0
+            self.struct.own_gradients = gradient and weight.dim() == 4 and weight.stride(0) == 0
+
+
+def _sizes(u: Tensor, weight: Tensor | None) -> tuple[Any, ...]:
+    """What the struct of u and W holds after the addresses: B, N, K, J, D, P, the stride of W along N, the dtype."""
+    if weight is None:
+        B, N, J, *vote = u.shape
+        return B, N, 1, J, math.prod(vote), 1, 0, DTYPES[u.dtype]
+    B, N, *_ = shape = u.shape
+    K, J, D = weight.shape[-3:]
+    rows = shape[2] if len(shape) == 4 else 1
+    stride = 0 if weight.dim() == 3 else K * J * D if weight.is_contiguous() else weight.stride(0)
+    return B, N, K, J, D, rows, stride, DTYPES[u.dtype]
 
 
 def _has_contiguous_matrices(weight: Tensor) -> bool:
@@ -299,18 +312,52 @@ def _plan(op: str, names: Sequence[str]) -> _Plan:
     return _plans[op]
 
 
-def run(op: str, names: Sequence[str], values: Sequence[Any]) -> None:
+class _Contiguous(NamedTuple):
+    """What a call takes from the shapes of its operands if all of them are contiguous and need no conversion.
+
+    A position is None where there is no tensor.
+    """
+
+    u: int
+    weight: int | None
+    mask: int | None
+    sizes: tuple[Any, ...]  # see `_sizes`
+    tensors: list[int | None]  # all that are passed as addresses
+    options: list[int]
+    before: int  # as in `_Plan`
+
+    @classmethod
+    def of(cls, plan: _Plan, values: Sequence[Any]) -> _Contiguous | None:
+        """The positions among these values, or None if they are not all contiguous or have to be converted."""
+        tensors = [x for x in values if isinstance(x, Tensor)]
+        if values[plan.u].dtype in LOW_PRECISION or not all(x.is_contiguous() for x in tensors):
+            return None
+        weight, mask, *others = (
+            None if i is None or values[i] is None else i for i in (plan.weight, plan.mask, *plan.tensors)
+        )
+        sizes = _sizes(values[plan.u], values[plan.weight])
+        return cls(plan.u, weight, mask, sizes, others, plan.options, plan.before)
+
+
+def run(op: str, names: Sequence[str], values: Sequence[Any], notes: dict[str, Any]) -> None:
     """Run an operator: fill its outputs.
 
     Args:
         op: the name of the operator.
         names: of its outputs and then its arguments; always the same for an operator.
         values: the outputs, None for a gradient that is not wanted, and the arguments.
+        notes: empty at first; the same for all calls whose values agree in shapes, strides, dtypes, device and which
+            of them are None. What was worked out from these is kept here.
     """
+    known = notes.get("contiguous")
+    if known is not None:
+        _run_contiguous(op, known, values, notes)
+        return
     if op not in _ROWS:
         _ON_ROWS[op](op, **dict(zip(names, values, strict=True)))
         return
     plan = _plans.get(op) or _plan(op, names)
+    notes["contiguous"] = _Contiguous.of(plan, values)
     u, weight = values[plan.u], values[plan.weight]
     mask = None if plan.mask is None else values[plan.mask]
     capsules = Capsules(u, weight, mask, plan.g_weight is not None and values[plan.g_weight] is not None)
@@ -325,6 +372,21 @@ def run(op: str, names: Sequence[str], values: Sequence[Any]) -> None:
     call_kernel(op, operands, capsules.struct, *addresses[: plan.before], *options, *addresses[plan.before :])
     for out, wide in rounded:
         out.copy_(wide)
+
+
+def _run_contiguous(op: str, known: _Contiguous, values: Sequence[Any], notes: dict[str, Any]) -> None:
+    at_u, at_weight, at_mask, sizes, tensors, options, before = known
+    u, weight = values[at_u], None if at_weight is None else values[at_weight]
+    u_address, weight_address = u.data_ptr(), 0 if weight is None else weight.data_ptr()
+    capsules = _C.Capsules(u_address, weight_address, 0 if at_mask is None else values[at_mask].data_ptr(), *sizes)
+    operands: tuple[Tensor, ...] = (u, weight)
+    if weight is None:
+        operands = (u,)
+        capsules.votes_given = True
+    args = [0 if i is None else values[i].data_ptr() for i in tensors]
+    args[before:before] = [values[i] for i in options]
+    # A kernel for GPUs goes another way, with another workspace, where u or W is not aligned to 16 bytes.
+    call_kernel(op, operands, capsules, *args, notes=None if (u_address | weight_address) & 15 else notes)
 
 
 def _widened(plan: _Plan, values: Sequence[Any]) -> tuple[list[Any], list[tuple[Tensor, Tensor]]]:

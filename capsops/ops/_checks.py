@@ -31,11 +31,9 @@ def shape_of(x: Tensor) -> str:
 
 def check_tensors(op: str, names: str, *tensors: object) -> None:
     """Raise TypeError unless all are tensors. names: as in "u weight? mask?"; one that ends with "?" may be None."""
-    for i, x in enumerate(tensors):
-        if not isinstance(x, Tensor):
-            name = names.split()[i]
-            if x is None and name.endswith("?"):
-                continue
+    for x, name in zip(tensors, names.split(), strict=True):
+        # The first two conditions are for speed: of None, isinstance asks the metaclass of Tensor, which takes long.
+        if type(x) is not Tensor and not (x is None and name[-1] == "?") and not isinstance(x, Tensor):
             hint = ""
             if isinstance(x, torch.fx.Proxy):
                 hint = (

@@ -6,16 +6,19 @@ a gradient: from the public function, from a graph that was exported or traced, 
 
 `torch.library.register_autograd` would be the usual way, but a call through it takes more than 25 µs longer, its
 forward-mode derivative is silently 0, and `torch.func.grad` refuses it. The autograd kernel here works like those of
-PyTorch's own operators: it records a node, then calls the operator again, below autograd. An eager call goes from the
-public function straight to the autograd kernel and from there to the backend; it enters the dispatcher, which takes
-20 µs, only where something else wants to see the operator (`_observed`).
+PyTorch's own operators: it records a node, then calls the operator again, below autograd.
+
+Of a small call the kernel is the least part, so an eager call takes a short way: from the public function to the
+autograd kernel, and from there to the backend. What the checks, the choice of the backend and the sizes of the outputs
+came to is remembered for the next call with the same shapes, strides, dtypes, devices and options (`_Call`). Where
+something else wants to see the operator (`_observed`), it is called through the dispatcher.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from types import new_class
+from types import ModuleType, new_class
 from typing import Any, NoReturn
 
 import torch
@@ -43,59 +46,127 @@ BatchAxes = Axes | None
 """Where the axis B is. None stands for an operator on rows: all axes of its tensors but the last are batch axes."""
 
 
-_backend_kernels: dict[Any, Callable[..., Any]] = {}
-"""operator -> the function that runs it on a compiled backend."""
+Allocate = tuple[int, Callable[[Tensor], Tensor]]
+"""How an output of an operator is allocated: a function, and the position of the argument that it takes."""
+
+_MOST_CALLS = 256
+"""For so many signatures an operator remembers a `_Call`; then it starts over."""
 
 
-def _define(schema: str, outputs: Callable[..., tuple[Tensor, ...]]) -> Any:
-    """Define an operator and return it.
+class _Operator:
+    """An operator that torch's dispatcher knows.
 
     Args:
         schema: as torch.library takes it. Where the last argument is called "wanted", it says which outputs, all of
             them gradients, a backend computes.
-        outputs: checks the arguments and allocates the outputs. On real tensors a backend then fills these; for fake
-            tensors it is the shape rule that torch.compile and torch.export use.
+        check: checks the arguments and returns for each output how to allocate it, or None if it is a gradient that
+            is not wanted. On real tensors a backend then fills the outputs; for fake tensors this is the shape rule
+            that torch.compile and torch.export use.
+
+    Attributes:
+        overload: the operator as a function of torch.ops.
+        names: of the outputs and then of the arguments, without "wanted".
+        count: the number of arguments, without "wanted".
+        tensors: how many of them are tensors; these come first.
+        calls: signature -> how to run the operator on arguments that have it.
     """
-    name = schema[: schema.index("(")]
 
-    def allocate(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        out = outputs(*args)
-        return out if several else out[0]
+    def __init__(self, schema: str, check: Callable[..., Sequence[Allocate | None]]) -> None:
+        self.name, self.check = schema[: schema.index("(")], check
+        self.calls: dict[Any, _Call] = {}
+        _LIBRARY.define(schema)
+        self.overload = getattr(torch.ops.capsops, self.name).default
+        declared = self.overload._schema
+        self._several = len(declared.returns) > 1
+        arguments = [a.name for a in declared.arguments if a.name != "wanted"]
+        self.names, self.count = [*[r.name for r in declared.returns], *arguments], len(arguments)
+        self.tensors = sum("Tensor" in str(a.type) for a in declared.arguments)
+        # The position of a weight that may be None, because the first argument is votes then.
+        optional = [a.name for a in declared.arguments if str(a.type) == "Optional[Tensor]"]
+        self._weight = arguments.index("weight") if "weight" in optional else None
+        _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"capsops::{self.name}", self._allocate, lib=_LIBRARY)
+        _operators.append(self)
 
-    def run(*args: Any) -> Tensor | tuple[Tensor, ...]:
-        out = outputs(*args)
-        filled: Sequence[Tensor | None] = out
-        if has_wanted:
-            *args, wanted = args  # type: ignore[assignment]
-            filled = [x if want else None for x, want in zip(out, wanted, strict=True)]
-        backends.compiled(_asked_for(name, weight, args), args[0]).run(name, names, (*filled, *args))
-        return out if several else out[0]
+    def asked_for(self, args: Sequence[Any]) -> str:
+        """What a backend is asked for to run this operator."""
+        weight = self._weight
+        return self.name if weight is None or args[weight] is not None else backends.of_votes(self.name)
 
-    _LIBRARY.define(schema)
-    _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"capsops::{name}", allocate, lib=_LIBRARY)
-    overload = getattr(torch.ops.capsops, name).default
-    declared = overload._schema
-    several = len(declared.returns) > 1
-    names = [x.name for x in (*declared.returns, *declared.arguments)]
-    weight = _optional_weight(declared)
-    has_wanted = names[-1] == "wanted"
-    names = names[:-1] if has_wanted else names
-    _backend_kernels[overload] = run
-    return overload
+    def signature(self, first: Any, args: Sequence[Any]) -> Any:
+        """All that the checks depend on, and what decides the backend, as a key; None if a tensor has no strides.
+
+        Args:
+            first: the backend, or the name of the forced one.
+        """
+        tensors = self.tensors
+        try:
+            of_tensors = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in args[:tensors]]
+        except RuntimeError:
+            return None  # it is sparse: the checks refuse it
+        return (first, *of_tensors, *args[tensors:])
+
+    def call(self, backend: ModuleType, args: Sequence[Any], signature: Any) -> _Call:
+        """How to run on these arguments. They are checked, unless earlier ones had the same signature."""
+        call = self.calls.get(signature)
+        if call is None:
+            call = _Call(self, args, backend)
+            if signature is not None:
+                if len(self.calls) >= _MOST_CALLS:
+                    self.calls.clear()
+                self.calls[signature] = call
+        return call
+
+    def _run(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
+        return self._returned(args, _Call(self, args)(args))
+
+    def _allocate(self, *args: Any) -> Tensor | tuple[Tensor, ...]:
+        return self._returned(args, [None if x is None else x[1](args[x[0]]) for x in self.check(*args)])
+
+    def _returned(self, args: Sequence[Any], out: Sequence[Tensor | None]) -> Tensor | tuple[Tensor, ...]:
+        # A tensor without elements stands for a gradient that is not wanted.
+        tensors = tuple([args[0].new_empty(0) if x is None else x for x in out])
+        return tensors if self._several else tensors[0]
 
 
-def _optional_weight(schema: Any) -> int | None:
-    """The position of a weight that may be None, because the first argument is votes then; None if there is none."""
-    for position, a in enumerate(schema.arguments):
-        if a.name == "weight" and str(a.type) == "Optional[Tensor]":
-            return position
-    return None
+_operators: list[_Operator] = []
 
 
-def _asked_for(name: str, weight: int | None, args: Sequence[Any]) -> str:
-    """What a backend is asked for to run the operator `name`; weight: as `_optional_weight` says."""
-    return name if weight is None or args[weight] is not None else backends.of_votes(name)
+def forget_calls() -> None:
+    """Check arguments and choose backends anew from now on: for tests that change which backends can run."""
+    for operator in _operators:
+        operator.calls.clear()
+
+
+class _Call:
+    """How to run an operator on arguments of one signature, which are checked here.
+
+    Args:
+        backend: where; by default `backends.compiled` decides.
+
+    Attributes:
+        choice: as in `backends.remember`.
+        notes: what the backend has worked out from the signature; see `extension.run`.
+    """
+
+    def __init__(self, operator: _Operator, args: Sequence[Any], backend: ModuleType | None = None) -> None:
+        self.operator, self.allocate = operator, operator.check(*args)
+        name, first = operator.asked_for(args), args[0]
+        self.backend = backend or backends.compiled(name, first)
+        self.choice = (name, first.device, first.dtype, self.backend)
+        self.notes: dict[str, Any] = {}
+
+    def __call__(self, args: Sequence[Any]) -> list[Tensor | None]:
+        """Run it; the outputs, None for a gradient that is not wanted."""
+        operator = self.operator
+        out = [None if x is None else x[1](args[x[0]]) for x in self.allocate]
+        self.backend.run(operator.name, operator.names, (*out, *args[: operator.count]), self.notes)
+        return out
+
+
+def _empty(shape: Sequence[int], dtype: torch.dtype) -> Allocate:
+    sizes = tuple(shape)  # with torch.Size, new_empty takes longer
+    return 0, lambda x: x.new_empty(sizes, dtype=dtype)
 
 
 def float32(x: Tensor) -> torch.autocast:
@@ -131,7 +202,7 @@ class Differentiable:
         flops: counts the floating-point operations of name, from its arguments, with shapes in place of tensors; see
             `_flops`.
         gradient_flops: the same for name_backward.
-        empty_gradient: allocates the gradient of an argument.
+        empty_gradient: from an argument, the function that allocates gradients of arguments like it.
     """
 
     def __init__(
@@ -145,24 +216,22 @@ class Differentiable:
         flops: Formula,
         gradient_flops: Formula,
         other_axes: Sequence[Axes] = (),
-        empty_gradient: Callable[[Tensor], Tensor] = memory.empty_like,
+        empty_gradient: Callable[[Tensor], Callable[[Tensor], Tensor]] = memory.allocator,
     ) -> None:
         self.name, self.check, self.results = schema[: schema.index("(")], outputs, results
         name = self.name
 
-        def allocate(*args: Any) -> tuple[Tensor, ...]:
-            first: Tensor = args[0]
-            return tuple([first.new_empty(shape, dtype=dtype) for _, shape, dtype in outputs(name, *args)])
+        def check(*args: Any) -> list[Allocate | None]:
+            return [_empty(shape, dtype) for _, shape, dtype in outputs(name, *args)]
 
-        self.operator = _define(schema, allocate)
-        arguments = self.operator._schema.arguments
+        self.operator = operator = _Operator(schema, check)
+        arguments = operator.overload._schema.arguments
         tensors = [a for a in arguments if "Tensor" in str(a.type)]
         # settle(*tensors) checks that they are tensors, or None where that is allowed, and applies the autocast rule.
         names = " ".join(a.name if str(a.type) == "Tensor" else f"{a.name}?" for a in tensors)
         self.settle = partial(settle, name, names)
-        self.weight = _optional_weight(self.operator._schema)
 
-        def allocate_gradients(*args: Any) -> tuple[Tensor, ...]:
+        def check_gradient(*args: Any) -> list[Allocate | None]:
             op, given, wanted = f"{name}_backward", args[count:], [True]
             if gradients > 1:
                 *given, wanted = given  # type: ignore[assignment]
@@ -176,25 +245,20 @@ class Differentiable:
                     fail(op, f"{received[i]} is {found}; expected {dtype} on {first.device}, {torch.strided}")
             if len(wanted) != gradients:
                 fail(op, f"wanted has {len(wanted)} values; expected {gradients}, one for each gradient")
-            out = []
             for i, want in enumerate(wanted):
                 if want and given[i] is None:
                     fail(op, f"{tensors[i].name} is None; expected a tensor, because wanted asks for its gradient")
-                # A tensor without elements stands for a gradient that is not wanted.
-                out.append(empty_gradient(given[i]) if want else first.new_empty(0))
-            return tuple(out)
+            return [(count + i, empty_gradient(given[i])) if want else None for i, want in enumerate(wanted)]
 
-        gradient = _define(gradient_schema, allocate_gradients)
-        count, gradients = len(self.operator._schema.returns), len(gradient._schema.returns)
-        received = [a.name for a in gradient._schema.arguments[:count]]
-        self.autograd_kernel = _register_gradient(self.operator, gradient, len(tensors), results)
-        _register_batch_rule(self.operator, batch)
-        _register_batch_rule(gradient, batch)
+        gradient = _Operator(gradient_schema, check_gradient)
+        count, gradients = len(operator.overload._schema.returns), len(gradient.overload._schema.returns)
+        received = [a.name for a in gradient.overload._schema.arguments[:count]]
+        self.autograd_kernel = _register_gradient(operator, gradient, len(tensors), results)
         axes = None if batch is None else (batch, *other_axes)
-        declare_sharding(self.operator, axes)
-        declare_sharding(gradient, axes)
-        register_flops(self.operator.overloadpacket, flops)
-        register_flops(gradient.overloadpacket, gradient_flops)
+        for overload, formula in ((operator.overload, flops), (gradient.overload, gradient_flops)):
+            _register_batch_rule(overload, batch)
+            declare_sharding(overload, axes)
+            register_flops(overload.overloadpacket, formula)
 
     def __call__(self, *args: Any) -> Any:
         """Run the operator on its backend; args: all of its arguments, the tensors settled.
@@ -202,8 +266,20 @@ class Differentiable:
         Returns:
             The results, without what is saved for backward: a tensor, or a tuple if there are several.
         """
+        if torch.compiler.is_compiling() or _observed(args):
+            out = self._choose_and_run(args, True)
+        else:
+            signature = self.operator.signature(backends.forced(), args)
+            call = self.operator.calls.get(signature)
+            out = self._choose_and_run(args, False, signature) if call is None else self.autograd_kernel(call, *args)
+        if isinstance(out, Tensor):
+            return out
+        return out[0] if self.results == 1 else tuple(out[: self.results])
+
+    def _choose_and_run(self, args: Sequence[Any], observed: bool, signature: Any = None) -> Any:
+        """Choose a backend and run there. Where the call is not observed, remember both under the signature."""
         first: Tensor = args[0]
-        name = _asked_for(self.name, self.weight, args)
+        name = self.operator.asked_for(args)
         compiling = torch.compiler.is_compiling()
         if is_tracing() or (compiling and torch.onnx.is_in_onnx_export()):
             backend = "reference"  # the graph is for programs without these operators: TorchScript and ONNX
@@ -214,70 +290,72 @@ class Differentiable:
             with float32(first):
                 return getattr(reference, self.name)(*args)
         if compiling or torch._C._are_functorch_transforms_active():
-            out = self.operator(*args)  # a tracer or a transform has to see the operator
-        else:
-            # The short way to the autograd kernel, which remembers the backend for the gradient.
-            choice = None if backend == "meta" else (name, first.device, first.dtype, backends.COMPILED[backend])
-            outer = backends.remember(choice)
-            try:
-                out = self.autograd_kernel(None, *args)
-            finally:
-                backends.remember(outer)
-        if isinstance(out, Tensor):
-            return out
-        return out[0] if self.results == 1 else tuple(out[: self.results])
+            return self.operator.overload(*args)  # a tracer or a transform has to see the operator
+        if not observed:
+            return self.autograd_kernel(self.operator.call(backends.COMPILED[backend], args, signature), *args)
+        choice = None if backend == "meta" else (name, first.device, first.dtype, backends.COMPILED[backend])
+        outer = backends.remember(choice)  # also for the gradient
+        try:
+            return self.autograd_kernel(None, *args)
+        finally:
+            backends.remember(outer)
 
 
 # ---- autograd ------------------------------------------------------------------------------------
 
 
-def _name(operator: Any) -> str:
-    return operator._schema.name.removeprefix("capsops::")
-
-
-def _register_gradient(operator: Any, gradient: Any, tensors: int, results: int) -> Callable[..., Any]:
+def _register_gradient(operator: _Operator, gradient: _Operator, tensors: int, results: int) -> Callable[..., Any]:
     """Give an operator whose first arguments are `tensors` tensors its gradient; return its autograd kernel."""
-    name = _name(operator)
-    gradients = len(gradient._schema.returns)
-    no_gradients = [None] * (len(operator._schema.arguments) - gradients)
+    name = operator.name
+    gradients = len(gradient.overload._schema.returns)
+    no_gradients = [None] * (len(operator.overload._schema.arguments) - gradients)
 
-    def save(ctx: Any, args: Sequence[Any], out: Any) -> None:
-        outputs = out if isinstance(out, tuple) else (out,)
+    def save(ctx: Any, way: Any, args: Sequence[Any], out: Any) -> Any:
+        outputs = (out,) if isinstance(out, Tensor) else out
         state = outputs[results:]
-        ctx.mark_non_differentiable(*state)
         ctx.set_materialize_grads(False)  # otherwise the state, which may be large, gets a gradient of zeros
         ctx.save_for_backward(*state, *args[:tensors])
-        ctx.options = args[tensors:]
-        ctx.choice = backends.remembered()
+        ctx.options, ctx.way = args[tensors:], way
         if results > 1:
             ctx.shapes = [x.shape for x in outputs[:results]]
+        if type(way) is _Call:
+            return outputs[0] if results == 1 else tuple(outputs[:results])  # users do not get the state
+        ctx.choice = backends.remembered()
+        ctx.mark_non_differentiable(*state)
+        return out
 
-    def backward(ctx: Any, wanted: list[bool], *g: Tensor | None) -> Sequence[Tensor | None]:
+    def backward(ctx: Any, wanted: Sequence[bool], *g: Tensor | None) -> Sequence[Tensor | None]:
         g = g[:results]
-        if None in [x if x is None else 0 for x in g]:
-            some = next((x for x in g if x is not None), None)
-            if some is None:
+        there = [x for x in g if x is not None]
+        if len(there) < results:
+            if not there:
                 return [None] * len(wanted)
+            some = there[0]
             g = tuple([some.new_zeros(shape) if x is None else x for x, shape in zip(g, ctx.shapes, strict=True)])
         wanted = wanted[:gradients]
         last = (wanted,) if gradients > 1 else ()
         args = (*g, *ctx.saved_tensors, *ctx.options, *last)
         if forward_ad._current_level >= 0:
-            _refuse_tangents(f"{name}_backward", args)
-        outer = backends.remember(ctx.choice)
+            _refuse_tangents(gradient.name, args)
+        way = ctx.way
+        short = type(way) is _Call
+        if short and not torch.is_grad_enabled() and not _observed(args):
+            call = gradient.call(way.backend, args, gradient.signature(way.backend, args))
+            return (*call(args), *no_gradients)
+        outer = backends.remember(way.choice if short else ctx.choice)
         try:
             # With create_graph the gradient's own autograd kernel is called too: it refuses to be differentiated.
-            found = gradient(*args) if torch.is_grad_enabled() else _call_below_autograd(gradient, None, args)
+            found = gradient.overload(*args) if torch.is_grad_enabled() else _call_below_autograd(gradient, None, args)
         finally:
             backends.remember(outer)
         if gradients == 1:
             return (found, *no_gradients)
         return (*[x if want else None for want, x in zip(wanted, found, strict=True)], *no_gradients)
 
-    def save_nothing(ctx: Any, args: Sequence[Any], out: Any) -> None:
-        pass
+    def save_nothing(ctx: Any, way: Any, args: Sequence[Any], out: Any) -> Any:
+        return out
 
-    def refuse_second_derivative(ctx: Any, wanted: list[bool], *g: Tensor | None) -> NoReturn:
+    def refuse_second_derivative(ctx: Any, wanted: Sequence[bool], *g: Tensor | None) -> NoReturn:
         raise RuntimeError(
             f"capsops.{name}: the compiled kernels cannot be differentiated twice (create_graph, hessian, grad of "
             f"grad); {_USE_REFERENCE}"
@@ -287,62 +365,68 @@ def _register_gradient(operator: Any, gradient: Any, tensors: int, results: int)
     return _register_autograd(operator, save, backward)
 
 
-def _call_below_autograd(operator: Any, keys: Any, args: Sequence[Any]) -> Any:
-    """Call an operator; keys are the dispatch keys with which its autograd kernel was called, None outside of one."""
+def _call_below_autograd(operator: _Operator, way: Any, args: Sequence[Any]) -> Any:
+    """Call an operator without its autograd kernel.
+
+    Args:
+        way: a `_Call` to run; or the dispatch keys with which the autograd kernel was called; or None, to enter the
+            dispatcher anew.
+    """
+    if type(way) is _Call:
+        return way(args)
+    register_shardings()  # the tensors may be DTensors
     with torch._C._AutoDispatchBelowAutograd():
-        if keys is None and not _observed(args):
-            return _backend_kernels[operator](*args)
-        register_shardings()  # the tensors may be DTensors
-        return operator(*args) if keys is None else operator.redispatch(keys & torch._C._after_autograd_keyset, *args)
+        if way is None:
+            return operator.overload(*args)
+        return operator.overload.redispatch(way & torch._C._after_autograd_keyset, *args)
 
 
-_ORDINARY = (Tensor, Parameter)
+# Types of arguments of which nothing besides autograd has to know.
+_ORDINARY = frozenset((Tensor, Parameter, type(None), bool, int, float, str, list, tuple))
 
 
 def _observed(args: Sequence[Any]) -> bool:
-    """Whether something besides autograd has to see the call of an operator: a transform, a mode or the profiler, or
-    a subclass of Tensor (a fake tensor, for example)."""
-    if (
-        torch._C._are_functorch_transforms_active()
-        or torch._C._len_torch_dispatch_stack()
+    """Whether something besides autograd has to see the call of an operator: a transform, a mode, a tracer or the
+    profiler, or a subclass of Tensor (a fake tensor, for example)."""
+    return (
+        not _ORDINARY.issuperset(map(type, args))
+        or args[0].is_meta
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._is_torch_function_mode_enabled()
         or torch._C._autograd._profiler_enabled()
-    ):
-        return True
-    for x in args:
-        if isinstance(x, Tensor) and type(x) not in _ORDINARY:
-            return True
-    return args[0].device.type == "meta"
+        or torch._C._is_tracing()
+    )
 
 
 def _register_autograd(
-    operator: Any,
-    save: Callable[[Any, Sequence[Any], Any], None],
+    operator: _Operator,
+    save: Callable[[Any, Any, Sequence[Any], Any], Any],
     backward: Callable[..., Sequence[Tensor | None]],
 ) -> Callable[..., Any]:
     """Register an autograd kernel.
 
     Args:
-        save: `save(ctx, arguments, outputs)`, called after forward.
+        save: `save(ctx, way, arguments, outputs)`, called after forward; returns what the call returns.
         backward: `backward(ctx, which arguments want a gradient, *gradients of the outputs)`.
 
     Returns:
-        The autograd kernel, `call(keys, *args)`; keys as in `_call_below_autograd`.
+        The autograd kernel, `call(way, *args)`; way as in `_call_below_autograd`. With a `_Call` it returns the results
+        alone where it records a node, and otherwise all outputs.
     """
-    name = _name(operator)
+    name = operator.name
 
-    def forward(ctx: Any, keys: Any, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
+    def forward(ctx: Any, way: Any, *args: Any) -> Any:
+        if type(way) is not _Call and torch._C._are_functorch_transforms_active():
             # A Function switches gradients off inside, but the outer transforms have yet to see this call.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
-                out = _call_below_autograd(operator, keys, args)
+                out = _call_below_autograd(operator, way, args)
         else:
-            out = _call_below_autograd(operator, keys, args)
-        save(ctx, args, out)
-        return out
+            out = _call_below_autograd(operator, way, args)
+        return save(ctx, way, args, out)
 
     def node_backward(ctx: Any, *g: Tensor | None) -> tuple[Tensor | None, ...]:
-        return (None, *backward(ctx, list(ctx.needs_input_grad[1:]), *g))
+        return (None, *backward(ctx, ctx.needs_input_grad[1:], *g))
 
     title = "".join([word.title() for word in name.split("_")])  # autograd appends "Backward" to the node's name
     methods = {"forward": staticmethod(forward), "backward": staticmethod(node_backward)}
@@ -351,15 +435,15 @@ def _register_autograd(
     # from inside the dispatcher.
     record = super(Function, node).apply
 
-    def call(keys: Any, *args: Any) -> Any:
+    def call(way: Any, *args: Any) -> Any:
         if forward_ad._current_level >= 0:
             _refuse_tangents(name, args)
         if not torch.is_grad_enabled() or not torch._C._any_requires_grad(*args):
-            return _call_below_autograd(operator, keys, args)
+            return _call_below_autograd(operator, way, args)
         if not torch._C._are_functorch_transforms_active():
-            return record(keys, *args)
+            return record(way, *args)
         with enable_single_level_autograd_function():
-            return record(keys, *args)
+            return record(way, *args)
 
     _LIBRARY.impl(name, call, "Autograd", with_keyset=True)
     return call

@@ -174,7 +174,7 @@ def em_routing(
     return _em_routing(*tensors, temperatures)
 
 
-def inverse_temperatures(op: str, inverse_temperature: float | Sequence[float], iterations: int) -> list[float]:
+def inverse_temperatures(op: str, inverse_temperature: float | Sequence[float], iterations: int) -> tuple[float, ...]:
     """λ of every iteration: the numbers given, or for one number f the schedule f (1 − 0.95^(t+1)).
 
     Raises:
@@ -194,7 +194,7 @@ def inverse_temperatures(op: str, inverse_temperature: float | Sequence[float], 
         check_number(op, name, value)
         if value < 0:
             fail(op, f"{name} is {inverse_temperature!r}; expected nothing below 0")
-    return [float(value) for value in values]
+    return tuple([float(value) for value in values])
 
 
 def _renormalised(activation: Tensor) -> Tensor:

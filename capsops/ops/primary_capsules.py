@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -25,10 +28,10 @@ def _outputs(op: str, features: Tensor, types: int, legacy: bool, kind: str) -> 
     return [("B, N, K", (B, types * height * width, C // types), features.dtype)]
 
 
-def _empty_like(features: Tensor) -> Tensor:
+def _allocator(features: Tensor) -> Callable[[Tensor], Tensor]:
     """In the memory format of the features: the convolution before them wants its gradient in that of its output."""
     last = not features.is_contiguous() and features.is_contiguous(memory_format=torch.channels_last)
-    return torch.empty_like(features, memory_format=torch.channels_last if last else torch.contiguous_format)
+    return partial(torch.empty_like, memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 _primary_capsules = Differentiable(
@@ -38,7 +41,7 @@ _primary_capsules = Differentiable(
     batch={"features": 0, "u": 0},
     flops=elementwise,
     gradient_flops=elementwise,
-    empty_gradient=_empty_like,
+    empty_gradient=_allocator,
 )
 
 

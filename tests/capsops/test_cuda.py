@@ -116,7 +116,7 @@ def test_without_any_backend_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def _on_gpu(*tensors: torch.Tensor) -> list[Any]:
     """Stand-ins with the attributes that a call reads, as if the tensors were on a GPU."""
-    return [SimpleNamespace(device=DEVICE, shape=x.shape, dtype=x.dtype) for x in tensors]
+    return [SimpleNamespace(device=DEVICE, is_cpu=False, shape=x.shape, dtype=x.dtype) for x in tensors]
 
 
 @pytest.fixture

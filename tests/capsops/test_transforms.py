@@ -52,7 +52,7 @@ def _counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of the kernels that run inside, in order."""
     calls: list[str] = []
     run = extension.call_kernel
-    monkeypatch.setattr(extension, "call_kernel", lambda op, *args: (calls.append(op), run(op, *args))[1])
+    monkeypatch.setattr(extension, "call_kernel", lambda op, *args, **kw: (calls.append(op), run(op, *args, **kw))[1])
     yield calls
     monkeypatch.undo()
 

@@ -81,7 +81,7 @@ def _has(op: str) -> bool:
     return forward in globals() and f"{forward}_backward" in globals()
 
 
-def run(op: str, names: Sequence[str], values: Sequence[Any]) -> None:
+def run(op: str, names: Sequence[str], values: Sequence[Any], notes: dict[str, Any]) -> None:
     """Run an operator: fill its outputs; see `extension.run`."""
     globals()[op](**dict(zip(names, values, strict=True)))
 
