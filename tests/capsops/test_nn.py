@@ -10,6 +10,7 @@ import torch
 
 import capsops
 from capsops import nn
+from capsops.nn.capsules import initial_deviation
 
 
 @pytest.mark.parametrize("routing", nn.ROUTINGS)
@@ -157,7 +158,7 @@ def test_few_output_capsules_start_as_before(size: tuple[int, int, int, int]) ->
     for routing in nn.ROUTINGS:
         if (routing, J) != ("self-attention", 10):
             layer = nn.CapsuleLayer(*size, routing, device="meta")
-            assert nn._initial_deviation(layer) == J / math.sqrt(N * D)
+            assert initial_deviation(layer) == J / math.sqrt(N * D)
 
 
 @pytest.mark.parametrize("routing", nn.ROUTINGS)

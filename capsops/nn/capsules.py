@@ -1,0 +1,263 @@
+"""Capsules whose input capsules are all connected to all output capsules: routing by agreement and its kin."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from .. import functional
+from ..ops._checks import check_axis, check_choice, check_flag, check_floating, check_votes, fail, of_every_item
+from ..ops._declare import settle
+from .layer import Matrices
+
+ROUTINGS = ("attention", "dynamic", "uniform", "self-attention")
+
+# Bounds that keep the couplings of the first step soft; see `CapsuleLayer.reset_parameters`.
+_LOGIT_DEVIATION, _GROWTH = 1.5, 1.5
+
+
+class CapsuleLayer(Matrices):
+    """Affine votes and routing from every input capsule to every output capsule, without holding the votes.
+
+    Args:
+        in_capsules: N.
+        in_dim: K.
+        out_capsules: J.
+        out_dim: D.
+        routing: "attention" (CardioCaps, eq. 4), "dynamic" (Sabour et al. 2017), "uniform" (all couplings equal) or
+            "self-attention" (Mazzia et al. 2021). `EMCapsules` has EM routing.
+        iterations: of dynamic routing.
+        bias: for attention the bias of the 1×1 convolution; for self-attention the prior [N, J] of the couplings;
+            otherwise a bias [J, D] inside the squash.
+        leaky: for dynamic routing only; see `capsops.dynamic_routing`.
+        detach: for dynamic routing only; see `capsops.dynamic_routing`.
+        axis: for dynamic routing only: "output" or "input"; see `capsops.dynamic_routing`.
+        logits: for dynamic routing only: learn initial logits [N, J], which begin at 0; see `capsops.dynamic_routing`.
+        shared: use one matrix [K, J, D] for all input capsules; N may then vary from call to call. Self-attention
+            routing then has no prior, so bias must be False; and no logits are learned.
+        device: of the parameters.
+        dtype: of the parameters.
+
+    Attributes:
+        weight: parameter [N, K, J, D], or [K, J, D] if shared.
+        attn_weight: parameter [J, J] of attention routing; otherwise None.
+        attn_bias: parameter [J] of attention routing with a bias; otherwise None.
+        prior: parameter [N, J] of self-attention routing with a bias; otherwise None.
+        bias: parameter [J, D] of dynamic and uniform routing with a bias; otherwise None.
+        logits: parameter [N, J] of dynamic routing with logits; otherwise None.
+
+    Shape: u [B, N, K] (and mask, bool [B, N]) -> v [B, J, D]. Dynamic routing also takes logits [N, J], [1, N, J] or
+    [B, N, J], to which the parameter is added.
+
+    Raises:
+        TypeError: an input is not a tensor.
+        ValueError: wrong sizes, an unknown routing, options that do not belong to it; an input of a wrong shape, dtype
+            or device.
+        MemoryError: no memory for the workspace.
+    """
+
+    def __init__(
+        self,
+        in_capsules: int,
+        in_dim: int,
+        out_capsules: int,
+        out_dim: int,
+        routing: str = "attention",
+        *,
+        iterations: int = 3,
+        bias: bool = True,
+        leaky: bool = False,
+        detach: bool = False,
+        axis: str = "output",
+        logits: bool = False,
+        shared: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        _layer: str = "CapsuleLayer",
+    ) -> None:
+        super().__init__(_layer, in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype)
+        check_choice(_layer, "routing", routing, ROUTINGS)
+        check_flag(_layer, "bias", bias)
+        for name, flag in (("leaky", leaky), ("detach", detach), ("logits", logits)):
+            check_flag(_layer, name, flag)
+            if flag and routing != "dynamic":
+                fail(_layer, f"{name} is True; expected False, because routing is {routing!r} and not 'dynamic'")
+        if shared and bias and routing == "self-attention":
+            fail(
+                _layer,
+                "bias is True; expected False, because shared matrices take any number of capsules and the prior of "
+                "routing 'self-attention' does not",
+            )
+        check_axis(_layer, axis, leaky)
+        if axis == "input" and routing != "dynamic":
+            fail(_layer, f"axis is 'input'; expected 'output', because routing is {routing!r} and not 'dynamic'")
+        if logits and (shared or detach):
+            reason = (
+                "shared matrices take any number of capsules" if shared else "with detach they would get no gradient"
+            )
+            fail(_layer, f"logits is True; expected False, because {reason}")
+        self.routing, self.iterations = routing, 1 if routing == "uniform" else iterations
+        self.leaky, self.detach, self.axis = leaky, detach, axis
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
+
+        attention, self_attention = routing == "attention", routing == "self-attention"
+        self.attn_weight = parameter(out_capsules, out_capsules) if attention else None
+        self.attn_bias = parameter(out_capsules) if attention and bias else None
+        self.prior = parameter(in_capsules, out_capsules) if self_attention and bias else None
+        self.bias = parameter(out_capsules, out_dim) if bias and not (attention or self_attention) else None
+        self.logits = parameter(in_capsules, out_capsules) if logits else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the matrices so that couplings start soft, and output capsules neither vanish nor saturate.
+
+        The weights are normal with standard deviation σ, for input capsules of length up to 1 in random directions:
+
+            σ = n J / √(N D)        n is then the length of s where all couplings are 1 / J
+
+        The squash is steepest at n = 1, which uniform routing always uses. But then votes have the length J / √N, and
+        with many output capsules the softmax of their logits selects a single one: the others get no votes and no
+        gradient. So the other routings use a smaller n where necessary:
+
+        * dynamic, R iterations. After t iterations V is about t f s, with f = n / (1 + n²). While the logits û·V are
+          small, the next iteration makes s longer by the factor 1 + t g with g = f σ² M / J. (Σ_i û_i û_iᵀ is σ² M
+          along s. M = N + D if each input capsule has its own matrix. Votes of a shared matrix lie in K dimensions, and
+          M = N + D + N D / K.) Over all iterations s grows by the exponent g R (R − 1) / 2. It is limited to
+          1.5 / √ln J, because the largest of J logits decides, and that lies √(2 ln J) standard deviations above their
+          mean. So n solves
+              n³ / (1 + n²) = 3 N D / (M J R (R − 1) √ln J), and is 1 where the right side is above 1/2
+          (for R = 3, D = 16 and N ≫ D: J ≤ 10).
+        * self-attention. T = J s is not squashed; g = σ² M / √D is limited to 1.5 / √ln J.
+        * attention. The logits have the standard deviation σ / √3, which is limited to 1.5. With a shared matrix a
+          logit covaries with the vote that it weighs, in the same way for all input capsules, and s² grows by the
+          factor 1 + N σ² / (3 K). The product of this factor and n² is limited to 2.
+
+        With the softmax over the input capsules (axis "input") equal couplings are 1 / N, and N takes the place of J in
+        these rules. Couplings then start nearly equal, and the output capsules of many input capsules short: 0.04 for
+        N = 1,152 and three iterations.
+
+        With the softmax over the output capsules, for J from 2 to 1,000, N from 16 to 100,000 and lengths of the input
+        capsules from 0.3 to 1, the mean of the largest coupling is then below 0.3 (below 0.6 for two output capsules).
+        The median length of v is below 0.95 and above 1e-4 (above 1e-3 for input capsules of length 1). With a shared
+        matrix, input capsules that all point in one direction give an s that is up to √N times as long.
+
+        The 1×1 convolution starts as `torch.nn.Conv2d` does, bias, logits and prior at 0 (the prior as in Mazzia et al.
+        2021).
+        """
+        nn.init.normal_(self.weight, std=initial_deviation(self))
+        bound = 1 / math.sqrt(self.out_capsules)
+        for convolution in (self.attn_weight, self.attn_bias):
+            if convolution is not None:
+                nn.init.uniform_(convolution, -bound, bound)
+        for start in (self.bias, self.logits, self.prior):
+            if start is not None:
+                nn.init.zeros_(start)
+
+    def forward(self, u: Tensor, mask: Tensor | None = None, logits: Tensor | None = None) -> Tensor:
+        def route() -> Tensor:
+            if self.routing == "self-attention":
+                return functional.self_attention_routing(u, self.weight, self.prior, mask=mask)
+            if self.attn_weight is not None:
+                return functional.attention_routing(u, self.weight, self.attn_weight, self.attn_bias, mask=mask)
+            return functional.dynamic_routing(
+                u,
+                self.weight,
+                self.iterations,
+                logits=self._with_parameter(logits),
+                axis=self.axis,
+                bias=self.bias,
+                leaky=self.leaky,
+                detach=self.detach,
+                mask=mask,
+            )
+
+        self._check_takes_logits(logits)
+        return self._call(route, u, mask, logits)
+
+    def coupling_coefficients(self, u: Tensor, mask: Tensor | None = None, logits: Tensor | None = None) -> Tensor:
+        """c [B, N, J] (attention: [B, N, J, D]) for these input capsules; see `capsops.coupling_coefficients`."""
+
+        def explain() -> Tensor:
+            return functional.coupling_coefficients(
+                self.routing,
+                u,
+                self.weight,
+                self.attn_weight,
+                self.attn_bias,
+                iterations=self.iterations,
+                bias=self.bias,
+                leaky=self.leaky,
+                prior=self.prior,
+                logits=self._with_parameter(logits),
+                axis=self.axis,
+                mask=mask,
+            )
+
+        self._check_takes_logits(logits)
+        return self._call(explain, u, mask, logits)
+
+    def _with_parameter(self, logits: Tensor | None) -> Tensor | None:
+        """The given logits plus those that the layer learns."""
+        if self.logits is None:
+            return logits
+        return self.logits if logits is None else self.logits + logits
+
+    def _check_takes_logits(self, logits: Tensor | None) -> None:
+        if logits is not None and self.routing != "dynamic":
+            fail(self._layer, f"logits are given; expected None, because routing is {self.routing!r} and not 'dynamic'")
+
+    def _refuse(self, u: Tensor, mask: Tensor | None, logits: Tensor | None) -> None:
+        layer = self._layer
+        u, weight, mask, logits = settle(layer, "u weight mask? logits?", u, self.weight, mask, logits)
+        self._check_capsules("u", u, "[B, N, K]")
+        check_floating(layer, "u weight", u, weight)
+        check_votes(layer, u, weight, mask)
+        if logits is not None:
+            of_every_item(layer, logits, u, weight)
+
+    def extra_repr(self) -> str:
+        parts = [
+            f"in_capsules={self.in_capsules}, in_dim={self.in_dim}",
+            f"out_capsules={self.out_capsules}, out_dim={self.out_dim}, routing={self.routing!r}",
+        ]
+        if self.routing == "dynamic":
+            parts.append(f"iterations={self.iterations}, leaky={self.leaky}, detach={self.detach}")
+        if self.axis == "input":
+            parts.append("axis='input'")
+        if self.attn_bias is None and self.bias is None and self.prior is None:
+            parts.append("bias=False")
+        if self.logits is not None:
+            parts.append("logits=True")
+        if self.shared:
+            parts.append("shared=True")
+        return ", ".join(parts)
+
+
+def initial_deviation(layer: CapsuleLayer) -> float:
+    """The σ of the matrices that `CapsuleLayer.reset_parameters` derives."""
+    N, K, J, D = layer.in_capsules, layer.in_dim, layer.out_capsules, layer.out_dim
+    steps = layer.iterations * (layer.iterations - 1) / 2
+    rivals = N if layer.axis == "input" else J  # capsules over which the couplings add up to 1
+    unit = rivals / math.sqrt(N * D)  # gives s the length 1
+    if layer.routing == "attention":
+        most = _LOGIT_DEVIATION * math.sqrt(3)
+        if layer.shared:
+            q = N / (3 * K)
+            most = min(most, math.sqrt((math.sqrt(1 + 8 * q / (N * D) * J**2) - 1) / (2 * q)))
+        return min(unit, most)
+    if rivals == 1 or layer.routing == "uniform" or (layer.routing == "dynamic" and steps == 0):
+        return unit
+    M = N + D + (N * D / K if layer.shared else 0)
+    growth = _GROWTH / math.sqrt(math.log(rivals))
+    if layer.routing == "self-attention":
+        return min(unit, math.sqrt(growth * math.sqrt(D) / M))
+    wanted = growth * N * D / (M * rivals * steps)
+    low, high = 0.0, 1.0
+    while wanted < 0.5 and high - low > 1e-9:  # n³ / (1 + n²) grows with n
+        n = (low + high) / 2
+        low, high = (n, high) if n**3 / (1 + n**2) < wanted else (low, n)
+    return high * unit
