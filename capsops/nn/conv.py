@@ -3,53 +3,71 @@
 from __future__ import annotations
 
 import inspect
+import math
+from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..functional import float32
+from ..ops import em
 from ..ops._checks import check_at_least, check_choice, check_floating, check_tensors, fail
 from ..ops._declare import settle
 from .capsules import ROUTINGS, CapsuleLayer
 from .em import EMCapsules
-from .grid import check_window
+from .em_over_positions import em_over_positions
+from .grid import AXES, Sizes, Windows
 from .layer import Layer
 
 
 class ConvCapsules(Layer):
     """Capsules on a grid, routed from local receptive fields with matrices that all positions share.
 
-    As in the convolutional capsule layers of Hinton et al. 2018, an output position routes the capsules of the
-    kernel_size × kernel_size window below it, N = kernel_size² · in_types of them. Positions in the padding hold no
-    capsule: they are left out of the routing instead of being capsules of pose 0.
+    As in the convolutional capsule layers of Hinton et al. 2018, an output position routes the capsules of the window
+    below it, N = places of the kernel · in_types of them. Positions in the padding hold no capsule: they are left out
+    of the routing instead of being capsules of pose 0.
 
-    Every position is an item of the batch of an ordinary routing. So the votes are never held, but the poses of the
-    receptive fields are: (kernel_size / stride)² copies of the input.
+    With EM routing windows that overlap compete, as in the paper: each input capsule divides itself among the output
+    capsules of all positions whose windows contain it. With competition "window", and in the other routings, it divides
+    itself anew at each position, as if the position were alone.
+
+    Where positions are alone, or no windows overlap, every position is an item of the batch of an ordinary routing. So
+    the votes are never held, but the poses of the receptive fields are: (kernel_size / stride)² copies of the input.
+    Competition over positions runs in plain PyTorch on every device. It holds the votes of one place of the kernel at a
+    time, 1 / kernel_size² of all; and for the gradient, from every iteration but the first, a number for each vote.
 
     Args:
         in_types: the number of capsule types at a position.
         in_dim: K.
         out_types: J.
         out_dim: D.
-        kernel_size: of the receptive fields, in both directions.
-        stride: between receptive fields, in both directions.
+        kernel_size: of the receptive fields; as the next two an integer, or a tuple with one for each axis of the grid.
+        stride: between receptive fields.
         padding: of the grid, at all edges.
         routing: one of `CapsuleLayer`, or "em".
+        dilation: between the positions that a receptive field takes, as in `torch.nn.Conv2d`.
+        dims: of the grid: 1, 2 or 3.
+        competition: for EM routing only, "positions" (the default) or "window".
         options: further keyword arguments of the layer that routes: `CapsuleLayer` or, for "em", `EMCapsules`.
 
     Attributes:
         capsules: the layer that routes. Its input capsules run over the rows of the window, then the columns, then the
             types.
 
-    Shape: u [B, in_types, H, W, K] -> v [B, out_types, H', W', D] with H' = (H + 2 padding − kernel_size) // stride + 1
-    and W' alike. EM: pose [B, in_types, H, W, K] or [B, in_types, H, W, P, K] and activation [B, in_types, H, W] ->
-    pose [B, out_types, H', W', D] or [B, out_types, H', W', P, D] and activation [B, out_types, H', W']. With a mask,
-    bool [B, in_types, H, W], True where there is a capsule.
+    Shape: u [B, in_types, H, W, K] -> v [B, out_types, H', W', D] with
+    H' = (H + 2 padding − dilation (kernel_size − 1) − 1) // stride + 1 and W' alike. EM: pose [B, in_types, H, W, K] or
+    [B, in_types, H, W, P, K] and activation [B, in_types, H, W] -> pose [B, out_types, H', W', D] or
+    [B, out_types, H', W', P, D] and activation [B, out_types, H', W']. With a mask, bool [B, in_types, H, W], True
+    where there is a capsule. A grid of one dimension has W, one of three L, H, W in place of H, W.
+
+    There are no groups: layers side by side, each with its part of the types, compute the same.
 
     Raises:
         TypeError: an input is not a tensor, or the routing does not have an option.
-        ValueError: wrong sizes, an unknown routing; an input of a wrong shape, dtype or device, or smaller than a
-            window.
+        ValueError: wrong sizes, an unknown routing or competition; an input of a wrong shape, dtype or device, or
+            smaller than a window.
         MemoryError: no memory for the workspace.
     """
 
@@ -59,99 +77,116 @@ class ConvCapsules(Layer):
         in_dim: int,
         out_types: int,
         out_dim: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        padding: int = 0,
+        kernel_size: Sizes = 3,
+        stride: Sizes = 1,
+        padding: Sizes = 0,
         routing: str = "dynamic",
+        *,
+        dilation: Sizes = 1,
+        dims: int = 2,
+        competition: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
-        check_at_least("ConvCapsules", 1, in_types=in_types, in_dim=in_dim, out_types=out_types, out_dim=out_dim)
-        check_at_least("ConvCapsules", 1, kernel_size=kernel_size, stride=stride)
-        check_at_least("ConvCapsules", 0, padding=padding)
-        check_choice("ConvCapsules", "routing", routing, (*ROUTINGS, "em"))
+        layer = "ConvCapsules"
+        check_at_least(layer, 1, in_types=in_types, in_dim=in_dim, out_types=out_types, out_dim=out_dim)
+        self.windows = Windows.of(
+            layer, dims, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation
+        )
+        check_choice(layer, "routing", routing, (*ROUTINGS, "em"))
+        if routing != "em" and competition is not None:
+            fail(layer, f"competition is {competition!r}; expected None, because routing is {routing!r} and not 'em'")
         self.in_types, self.in_dim, self.out_types, self.out_dim = in_types, in_dim, out_types, out_dim
-        self.kernel_size, self.stride, self.padding, self.routing = kernel_size, stride, padding, routing
-        sizes = (kernel_size**2 * in_types, in_dim, out_types, out_dim)
+        self.dims, self.routing = dims, routing
+        sizes = (math.prod(self.windows.kernel_size) * in_types, in_dim, out_types, out_dim)
         kind = EMCapsules if routing == "em" else CapsuleLayer
-        _check_options("ConvCapsules", routing, kind, options)
+        _check_options(layer, routing, kind, options)
+        self.capsules: EMCapsules | CapsuleLayer
         if routing == "em":
-            self.capsules: EMCapsules | CapsuleLayer = EMCapsules(*sizes, **options, _layer="ConvCapsules")
+            self.competition = "positions" if competition is None else competition
+            check_choice(layer, "competition", self.competition, ("positions", "window"))
+            self.capsules = EMCapsules(*sizes, **options, _layer=layer)
         else:
-            self.capsules = CapsuleLayer(*sizes, routing, **options, _layer="ConvCapsules")
+            self.competition = "window"
+            self.capsules = CapsuleLayer(*sizes, routing, **options, _layer=layer)
 
     def forward(
         self, pose: Tensor, activation: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
-        B, rows, columns = self._check(pose, activation, mask)
-        present = self._present(pose, mask)
+        grid = self._check(pose, activation, mask)
+        if self.competition == "positions" and self.windows.overlap(grid):
+            assert activation is not None
+            return self._over_positions(pose, activation, mask)
+        fields = self.windows.receptive_fields
+        if mask is None and any(self.windows.padding):
+            mask = pose.new_ones((), dtype=torch.bool).expand(pose.shape[: 2 + self.dims])
+        present = None if mask is None else fields(mask)
+        places = len(pose), *self.windows.positions(grid)
         if activation is None:
-            return self._grid(self.capsules(self._receptive_fields(pose), present), B, rows, columns)
-        out = self.capsules(self._receptive_fields(pose), self._receptive_fields(activation), present)
-        return self._grid(out[0], B, rows, columns), self._grid(out[1], B, rows, columns)
+            return self._grid(self.capsules(fields(pose), present), places)
+        out = self.capsules(fields(pose), fields(activation), present)
+        return self._grid(out[0], places), self._grid(out[1], places)
 
-    def _check(self, pose: Tensor, activation: Tensor | None, mask: Tensor | None) -> tuple[int, int, int]:
-        """Check the inputs and return B, H' and W'."""
-        layer, em = "ConvCapsules", self.routing == "em"
+    def _check(self, pose: Tensor, activation: Tensor | None, mask: Tensor | None) -> tuple[int, ...]:
+        """Check the inputs and return the sizes of the grid."""
+        layer, by_em, capsules, axes = "ConvCapsules", self.routing == "em", self.capsules, AXES[self.dims]
         check_tensors(layer, "pose activation? mask?", pose, activation, mask)
-        dims, last = ((5, 6), "[B, in_types, H, W, (P,) K]") if em else ((5,), "[B, in_types, H, W, K]")
+        last = self.dims + 3  # the dimensions of a pose that is a vector
+        dims, wanted = ((last, last + 1), "(P,) K") if by_em else ((last,), "K")
         if pose.dim() not in dims or pose.shape[1] != self.in_types or pose.shape[-1] != self.in_dim:
             fail(
                 layer,
-                f"pose has shape {list(pose.shape)}; expected {last} with in_types = {self.in_types} and "
-                f"K = {self.in_dim}",
+                f"pose has shape {list(pose.shape)}; expected [B, in_types, {axes}, {wanted}] with "
+                f"in_types = {self.in_types} and K = {self.in_dim}",
             )
-        if em != (activation is not None):
-            found, wanted = ("None", "a tensor") if em else ("a tensor", "None")
+        if by_em != (activation is not None):
+            found, wanted = ("None", "a tensor") if by_em else ("a tensor", "None")
             fail(layer, f"activation is {found}; expected {wanted}, because routing is {self.routing!r}")
+        grid = pose.shape[: 2 + self.dims]
         for name, x in (("activation", activation), ("mask", mask)):
-            if x is not None and x.shape != pose.shape[:4]:
-                fail(
-                    layer,
-                    f"{name} has shape {list(x.shape)}; expected [B, in_types, H, W] = {list(pose.shape[:4])}",
-                )
-        tensors = settle(layer, "pose weight activation?", pose, self.capsules.weight, activation)
-        check_floating(layer, "pose weight activation", *tensors)
+            if x is not None and x.shape != grid:
+                fail(layer, f"{name} has shape {list(x.shape)}; expected [B, in_types, {axes}] = {list(grid)}")
+        names = "pose weight activation?"
+        check_floating(layer, names.replace("?", ""), *settle(layer, names, pose, capsules.weight, activation))
         if mask is not None and (mask.dtype != torch.bool or mask.device != pose.device):
             fail(
                 layer,
                 f"mask is {mask.dtype} on {mask.device}; expected torch.bool (True where there is a capsule) on "
                 f"{pose.device}, the device of pose",
             )
-        B, _, height, width = pose.shape[:4]
-        check_window(layer, self.kernel_size, self.padding, height, width)
-        rows, columns = ((n + 2 * self.padding - self.kernel_size) // self.stride + 1 for n in (height, width))
-        return B, rows, columns
+        self.windows.check(layer, grid[2:])
+        return grid[2:]
 
-    def _present(self, pose: Tensor, mask: Tensor | None) -> Tensor | None:
-        """The mask of the receptive fields [B · H' · W', N]; None if all of their positions hold capsules."""
-        if mask is None and self.padding == 0:
-            return None
-        if mask is None:
-            mask = pose.new_ones((), dtype=torch.bool).expand(pose.shape[:4])
-        return self._receptive_fields(mask)
+    def _over_positions(self, pose: Tensor, activation: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        layer, capsules = "ConvCapsules", self.capsules
+        assert isinstance(capsules, EMCapsules)
+        names = "pose activation weight beta_u beta_a"
+        tensors = settle(layer, names, pose, activation, capsules.weight, capsules.beta_u, capsules.beta_a)
+        check_floating(layer, names, *tensors)
+        pose, activation, weight, beta_u, beta_a = tensors
+        if mask is not None:
+            absent = ~mask
+            activation = activation.masked_fill(absent, 0)
+            pose = pose.masked_fill(absent.view(*absent.shape, *[1] * (pose.dim() - absent.dim())), 0)
+        if capsules.renormalise:
+            activation = em.renormalised(activation)
+        vectors = pose.dim() == self.dims + 3
+        if vectors:
+            pose = pose.unsqueeze(-2)
+        size = (math.prod(self.windows.kernel_size), self.in_types, self.in_dim, self.out_types, self.out_dim)
+        weight = weight.expand(*size) if capsules.shared else weight.view(size)
+        temperatures = em.inverse_temperatures(layer, capsules.inverse_temperature, capsules.iterations)
+        with nullcontext() if pose.is_meta else float32(pose):  # autocast does not know the device "meta"
+            out, a = em_over_positions(self.windows, pose, activation, weight, beta_u, beta_a, temperatures)
+        return out.squeeze(-2) if vectors else out, a
 
-    def _receptive_fields(self, x: Tensor) -> Tensor:
-        """[B, T, H, W, …] -> [B · H' · W', N, …]: a strided view, which is copied once, in the order of the routing."""
-        further = x.dim() - 4
-        if self.padding:
-            p = self.padding
-            x = nn.functional.pad(x, (0, 0) * further + (p, p, p, p))
-        windows = x.unfold(2, self.kernel_size, self.stride).unfold(3, self.kernel_size, self.stride)
-        # [B, T, H', W', …, row, column] -> [B, H', W', row, column, T, …]
-        last = 4 + further
-        windows = windows.permute(0, 2, 3, last, last + 1, 1, *range(4, last))
-        return windows.flatten(3, 5).flatten(0, 2)
-
-    def _grid(self, x: Tensor, B: int, rows: int, columns: int) -> Tensor:
-        """[B · H' · W', J, …] -> [B, J, H', W', …], a view."""
-        return x.unflatten(0, (B, rows, columns)).movedim(3, 1)
+    def _grid(self, x: Tensor, places: Sequence[int]) -> Tensor:
+        """[B · positions, J, …] -> [B, J, *positions, …], a view; places: B and the positions."""
+        return x.unflatten(0, places).movedim(1 + self.dims, 1)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_types={self.in_types}, out_types={self.out_types}, kernel_size={self.kernel_size}, "
-            f"stride={self.stride}, padding={self.padding}"
-        )
+        text = f"in_types={self.in_types}, out_types={self.out_types}, {self.windows}"
+        return f"{text}, competition={self.competition!r}" if self.routing == "em" else text
 
 
 def _check_options(layer: str, routing: str, kind: type[nn.Module], options: dict[str, Any]) -> None:

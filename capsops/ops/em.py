@@ -170,7 +170,7 @@ def em_routing(
     if renormalise:
         check(op, *tensors)
         pose, activation, *others, mask = tensors
-        tensors = (pose, _renormalised(activation if mask is None else torch.where(mask, activation, 0)), *others, mask)
+        tensors = (pose, renormalised(activation if mask is None else torch.where(mask, activation, 0)), *others, mask)
     return _em_routing(*tensors, temperatures)
 
 
@@ -197,7 +197,7 @@ def inverse_temperatures(op: str, inverse_temperature: float | Sequence[float], 
     return tuple([float(value) for value in values])
 
 
-def _renormalised(activation: Tensor) -> Tensor:
+def renormalised(activation: Tensor) -> Tensor:
     """a / (a + ε), because r a / (Σ_j r a + ε) is r times that: Σ_j r = 1. Written so that the derivative is exact."""
     a = activation.to(accumulation_dtype(activation.dtype))
     return (1 - reference.EM_EPSILON / (a + reference.EM_EPSILON)).to(activation.dtype)
@@ -225,7 +225,7 @@ def _couplings(
     if votes.mask is not None:
         a = torch.where(votes.mask, a, 0)
     if renormalise:
-        a = _renormalised(a)
+        a = renormalised(a)
     # Each iteration but the last takes two passes: one for the mean, then one for the variance about it.
     gaussians: tuple[Tensor, Tensor, Tensor] | None = None  # mean, variance, log activation
     zero = votes.zero()

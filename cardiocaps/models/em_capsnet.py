@@ -2,7 +2,8 @@
 
 A convolution 5×5 with ReLU; primary capsules by 1×1 convolutions, each a pose of 4×4 and an activation; two
 convolutional capsule layers, 3×3 with stride 2 and 3×3; a capsule for each class, whose matrices all positions of a
-type share, with coordinate addition. Activations weigh the votes.
+type share, with coordinate addition. Activations weigh the votes. In the convolutional layers each position routes by
+itself; in the paper the output capsules of all positions compete (`competition` of `capsops.nn.ConvCapsules`).
 
 At the paper's size, of an input [9, 256, 256]: 32 channels on 126 × 126 by stride 2, then 32 types of capsules on
 126 × 126, on 62 × 62 and on 60 × 60.
@@ -77,6 +78,7 @@ class EMCapsNet(nn.Module):
                 kernel_size=3,
                 stride=step,
                 routing="em",
+                competition="window",
                 iterations=iterations,
                 inverse_temperature=_inverse_temperature(3 * 3 * self.types, self.types),
             )

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import capsops
 from capsops.nn import ConvCapsules, PrimaryCapsules, convert_weight
+from tests.capsops.grids import em_over_positions, windows_on
 
 B, N, K, J, D = 2, 5, 3, 4, 2
 PAGE = Path(__file__).parents[2] / "docs" / "migrating.md"
@@ -321,6 +322,35 @@ def test_yl_1993_matrix_capsules_em_pytorch() -> None:
     _same(found[1], activations, pose, W, beta_u, beta_a)
 
 
+def test_ibm_matrix_capsules_with_em_routing() -> None:
+    """A vote has a bias, and the cost of a position is divided by the number of input capsules for each output."""
+    types, kernel, stride, grid, final_lambda = 2, 3, 1, (4, 5), 0.01
+    n = kernel**2 * types
+    pose, activation = _random(B, types, *grid, 4, 4), torch.rand(B, types, *grid, dtype=torch.float64).requires_grad_()
+    w, b = _random(1, n, J, 4, 4), _random(1, n, J, 4, 4)
+    beta_v, beta_a = _random(J), _random(J)
+    windows = windows_on(grid, types, (kernel,) * 2, (stride,) * 2, (0, 0), (1, 1))
+    formula = []
+    for item, a in zip(pose, activation, strict=True):
+        votes = [{at: item[at] @ w[0, n] + b[0, n] for n, at in window} for window in windows]
+        temperatures = [final_lambda * (1 - 0.95 ** (t + 1)) for t in range(3)]
+        formula += em_over_positions(votes, a, beta_v, beta_a, temperatures, information=100 * J / n)
+    means, activations = (torch.stack(part) for part in zip(*formula, strict=True))
+
+    factor = 100 * J / n
+    layer = ConvCapsules(types, 8, J, 4, kernel, stride, routing="em", inverse_temperature=factor * final_lambda)
+    weight = torch.cat([convert_weight(w, "NJKD"), convert_weight(b, "NJKD")], dim=1)
+    parameters = {"weight": weight, "beta_u": beta_v, "beta_a": beta_a / factor}
+    identity = torch.eye(4, dtype=torch.float64).expand_as(pose)
+    found = torch.func.functional_call(
+        layer,
+        {f"capsules.{name}": x for name, x in parameters.items()},
+        (torch.cat([pose, identity], dim=-1), activation),
+    )
+    _same(found[0].movedim(1, 3).flatten(0, 2), means, pose, w, b, activation)
+    _same(found[1].movedim(1, 3).flatten(0, 2), activations, pose, w, b, activation, beta_v, beta_a)
+
+
 def test_lalonde_segcaps() -> None:
     """Each position routes by itself."""
     height, width = 2, 3
@@ -402,7 +432,7 @@ def test_eight_convolutions_as_primary_capsules() -> None:
 
 def test_the_windows_of_conv_capsules_are_those_of_the_page() -> None:
     """Input capsules of a window: its rows, its columns, then the types."""
-    layer = ConvCapsules(2, 3, 4, 2, kernel_size=2, routing="em", dtype=torch.float64)
+    layer = ConvCapsules(2, 3, 4, 2, kernel_size=2, routing="em", competition="window", dtype=torch.float64)
     pose, activation = torch.randn(B, 2, 3, 3, 3, dtype=torch.float64), torch.rand(B, 2, 3, 3, dtype=torch.float64)
     window = [(pose[:, kind, row, column], activation[:, kind, row, column])
               for row in (1, 2) for column in (0, 1) for kind in (0, 1)]  # fmt: skip

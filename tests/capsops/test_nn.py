@@ -11,6 +11,8 @@ import torch
 import capsops
 from capsops import nn
 from capsops.nn.capsules import initial_deviation
+from capsops.nn.grid import Sizes
+from tests.capsops.grids import em_over_positions, windows_on
 
 
 @pytest.mark.parametrize("routing", nn.ROUTINGS)
@@ -188,7 +190,8 @@ def test_repr() -> None:
     for part in ("in_capsules=9", "iterations=2", "inverse_temperature=(0.1, 0.2)", "renormalise=True"):
         assert part in text
     text = repr(nn.ConvCapsules(2, 4, 3, 5, 3, 2, 1, "em"))
-    for part in ("in_types=2", "kernel_size=3", "stride=2", "padding=1", "EMCapsules(in_capsules=18"):
+    for part in ("in_types=2", "kernel_size=(3, 3)", "stride=(2, 2)", "padding=(1, 1)", "competition='positions'",
+                 "EMCapsules(in_capsules=18"):  # fmt: skip
         assert part in text
 
 
@@ -213,6 +216,29 @@ def test_primary_capsules_legacy() -> None:
     torch.testing.assert_close(u[:, 9], capsops.squash(features[:, 1, 0, 4:8]))
 
 
+def test_primary_capsules_with_windows_of_every_kind() -> None:
+    torch.manual_seed(0)
+    options = {"kernel_size": (3, 2), "stride": (2, 1), "padding": (1, 0), "dilation": (1, 2), "groups": 2}
+    primary = nn.PrimaryCapsules(4, types=3, dim=4, **options)
+    x = torch.randn(2, 4, 7, 6)
+    convolution = torch.nn.Conv2d(4, 12, **options)
+    convolution.load_state_dict(primary.conv.state_dict())
+    features = convolution(x)
+    expected = capsops.squash(features.unflatten(1, (3, 4)).movedim(2, -1)).flatten(1, 3)
+    torch.testing.assert_close(primary(x), expected)
+
+
+@pytest.mark.parametrize(("dims", "size"), [(1, (9,)), (3, (3, 4, 5))])
+@pytest.mark.parametrize("layout", nn.LAYOUTS)
+def test_primary_capsules_of_other_images(dims: int, size: tuple[int, ...], layout: str) -> None:
+    torch.manual_seed(0)
+    primary = nn.PrimaryCapsules(3, 2, 4, kernel_size=2, stride=1, layout=layout, dims=dims)
+    x = torch.randn(2, 3, *size)
+    features = primary.conv(x)
+    capsules = features.unflatten(1, (2, 4)).movedim(2, -1) if layout == "channels" else features
+    torch.testing.assert_close(primary(x), capsops.squash(capsules.reshape(2, -1, 4)))
+
+
 @pytest.mark.parametrize("routing", nn.ROUTINGS)
 def test_layers_on_meta_compute_shapes(routing: str) -> None:
     """On the device "meta", which autocast does not know."""
@@ -222,6 +248,8 @@ def test_layers_on_meta_compute_shapes(routing: str) -> None:
         assert nn.CapsuleLayer(64, 4, 3, 5, routing)(u).shape == (2, 3, 5)
         grid = u.reshape(2, 2, 4, 8, 4)
         assert nn.ConvCapsules(2, 4, 3, 5, routing=routing)(grid).shape == (2, 3, 2, 6, 5)
+        poses, activations = nn.ConvCapsules(2, 4, 3, 5, routing="em")(grid, grid[..., 0])
+        assert poses.shape == (2, 3, 2, 6, 5) and activations.shape == (2, 3, 2, 6)
 
 
 @pytest.mark.parametrize("layout", nn.LAYOUTS)
@@ -252,6 +280,14 @@ def test_primary_capsules_of_no_image(layout: str) -> None:
         (lambda: nn.PrimaryCapsules(1, 2, 4, layout="rows"), "layout is 'rows'; expected one of 'channels', 'legacy'"),
         (lambda: nn.PrimaryCapsules(1, 2, 4, squash="relu"), "squash is 'relu'"),
         (lambda: nn.PrimaryCapsules(1, -2, 4), "types is -2"),
+        (lambda: nn.PrimaryCapsules(4, 2, 4, groups=3), "groups is 3; expected a divisor of in_channels = 4"),
+        (lambda: nn.PrimaryCapsules(3, 2, 4, groups=3), "groups is 3; expected a divisor of types · dim = 8"),
+        (lambda: nn.PrimaryCapsules(3, 2, 4, groups=0), "groups is 0"),
+        (lambda: nn.PrimaryCapsules(1, 2, 4, (9, 9, 9)), r"kernel_size is \(9, 9, 9\)"),
+        (
+            lambda: nn.PrimaryCapsules(1, 2, 4, (3, 9), dims=2)(torch.zeros(1, 1, 20, 8)),
+            r"kernel_size is \(3, 9\); expected at most \(20, 8\), because the grid is 20 × 8",
+        ),
         (lambda: nn.EMCapsules(9, 0, 3, 5), "EMCapsules: in_dim is 0"),
         (lambda: nn.EMCapsules(9, 4, 3, 5, iterations=0), "EMCapsules: iterations is 0"),
         (
@@ -263,6 +299,19 @@ def test_primary_capsules_of_no_image(layout: str) -> None:
         (lambda: nn.ConvCapsules(2, 4, 3, 5, kernel_size=0), "kernel_size is 0"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5, stride=1.5), "stride is 1.5"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5, padding=-1), "padding is -1; expected an integer of at least 0"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, (3, 3, 3)), r"kernel_size is \(3, 3, 3\); .* at least 1, or a tuple of 2"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, 3, (1, 0)), r"stride is \(1, 0\)"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, 3, 1, (True, 0)), r"padding is \(True, 0\)"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, dilation="2"), "dilation is '2'; expected an integer of at least 1, or"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, dims=4), "dims is 4; expected 1, 2 or 3"),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5, routing="em", competition="all"),
+            "competition is 'all'; expected one of 'positions', 'window'",
+        ),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5, competition="window"),
+            "competition is 'window'; expected None, because routing is 'dynamic'",
+        ),
         (lambda: nn.ConvCapsules(2, 4, 3, 5, routing="sda"), "routing is 'sda'; expected one of .* 'em'"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 4)), r"pose has shape \[1, 2, 5, 4\]; expected"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 3, 5, 5, 4)), "with in_types = 2 and K = 4"),
@@ -270,6 +319,14 @@ def test_primary_capsules_of_no_image(layout: str) -> None:
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 2, 5, 4)),
             "kernel_size is 3; expected at most 2",
+        ),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5, (3, 2), dilation=2)(torch.zeros(1, 2, 4, 5, 4)),
+            r"kernel_size is \(3, 2\); expected at most \(2, 3\), .* 4 × 5 with padding 0 and dilation 2",
+        ),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5, dims=3)(torch.zeros(1, 2, 4, 5, 4)),
+            r"pose has shape .*; expected \[B, in_types, L, H, W, K\]",
         ),
         (
             lambda: nn.ConvCapsules(2, 4, 3, 5)(torch.zeros(1, 2, 5, 5, 4), torch.zeros(1, 2, 5, 5)),
@@ -424,53 +481,68 @@ def test_em_capsules_keep_the_scale_of_the_pose() -> None:
     assert 0.9 < votes.std() < 1.1
 
 
-def _unfolded(layer: nn.ConvCapsules, pose: torch.Tensor, activation: torch.Tensor | None, mask: torch.Tensor) -> list:
+def _unfolded(
+    layer: nn.ConvCapsules, pose: torch.Tensor, activation: torch.Tensor | None, mask: torch.Tensor
+) -> list[torch.Tensor]:
     """The same layer, position by position: gather the capsules of the window one by one and route only those."""
-    B, types, height, width = pose.shape[:4]
-    k, stride, padding = layer.kernel_size, layer.stride, layer.padding
-    items = []
-    for b in range(B):
-        for top in range(-padding, height + padding - k + 1, stride):
-            for left in range(-padding, width + padding - k + 1, stride):
-                window = [(y, x, t) for y in range(top, top + k) for x in range(left, left + k) for t in range(types)]
-                there = [
-                    n for n, (y, x, t) in enumerate(window) if 0 <= y < height and 0 <= x < width and mask[b, t, y, x]
-                ]
-                here = [window[n] for n in there]
-                capsules = layer.capsules
-                u = torch.stack([pose[b, t, y, x] for y, x, t in here])[None]
-                if activation is not None:
-                    a = torch.stack([activation[b, t, y, x] for y, x, t in here])[None]
-                    out = capsops.em_routing(
-                        u,
-                        a,
-                        capsules.weight[there],
-                        capsules.beta_u,
-                        capsules.beta_a,
-                        capsules.iterations,
-                        inverse_temperature=capsules.inverse_temperature,
-                    )
-                elif layer.routing == "self-attention":
-                    out = (capsops.self_attention_routing(u, capsules.weight[there], capsules.prior[there]),)
-                else:
-                    out = (capsops.dynamic_routing(u, capsules.weight[there], capsules.iterations, bias=capsules.bias),)
-                items.append(out)
-    rows, columns = ((n + 2 * padding - k) // stride + 1 for n in (height, width))
-    return [torch.cat(x).reshape(B, rows, columns, *x[0].shape[1:]).movedim(3, 1) for x in zip(*items, strict=True)]
+    items, capsules = [], layer.capsules
+    for b in range(len(pose)):
+        for window in windows_on(pose.shape[2 : 2 + layer.dims], layer.in_types, *layer.windows):
+            here = [(n, place) for n, place in window if mask[b][place]]
+            there = [n for n, _ in here]
+            u = torch.stack([pose[b][place] for _, place in here])[None]
+            if activation is not None:
+                a = torch.stack([activation[b][place] for _, place in here])[None]
+                out = capsops.em_routing(
+                    u,
+                    a,
+                    capsules.weight[there],
+                    capsules.beta_u,
+                    capsules.beta_a,
+                    capsules.iterations,
+                    inverse_temperature=capsules.inverse_temperature,
+                )
+            elif layer.routing == "self-attention":
+                out = (capsops.self_attention_routing(u, capsules.weight[there], capsules.prior[there]),)
+            else:
+                out = (capsops.dynamic_routing(u, capsules.weight[there], capsules.iterations, bias=capsules.bias),)
+            items.append(out)
+    return [torch.cat(x) for x in zip(*items, strict=True)]
+
+
+def _compare_with(expected: list[torch.Tensor], out: object, leaves: list[torch.Tensor], dims: int) -> None:
+    """Compare out [B, J, *positions, …] and its gradients with what is expected, [B · positions, J, …]."""
+    found = [x.movedim(1, 1 + dims).flatten(0, dims) for x in (out if isinstance(out, tuple) else (out,))]
+    for x, y in zip(found, expected, strict=True):
+        torch.testing.assert_close(x, y)
+    gradients = [torch.autograd.grad([x.square().sum() for x in outs], leaves) for outs in (found, expected)]
+    for x, y in zip(*gradients, strict=True):
+        assert y.abs().max() > 0
+        torch.testing.assert_close(x, y)
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(("routing", "rows"), [("dynamic", ()), ("self-attention", ()), ("em", ()), ("em", (3,))])
 @pytest.mark.parametrize(
-    ("kernel", "stride", "padding", "masked"),
-    [(1, 1, 0, True), (3, 1, 0, False), (3, 2, 1, True), (2, 1, 1, False), (2, 3, 0, True)],
+    ("kernel", "stride", "padding", "dilation", "masked"),
+    [
+        (1, 1, 0, 1, True),
+        (3, 1, 0, 1, False),
+        (3, 2, 1, 1, True),
+        (2, 1, 1, 1, False),
+        (2, 3, 0, 1, True),
+        ((3, 2), (1, 2), (1, 0), (1, 3), True),
+    ],
 )
 def test_conv_capsules(
-    backend: str, routing: str, rows: tuple[int, ...], kernel: int, stride: int, padding: int, masked: bool
-) -> None:
+    backend: str, routing: str, rows: tuple[int, ...], kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes,
+    masked: bool,
+) -> None:  # fmt: skip
     torch.manual_seed(0)
-    options = {"inverse_temperature": 0.5} if routing == "em" else {}
-    layer = nn.ConvCapsules(2, 3, 4, 3, kernel, stride, padding, routing, **options, dtype=torch.float64)
+    options = {"inverse_temperature": 0.5, "competition": "window"} if routing == "em" else {}
+    layer = nn.ConvCapsules(
+        2, 3, 4, 3, kernel, stride, padding, routing, dilation=dilation, **options, dtype=torch.float64
+    )
     for p in layer.parameters():
         torch.nn.init.normal_(p, std=0.5)
     pose = torch.randn(2, 2, 5, 6, *rows, 3, dtype=torch.float64, requires_grad=True)
@@ -484,20 +556,123 @@ def test_conv_capsules(
             mask[:, 1] = True
     with capsops.use_backend(backend):
         out = layer(pose, activation, mask if masked else None)
-        out = out if isinstance(out, tuple) else (out,)
     with capsops.use_backend("reference"):
         expected = _unfolded(layer, pose, activation, mask)
-    size = [(n + 2 * padding - kernel) // stride + 1 for n in (5, 6)]
-    assert out[0].shape == (2, 4, *size, *rows, 3)
     leaves = [pose, *([] if activation is None else [activation]), *layer.parameters()]
-    for x, y in zip(out, expected, strict=True):
+    _compare_with(expected, out, leaves, 2)
+
+
+@pytest.mark.parametrize(
+    ("dims", "grid", "kernel", "stride", "padding", "dilation"),
+    [(1, (7,), 3, 2, 1, 2), (3, (3, 4, 3), 2, 1, 0, 1), (3, (3, 2, 4), (2, 1, 3), (2, 1, 1), (1, 0, 0), 1)],
+)
+@pytest.mark.parametrize("routing", ["dynamic", "em"])
+def test_conv_capsules_on_other_grids(
+    routing: str, dims: int, grid: tuple[int, ...], kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
+) -> None:
+    torch.manual_seed(0)
+    options = {"inverse_temperature": 0.5, "competition": "window"} if routing == "em" else {}
+    layer = nn.ConvCapsules(
+        2, 3, 4, 2, kernel, stride, padding, routing, dilation=dilation, dims=dims, **options, dtype=torch.float64
+    )
+    pose = torch.randn(2, 2, *grid, 3, dtype=torch.float64, requires_grad=True)
+    activation = torch.rand(2, 2, *grid, dtype=torch.float64, requires_grad=True) if routing == "em" else None
+    expected = _unfolded(layer, pose, activation, torch.ones(2, 2, *grid, dtype=torch.bool))
+    leaves = [pose, *([] if activation is None else [activation]), layer.capsules.weight]
+    _compare_with(expected, layer(pose, activation), leaves, dims)
+
+
+@pytest.mark.parametrize(
+    ("grid", "kernel", "stride", "padding", "dilation", "rows", "masked", "options"),
+    [
+        ((4, 5), 3, 1, 0, 1, (2,), False, {}),
+        ((5, 4), 3, 2, 1, 1, (), True, {}),
+        ((5, 4), (2, 3), (1, 2), (0, 1), (2, 1), (2,), True, {"renormalise": True}),
+        ((4, 6), 2, 2, 0, 1, (), False, {}),  # no overlap
+        ((4, 4), 3, 1, 1, 1, (), False, {"iterations": 1}),
+        ((6,), 3, 1, 1, 1, (), True, {"iterations": 4}),
+        ((2, 3, 3), 2, 1, 0, 1, (), False, {"iterations": 2}),
+    ],
+)
+def test_em_over_positions(
+    grid: tuple[int, ...], kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes, rows: tuple[int, ...],
+    masked: bool, options: dict,
+) -> None:  # fmt: skip
+    torch.manual_seed(0)
+    layer = nn.ConvCapsules(
+        2, 3, 3, 2, kernel, stride, padding, "em", dilation=dilation, dims=len(grid), inverse_temperature=0.5,
+        **options, dtype=torch.float64,
+    )  # fmt: skip
+    for p in layer.parameters():
+        torch.nn.init.normal_(p, std=0.7)
+    pose = torch.randn(2, 2, *grid, *rows, 3, dtype=torch.float64, requires_grad=True)
+    activation = torch.rand(2, 2, *grid, dtype=torch.float64, requires_grad=True)
+    mask = torch.ones(2, 2, *grid, dtype=torch.bool)
+    if masked:
+        mask[0, 1, 2], mask[1, :, 3] = False, False
+        with torch.no_grad():
+            pose[0, 1, 2] = torch.nan  # what the mask leaves out has no effect
+    windows, capsules, items = windows_on(grid, 2, *layer.windows), layer.capsules, []
+    for b in range(2):
+        votes = [
+            {at: (pose[b][at] @ capsules.weight[n].flatten(1)).unflatten(-1, (3, 2)) for n, at in window if mask[b][at]}
+            for window in windows
+        ]
+        votes = [{at: x.movedim(-2, 0) for at, x in window.items()} for window in votes]
+        f, T = layer.capsules.inverse_temperature, layer.capsules.iterations
+        temperatures = [f * (1 - 0.95 ** (t + 1)) for t in range(T)]
+        betas = capsules.beta_u, capsules.beta_a
+        items += em_over_positions(votes, activation[b], *betas, temperatures, renormalise=capsules.renormalise)
+    expected = [torch.stack(x) for x in zip(*items, strict=True)]
+    out = layer(pose, activation, mask if masked else None)
+    _compare_with(expected, out, [pose, activation, *layer.parameters()], len(grid))
+
+
+def test_em_over_positions_shares_matrices() -> None:
+    shared = nn.ConvCapsules(2, 3, 4, 3, 3, routing="em", shared=True)
+    layer = nn.ConvCapsules(2, 3, 4, 3, 3, routing="em")
+    with torch.no_grad():
+        layer.capsules.weight.copy_(shared.capsules.weight.expand_as(layer.capsules.weight))
+    given = torch.randn(2, 2, 5, 4, 3), torch.rand(2, 2, 5, 4)
+    for x, y in zip(shared(*given), layer(*given), strict=True):
         torch.testing.assert_close(x, y)
-    for x, y in zip(
-        torch.autograd.grad([x.square().sum() for x in out], leaves),
-        torch.autograd.grad([x.square().sum() for x in expected], leaves),
-        strict=True,
-    ):
-        torch.testing.assert_close(x, y)
+
+
+def test_em_over_positions_in_low_precision() -> None:
+    """Computed in float32, also where autocast casts down what comes before."""
+    layer = nn.ConvCapsules(2, 3, 4, 3, 3, routing="em")
+    pose, activation = torch.randn(2, 2, 5, 4, 3).bfloat16(), torch.rand(2, 2, 5, 4).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = layer(pose, activation)
+    expected = layer(pose.float(), activation.float())
+    for x, y in zip(found, expected, strict=True):
+        assert torch.equal(x, y)
+    layer.bfloat16()
+    low = layer(pose, activation)
+    exact = layer.float()(pose.float(), activation.float())
+    for x, y in zip(low, exact, strict=True):
+        assert torch.equal(x, y.bfloat16())
+
+
+def test_em_over_positions_in_transforms_and_graphs() -> None:
+    torch.manual_seed(0)
+    layer = nn.ConvCapsules(1, 2, 2, 2, 2, routing="em", iterations=2, dims=1)
+    given = torch.randn(3, 1, 3, 2), torch.rand(3, 1, 3)
+    out = layer(*given)
+
+    def loss(parameters: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.func.functional_call(layer, parameters, given)[0].square().sum()
+
+    expected = torch.autograd.grad(out[0].square().sum(), list(layer.parameters()), allow_unused=True)
+    found = torch.func.grad(loss)(dict(layer.named_parameters()))
+    for g, wanted in zip(found.values(), expected, strict=True):
+        torch.testing.assert_close(g, torch.zeros_like(g) if wanted is None else wanted)
+    mapped = torch.func.vmap(lambda pose, activation: layer(pose[None], activation[None]))(*given)
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)(*given)
+    for x, y, z in zip(out, mapped, compiled, strict=True):
+        torch.testing.assert_close(y.squeeze(1), x)
+        torch.testing.assert_close(z, x)
 
 
 def test_conv_capsules_beyond_the_padding() -> None:
@@ -520,11 +695,12 @@ def test_conv_capsules_of_no_image(routing: str) -> None:
     assert (out[0] if routing == "em" else out).shape == (0, 4, 6, 7, 5)
 
 
-def test_conv_capsules_hold_no_votes() -> None:
-    """No tensor that a training step creates is as large as the votes."""
+@pytest.mark.parametrize("routing", ["dynamic", "em"])
+def test_conv_capsules_hold_no_votes(routing: str) -> None:
+    """No tensor that a training step creates is as large as the votes, nor are all together that it saves."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
-    largest = 0
+    largest, saved = 0, {}
 
     class Largest(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -535,12 +711,19 @@ def test_conv_capsules_hold_no_votes() -> None:
                     largest = max(largest, x.numel())
             return out
 
-    layer = nn.ConvCapsules(4, 8, 16, 8, kernel_size=3)
-    u = torch.randn(2, 4, 10, 10, 8, requires_grad=True)
+    def save(x: torch.Tensor) -> torch.Tensor:
+        saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // 4
+        return x
+
+    layer = nn.ConvCapsules(4, 8, 16, 8, kernel_size=3, routing=routing)
+    given = [torch.randn(2, 4, 10, 10, 8, requires_grad=True), torch.rand(2, 4, 10, 10)][: 1 + (routing == "em")]
     fields, votes = 2 * 64 * 9 * 4 * 8, 2 * 64 * 9 * 4 * 16 * 8
     with capsops.use_backend("cpu"), Largest():
-        layer(u).square().sum().backward()
-    assert fields <= largest < votes / 4
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
+            out = layer(*given)
+        (out[0] if routing == "em" else out).square().sum().backward()
+    assert fields / 2 <= largest < votes / 4
+    assert 0 < sum(saved.values()) < votes
 
 
 def test_convert_weight() -> None:
@@ -589,7 +772,8 @@ def test_a_network_learns(routing: str) -> None:
 def test_a_network_of_em_capsules_learns() -> None:
     """The same with poses and activations: a convolutional capsule layer, then one that is connected to all of them."""
     torch.manual_seed(1)
-    grid = nn.ConvCapsules(2, 2, 3, 2, kernel_size=2, routing="em", iterations=2, inverse_temperature=0.05)
+    options = {"competition": "window", "iterations": 2, "inverse_temperature": 0.05}
+    grid = nn.ConvCapsules(2, 2, 3, 2, kernel_size=2, routing="em", **options)
     top = nn.EMCapsules(4 * 3, 2, 2, 2, iterations=2, inverse_temperature=0.05)
     pose, activation = torch.randn(32, 2, 3, 3, 2, 2), torch.full((32, 2, 3, 3), 0.9)
     labels = (pose[..., 0, 0].sum(dim=(1, 2, 3)) > 0).long()
