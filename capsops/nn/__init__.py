@@ -5,14 +5,19 @@ from .capsules import ROUTINGS, CapsuleLayer
 from .conv import ConvCapsules
 from .convert import convert_weight
 from .em import EMCapsules
+from .loops import ConcurrentCapsules, InvertedAttentionCapsules, KMeansCapsules, SelfRoutingCapsules
 from .primary import PrimaryCapsules
 
 __all__ = [
     "LAYOUTS",
     "ROUTINGS",
     "CapsuleLayer",
+    "ConcurrentCapsules",
     "ConvCapsules",
     "EMCapsules",
+    "InvertedAttentionCapsules",
+    "KMeansCapsules",
     "PrimaryCapsules",
+    "SelfRoutingCapsules",
     "convert_weight",
 ]

@@ -20,6 +20,14 @@ from .em import EMCapsules
 from .em_over_positions import em_over_positions
 from .grid import AXES, Sizes, Windows
 from .layer import Layer
+from .loops import InvertedAttentionCapsules, KMeansCapsules, SelfRoutingCapsules
+
+_LAYERS: dict[str, Any] = {
+    "em": EMCapsules,
+    "self-routing": SelfRoutingCapsules,
+    "inverted-attention": InvertedAttentionCapsules,
+    "k-means": KMeansCapsules,
+}
 
 
 class ConvCapsules(Layer):
@@ -46,11 +54,12 @@ class ConvCapsules(Layer):
         kernel_size: of the receptive fields; as the next two an integer, or a tuple with one for each axis of the grid.
         stride: between receptive fields.
         padding: of the grid, at all edges.
-        routing: one of `CapsuleLayer`, or "em".
+        routing: one of `CapsuleLayer`; or "em", "self-routing", "inverted-attention" or "k-means", that of
+            `EMCapsules`, `SelfRoutingCapsules`, `InvertedAttentionCapsules` or `KMeansCapsules`.
         dilation: between the positions that a receptive field takes, as in `torch.nn.Conv2d`.
         dims: of the grid: 1, 2 or 3.
         competition: for EM routing only, "positions" (the default) or "window".
-        options: further keyword arguments of the layer that routes: `CapsuleLayer` or, for "em", `EMCapsules`.
+        options: further keyword arguments of the layer that routes.
 
     Attributes:
         capsules: the layer that routes. Its input capsules run over the rows of the window, then the columns, then the
@@ -59,7 +68,8 @@ class ConvCapsules(Layer):
     Shape: u [B, in_types, H, W, K] -> v [B, out_types, H', W', D] with
     H' = (H + 2 padding − dilation (kernel_size − 1) − 1) // stride + 1 and W' alike. EM: pose [B, in_types, H, W, K] or
     [B, in_types, H, W, P, K] and activation [B, in_types, H, W] -> pose [B, out_types, H', W', D] or
-    [B, out_types, H', W', P, D] and activation [B, out_types, H', W']. With a mask, bool [B, in_types, H, W], True
+    [B, out_types, H', W', P, D] and activation [B, out_types, H', W']; self-routing the same, without P;
+    inverted-attention with its option `rows` takes and gives poses with P. With a mask, bool [B, in_types, H, W], True
     where there is a capsule. A grid of one dimension has W, one of three L, H, W in place of H, W.
 
     There are no groups: layers side by side, each with its part of the types, compute the same.
@@ -93,22 +103,21 @@ class ConvCapsules(Layer):
         self.windows = Windows.of(
             layer, dims, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation
         )
-        check_choice(layer, "routing", routing, (*ROUTINGS, "em"))
+        check_choice(layer, "routing", routing, (*ROUTINGS, *_LAYERS))
         if routing != "em" and competition is not None:
             fail(layer, f"competition is {competition!r}; expected None, because routing is {routing!r} and not 'em'")
         self.in_types, self.in_dim, self.out_types, self.out_dim = in_types, in_dim, out_types, out_dim
         self.dims, self.routing = dims, routing
         sizes = (math.prod(self.windows.kernel_size) * in_types, in_dim, out_types, out_dim)
-        kind = EMCapsules if routing == "em" else CapsuleLayer
-        _check_options(layer, routing, kind, options)
-        self.capsules: EMCapsules | CapsuleLayer
+        _check_options(layer, routing, _LAYERS.get(routing, CapsuleLayer), options)
+        if routing in _LAYERS:
+            self.capsules = _LAYERS[routing](*sizes, **options, _layer=layer)
+        else:
+            self.capsules = CapsuleLayer(*sizes, routing, **options, _layer=layer)
+        self.competition = "window"
         if routing == "em":
             self.competition = "positions" if competition is None else competition
             check_choice(layer, "competition", self.competition, ("positions", "window"))
-            self.capsules = EMCapsules(*sizes, **options, _layer=layer)
-        else:
-            self.competition = "window"
-            self.capsules = CapsuleLayer(*sizes, routing, **options, _layer=layer)
 
     def forward(
         self, pose: Tensor, activation: Tensor | None = None, mask: Tensor | None = None
@@ -117,30 +126,59 @@ class ConvCapsules(Layer):
         if self.competition == "positions" and self.windows.overlap(grid):
             assert activation is not None
             return self._over_positions(pose, activation, mask)
-        fields = self.windows.receptive_fields
-        if mask is None and any(self.windows.padding):
-            mask = pose.new_ones((), dtype=torch.bool).expand(pose.shape[: 2 + self.dims])
-        present = None if mask is None else fields(mask)
+        fields, present = self.windows.receptive_fields, self._present(pose, mask)
         places = len(pose), *self.windows.positions(grid)
         if activation is None:
             return self._grid(self.capsules(fields(pose), present), places)
         out = self.capsules(fields(pose), fields(activation), present)
         return self._grid(out[0], places), self._grid(out[1], places)
 
+    def step(self, pose: Tensor, v: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """One iteration of the routings "inverted-attention" and "k-means", for `ConcurrentCapsules`.
+
+        Args:
+            pose: input capsules, as for the layer.
+            v: output capsules of the iteration before, of the shape of the result. None: the first iteration.
+            mask: as for the layer.
+        """
+        layer, capsules = "ConvCapsules", self.capsules
+        if not hasattr(capsules, "step"):
+            fail(layer, f"routing is {self.routing!r}; expected 'inverted-attention' or 'k-means', which have steps")
+        places = len(pose), *self.windows.positions(self._check(pose, None, mask))
+        if v is not None:
+            check_tensors(layer, "v", v)
+            wanted = (len(pose), self.out_types, *places[1:], *pose.shape[2 + self.dims : -1], self.out_dim)
+            if v.shape != wanted:
+                fail(layer, f"v has shape {list(v.shape)}; expected {list(wanted)}, that of the result")
+            v = v.movedim(1, 1 + self.dims).flatten(0, self.dims)
+        out = capsules.step(self.windows.receptive_fields(pose), v, self._present(pose, mask))
+        return self._grid(out, places)
+
+    def _present(self, pose: Tensor, mask: Tensor | None) -> Tensor | None:
+        """The mask of the receptive fields [B · positions, N]; None if all of their positions hold capsules."""
+        if mask is None and any(self.windows.padding):
+            mask = pose.new_ones((), dtype=torch.bool).expand(pose.shape[: 2 + self.dims])
+        return None if mask is None else self.windows.receptive_fields(mask)
+
     def _check(self, pose: Tensor, activation: Tensor | None, mask: Tensor | None) -> tuple[int, ...]:
         """Check the inputs and return the sizes of the grid."""
-        layer, by_em, capsules, axes = "ConvCapsules", self.routing == "em", self.capsules, AXES[self.dims]
+        layer, capsules, axes = "ConvCapsules", self.capsules, AXES[self.dims]
+        by_activation = self.routing in ("em", "self-routing")
         check_tensors(layer, "pose activation? mask?", pose, activation, mask)
         last = self.dims + 3  # the dimensions of a pose that is a vector
-        dims, wanted = ((last, last + 1), "(P,) K") if by_em else ((last,), "K")
+        dims, wanted = {last}, "K"
+        if self.routing == "em":
+            dims, wanted = {last, last + 1}, "(P,) K"
+        elif getattr(capsules, "rows", None) is not None:
+            dims, wanted = {last + 1}, "P, K"
         if pose.dim() not in dims or pose.shape[1] != self.in_types or pose.shape[-1] != self.in_dim:
             fail(
                 layer,
                 f"pose has shape {list(pose.shape)}; expected [B, in_types, {axes}, {wanted}] with "
                 f"in_types = {self.in_types} and K = {self.in_dim}",
             )
-        if by_em != (activation is not None):
-            found, wanted = ("None", "a tensor") if by_em else ("a tensor", "None")
+        if by_activation != (activation is not None):
+            found, wanted = ("None", "a tensor") if by_activation else ("a tensor", "None")
             fail(layer, f"activation is {found}; expected {wanted}, because routing is {self.routing!r}")
         grid = pose.shape[: 2 + self.dims]
         for name, x in (("activation", activation), ("mask", mask)):

@@ -73,9 +73,10 @@ class Matrices(Layer):
         """Raise for inputs that the layer cannot take; only called after a routing has failed."""
         raise NotImplementedError
 
-    def _check_capsules(self, name: str, x: Tensor, axes: str) -> None:
-        """Require capsules of a shape that the matrices take."""
-        wrong_number = not self.shared and x.shape[1:2] != (self.in_capsules,)
-        if x.dim() not in (3, axes.count(",") + 1) or x.shape[-1] != self.in_dim or wrong_number:
+    def _check_capsules(self, name: str, x: Tensor, axes: str, rows: tuple[int, ...] | None = None) -> None:
+        """Require capsules of a shape that the matrices take; rows: the sizes between N and K, if fixed."""
+        wrong = not self.shared and x.shape[1:2] != (self.in_capsules,)
+        wrong = wrong or (rows is not None and x.shape[2:-1] != rows)
+        if x.dim() not in (3, axes.count(",") + 1) or x.shape[-1] != self.in_dim or wrong:
             wanted = f"K = {self.in_dim}" if self.shared else f"N = {self.in_capsules} and K = {self.in_dim}"
             fail(self._layer, f"{name} has shape {list(x.shape)}; expected {axes} with {wanted}")

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 import capsops
-from capsops.nn import ConvCapsules, PrimaryCapsules, convert_weight
+from capsops.nn import (
+    ConcurrentCapsules,
+    ConvCapsules,
+    InvertedAttentionCapsules,
+    KMeansCapsules,
+    PrimaryCapsules,
+    convert_weight,
+)
 from tests.capsops.grids import em_over_positions, windows_on
 
 B, N, K, J, D = 2, 5, 3, 4, 2
@@ -351,6 +358,127 @@ def test_ibm_matrix_capsules_with_em_routing() -> None:
     _same(found[1].movedim(1, 3).flatten(0, 2), activations, pose, w, b, activation, beta_v, beta_a)
 
 
+def _softmax(logits: Sequence[Tensor]) -> list[Tensor]:
+    return [b.exp() / sum(other.exp() for other in logits) for b in logits]
+
+
+def _layer_norm(s: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    centred = s - s.mean()
+    return centred / (centred.square().mean() + 1e-5).sqrt() * weight + bias
+
+
+def _inverted_attention(votes: Tensor, v: Tensor | None, weight: Tensor, bias: Tensor) -> Tensor:
+    """One iteration of one item: votes [N, J, …] and the v [J, …] before -> v [J, …]."""
+    n = votes[0, 0].numel()
+    sums = [torch.zeros_like(votes[0, 0]) for _ in range(J)]
+    for of_one in votes:
+        logits = [of_one[j].sum() * 0 if v is None else (of_one[j] * v[j]).sum() / math.sqrt(n) for j in range(J)]
+        for j, share in enumerate(_softmax(logits)):
+            sums[j] = sums[j] + share * of_one[j]
+    return torch.stack([_layer_norm(s, weight, bias) for s in sums])
+
+
+def _parameters(layer: torch.nn.Module) -> list[Tensor]:
+    for x in layer.parameters():
+        torch.nn.init.normal_(x)
+    return list(layer.parameters())
+
+
+@pytest.mark.parametrize("matrix_pose", [False, True])
+def test_apple_ml_capsules_inverted_dot_product_attention_routing(matrix_pose: bool) -> None:
+    """`CapsuleFC`, with num_routing iterations of one layer."""
+    rows = 3 if matrix_pose else None
+    layer = InvertedAttentionCapsules(N, K, J, D, iterations=3, rows=rows, dtype=torch.float64)
+    u = _random(B, N, rows, K) if rows else _random(B, N, K)
+    w = _random(N, K, D, J) if matrix_pose else _random(N, K, J, D)
+    _, weight, bias = _parameters(layer)
+    formula = []
+    for x in u:
+        votes = _votes(x, lambda x, i, j: x @ (w[i, :, :, j] if matrix_pose else w[i, :, j]))
+        v = None
+        for _ in range(3):
+            v = _inverted_attention(votes, v, weight, bias)
+        formula.append(v)
+    matrices = convert_weight(w, "NKDJ") if matrix_pose else w
+    found = torch.func.functional_call(layer, {"weight": matrices}, (u,))
+    _same(found, torch.stack(formula), u, w, weight, bias)
+
+
+def test_concurrent_inverted_attention() -> None:
+    """The same implementation with its two kinds of layers on top of each other, in two iterations."""
+    grid = ConvCapsules(2, K, J, D, (2, 3), routing="inverted-attention", dtype=torch.float64)
+    top = InvertedAttentionCapsules(J * 2, D, J, 3, dtype=torch.float64)
+    network = ConcurrentCapsules([grid, top], iterations=2)
+    W, weight, bias, W2, weight2, bias2 = _parameters(network)
+    u = _random(B, 2, 3, 3, K)
+    formula = []
+    for x in u:
+        windows = [torch.stack([x[at] for _, at in w]) for w in windows_on((3, 3), 2, (2, 3), (1, 1), (0, 0), (1, 1))]
+        votes = [_votes(window, lambda x, i, j: x @ W[i, :, j]) for window in windows]
+        below: list[list[Tensor | None]] = [[None, None]]  # by iteration, then by position
+        below += [[_inverted_attention(votes[p], None, weight, bias) for p in range(2)]]
+        below += [[_inverted_attention(votes[p], below[1][p], weight, bias) for p in range(2)]]
+        v = None
+        for t in (1, 1):  # in its second iteration the upper layer sees what the lower one had before its second
+            capsules = torch.stack(below[t], dim=1).flatten(0, 1)  # over output types, then positions
+            v = _inverted_attention(_votes(capsules, lambda x, i, j: x @ W2[i, :, j]), v, weight2, bias2)
+        formula.append(v)
+    _same(network(u), torch.stack(formula), u, W, weight, bias, W2, weight2, bias2)
+
+
+@pytest.mark.parametrize("share_weights", [False, True])
+def test_bojone_capsule(share_weights: bool) -> None:
+    """Its squash has 0.5 in place of 1, and only the last output is squashed."""
+    u, W = _random(B, N, K), _random(1 if share_weights else N, K, J * D)
+    formula = []
+    for x in u:
+        votes = _votes(x, lambda x, i, j: x @ W[0 if share_weights else i, :, j * D : (j + 1) * D])
+        o: list[Tensor] | None = None
+        for _ in range(3):
+            shares = []
+            for i in range(N):
+                directions = [s / s.square().sum().sqrt() for s in o or []]
+                shares.append(
+                    _softmax([votes[i, j] @ directions[j] if o else torch.zeros(()).double() for j in range(J)])
+                )
+            o = [sum(shares[i][j] * votes[i, j] for i in range(N)) for j in range(J)]
+        lengths = [s.square().sum().sqrt() for s in o]
+        formula.append(torch.stack([n / (0.5 + n**2) * s for s, n in zip(o, lengths, strict=True)]))
+    layer = KMeansCapsules(N, K, J, D, shared=share_weights, dtype=torch.float64)
+    weight = W.view(K, J, D) if share_weights else W.view(N, K, J, D)
+    _same(torch.func.functional_call(layer, {"weight": weight}, (u,)), torch.stack(formula), u, W)
+
+
+def test_coder3000_sr_capsnet() -> None:
+    """`SelfRouting2d`: A types in, J out. Capsules of a window run over the places of the kernel, then the types."""
+    A, kernel, stride, pad = 2, 2, 2, 1
+    n = kernel**2 * A
+    pose, a = _random(B, A, 3, 3, K), torch.rand(B, A, 3, 3, dtype=torch.float64).requires_grad_()
+    W1, W2, b2 = _random(n, J * D, K), _random(n, J, K), _random(1, 1, n, J)
+    poses, activations = [], []
+    for item, chance in zip(pose, a, strict=True):
+        for window in windows_on((3, 3), A, (kernel,) * 2, (stride,) * 2, (pad,) * 2, (1, 1)):
+            total, ar = torch.zeros(()).double(), [torch.zeros(()).double() for _ in range(J)]
+            sums = [torch.zeros(D).double() for _ in range(J)]
+            for i, at in window:
+                r = _softmax([W2[i, j] @ item[at] + b2[0, 0, i, j] for j in range(J)])
+                total = total + chance[at]
+                for j in range(J):
+                    ar[j] = ar[j] + chance[at] * r[j]
+                    sums[j] = sums[j] + chance[at] * r[j] * (W1[i, j * D : (j + 1) * D] @ item[at])
+            poses.append(torch.stack([s / x for s, x in zip(sums, ar, strict=True)]))
+            activations.append(torch.stack(ar) / total)
+    layer = ConvCapsules(A, K, J, D, kernel, stride, pad, "self-routing", dtype=torch.float64)
+    parameters = {
+        "weight": W1.view(n, J, D, K).permute(0, 3, 1, 2),
+        "routing_weight": W2.transpose(1, 2),
+        "routing_bias": b2[0, 0],
+    }
+    found = torch.func.functional_call(layer, {f"capsules.{name}": x for name, x in parameters.items()}, (pose, a))
+    _same(found[0].movedim(1, 3).flatten(0, 2), torch.stack(poses), pose, a, W1, W2, b2)
+    _same(found[1].movedim(1, 3).flatten(0, 2), torch.stack(activations), pose, a, W2, b2)
+
+
 def test_lalonde_segcaps() -> None:
     """Each position routes by itself."""
     height, width = 2, 3
@@ -383,16 +511,108 @@ def test_brjathu_deepcaps() -> None:
                 v.append(_squash(s))
             logits = logits + torch.stack([(item[i] * torch.stack(v)).sum(1) for i in range(N)])
         formula.append(torch.stack(v).permute(0, 2, 3, 1))
-    page = PAGE.read_text().split("In DeepCaps")[1]
-    names = {"capsops": capsops, "votes": given, "bias": bias}
-    exec(page.split("```python\n")[1].split("```")[0], names)  # the loop of the page
+    names = _run_loop_of_the_page("In DeepCaps", votes=given, bias=bias)
     _same(names["v"], torch.stack(formula), given, bias)
+
+
+def _run_loop_of_the_page(before: str, **names: object) -> dict:
+    """Run the block of code that follows the text `before`; return its variables."""
+    after = PAGE.read_text().split(before)[1]
+    names |= {"torch": torch, "capsops": capsops, "convert_weight": convert_weight}
+    exec(after.split("```python\n")[1].split("```")[0], names)
+    return names
+
+
+def test_czhang99_capsule_nlu() -> None:
+    """Votes with a bias and a tanh; words beyond the end of a sentence are masked."""
+    caps, W, b = _random(B, N, K), _random(K, J * D), _random(J * D)
+    mask = torch.tensor([[True] * 3 + [False] * 2, [True] * N])
+    formula = [
+        _agreement(
+            _votes(x, lambda x, i, j: torch.tanh(x @ W[:, j * D : (j + 1) * D] + b[j * D : (j + 1) * D])),
+            3,
+            present=present.tolist(),
+        )
+        for x, present in zip(caps, mask, strict=True)
+    ]
+    votes = torch.tanh(capsops.affine_votes(caps, W.view(K, J, D)) + b.view(J, D))
+    _same(capsops.dynamic_routing(votes, None, 3, mask=mask), torch.stack(formula), caps, W, b)
+
+
+def test_datawhalechina_torch_rechub() -> None:
+    """ComiRec-DR (`bilinear_type` 2) with the softmax over the items, also those that pad a sequence."""
+    u, w = _random(B, N, K), _random(1, N, J * D, K)
+    mask = torch.tensor([[1.0] * 3 + [0.0] * 2, [1.0] * N]).double()
+    items = u * mask[:, :, None]
+    formula = [
+        _agreement(
+            _votes(x, lambda x, i, j: (w[0, i, j * D : (j + 1) * D] * x).sum(dim=1)),
+            3,
+            detach=True,
+            present=present.tolist(),
+            over_inputs=True,
+        )
+        for x, present in zip(items, mask, strict=True)
+    ]
+    weight = convert_weight(w.view(N, J, D, K), "NJDK")
+    _same(capsops.dynamic_routing(items, weight, 3, axis="input", detach=True), torch.stack(formula), u, w)
+
+
+def test_nii_yamagishilab_capsule_forensics_v2() -> None:
+    """`RoutingLayer`: each component of a vote has a coupling of its own, a softmax over the input capsules."""
+    x, route_weights = _random(B, N, K), _random(J, N, D, K)
+    formula = []
+    for item in x:
+        priors = _votes(item, lambda u, i, j: route_weights[j, i] @ u)
+        logits = torch.zeros_like(priors)
+        for _ in range(2):
+            v = []
+            for j in range(J):
+                shares = torch.stack([torch.stack(_softmax(list(logits[:, j, d]))) for d in range(D)], dim=1)
+                v.append(_squash((shares * priors[:, j]).sum(dim=0)))
+            logits = logits + priors * torch.stack(v)
+        formula.append(torch.stack(v))
+    names = _run_loop_of_the_page("In Capsule-Forensics-v2", u=x, route_weights=route_weights)
+    _same(names["v"], torch.stack(formula), x, route_weights)
+
+
+def test_glassroom_heinsen_routing() -> None:
+    """`Routing` (Heinsen 2019), the Gaussian model: a loop on votes that are held."""
+    a_inp, mu_inp = _random(B, N), _random(B, N, K)
+    W, bias, beta_use, beta_ign = _random(N, J, K, D), _random(N, J, 1, D), _random(N, J), _random(N, J)
+    formula = []
+    for a, mu in zip(a_inp, mu_inp, strict=True):
+        V = _votes(mu, lambda x, i, j: x @ W[i, j] + bias[i, j, 0])
+        f = 1 / (1 + (-a).exp())
+        R = torch.full((N, J), 1 / J).double()
+        out, mean, var = [], [], []
+        for iteration in range(3):
+            if iteration:
+                R = []
+                for i in range(N):
+                    p = [-((V[i, j] - mean[j]) ** 2 / (2 * var[j])).sum() - var[j].sqrt().log().sum() for j in range(J)]
+                    R.append(torch.stack(_softmax([torch.nn.functional.logsigmoid(out[j]) + p[j] for j in range(J)])))
+                R = torch.stack(R)
+            used = [[f[i] * R[i, j] for j in range(J)] for i in range(N)]
+            out, mean, var = [], [], []
+            for j in range(J):
+                out.append(sum(beta_use[i, j] * used[i][j] - beta_ign[i, j] * (f[i] - used[i][j]) for i in range(N)))
+                total = sum(used[i][j] for i in range(N)) + 1e-5
+                mean.append(sum(used[i][j] * V[i, j] for i in range(N)) / total)
+                var.append(sum(used[i][j] * (V[i, j] - mean[j]) ** 2 for i in range(N)) / total + 1e-5)
+        formula.append((torch.stack(out), torch.stack(mean)))
+    names = _run_loop_of_the_page(
+        "Heinsen's routing of 2019", a_inp=a_inp, mu_inp=mu_inp, W=W, B=bias, beta_use=beta_use, beta_ign=beta_ign
+    )
+    parameters = a_inp, mu_inp, W, bias, beta_use, beta_ign
+    _same(names["a_out"], torch.stack([x[0] for x in formula]), *parameters)
+    _same(names["mu_out"], torch.stack([x[1] for x in formula]), a_inp, mu_inp, W, bias)
 
 
 def test_every_row_of_the_page_has_a_test() -> None:
     page = PAGE.read_text().split("## What gives the same numbers")[1].split("\n## ")[0]
     rows = re.findall(r"^\| \[([\w./-]+)\]", page, flags=re.MULTILINE)
-    assert len(rows) >= 12
+    assert len(rows) >= 25
     for row in rows:
         assert f"test_{re.sub(r'[^a-z0-9]', '_', row.lower())}" in globals(), row
 

@@ -427,6 +427,80 @@ def test_bad_arguments(build, message: str) -> None:
             ValueError,
             r"EMCapsules: activation has shape \[2, 8\]; expected \[B, N\] = \[2, 9\]",
         ),
+        (lambda: nn.KMeansCapsules(9, 4, 3, 5)(None), TypeError, "KMeansCapsules: u is a NoneType"),
+        (
+            lambda: nn.InvertedAttentionCapsules(9, 4, 3, 5)(torch.zeros(2, 8, 4)),
+            ValueError,
+            r"InvertedAttentionCapsules: u has shape \[2, 8, 4\]; expected \[B, N, K\] with N = 9 and K = 4",
+        ),
+        (
+            lambda: nn.InvertedAttentionCapsules(9, 4, 3, 5, rows=2)(torch.zeros(2, 9, 3, 4)),
+            ValueError,
+            r"InvertedAttentionCapsules: u has shape \[2, 9, 3, 4\]; expected \[B, N, 2, K\] with N = 9 and K = 4",
+        ),
+        (
+            lambda: nn.InvertedAttentionCapsules(9, 4, 3, 5, rows=2)(torch.zeros(2, 9, 4)),
+            ValueError,
+            r"InvertedAttentionCapsules: u has shape \[2, 9, 4\]; expected \[B, N, 2, K\]",
+        ),
+        (
+            lambda: nn.KMeansCapsules(9, 4, 3, 5)(torch.zeros(2, 9, 4).double()),
+            ValueError,
+            "KMeansCapsules: weight has dtype torch.float32",
+        ),
+        (
+            lambda: nn.KMeansCapsules(9, 4, 3, 5)(torch.zeros(2, 9, 4), torch.ones(2, 8).bool()),
+            ValueError,
+            r"KMeansCapsules: mask has shape \[2, 8\]",
+        ),
+        (
+            lambda: nn.KMeansCapsules(9, 4, 3, 5).step(torch.zeros(2, 9, 4), torch.zeros(2, 3, 4)),
+            ValueError,
+            r"KMeansCapsules: v has shape \[2, 3, 4\]; expected \[B, J, D\] = \[2, 3, 5\]",
+        ),
+        (lambda: nn.InvertedAttentionCapsules(9, 4, 3, 5, rows=0), ValueError, "InvertedAttentionCapsules: rows is 0"),
+        (lambda: nn.KMeansCapsules(9, 4, 3, 5, iterations=0), ValueError, "KMeansCapsules: iterations is 0"),
+        (
+            lambda: nn.SelfRoutingCapsules(9, 4, 3, 5)(torch.zeros(2, 9, 4), torch.zeros(2, 8)),
+            ValueError,
+            r"SelfRoutingCapsules: activation has shape \[2, 8\]; expected \[B, N\] = \[2, 9\]",
+        ),
+        (
+            lambda: nn.SelfRoutingCapsules(9, 4, 3, 5)(torch.zeros(2, 9, 4), None),
+            TypeError,
+            "SelfRoutingCapsules: activation is a NoneType",
+        ),
+        (lambda: nn.ConcurrentCapsules([]), ValueError, "ConcurrentCapsules: layers is empty"),
+        (
+            lambda: nn.ConcurrentCapsules([torch.nn.Linear(2, 2)]),
+            TypeError,
+            "ConcurrentCapsules: layer is a Linear; expected one that has a method `step`",
+        ),
+        (
+            lambda: nn.ConcurrentCapsules([nn.KMeansCapsules(9, 4, 3, 5)], iterations=0),
+            ValueError,
+            "ConcurrentCapsules: iterations is 0",
+        ),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5).step(torch.zeros(1, 2, 5, 5, 4)),
+            ValueError,
+            "ConvCapsules: routing is 'dynamic'; expected 'inverted-attention' or 'k-means', which have steps",
+        ),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5, routing="k-means").step(torch.zeros(1, 2, 5, 5, 4), torch.zeros(1, 3)),
+            ValueError,
+            r"ConvCapsules: v has shape \[1, 3\]; expected \[1, 3, 3, 3, 5\], that of the result",
+        ),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5, routing="self-routing")(torch.zeros(1, 2, 5, 5, 4)),
+            ValueError,
+            "ConvCapsules: activation is None; expected a tensor, because routing is 'self-routing'",
+        ),
+        (
+            lambda: nn.ConvCapsules(2, 4, 3, 5, routing="inverted-attention", rows=2)(torch.zeros(1, 2, 5, 5, 4)),
+            ValueError,
+            r"ConvCapsules: pose has shape .*; expected \[B, in_types, H, W, P, K\]",
+        ),
         (lambda: nn.convert_weight(None), TypeError, "convert_weight: weight is a NoneType"),
     ],
 )
@@ -724,6 +798,74 @@ def test_conv_capsules_hold_no_votes(routing: str) -> None:
         (out[0] if routing == "em" else out).square().sum().backward()
     assert fields / 2 <= largest < votes / 4
     assert 0 < sum(saved.values()) < votes
+
+
+STEPS = [
+    lambda N, **options: nn.InvertedAttentionCapsules(N, 4, 3, 5, iterations=3, **options),
+    lambda N, **options: nn.InvertedAttentionCapsules(N, 4, 3, 5, iterations=3, rows=2, **options),
+    lambda N, **options: nn.KMeansCapsules(N, 4, 3, 5, **options),
+]
+
+
+@pytest.mark.parametrize("build", STEPS, ids=["attention", "matrices", "k-means"])
+def test_layers_of_steps(build) -> None:
+    torch.manual_seed(0)
+    layer = build(7)
+    rows = () if getattr(layer, "rows", None) is None else (2,)
+    u = torch.randn(2, 7, *rows, 4, requires_grad=True)
+    v = layer(u)
+    assert v.shape == (2, 3, *rows, 5)
+    assert torch.equal(v, layer.step(u, layer.step(u, layer.step(u))))
+    for g in torch.autograd.grad(v.square().mul(v.detach().abs() + 1).sum(), [u, *layer.parameters()]):
+        assert g.abs().max() > 0
+    # A mask is as good as fewer capsules.
+    shared = build(7, shared=True)
+    mask = torch.tensor([[True] * 5 + [False] * 2] * 2)
+    torch.testing.assert_close(shared(u, mask), shared(u[:, :5]))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = shared(u.bfloat16())
+    torch.testing.assert_close(low, shared(u.bfloat16().float()))
+    with torch.device("meta"):
+        assert build(7)(torch.zeros(2, 7, *rows, 4)).shape == v.shape
+    assert build(7)(u[:0]).shape == (0, 3, *rows, 5)
+
+
+@pytest.mark.parametrize("routing", ["inverted-attention", "k-means"])
+def test_steps_on_a_grid(routing: str) -> None:
+    layer = nn.ConvCapsules(2, 4, 3, 5, 3, 2, 1, routing, iterations=2)
+    u = torch.randn(2, 2, 5, 4, 4)
+    assert torch.equal(layer(u), layer.step(u, layer.step(u)))
+    top = nn.KMeansCapsules(3 * 3 * 2, 5, 2, 4)
+    network = nn.ConcurrentCapsules([layer, top], iterations=1)
+    assert torch.equal(network(u), top.step(layer.step(u).flatten(1, 3)))
+    assert "iterations=1" in repr(network)
+
+
+def test_self_routing_capsules() -> None:
+    torch.manual_seed(0)
+    layer = nn.SelfRoutingCapsules(7, 4, 3, 5)
+    torch.nn.init.normal_(layer.routing_weight)
+    pose, activation = torch.randn(2, 7, 4, requires_grad=True), torch.rand(2, 7, requires_grad=True)
+    out, a = layer(pose, activation)
+    assert out.shape == (2, 3, 5)
+    torch.testing.assert_close(a.sum(dim=1), torch.ones(2))
+    for g in torch.autograd.grad(out.square().sum() + a.square().sum(), [pose, activation, *layer.parameters()]):
+        assert g.isfinite().all() and g.abs().max() > 0
+    # What a mask leaves out has no effect, and an activation of 0 hardly any.
+    mask = torch.ones(2, 7, dtype=torch.bool)
+    mask[:, 2] = False
+    bad = pose.detach().clone()
+    bad[:, 2] = torch.nan
+    off = activation.detach().clone()
+    off[:, 2] = 0
+    for x, y in zip(layer(bad, activation, mask), layer(pose, off), strict=True):
+        torch.testing.assert_close(x, y)
+    nothing = layer(pose, activation, torch.zeros_like(mask))
+    assert all((x == 0).all() for x in nothing)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = layer(pose.bfloat16(), activation.bfloat16())
+    for x, y in zip(low, layer(pose.bfloat16().float(), activation.bfloat16().float()), strict=True):
+        torch.testing.assert_close(x, y)
 
 
 def test_convert_weight() -> None:
