@@ -127,7 +127,7 @@ class ConvCapsules(Layer):
             assert activation is not None
             return self._over_positions(pose, activation, mask)
         fields, present = self.windows.receptive_fields, self._present(pose, mask)
-        places = len(pose), *self.windows.positions(grid)
+        places = pose.shape[0], *self.windows.positions(grid)
         if activation is None:
             return self._grid(self.capsules(fields(pose), present), places)
         out = self.capsules(fields(pose), fields(activation), present)
@@ -144,10 +144,10 @@ class ConvCapsules(Layer):
         layer, capsules = "ConvCapsules", self.capsules
         if not hasattr(capsules, "step"):
             fail(layer, f"routing is {self.routing!r}; expected 'inverted-attention' or 'k-means', which have steps")
-        places = len(pose), *self.windows.positions(self._check(pose, None, mask))
+        places = pose.shape[0], *self.windows.positions(self._check(pose, None, mask))
         if v is not None:
             check_tensors(layer, "v", v)
-            wanted = (len(pose), self.out_types, *places[1:], *pose.shape[2 + self.dims : -1], self.out_dim)
+            wanted = (pose.shape[0], self.out_types, *places[1:], *pose.shape[2 + self.dims : -1], self.out_dim)
             if v.shape != wanted:
                 fail(layer, f"v has shape {list(v.shape)}; expected {list(wanted)}, that of the result")
             v = v.movedim(1, 1 + self.dims).flatten(0, self.dims)

@@ -42,11 +42,11 @@ class _Steps(Matrices):
         capsules, weight = u, None
         if rows:  # a row of a vote is a row of the capsule times the matrix
             by_row = functional.affine_votes(u.transpose(1, 2).flatten(0, 1), self.weight)
-            capsules = by_row.unflatten(0, (len(u), *rows)).movedim(1, 3).flatten(3)
+            capsules = by_row.unflatten(0, (u.shape[0], *rows)).movedim(1, 3).flatten(3)
         else:
             weight = self.weight
         if v is None:
-            state = capsules.new_zeros(len(u), self.out_capsules, math.prod(rows) * D)
+            state = capsules.new_zeros(u.shape[0], self.out_capsules, math.prod(rows) * D)
         else:
             state = self._state(v).flatten(2)
         s = functional.routing_step(capsules, weight, state, mask=mask)
@@ -72,7 +72,7 @@ class _Steps(Matrices):
         check_votes(layer, u, weight, mask)
         if v is not None:
             axes = "B, J, P, D" if rows else "B, J, D"
-            check_shape(layer, "v", v, axes, len(u), self.out_capsules, *rows, self.out_dim)
+            check_shape(layer, "v", v, axes, u.shape[0], self.out_capsules, *rows, self.out_dim)
 
     def extra_repr(self) -> str:
         return (
@@ -334,7 +334,7 @@ class SelfRoutingCapsules(Matrices):
             log_r = (torch.einsum("bnk,nkj->bnj", pose, routing_weight) + routing_bias).log_softmax(dim=2)
             # The shares of an output capsule in its input capsules are a softmax over these, of log (a r).
             logits = log_r + a.clamp_min(tiny).log()[:, :, None]
-            state = pose.new_zeros(len(pose), self.out_capsules, self.out_dim)
+            state = pose.new_zeros(pose.shape[0], self.out_capsules, self.out_dim)
             out = functional.routing_step(pose, weight, state, logits, axis="input", mask=mask)
             total = a.sum(dim=1, keepdim=True).clamp_min(tiny)
             return out, torch.einsum("bn,bnj->bj", a, log_r.exp()) / total

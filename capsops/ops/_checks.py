@@ -136,7 +136,9 @@ def of_every_item(op: str, logits: Tensor, u: Tensor, weight: Tensor | None) -> 
     """Require logits [N, J], [1, N, J] or [B, N, J]; return a view [B, N, J]. u and weight have been checked."""
     check_floating(op, "u logits", u, logits)
     B, N, J = *u.shape[:2], vote_sizes(u, weight)[0]
-    if logits.shape not in ((N, J), (1, N, J), (B, N, J)):
+    # Tuples of several lengths are not compared with one another: an exported program would then refuse B = N.
+    batches = logits.shape[:-2]
+    if logits.dim() < 2 or logits.shape[-2:] != (N, J) or (batches and batches not in ((B,), (1,))):
         fail(
             op,
             f"logits has shape {shape_of(logits)}; expected [N, J] = [{N}, {J}], [1, N, J], or [B, N, J] with B = {B}",

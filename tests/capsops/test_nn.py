@@ -841,6 +841,16 @@ def test_steps_on_a_grid(routing: str) -> None:
     assert "iterations=1" in repr(network)
 
 
+def test_layers_on_a_grid_and_of_steps_are_exported_for_any_batch() -> None:
+    layers = [nn.ConvCapsules(2, 4, 3, 5, 3, 2, 1, "inverted-attention"), nn.KMeansCapsules(3 * 3 * 2, 5, 2, 4)]
+    network = nn.ConcurrentCapsules(layers)
+    program = torch.export.export(
+        network, (torch.randn(2, 2, 5, 4, 4),), dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=99)},)
+    )
+    u = torch.randn(5, 2, 5, 4, 4)
+    torch.testing.assert_close(program.module()(u), network(u))
+
+
 def test_self_routing_capsules() -> None:
     torch.manual_seed(0)
     layer = nn.SelfRoutingCapsules(7, 4, 3, 5)
