@@ -576,11 +576,18 @@ def _half(c: _Code, o: list[str], parts: list[str]) -> None:
 
 @_translates("HMMA", "IMMA", "DMMA")
 def _mma(c: _Code, o: list[str], parts: list[str]) -> None:
-    """Tensor cores: the values are not computed."""
-    number = int(o[0][1:])
+    """Tensor cores. Of types other than bfloat16 the values are not computed."""
     halves = "F16" in parts and "F32" not in parts
-    for n in range(2 if halves else 4):
-        c.write(f"R{number + n}", c.arrays.constant(PATTERN))
+    results = _registers(o[0], 8 if halves else 16)
+    if "BF16" in parts:
+        pieces = {"1688": 1, "16816": 2}[parts[0]]
+        a, b, d = (
+            ", ".join(c.u32(r) for r in _registers(x, 4 * count))
+            for x, count in zip(o[1:4], (2 * pieces, pieces, 4), strict=True)
+        )
+        c.do(f"products = multiply_fragments(({a}), ({b},), ({d}))")
+    for n, to in enumerate(results):
+        c.write(to, f"products[{n}]" if "BF16" in parts else c.arrays.constant(PATTERN))
 
 
 @_translates("SHFL")
@@ -671,28 +678,32 @@ def _sts(c: _Code, o: list[str], parts: list[str]) -> None:
 
 @_translates("LDGSTS")
 def _ldgsts(c: _Code, o: list[str], parts: list[str]) -> None:
-    """With a predicate, a thread without it copies zeros, and reads nothing."""
+    """With a predicate: threads for which it is false copy zeros, and read nothing."""
     size, active = _size(parts), _active(c)
     reads = active
     if len(o) > 2:
         reads = c.predicate(o[2]) if active == "None" else f"({active} & {c.predicate(o[2])})"
     c.do(f"loaded = load_global({c.index}, {_address(c, o[1])}, {size}, {reads})")
+    if reads != active:
+        c.do(f"loaded = [where({c.predicate(o[2])}, x, 0) for x in loaded]")
     c.do(f"store_shared({c.index}, {_address(c, o[0])}, {size}, loaded, {active})")
 
 
 @_translates("LDSM")
 def _ldsm(c: _Code, o: list[str], parts: list[str]) -> None:
-    """Each lane's address is one row of 16 bytes. The values are not moved."""
+    """Each lane's address is one row of 16 bytes."""
     count = int(parts[-1]) if parts[-1] in ("2", "4") else 1
-    c.do(f"load_matrices({c.index}, {_address(c, o[1])}, {count}, {_active(c)})")
+    c.do(f"loaded = load_matrices({c.index}, {_address(c, o[1])}, {count})")
     for number in range(count):
-        c.write(f"R{int(o[0][1:]) + number}", c.arrays.constant(PATTERN))
+        value = f"loaded[{number}]"
+        c.write(f"R{int(o[0][1:]) + number}", f"transpose({value})" if "MT88" in parts else value)
 
 
 @_translates("MOVM")
 def _movm(c: _Code, o: list[str], parts: list[str]) -> None:
-    """The transpose of a matrix that the lanes of a warp have. The values are not moved."""
-    c.write(o[0], c.arrays.constant(PATTERN))
+    """The transpose of a matrix of 8 × 8 numbers that the lanes of a warp have."""
+    c.do(f"v = transpose({c.u32(o[1])})")
+    c.write(o[0], "v")
 
 
 @_translates("CCTL")
@@ -819,6 +830,37 @@ def _to_float16(x: ndarray) -> ndarray:
     return x.astype(np.float16).view(np.uint16).astype(np.uint32)
 
 
+def _rows(words: ndarray) -> ndarray:
+    """Matrices [warps, 8, 8] of 16-bit numbers: lane 4 g + t has numbers 2 t and 2 t + 1 of row g in a word."""
+    return np.ascontiguousarray(words).view(np.uint16).reshape(-1, 8, 8)
+
+
+def _transpose(words: ndarray) -> ndarray:
+    return np.ascontiguousarray(_rows(words).transpose(0, 2, 1)).view(np.uint32).ravel()
+
+
+def _multiply_fragments(a: Sequence[ndarray], b: Sequence[ndarray], c: Sequence[ndarray]) -> list[ndarray]:
+    """The products of tensor cores a b + c: a [16, K] and b [K, 8] in bfloat16, c [16, 8] in float32.
+
+    Args:
+        a: for each 8 columns, the words of rows 0 to 7 and of rows 8 to 15.
+        b: for each 8 rows, the words of their transpose.
+        c: numbers 2 t and 2 t + 1 of row g, and of row g + 8.
+    """
+
+    def numbers(words: ndarray) -> ndarray:
+        return (_rows(words).astype(np.uint32) << 16).view(np.float32)
+
+    out = []
+    for half in range(2):
+        product = np.stack([x.view(np.float32) for x in c[2 * half : 2 * half + 2]], -1).reshape(-1, 8, 8)
+        for left, right in zip(a[half::2], b, strict=True):
+            product = product + numbers(left) @ numbers(right).transpose(0, 2, 1)
+        pairs = product.astype(np.float32).reshape(-1, 2)
+        out += [np.ascontiguousarray(pairs[:, n]).view(np.uint32) for n in range(2)]
+    return out
+
+
 FUNCTIONS: dict[str, Any] = {
     name: getattr(np, name)
     for name in (
@@ -836,6 +878,8 @@ FUNCTIONS: dict[str, Any] = {
     "to_float_up": _to_float_up,
     "to_integer": _to_integer,
     "division_is_slow": _division_is_slow,
+    "transpose": _transpose,
+    "multiply_fragments": _multiply_fragments,
     "to_bfloat16": _to_bfloat16,
     "to_float16": _to_float16,
 }

@@ -185,6 +185,9 @@ def value_of(line: str, **registers: int) -> int:
         ("I2F.U32.RP R20, R2", {"R2": 0x1000001}, 0x4B800001),
         ("FFMA R20, -R2, R3, 1", {"R2": 0x40000000, "R3": 0x40400000}, 0xC0A00000),
         ("SHFL.BFLY PT, R20, R2, 0x1, 0x1f", {"R2": 7}, 7),
+        ("MOVM.16.MT88 R20, R2", {"R2": 0x40003F80}, 0x3F803F80),
+        # 2 + 8 · (1 · 3 + 2 · 4) / 2, in bfloat16: each lane has the same.
+        ("HMMA.1688.F32.BF16 R20, R2, R4, R6", {"R2": 0x40003F80, "R4": 0x40804040, "R6": 0x40000000}, 0x42380000),
     ],
 )
 def test_arithmetic(line: str, registers: dict[str, int], expected: int) -> None:

@@ -1,4 +1,5 @@
-// The loops of warp.cuh in tensor cores, for bfloat16. They have the policies of warp.cuh.
+// The loops of warp.cuh in tensor cores, for bfloat16. They have the policies of warp.cuh, of which each also says how
+// many blocks of 128 threads its registers leave room for on a multiprocessor (`resident`).
 //
 // A warp takes some input capsules at a time: a step. All of its data in shared memory are tiles. A tile has 8 rows of
 // 4 pieces, and a piece is 8 numbers of 16 bytes. Eight rows k of W are a tile, because a row has the 32 components of
@@ -193,7 +194,8 @@ template <class Tiling> class TensorPipeline {
                 copy_async(to + n * tile, from_w_ + n * 8 * warp_JD, n / pieces < left_to_fetch_);
 #pragma unroll
             for (int n = 0; n < u_tiles; ++n) {
-                const bool there = exists(n, left_to_fetch_) && !is_masked(n, end_ - left_to_fetch_);
+                bool there = exists(n, left_to_fetch_);
+                if (tiling_.mask) there = there && !is_masked(n, end_ - left_to_fetch_);
                 copy_async(to + (4 + n) * tile, from_u_ + n * 8 * tiling_.N * Tiling::K, there);
             }
         }
@@ -242,13 +244,10 @@ __device__ inline void make_votes(const TensorPipeline<Tiling>& step, int x, flo
 
 // ---- the loops -----------------------------------------------------------------------------------------------
 
-// Blocks that run on a multiprocessor at the same time: as many as there are registers for without spilling.
-template <class Policy, int rows>
-constexpr int blocks_to_reduce = sizeof(typename Policy::template Registers<TensorPosition<rows>::items>) < 64 ? 6 : 4;
-template <int rows> constexpr int blocks_to_emit = rows == 8 ? 6 : 4;
+template <class Policy, int rows> constexpr int resident_blocks = Policy::resident(TensorPosition<rows>::items);
 
 template <class Tiling, class Policy>
-__global__ void __launch_bounds__(Tiling::threads(), blocks_to_reduce<Policy, Tiling::rows>)
+__global__ void __launch_bounds__(Tiling::threads(), resident_blocks<Policy, Tiling::rows>)
     reduce_tensor_kernel(Tiling tiling, Policy policy, float* partial /* [runs, B, J, D] */) {
     using At = TensorPosition<Tiling::rows>;
     constexpr int items = At::items;
@@ -381,7 +380,7 @@ __device__ inline void emit_weight(const TensorPosition<Tiling::rows>& at, const
 }
 
 template <class Tiling, class Policy>
-__global__ void __launch_bounds__(Tiling::threads(), blocks_to_emit<Tiling::rows>)
+__global__ void __launch_bounds__(Tiling::threads(), resident_blocks<Policy, Tiling::rows>)
     emit_tensor_kernel(Tiling tiling, Policy policy, GradientsOf<bfloat16> to,
                        float* params /* [runs, warps, param_count] */, int param_count) {
     using At = TensorPosition<Tiling::rows>;
@@ -425,7 +424,7 @@ Status reduce_in_tensor_cores(const Capsules& c, const Policy& policy, Workspace
     return for_tensor_tilings(c, [&]<int rows, int pieces>() {
         static_assert(WarpReducingPolicy<Policy, float, TensorPosition<rows>>);
         using Tiling = TensorTiling<rows, pieces>;
-        const Tiling tiling(c, blocks_to_reduce<Policy, rows>);
+        const Tiling tiling(c, resident_blocks<Policy, rows>);
         const int64_t size = c.B * warp_JD;
         Workspace w(&whole);
         float* const partial = tiling.runs.count == 1 ? out : w.take<float>(tiling.runs.count * size);
@@ -443,7 +442,7 @@ Status emit_in_tensor_cores(const Capsules& c, const Policy& policy, const Capsu
     return for_tensor_tilings(c, [&]<int rows, int pieces>() {
         static_assert(WarpEmittingPolicy<Policy, float, TensorPosition<rows>>);
         using Tiling = TensorTiling<rows, pieces>;
-        const Tiling tiling(c, blocks_to_emit<rows>);
+        const Tiling tiling(c, resident_blocks<Policy, rows>);
         const int64_t params_rows = tiling.runs.count * Tiling::warps;
         Workspace w(&whole);
         float* const params = w.take<float>(params_rows * param_count);

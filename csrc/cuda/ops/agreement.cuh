@@ -90,6 +90,7 @@ template <class A, class At> struct PairSoftmax {
 // In the loops of warp.cuh: all couplings equal.
 template <class A> struct WarpEqual {
     template <int> struct Registers {};
+    static constexpr int resident(int) { return 6; }
     A coupling;
 
     template <class At> __device__ void start(const At&, Registers<At::items>&) const {}
@@ -106,6 +107,7 @@ template <class A, bool adjoint> struct WarpAgreement {
     template <int items> struct Registers {
         A x[items][2], y[adjoint ? items : 1][2];
     };
+    static constexpr int resident(int items) { return items == 4 && !adjoint ? 6 : 4; }
     const A* x;      // [B, J, D]
     const A* y;      // [B, J, D], if adjoint
     const A* prior;  // [N, J], or null
@@ -140,6 +142,7 @@ template <class A, bool adjoint> struct WarpAgreement {
 // In the loops of warp.cuh: as AgreementGradient.
 template <class A> struct WarpAgreementGradient {
     template <int> struct Registers {};
+    static constexpr int resident(int items) { return items == 4 ? 5 : 3; }
     const A *x, *g;
     int64_t size, iterations;
     bool equal_first, leaky, detach;

@@ -84,6 +84,7 @@ template <class A> struct WarpAttention {
     template <int items> struct Registers {
         A first, second, constant;
     };
+    static constexpr int resident(int) { return 6; }
     static constexpr A log2_e = A(1.4426950408889634);
     const A* weight;  // [2, 2]
     const A* bias;    // [2], or null
@@ -111,6 +112,7 @@ template <class A> struct WarpAttentionGradient {
         A g_s[items][2];
         A params[3];  // the lane's g_A,00, g_A,01 and g_a,0; those of output capsule 1 are their negatives
     };
+    static constexpr int resident(int items) { return items == 4 ? 6 : 4; }
     WarpAttention<A> attention;
     const A* g_s;  // [B, J, D]
     bool wants_params;
