@@ -510,13 +510,14 @@ class Run:
         for n, x in enumerate(values):
             self.shared[at + n] = x if mask is None else x[mask]
 
-    def load_matrices(self, index: int, address: ndarray, count: int) -> list[ndarray]:
-        """Matrices of 8 rows of 16 bytes: lane 4 g + t gets word t of row g of each."""
-        own = address.reshape(self.warps, WARP)[:, : 8 * count]
-        if (own % np.uint64(16)).any() or (own + np.uint64(16) > self.shared_end).any():
+    def load_matrices(self, index: int, address: ndarray, count: int, mask: ndarray | None) -> list[ndarray]:
+        """Matrices of 8 rows of 16 bytes: lane 4 g + t gets word t of row g of each. A warp takes part as a whole."""
+        running = np.ones(self.warps, bool) if mask is None else mask.reshape(self.warps, WARP).any(1)
+        own = np.where(running[:, None], address.reshape(self.warps, WARP)[:, : 8 * count], np.uint64(RESERVED_SHARED))
+        if (own % np.uint64(16)).any() or int(own.max()) + 16 > self.shared_end:
             raise SassError(f"sass: {self.kernel.name}: {self.code[index].text!r} is not aligned, or beyond the memory")
         words = ((own >> np.uint64(2))[:, :, None] + np.arange(4, dtype=np.uint64)).astype(np.int64)
-        for matrix in words.reshape(self.warps * count, -1):
+        for matrix in words[running].reshape(int(running.sum()) * count, -1):
             self.counts.wavefronts[index] += int(np.bincount(np.unique(matrix) % 32).max())
         by_matrix = words.reshape(self.warps, count, WARP)
         return [self.shared[by_matrix[:, n].ravel()] for n in range(count)]

@@ -693,7 +693,7 @@ def _ldgsts(c: _Code, o: list[str], parts: list[str]) -> None:
 def _ldsm(c: _Code, o: list[str], parts: list[str]) -> None:
     """Each lane's address is one row of 16 bytes."""
     count = int(parts[-1]) if parts[-1] in ("2", "4") else 1
-    c.do(f"loaded = load_matrices({c.index}, {_address(c, o[1])}, {count})")
+    c.do(f"loaded = load_matrices({c.index}, {_address(c, o[1])}, {count}, {_active(c)})")
     for number in range(count):
         value = f"loaded[{number}]"
         c.write(f"R{int(o[0][1:]) + number}", f"transpose({value})" if "MT88" in parts else value)
