@@ -150,6 +150,11 @@ def _raise(status: Any, op: str, operands: Sequence[Tensor]) -> NoReturn:
 # ---- operands ------------------------------------------------------------------------------------
 
 
+def _aligned(u_address: int, weight_address: int) -> bool:
+    """Whether u and W lie at multiples of 16 bytes. Otherwise a kernel for GPUs may take another workspace."""
+    return not (u_address | weight_address) & 15
+
+
 class Capsules:
     """u [B, N, K] or [B, N, P, K], W and the mask as one struct of pointers; keeps contiguous copies alive with it.
 
@@ -162,7 +167,7 @@ class Capsules:
     def __init__(self, u: Tensor, weight: Tensor | None, mask: Tensor | None = None, gradient: bool = False) -> None:
         self.tensors: tuple[Tensor | None, ...]
         if weight is None:
-            self.tensors = u, mask = u.contiguous(), None if mask is None else mask.contiguous()
+            self.tensors = u, _, mask = u.contiguous(), None, None if mask is None else mask.contiguous()
             self.struct = _C.Capsules(u.data_ptr(), 0, _address(mask), *_sizes(u, None))
             self.struct.votes_given = True
             return
@@ -349,12 +354,11 @@ def run(op: str, names: Sequence[str], values: Sequence[Any], notes: dict[str, A
         notes: empty at first; the same for all calls whose values agree in shapes, strides, dtypes, device and which
             of them are None. What was worked out from these is kept here.
     """
-    known = notes.get("contiguous")
-    if known is not None:
+    if (known := notes.get("contiguous")) is not None:
         _run_contiguous(op, known, values, notes)
         return
     if op not in _ROWS:
-        _ON_ROWS[op](op, **dict(zip(names, values, strict=True)))
+        _ON_ROWS[op](op, notes, **dict(zip(names, values, strict=True)))
         return
     plan = _plans.get(op) or _plan(op, names)
     notes["contiguous"] = _Contiguous.of(plan, values)
@@ -369,7 +373,9 @@ def run(op: str, names: Sequence[str], values: Sequence[Any], notes: dict[str, A
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
     options = [values[i] for i in plan.options]
     operands = (u,) if weight is None else (u, weight)
-    call_kernel(op, operands, capsules.struct, *addresses[: plan.before], *options, *addresses[plan.before :])
+    args = *addresses[: plan.before], *options, *addresses[plan.before :]
+    aligned = _aligned(*[_address(x) for x in capsules.tensors[:2]])
+    call_kernel(op, operands, capsules.struct, *args, notes=notes if aligned else None)
     for out, wide in rounded:
         out.copy_(wide)
 
@@ -385,8 +391,7 @@ def _run_contiguous(op: str, known: _Contiguous, values: Sequence[Any], notes: d
         capsules.votes_given = True
     args = [0 if i is None else values[i].data_ptr() for i in tensors]
     args[before:before] = [values[i] for i in options]
-    # A kernel for GPUs goes another way, with another workspace, where u or W is not aligned to 16 bytes.
-    call_kernel(op, operands, capsules, *args, notes=None if (u_address | weight_address) & 15 else notes)
+    call_kernel(op, operands, capsules, *args, notes=notes if _aligned(u_address, weight_address) else None)
 
 
 def _widened(plan: _Plan, values: Sequence[Any]) -> tuple[list[Any], list[tuple[Tensor, Tensor]]]:
@@ -401,12 +406,13 @@ def _widened(plan: _Plan, values: Sequence[Any]) -> tuple[list[Any], list[tuple[
     return values, rounded
 
 
-def _squash(op: str, kind: str, **tensors: Tensor) -> None:
+def _squash(op: str, notes: dict[str, Any], kind: str, **tensors: Tensor) -> None:
     s = tensors["s"]
     dim = s.shape[-1]
     rows = s.numel() // max(dim, 1)
     operands = [tensors[name].contiguous() for name in ("g_v", "s", "v", "g_s") if name in tensors]
-    call_kernel(op, (s,), *[x.data_ptr() for x in operands], rows, dim, getattr(_C.SquashKind, kind), DTYPES[s.dtype])
+    options = rows, dim, getattr(_C.SquashKind, kind), DTYPES[s.dtype]
+    call_kernel(op, (s,), *[x.data_ptr() for x in operands], *options, notes=notes)
 
 
 def _struct(grid: Grid, kind: str) -> Any:
@@ -414,18 +420,27 @@ def _struct(grid: Grid, kind: str) -> Any:
     return _C.PrimaryCapsules(*grid[1:-1], *grid.strides, getattr(_C.SquashKind, kind), dtype)
 
 
-def _primary_capsules(op: str, u: Tensor, features: Tensor, types: int, legacy: bool, kind: str) -> None:
+def _primary_capsules(
+    op: str, notes: dict[str, Any], u: Tensor, features: Tensor, types: int, legacy: bool, kind: str
+) -> None:
     grid = Grid.of(features, u.shape[2], legacy)
-    call_kernel(op, (features,), _struct(grid, kind), grid.features.data_ptr(), u.data_ptr())
+    call_kernel(op, (features,), _struct(grid, kind), grid.features.data_ptr(), u.data_ptr(), notes=notes)
 
 
 def _primary_capsules_backward(
-    op: str, g_features: Tensor, g_u: Tensor, features: Tensor, types: int, legacy: bool, kind: str
+    op: str,
+    notes: dict[str, Any],
+    g_features: Tensor,
+    g_u: Tensor,
+    features: Tensor,
+    types: int,
+    legacy: bool,
+    kind: str,
 ) -> None:
     g_u, grid = g_u.contiguous(), Grid.of(features, g_u.shape[2], legacy)
     target = grid.gradient(g_features)
     addresses = g_u.data_ptr(), grid.features.data_ptr(), target.data_ptr()
-    call_kernel(op, (features,), _struct(grid, kind), *addresses)
+    call_kernel(op, (features,), _struct(grid, kind), *addresses, notes=notes)
     if target is not g_features:
         g_features.copy_(target)
 

@@ -417,7 +417,9 @@ def _register_autograd(
     name = operator.name
 
     def forward(ctx: Any, way: Any, *args: Any) -> Any:
-        if type(way) is not _Call and torch._C._are_functorch_transforms_active():
+        if type(way) is _Call:
+            out = way(args)
+        elif torch._C._are_functorch_transforms_active():
             # A Function switches gradients off inside, but the outer transforms have yet to see this call.
             with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True):
                 out = _call_below_autograd(operator, way, args)

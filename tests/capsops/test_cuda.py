@@ -161,6 +161,23 @@ def test_no_kernel_for_matrix_poses(pretended: list[int]) -> None:
         extension.call_kernel("affine_votes", _on_gpu(pose, weight), capsules.struct, votes.data_ptr())
 
 
+@pytest.mark.skipif(extension._C is None, reason="there is no extension")
+def test_the_size_of_a_workspace_is_asked_for_once(pretended: list[int]) -> None:
+    contexts: list[str] = []
+
+    def kernel(context: Any) -> Any:
+        contexts.append(type(context).__name__)
+        return extension._C.Status.ok
+
+    notes: dict[str, Any] = {}
+    for _ in range(2):
+        assert extension._call_on_gpu(kernel, DEVICE, (), notes) == extension._C.Status.ok
+    assert contexts == ["WorkspaceQuery", "ExecutionContext", "ExecutionContext"]
+    assert pretended == []  # it needs none
+    extension._call_on_gpu(kernel, DEVICE, (), {"workspace": 512})
+    assert pretended == [512]
+
+
 @needs_kernels
 def test_the_workspace_follows_the_shape(pretended: list[int]) -> None:
     """It holds partial sums and states, not votes, and does not grow with the iterations."""
