@@ -67,6 +67,28 @@ def test_the_example_of_digits_learns() -> None:
     assert float(accuracy) > 0.9
 
 
+def _curves(text: str) -> list[list[float]]:
+    """The losses of both trainings of an example with --compare: by capsops, and by plain PyTorch."""
+    parts = text.split("routing by ")[1:]
+    assert [part.split("\n")[0] for part in parts] == ["capsops", "plain PyTorch"]
+    return [
+        [float(x) for x in re.findall(r"^epoch \d+: loss ([\d.]+), [\d.]+ s$", part, re.MULTILINE)] for part in parts
+    ]
+
+
+@pytest.mark.parametrize(
+    ("example", "arguments"),
+    [
+        ("digits.py", ["--epochs", "1"]),
+        ("em_digits.py", ["--epochs", "2", "--images", "64"]),
+        ("mind.py", ["--epochs", "2", "--users", "512"]),
+    ],
+)
+def test_an_example_trains_as_with_plain_pytorch(example: str, arguments: list[str]) -> None:
+    ours, plain = _curves(_run(example, *arguments, "--compare"))
+    assert ours and ours == pytest.approx(plain, rel=5e-3)
+
+
 def test_the_example_of_an_own_network_agrees_with_capsops() -> None:
     text = _run("own_network.py", "--batch", "3", "--capsules", "50", "--repeats", "1")
     assert re.findall(r"^(\w+): equal but for rounding", text, flags=re.MULTILINE) == ["outputs", "gradients"]
