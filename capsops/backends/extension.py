@@ -385,9 +385,8 @@ def _run_contiguous(op: str, known: _Contiguous, values: Sequence[Any], notes: d
     u, weight = values[at_u], None if at_weight is None else values[at_weight]
     u_address, weight_address = u.data_ptr(), 0 if weight is None else weight.data_ptr()
     capsules = _C.Capsules(u_address, weight_address, 0 if at_mask is None else values[at_mask].data_ptr(), *sizes)
-    operands: tuple[Tensor, ...] = (u, weight)
+    operands = (u,) if weight is None else (u, weight)
     if weight is None:
-        operands = (u,)
         capsules.votes_given = True
     args = [0 if i is None else values[i].data_ptr() for i in tensors]
     args[before:before] = [values[i] for i in options]
