@@ -101,9 +101,12 @@ class _Operator:
         """
         tensors = self.tensors
         try:
-            of_tensors = [None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in args[:tensors]]
+            # The layout too, because the strides of a sparse tensor may be those of an expanded one.
+            of_tensors = [
+                None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.layout) for x in args[:tensors]
+            ]
         except RuntimeError:
-            return None  # it is sparse: the checks refuse it
+            return None  # for some sparse tensors, which the checks refuse
         return (first, *of_tensors, *args[tensors:])
 
     def call(self, backend: ModuleType, args: Sequence[Any], signature: Any) -> _Call:

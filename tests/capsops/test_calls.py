@@ -60,6 +60,21 @@ def test_wrong_arguments_are_refused_after_right_ones() -> None:
         capsops.dynamic_routing(u, weight, True)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_sparse_arguments_are_refused_after_expanded_ones() -> None:
+    """Some sparse tensors have the strides of expanded ones, which are 0."""
+    u, weight = _operands()
+    v = capsops.dynamic_routing(u, weight)
+    v.sum().backward(retain_graph=True)
+    with pytest.raises(ValueError, match="g_v has layout"):
+        v.backward(torch.ones_like(v).to_sparse())
+    expanded = torch.ones((), dtype=u.dtype).expand(B, N, K)
+    capsops.dynamic_routing(expanded, weight)
+    for sparse in (expanded.to_sparse(), expanded.to_sparse_csr()):
+        with pytest.raises(ValueError, match="u has layout"):
+            capsops.dynamic_routing(sparse, weight)
+
+
 @contextmanager
 def _unpacked_as(dtype: torch.dtype) -> Iterator[None]:
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x.to(dtype)):
