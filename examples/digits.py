@@ -59,6 +59,7 @@ def train(network: CapsNet, images: Tensor, labels: Tensor, epochs: int, seed: i
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train a small capsule network on scikit-learn's digits.")
     parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--images", type=int, default=1347, help="how many to train with")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare", action="store_true", help="train once more, with the routing in plain PyTorch")
     options = parser.parse_args()
@@ -79,7 +80,7 @@ def main() -> None:
     for name, network in networks.items():
         print(f"routing by {name}")
         with capsops.use_backend("reference") if network is not first else nullcontext():
-            train(network, train_images, train_labels, options.epochs, options.seed)
+            train(network, train_images[: options.images], train_labels[: options.images], options.epochs, options.seed)
             with torch.no_grad():
                 predicted = network(test_images).norm(dim=-1).argmax(dim=1)
         accuracy = (predicted == test_labels).double().mean().item()

@@ -79,7 +79,7 @@ def _curves(text: str) -> list[list[float]]:
 @pytest.mark.parametrize(
     ("example", "arguments"),
     [
-        ("digits.py", ["--epochs", "1"]),
+        ("digits.py", ["--epochs", "2", "--images", "128"]),
         ("em_digits.py", ["--epochs", "2", "--images", "64"]),
         ("mind.py", ["--epochs", "2", "--users", "512"]),
     ],

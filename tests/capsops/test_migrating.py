@@ -331,7 +331,7 @@ def test_yl_1993_matrix_capsules_em_pytorch() -> None:
 
 def test_ibm_matrix_capsules_with_em_routing() -> None:
     """A vote has a bias, and the cost of a position is divided by the number of input capsules for each output."""
-    types, kernel, stride, grid, final_lambda = 2, 3, 1, (4, 5), 0.01
+    types, kernel, stride, grid, final_lambda = 2, 3, 1, (3, 5), 0.01
     n = kernel**2 * types
     pose, activation = _random(B, types, *grid, 4, 4), torch.rand(B, types, *grid, dtype=torch.float64).requires_grad_()
     w, b = _random(1, n, J, 4, 4), _random(1, n, J, 4, 4)
