@@ -83,7 +83,9 @@ def em_over_positions(
         logit = inverse_temperature * (beta_a - cost)
         if iteration + 1 < len(inverse_temperatures):
             bonus = torch.nn.functional.logsigmoid(logit) - 0.5 * vectors.log().sum(dim=-1)
-            logits = [bonus - _forgetful(_distance, mean, variance, x, W) for x, W in zip(u, weight, strict=True)]
+            distances = [_forgetful(_distance, mean, variance, x, W) for x, W in zip(u, weight, strict=True)]
+            # One tensor: small ones between the votes that come and go would keep the allocator from reusing memory.
+            logits = list((bonus - torch.stack(distances)).unbind())
 
     def grid_of(x: Tensor) -> Tensor:
         return x.to(dtype).unflatten(0, (B, *positions)).movedim(1 + dims, 1)
