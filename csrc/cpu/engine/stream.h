@@ -64,6 +64,9 @@ concept EmittingPolicy = requires(const P& policy, Tile<A>& tile, A* params, A* 
 };
 
 // ---- a policy as the loops see it ---------------------------------------------------------------------------------
+//
+// ReductionBy and EmissionBy call a copy of the policy, because the compiler keeps the members of a local variable in
+// registers. Those of any other policy it would have to read again after each number that the policy stores.
 
 template <class A> struct Reduction {
     const bool takes_registers;
@@ -93,7 +96,7 @@ template <class A, ReducingPolicy<A> Policy> class ReductionBy final : public Re
     void begin(A* sum, int64_t first, int64_t end) const override { sums_.begin(sum, first, end); }
     void align(A* partial, int64_t blocks, int threads) const override { sums_.align(partial, blocks, threads); }
     void accumulate(Tile<A>& tile, A* sum, A* scratch) const override {
-        const Policy policy = policy_;  // a copy, whose members stay in registers while the loops store numbers
+        const Policy policy = policy_;
         policy.accumulate(tile, sum, scratch);
     }
 
@@ -101,10 +104,11 @@ template <class A, ReducingPolicy<A> Policy> class ReductionBy final : public Re
                          A* sum) const override {
         if constexpr (Policy::takes_registers)
             for_vote_vectors(o, [&]<int E>() {
+                const Policy policy = policy_;
                 const auto visit = [&](const Rows<A>& x) {
                     for_each_group<register_rows<A, E>>(0, x.count, [&]<int rows>(int64_t r) {
                         const Votes<A, rows, E> votes(x.u + r, x.weight, o.K);
-                        policy_.accumulate(votes, x.b + r, sum);
+                        policy.accumulate(votes, x.b + r, sum);
                     });
                 };
                 for_each_capsule(o, tasks, task, memory, visit, [](int64_t, int64_t) {});
@@ -139,7 +143,7 @@ template <class A, EmittingPolicy<A> Policy> class EmissionBy final : public Emi
     int64_t param_count() const override { return policy_.param_count(); }
     int64_t scratch_size() const override { return policy_.scratch_size(); }
     void emit(Tile<A>& tile, A* params, A* scratch) const override {
-        const Policy policy = policy_;  // as in ReductionBy
+        const Policy policy = policy_;
         policy.emit(tile, params, scratch);
     }
 
@@ -147,17 +151,18 @@ template <class A, EmittingPolicy<A> Policy> class EmissionBy final : public Emi
                    const GradientWriter<A>& writer) const override {
         if constexpr (Policy::takes_registers)
             for_vote_vectors(o, [&]<int E>() {
-                auto totals = policy_.totals(params);
+                const Policy policy = policy_;
+                auto totals = policy.totals(params);
                 const auto visit = [&](const Rows<A>& x) {
                     if (x.count == 0) return writer.put_nothing(x.i);
                     for_each_group<register_rows<A, E>>(0, x.count, [&]<int rows>(int64_t r) {
                         Votes<A, rows, E> votes(x.u + r, x.weight, o.K);
-                        policy_.emit(votes, x.b + r, totals);
+                        policy.emit(votes, x.b + r, totals);
                         writer.put({0, rows, x.i, x.weight, r == 0, r + rows == x.count}, x.u + r, votes, x.b + r);
                     });
                 };
                 for_each_capsule(o, tasks, task, memory, visit, [&](int64_t b, int64_t i) { writer.put_absent(b, i); });
-                policy_.add(totals, params);
+                policy.add(totals, params);
             });
     }
 
