@@ -87,10 +87,11 @@ def _extension() -> Any:
 
 # The arguments of the operators behind the capsules. A name is a tensor; the operator gets its address.
 _ARGUMENTS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("attention", FORWARD): ("attn_weight", "attn_bias", "v", "s"),
+    ("attention", FORWARD): ("attn_weight", "attn_bias", "squash", "v", "s"),
     ("attention", BACKWARD): (
         "attn_weight",
         "attn_bias",
+        "squash",
         "s",
         "g_v",
         "g_u",
@@ -98,8 +99,8 @@ _ARGUMENTS: dict[tuple[str, str], tuple[str, ...]] = {
         "g_attn_weight",
         "g_attn_bias",
     ),
-    ("dynamic", FORWARD): ("0", "iterations", "leaky", "v", "s"),
-    ("dynamic", BACKWARD): ("iterations", "leaky", "detach", "s", "g_v", "g_u", "g_weight", "0"),
+    ("dynamic", FORWARD): ("0", "iterations", "leaky", "squash", "v", "s"),
+    ("dynamic", BACKWARD): ("iterations", "leaky", "detach", "squash", "s", "g_v", "g_u", "g_weight", "0"),
     ("self-attention", FORWARD): ("prior", "scale", "v", "total", "s"),
     ("self-attention", BACKWARD): ("prior", "scale", "total", "s", "g_v", "g_u", "g_weight", "g_prior"),
 }
@@ -157,6 +158,7 @@ def launches(case: Case, direction: str) -> list[Launch]:
         "iterations": routing.iterations,
         "leaky": False,
         "detach": routing.detach,
+        "squash": _C.SquashKind.sabour,
         "scale": s.D**-0.5,
     }
     arguments = [values[n] if n in values else buffers[n].base for n in _ARGUMENTS[kind, direction]]

@@ -188,7 +188,9 @@ PYBIND11_MODULE(_C, m) {
         .value("interrupted", Status::interrupted);
     py::enum_<SquashKind>(m, "SquashKind")
         .value("sabour", SquashKind::sabour)
-        .value("efficient", SquashKind::efficient);
+        .value("efficient", SquashKind::efficient)
+        .value("none", SquashKind::none)
+        .value("layer_norm", SquashKind::layer_norm);
 
     py::class_<ExecutionContext>(m, "ExecutionContext")
         // On the CPU. obeys_signals: for calls from Python's main thread.
@@ -228,7 +230,9 @@ PYBIND11_MODULE(_C, m) {
                  c.strides[0] = k, c.strides[1] = j, c.strides[2] = d;
              })
         .def_readwrite("own_gradients", &Capsules::own_gradients)
-        .def_readwrite("votes_given", &Capsules::votes_given);
+        .def_readwrite("votes_given", &Capsules::votes_given)
+        .def_readwrite("one_vote", &Capsules::one_vote)
+        .def_readwrite("J", &Capsules::J);
     py::class_<PrimaryCapsules>(m, "PrimaryCapsules")
         .def(py::init([](int64_t B, int64_t outer, int64_t inner, int64_t K, int64_t batch_stride, int64_t outer_stride,
                          int64_t inner_stride, int64_t component_stride, SquashKind kind, Dtype dtype) {

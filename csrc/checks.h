@@ -43,6 +43,7 @@ inline bool valid(const Capsules& c) {
     if (!valid(c.context) || c.K < 1 || c.J < 1 || c.D < 1 || c.rows < 1) return false;
     // GPU kernels read contiguous matrices.
     if (c.context.device >= 0 && (c.strided || c.own_gradients)) return false;
+    if (c.one_vote && !c.votes_given) return false;
     if (c.votes_given && (c.context.device >= 0 || c.weight || c.K != 1 || c.rows != 1 || c.weight_stride != 0 ||
                           c.strided || c.own_gradients || !fits({c.B, c.N, c.J, c.D})))
         return false;
@@ -101,19 +102,19 @@ inline bool affine_votes_backward(const Capsules& c, const void* g_votes, void*,
     return valid(c) && !c.votes_given && fits({c.B, c.N, c.J, c.rows, c.D}) && given({g_votes}, {c.B, c.N});
 }
 
-inline bool attention_routing(const Capsules& c, const void* attn_weight, const void*, void* v, void* s) {
-    return valid(c) && attn_weight && given({v, s}, {c.B});
+inline bool attention_routing(const Capsules& c, const void* attn_weight, const void*, SquashKind, void* v, void* s) {
+    return valid(c) && !c.one_vote && attn_weight && given({v, s}, {c.B});
 }
-inline bool attention_routing_backward(const Capsules& c, const void* attn_weight, const void*, const void* s,
-                                       const void* g_v, void*, void*, void*, void*) {
-    return valid(c) && attn_weight && given({s, g_v}, {c.B});
+inline bool attention_routing_backward(const Capsules& c, const void* attn_weight, const void*, SquashKind,
+                                       const void* s, const void* g_v, void*, void*, void*, void*) {
+    return valid(c) && !c.one_vote && attn_weight && given({s, g_v}, {c.B});
 }
 
-inline bool dynamic_routing(const Capsules& c, const void*, int64_t iterations, bool, void* v, void* s) {
+inline bool dynamic_routing(const Capsules& c, const void*, int64_t iterations, bool, SquashKind, void* v, void* s) {
     return valid(c, iterations) && given({v, s}, {c.B});
 }
-inline bool dynamic_routing_backward(const Capsules& c, int64_t iterations, bool, bool, const void* s, const void* g_v,
-                                     void*, void*, void*) {
+inline bool dynamic_routing_backward(const Capsules& c, int64_t iterations, bool, bool, SquashKind, const void* s,
+                                     const void* g_v, void*, void*, void*) {
     return valid(c, iterations) && given({s, g_v}, {c.B});
 }
 
@@ -124,60 +125,63 @@ inline bool routing_step_backward(const Capsules& c, const void* state, const vo
     return valid(c) && given({state, g_s}, {c.B});
 }
 
-inline bool routing_step_with_logits(const Capsules& c, const void* state, const void* logits, void* s) {
-    return valid(c) && fits({c.B, c.N, c.J}) && given({state, s}, {c.B}) && given({logits}, {c.B, c.N});
+inline bool routing_step_with_logits(const Capsules& c, const void* state, const void*, const void*, void* s) {
+    return valid(c) && fits({c.B, c.N, c.J}) && given({state, s}, {c.B});
 }
-inline bool routing_step_with_logits_backward(const Capsules& c, const void* state, const void* logits, const void* g_s,
-                                              void*, void*, void*, void*) {
-    return valid(c) && fits({c.B, c.N, c.J}) && given({state, g_s}, {c.B}) && given({logits}, {c.B, c.N});
-}
-
-inline bool dynamic_routing_with_logits(const Capsules& c, const void* logits, const void*, int64_t iterations, bool,
-                                        void* v, void* s) {
-    return valid(c, iterations) && fits({c.B, c.N, c.J}) && given({v, s}, {c.B}) && given({logits}, {c.B, c.N});
-}
-inline bool dynamic_routing_with_logits_backward(const Capsules& c, const void* logits, int64_t iterations, bool, bool,
-                                                 const void* s, const void* g_v, void*, void*, void*, void*) {
-    return valid(c, iterations) && fits({c.B, c.N, c.J}) && given({s, g_v}, {c.B}) && given({logits}, {c.B, c.N});
+inline bool routing_step_with_logits_backward(const Capsules& c, const void* state, const void*, const void*,
+                                              const void* g_s, void*, void*, void*, void*, void*) {
+    return valid(c) && fits({c.B, c.N, c.J}) && given({state, g_s}, {c.B});
 }
 
-inline bool dynamic_routing_over_inputs(const Capsules& c, const void*, const void*, int64_t iterations, void* v,
-                                        void* s, void* log_sums) {
+inline bool dynamic_routing_with_logits(const Capsules& c, const void*, const void*, const void*, int64_t iterations,
+                                        bool, SquashKind, void* v, void* s) {
+    return valid(c, iterations) && fits({c.B, c.N, c.J}) && given({v, s}, {c.B});
+}
+inline bool dynamic_routing_with_logits_backward(const Capsules& c, const void*, const void*, int64_t iterations, bool,
+                                                 bool, SquashKind, const void* s, const void* g_v, void*, void*, void*,
+                                                 void*, void*) {
+    return valid(c, iterations) && fits({c.B, c.N, c.J}) && given({s, g_v}, {c.B});
+}
+
+inline bool dynamic_routing_over_inputs(const Capsules& c, const void*, const void*, const void*, int64_t iterations,
+                                        SquashKind, void* v, void* s, void* log_sums) {
     return valid(c, iterations) && fits({c.B, c.N, c.J}) && given({v, s, log_sums}, {c.B});
 }
-inline bool dynamic_routing_over_inputs_backward(const Capsules& c, const void*, const void*, int64_t iterations, bool,
-                                                 const void* s, const void* log_sums, const void* g_v, void*, void*,
-                                                 void*, void*) {
+inline bool dynamic_routing_over_inputs_backward(const Capsules& c, const void*, const void*, const void*,
+                                                 int64_t iterations, bool, SquashKind, const void* s,
+                                                 const void* log_sums, const void* g_v, void*, void*, void*, void*,
+                                                 void*) {
     return valid(c, iterations) && fits({c.B, c.N, c.J}) && given({s, log_sums, g_v}, {c.B});
 }
 
-inline bool routing_step_over_inputs(const Capsules& c, const void* state, const void*, void* s, void* total,
-                                     void* log_sums) {
+inline bool routing_step_over_inputs(const Capsules& c, const void* state, const void*, const void*, void* s,
+                                     void* total, void* log_sums) {
     return valid(c) && fits({c.B, c.N, c.J}) && given({state, s, total, log_sums}, {c.B});
 }
-inline bool routing_step_over_inputs_backward(const Capsules& c, const void* state, const void*, const void* total,
-                                              const void* log_sums, const void* g_s, void*, void*, void*, void*) {
+inline bool routing_step_over_inputs_backward(const Capsules& c, const void* state, const void*, const void*,
+                                              const void* total, const void* log_sums, const void* g_s, void*, void*,
+                                              void*, void*, void*) {
     return valid(c) && fits({c.B, c.N, c.J}) && given({state, total, log_sums, g_s}, {c.B});
 }
 
 inline bool self_attention_routing(const Capsules& c, const void*, double, void* v, void* total, void* s) {
-    return valid(c) && given({v, total, s}, {c.B});
+    return valid(c) && !c.one_vote && given({v, total, s}, {c.B});
 }
 inline bool self_attention_routing_backward(const Capsules& c, const void*, double, const void* total, const void* s,
                                             const void* g_v, void*, void*, void*) {
-    return valid(c) && given({total, s, g_v}, {c.B});
+    return valid(c) && !c.one_vote && given({total, s, g_v}, {c.B});
 }
 
 inline bool em_routing(const Capsules& c, const void* activation, const void* beta_u, const void* beta_a,
                        std::span<const double> inverse_temperatures, void* mean, void* out_activation, void* state) {
-    return valid(c, static_cast<int64_t>(inverse_temperatures.size())) && beta_u && beta_a &&
+    return valid(c, static_cast<int64_t>(inverse_temperatures.size())) && !c.one_vote && beta_u && beta_a &&
            given({activation}, {c.B, c.N}) && given({mean, out_activation, state}, {c.B});
 }
 inline bool em_routing_backward(const Capsules& c, const void* activation, const void* beta_u,
                                 std::span<const double> inverse_temperatures, const void* state, const void* g_mean,
                                 const void* g_out_activation, void*, void*, void*, void*, void*) {
-    return valid(c, static_cast<int64_t>(inverse_temperatures.size())) && beta_u && given({activation}, {c.B, c.N}) &&
-           given({state, g_mean, g_out_activation}, {c.B});
+    return valid(c, static_cast<int64_t>(inverse_temperatures.size())) && !c.one_vote && beta_u &&
+           given({activation}, {c.B, c.N}) && given({state, g_mean, g_out_activation}, {c.B});
 }
 
 }  // namespace checks

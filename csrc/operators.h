@@ -44,7 +44,8 @@ struct ExecutionContext {
     ExecutionContext(int threads) : threads(threads) {}
 };
 
-enum class SquashKind : int { sabour, efficient };
+// What makes an output capsule v from its total input s. The operators that only squash take the first two.
+enum class SquashKind : int { sabour, efficient, none, layer_norm };
 
 // Added to divisors and variances in EM routing. EM_EPSILON in capsops/backends/reference.py is the same number.
 constexpr double em_epsilon = 1e-8;
@@ -71,6 +72,8 @@ struct Capsules {
     // Whether u is the votes [B, N, J, D], made by something else. Then weight is null, its gradient is not written,
     // and K, P and weight_stride are 1, 1 and 0. CPU only.
     bool votes_given = false;
+    // Whether these votes are [B, N, 1, D], the same for all output capsules. For dynamic routing and a routing step.
+    bool one_vote = false;
 
     // Whether the input capsules share one matrix and its gradient.
     bool shared() const { return weight_stride == 0 && !own_gradients; }
@@ -128,23 +131,25 @@ struct Kernels {
     Status (*attention_routing)(const Capsules& c,
                                 const void* attn_weight,  // [J, J] accumulation
                                 const void* attn_bias,    // [J] accumulation, or null
-                                void* v,                  // [B, J, D] accumulation
-                                void* s);                 // [B, J, D] accumulation
+                                SquashKind kind,
+                                void* v,   // [B, J, D] accumulation
+                                void* s);  // [B, J, D] accumulation
     Status (*attention_routing_backward)(const Capsules& c,
                                          const void* attn_weight,  // [J, J] accumulation
                                          const void* attn_bias,    // [J] accumulation, or null
-                                         const void* s,            // [B, J, D] accumulation, from forward
-                                         const void* g_v,          // [B, J, D] accumulation
+                                         SquashKind kind,
+                                         const void* s,    // [B, J, D] accumulation, from forward
+                                         const void* g_v,  // [B, J, D] accumulation
                                          void* g_u, void* g_weight,
                                          void* g_attn_weight,  // [J, J] accumulation
                                          void* g_attn_bias);   // [J] accumulation
 
     Status (*dynamic_routing)(const Capsules& c,
                               const void* bias,  // [J, D] accumulation, or null
-                              int64_t iterations, bool leaky,
+                              int64_t iterations, bool leaky, SquashKind kind,
                               void* v,   // [B, J, D] accumulation
                               void* s);  // [iterations, B, J, D] accumulation, bias included
-    Status (*dynamic_routing_backward)(const Capsules& c, int64_t iterations, bool leaky, bool detach,
+    Status (*dynamic_routing_backward)(const Capsules& c, int64_t iterations, bool leaky, bool detach, SquashKind kind,
                                        const void* s,    // [iterations, B, J, D] accumulation, from forward
                                        const void* g_v,  // [B, J, D] accumulation
                                        void* g_u, void* g_weight,
@@ -197,66 +202,78 @@ struct Kernels {
                                   void* g_beta_a);     // [J] accumulation
 
     Status (*routing_step_with_logits)(const Capsules& c,
-                                       const void* state,   // [B, J, D] accumulation
-                                       const void* logits,  // [B, N, J] accumulation
-                                       void* s);            // [B, J, D] accumulation
+                                       const void* state,         // [B, J, D] accumulation
+                                       const void* logits,        // [B, N, J] accumulation, or null
+                                       const void* input_weight,  // [B, N] accumulation, or null
+                                       void* s);                  // [B, J, D] accumulation
     Status (*routing_step_with_logits_backward)(const Capsules& c,
-                                                const void* state,   // [B, J, D] accumulation
-                                                const void* logits,  // [B, N, J] accumulation
-                                                const void* g_s,     // [B, J, D] accumulation
+                                                const void* state,         // [B, J, D] accumulation
+                                                const void* logits,        // [B, N, J] accumulation, or null
+                                                const void* input_weight,  // [B, N] accumulation, or null
+                                                const void* g_s,           // [B, J, D] accumulation
                                                 void* g_u, void* g_weight,
-                                                void* g_state,    // [B, J, D] accumulation
-                                                void* g_logits);  // [B, N, J] accumulation
+                                                void* g_state,          // [B, J, D] accumulation
+                                                void* g_logits,         // [B, N, J] accumulation
+                                                void* g_input_weight);  // [B, N] accumulation
 
     Status (*dynamic_routing_with_logits)(const Capsules& c,
-                                          const void* logits,  // [B, N, J] accumulation
-                                          const void* bias,    // [J, D] accumulation, or null
-                                          int64_t iterations, bool leaky,
+                                          const void* logits,        // [B, N, J] accumulation, or null
+                                          const void* input_weight,  // [B, N] accumulation, or null
+                                          const void* bias,          // [J, D] accumulation, or null
+                                          int64_t iterations, bool leaky, SquashKind kind,
                                           void* v,   // [B, J, D] accumulation
                                           void* s);  // [iterations, B, J, D] accumulation, bias included
     Status (*dynamic_routing_with_logits_backward)(const Capsules& c,
-                                                   const void* logits,  // [B, N, J] accumulation
-                                                   int64_t iterations, bool leaky, bool detach,
+                                                   const void* logits,        // [B, N, J] accumulation, or null
+                                                   const void* input_weight,  // [B, N] accumulation, or null
+                                                   int64_t iterations, bool leaky, bool detach, SquashKind kind,
                                                    const void* s,    // [iterations, B, J, D] accumulation, from forward
                                                    const void* g_v,  // [B, J, D] accumulation
                                                    void* g_u, void* g_weight,
-                                                   void* g_logits,  // [B, N, J] accumulation
-                                                   void* g_bias);   // [J, D] accumulation
+                                                   void* g_logits,        // [B, N, J] accumulation
+                                                   void* g_input_weight,  // [B, N] accumulation
+                                                   void* g_bias);         // [J, D] accumulation
 
     // The same two operators with the softmax over the input capsules. log_sums: log Σ_i exp(b_ij), b the logits.
     Status (*dynamic_routing_over_inputs)(const Capsules& c,
-                                          const void* logits,  // [B, N, J] accumulation, or null
-                                          const void* bias,    // [J, D] accumulation, or null
-                                          int64_t iterations,
+                                          const void* logits,        // [B, N, J] accumulation, or null
+                                          const void* input_weight,  // [B, N] accumulation, or null
+                                          const void* bias,          // [J, D] accumulation, or null
+                                          int64_t iterations, SquashKind kind,
                                           void* v,          // [B, J, D] accumulation
                                           void* s,          // [iterations, B, J, D] accumulation, bias included
                                           void* log_sums);  // [iterations, B, J] accumulation
     Status (*dynamic_routing_over_inputs_backward)(const Capsules& c,
-                                                   const void* logits,  // [B, N, J] accumulation, or null
-                                                   const void* bias,    // [J, D] accumulation, or null
-                                                   int64_t iterations, bool detach,
+                                                   const void* logits,        // [B, N, J] accumulation, or null
+                                                   const void* input_weight,  // [B, N] accumulation, or null
+                                                   const void* bias,          // [J, D] accumulation, or null
+                                                   int64_t iterations, bool detach, SquashKind kind,
                                                    const void* s,         // from forward
                                                    const void* log_sums,  // from forward
                                                    const void* g_v,       // [B, J, D] accumulation
                                                    void* g_u, void* g_weight,
-                                                   void* g_logits,  // [B, N, J] accumulation
-                                                   void* g_bias);   // [J, D] accumulation
+                                                   void* g_logits,        // [B, N, J] accumulation
+                                                   void* g_input_weight,  // [B, N] accumulation
+                                                   void* g_bias);         // [J, D] accumulation
 
     Status (*routing_step_over_inputs)(const Capsules& c,
-                                       const void* state,   // [B, J, D] accumulation
-                                       const void* logits,  // [B, N, J] accumulation, or null
-                                       void* s,             // [B, J, D] accumulation
-                                       void* total,         // the same again: s may be rounded, this is saved
-                                       void* log_sums);     // [B, J] accumulation
+                                       const void* state,         // [B, J, D] accumulation
+                                       const void* logits,        // [B, N, J] accumulation, or null
+                                       const void* input_weight,  // [B, N] accumulation, or null
+                                       void* s,                   // [B, J, D] accumulation
+                                       void* total,               // the same again: s may be rounded, this is saved
+                                       void* log_sums);           // [B, J] accumulation
     Status (*routing_step_over_inputs_backward)(const Capsules& c,
-                                                const void* state,     // [B, J, D] accumulation
-                                                const void* logits,    // [B, N, J] accumulation, or null
-                                                const void* total,     // from forward
-                                                const void* log_sums,  // from forward
-                                                const void* g_s,       // [B, J, D] accumulation
+                                                const void* state,         // [B, J, D] accumulation
+                                                const void* logits,        // [B, N, J] accumulation, or null
+                                                const void* input_weight,  // [B, N] accumulation, or null
+                                                const void* total,         // from forward
+                                                const void* log_sums,      // from forward
+                                                const void* g_s,           // [B, J, D] accumulation
                                                 void* g_u, void* g_weight,
-                                                void* g_state,    // [B, J, D] accumulation
-                                                void* g_logits);  // [B, N, J] accumulation
+                                                void* g_state,          // [B, J, D] accumulation
+                                                void* g_logits,         // [B, N, J] accumulation
+                                                void* g_input_weight);  // [B, N] accumulation
 
     // Measures one pass over `size` bytes, or `size` steps of arithmetic. Not an operator.
     Status (*probe)(Probe what, int64_t size, int threads, double* rate);

@@ -36,9 +36,8 @@ class Mind(nn.Module):
         self.register_buffer("logits", torch.randn(HISTORY, INTERESTS))
 
     def forward(self, history: Tensor) -> Tensor:
-        weight = self.matrix[:, None].expand(DIM, INTERESTS, DIM)
         return capsops.dynamic_routing(
-            self.items(history), weight, 3, logits=self.logits, detach=True, mask=history != 0
+            self.items(history), self.matrix, 3, logits=self.logits, detach=True, mask=history != 0
         )
 
 

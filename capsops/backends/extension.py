@@ -158,18 +158,26 @@ def _aligned(u_address: int, weight_address: int) -> bool:
 class Capsules:
     """u [B, N, K] or [B, N, P, K], W and the mask as one struct of pointers; keeps contiguous copies alive with it.
 
-    Without W u is the votes, [B, N, J, D] or [B, N, J, P, D].
+    Without W u is the votes, [B, N, J, D] or [B, N, J, P, D], or [B, N, 1, D] for all J output capsules.
 
     Args:
         gradient: whether the kernel writes a gradient of W.
+        J: how many output capsules get votes that are given; by default as many as there are votes.
     """
 
-    def __init__(self, u: Tensor, weight: Tensor | None, mask: Tensor | None = None, gradient: bool = False) -> None:
+    def __init__(
+        self,
+        u: Tensor,
+        weight: Tensor | None,
+        mask: Tensor | None = None,
+        gradient: bool = False,
+        J: int | None = None,
+    ) -> None:
         self.tensors: tuple[Tensor | None, ...]
         if weight is None:
             self.tensors = u, _, mask = u.contiguous(), None, None if mask is None else mask.contiguous()
             self.struct = _C.Capsules(u.data_ptr(), 0, _address(mask), *_sizes(u, None))
-            self.struct.votes_given = True
+            _give_votes(self.struct, J)
             return
         contiguous = weight.is_contiguous()
         if not contiguous:
@@ -181,6 +189,13 @@ class Capsules:
                 self.struct.set_strides(*weight.stride()[-3:])
             # Autograd wants a gradient with the shape of the expanded tensor.
             self.struct.own_gradients = gradient and weight.dim() == 4 and weight.stride(0) == 0
+
+
+def _give_votes(struct: Any, J: int | None) -> None:
+    """Say that the u of a struct is votes; see `Capsules`."""
+    struct.votes_given = True
+    if J is not None and J != struct.J:
+        struct.one_vote, struct.J = True, J
 
 
 def _sizes(u: Tensor, weight: Tensor | None) -> tuple[Any, ...]:
@@ -235,39 +250,53 @@ class _Row:
 _ROWS = {
     "affine_votes": _Row(stored="votes"),
     "affine_votes_backward": _Row(stored="g_votes g_u g_weight"),
-    "attention_routing": _Row(small="attn_weight attn_bias", outputs="v s"),
+    "attention_routing": _Row(small="attn_weight attn_bias", options="kind", outputs="v s"),
     "attention_routing_backward": _Row(
-        small="attn_weight attn_bias", saved="s g_v", stored="g_u g_weight", outputs="g_attn_weight g_attn_bias"
+        small="attn_weight attn_bias",
+        options="kind",
+        saved="s g_v",
+        stored="g_u g_weight",
+        outputs="g_attn_weight g_attn_bias",
     ),
-    "dynamic_routing": _Row(small="bias", options="iterations leaky", outputs="v s"),
+    "dynamic_routing": _Row(small="bias", options="iterations leaky kind", outputs="v s"),
     "dynamic_routing_backward": _Row(
-        options="iterations leaky detach", saved="s g_v", stored="g_u g_weight", outputs="g_bias"
+        options="iterations leaky detach kind", saved="s g_v", stored="g_u g_weight", outputs="g_bias"
     ),
     "routing_step": _Row(small="state", outputs="s"),
     "routing_step_backward": _Row(small="state", saved="g_s", stored="g_u g_weight", outputs="g_state"),
-    "routing_step_with_logits": _Row(small="state logits", outputs="s"),
+    "routing_step_with_logits": _Row(small="state logits input_weight", outputs="s"),
     "routing_step_with_logits_backward": _Row(
-        small="state logits", saved="g_s", stored="g_u g_weight", outputs="g_state g_logits"
+        small="state logits input_weight",
+        saved="g_s",
+        stored="g_u g_weight",
+        outputs="g_state g_logits g_input_weight",
     ),
-    "dynamic_routing_with_logits": _Row(small="logits bias", options="iterations leaky", outputs="v s"),
+    "dynamic_routing_with_logits": _Row(
+        small="logits input_weight bias", options="iterations leaky kind", outputs="v s"
+    ),
     "dynamic_routing_with_logits_backward": _Row(
-        small="logits",
-        options="iterations leaky detach",
+        small="logits input_weight",
+        options="iterations leaky detach kind",
         saved="s g_v",
         stored="g_u g_weight",
-        outputs="g_logits g_bias",
+        outputs="g_logits g_input_weight g_bias",
     ),
-    "dynamic_routing_over_inputs": _Row(small="logits bias", options="iterations", outputs="v s log_sums"),
+    "dynamic_routing_over_inputs": _Row(
+        small="logits input_weight bias", options="iterations kind", outputs="v s log_sums"
+    ),
     "dynamic_routing_over_inputs_backward": _Row(
-        small="logits bias",
-        options="iterations detach",
+        small="logits input_weight bias",
+        options="iterations detach kind",
         saved="s log_sums g_v",
         stored="g_u g_weight",
-        outputs="g_logits g_bias",
+        outputs="g_logits g_input_weight g_bias",
     ),
-    "routing_step_over_inputs": _Row(small="state logits", outputs="s total log_sums"),
+    "routing_step_over_inputs": _Row(small="state logits input_weight", outputs="s total log_sums"),
     "routing_step_over_inputs_backward": _Row(
-        small="state logits", saved="total log_sums g_s", stored="g_u g_weight", outputs="g_state g_logits"
+        small="state logits input_weight",
+        saved="total log_sums g_s",
+        stored="g_u g_weight",
+        outputs="g_state g_logits g_input_weight",
     ),
     "self_attention_routing": _Row(small="prior", options="scale", outputs="v total s"),
     "self_attention_routing_backward": _Row(
@@ -294,6 +323,7 @@ class _Plan(NamedTuple):
     weight: int
     mask: int | None
     g_weight: int | None
+    s: int | None  # a tensor […, J, D] that tells J
     tensors: list[int]  # all that are passed as addresses
     options: list[int]
     before: int  # how many tensors come before the options
@@ -312,7 +342,8 @@ def _plan(op: str, names: Sequence[str]) -> _Plan:
         for field in (row.small, row.options, row.saved, row.stored, row.outputs)
     )
     tensors = [*small, *saved, *stored, *outputs]
-    capsules = (index[row.u], index["weight"], index.get("mask"), index.get("g_weight"))
+    s = index.get("s", index.get("g_s"))
+    capsules = (index[row.u], index["weight"], index.get("mask"), index.get("g_weight"), s)
     _plans[op] = _Plan(*capsules, tensors, options, len(small), [*small, *saved], outputs)
     return _plans[op]
 
@@ -327,8 +358,9 @@ class _Contiguous(NamedTuple):
     weight: int | None
     mask: int | None
     sizes: tuple[Any, ...]  # see `_sizes`
+    J: int | None  # see `_outputs`
     tensors: list[int | None]  # all that are passed as addresses
-    options: list[int]
+    options: list[Any]  # their values
     before: int  # as in `_Plan`
 
     @classmethod
@@ -341,7 +373,17 @@ class _Contiguous(NamedTuple):
             None if i is None or values[i] is None else i for i in (plan.weight, plan.mask, *plan.tensors)
         )
         sizes = _sizes(values[plan.u], values[plan.weight])
-        return cls(plan.u, weight, mask, sizes, others, plan.options, plan.before)
+        return cls(plan.u, weight, mask, sizes, _outputs(plan, values), others, _options(plan, values), plan.before)
+
+
+def _outputs(plan: _Plan, values: Sequence[Any]) -> int | None:
+    """J, if u is votes and a tensor tells it."""
+    return values[plan.s].shape[-2] if values[plan.weight] is None and plan.s is not None else None
+
+
+def _options(plan: _Plan, values: Sequence[Any]) -> list[Any]:
+    """The options as the kernel takes them: the name of a squash becomes a number."""
+    return [getattr(_C.SquashKind, x) if isinstance(x := values[i], str) else x for i in plan.options]
 
 
 def run(op: str, names: Sequence[str], values: Sequence[Any], notes: dict[str, Any]) -> None:
@@ -364,14 +406,15 @@ def run(op: str, names: Sequence[str], values: Sequence[Any], notes: dict[str, A
     notes["contiguous"] = _Contiguous.of(plan, values)
     u, weight = values[plan.u], values[plan.weight]
     mask = None if plan.mask is None else values[plan.mask]
-    capsules = Capsules(u, weight, mask, plan.g_weight is not None and values[plan.g_weight] is not None)
+    gradient = plan.g_weight is not None and values[plan.g_weight] is not None
+    capsules = Capsules(u, weight, mask, gradient, _outputs(plan, values))
     rounded: list[tuple[Tensor, Tensor]] = []
     if u.dtype in LOW_PRECISION:
         values, rounded = _widened(plan, values)
     # This list also keeps copies alive until the kernel has run.
     tensors = [x if (x := values[i]) is None else x.contiguous() for i in plan.tensors]
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
-    options = [values[i] for i in plan.options]
+    options = _options(plan, values)
     operands = (u,) if weight is None else (u, weight)
     args = *addresses[: plan.before], *options, *addresses[plan.before :]
     aligned = _aligned(*[_address(x) for x in capsules.tensors[:2]])
@@ -381,15 +424,15 @@ def run(op: str, names: Sequence[str], values: Sequence[Any], notes: dict[str, A
 
 
 def _run_contiguous(op: str, known: _Contiguous, values: Sequence[Any], notes: dict[str, Any]) -> None:
-    at_u, at_weight, at_mask, sizes, tensors, options, before = known
+    at_u, at_weight, at_mask, sizes, J, tensors, options, before = known
     u, weight = values[at_u], None if at_weight is None else values[at_weight]
     u_address, weight_address = u.data_ptr(), 0 if weight is None else weight.data_ptr()
     capsules = _C.Capsules(u_address, weight_address, 0 if at_mask is None else values[at_mask].data_ptr(), *sizes)
     operands = (u,) if weight is None else (u, weight)
     if weight is None:
-        capsules.votes_given = True
+        _give_votes(capsules, J)
     args = [0 if i is None else values[i].data_ptr() for i in tensors]
-    args[before:before] = [values[i] for i in options]
+    args[before:before] = options
     call_kernel(op, operands, capsules, *args, notes=notes if _aligned(u_address, weight_address) else None)
 
 

@@ -20,10 +20,15 @@ def squash(s: Tensor, kind: str = "sabour") -> Tensor:
     """v = f(n) s with n = ‖s‖ along the last dimension. float16 and bfloat16 are computed in float32.
 
     sabour: f = n / (1 + n²) (Sabour et al. 2017, eq. 1). efficient: f = (1 − e^{−n}) / n (Mazzia et al. 2021, eq. 4).
+    In a routing also none: v = s; and layer_norm: s with the mean 0 and the variance 1.
     """
+    if kind == "none":
+        return s
     x = s.float() if s.dtype in (torch.float16, torch.bfloat16) else s
     if not x.shape[-1]:
         return s.clone()
+    if kind == "layer_norm":
+        return torch.nn.functional.layer_norm(x, x.shape[-1:]).to(s.dtype)
     largest = x.detach().abs().amax(dim=-1, keepdim=True)
     zero = largest == 0
     # Scaled to a largest component of 1, so that no square overflows or vanishes. The scale is a constant for autograd,
@@ -134,18 +139,28 @@ def em_cost(support: Tensor, variance: Tensor, beta_u: Tensor) -> Tensor:
     return support * (beta_u[:, None] + 0.5 * variance.log()).sum(dim=-1)
 
 
+def _weighed(c: Tensor, input_weight: Tensor | None, mask: Tensor | None) -> Tensor:
+    """c [B, N, J], multiplied by the weights of the input capsules [B, N]."""
+    return c if input_weight is None else c * _masked(input_weight, mask)[:, :, None]
+
+
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """x [B, N, …] with 0 where the mask is False."""
     return x if mask is None else torch.where(mask.reshape(*mask.shape, *[1] * (x.dim() - 2)), x, 0)
 
 
 def attention_routing(
-    u: Tensor, weight: Tensor | None, attn_weight: Tensor, attn_bias: Tensor | None = None, mask: Tensor | None = None
+    u: Tensor,
+    weight: Tensor | None,
+    attn_weight: Tensor,
+    attn_bias: Tensor | None = None,
+    mask: Tensor | None = None,
+    kind: str = "sabour",
 ) -> Tensor:
     """v = squash(Σ_i c_i · û_i), elementwise in D (CardioCaps, eq. 4)."""
     votes = affine_votes(u, weight, mask)
     c = _masked(attention_couplings(votes, attn_weight, attn_bias), mask)
-    return squash((c * votes).sum(dim=1))
+    return squash((c * votes).sum(dim=1), kind)
 
 
 def _route(
@@ -154,18 +169,23 @@ def _route(
     mask: Tensor | None,
     iterations: int,
     detach: bool,
+    kind: str,
     couplings: Callable[[Tensor], Tensor],
+    input_weight: Tensor | None = None,
 ) -> Tensor:
     """The iterations of routing by agreement; couplings(b) are those of the agreements b [B, N, J] so far."""
     agreeing = votes.detach() if detach else votes
     agreement = torch.zeros_like(votes[..., 0])
     for iteration in range(iterations):
-        last = iteration == iterations - 1
-        s = torch.einsum("bnj,bnjd->bjd", _masked(couplings(agreement), mask), votes if last else agreeing)
+        through = iteration == iterations - 1 or not detach  # whether votes, bias and weights have a gradient
+        c = _masked(couplings(agreement), mask)
+        if input_weight is not None:
+            c = _weighed(c, input_weight if through else input_weight.detach(), mask)
+        s = torch.einsum("bnj,bnjd->bjd", c, votes if through else agreeing)
         if bias is not None:
-            s = s + (bias if last or not detach else bias.detach())
-        v = squash(s)
-        if not last:
+            s = s + (bias if through else bias.detach())
+        v = squash(s, kind)
+        if iteration < iterations - 1:
             agreement = agreement + torch.einsum("bnjd,bjd->bnj", agreeing, v)
     return v
 
@@ -178,41 +198,60 @@ def dynamic_routing(
     iterations: int = 3,
     leaky: bool = False,
     detach: bool = False,
+    kind: str = "sabour",
 ) -> Tensor:
     """Routing by agreement (Sabour et al. 2017, procedure 1); bias [J, D] is added inside the squash."""
     votes = affine_votes(u, weight, mask)
-    return _route(votes, bias, mask, iterations, detach, lambda b: dynamic_couplings(b, leaky))
+    return _route(votes, bias, mask, iterations, detach, kind, lambda b: dynamic_couplings(b, leaky))
 
 
 def dynamic_routing_with_logits(
     u: Tensor,
     weight: Tensor | None,
-    logits: Tensor,
+    logits: Tensor | None = None,
+    input_weight: Tensor | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     iterations: int = 3,
     leaky: bool = False,
     detach: bool = False,
+    kind: str = "sabour",
 ) -> Tensor:
-    """The same with logits [B, N, J] added to the agreements of every iteration."""
-    votes, logits = affine_votes(u, weight, mask), _masked(logits.detach() if detach else logits, mask)
-    return _route(votes, bias, mask, iterations, detach, lambda b: dynamic_couplings(b, leaky, logits))
+    """The same with logits [B, N, J] added to the agreements of every iteration, and the couplings of an input capsule
+    multiplied by its weight; input_weight [B, N]."""
+    votes, added = _votes_for(u, weight, mask, logits, detach)
+    return _route(
+        votes, bias, mask, iterations, detach, kind, lambda b: dynamic_couplings(b, leaky, added), input_weight
+    )
+
+
+def _votes_for(
+    u: Tensor, weight: Tensor | None, mask: Tensor | None, logits: Tensor | None, detach: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The votes [B, N, J, D], and the logits as they are added to the agreements.
+
+    Votes [B, N, 1, D] are the same for all output capsules, of which the logits tell the number.
+    """
+    votes = affine_votes(u, weight, mask)
+    if logits is None:
+        return votes, None
+    return votes.expand(-1, -1, logits.shape[2], -1), _masked(logits.detach() if detach else logits, mask)
 
 
 def dynamic_routing_over_inputs(
     u: Tensor,
     weight: Tensor | None,
     logits: Tensor | None = None,
+    input_weight: Tensor | None = None,
     bias: Tensor | None = None,
     mask: Tensor | None = None,
     iterations: int = 3,
     detach: bool = False,
+    kind: str = "sabour",
 ) -> Tensor:
     """Dynamic routing with the softmax over the input capsules; logits [B, N, J] are added to the agreements."""
-    votes = affine_votes(u, weight, mask)
-    if logits is not None:
-        logits = _masked(logits.detach() if detach else logits, mask)
-    return _route(votes, bias, mask, iterations, detach, lambda b: input_couplings(b, logits, mask))
+    votes, added = _votes_for(u, weight, mask, logits, detach)
+    return _route(votes, bias, mask, iterations, detach, kind, lambda b: input_couplings(b, added, mask), input_weight)
 
 
 def routing_step(u: Tensor, weight: Tensor | None, state: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -222,22 +261,32 @@ def routing_step(u: Tensor, weight: Tensor | None, state: Tensor, mask: Tensor |
 
 
 def routing_step_with_logits(
-    u: Tensor, weight: Tensor | None, state: Tensor, logits: Tensor, mask: Tensor | None = None
+    u: Tensor,
+    weight: Tensor | None,
+    state: Tensor,
+    logits: Tensor | None = None,
+    input_weight: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """The same with c = softmax_j(û · state + logits); logits [B, N, J]."""
+    """The same with c = w softmax_j(û · state + logits); logits [B, N, J], w = input_weight [B, N]."""
     votes = affine_votes(u, weight, mask)
-    c = step_couplings(votes, state, _masked(logits, mask))
-    return torch.einsum("bnj,bnjd->bjd", _masked(c, mask), votes)
+    c = step_couplings(votes, state, None if logits is None else _masked(logits, mask))
+    return torch.einsum("bnj,bnjd->bjd", _weighed(_masked(c, mask), input_weight, mask), votes)
 
 
 def routing_step_over_inputs(
-    u: Tensor, weight: Tensor | None, state: Tensor, logits: Tensor | None = None, mask: Tensor | None = None
+    u: Tensor,
+    weight: Tensor | None,
+    state: Tensor,
+    logits: Tensor | None = None,
+    input_weight: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """The same with c = softmax_i(û · state + logits)."""
+    """The same with c = w softmax_i(û · state + logits)."""
     votes = affine_votes(u, weight, mask)
     agreement = torch.einsum("bnjd,bjd->bnj", votes, state)
     c = input_couplings(agreement, None if logits is None else _masked(logits, mask), mask)
-    return torch.einsum("bnj,bnjd->bjd", c, votes)
+    return torch.einsum("bnj,bnjd->bjd", _weighed(c, input_weight, mask), votes)
 
 
 def self_attention_routing(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +11,21 @@ from torch import Tensor, nn
 from .. import functional
 from ..ops._checks import check_axis, check_choice, check_flag, check_floating, check_votes, fail, of_every_item
 from ..ops._declare import settle
+from ..ops.squash import ROUTING_SQUASHES
 from .layer import Matrices
 
 ROUTINGS = ("attention", "dynamic", "uniform", "self-attention")
 
 # Bounds that keep the couplings of the first step soft; see `CapsuleLayer.reset_parameters`.
 _LOGIT_DEVIATION, _GROWTH = 1.5, 1.5
+
+_LENGTHS: dict[str, Callable[[float, int], float]] = {
+    "sabour": lambda n, D: n**2 / (1 + n**2),
+    "efficient": lambda n, D: 1 - math.exp(-n),
+    "none": lambda n, D: n,
+    "layer_norm": lambda n, D: math.sqrt(D),
+}
+"""The length of v for an s [D] of length n, by squash."""
 
 
 class CapsuleLayer(Matrices):
@@ -34,6 +44,8 @@ class CapsuleLayer(Matrices):
         leaky: for dynamic routing only; see `capsops.dynamic_routing`.
         detach: for dynamic routing only; see `capsops.dynamic_routing`.
         axis: for dynamic routing only: "output" or "input"; see `capsops.dynamic_routing`.
+        squash: for all routings but self-attention: "sabour", "efficient", "none" or "layer_norm"; see
+            `capsops.dynamic_routing`.
         logits: for dynamic routing only: learn initial logits [N, J], which begin at 0; see `capsops.dynamic_routing`.
         shared: use one matrix [K, J, D] for all input capsules; N may then vary from call to call. Self-attention
             routing then has no prior, so bias must be False; and no logits are learned.
@@ -71,6 +83,7 @@ class CapsuleLayer(Matrices):
         leaky: bool = False,
         detach: bool = False,
         axis: str = "output",
+        squash: str = "sabour",
         logits: bool = False,
         shared: bool = False,
         device: torch.device | str | None = None,
@@ -93,13 +106,16 @@ class CapsuleLayer(Matrices):
         check_axis(_layer, axis, leaky)
         if axis == "input" and routing != "dynamic":
             fail(_layer, f"axis is 'input'; expected 'output', because routing is {routing!r} and not 'dynamic'")
+        check_choice(_layer, "squash", squash, ROUTING_SQUASHES)
+        if squash != "sabour" and routing == "self-attention":
+            fail(_layer, f"squash is {squash!r}; expected 'sabour', because routing {routing!r} has its own squash")
         if logits and (shared or detach):
             reason = (
                 "shared matrices take any number of capsules" if shared else "with detach they would get no gradient"
             )
             fail(_layer, f"logits is True; expected False, because {reason}")
         self.routing, self.iterations = routing, 1 if routing == "uniform" else iterations
-        self.leaky, self.detach, self.axis = leaky, detach, axis
+        self.leaky, self.detach, self.axis, self.squash = leaky, detach, axis, squash
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -130,7 +146,8 @@ class CapsuleLayer(Matrices):
           1.5 / √ln J, because the largest of J logits decides, and that lies √(2 ln J) standard deviations above their
           mean. So n solves
               n³ / (1 + n²) = 3 N D / (M J R (R − 1) √ln J), and is 1 where the right side is above 1/2
-          (for R = 3, D = 16 and N ≫ D: J ≤ 10).
+          (for R = 3, D = 16 and N ≫ D: J ≤ 10). That is for the squash "sabour"; with another one n times the length
+          that it gives v takes the place of n³ / (1 + n²).
         * self-attention. T = J s is not squashed; g = σ² M / √D is limited to 1.5 / √ln J.
         * attention. The logits have the standard deviation σ / √3, which is limited to 1.5. With a shared matrix a
           logit covaries with the vote that it weighs, in the same way for all input capsules, and s² grows by the
@@ -162,7 +179,9 @@ class CapsuleLayer(Matrices):
             if self.routing == "self-attention":
                 return functional.self_attention_routing(u, self.weight, self.prior, mask=mask)
             if self.attn_weight is not None:
-                return functional.attention_routing(u, self.weight, self.attn_weight, self.attn_bias, mask=mask)
+                return functional.attention_routing(
+                    u, self.weight, self.attn_weight, self.attn_bias, squash=self.squash, mask=mask
+                )
             return functional.dynamic_routing(
                 u,
                 self.weight,
@@ -172,6 +191,7 @@ class CapsuleLayer(Matrices):
                 bias=self.bias,
                 leaky=self.leaky,
                 detach=self.detach,
+                squash=self.squash,
                 mask=mask,
             )
 
@@ -194,6 +214,7 @@ class CapsuleLayer(Matrices):
                 prior=self.prior,
                 logits=self._with_parameter(logits),
                 axis=self.axis,
+                squash=self.squash,
                 mask=mask,
             )
 
@@ -217,7 +238,7 @@ class CapsuleLayer(Matrices):
         check_floating(layer, "u weight", u, weight)
         check_votes(layer, u, weight, mask)
         if logits is not None:
-            of_every_item(layer, logits, u, weight)
+            of_every_item(layer, logits, u, self.out_capsules)
 
     def extra_repr(self) -> str:
         parts = [
@@ -228,6 +249,8 @@ class CapsuleLayer(Matrices):
             parts.append(f"iterations={self.iterations}, leaky={self.leaky}, detach={self.detach}")
         if self.axis == "input":
             parts.append("axis='input'")
+        if self.squash != "sabour":
+            parts.append(f"squash={self.squash!r}")
         if self.attn_bias is None and self.bias is None and self.prior is None:
             parts.append("bias=False")
         if self.logits is not None:
@@ -256,8 +279,9 @@ def initial_deviation(layer: CapsuleLayer) -> float:
     if layer.routing == "self-attention":
         return min(unit, math.sqrt(growth * math.sqrt(D) / M))
     wanted = growth * N * D / (M * rivals * steps)
+    length = _LENGTHS[layer.squash]
     low, high = 0.0, 1.0
-    while wanted < 0.5 and high - low > 1e-9:  # n³ / (1 + n²) grows with n
+    while wanted < length(1, D) and high - low > 1e-9:  # n times the length of v grows with n
         n = (low + high) / 2
-        low, high = (n, high) if n**3 / (1 + n**2) < wanted else (low, n)
+        low, high = (n, high) if n * length(n, D) < wanted else (low, n)
     return high * unit

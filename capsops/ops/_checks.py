@@ -132,10 +132,25 @@ def _check_matrices(op: str, u: Tensor, weight: Tensor, name: str) -> tuple[int,
     return B, N, K
 
 
-def of_every_item(op: str, logits: Tensor, u: Tensor, weight: Tensor | None) -> Tensor:
-    """Require logits [N, J], [1, N, J] or [B, N, J]; return a view [B, N, J]. u and weight have been checked."""
+def check_one_matrix(op: str, u: Tensor, weight: Tensor) -> None:
+    """Require u [B, N, K] and a matrix [K, D] that all capsules share."""
+    check_floating(op, "u weight", u, weight)
+    check_vectors(op, u, weight)
+    K, D = weight.shape
+    if u.shape[2] != K or D == 0:
+        fail(op, f"weight has shape {shape_of(weight)}; expected [{u.shape[2]}, D] for u [B, N, K] = {shape_of(u)}")
+
+
+def outputs_of(u: Tensor, weight: Tensor | None, axis: int, x: Tensor | None) -> int:
+    """J, where votes [B, N, 1, D] are the same for all output capsules: then x tells their number, along an axis."""
+    J = vote_sizes(u, weight)[0]
+    return x.shape[axis] if weight is None and J == 1 and x is not None and x.dim() >= 2 else J
+
+
+def of_every_item(op: str, logits: Tensor, u: Tensor, J: int) -> Tensor:
+    """Require logits [N, J], [1, N, J] or [B, N, J]; return a view [B, N, J]. u has been checked."""
     check_floating(op, "u logits", u, logits)
-    B, N, J = *u.shape[:2], vote_sizes(u, weight)[0]
+    B, N = u.shape[:2]
     # Tuples of several lengths are not compared with one another: an exported program would then refuse B = N.
     batches = logits.shape[:-2]
     if logits.dim() < 2 or logits.shape[-2:] != (N, J) or (batches and batches not in ((B,), (1,))):
@@ -146,10 +161,14 @@ def of_every_item(op: str, logits: Tensor, u: Tensor, weight: Tensor | None) -> 
     return logits.expand(B, N, J)
 
 
-def check_logits(op: str, logits: Tensor, u: Tensor, weight: Tensor | None) -> None:
-    """Require logits [B, N, J]. u and weight have been checked."""
-    check_floating(op, "u logits", u, logits)
-    check_shape(op, "logits", logits, "B, N, J", *u.shape[:2], vote_sizes(u, weight)[0])
+def check_pairs(op: str, logits: Tensor | None, input_weight: Tensor | None, u: Tensor, J: int) -> None:
+    """Require logits [B, N, J] and weights of the input capsules [B, N], each or None. u has been checked."""
+    check_floating(op, "u logits input_weight", u, logits, input_weight)
+    B, N = u.shape[:2]
+    if logits is not None:
+        check_shape(op, "logits", logits, "B, N, J", B, N, J)
+    if input_weight is not None:
+        check_shape(op, "input_weight", input_weight, "B, N", B, N)
 
 
 def check_axis(op: str, axis: object, leaky: bool = False) -> None:

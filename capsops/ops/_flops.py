@@ -44,13 +44,14 @@ class PassFlops(NamedTuple):
         return (1 + u + weight) * self.votes + contractions * self.contraction
 
 
-def pass_flops(u: Shape, weight: Shape | None) -> PassFlops:
+def pass_flops(u: Shape, weight: Shape | None, J: int = 1) -> PassFlops:
     """The operations of one pass, from the shapes of u [B, N, (P,) K] and the weight [(N,) K, J, D].
 
-    Without a weight u is the votes [B, N, J, (P,) D]: they take no product, nor does their sum.
+    Without a weight u is the votes [B, N, J, (P,) D]: they take no product, nor does their sum. Votes [B, N, 1, D] are
+    compared with all J output capsules.
     """
     if weight is None:
-        return PassFlops(0, 0, 2 * math.prod(u))
+        return PassFlops(0, 0, 2 * math.prod(u) * (J if u[2] == 1 else 1))
     B, N, *rows, K = u
     J, D = weight[-2:]
     of_one = 2 * B * J * math.prod(rows) * D  # contraction of one input capsule

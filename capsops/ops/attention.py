@@ -9,14 +9,21 @@ from torch import Tensor
 
 from ..backends import reference
 from ..dtypes import accumulation_dtype
-from ._checks import Sizes, check_floating, check_shape, check_vectors, check_votes, vote_sizes
+from ._checks import Sizes, check_choice, check_floating, check_shape, check_vectors, check_votes, vote_sizes
 from ._declare import Differentiable, Output
 from ._flops import Shape, pass_flops
 from .coupling_coefficients import Couplings, Votes, check_given, explains, widened
+from .squash import ROUTING_SQUASHES
 
 
 def check(
-    op: str, u: Tensor, weight: Tensor | None, attn_weight: Tensor, attn_bias: Tensor | None, mask: Tensor | None
+    op: str,
+    u: Tensor,
+    weight: Tensor | None,
+    attn_weight: Tensor,
+    attn_bias: Tensor | None,
+    mask: Tensor | None,
+    kind: str = "sabour",
 ) -> Sizes:
     """Check the arguments of attention routing and return B, N, K, J, D."""
     check_floating(op, "u weight attn_weight attn_bias", u, weight, attn_weight, attn_bias)
@@ -26,6 +33,7 @@ def check(
     check_shape(op, "attn_weight", attn_weight, "J, J", J, J)
     if attn_bias is not None:
         check_shape(op, "attn_bias", attn_bias, "J", J)
+    check_choice(op, "squash", kind, ROUTING_SQUASHES)
     return sizes
 
 
@@ -34,9 +42,7 @@ def _outputs(op: str, u: Tensor, *others: Any) -> list[Output]:
     return [("B, J, D", (B, J, D), u.dtype), ("B, J, D", (B, J, D), accumulation_dtype(u.dtype))]
 
 
-def _flops(
-    u: Shape, weight: Shape | None, attn_weight: Shape, attn_bias: Shape | None = None, mask: Shape | None = None
-) -> int:
+def _flops(u: Shape, weight: Shape | None, *_: Any) -> int:
     part, J = pass_flops(u, weight), vote_sizes(u, weight)[0]
     # The convolution mixes J output capsules into each of J; then a weighted sum.
     return part.votes + (J + 1) * part.contraction
@@ -50,6 +56,7 @@ def _gradient_flops(
     attn_weight: Shape,
     attn_bias: Shape | None,
     mask: Shape | None,
+    kind: str,
     wanted: Sequence[bool],
 ) -> int:
     part, J, (g_u, g_weight, *g_attention) = pass_flops(u, weight), vote_sizes(u, weight)[0], wanted
@@ -58,10 +65,10 @@ def _gradient_flops(
 
 
 _attention_routing = Differentiable(
-    "attention_routing(Tensor u, Tensor? weight, Tensor attn_weight, Tensor? attn_bias, Tensor? mask)"
+    "attention_routing(Tensor u, Tensor? weight, Tensor attn_weight, Tensor? attn_bias, Tensor? mask, str kind)"
     " -> (Tensor v, Tensor s)",
     "attention_routing_backward(Tensor g_v, Tensor s, Tensor u, Tensor? weight, Tensor attn_weight, Tensor? attn_bias,"
-    " Tensor? mask, bool[4] wanted)"
+    " Tensor? mask, str kind, bool[4] wanted)"
     " -> (Tensor g_u, Tensor g_weight, Tensor g_attn_weight, Tensor g_attn_bias)",
     _outputs,
     batch={"u": 0, "mask": 0, "v": 0, "s": 0},
@@ -76,6 +83,7 @@ def attention_routing(
     attn_weight: Tensor,
     attn_bias: Tensor | None = None,
     *,
+    squash: str = "sabour",
     mask: Tensor | None = None,
 ) -> Tensor:
     """Attention routing (CardioCaps, eq. 4): v = squash(Σ_i softmax(conv(û_i)) · û_i) in one pass.
@@ -88,6 +96,7 @@ def attention_routing(
         weight: transformation matrices [N, K, J, D], or [K, J, D] to share them; None if u is the votes.
         attn_weight: weight [J, J] of the convolution.
         attn_bias: bias [J] of the convolution.
+        squash: as in `dynamic_routing`.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
 
     Votes in place of u and the weight have no GPU kernel: there the reference runs.
@@ -97,10 +106,10 @@ def attention_routing(
 
     Raises:
         TypeError: an argument is not a tensor.
-        ValueError: wrong shapes, dtypes or devices.
+        ValueError: wrong shapes, dtypes or devices, an unknown squash.
         MemoryError: no memory for the workspace (a few MB).
     """
-    return _attention_routing(*_attention_routing.settle(u, weight, attn_weight, attn_bias, mask))
+    return _attention_routing(*_attention_routing.settle(u, weight, attn_weight, attn_bias, mask), squash)
 
 
 @explains("attention")

@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..backends import reference
 from ..dtypes import accumulation_dtype
-from ._checks import fail, vote_sizes
+from ._checks import check_flag, fail, vote_sizes
 from ._declare import float32, settle
 
 # How many numbers of the votes are held at a time.
@@ -41,15 +42,18 @@ def explains(routing: str) -> Callable[..., Any]:
 
 
 class Votes:
-    """The votes of u and weight, in the accumulation dtype. Iterating makes them in chunks of input capsules.
+    """The votes of u and weight, in the accumulation dtype, made in chunks of input capsules.
 
-    Each iteration yields a slice of input capsules and their votes [B, n, J, H], H = P · D, which are 0 where the mask
-    says that there is no capsule.
+    Args:
+        recomputed: whether autograd may see functions of the votes. It then keeps no votes, but makes them once more.
     """
 
-    def __init__(self, u: Tensor, weight: Tensor | None, mask: Tensor | None) -> None:
+    def __init__(self, u: Tensor, weight: Tensor | None, mask: Tensor | None, recomputed: bool = False) -> None:
         self.u, self.weight, self.mask = u, weight, mask
         self.dtype = accumulation_dtype(u.dtype)
+        # Transforms and torch.compile do not take checkpoints everywhere; they keep the votes.
+        hindered = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+        self.recomputed = recomputed and not hindered
 
     @property
     def sizes(self) -> tuple[int, int]:
@@ -57,16 +61,47 @@ class Votes:
         J, D = vote_sizes(self.u, self.weight)
         return J, math.prod(self.u.shape[3 if self.weight is None else 2 : -1]) * D
 
-    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+    def _of(self, part: slice) -> Tensor:
         u, weight, mask = self.u, self.weight, self.mask
-        step = max(1, _CHUNK // max(u.shape[0] * math.prod(self.sizes), 1))
-        for i in range(0, u.shape[1], step):
+        matrices = weight
+        if weight is not None:
+            matrices = (weight[part] if weight.dim() == 4 else weight).to(self.dtype)
+        present = None if mask is None else mask[:, part]
+        return reference.affine_votes(u[:, part].to(self.dtype), matrices, present).flatten(start_dim=3)
+
+    def each(self, function: Callable[[slice, Tensor], Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """Yield `part, function(part, votes)` for every chunk.
+
+        A part is a slice of input capsules; its votes are [B, n, J, H], H = P · D, and 0 where the mask says that there
+        is no capsule.
+        """
+        step = max(1, _CHUNK // max(self.u.shape[0] * math.prod(self.sizes), 1))
+        for i in range(0, self.u.shape[1], step):
             part = slice(i, i + step)
-            matrices = weight
-            if weight is not None:
-                matrices = (weight[part] if weight.dim() == 4 else weight).to(self.dtype)
-            present = None if mask is None else mask[:, part]
-            yield part, reference.affine_votes(u[:, part].to(self.dtype), matrices, present).flatten(start_dim=3)
+
+            def result(part: slice = part) -> Tensor:
+                return function(part, self._of(part))
+
+            yield part, checkpoint(result, use_reentrant=False) if self.recomputed else result()
+
+    def total(self, function: Callable[[slice, Tensor], Tensor], start: Tensor) -> Tensor:
+        """start + the sum of `function(part, votes)` over all chunks."""
+        for _, x in self.each(function):
+            start = start + x
+        return start
+
+    def weighted_sum(self, couplings: Couplings, input_weight: Tensor | None = None) -> Tensor:
+        """Σ_i c_ij û_ij, [B, J, H], with the couplings [B, n, J] multiplied by the weights of the input capsules."""
+
+        def of(part: slice, some: Tensor) -> Tensor:
+            c = couplings(part, some)
+            if input_weight is not None:
+                c = c * input_weight[:, part, None]
+            if self.mask is not None:
+                c = c.masked_fill(~self.mask[:, part, None], 0)
+            return torch.einsum("bnj,bnjd->bjd", c, some)
+
+        return self.total(of, self.zero())
 
     def zero(self) -> Tensor:
         """A sum over the input capsules to begin with, [B, J, H]."""
@@ -88,10 +123,6 @@ def widened(*operands: Tensor | None) -> Any:
 def softmax_of_agreements(votes: Votes, V: Tensor, logits: Tensor | None, axis: str, leaky: bool = False) -> Couplings:
     """The couplings with the logits û · V + logits, V [B, J, D] and logits [B, N, J] or None."""
 
-    def logits_of(part: slice, some: Tensor) -> Tensor:
-        b = torch.einsum("bnjd,bjd->bnj", some, V)
-        return b if logits is None else b + logits[:, part]
-
     if axis == "output":
 
         def over_outputs(part: slice, some: Tensor) -> Tensor:
@@ -100,22 +131,29 @@ def softmax_of_agreements(votes: Votes, V: Tensor, logits: Tensor | None, axis: 
 
         return over_outputs
 
-    def present(part: slice, b: Tensor) -> Tensor:
-        return b if votes.mask is None else b.masked_fill(~votes.mask[:, part, None], -torch.inf)
+    def present(part: slice, some: Tensor) -> tuple[Tensor, Tensor]:
+        """b, with the lowest number for pairs that are removed, because −∞ has no gradient; and which these are."""
+        b = torch.einsum("bnjd,bjd->bnj", some, V)
+        removed = torch.zeros_like(b, dtype=torch.bool)
+        if votes.mask is not None:
+            removed = removed | ~votes.mask[:, part, None]
+        if logits is not None:
+            removed = removed | (logits[:, part] == -torch.inf)
+            b = b + logits[:, part]
+        return torch.where(removed, torch.finfo(b.dtype).min, b), removed
 
-    # log Σ_i exp(b_ij), chunk by chunk; −∞ where an output capsule has no pairs.
-    log_sum = V.new_full(V.shape[:2], -torch.inf)
-    for part, some in votes:
-        log_sum = torch.logaddexp(log_sum, present(part, logits_of(part, some)).logsumexp(dim=1))
+    # log Σ_i exp(b_ij), chunk by chunk.
+    log_sum = V.new_full(V.shape[:2], torch.finfo(V.dtype).min)
+    for _, x in votes.each(lambda part, some: present(part, some)[0].logsumexp(dim=1)):
+        log_sum = torch.logaddexp(log_sum, x)
 
     def over_inputs(part: slice, some: Tensor) -> Tensor:
-        b = present(part, logits_of(part, some))
-        return (b - log_sum[:, None]).exp().masked_fill(b == -torch.inf, 0)
+        b, removed = present(part, some)
+        return (b - log_sum[:, None]).exp().masked_fill(removed, 0)
 
     return over_inputs
 
 
-@torch.no_grad()
 def coupling_coefficients(
     routing: str,
     u: Tensor,
@@ -136,17 +174,22 @@ def coupling_coefficients(
     state: Tensor | None = None,
     logits: Tensor | None = None,
     axis: str = "output",
+    squash: str = "sabour",
+    input_weight: Tensor | None = None,
     mask: Tensor | None = None,
+    differentiable: bool = False,
 ) -> Tensor:
-    """The coupling coefficients c that a routing ends with, for explanation; without gradient.
+    """The coupling coefficients c that a routing ends with, for explanation or, with a gradient, for a loss.
 
-    The votes are made in chunks of input capsules and never all held.
+    The votes are made in chunks of input capsules and never all held, neither here nor in the backward pass. That is
+    plain PyTorch on every device, so it takes longer than the routing.
 
     Args:
         routing: "attention", "dynamic", "uniform", "self-attention", "em" or "step". The other arguments mean what they
             mean in its function; those of other routings are ignored.
         u: input capsules [B, N, K]; for EM routing their poses [B, N, K] or [B, N, P, K]; without a weight the votes.
-        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them; None if u is the votes.
+        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them; for dynamic routing and a routing step
+            also [K, D]; None if u is the votes.
         attn_weight: [J, J], for attention, which needs it.
         attn_bias: [J], for attention.
         iterations: for dynamic and EM routing.
@@ -162,7 +205,11 @@ def coupling_coefficients(
         state: [B, J, D], for a routing step, which needs it.
         logits: [N, J], [1, N, J] or [B, N, J], for dynamic routing and a routing step.
         axis: "output" or "input", for dynamic routing and a routing step.
+        squash: for dynamic routing.
+        input_weight: [B, N], for dynamic routing. It changes the output capsules of earlier iterations; the couplings
+            returned are not yet multiplied by it.
         mask: bool [B, N], True where there is a capsule.
+        differentiable: whether c has a gradient: exact, through all iterations. By default it has none.
 
     Returns:
         c [B, N, J]; for attention [B, N, J, D]; for EM the responsibilities r of the last iteration. 0 where the mask
@@ -184,13 +231,19 @@ def coupling_coefficients(
         "beta_a": beta_a,
         "state": state,
         "logits": logits,
+        "input_weight": input_weight,
     }
     names = f"u weight? {' '.join(f'{name}?' for name in small)} mask?"
     u, weight, *settled, mask = settle(op, names, u, weight, *small.values(), mask)
     if routing not in _ROUTINGS:
-        fail(op, f"routing is {routing!r}; expected one of {', '.join(map(repr, _ROUTINGS))}")
-    votes = Votes(u, weight, mask)
-    with float32(u):
+        fail(op, f"routing is {routing!r}; expected one of {', '.join(map(repr, sorted(_ROUTINGS)))}")
+    check_flag(op, "differentiable", differentiable)
+    if routing == "step" and state is not None and state.dim() == 3:
+        u, weight = _for_each_output(u, weight, state.shape[1])
+    if routing == "dynamic" and logits is not None and logits.dim() > 1:
+        u, weight = _for_each_output(u, weight, logits.shape[-1])
+    with float32(u), torch.set_grad_enabled(differentiable and torch.is_grad_enabled()):
+        votes = Votes(u, weight, mask, differentiable)
         shape, couplings = _ROUTINGS[routing](
             op,
             votes,
@@ -201,14 +254,19 @@ def coupling_coefficients(
             inverse_temperature=inverse_temperature,
             renormalise=renormalise,
             axis=axis,
+            squash=squash,
         )
-        c: Tensor | None = None
-        for part, some in votes:
-            found = couplings(part, some)
-            if c is None:
-                # From the couplings, not from u: under torch.func.vmap u may be the same for the whole batch.
-                c = found.new_empty(shape, dtype=u.dtype)
-            c[:, part] = found
-    if c is None:
-        return u.new_empty(shape)
-    return c if mask is None else c.masked_fill_(~mask.reshape(*mask.shape, *[1] * (c.dim() - 2)), 0)
+        parts = [found.to(u.dtype) for _, found in votes.each(couplings)]
+        if not parts:
+            return u.new_empty(shape)
+        c = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+        return c if mask is None else c.masked_fill(~mask.reshape(*mask.shape, *[1] * (c.dim() - 2)), 0)
+
+
+def _for_each_output(u: Tensor, weight: Tensor | None, J: int | None) -> tuple[Tensor, Tensor | None]:
+    """Votes [B, N, 1, D] and a weight [K, D], expanded for J output capsules."""
+    if J is not None and weight is None and u.dim() == 4 and u.shape[2] == 1:
+        u = u.expand(-1, -1, J, -1)
+    if J is not None and weight is not None and weight.dim() == 2:
+        weight = weight[:, None].expand(-1, J, -1)
+    return u, weight

@@ -227,25 +227,40 @@ def _couplings(
     if renormalise:
         a = renormalised(a)
     # Each iteration but the last takes two passes: one for the mean, then one for the variance about it.
-    gaussians: tuple[Tensor, Tensor, Tensor] | None = None  # mean, variance, log activation
     zero = votes.zero()
+    couplings = _responsibilities(None)
+    for inverse in temperatures[:-1]:
+        mean, variance, support = _m_step(votes, couplings, a, zero)
+        logit = inverse * (bonus - reference.em_cost(support, variance, cost))
+        couplings = _responsibilities((mean, variance, torch.nn.functional.logsigmoid(logit)))
+    return (B, N, J), couplings
 
-    def responsibilities(part: slice, some: Tensor) -> Tensor:
+
+def _responsibilities(gaussians: tuple[Tensor, Tensor, Tensor] | None) -> Couplings:
+    """r [B, n, J] by mean, variance and log activation; equal ones where there are none yet."""
+
+    def couplings(part: slice, some: Tensor) -> Tensor:
         if gaussians is None:
             return torch.full_like(some[..., 0], 1 / some.shape[2])
         return reference.em_responsibilities(some, *gaussians)
 
-    for inverse in temperatures[:-1]:
-        support, moment, spread = zero[:, :, 0], zero, zero
-        for part, some in votes:
-            w = responsibilities(part, some) * a[:, part, None]
-            support = support + w.sum(dim=1)
-            moment = moment + torch.einsum("bnj,bnjh->bjh", w, some)
-        mean = moment / (support + reference.EM_EPSILON)[:, :, None]
-        for part, some in votes:
-            w = responsibilities(part, some) * a[:, part, None]
-            spread = spread + torch.einsum("bnj,bnjh->bjh", w, (some - mean[:, None]).square())
-        variance = spread / (support + reference.EM_EPSILON)[:, :, None] + reference.EM_EPSILON
-        logit = inverse * (bonus - reference.em_cost(support, variance, cost))
-        gaussians = mean, variance, torch.nn.functional.logsigmoid(logit)
-    return (B, N, J), responsibilities
+    return couplings
+
+
+def _m_step(votes: Votes, couplings: Couplings, a: Tensor, zero: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mean [B, J, H] and the variance of the votes, and Σ_i r_ij a_i [B, J]."""
+
+    def moments(part: slice, some: Tensor) -> Tensor:
+        w = couplings(part, some) * a[:, part, None]
+        return torch.cat([torch.einsum("bnj,bnjh->bjh", w, some), w.sum(dim=1)[:, :, None]], dim=2)
+
+    sums = votes.total(moments, torch.cat([zero, zero[:, :, :1]], dim=2))
+    support = sums[:, :, -1]
+    mean = sums[:, :, :-1] / (support + reference.EM_EPSILON)[:, :, None]
+
+    def deviations(part: slice, some: Tensor) -> Tensor:
+        w = couplings(part, some) * a[:, part, None]
+        return torch.einsum("bnj,bnjh->bjh", w, (some - mean[:, None]).square())
+
+    spread = votes.total(deviations, zero)
+    return mean, spread / (support + reference.EM_EPSILON)[:, :, None] + reference.EM_EPSILON, support

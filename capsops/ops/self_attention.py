@@ -128,9 +128,7 @@ def _couplings(
     scale = _default_scale(votes.u, votes.weight) if scale is None else scale
     B, N, _K, J, _D = check(op, votes.u, votes.weight, prior, votes.mask, scale)
     (prior,) = widened(prior)
-    total = votes.zero()
-    for _part, some in votes:
-        total = total + some.sum(dim=1)
+    total = votes.total(lambda part, some: some.sum(dim=1), votes.zero())
 
     def couplings(part: slice, some: Tensor) -> Tensor:
         return reference.self_attention_couplings(some, total, None if prior is None else prior[part], scale)

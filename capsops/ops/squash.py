@@ -9,6 +9,8 @@ from ._declare import Differentiable, Output
 from ._flops import elementwise
 
 SQUASH_KINDS = ("sabour", "efficient")
+ROUTING_SQUASHES = (*SQUASH_KINDS, "none", "layer_norm")
+"""What a routing may do with s: squash it, nothing, or layer normalisation."""
 
 
 def _outputs(op: str, s: Tensor, kind: str) -> list[Output]:

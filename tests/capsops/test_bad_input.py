@@ -34,7 +34,7 @@ def _arguments(routing: Routing) -> dict[str, torch.Tensor]:
         ({"u": torch.zeros(2, 7)}, r"u has shape \[2, 7\]; expected 3 "),
         ({"u": torch.zeros(2, 7, 9)}, r"weight has shape \[7, 4, 3, 5\].*expected \[7, 9, J, D\]"),
         ({"weight": torch.zeros(8, 4, 3, 5)}, r"weight has shape \[8, 4, 3, 5\].*expected \[7, 4, J, D\]"),
-        ({"weight": torch.zeros(4, 5)}, r"weight has shape \[4, 5\]"),
+        ({"weight": torch.zeros(5)}, r"weight has shape \[5\]"),
         ({"weight": torch.zeros(3, 3, 5)}, r"weight has shape \[3, 3, 5\].*expected \[4, J, D\]"),
         ({"weight": torch.zeros(7, 4, 0, 5)}, "J is 0"),
         ({"weight": torch.zeros(7, 4, 3, 0)}, "D is 0"),
@@ -324,7 +324,7 @@ def test_primary_capsules(
 
 def test_coupling_coefficients() -> None:
     u, weight = torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5)
-    with pytest.raises(ValueError, match="routing is 'sda'; expected one of 'attention', 'dynamic', 'uniform', "):
+    with pytest.raises(ValueError, match="routing is 'sda'; expected one of 'attention', 'dynamic', 'em', "):
         capsops.coupling_coefficients("sda", u, weight)
     with pytest.raises(ValueError, match="attn_weight is None"):
         capsops.coupling_coefficients("attention", u, weight)
@@ -350,10 +350,12 @@ def test_backward_operators_check_too() -> None:
     good, wrong = torch.zeros(2, 3, 5), torch.zeros(2, 3, 6)
     wanted = [True] * 4
     with pytest.raises(ValueError, match=r"attention_routing_backward: g_v has shape \[2, 3, 6\]"):
-        torch.ops.capsops.attention_routing_backward(wrong, good, u, weight, a, None, None, wanted)
+        torch.ops.capsops.attention_routing_backward(wrong, good, u, weight, a, None, None, "sabour", wanted)
     with pytest.raises(ValueError, match=r"dynamic_routing_backward: s has shape \[2, 2, 3, 5\]"):
         s = torch.zeros(2, 2, 3, 5)
-        torch.ops.capsops.dynamic_routing_backward(good, s, u, weight, None, None, 3, False, False, wanted[:3])
+        torch.ops.capsops.dynamic_routing_backward(
+            good, s, u, weight, None, None, 3, False, False, "sabour", wanted[:3]
+        )
 
     with pytest.raises(ValueError, match=r"self_attention_routing_backward: total has shape \[2, 3, 6\]"):
         torch.ops.capsops.self_attention_routing_backward(good, wrong, good, u, weight, None, None, 1.0, wanted[:3])
@@ -411,15 +413,17 @@ def test_operators_called_directly_check_every_tensor(name: str) -> None:
         ("primary_capsules", {1: -2}, "types is -2"),
         ("primary_capsules_backward", {2: 0}, "types is 0"),
         ("dynamic_routing", {4: 0}, "iterations is 0"),
+        ("dynamic_routing", {7: "relu"}, "squash is 'relu'"),
+        ("attention_routing_backward", {7: "relu"}, "squash is 'relu'"),
         ("dynamic_routing", {4: -1}, "iterations is -1"),
         ("dynamic_routing", {4: 2**31}, f"iterations is {2**31}"),
         ("dynamic_routing_backward", {6: -1}, "iterations is -1"),
         ("dynamic_routing_backward", {6: 2**30}, rf"s has shape \[3, 2, 4, 5\]; expected .* = \[{2**30}, 2, 4, 5\]"),
-        ("dynamic_routing_backward", {9: [True] * 4}, "wanted has 4 values; expected 3"),
-        ("dynamic_routing_backward", {9: []}, "wanted has 0 values; expected 3"),
+        ("dynamic_routing_backward", {10: [True] * 4}, "wanted has 4 values; expected 3"),
+        ("dynamic_routing_backward", {10: []}, "wanted has 0 values; expected 3"),
         (
             "attention_routing_backward",
-            {7: [True] * 4},
+            {8: [True] * 4},
             "attn_bias is None; expected a tensor, because wanted asks for its gradient",
         ),
         ("self_attention_routing", {4: float("nan")}, "scale is nan"),

@@ -30,31 +30,33 @@ def calls(c: Any, context: Any = CONTEXT, iterations: int = 2, p: int = P) -> di
     return {
         "affine_votes": lambda: _C.affine_votes(context, c, p),
         "affine_votes_backward": lambda: _C.affine_votes_backward(context, c, p, 0, 0),
-        "attention_routing": lambda: _C.attention_routing(context, c, p, 0, p, p),
-        "attention_routing_backward": lambda: _C.attention_routing_backward(context, c, p, 0, p, p, 0, 0, 0, 0),
-        "dynamic_routing": lambda: _C.dynamic_routing(context, c, 0, iterations, False, p, p),
+        "attention_routing": lambda: _C.attention_routing(context, c, p, 0, SABOUR, p, p),
+        "attention_routing_backward": lambda: _C.attention_routing_backward(context, c, p, 0, SABOUR, p, p, 0, 0, 0, 0),
+        "dynamic_routing": lambda: _C.dynamic_routing(context, c, 0, iterations, False, SABOUR, p, p),
         "dynamic_routing_backward": lambda: _C.dynamic_routing_backward(
-            context, c, iterations, False, False, p, p, 0, 0, 0
+            context, c, iterations, False, False, SABOUR, p, p, 0, 0, 0
         ),
         "routing_step": lambda: _C.routing_step(context, c, p, p),
         "routing_step_backward": lambda: _C.routing_step_backward(context, c, p, p, 0, 0, 0),
-        "routing_step_with_logits": lambda: _C.routing_step_with_logits(context, c, p, p, p),
+        "routing_step_with_logits": lambda: _C.routing_step_with_logits(context, c, p, 0, 0, p),
         "routing_step_with_logits_backward": lambda: _C.routing_step_with_logits_backward(
-            context, c, p, p, p, 0, 0, 0, 0
+            context, c, p, 0, 0, p, 0, 0, 0, 0, 0
         ),
         "dynamic_routing_with_logits": lambda: _C.dynamic_routing_with_logits(
-            context, c, p, 0, iterations, False, p, p
+            context, c, 0, 0, 0, iterations, False, SABOUR, p, p
         ),
         "dynamic_routing_with_logits_backward": lambda: _C.dynamic_routing_with_logits_backward(
-            context, c, p, iterations, False, False, p, p, 0, 0, 0, 0
+            context, c, 0, 0, iterations, False, False, SABOUR, p, p, 0, 0, 0, 0, 0
         ),
-        "dynamic_routing_over_inputs": lambda: _C.dynamic_routing_over_inputs(context, c, 0, 0, iterations, p, p, p),
+        "dynamic_routing_over_inputs": lambda: _C.dynamic_routing_over_inputs(
+            context, c, 0, 0, 0, iterations, SABOUR, p, p, p
+        ),
         "dynamic_routing_over_inputs_backward": lambda: _C.dynamic_routing_over_inputs_backward(
-            context, c, 0, 0, iterations, False, p, p, p, 0, 0, 0, 0
+            context, c, 0, 0, 0, iterations, False, SABOUR, p, p, p, 0, 0, 0, 0, 0
         ),
-        "routing_step_over_inputs": lambda: _C.routing_step_over_inputs(context, c, p, 0, p, p, p),
+        "routing_step_over_inputs": lambda: _C.routing_step_over_inputs(context, c, p, 0, 0, p, p, p),
         "routing_step_over_inputs_backward": lambda: _C.routing_step_over_inputs_backward(
-            context, c, p, 0, p, p, p, 0, 0, 0, 0
+            context, c, p, 0, 0, p, p, p, 0, 0, 0, 0, 0
         ),
         "self_attention_routing": lambda: _C.self_attention_routing(context, c, 0, 1.0, p, p, p),
         "self_attention_routing_backward": lambda: _C.self_attention_routing_backward(

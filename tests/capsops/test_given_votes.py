@@ -165,10 +165,24 @@ def test_vmap_and_compile(routing: Routing) -> None:
 def test_opcheck() -> None:
     votes, state, mask = torch.randn(2, 7, 4, 5), torch.randn(2, 4, 5), torch.rand(2, 7) < 0.7
     ops = torch.ops.capsops
-    torch.library.opcheck(ops.dynamic_routing.default, (votes.requires_grad_(), None, None, mask, 3, True, False))
+    torch.library.opcheck(
+        ops.dynamic_routing.default, (votes.requires_grad_(), None, None, mask, 3, True, False, "sabour")
+    )
     torch.library.opcheck(
         ops.dynamic_routing_backward.default,
-        (state, torch.randn(3, 2, 4, 5), votes.detach(), None, None, mask, 3, False, False, [True, False, False]),
+        (
+            state,
+            torch.randn(3, 2, 4, 5),
+            votes.detach(),
+            None,
+            None,
+            mask,
+            3,
+            False,
+            False,
+            "sabour",
+            [True, False, False],
+        ),
     )
 
 

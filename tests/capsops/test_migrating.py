@@ -194,8 +194,7 @@ def test_thudm_comirec_mind() -> None:
         _agreement(_votes(x, lambda x, i, j: x @ W), 3, detach=True, present=present.tolist(), initial=logits.T)
         for x, present, logits in zip(u, mask, b, strict=True)
     ]
-    weight = W[:, None].expand(K, J, D)
-    found = capsops.dynamic_routing(u, weight, 3, logits=b.transpose(1, 2), detach=True, mask=mask)
+    found = capsops.dynamic_routing(u, W, 3, logits=b.transpose(1, 2), detach=True, mask=mask)
     _same(found, torch.stack(formula), u, W)
 
 
@@ -214,9 +213,8 @@ def test_shiningcosmos_pytorch_comirec() -> None:
         )
         for x, present, logits in zip(u * mask[:, :, None], mask, b, strict=True)
     ]
-    weight = W.T[:, None].expand(K, J, D)
     items = u * mask[:, :, None]
-    found = capsops.dynamic_routing(items, weight, 3, logits=b.transpose(1, 2), axis="input", detach=True)
+    found = capsops.dynamic_routing(items, W.T, 3, logits=b.transpose(1, 2), axis="input", detach=True)
     _same(found, torch.stack(formula), u, W)
 
 

@@ -29,13 +29,13 @@ def _backward_arguments(iterations: int) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 def dynamic(iterations: int) -> Callable[[], object]:
     _, _, u, weight = _backward_arguments(1)
-    return lambda: OPS.dynamic_routing(u, weight, None, None, iterations, False, False)
+    return lambda: OPS.dynamic_routing(u, weight, None, None, iterations, False, False, "sabour")
 
 
 def dynamic_backward(iterations: int) -> Callable[[], object]:
     g, s, u, weight = _backward_arguments(iterations)
     wanted = [True, True, False]
-    return lambda: OPS.dynamic_routing_backward(g, s, u, weight, None, None, iterations, False, False, wanted)
+    return lambda: OPS.dynamic_routing_backward(g, s, u, weight, None, None, iterations, False, False, "sabour", wanted)
 
 
 def em(iterations: int) -> Callable[[], object]:
@@ -119,11 +119,11 @@ def test_handlers_that_do_not_raise_run_meanwhile_and_change_nothing() -> None:
         seen.clear()
         results.clear()
         with timer(handler, SECONDS):
-            results.extend(OPS.dynamic_routing(u, weight, None, None, iterations, False, False))
+            results.extend(OPS.dynamic_routing(u, weight, None, None, iterations, False, False, "sabour"))
         if len(seen) == 3:
             break
     assert seen == [0, 0, 0], "three signals while one kernel ran"
-    again = OPS.dynamic_routing(u, weight, None, None, iterations, False, False)
+    again = OPS.dynamic_routing(u, weight, None, None, iterations, False, False, "sabour")
     assert all(torch.equal(x, y) for x, y in zip(results, again, strict=True))
 
 
@@ -152,7 +152,7 @@ class Backward(torch.autograd.Function):
     def backward(ctx, g):
         s = torch.ones(iterations, 1, 2, 4)
         return ops.dynamic_routing_backward(
-            s[0], s, u, weight, None, None, iterations, False, False, [True, False, False]
+            s[0], s, u, weight, None, None, iterations, False, False, "sabour", [True, False, False]
         )[0]
 
 capsops.dynamic_routing(u, weight)

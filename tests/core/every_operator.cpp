@@ -238,6 +238,8 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
     const bool masked = there != Mask::all;
     state = std::hash<std::string>()(name);
     const Dtype wide = accumulation(dtype);
+    const SquashKind squashes[] = {SquashKind::sabour, SquashKind::efficient, SquashKind::none};
+    const SquashKind kind = squashes[std::hash<std::string>()(name) % 3];
     const int64_t H = s.rows * s.D, weights = votes_given ? 0 : (shared ? 1 : s.N) * s.K * s.J * s.D;
     const int64_t capsules = s.B * s.N * (votes_given ? s.J * H : s.rows * s.K), outputs = s.B * s.J * H;
     Numbers u(capsules, dtype), weight(expanded ? s.K * s.D : weights, dtype), mix(s.J * s.J, wide),
@@ -298,38 +300,40 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
     Numbers saved(3 * outputs, wide);
     const auto save = [&](const std::unique_ptr<Numbers>& s_) { std::memcpy(saved.get(), s_->get(), s_->bytes()); };
     check(name + "attention", {{outputs, wide}, {outputs, wide}}, [&](int threads, Outputs o) {
-        const Status status =
-            k.attention_routing(operands(threads), mix.get(), mix_bias.get(), o[0]->get(), o[1]->get());
+        const Status status = k.attention_routing(operands(threads), mix.get(), mix_bias.get(), SquashKind::layer_norm,
+                                                  o[0]->get(), o[1]->get());
         return save(o[1]), status;
     });
     check(name + "attention backward", {{capsules, dtype}, {weights, dtype}, {s.J * s.J, wide}, {s.J, wide}},
           [&](int threads, Outputs o) {
-              return k.attention_routing_backward(operands(threads), mix.get(), mix_bias.get(), saved.get(), g.get(),
-                                                  o[0]->get(), o[1]->get(), o[2]->get(), o[3]->get());
+              return k.attention_routing_backward(operands(threads), mix.get(), mix_bias.get(), SquashKind::layer_norm,
+                                                  saved.get(), g.get(), o[0]->get(), o[1]->get(), o[2]->get(),
+                                                  o[3]->get());
           });
     check_one(name + "attention backward, bias", {{s.J, wide}}, [&](int threads, Outputs o) {
-        return k.attention_routing_backward(operands(threads), mix.get(), nullptr, saved.get(), g.get(), nullptr,
-                                            nullptr, nullptr, o[0]->get());
+        return k.attention_routing_backward(operands(threads), mix.get(), nullptr, SquashKind::layer_norm, saved.get(),
+                                            g.get(), nullptr, nullptr, nullptr, o[0]->get());
     });
     for (const bool leaky : {false, true}) {
         check(name + "dynamic", {{outputs, wide}, {3 * outputs, wide}}, [&](int threads, Outputs o) {
-            const Status status = k.dynamic_routing(operands(threads), bias.get(), 3, leaky, o[0]->get(), o[1]->get());
+            const Status status =
+                k.dynamic_routing(operands(threads), bias.get(), 3, leaky, kind, o[0]->get(), o[1]->get());
             return save(o[1]), status;
         });
         for (const bool detach : {false, true})
             check(name + "dynamic backward", {{capsules, dtype}, {weights, dtype}, {s.J * H, wide}},
                   [&](int threads, Outputs o) {
-                      return k.dynamic_routing_backward(operands(threads), 3, leaky, detach, saved.get(), g.get(),
+                      return k.dynamic_routing_backward(operands(threads), 3, leaky, detach, kind, saved.get(), g.get(),
                                                         o[0]->get(), o[1]->get(), o[2]->get());
                   });
     }
     check_one(name + "dynamic backward, u", {{capsules, dtype}}, [&](int threads, Outputs o) {
-        return k.dynamic_routing_backward(operands(threads), 3, true, false, saved.get(), g.get(), o[0]->get(), nullptr,
-                                          nullptr);
+        return k.dynamic_routing_backward(operands(threads), 3, true, false, kind, saved.get(), g.get(), o[0]->get(),
+                                          nullptr, nullptr);
     });
     check_one(name + "dynamic backward, W", {{weights, dtype}}, [&](int threads, Outputs o) {
-        return k.dynamic_routing_backward(operands(threads), 3, true, false, saved.get(), g.get(), nullptr, o[0]->get(),
-                                          nullptr);
+        return k.dynamic_routing_backward(operands(threads), 3, true, false, kind, saved.get(), g.get(), nullptr,
+                                          o[0]->get(), nullptr);
     });
     check(name + "step", {{outputs, wide}},
           [&](int threads, Outputs o) { return k.routing_step(operands(threads), saved.get(), o[0]->get()); });
@@ -341,33 +345,36 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
     });
     // The operators that only the CPU has.
     if (k.routing_step_with_logits) {
-        Numbers logits(s.B * s.N * s.J, wide);
-        logits.random();
+        Numbers logits(s.B * s.N * s.J, wide), input_weight(s.B * s.N, wide);
+        logits.random(), input_weight.random();
+        const int64_t inputs = s.B * s.N;
         check(name + "step with logits", {{outputs, wide}}, [&](int threads, Outputs o) {
-            return k.routing_step_with_logits(operands(threads), saved.get(), logits.get(), o[0]->get());
+            return k.routing_step_with_logits(operands(threads), saved.get(), logits.get(), input_weight.get(),
+                                              o[0]->get());
         });
         check(name + "step with logits backward",
-              {{capsules, dtype}, {weights, dtype}, {outputs, wide}, {s.B * s.N * s.J, wide}},
+              {{capsules, dtype}, {weights, dtype}, {outputs, wide}, {inputs * s.J, wide}, {inputs, wide}},
               [&](int threads, Outputs o) {
-                  return k.routing_step_with_logits_backward(operands(threads), saved.get(), logits.get(), g.get(),
-                                                             o[0]->get(), o[1]->get(), o[2]->get(), o[3]->get());
+                  return k.routing_step_with_logits_backward(operands(threads), saved.get(), logits.get(),
+                                                             input_weight.get(), g.get(), o[0]->get(), o[1]->get(),
+                                                             o[2]->get(), o[3]->get(), o[4]->get());
               });
         check(name + "step with logits backward, logits", {{s.B * s.N * s.J, wide}}, [&](int threads, Outputs o) {
-            return k.routing_step_with_logits_backward(operands(threads), saved.get(), logits.get(), g.get(), nullptr,
-                                                       nullptr, nullptr, o[0]->get());
+            return k.routing_step_with_logits_backward(operands(threads), saved.get(), logits.get(), nullptr, g.get(),
+                                                       nullptr, nullptr, nullptr, o[0]->get(), nullptr);
         });
         check(name + "dynamic with logits", {{outputs, wide}, {3 * outputs, wide}}, [&](int threads, Outputs o) {
-            const Status status = k.dynamic_routing_with_logits(operands(threads), logits.get(), bias.get(), 3, true,
-                                                                o[0]->get(), o[1]->get());
+            const Status status = k.dynamic_routing_with_logits(operands(threads), logits.get(), input_weight.get(),
+                                                                bias.get(), 3, true, kind, o[0]->get(), o[1]->get());
             return save(o[1]), status;
         });
         for (const bool detach : {false, true})
             check(name + "dynamic with logits backward",
-                  {{capsules, dtype}, {weights, dtype}, {s.B * s.N * s.J, wide}, {s.J * H, wide}},
+                  {{capsules, dtype}, {weights, dtype}, {inputs * s.J, wide}, {inputs, wide}, {s.J * H, wide}},
                   [&](int threads, Outputs o) {
-                      return k.dynamic_routing_with_logits_backward(operands(threads), logits.get(), 3, true, detach,
-                                                                    saved.get(), g.get(), o[0]->get(), o[1]->get(),
-                                                                    o[2]->get(), o[3]->get());
+                      return k.dynamic_routing_with_logits_backward(
+                          operands(threads), logits.get(), input_weight.get(), 3, true, detach, kind, saved.get(),
+                          g.get(), o[0]->get(), o[1]->get(), o[2]->get(), o[3]->get(), o[4]->get());
                   });
         Numbers log_sums(3 * s.B * s.J, wide);
         const auto save_both = [&](Outputs o) {
@@ -375,33 +382,35 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
             std::memcpy(log_sums.get(), o[2]->get(), o[2]->bytes());
         };
         for (const bool given : {false, true}) {
-            const void* initial = given ? logits.get() : nullptr;
+            const void *initial = given ? logits.get() : nullptr, *weighed = given ? input_weight.get() : nullptr;
             check(name + "dynamic over inputs", {{outputs, wide}, {3 * outputs, wide}, {3 * s.B * s.J, wide}},
                   [&](int threads, Outputs o) {
-                      const Status status = k.dynamic_routing_over_inputs(operands(threads), initial, bias.get(), 3,
-                                                                          o[0]->get(), o[1]->get(), o[2]->get());
+                      const Status status =
+                          k.dynamic_routing_over_inputs(operands(threads), initial, weighed, bias.get(), 3, kind,
+                                                        o[0]->get(), o[1]->get(), o[2]->get());
                       return save_both(o), status;
                   });
             check(name + "dynamic over inputs backward",
-                  {{capsules, dtype}, {weights, dtype}, {s.B * s.N * s.J, wide}, {s.J * H, wide}},
+                  {{capsules, dtype}, {weights, dtype}, {inputs * s.J, wide}, {inputs, wide}, {s.J * H, wide}},
                   [&](int threads, Outputs o) {
-                      return k.dynamic_routing_over_inputs_backward(operands(threads), initial, bias.get(), 3, !given,
-                                                                    saved.get(), log_sums.get(), g.get(), o[0]->get(),
-                                                                    o[1]->get(), o[2]->get(), o[3]->get());
+                      return k.dynamic_routing_over_inputs_backward(
+                          operands(threads), initial, weighed, bias.get(), 3, !given, kind, saved.get(), log_sums.get(),
+                          g.get(), o[0]->get(), o[1]->get(), o[2]->get(), o[3]->get(), o[4]->get());
                   });
         }
         check(name + "step over inputs", {{outputs, wide}, {outputs, wide}, {s.B * s.J, wide}},
               [&](int threads, Outputs o) {
-                  const Status status = k.routing_step_over_inputs(operands(threads), g.get(), logits.get(),
-                                                                   o[0]->get(), o[1]->get(), o[2]->get());
+                  const Status status =
+                      k.routing_step_over_inputs(operands(threads), g.get(), logits.get(), input_weight.get(),
+                                                 o[0]->get(), o[1]->get(), o[2]->get());
                   return save_both(o), status;
               });
         check(name + "step over inputs backward",
-              {{capsules, dtype}, {weights, dtype}, {outputs, wide}, {s.B * s.N * s.J, wide}},
+              {{capsules, dtype}, {weights, dtype}, {outputs, wide}, {inputs * s.J, wide}, {inputs, wide}},
               [&](int threads, Outputs o) {
-                  return k.routing_step_over_inputs_backward(operands(threads), g.get(), logits.get(), saved.get(),
-                                                             log_sums.get(), g.get(), o[0]->get(), o[1]->get(),
-                                                             o[2]->get(), o[3]->get());
+                  return k.routing_step_over_inputs_backward(
+                      operands(threads), g.get(), logits.get(), input_weight.get(), saved.get(), log_sums.get(),
+                      g.get(), o[0]->get(), o[1]->get(), o[2]->get(), o[3]->get(), o[4]->get());
               });
     }
     Numbers total(outputs, wide);
@@ -426,6 +435,54 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
     check(name + "votes backward", {{capsules, dtype}, {weights, dtype}}, [&](int threads, Outputs o) {
         return k.affine_votes_backward(operands(threads), g_votes.get(), o[0]->get(), o[1]->get());
     });
+}
+
+// Votes that are the same for all output capsules; only the CPU has them.
+void one_vote(const Kernels& k, const Shape& s, Dtype dtype, bool masked, const std::string& name) {
+    if (!k.routing_step_with_logits) return;
+    state = std::hash<std::string>()(name);
+    const Dtype wide = accumulation(dtype);
+    const int64_t inputs = s.B * s.N, outputs = s.B * s.J * s.D;
+    Numbers u(inputs * s.D, dtype), logits(inputs * s.J, wide), V(outputs, wide), g(outputs, wide);
+    for (Numbers* x : {&u, &logits, &V, &g}) x->random();
+    std::vector<uint8_t> mask(static_cast<size_t>(inputs));
+    for (size_t x = 0; x < mask.size(); ++x) mask[x] = x % 7 != 0;
+    const auto operands = [&](int threads) {
+        Capsules c{u.get(), nullptr,         masked ? mask.data() : nullptr, s.B, s.N, 1, s.J, s.D, 1, 0,
+                   dtype,   context(threads)};
+        return c.votes_given = c.one_vote = true, c;
+    };
+    check(name + "step", {{outputs, wide}},
+          [&](int threads, Outputs o) { return k.routing_step(operands(threads), V.get(), o[0]->get()); });
+    check(name + "step backward", {{inputs * s.D, dtype}, {outputs, wide}}, [&](int threads, Outputs o) {
+        return k.routing_step_backward(operands(threads), V.get(), g.get(), o[0]->get(), nullptr, o[1]->get());
+    });
+    Numbers saved(3 * outputs, wide), log_sums(3 * s.B * s.J, wide);
+    check(name + "dynamic", {{outputs, wide}, {3 * outputs, wide}}, [&](int threads, Outputs o) {
+        const Status status =
+            k.dynamic_routing(operands(threads), nullptr, 3, false, SquashKind::sabour, o[0]->get(), o[1]->get());
+        std::memcpy(saved.get(), o[1]->get(), o[1]->bytes());
+        return status;
+    });
+    check(name + "dynamic backward", {{inputs * s.D, dtype}}, [&](int threads, Outputs o) {
+        return k.dynamic_routing_backward(operands(threads), 3, false, false, SquashKind::sabour, saved.get(), g.get(),
+                                          o[0]->get(), nullptr, nullptr);
+    });
+    check(name + "dynamic over inputs", {{outputs, wide}, {3 * outputs, wide}, {3 * s.B * s.J, wide}},
+          [&](int threads, Outputs o) {
+              const Status status =
+                  k.dynamic_routing_over_inputs(operands(threads), logits.get(), nullptr, nullptr, 3, SquashKind::none,
+                                                o[0]->get(), o[1]->get(), o[2]->get());
+              std::memcpy(saved.get(), o[1]->get(), o[1]->bytes());
+              std::memcpy(log_sums.get(), o[2]->get(), o[2]->bytes());
+              return status;
+          });
+    check(name + "dynamic over inputs backward", {{inputs * s.D, dtype}, {inputs * s.J, wide}},
+          [&](int threads, Outputs o) {
+              return k.dynamic_routing_over_inputs_backward(operands(threads), logits.get(), nullptr, nullptr, 3, false,
+                                                            SquashKind::none, saved.get(), log_sums.get(), g.get(),
+                                                            o[0]->get(), nullptr, o[1]->get(), nullptr, nullptr);
+          });
 }
 
 void layers(const Kernels& k, Dtype dtype, const std::string& name) {
@@ -594,6 +651,9 @@ int main() {
                 for (const Mask mask : {Mask::all, Mask::some})
                     if (!emulated)
                         routings(kernels, s, dtype, mask, false, false, prefix + name_of(s) + " given votes ", true);
+            for (const Shape& s : {shapes[0], shapes[2], shapes[4], shapes[5], empty[0], empty[1]})
+                for (const bool masked : {false, true})
+                    if (!emulated) one_vote(kernels, s, dtype, masked, prefix + name_of(s) + " one vote ");
             for (const Shape& s : large) {
                 if (!half) run(s, Mask::all, false);
                 run(s, Mask::some, dtype != Dtype::bfloat16);

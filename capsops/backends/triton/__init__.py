@@ -312,10 +312,15 @@ def _rows(s: Tensor) -> dict[str, Any]:
     return {"dim": dim, "RB": max(1024 // DP, 1), "DP": DP, "A": _language(s.dtype)}
 
 
+def _torch_squashes(s: Tensor, kind: str) -> bool:
+    """Whether plain PyTorch takes the place of the kernel: for long rows, and for what only routings do with s."""
+    return s.shape[-1] > _MOST_COMPONENTS or kind not in ("sabour", "efficient")
+
+
 def _squash(s: Tensor, v: Tensor, kind: str) -> None:
     from .rows import squash_kernel
 
-    if s.shape[-1] > _MOST_COMPONENTS:
+    if _torch_squashes(s, kind):
         v.copy_(reference.squash(s, kind))
     elif s.numel():
         sizes, rows = _rows(s), s.numel() // s.shape[-1]
@@ -325,7 +330,7 @@ def _squash(s: Tensor, v: Tensor, kind: str) -> None:
 def _squash_backward(g_v: Tensor, s: Tensor, g_s: Tensor, kind: str) -> None:
     from .rows import squash_backward_kernel
 
-    if s.shape[-1] > _MOST_COMPONENTS:
+    if _torch_squashes(s, kind):
         # torch.autograd.grad would find no graph: the kernel of an operator runs below autograd.
         gradient = torch.func.vjp(lambda x: reference.squash(x, kind), s.detach())[1]
         g_s.copy_(gradient(g_v)[0])
@@ -334,13 +339,13 @@ def _squash_backward(g_v: Tensor, s: Tensor, g_s: Tensor, kind: str) -> None:
         squash_backward_kernel[(-(-rows // sizes["RB"]),)](g_v, s, g_s, rows, **sizes, sabour=kind == "sabour")
 
 
-def _squashed(s: Tensor, kind: str = "sabour") -> Tensor:
+def _squashed(s: Tensor, kind: str) -> Tensor:
     v = torch.empty_like(s)
     _squash(s, v, kind)
     return v
 
 
-def _gradient_of_s(g_v: Tensor, s: Tensor, kind: str = "sabour") -> Tensor:
+def _gradient_of_s(g_v: Tensor, s: Tensor, kind: str) -> Tensor:
     g_s = torch.empty_like(s)
     _squash_backward(g_v.contiguous(), s.contiguous(), g_s, kind)
     return g_s
@@ -419,6 +424,7 @@ def attention_routing(
     attn_weight: Tensor,
     attn_bias: Tensor | None,
     mask: Tensor | None,
+    kind: str,
 ) -> None:
     A, a = _wide(attn_weight), _wide(attn_bias)
     assert A is not None
@@ -428,7 +434,7 @@ def attention_routing(
         else:
             stream = _Stream.of(u, weight, mask)
             s.copy_(stream.reduce("attention", attn_weight=A, attn_bias=a))
-        v.copy_(_squashed(s))
+        v.copy_(_squashed(s, kind))
 
 
 def attention_routing_backward(
@@ -443,11 +449,12 @@ def attention_routing_backward(
     attn_weight: Tensor,
     attn_bias: Tensor | None,
     mask: Tensor | None,
+    kind: str,
 ) -> None:
     A, a = _wide(attn_weight), _wide(attn_bias)
     assert A is not None
     with _on(u):
-        g_s = _gradient_of_s(g_v.to(s.dtype), s)
+        g_s = _gradient_of_s(g_v.to(s.dtype), s, kind)
         if A.shape[0] > _MOST_MIXED:
             wide_attention.backward(g_u, g_weight, g_attn_weight, g_attn_bias, g_s, u, weight, A, a, mask)
             return
@@ -467,6 +474,7 @@ def dynamic_routing(
     iterations: int,
     leaky: bool,
     detach: bool,
+    kind: str,
 ) -> None:
     with _on(u):
         stream = _Stream.of(u, weight, mask)
@@ -475,7 +483,7 @@ def dynamic_routing(
         for t in range(iterations):
             own = stream.reduce("agreement", [total], leaky=leaky) if t else stream.reduce("sum") / (J + leaky)
             s[t].copy_(own if bias is None else own + bias)
-            out = _squashed(s[t])
+            out = _squashed(s[t], kind)
             total = total + out
         v.copy_(out)
 
@@ -493,6 +501,7 @@ def dynamic_routing_backward(
     iterations: int,
     leaky: bool,
     detach: bool,
+    kind: str,
 ) -> None:
     with _on(u):
         stream = _Stream.of(u, weight, mask, g_weight is not None)
@@ -509,10 +518,10 @@ def dynamic_routing_backward(
                 if t >= begin:
                     x[t - begin] = total
                 if t < last:
-                    total = total + _squashed(s[t])
+                    total = total + _squashed(s[t], kind)
             for t in range(end - 1, begin - 1, -1):
                 own = g[t - begin]
-                own.copy_(_gradient_of_s(to_v if t == last else g_total, s[t]))
+                own.copy_(_gradient_of_s(to_v if t == last else g_total, s[t], kind))
                 if g_bias is not None:
                     to_bias += own.sum(dim=0, dtype=torch.float64)
                 if t > 0 and not detach:

@@ -20,12 +20,12 @@ template <class A> struct GradientWriter {
     A* g_weight;               // [K, J, D], the sum so far; for a shared matrix over the whole task
     A* g_u;                    // [lanes, K]
 
-    // Pairs (b_r, i_r) that have one matrix, with u_r [K] and g [rows, J, D].
+    // Pairs (b_r, i_r) that have one matrix, with u_r [K] and g [rows, J, D], or [rows, D] for one vote.
     void put(const Segment<A>& s, const A* const* u, const A* g, const int64_t* b, const int64_t* i) const {
         const int count = s.end - s.begin;
         if (o.c.votes_given) {
             for (int r = 0; r < count && gradients.u; ++r)
-                o.store_votes_gradient(g + r * o.JD, (b[r] * o.c.N + i[r]) * o.K, gradients.u);
+                o.store_votes_gradient(g + r * (o.c.one_vote ? o.D : o.JD), (b[r] * o.c.N + i[r]) * o.K, gradients.u);
             return;
         }
         if (gradients.u && count) put_u(s.weight, count, g, b, i);

@@ -92,20 +92,21 @@ template <class Function> inline Status for_accumulation(Dtype dtype, Function f
 // The longest vote, in vectors, that fits into registers (votes.h).
 constexpr int64_t max_vote_vectors = 2;
 
-// The layout for an operator with these policies. Those that take the votes of two output capsules in registers
+// The layout for an operator with these policies. One vote for all output capsules is read once, as it lies in memory.
+// Policies that take the votes of two output capsules in registers
 // (votes.h) need components in the lanes.
 template <class A, class... Policies> inline Layout best_layout(const Capsules& c) {
     constexpr int64_t n = Lanes<A>::count;
     const bool in_registers = (Policies::takes_registers && ...) && !c.votes_given;
     const int64_t H = c.rows * c.D;
     if (in_registers && c.J == 2 && ceil_div(H, n) <= max_vote_vectors && 4 * H >= 3 * n) return Layout::components;
-    return batch_fills_lanes(c, n) ? Layout::items : Layout::components;
+    return batch_fills_lanes(c, n) && !c.one_vote ? Layout::items : Layout::components;
 }
 
 // The operands in the accumulation type A, with the vote of an output capsule padded to whole vectors. If the lanes
 // hold components, H is rounded up to whole vectors with zeros behind, and matrices of P rows are treated as vectors of
-// P·K and P·D components, for which W becomes block diagonal. Votes that are given are read as u, with K = J·H, and a
-// matrix has no numbers.
+// P·K and P·D components, for which W becomes block diagonal. Votes that are given are read as u, with K = J·H (H if
+// all output capsules get the same vote), and a matrix has no numbers.
 //
 // A state is a tensor [B, J, H] in that layout: [state_rows, J, D].
 template <class A> struct Operands {
@@ -114,7 +115,7 @@ template <class A> struct Operands {
     const Capsules& c;
     Layout layout;
     int64_t items;        // batch items in one row of a state
-    int64_t K, J, H, JH;  // P·K components of u (J·H if it is the votes); H = P·D components of a vote
+    int64_t K, J, H, JH;  // P·K components of u (more if it is the votes); H = P·D components of a vote
     int64_t D, JD;        // numbers of one vote and of one row of votes, with padding
     int64_t X, padded_X;  // J·D numbers of one row of W; rounded up to whole vectors
     int64_t state_rows;
@@ -126,7 +127,7 @@ template <class A> struct Operands {
         : c(c),
           layout(layout),
           items(layout == Layout::items ? lanes : 1),
-          K(c.votes_given ? c.J * c.D : c.rows * c.K),
+          K(c.votes_given ? (c.one_vote ? 1 : c.J) * c.D : c.rows * c.K),
           J(c.J),
           H(c.rows * c.D),
           JH(J * H),
@@ -223,22 +224,22 @@ template <class A> struct Operands {
     }
 
     // ---- votes that are given, with components in the lanes ----
-    // from [J, H] as a row of votes [J, D]: zeros are behind each vote.
+    // from [J, H] as a row of votes [J, D]: zeros are behind each vote. One vote: [H] as [D].
     void pad_votes(const A* from, A* to) const {
         if (D == H) {
-            std::memcpy(to, from, sizeof(A) * static_cast<size_t>(JH));
+            std::memcpy(to, from, sizeof(A) * static_cast<size_t>(K));
             return;
         }
-        for (int64_t j = 0; j < J; ++j, from += H, to += D) {
+        for (const A* const end = from + K; from < end; from += H, to += D) {
             std::memcpy(to, from, sizeof(A) * static_cast<size_t>(H));
             fill(to + H, D - H, A(0));
         }
     }
 
-    // Writes a row of their gradients [J, D] to number `offset` of its destination.
+    // Writes a row of their gradients, in the same form, to number `offset` of its destination.
     void store_votes_gradient(const A* from, int64_t offset, void* gradient) const {
-        if (D == H) return write(from, JH, gradient, c.dtype, offset);
-        for (int64_t j = 0; j < J; ++j) write(from + j * D, H, gradient, c.dtype, offset + j * H);
+        if (D == H) return write(from, K, gradient, c.dtype, offset);
+        for (int64_t k = 0; k < K; k += H, from += D) write(from, H, gradient, c.dtype, offset + k);
     }
 
     // Writes the gradient of one matrix to its destination. Overwrites `from` [gradient_size] if capsules have rows.

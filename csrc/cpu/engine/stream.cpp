@@ -44,7 +44,10 @@ template <class A> inline void contract_shared(const Capsules& c, A* out /* [B, 
             }
     });
     if (c.votes_given) {
-        std::memcpy(out, sum.get(), sizeof(A) * static_cast<size_t>(c.B * K));
+        const int64_t copies = c.one_vote ? o.J : 1;
+        for (int64_t b = 0; b < c.B; ++b)
+            for (int64_t j = 0; j < copies; ++j, out += K)
+                std::memcpy(out, sum.get() + b * K, sizeof(A) * static_cast<size_t>(K));
         return;
     }
     const A* const matrix = o.load_weight(0, weight.get());
@@ -164,7 +167,8 @@ void emit_by(const Operands<A>& o, const Emission<A>& emission, const CapsuleGra
     const int64_t param_count = emission.param_count(), weight_size = o.gradient_size;
     const bool shared = o.shared() && gradients.weight && !c.votes_given;
     const int64_t shared_size = shared ? weight_size : 0;
-    const Tasks tasks(c, param_count + shared_size, false);
+    // Where no sum over the batch is wanted, the batch may be split too.
+    const Tasks tasks(c, param_count + shared_size, c.one_vote && param_count == 0);
     Buffer<A> param_partial(tasks.blocks * param_count), shared_partial(tasks.blocks * shared_size);
     const ThreadScratch<A> w(o, true);
     const bool panels = o.layout == Layout::items, rows = emission.takes_registers && vote_vectors(o) > 0;

@@ -33,8 +33,9 @@ template <class A> struct Tile {
     uint32_t absent = 0;       // bit r: item r is masked, and its votes are 0 (Layout::items)
     int64_t b[size], i[size];  // [count]
     const A* u[size];          // [count] of [K]
-    A* votes;                  // [rows(), J, D]
-    A* g_votes;                // [rows(), J, D]
+    A* votes;                  // [rows(), J, D]; [count, D] if one_vote
+    A* g_votes;                // the same
+    bool one_vote = false;     // whether all output capsules get the same vote (Layout::components)
     int segment_count = 0;
     Segment<A> segments[max_segments];
 
@@ -84,8 +85,32 @@ template <class A, class Term> inline void agreements(const Tile<A>& t, Term ter
     }
 }
 
+// agreements_with for one vote, whose vectors are loaded once for several output capsules.
+template <class A>
+[[gnu::noinline]] void agreements_of_one_vote(const Tile<A>& t, const A* x /* a state */, Lanes<A>* out) {
+    constexpr int n = Tile<A>::size;
+    for_each_group<4>(0, t.J, [&]<int outputs>(int64_t j) {
+        Lanes<A> products[outputs][n];
+        for (int r = 0; r < n; ++r) {
+            Lanes<A> sum[outputs];
+            for (auto& s : sum) s = A(0);
+            if (r < t.count) {
+                const A *vote = t.votes + r * t.D, *with = x + t.b[r] * t.JD + j * t.D;
+                for (int64_t d = 0; d < t.D; d += n) {
+                    const Lanes<A> v = load(vote + d);
+#pragma GCC unroll 4
+                    for (int m = 0; m < outputs; ++m) sum[m] += v * load(with + m * t.D + d);
+                }
+            }
+            for (int m = 0; m < outputs; ++m) products[m][r] = sum[m];
+        }
+        for (int m = 0; m < outputs; ++m) out[j + m] = sums<n>(products[m]);
+    });
+}
+
 // out[j], lane r: û_j · x_j.
 template <class A> inline void agreements_with(const Tile<A>& t, const A* x /* a state */, Lanes<A>* out) {
+    if (t.one_vote) return agreements_of_one_vote(t, x, out);
     const A* votes = t.votes;
     const int64_t JD = t.JD;
     agreements(
@@ -119,8 +144,28 @@ template <class A> struct Term {
     const A* state;
 };
 
+// combine for one vote, whose gradient is the sum over the output capsules.
+template <class A> [[gnu::noinline]] void combine_for_one_vote(const Tile<A>& t, const Term<A>* terms, int64_t count) {
+    constexpr int n = Tile<A>::size;
+    for (int r = 0; r < t.count; ++r)
+        for_each_group<4>(0, t.D / n, [&]<int vectors>(int64_t begin) {
+            Lanes<A> sum[vectors];
+            for (auto& s : sum) s = A(0);
+            for (int64_t m = 0; m < count; ++m)
+                for (int64_t j = 0; j < t.J; ++j) {
+                    const Lanes<A> a = lane(terms[m].coupling, j, r);
+                    const A* x = terms[m].state + t.b[r] * t.JD + j * t.D + begin * n;
+#pragma GCC unroll 4
+                    for (int v = 0; v < vectors; ++v) sum[v] += a * load(x + v * n);
+                }
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; ++v) store(t.g_votes + r * t.D + (begin + v) * n, sum[v]);
+        });
+}
+
 // Writes the gradient of the votes as a sum of terms, coupling · state.
 template <class A> inline void combine(const Tile<A>& t, const Term<A>* terms, int64_t count) {
+    if (t.one_vote) return combine_for_one_vote(t, terms, count);
     constexpr int n = Tile<A>::size;
     const bool items = t.layout == Layout::items;
     const int64_t J = t.J, D = t.D, JD = t.JD;
@@ -144,8 +189,33 @@ template <class A> inline void combine(const Tile<A>& t, const Term<A>* terms, i
         }
 }
 
+// add_coupled for one vote: an item's sums are in registers as long as its capsules follow one another in the tile.
+template <class A>
+[[gnu::noinline]] void add_coupled_one_vote(const Tile<A>& t, const Lanes<A>* c, A* sum /* a state */) {
+    constexpr int n = Tile<A>::size;
+    for (int first = 0, end; first < t.count; first = end) {
+        for (end = first + 1; end < t.count && t.b[end] == t.b[first];) ++end;
+        for (int64_t j = 0; j < t.J; ++j)
+            for_each_group<8>(0, t.D / n, [&]<int vectors>(int64_t begin) {
+                A* to = sum + t.b[first] * t.JD + j * t.D + begin * n;
+                Lanes<A> own[vectors];
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; ++v) own[v] = load(to + v * n);
+                for (int r = first; r < end; ++r) {
+                    const Lanes<A> a = lane(c, j, r);
+                    const A* vote = t.votes + r * t.D + begin * n;
+#pragma GCC unroll 8
+                    for (int v = 0; v < vectors; ++v) own[v] += a * load(vote + v * n);
+                }
+#pragma GCC unroll 8
+                for (int v = 0; v < vectors; ++v) store(to + v * n, own[v]);
+            });
+    }
+}
+
 // sum += c û.
 template <class A> inline void add_coupled(const Tile<A>& t, const Lanes<A>* c, A* sum /* a state */) {
+    if (t.one_vote) return add_coupled_one_vote(t, c, sum);
     const A* votes = t.votes;
     const int64_t JD = t.JD;
     for_each_vector(t, c, [=](int64_t own, int64_t row, int64_t jd, Lanes<A> a) {

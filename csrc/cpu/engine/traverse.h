@@ -47,6 +47,36 @@ inline void load_items(const Operands<A>& o, Tile<A>& t, int64_t b, int64_t i, i
     t.count = begin + count;
 }
 
+// for_each_tile where an input capsule has one vote for all output capsules. There are no matrices to read once, so the
+// capsules of one batch item come before the next item, whose states then stay in the first-level cache.
+template <class A, class Visit, class Absent>
+inline void for_each_tile_of_one_vote(const Operands<A>& o, const Tasks& tasks, int64_t task, Tile<A>& t, A* u_scratch,
+                                      Visit visit, Absent absent) {
+    const bool direct = o.direct_u && o.D == o.H;  // whether votes are read where they are, if they are neighbours
+    const auto flush = [&] {
+        t.segments[0] = {0, t.count, t.i[0], nullptr, true, true};
+        t.segment_count = 1;
+        visit(t);
+        t.count = 0;
+    };
+    Steps steps(tasks.watch);
+    for (int64_t b = tasks.first_item(task); b < tasks.end_item(task) && !steps.stopped(); ++b)
+        for (int64_t i = tasks.first_capsule(task); i < tasks.end_capsule(task); ++i) {
+            if (o.c.mask && !o.c.mask[b * o.c.N + i]) {
+                if (direct && t.count) flush();
+                absent(b, i);
+                continue;
+            }
+            load_items(o, t, b, i, 1, u_scratch);
+            if (!direct)
+                o.pad_votes(t.u[t.count - 1], t.votes + (t.count - 1) * o.D);
+            else if (t.count == 1)
+                t.votes = const_cast<A*>(t.u[0]);  // policies only read them
+            if (t.count == Tile<A>::size || (direct && i + 1 == tasks.end_capsule(task))) flush();
+        }
+    if (t.count) flush();
+}
+
 // Calls visit(tile) for tiles of the pairs (b, i) that are not masked, with their votes if with_votes, and absent(b, i)
 // for the masked pairs.
 template <class A, class Visit, class Absent>
@@ -57,6 +87,10 @@ inline void for_each_tile(const Operands<A>& o, bool with_votes, const Tasks& ta
     t.votes = memory + w.votes;
     t.g_votes = t.votes + Tile<A>::size * o.JD;
     A* u_scratch = memory + w.u;
+    if (o.c.one_vote) {
+        t.one_vote = true;
+        return for_each_tile_of_one_vote(o, tasks, task, t, u_scratch, visit, absent);
+    }
     const int64_t b0 = tasks.first_item(task), b1 = tasks.end_item(task);
     const int64_t i0 = tasks.first_capsule(task), i1 = tasks.end_capsule(task);
 

@@ -107,14 +107,15 @@ template <class A> struct AttentionSum {
 
 }  // namespace
 
-Status attention_routing(const Capsules& c, const void* attn_weight, const void* attn_bias, void* v, void* s) {
+Status attention_routing(const Capsules& c, const void* attn_weight, const void* attn_bias, SquashKind kind, void* v,
+                         void* s) {
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, AttentionSum<A>>(c));
         const Attention<A> attention{static_cast<const A*>(attn_weight), static_cast<const A*>(attn_bias), o.J};
         Buffer<A> sum(o.state_size());
         reduce(o, AttentionSum<A>{attention, PairAttention<A>(attention), o.D}, sum.get());
         o.unpack(sum.get(), static_cast<A*>(s));
-        squash_outputs(static_cast<const A*>(s), static_cast<A*>(v), c.B * o.J, o.H, SquashKind::sabour);
+        squash_outputs(static_cast<const A*>(s), static_cast<A*>(v), c.B * o.J, o.H, kind);
     });
 }
 
@@ -201,15 +202,15 @@ template <class A> struct AttentionGradient {
 
 }  // namespace
 
-Status attention_routing_backward(const Capsules& c, const void* attn_weight, const void* attn_bias, const void* s,
-                                  const void* g_v, void* g_u, void* g_weight, void* g_attn_weight, void* g_attn_bias) {
+Status attention_routing_backward(const Capsules& c, const void* attn_weight, const void* attn_bias, SquashKind kind,
+                                  const void* s, const void* g_v, void* g_u, void* g_weight, void* g_attn_weight,
+                                  void* g_attn_bias) {
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, AttentionGradient<A>>(c));
         const int64_t rows = c.B * o.J, J = o.J;
         const A* weight = static_cast<const A*>(attn_weight);
         Buffer<A> g_s(rows * o.H), packed(o.state_size()), transposed(J * J);
-        squash_outputs_backward(static_cast<const A*>(g_v), static_cast<const A*>(s), g_s.get(), rows, o.H,
-                                SquashKind::sabour);
+        squash_outputs_backward(static_cast<const A*>(g_v), static_cast<const A*>(s), g_s.get(), rows, o.H, kind);
         o.pack(g_s.get(), packed.get());
         for (int64_t k = 0; k < J; ++k)
             for (int64_t j = 0; j < J; ++j) transposed.get()[j * J + k] = weight[k * J + j];

@@ -1,5 +1,6 @@
 // The passes of routing by agreement with logits b_ij = û_ij · V_j + logits_ij, part of which is given, and with a
-// softmax over the output capsules or over the input capsules, as policies.
+// softmax over the output capsules or over the input capsules, as policies. Input capsules may have weights w_i, by
+// which their couplings are multiplied: s_j = Σ_i w_i c_ij û_ij.
 #pragma once
 
 #include <limits>
@@ -14,12 +15,13 @@ namespace capsops::cpu::CAPSOPS_ISA {
 // A logit of −∞ removes its pair: c = 0, even where that leaves an input or an output capsule without pairs. +∞ and NaN
 // make all couplings of their sum NaN. The logits are read with the pairs in the lanes, in either layout.
 template <class A> struct Couplings {
-    const A* V;       // a state; null: all its numbers are 0
-    const A* logits;  // [B, N, J]; null: all are 0
+    const A* V;             // a state; null: all its numbers are 0
+    const A* logits;        // [B, N, J]; null: all are 0
+    const A* input_weight;  // [B, N]; null: all are 1
     int64_t N, J;
     bool leaky;  // over output capsules only
     // For the softmax over the input capsules, both as Operands::pack_scalars makes them: log Σ_i exp b_ij, and
-    // Σ_i c_ij e_ij with e = û · g_s, which is needed for δ only.
+    // Σ_i c_ij e_ij with e = w û · g_s, which is needed for δ only.
     const A* log_sums = nullptr;
     const A* means = nullptr;
 
@@ -60,6 +62,16 @@ template <class A> struct Couplings {
         set_absent(t, c, A(0));
     }
 
+    // Multiplies x, numbers of the pairs, by the weights of their input capsules.
+    void weigh(const Tile<A>& t, Lanes<A>* x /* [J] */) const {
+        if (!input_weight) return;
+        Lanes<A> w = A(0);
+        for (int r = 0; r < t.count; ++r)
+            if (t.has(r)) w.v[r] = input_weight[t.b[r] * N + t.i[r]];
+        for (int64_t j = 0; j < J; ++j) x[j] *= w;
+    }
+
+    // Without the weights.
     void couplings(const Tile<A>& t, Lanes<A>* c /* [J] */) const {
         const bool some_removed = add_up(t, c);
         if (log_sums)
@@ -69,12 +81,25 @@ template <class A> struct Couplings {
         if (some_removed) clear(t, c);
     }
 
-    // c, and δ, the gradient of b: δ_ij = c_ij (e_ij − Σ_k c_ik e_ik), or c_ij (e_ij − means_j).
-    void couplings(const Tile<A>& t, const A* g_s, Lanes<A>* c, Lanes<A>* delta) const {
+    // Adds the gradient of the weights, Σ_j c_ij e_ij, to to [B, N], with e = û · g_s.
+    void add_weight_gradient(const Tile<A>& t, const Lanes<A>* c, const Lanes<A>* e, A* to) const {
+        Lanes<A> sum = c[0] * e[0];
+        for (int64_t j = 1; j < J; ++j) sum += c[j] * e[j];
+        for (int r = 0; r < t.count; ++r)
+            if (t.has(r)) to[t.b[r] * N + t.i[r]] += sum.v[r];
+    }
+
+    // w c, and δ, the gradient of b: δ_ij = c_ij (e_ij − Σ_k c_ik e_ik), or c_ij (e_ij − means_j).
+    void couplings(const Tile<A>& t, const A* g_s, Lanes<A>* c, Lanes<A>* delta, A* g_input_weight = nullptr) const {
         couplings(t, c);
         agreements_with(t, g_s, delta);
-        if (!log_sums) return softmax_backward(c, delta, J);
-        for (int64_t j = 0; j < J; ++j) delta[j] = c[j] * (delta[j] - scalar(t, means, j));
+        if (g_input_weight) add_weight_gradient(t, c, delta, g_input_weight);
+        weigh(t, delta);
+        if (log_sums)
+            for (int64_t j = 0; j < J; ++j) delta[j] = c[j] * (delta[j] - scalar(t, means, j));
+        else
+            softmax_backward(c, delta, J);
+        weigh(t, c);
     }
 
   private:
@@ -109,6 +134,7 @@ template <class A> struct CoupledSum {
         Lanes<A>* delta = c + couplings.J;
         if (!g_s) {
             couplings.couplings(t, c);
+            couplings.weigh(t, c);
             return add_coupled(t, c, sum);
         }
         couplings.couplings(t, g_s, c, delta);
@@ -116,12 +142,14 @@ template <class A> struct CoupledSum {
     }
 };
 
-// emit: g_û = Σ_t (c^t g_s^t + δ^t V^t) and g_logits = Σ_t δ^t over iterations; or, if detach, only the last c g_s.
+// emit: g_û = Σ_t (w c^t g_s^t + δ^t V^t), g_logits = Σ_t δ^t and g_w = Σ_t Σ_j c^t e^t over iterations; or, if detach,
+// only the terms with c of the last one.
 template <class A> struct CoupledGradient {
     static constexpr bool needs_votes = true, takes_registers = false;
-    Couplings<A> all;  // V is [iterations, a state], log_sums and means [iterations, scalars] or null
-    const A* g_s;      // [iterations, a state]
-    A* g_logits;       // [B, N, J], zeros to which it adds; or null
+    Couplings<A> all;   // V is [iterations, a state], log_sums and means [iterations, scalars] or null
+    const A* g_s;       // [iterations, a state]
+    A* g_logits;        // [B, N, J], zeros to which it adds; or null
+    A* g_input_weight;  // [B, N], the same
     int64_t state_size, scalars_size;
     int64_t iterations;
     bool zero_first;  // whether V of the first of them is 0
@@ -146,12 +174,17 @@ template <class A> struct CoupledGradient {
             if (all.log_sums) couplings.log_sums += iteration * scalars_size;
             if (all.means) couplings.means += iteration * scalars_size;
             terms[count++] = {c, g};
+            Lanes<A>* delta = c + J;
             if (detach) {
                 couplings.couplings(t, c);
+                if (g_input_weight) {
+                    agreements_with(t, g, delta);
+                    couplings.add_weight_gradient(t, c, delta, g_input_weight);
+                }
+                couplings.weigh(t, c);
                 break;
             }
-            Lanes<A>* delta = c + J;
-            couplings.couplings(t, g, c, delta);
+            couplings.couplings(t, g, c, delta, g_input_weight);
             if (g_logits) couplings.for_each(t, g_logits, [&](int64_t j, int r, A& to) { to += delta[j].v[r]; });
             if (adjoint_size) add_coupled(t, delta, params);
             if (!zero) terms[count++] = {delta, couplings.V};
@@ -169,36 +202,62 @@ template <class A> struct CoupledPasses {
 extern template struct CoupledPasses<float>;
 extern template struct CoupledPasses<double>;
 
+// Where the gradients of an operator with logits and weights of the input capsules go, each or null.
+struct CoupledGradients {
+    CapsuleGradients capsules;
+    void* logits;        // [B, N, J]
+    void* input_weight;  // [B, N]
+
+    // Masked pairs have no gradient, and with detach the logits have none.
+    template <class A> void clear(const Capsules& c) const {
+        if (logits) fill(static_cast<A*>(logits), c.B * c.N * c.J, A(0));
+        if (input_weight) fill(static_cast<A*>(input_weight), c.B * c.N, A(0));
+    }
+};
+
 // The gradient of one pass.
 template <class A>
 inline void coupled_step_backward(const Operands<A>& o, const Couplings<A>& couplings, const A* g_s /* a state */,
-                                  const CapsuleGradients& gradients, void* g_state, void* g_logits) {
-    // Masked pairs have no gradient.
-    if (g_logits) fill(static_cast<A*>(g_logits), o.c.B * o.c.N * o.J, A(0));
+                                  const CoupledGradients& gradients, void* g_state) {
+    gradients.clear<A>(o.c);
+    const bool emits = gradients.capsules.u || gradients.capsules.weight || gradients.logits || gradients.input_weight;
     step_backward(
-        o, g_state, gradients.u || gradients.weight || g_logits,
-        [&](A* g_V) { CoupledPasses<A>::reduce(o, CoupledSum<A>{couplings, g_s, o.D}, g_V); },
+        o, g_state, emits, [&](A* g_V) { CoupledPasses<A>::reduce(o, CoupledSum<A>{couplings, g_s, o.D}, g_V); },
         [&](int64_t adjoint_size, A* g_V) {
-            const CoupledGradient<A> policy{
-                couplings, g_s,         static_cast<A*>(g_logits), o.state_size(), o.scalars_size(), 1, false,
-                false,     adjoint_size};
-            CoupledPasses<A>::emit(o, policy, gradients, g_V);
+            const CoupledGradient<A> policy{couplings,
+                                            g_s,
+                                            static_cast<A*>(gradients.logits),
+                                            static_cast<A*>(gradients.input_weight),
+                                            o.state_size(),
+                                            o.scalars_size(),
+                                            1,
+                                            false,
+                                            false,
+                                            adjoint_size};
+            CoupledPasses<A>::emit(o, policy, gradients.capsules, g_V);
         });
 }
 
 // The gradient of all iterations, in which V, log_sums and means are those of each.
 template <class A>
 inline void coupled_route_backward(const Operands<A>& o, Couplings<A> couplings, const RouteGradients<A>& route,
-                                   const CapsuleGradients& gradients, void* g_logits, void* g_bias) {
+                                   const CoupledGradients& gradients, void* g_bias) {
     if (g_bias) route.sum_over_batch(static_cast<A*>(g_bias));
-    // Masked pairs have no gradient, and with detach none has.
-    if (g_logits) fill(static_cast<A*>(g_logits), o.c.B * o.c.N * o.J, A(0));
-    if (!gradients.u && !gradients.weight && (!g_logits || route.detach)) return;
+    gradients.clear<A>(o.c);
+    const CapsuleGradients& capsules = gradients.capsules;
+    if (!capsules.u && !capsules.weight && (!gradients.logits || route.detach) && !gradients.input_weight) return;
     couplings.V = route.V.get();
-    const CoupledGradient<A> policy{couplings,      route.g_s.get(),  static_cast<A*>(g_logits),
-                                    o.state_size(), o.scalars_size(), route.iterations,
-                                    true,           route.detach,     0};
-    CoupledPasses<A>::emit(o, policy, gradients, nullptr);
+    const CoupledGradient<A> policy{couplings,
+                                    route.g_s.get(),
+                                    static_cast<A*>(gradients.logits),
+                                    static_cast<A*>(gradients.input_weight),
+                                    o.state_size(),
+                                    o.scalars_size(),
+                                    route.iterations,
+                                    true,
+                                    route.detach,
+                                    0};
+    CoupledPasses<A>::emit(o, policy, capsules, nullptr);
 }
 
 }  // namespace capsops::cpu::CAPSOPS_ISA

@@ -27,10 +27,11 @@ void DynamicPasses<A>::emit(const Operands<A>& o, const DynamicGradient<A>& poli
 template struct DynamicPasses<float>;
 template struct DynamicPasses<double>;
 
-Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, bool leaky, void* v, void* s) {
+Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, bool leaky, SquashKind kind, void* v,
+                       void* s) {
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, DynamicSum<A>>(c));
-        route(o, static_cast<const A*>(bias), iterations, static_cast<A*>(v), static_cast<A*>(s),
+        route(o, static_cast<const A*>(bias), iterations, kind, static_cast<A*>(v), static_cast<A*>(s),
               [&](int64_t, const A* V, A* sum) {
                   if (V) return DynamicPasses<A>::reduce(o, DynamicSum<A>{{V, leaky}, o.J, o.D}, sum);
                   contract(o, sum);
@@ -40,12 +41,12 @@ Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, 
     });
 }
 
-Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leaky, bool detach, const void* s,
-                                const void* g_v, void* g_u, void* g_weight, void* g_bias) {
+Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leaky, bool detach, SquashKind kind,
+                                const void* s, const void* g_v, void* g_u, void* g_weight, void* g_bias) {
     const CapsuleGradients gradients{g_u, g_weight};
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, AdjointSum<A>, DynamicGradient<A>>(c));
-        const RouteGradients<A> route(o, iterations, static_cast<const A*>(s), static_cast<const A*>(g_v), detach,
+        const RouteGradients<A> route(o, iterations, static_cast<const A*>(s), static_cast<const A*>(g_v), detach, kind,
                                       [&](int64_t, const A* V, const A* g_s, const A*, A* H) {
                                           const DynamicAdjoint<A> adjoint{{V, leaky}, g_s};
                                           DynamicPasses<A>::reduce(o, AdjointSum<A>{adjoint, o.J, o.D}, H);

@@ -8,8 +8,8 @@ namespace capsops::cpu::CAPSOPS_ISA {
 // Forward. reduce(t, V, sum) writes Σ_i c_ij û_ij of iteration t to sum, a state. V is a state too, the sum of the
 // output capsules of all earlier iterations; null in the first iteration.
 template <class A, class Reduce>
-inline void route(const Operands<A>& o, const A* bias /* [J, H], or null */, int64_t iterations, A* v /* [B, J, H] */,
-                  A* s /* [iterations, B, J, H] */, Reduce reduce) {
+inline void route(const Operands<A>& o, const A* bias /* [J, H], or null */, int64_t iterations, SquashKind kind,
+                  A* v /* [B, J, H] */, A* s /* [iterations, B, J, H] */, Reduce reduce) {
     const int64_t rows = o.c.B * o.J, size = rows * o.H;
     Buffer<A> sum(o.state_size()), total(size), V(o.state_size());
     fill(total.get(), size, A(0));
@@ -20,7 +20,7 @@ inline void route(const Operands<A>& o, const A* bias /* [J, H], or null */, int
         o.unpack(sum.get(), s_t);
         if (bias)
             for (int64_t x = 0; x < size; ++x) s_t[x] += bias[x % o.JH];
-        squash_outputs(s_t, v, rows, o.H, SquashKind::sabour);
+        squash_outputs(s_t, v, rows, o.H, kind);
         for (int64_t x = 0; x < size; ++x) total.get()[x] += v[x];
     }
 }
@@ -38,7 +38,7 @@ template <class A> struct RouteGradients {
     // called for the iterations from the last one to the second, because g_s^{t−1} depends on H^t.
     template <class Adjoint>
     RouteGradients(const Operands<A>& o, int64_t iterations, const A* s /* [iterations, B, J, H] */,
-                   const A* g_v /* [B, J, H] */, bool detach, Adjoint adjoint)
+                   const A* g_v /* [B, J, H] */, bool detach, SquashKind kind, Adjoint adjoint)
         : o(o),
           iterations(iterations),
           compact(o.c.B * o.JH),
@@ -52,14 +52,14 @@ template <class A> struct RouteGradients {
         fill(total.get(), compact, A(0));
         for (int64_t t = 1; t < iterations; ++t) {
             throw_if_stopped(o.c.context);
-            squash_outputs(s + (t - 1) * compact, v.get(), rows, o.H, SquashKind::sabour);
+            squash_outputs(s + (t - 1) * compact, v.get(), rows, o.H, kind);
             for (int64_t x = 0; x < compact; ++x) total.get()[x] += v.get()[x];
             o.pack(total.get(), V.get() + t * size);
         }
 
         const auto through_squash = [&](const A* g_v, int64_t t) {
             A* g = g_s_compact.get() + t * compact;
-            squash_outputs_backward(g_v, s + t * compact, g, rows, o.H, SquashKind::sabour);
+            squash_outputs_backward(g_v, s + t * compact, g, rows, o.H, kind);
             o.pack(g, g_s.get() + t * size);
         };
         through_squash(g_v, last);

@@ -13,9 +13,9 @@
 namespace capsops::cpu::CAPSOPS_ISA {
 namespace {
 
-// reduce: Z = Σ_i exp(b_ij − m) and S = Σ_i exp(b_ij − m) û_ij for every output capsule, with a number m that keeps the
-// exponentials in range: at first the first logit; where a logit is larger by more than `slack`, that logit takes its
-// place, and the sums are multiplied to match. (Were m always the largest logit, that would happen far more often.)
+// reduce: Z = Σ_i exp(b_ij − m) and S = Σ_i w_i exp(b_ij − m) û_ij for every output capsule, with a number m that keeps
+// the exponentials in range: at first the first logit; where a logit is larger by more than `slack`, that logit takes
+// its place, and the sums are multiplied to match. (Were m always the largest logit, that would happen far more often.)
 //
 // The sums are a state S, then m and Z as scalars (Operands::scalars_size).
 template <class A> struct OnlineSum {
@@ -45,6 +45,7 @@ template <class A> struct OnlineSum {
             weigh_items(t, sum, c, some_removed);
         else
             weigh_components(t, sum, c, some_removed);
+        couplings.weigh(t, c);
         add_coupled(t, c, sum);
     }
 
@@ -121,7 +122,7 @@ template <class A>
 void sum_over_inputs(const Operands<A>& o, const Couplings<A>& couplings, A* s, A* log_sums /* [B, J] */) {
     const int64_t B = o.c.B, J = o.J;
     const auto scalar = [&](int64_t b, int64_t j) { return (o.row(b) * J + j) * o.items + b % o.items; };
-    if (!couplings.V && !couplings.logits) {
+    if (!couplings.V && !couplings.logits && !couplings.input_weight) {
         // Equal couplings.
         contract(o, s);
         for (int64_t b = 0; b < B; ++b) {
@@ -169,21 +170,23 @@ void pack_means(const Operands<A>& o, const A* s /* [B, J, H] */, const A* bias 
 
 }  // namespace
 
-Status dynamic_routing_over_inputs(const Capsules& c, const void* logits, const void* bias, int64_t iterations, void* v,
-                                   void* s, void* log_sums) {
+Status dynamic_routing_over_inputs(const Capsules& c, const void* logits, const void* input_weight, const void* bias,
+                                   int64_t iterations, SquashKind kind, void* v, void* s, void* log_sums) {
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, OnlineSum<A>>(c));
-        route(o, static_cast<const A*>(bias), iterations, static_cast<A*>(v), static_cast<A*>(s),
+        route(o, static_cast<const A*>(bias), iterations, kind, static_cast<A*>(v), static_cast<A*>(s),
               [&](int64_t t, const A* V, A* sum) {
-                  const Couplings<A> couplings{V, static_cast<const A*>(logits), c.N, o.J, false};
+                  const Couplings<A> couplings{
+                      V, static_cast<const A*>(logits), static_cast<const A*>(input_weight), c.N, o.J, false};
                   sum_over_inputs(o, couplings, sum, static_cast<A*>(log_sums) + t * c.B * o.J);
               });
     });
 }
 
-Status dynamic_routing_over_inputs_backward(const Capsules& c, const void* logits, const void* bias, int64_t iterations,
-                                            bool detach, const void* s_, const void* log_sums_, const void* g_v,
-                                            void* g_u, void* g_weight, void* g_logits, void* g_bias) {
+Status dynamic_routing_over_inputs_backward(const Capsules& c, const void* logits, const void* input_weight,
+                                            const void* bias, int64_t iterations, bool detach, SquashKind kind,
+                                            const void* s_, const void* log_sums_, const void* g_v, void* g_u,
+                                            void* g_weight, void* g_logits, void* g_input_weight, void* g_bias) {
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, CoupledSum<A>, CoupledGradient<A>>(c));
         const A* s = static_cast<const A*>(s_);
@@ -194,8 +197,15 @@ Status dynamic_routing_over_inputs_backward(const Capsules& c, const void* logit
         const auto pack_means_of = [&](int64_t t, const A* g_s /* [iterations, B, J, H] */) {
             pack_means(o, s + t * compact, static_cast<const A*>(bias), g_s + t * compact, means.get() + t * scalars);
         };
-        Couplings<A> couplings{nullptr, static_cast<const A*>(logits), c.N, o.J, false, log_sums.get(), means.get()};
-        const RouteGradients<A> route(o, iterations, s, static_cast<const A*>(g_v), detach,
+        Couplings<A> couplings{nullptr,
+                               static_cast<const A*>(logits),
+                               static_cast<const A*>(input_weight),
+                               c.N,
+                               o.J,
+                               false,
+                               log_sums.get(),
+                               means.get()};
+        const RouteGradients<A> route(o, iterations, s, static_cast<const A*>(g_v), detach, kind,
                                       [&](int64_t t, const A* V, const A* g_s, const A* g_s_compact, A* H) {
                                           pack_means_of(t, g_s_compact);
                                           Couplings<A> own = couplings;
@@ -203,26 +213,28 @@ Status dynamic_routing_over_inputs_backward(const Capsules& c, const void* logit
                                           CoupledPasses<A>::reduce(o, CoupledSum<A>{own, g_s, o.D}, H);
                                       });
         if (!detach) pack_means_of(0, route.g_s_compact.get());
-        coupled_route_backward(o, couplings, route, {g_u, g_weight}, g_logits, g_bias);
+        coupled_route_backward(o, couplings, route, {{g_u, g_weight}, g_logits, g_input_weight}, g_bias);
     });
 }
 
-Status routing_step_over_inputs(const Capsules& c, const void* state, const void* logits, void* s, void* total,
-                                void* log_sums) {
+Status routing_step_over_inputs(const Capsules& c, const void* state, const void* logits, const void* input_weight,
+                                void* s, void* total, void* log_sums) {
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, OnlineSum<A>>(c));
         Buffer<A> V(o.state_size()), sum(o.state_size());
         o.pack(static_cast<const A*>(state), V.get());
-        const Couplings<A> couplings{V.get(), static_cast<const A*>(logits), c.N, o.J, false};
+        const Couplings<A> couplings{
+            V.get(), static_cast<const A*>(logits), static_cast<const A*>(input_weight), c.N, o.J, false};
         sum_over_inputs(o, couplings, sum.get(), static_cast<A*>(log_sums));
         o.unpack(sum.get(), static_cast<A*>(s));
         std::memcpy(total, s, sizeof(A) * static_cast<size_t>(c.B * o.JH));
     });
 }
 
-Status routing_step_over_inputs_backward(const Capsules& c, const void* state, const void* logits, const void* total,
-                                         const void* log_sums_, const void* g_s_, void* g_u, void* g_weight,
-                                         void* g_state, void* g_logits) {
+Status routing_step_over_inputs_backward(const Capsules& c, const void* state, const void* logits,
+                                         const void* input_weight, const void* total, const void* log_sums_,
+                                         const void* g_s_, void* g_u, void* g_weight, void* g_state, void* g_logits,
+                                         void* g_input_weight) {
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, CoupledSum<A>, CoupledGradient<A>>(c));
         Buffer<A> V(o.state_size()), g_s(o.state_size()), log_sums(o.scalars_size()), means(o.scalars_size());
@@ -231,9 +243,15 @@ Status routing_step_over_inputs_backward(const Capsules& c, const void* state, c
         o.pack_scalars(static_cast<const A*>(log_sums_), log_sums.get());
         pack_means(o, static_cast<const A*>(total), static_cast<const A*>(nullptr), static_cast<const A*>(g_s_),
                    means.get());
-        const Couplings<A> couplings{V.get(),    static_cast<const A*>(logits), c.N, o.J, false, log_sums.get(),
+        const Couplings<A> couplings{V.get(),
+                                     static_cast<const A*>(logits),
+                                     static_cast<const A*>(input_weight),
+                                     c.N,
+                                     o.J,
+                                     false,
+                                     log_sums.get(),
                                      means.get()};
-        coupled_step_backward(o, couplings, g_s.get(), {g_u, g_weight}, g_state, g_logits);
+        coupled_step_backward(o, couplings, g_s.get(), {{g_u, g_weight}, g_logits, g_input_weight}, g_state);
     });
 }
 

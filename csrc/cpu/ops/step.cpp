@@ -1,5 +1,5 @@
 // One pass of routing by agreement with a state V that is given: s_j = Σ_i c_ij û_ij with c = softmax_j(û · V), or
-// softmax_j(û · V + logits).
+// softmax_j(û · V + logits). Weights of the input capsules are explained in couplings.h.
 //
 // The gradient, with e_j = û_j · g_s,j and δ_j = c_j (e_j − Σ_k c_k e_k), is
 //
@@ -38,26 +38,30 @@ Status routing_step_backward(const Capsules& c, const void* state, const void* g
     });
 }
 
-Status routing_step_with_logits(const Capsules& c, const void* state, const void* logits, void* s) {
+Status routing_step_with_logits(const Capsules& c, const void* state, const void* logits, const void* input_weight,
+                                void* s) {
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, CoupledSum<A>>(c));
         Buffer<A> V(o.state_size()), sum(o.state_size());
         o.pack(static_cast<const A*>(state), V.get());
-        const Couplings<A> couplings{V.get(), static_cast<const A*>(logits), c.N, o.J, false};
+        const Couplings<A> couplings{
+            V.get(), static_cast<const A*>(logits), static_cast<const A*>(input_weight), c.N, o.J, false};
         CoupledPasses<A>::reduce(o, CoupledSum<A>{couplings, nullptr, o.D}, sum.get());
         o.unpack(sum.get(), static_cast<A*>(s));
     });
 }
 
-Status routing_step_with_logits_backward(const Capsules& c, const void* state, const void* logits, const void* g_s_,
-                                         void* g_u, void* g_weight, void* g_state, void* g_logits) {
+Status routing_step_with_logits_backward(const Capsules& c, const void* state, const void* logits,
+                                         const void* input_weight, const void* g_s_, void* g_u, void* g_weight,
+                                         void* g_state, void* g_logits, void* g_input_weight) {
     return for_accumulation(c.dtype, [&]<class A>() {
         const Operands<A> o(c, best_layout<A, CoupledSum<A>, CoupledGradient<A>>(c));
         Buffer<A> V(o.state_size()), g_s(o.state_size());
         o.pack(static_cast<const A*>(state), V.get());
         o.pack(static_cast<const A*>(g_s_), g_s.get());
-        const Couplings<A> couplings{V.get(), static_cast<const A*>(logits), c.N, o.J, false};
-        coupled_step_backward(o, couplings, g_s.get(), {g_u, g_weight}, g_state, g_logits);
+        const Couplings<A> couplings{
+            V.get(), static_cast<const A*>(logits), static_cast<const A*>(input_weight), c.N, o.J, false};
+        coupled_step_backward(o, couplings, g_s.get(), {{g_u, g_weight}, g_logits, g_input_weight}, g_state);
     });
 }
 

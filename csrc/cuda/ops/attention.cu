@@ -7,26 +7,28 @@
 #include "attention.cuh"
 
 namespace capsops::cuda {
-Status attention_routing(const Capsules& c, const void* attn_weight, const void* attn_bias, void* v, void* s) {
+Status attention_routing(const Capsules& c, const void* attn_weight, const void* attn_bias, SquashKind kind, void* v,
+                         void* s) {
     return for_storage_and_width(c, [&]<class T, int width>() {
         using A = Accumulation<T>;
         Workspace w(c.context);
         const Attention<A, width> policy{static_cast<const A*>(attn_weight), static_cast<const A*>(attn_bias)};
         CAPSOPS_TRY((reduce<width, T>(c, policy, 2 * width, w, static_cast<A*>(s))));
         return launch_over_rows(c.B * c.J, c.D, squash_rows<A>, c.context, static_cast<const A*>(s), static_cast<A*>(v),
-                                c.B * c.J, c.D, SquashKind::sabour);
+                                c.B * c.J, c.D, kind);
     });
 }
 
-Status attention_routing_backward(const Capsules& c, const void* attn_weight, const void* attn_bias, const void* s,
-                                  const void* g_v, void* g_u, void* g_weight, void* g_attn_weight, void* g_attn_bias) {
+Status attention_routing_backward(const Capsules& c, const void* attn_weight, const void* attn_bias, SquashKind kind,
+                                  const void* s, const void* g_v, void* g_u, void* g_weight, void* g_attn_weight,
+                                  void* g_attn_bias) {
     return for_storage_and_width(c, [&]<class T, int width>() {
         using A = Accumulation<T>;
         const int64_t rows = c.B * c.J, JJ = c.J * c.J;
         Workspace w(c.context);
         A* g_s = w.take<A>(rows * c.D);
         CAPSOPS_TRY(launch_over_rows(rows, c.D, squash_rows_backward<A>, c.context, static_cast<const A*>(g_v),
-                                     static_cast<const A*>(s), g_s, rows, c.D, SquashKind::sabour));
+                                     static_cast<const A*>(s), g_s, rows, c.D, kind));
         const bool wants_params = g_attn_weight || g_attn_bias;
         const int64_t param_count = wants_params ? JJ + c.J : 0;
         const int64_t params_at = at_least(2 * width, emit_numbers<width>(c, AttentionGradient<A, width>::items));
