@@ -155,6 +155,12 @@ def _aligned(u_address: int, weight_address: int) -> bool:
     return not (u_address | weight_address) & 15
 
 
+def _small_operand(x: Tensor) -> Tensor:
+    """A small operand as kernels read it: contiguous, and on a GPU at a multiple of 16 bytes."""
+    x = x.contiguous()
+    return x.clone() if x.is_cuda and x.data_ptr() & 15 else x
+
+
 class Capsules:
     """u [B, N, K] or [B, N, P, K], W and the mask as one struct of pointers; keeps contiguous copies alive with it.
 
@@ -396,8 +402,7 @@ def run(op: str, names: Sequence[str], values: Sequence[Any], notes: dict[str, A
         notes: empty at first; the same for all calls whose values agree in shapes, strides, dtypes, device and which
             of them are None. What was worked out from these is kept here.
     """
-    if (known := notes.get("contiguous")) is not None:
-        _run_contiguous(op, known, values, notes)
+    if (known := notes.get("contiguous")) is not None and _run_contiguous(op, known, values, notes):
         return
     if op not in _ROWS:
         _ON_ROWS[op](op, notes, **dict(zip(names, values, strict=True)))
@@ -412,7 +417,10 @@ def run(op: str, names: Sequence[str], values: Sequence[Any], notes: dict[str, A
     if u.dtype in LOW_PRECISION:
         values, rounded = _widened(plan, values)
     # This list also keeps copies alive until the kernel has run.
-    tensors = [x if (x := values[i]) is None else x.contiguous() for i in plan.tensors]
+    tensors = [
+        None if (x := values[i]) is None else _small_operand(x) if i in plan.inputs else x.contiguous()
+        for i in plan.tensors
+    ]
     addresses = [0 if x is None else x.data_ptr() for x in tensors]
     options = _options(plan, values)
     operands = (u,) if weight is None else (u, weight)
@@ -423,7 +431,8 @@ def run(op: str, names: Sequence[str], values: Sequence[Any], notes: dict[str, A
         out.copy_(wide)
 
 
-def _run_contiguous(op: str, known: _Contiguous, values: Sequence[Any], notes: dict[str, Any]) -> None:
+def _run_contiguous(op: str, known: _Contiguous, values: Sequence[Any], notes: dict[str, Any]) -> bool:
+    """Run an operator, or return False if a small operand has to be copied."""
     at_u, at_weight, at_mask, sizes, J, tensors, options, before = known
     u, weight = values[at_u], None if at_weight is None else values[at_weight]
     u_address, weight_address = u.data_ptr(), 0 if weight is None else weight.data_ptr()
@@ -432,8 +441,11 @@ def _run_contiguous(op: str, known: _Contiguous, values: Sequence[Any], notes: d
     if weight is None:
         _give_votes(capsules, J)
     args = [0 if i is None else values[i].data_ptr() for i in tensors]
+    if u.is_cuda and any(address & 15 for address in args):
+        return False
     args[before:before] = options
     call_kernel(op, operands, capsules, *args, notes=notes if _aligned(u_address, weight_address) else None)
+    return True
 
 
 def _widened(plan: _Plan, values: Sequence[Any]) -> tuple[list[Any], list[tuple[Tensor, Tensor]]]:

@@ -139,15 +139,15 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @needs_kernels
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a launch would not fail here")
 def test_a_failed_launch_raises_the_message_of_cuda(pretended: list[int]) -> None:
-    u, weight, A = torch.randn(2, 5, 3), torch.randn(5, 3, 2, 4), torch.randn(2, 2)
+    # So many input capsules that there are several blocks, whose sums are in a workspace.
+    u, weight, A = torch.randn(2, 2000, 3), torch.randn(2000, 3, 2, 4), torch.randn(2, 2)
     capsules = extension.Capsules(u, weight)
     v, s = torch.zeros(2, 2, 4), torch.zeros(2, 2, 4)
-    said = r"attention_routing: a kernel could not be launched \(shapes \[2, 5, 3\], \[5, 3, 2, 4\], .*\): .*CUDA"
+    operands = A.data_ptr(), 0, extension._C.SquashKind.sabour, v.data_ptr(), s.data_ptr()
+    said = r"attention_routing: a kernel could not be launched \(shapes \[2, 2000, 3\], \[2000, 3, 2, 4\], .*\): .*CUDA"
     for _ in range(2):  # the process survives it
         with pytest.raises(RuntimeError, match=said):
-            extension.call_kernel(
-                "attention_routing", _on_gpu(u, weight), capsules.struct, A.data_ptr(), 0, v.data_ptr(), s.data_ptr()
-            )
+            extension.call_kernel("attention_routing", _on_gpu(u, weight), capsules.struct, *operands)
     assert len(pretended) == 2
     assert pretended[0] % 256 == 0
 
@@ -185,9 +185,9 @@ def test_the_workspace_follows_the_shape(pretended: list[int]) -> None:
     some = torch.zeros(1).data_ptr()  # nothing is read or written there
 
     def workspace_bytes(B: int, N: int, iterations: int = 3) -> int:
-        query = extension._C.WorkspaceQuery(0)
+        query, kind = extension._C.WorkspaceQuery(0), extension._C.SquashKind.sabour
         struct = extension._C.Capsules(some, some, 0, B, N, 8, 2, 16, 1, 8 * 2 * 16, extension._C.Dtype.float32)
-        status = extension._C.dynamic_routing(query, struct, 0, iterations, False, some, some)
+        status = extension._C.dynamic_routing(query, struct, 0, iterations, False, kind, some, some)
         assert status == extension._C.Status.ok
         return int(query.bytes)
 

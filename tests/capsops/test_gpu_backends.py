@@ -188,8 +188,10 @@ def test_strided_and_misaligned_inputs(backend: str, routing: Routing) -> None:
     arguments = {n: x.to(device, torch.float32) for n, x in routing.arguments(shape).items()}
     strided = {n: x.transpose(0, -1).contiguous().transpose(0, -1) for n, x in arguments.items()}
     shifted = {n: torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape) for n, x in arguments.items()}
+    # Also one operand alone: the others may be read by whole vectors then.
+    alone = [{**arguments, n: x} for n, x in shifted.items()]
     with capsops.use_backend(backend):
-        results = [each(routing.call(**a)) for a in (arguments, strided, shifted)]
+        results = [each(routing.call(**a)) for a in (arguments, strided, shifted, *alone)]
     for other in results[1:]:
         for x, y in zip(results[0], other, strict=True):
             torch.testing.assert_close(x, y, rtol=0, atol=0)
@@ -330,12 +332,12 @@ def test_memory_of_triton(
         u, s, total, bias = zeros(B, N, K), zeros(R, B, J, D), zeros(B, J, D), zeros(J, D)
         floats, params = D, J * J * (J > triton._MOST_MIXED)
         dynamic = (v, s, u, weight, bias, None, R, no)
-        attention = (u, weight, mix, small, None)
-        own = (u, weight, prior, None, 1.0)
+        attention = (u, weight, mix, small, None, "sabour")
+        own, kind = (u, weight, prior, None, 1.0), "sabour"
         calls = [
-            lambda: triton.dynamic_routing(v, s, *dynamic[2:], no),
-            lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, False),
-            lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, True),
+            lambda: triton.dynamic_routing(v, s, *dynamic[2:], no, kind),
+            lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, False, kind),
+            lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, True, kind),
             lambda: triton.routing_step(v, u, weight, total, None),
             lambda: triton.routing_step_backward(u, weight, total, v, u, weight, total, None),
             lambda: triton.attention_routing(v, total, *attention),

@@ -58,13 +58,13 @@ def em_backward(iterations: int) -> Callable[[], object]:
 def attention(_: int) -> Callable[[], object]:
     B, N, K, J, D = LONG
     u, weight, mix = torch.randn(B, N, K), torch.randn(K, J, D), torch.randn(J, J)
-    return lambda: OPS.attention_routing(u, weight, mix, None, None)
+    return lambda: OPS.attention_routing(u, weight, mix, None, None, "sabour")
 
 
 def attention_backward(_: int) -> Callable[[], object]:
     B, N, K, J, D = LONG
     u, weight, mix, s = torch.randn(B, N, K), torch.randn(K, J, D), torch.randn(J, J), torch.randn(B, J, D)
-    return lambda: OPS.attention_routing_backward(s, s, u, weight, mix, None, None, [True, True, True, False])
+    return lambda: OPS.attention_routing_backward(s, s, u, weight, mix, None, None, "sabour", [True, True, True, False])
 
 
 CASES = [dynamic, dynamic_backward, em, em_backward, attention, attention_backward]
@@ -130,8 +130,10 @@ def test_handlers_that_do_not_raise_run_meanwhile_and_change_nothing() -> None:
 def test_kernels_of_other_threads_end_by_themselves() -> None:
     """Python runs signal handlers only in its main thread."""
     u, weight, got, seen = torch.randn(8, 1000, 8), torch.randn(1000, 8, 10, 16), [], []
-    expected = OPS.dynamic_routing(u, weight, None, None, 50, False, False)
-    thread = threading.Thread(target=lambda: got.extend(OPS.dynamic_routing(u, weight, None, None, 50, False, False)))
+    expected = OPS.dynamic_routing(u, weight, None, None, 50, False, False, "sabour")
+    thread = threading.Thread(
+        target=lambda: got.extend(OPS.dynamic_routing(u, weight, None, None, 50, False, False, "sabour"))
+    )
     with timer(lambda *_: seen.append(1), 0.01):
         thread.start()
         thread.join()
@@ -158,7 +160,7 @@ class Backward(torch.autograd.Function):
 capsops.dynamic_routing(u, weight)
 print("ready", flush=True)
 if sys.argv[1] == "forward":
-    ops.dynamic_routing(u, weight, None, None, iterations, False, False)
+    ops.dynamic_routing(u, weight, None, None, iterations, False, False, "sabour")
 else:
     Backward.apply(u.requires_grad_()).sum().backward()
 print("done", flush=True)
