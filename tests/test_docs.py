@@ -80,7 +80,7 @@ def _curves(text: str) -> list[list[float]]:
     ("example", "arguments"),
     [
         ("digits.py", ["--epochs", "2", "--images", "128"]),
-        ("em_digits.py", ["--epochs", "2", "--images", "64"]),
+        ("em_digits.py", ["--epochs", "1", "--images", "48"]),
         ("mind.py", ["--epochs", "2", "--users", "512"]),
     ],
 )
