@@ -241,10 +241,7 @@ class CapsuleLayer(Matrices):
             of_every_item(layer, logits, u, self.out_capsules)
 
     def extra_repr(self) -> str:
-        parts = [
-            f"in_capsules={self.in_capsules}, in_dim={self.in_dim}",
-            f"out_capsules={self.out_capsules}, out_dim={self.out_dim}, routing={self.routing!r}",
-        ]
+        parts = [f"{self._sizes()}, routing={self.routing!r}"]
         if self.routing == "dynamic":
             parts.append(f"iterations={self.iterations}, leaky={self.leaky}, detach={self.detach}")
         if self.axis == "input":

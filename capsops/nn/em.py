@@ -125,7 +125,6 @@ class EMCapsules(Matrices):
 
     def extra_repr(self) -> str:
         return (
-            f"in_capsules={self.in_capsules}, in_dim={self.in_dim}, "
-            f"out_capsules={self.out_capsules}, out_dim={self.out_dim}, iterations={self.iterations}, "
+            f"{self._sizes()}, iterations={self.iterations}, "
             f"inverse_temperature={self.inverse_temperature}" + ", renormalise=True" * self.renormalise
         ) + ", shared=True" * self.shared

@@ -61,6 +61,13 @@ class Matrices(Layer):
                 x.data = x.data.contiguous()
         return self
 
+    def _sizes(self) -> str:
+        """The sizes, for `extra_repr`."""
+        return (
+            f"in_capsules={self.in_capsules}, in_dim={self.in_dim}, "
+            f"out_capsules={self.out_capsules}, out_dim={self.out_dim}"
+        )
+
     def _call(self, routing: Callable[[], Any], *inputs: Tensor | None) -> Any:
         """Call a routing; if it refuses the inputs, raise an error in the terms of the layer, not of the function."""
         try:

@@ -75,10 +75,7 @@ class _Steps(Matrices):
             check_shape(layer, "v", v, axes, u.shape[0], self.out_capsules, *rows, self.out_dim)
 
     def extra_repr(self) -> str:
-        return (
-            f"in_capsules={self.in_capsules}, in_dim={self.in_dim}, out_capsules={self.out_capsules}, "
-            f"out_dim={self.out_dim}, iterations={self.iterations}"
-        ) + ", shared=True" * self.shared
+        return f"{self._sizes()}, iterations={self.iterations}" + ", shared=True" * self.shared
 
 
 class InvertedAttentionCapsules(_Steps):
@@ -340,7 +337,4 @@ class SelfRoutingCapsules(Matrices):
             return out, torch.einsum("bn,bnj->bj", a, log_r.exp()) / total
 
     def extra_repr(self) -> str:
-        return (
-            f"in_capsules={self.in_capsules}, in_dim={self.in_dim}, out_capsules={self.out_capsules}, "
-            f"out_dim={self.out_dim}"
-        )
+        return self._sizes()

@@ -244,6 +244,13 @@ template <class T, int width, int items> struct Thread {
     }
 };
 
+template <int width, class A> __device__ inline A dot(const A (&x)[width], const A (&y)[width]) {
+    A sum = 0;
+#pragma unroll
+    for (int d = 0; d < width; ++d) sum += x[d] * y[d];
+    return sum;
+}
+
 // Numbers that a thread loads at once.
 template <class T, int size> struct alignas(size * sizeof(T)) Piece {
     T x[size];

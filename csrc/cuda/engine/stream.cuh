@@ -71,13 +71,6 @@ __device__ inline void load(const A* x, const ThreadPosition<A, width, items>& a
     load_numbers(x + at.state(m), at.present(m) ? at.count : 0, at.whole, to);
 }
 
-template <int width, class A> __device__ inline A dot(const A (&x)[width], const A (&y)[width]) {
-    A sum = 0;
-#pragma unroll
-    for (int d = 0; d < width; ++d) sum += x[d] * y[d];
-    return sum;
-}
-
 struct Add {
     template <class A> __device__ A operator()(A a, A b) const { return a + b; }
 };

@@ -117,13 +117,6 @@ __device__ __forceinline__ void load_states(const WideTile<T>& t, const A* x, in
         load_numbers(x + (b0 + m) * t.J * t.D + jd, b0 + m < t.B ? count : 0, t.aligned, to[m]);
 }
 
-template <int n, class A> __device__ __forceinline__ A dot(const A (&x)[n], const A (&y)[n]) {
-    A sum = 0;
-#pragma unroll
-    for (int d = 0; d < n; ++d) sum += x[d] * y[d];
-    return sum;
-}
-
 // z = û · x and, if adjoint, e = û · y for `states` states that lie `size` numbers apart.
 // grid: output capsules, runs of input capsules, batch items.
 template <bool adjoint, class T, class A = Accumulation<T>>
