@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from .. import functional
-from ..ops._checks import check_axis, check_choice, check_flag, check_floating, check_votes, fail, of_every_item
+from ..ops._checks import (
+    check_axis,
+    check_choice,
+    check_flag,
+    check_floating,
+    check_pairs,
+    check_votes,
+    fail,
+    of_every_capsule,
+    of_every_item,
+)
 from ..ops._declare import settle
 from ..ops.squash import ROUTING_SQUASHES
 from .layer import Matrices
@@ -49,11 +59,13 @@ class CapsuleLayer(Matrices):
         logits: for dynamic routing only: learn initial logits [N, J], which begin at 0; see `capsops.dynamic_routing`.
         shared: use one matrix [K, J, D] for all input capsules; N may then vary from call to call. Self-attention
             routing then has no prior, so bias must be False; and no logits are learned.
+        types: use one matrix for each of T types of input capsules, of which N / T in a row are of the same type, as
+            `PrimaryCapsules` orders them.
         device: of the parameters.
         dtype: of the parameters.
 
     Attributes:
-        weight: parameter [N, K, J, D], or [K, J, D] if shared.
+        weight: parameter [N, K, J, D], [K, J, D] if shared, or [T, K, J, D] by type.
         attn_weight: parameter [J, J] of attention routing; otherwise None.
         attn_bias: parameter [J] of attention routing with a bias; otherwise None.
         prior: parameter [N, J] of self-attention routing with a bias; otherwise None.
@@ -61,7 +73,7 @@ class CapsuleLayer(Matrices):
         logits: parameter [N, J] of dynamic routing with logits; otherwise None.
 
     Shape: u [B, N, K] (and mask, bool [B, N]) -> v [B, J, D]. Dynamic routing also takes logits [N, J], [1, N, J] or
-    [B, N, J], to which the parameter is added.
+    [B, N, J], to which the parameter is added, and input_weight [B, N].
 
     Raises:
         TypeError: an input is not a tensor.
@@ -86,11 +98,12 @@ class CapsuleLayer(Matrices):
         squash: str = "sabour",
         logits: bool = False,
         shared: bool = False,
+        types: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         _layer: str = "CapsuleLayer",
     ) -> None:
-        super().__init__(_layer, in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype)
+        super().__init__(_layer, in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype, types)
         check_choice(_layer, "routing", routing, ROUTINGS)
         check_flag(_layer, "bias", bias)
         for name, flag in (("leaky", leaky), ("detach", detach), ("logits", logits)):
@@ -141,17 +154,17 @@ class CapsuleLayer(Matrices):
 
         * dynamic, R iterations. After t iterations V is about t f s, with f = n / (1 + n²). While the logits û·V are
           small, the next iteration makes s longer by the factor 1 + t g with g = f σ² M / J. (Σ_i û_i û_iᵀ is σ² M
-          along s. M = N + D if each input capsule has its own matrix. Votes of a shared matrix lie in K dimensions, and
-          M = N + D + N D / K.) Over all iterations s grows by the exponent g R (R − 1) / 2. It is limited to
-          1.5 / √ln J, because the largest of J logits decides, and that lies √(2 ln J) standard deviations above their
-          mean. So n solves
+          along s. M = N + D if each input capsule has its own matrix. Votes of a shared matrix lie in K dimensions,
+          those of T types in K T, and M = N + D + N D / (K T).) Over all iterations s grows by the exponent
+          g R (R − 1) / 2. It is limited to 1.5 / √ln J, because the largest of J logits decides, and that lies
+          √(2 ln J) standard deviations above their mean. So n solves
               n³ / (1 + n²) = 3 N D / (M J R (R − 1) √ln J), and is 1 where the right side is above 1/2
           (for R = 3, D = 16 and N ≫ D: J ≤ 10). That is for the squash "sabour"; with another one n times the length
           that it gives v takes the place of n³ / (1 + n²).
         * self-attention. T = J s is not squashed; g = σ² M / √D is limited to 1.5 / √ln J.
         * attention. The logits have the standard deviation σ / √3, which is limited to 1.5. With a shared matrix a
           logit covaries with the vote that it weighs, in the same way for all input capsules, and s² grows by the
-          factor 1 + N σ² / (3 K). The product of this factor and n² is limited to 2.
+          factor 1 + N σ² / (3 K), with T types 3 K T. The product of this factor and n² is limited to 2.
 
         With the softmax over the input capsules (axis "input") equal couplings are 1 / N, and N takes the place of J in
         these rules. Couplings then start nearly equal, and the output capsules of many input capsules short: 0.04 for
@@ -174,7 +187,13 @@ class CapsuleLayer(Matrices):
             if start is not None:
                 nn.init.zeros_(start)
 
-    def forward(self, u: Tensor, mask: Tensor | None = None, logits: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        u: Tensor,
+        mask: Tensor | None = None,
+        logits: Tensor | None = None,
+        input_weight: Tensor | None = None,
+    ) -> Tensor:
         def route() -> Tensor:
             if self.routing == "self-attention":
                 return functional.self_attention_routing(u, self.weight, self.prior, mask=mask)
@@ -192,13 +211,20 @@ class CapsuleLayer(Matrices):
                 leaky=self.leaky,
                 detach=self.detach,
                 squash=self.squash,
+                input_weight=input_weight,
                 mask=mask,
             )
 
-        self._check_takes_logits(logits)
-        return self._call(route, u, mask, logits)
+        self._check_takes(logits=logits, input_weight=input_weight)
+        return self._call(route, u, mask, logits, input_weight)
 
-    def coupling_coefficients(self, u: Tensor, mask: Tensor | None = None, logits: Tensor | None = None) -> Tensor:
+    def coupling_coefficients(
+        self,
+        u: Tensor,
+        mask: Tensor | None = None,
+        logits: Tensor | None = None,
+        input_weight: Tensor | None = None,
+    ) -> Tensor:
         """c [B, N, J] (attention: [B, N, J, D]) for these input capsules; see `capsops.coupling_coefficients`."""
 
         def explain() -> Tensor:
@@ -215,11 +241,12 @@ class CapsuleLayer(Matrices):
                 logits=self._with_parameter(logits),
                 axis=self.axis,
                 squash=self.squash,
+                input_weight=input_weight,
                 mask=mask,
             )
 
-        self._check_takes_logits(logits)
-        return self._call(explain, u, mask, logits)
+        self._check_takes(logits=logits, input_weight=input_weight)
+        return self._call(explain, u, mask, logits, input_weight)
 
     def _with_parameter(self, logits: Tensor | None) -> Tensor | None:
         """The given logits plus those that the layer learns."""
@@ -227,18 +254,25 @@ class CapsuleLayer(Matrices):
             return logits
         return self.logits if logits is None else self.logits + logits
 
-    def _check_takes_logits(self, logits: Tensor | None) -> None:
-        if logits is not None and self.routing != "dynamic":
-            fail(self._layer, f"logits are given; expected None, because routing is {self.routing!r} and not 'dynamic'")
+    def _check_takes(self, **of_pairs: Tensor | None) -> None:
+        for name, x in of_pairs.items():
+            if x is not None and self.routing != "dynamic":
+                reason = f"routing is {self.routing!r} and not 'dynamic'"
+                fail(self._layer, f"{name} is given; expected None, because {reason}")
 
-    def _refuse(self, u: Tensor, mask: Tensor | None, logits: Tensor | None) -> None:
+    def _refuse(
+        self, u: Tensor, mask: Tensor | None, logits: Tensor | None = None, input_weight: Tensor | None = None
+    ) -> None:
         layer = self._layer
-        u, weight, mask, logits = settle(layer, "u weight mask? logits?", u, self.weight, mask, logits)
+        u, weight, mask, logits, input_weight = settle(
+            layer, "u weight mask? logits? input_weight?", u, self.weight, mask, logits, input_weight
+        )
         self._check_capsules("u", u, "[B, N, K]")
         check_floating(layer, "u weight", u, weight)
-        check_votes(layer, u, weight, mask)
+        check_votes(layer, u, of_every_capsule(u, weight), mask)
         if logits is not None:
-            of_every_item(layer, logits, u, self.out_capsules)
+            logits = of_every_item(layer, logits, u, self.out_capsules)
+        check_pairs(layer, logits, input_weight, u, self.out_capsules)
 
     def extra_repr(self) -> str:
         parts = [f"{self._sizes()}, routing={self.routing!r}"]
@@ -263,15 +297,16 @@ def initial_deviation(layer: CapsuleLayer) -> float:
     steps = layer.iterations * (layer.iterations - 1) / 2
     rivals = N if layer.axis == "input" else J  # capsules over which the couplings add up to 1
     unit = rivals / math.sqrt(N * D)  # gives s the length 1
+    matrices = 1 if layer.shared else layer.types  # that input capsules share
     if layer.routing == "attention":
         most = _LOGIT_DEVIATION * math.sqrt(3)
-        if layer.shared:
-            q = N / (3 * K)
+        if matrices:
+            q = N / (3 * K * matrices)
             most = min(most, math.sqrt((math.sqrt(1 + 8 * q / (N * D) * J**2) - 1) / (2 * q)))
         return min(unit, most)
     if rivals == 1 or layer.routing == "uniform" or (layer.routing == "dynamic" and steps == 0):
         return unit
-    M = N + D + (N * D / K if layer.shared else 0)
+    M = N + D + (N * D / (K * matrices) if matrices else 0)
     growth = _GROWTH / math.sqrt(math.log(rivals))
     if layer.routing == "self-attention":
         return min(unit, math.sqrt(growth * math.sqrt(D) / M))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import functional
 from ..ops import em
-from ..ops._checks import check_flag
+from ..ops._checks import check_flag, of_every_capsule
 from ..ops._declare import settle
 from .layer import Matrices
 
@@ -30,11 +30,13 @@ class EMCapsules(Matrices):
         inverse_temperature: λ; see `capsops.em_routing`.
         renormalise: see `capsops.em_routing`.
         shared: use one matrix [K, J, D] for all input capsules; N may then vary from call to call.
+        types: use one matrix for each of T types of input capsules, of which N / T in a row are of the same type, as
+            `PrimaryCapsules` orders them.
         device: of the parameters.
         dtype: of the parameters.
 
     Attributes:
-        weight: parameter [N, K, J, D], or [K, J, D] if shared.
+        weight: parameter [N, K, J, D], [K, J, D] if shared, or [T, K, J, D] by type.
         beta_u: parameter [J].
         beta_a: parameter [J].
 
@@ -58,11 +60,12 @@ class EMCapsules(Matrices):
         inverse_temperature: float | Sequence[float] = 0.01,
         renormalise: bool = False,
         shared: bool = False,
+        types: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         _layer: str = "EMCapsules",
     ) -> None:
-        super().__init__(_layer, in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype)
+        super().__init__(_layer, in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype, types)
         em.inverse_temperatures(_layer, inverse_temperature, iterations)
         check_flag(_layer, "renormalise", renormalise)
         self.inverse_temperature, self.renormalise = inverse_temperature, renormalise
@@ -121,7 +124,8 @@ class EMCapsules(Matrices):
         names = "pose activation weight beta_u beta_a mask?"
         tensors = settle(self._layer, names, pose, activation, self.weight, self.beta_u, self.beta_a, mask)
         self._check_capsules("pose", tensors[0], "[B, N, (P,) K]")
-        em.check(self._layer, *tensors)
+        pose, activation, weight, *others = tensors
+        em.check(self._layer, pose, activation, of_every_capsule(pose, weight), *others)
 
     def extra_repr(self) -> str:
         return (

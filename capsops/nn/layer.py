@@ -36,17 +36,23 @@ class Matrices(Layer):
         shared: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
+        types: int | None = None,
     ) -> None:
         super().__init__()
         sizes = {"in_capsules": in_capsules, "in_dim": in_dim, "out_capsules": out_capsules, "out_dim": out_dim}
         check_at_least(layer, 1, **sizes)
         check_iterations(layer, iterations)
         check_flag(layer, "shared", shared)
+        if types is not None:
+            check_at_least(layer, 1, types=types)
+            if shared or in_capsules % types != 0:
+                wanted = "None, because shared is True" if shared else f"a divisor of in_capsules = {in_capsules}"
+                fail(layer, f"types is {types}; expected {wanted}")
         self._layer = layer
         self.in_capsules, self.in_dim, self.out_capsules, self.out_dim = in_capsules, in_dim, out_capsules, out_dim
-        self.iterations, self.shared = iterations, shared
+        self.iterations, self.shared, self.types = iterations, shared, types
         matrix = (in_dim, out_capsules, out_dim)
-        size = matrix if shared else (in_capsules, *matrix)
+        size = matrix if shared else (types or in_capsules, *matrix)
         self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -66,10 +72,13 @@ class Matrices(Layer):
         return (
             f"in_capsules={self.in_capsules}, in_dim={self.in_dim}, "
             f"out_capsules={self.out_capsules}, out_dim={self.out_dim}"
-        )
+        ) + (f", types={self.types}" if self.types else "")
 
     def _call(self, routing: Callable[[], Any], *inputs: Tensor | None) -> Any:
         """Call a routing; if it refuses the inputs, raise an error in the terms of the layer, not of the function."""
+        u = inputs[0]
+        if not self.shared and isinstance(u, Tensor) and u.dim() > 1 and u.shape[1] != self.in_capsules:
+            self._refuse(*inputs)  # a function would take the matrices for those of types of capsules
         try:
             return routing()
         except (TypeError, ValueError):

@@ -127,9 +127,23 @@ def _check_matrices(op: str, u: Tensor, weight: Tensor, name: str) -> tuple[int,
         if len(matrices) not in (3, 4):
             fail(op, f"weight has shape {shape_of(weight)}; expected [N, K, J, D], or [K, J, D] to share it")
         axes = "[B, N, K]" if len(sizes) == 3 else "[B, N, P, K]"
-        wanted = f"[{N}, {K}, J, D]" if len(matrices) == 4 else f"[{K}, J, D]"
+        wanted = f"[{N}, {K}, J, D] or [T, {K}, J, D], T a divisor of N," if len(matrices) == 4 else f"[{K}, J, D]"
         fail(op, f"weight has shape {shape_of(weight)}; expected {wanted} for {name} {axes} = {shape_of(u)}")
     return B, N, K
+
+
+def of_every_capsule(u: Tensor, weight: Tensor | None) -> Tensor | None:
+    """Matrices [T, K, J, D] by type as those of the input capsules, [N, K, J, D]; any other weight as it is.
+
+    N / T input capsules that follow one another are of one type, as `primary_capsules` orders them. The matrices are
+    repeated in memory; autograd adds up their gradients.
+    """
+    if weight is None or weight.dim() != 4 or u.dim() < 3:
+        return weight
+    T, N = weight.shape[0], u.shape[1]
+    if T == N or T == 0 or N % T != 0:
+        return weight
+    return weight[0] if T == 1 else weight.unsqueeze(1).expand(-1, N // T, -1, -1, -1).flatten(0, 1)
 
 
 def check_one_matrix(op: str, u: Tensor, weight: Tensor) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._checks import check_floating, check_vectors, check_votes
+from ._checks import check_floating, check_vectors, check_votes, of_every_capsule
 from ._declare import Differentiable, Output
 from ._flops import Shape, pass_flops
 
@@ -43,7 +43,8 @@ def affine_votes(u: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         u: input capsules [B, N, K].
-        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them.
+        weight: transformation matrices [N, K, J, D]; [T, K, J, D] for T types of input capsules, N / T of each in a
+            row; [K, J, D] to share them.
 
     Returns:
         votes [B, N, J, D].
@@ -52,4 +53,5 @@ def affine_votes(u: Tensor, weight: Tensor) -> Tensor:
         TypeError: an argument is not a tensor.
         ValueError: wrong shapes, dtypes or devices.
     """
-    return _affine_votes(*_affine_votes.settle(u, weight))
+    u, weight = _affine_votes.settle(u, weight)
+    return _affine_votes(u, of_every_capsule(u, weight))

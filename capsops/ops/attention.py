@@ -9,7 +9,16 @@ from torch import Tensor
 
 from ..backends import reference
 from ..dtypes import accumulation_dtype
-from ._checks import Sizes, check_choice, check_floating, check_shape, check_vectors, check_votes, vote_sizes
+from ._checks import (
+    Sizes,
+    check_choice,
+    check_floating,
+    check_shape,
+    check_vectors,
+    check_votes,
+    of_every_capsule,
+    vote_sizes,
+)
 from ._declare import Differentiable, Output
 from ._flops import Shape, pass_flops
 from .coupling_coefficients import Couplings, Votes, check_given, explains, widened
@@ -93,7 +102,8 @@ def attention_routing(
 
     Args:
         u: input capsules [B, N, K]; without a weight the votes [B, N, J, D], which something else made.
-        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them; None if u is the votes.
+        weight: transformation matrices [N, K, J, D]; [T, K, J, D] for T types of input capsules, N / T of each in a
+            row; [K, J, D] to share them; None if u is the votes.
         attn_weight: weight [J, J] of the convolution.
         attn_bias: bias [J] of the convolution.
         squash: as in `dynamic_routing`.
@@ -109,7 +119,8 @@ def attention_routing(
         ValueError: wrong shapes, dtypes or devices, an unknown squash.
         MemoryError: no memory for the workspace (a few MB).
     """
-    return _attention_routing(*_attention_routing.settle(u, weight, attn_weight, attn_bias, mask), squash)
+    u, weight, *others = _attention_routing.settle(u, weight, attn_weight, attn_bias, mask)
+    return _attention_routing(u, of_every_capsule(u, weight), *others, squash)
 
 
 @explains("attention")

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..backends import reference
 from ..dtypes import accumulation_dtype
-from ._checks import check_flag, fail, vote_sizes
+from ._checks import check_flag, fail, of_every_capsule, vote_sizes
 from ._declare import float32, settle
 
 # How many numbers of the votes are held at a time.
@@ -188,8 +188,8 @@ def coupling_coefficients(
         routing: "attention", "dynamic", "uniform", "self-attention", "em" or "step". The other arguments mean what they
             mean in its function; those of other routings are ignored.
         u: input capsules [B, N, K]; for EM routing their poses [B, N, K] or [B, N, P, K]; without a weight the votes.
-        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them; for dynamic routing and a routing step
-            also [K, D]; None if u is the votes.
+        weight: transformation matrices [N, K, J, D], [T, K, J, D] by type, or [K, J, D] to share them; for dynamic
+            routing and a routing step also [K, D]; None if u is the votes.
         attn_weight: [J, J], for attention, which needs it.
         attn_bias: [J], for attention.
         iterations: for dynamic and EM routing.
@@ -238,6 +238,7 @@ def coupling_coefficients(
     if routing not in _ROUTINGS:
         fail(op, f"routing is {routing!r}; expected one of {', '.join(map(repr, sorted(_ROUTINGS)))}")
     check_flag(op, "differentiable", differentiable)
+    weight = of_every_capsule(u, weight)
     if routing == "step" and state is not None and state.dim() == 3:
         u, weight = _for_each_output(u, weight, state.shape[1])
     if routing == "dynamic" and logits is not None and logits.dim() > 1:

@@ -23,6 +23,7 @@ from ._checks import (
     check_vectors,
     check_votes,
     fail,
+    of_every_capsule,
     of_every_item,
     outputs_of,
     shape_of,
@@ -251,8 +252,9 @@ def dynamic_routing(
 
     Args:
         u: input capsules [B, N, K]; without a weight the votes [B, N, J, D], which something else made.
-        weight: transformation matrices [N, K, J, D]; [K, J, D] to share them among the input capsules; [K, D] to share
-            one matrix among the output capsules too (MIND): logits then tell these apart. None if u is the votes.
+        weight: transformation matrices [N, K, J, D]; [T, K, J, D] for T types of input capsules, N / T of each in a
+            row; [K, J, D] to share them among the input capsules; [K, D] to share one matrix among the output capsules
+            too (MIND): logits then tell these apart. None if u is the votes.
         iterations: at least 1; with 1 all couplings are equal (uniform routing), unless there are logits.
         logits: [N, J], [1, N, J] or [B, N, J], where routing begins: they are added to the agreements in every
             iteration, and the first couplings are their softmax. −∞ removes a pair of an input and an output capsule:
@@ -290,6 +292,7 @@ def dynamic_routing(
         u, weight, logits, input_weight, bias, mask = settle(
             op, "u weight? logits? input_weight? bias? mask?", u, weight, logits, input_weight, bias, mask
         )
+    weight = of_every_capsule(u, weight)
     check_iterations(op, iterations)
     check_flag(op, "leaky", leaky)
     check_flag(op, "detach", detach)

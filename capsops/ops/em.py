@@ -20,6 +20,7 @@ from ._checks import (
     check_shape,
     check_votes,
     fail,
+    of_every_capsule,
     shape_of,
 )
 from ._declare import Differentiable, Output
@@ -142,7 +143,8 @@ def em_routing(
         pose: input capsules [B, N, K], or matrices [B, N, P, K]; a vote is the product of one with W_ij [K, D].
             Without a weight the votes [B, N, J, D] or [B, N, J, P, D], which something else made.
         activation: [B, N], between 0 and 1.
-        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them; None if pose is the votes.
+        weight: transformation matrices [N, K, J, D]; [T, K, J, D] for T types of input capsules, N / T of each in a
+            row, as in the class capsules of the paper; [K, J, D] to share them; None if pose is the votes.
         beta_u: [J], the cost of leaving a vote undescribed by the output capsule.
         beta_a: [J], the cost of activating the output capsule.
         iterations: at least 1.
@@ -164,7 +166,8 @@ def em_routing(
         MemoryError: no memory for the workspace.
     """
     op = "em_routing"
-    tensors = _em_routing.settle(pose, activation, weight, beta_u, beta_a, mask)
+    pose, activation, weight, *others = _em_routing.settle(pose, activation, weight, beta_u, beta_a, mask)
+    tensors = (pose, activation, of_every_capsule(pose, weight), *others)
     temperatures = inverse_temperatures(op, inverse_temperature, iterations)
     check_flag(op, "renormalise", renormalise)
     if renormalise:

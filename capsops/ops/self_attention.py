@@ -17,6 +17,7 @@ from ._checks import (
     check_shape,
     check_vectors,
     check_votes,
+    of_every_capsule,
 )
 from ._declare import Differentiable, Output
 from ._flops import Shape, pass_flops
@@ -90,7 +91,8 @@ def self_attention_routing(
 
     Args:
         u: input capsules [B, N, K]; without a weight the votes [B, N, J, D], which something else made.
-        weight: transformation matrices [N, K, J, D], or [K, J, D] to share them; None if u is the votes.
+        weight: transformation matrices [N, K, J, D]; [T, K, J, D] for T types of input capsules, N / T of each in a
+            row; [K, J, D] to share them; None if u is the votes.
         prior: [N, J], added to the couplings after the softmax.
         scale: the factor of the logits; D**-0.5 by default.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
@@ -107,6 +109,7 @@ def self_attention_routing(
     """
     op = "self_attention_routing"
     u, weight, prior, mask = _self_attention_routing.settle(u, weight, prior, mask)
+    weight = of_every_capsule(u, weight)
     if scale is None:
         scale = _default_scale(u, weight)
     else:

@@ -17,6 +17,7 @@ from ._checks import (
     check_shape,
     check_vectors,
     check_votes,
+    of_every_capsule,
     of_every_item,
     outputs_of,
 )
@@ -142,8 +143,9 @@ def routing_step(
     Args:
         u: input capsules [B, N, K]; without a weight the votes [B, N, J, D], which something else made, or [B, N, 1, D]
             if they are the same for all output capsules.
-        weight: transformation matrices [N, K, J, D]; [K, J, D] to share them among the input capsules; [K, D] to share
-            one matrix among the output capsules too. None if u is the votes.
+        weight: transformation matrices [N, K, J, D]; [T, K, J, D] for T types of input capsules, N / T of each in a
+            row; [K, J, D] to share them among the input capsules; [K, D] to share one matrix among the output capsules
+            too. None if u is the votes.
         state: [B, J, D], with which the votes are compared.
         logits: [N, J], [1, N, J] or [B, N, J], added to the agreements. −∞ removes a pair of an input and an output
             capsule: its coupling and its gradients are 0. An input capsule whose logits are all −∞ sends nothing. +∞
@@ -178,6 +180,7 @@ def routing_step(
         options: Any = {"axis": axis, "input_weight": input_weight, "mask": mask}
         with float32(u):
             return routing_step(u.unsqueeze(2), None, state @ weight.T, logits, **options) @ weight
+    weight = of_every_capsule(u, weight)
     if plain:
         return _routing_step(u, weight, state, mask)
     check_axis(op, axis)

@@ -240,7 +240,7 @@ def test_initial_logits(backend: str) -> None:
         layer = capsops.nn.CapsuleLayer(7, 4, 3, 5, "dynamic")
         with pytest.raises(ValueError, match=rf"CapsuleLayer: logits has shape \[7\]; {expected}"):
             layer(u, logits=torch.zeros(7))
-        with pytest.raises(ValueError, match="CapsuleLayer: logits are given; expected None, because routing is 'att"):
+        with pytest.raises(ValueError, match="CapsuleLayer: logits is given; expected None, because routing is 'att"):
             capsops.nn.CapsuleLayer(7, 4, 3, 5, "attention")(u, logits=torch.zeros(7, 3))
     for options, reason in (
         ({"routing": "uniform"}, "routing is 'uniform' and not 'dynamic'"),

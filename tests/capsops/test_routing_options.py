@@ -250,6 +250,7 @@ def test_bad_input(backend: str) -> None:
         for call in (
             partial(capsops.dynamic_routing, u, W),
             partial(capsops.routing_step, u, W, torch.zeros(2, 3, 5)),
+            partial(capsops.nn.CapsuleLayer(7, 4, 3, 5, "dynamic"), u),
         ):
             with pytest.raises(ValueError, match=r"input_weight has shape \[7\]; expected \[B, N\] = \[2, 7\]"):
                 call(input_weight=torch.zeros(7))  # type: ignore[call-arg]
@@ -257,8 +258,19 @@ def test_bad_input(backend: str) -> None:
                 call(input_weight=torch.zeros(2, 7, dtype=torch.bool))  # type: ignore[call-arg]
             with pytest.raises(TypeError, match="input_weight is a float"):
                 call(input_weight=0.5)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="CapsuleLayer: input_weight is given; expected None, because routing is"):
+            capsops.nn.CapsuleLayer(7, 4, 3, 5, "attention")(u, input_weight=torch.zeros(2, 7))
         with pytest.raises(ValueError, match="differentiable is 1; expected True or False"):
             capsops.coupling_coefficients("dynamic", u, W, differentiable=1)  # type: ignore[arg-type]
+
+
+def test_a_layer_takes_weights_of_the_input_capsules() -> None:
+    layer = capsops.nn.CapsuleLayer(7, 4, 3, 5, "dynamic")
+    u, w = torch.randn(2, 7, 4), torch.randn(2, 7)
+    expected = capsops.dynamic_routing(u, layer.weight, bias=layer.bias, input_weight=w)
+    assert torch.equal(layer(u, input_weight=w), expected)
+    couplings = layer.coupling_coefficients(u, input_weight=w)
+    assert not torch.equal(couplings, layer.coupling_coefficients(u))
 
 
 @pytest.mark.parametrize("kind", SQUASHES[1:])
