@@ -228,18 +228,6 @@ def test_flops() -> None:
     assert mode.get_total_flops() == (2 * 3 + 9) * contraction
 
 
-def test_backends_of_gpus_have_no_kernel() -> None:
-    """They say so, and the reference runs."""
-    votes = torch.randn(2, 7, 3, 5)
-    with (
-        capsops.use_backend("triton"),
-        pytest.raises(capsops.BackendError, match="no kernel for dynamic_routing_of_votes"),
-    ):
-        capsops.dynamic_routing(votes, None)
-    state = capsops.info().backends["triton"]
-    assert not state.startswith("yes") or "votes in place of capsules" in state
-
-
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(
     ("call", "message"),

@@ -13,15 +13,33 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import capsops
-from capsops.backends import COMPILED, triton
+from capsops.backends import COMPILED, reference, triton
 
-from .routings import OPERATORS, ROUTINGS, SHAPES, Routing, device_of, each, relative_error, run
+from .routings import (
+    DYNAMIC_INPUTS,
+    DYNAMIC_LOGITS,
+    LOGITS,
+    OPERATORS,
+    ROUTINGS,
+    SHAPES,
+    STEP,
+    STEP_INPUTS,
+    Arguments,
+    Routing,
+    device_of,
+    each,
+    relative_error,
+    run,
+)
 
 GPU = torch.cuda.is_available()
 BACKENDS = [
@@ -31,7 +49,19 @@ BACKENDS = [
 SMALL = [(1, 1, 1, 1, 1), (2, 5, 3, 3, 5), (3, 7, 2, 2, 4), (5, 3, 2, 9, 1)]
 
 # The interpreter is slow, so only these run all tests; the others differ in options, which one shape tests.
-FEW = ("attention", "dynamic3", "dynamic2-leaky-bias", "step", "self-attention-prior", "em3", "votes")
+FEW = (
+    "attention",
+    "dynamic3",
+    "dynamic2-leaky-bias",
+    "step",
+    "step-logits-inputs",
+    "self-attention-prior",
+    "em3",
+    "votes",
+)
+
+# These have a test of their own, which without a GPU is the only one for all but one of them.
+WITH_LOGITS = [DYNAMIC_LOGITS, DYNAMIC_INPUTS, LOGITS, STEP_INPUTS]
 
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
 by_some = pytest.mark.parametrize("routing", [r for r in OPERATORS if GPU or r.name in FEW], ids=lambda r: r.name)
@@ -79,7 +109,12 @@ def _agrees(
     ("routing", "shape"),
     [(r, shape) for r in OPERATORS for shape in SHAPES]
     if GPU
-    else [(r, shape) for r in OPERATORS for shape in SMALL if r.name in FEW or shape == SMALL[1]],
+    else [
+        (r, shape)
+        for r in OPERATORS
+        for shape in SMALL
+        if r.name in FEW or (shape == SMALL[1] and r not in WITH_LOGITS)
+    ],
     ids=lambda x: getattr(x, "name", str(x)),
 )
 @by_sharing
@@ -102,16 +137,110 @@ def test_mask(backend: str, routing: Routing, shared: bool) -> None:
     arguments = routing.arguments(shape, shared=shared)
     mask = torch.rand(shape[:2], generator=torch.Generator().manual_seed(5)) < 0.6
     mask[2] = False
-    for name in {routing.capsules, "activation"} & set(arguments):
+    for name in {routing.capsules, "activation", "logits"} & set(arguments):
         arguments[name][~mask] = float("nan")  # masked values may be anything
     exact = run(routing, arguments, torch.float64, "reference", mask=mask)
     naive = run(routing, arguments, torch.float32, "reference", mask=mask)
     got = run(routing, arguments, torch.float32, backend, mask=mask)
     _agrees(backend, routing, got, naive, exact)
     gradients = dict(zip(arguments, got[routing.outputs :], strict=True))
-    for name in {routing.capsules, "activation"} & set(arguments):
+    for name in {routing.capsules, "activation", "logits"} & set(arguments):
         assert (gradients[name][~mask] == 0).all(), "no gradient where there is no capsule"
         assert (gradients[name][mask] != 0).any()
+
+
+by_logits = pytest.mark.parametrize("routing", WITH_LOGITS, ids=lambda r: r.name)
+
+
+@by_backend
+@by_logits
+def test_logits_and_weights_of_input_capsules(backend: str, routing: Routing) -> None:
+    """−∞ removes pairs: also all of an input capsule, and all of an output capsule of an item."""
+    _needs_kernel(backend, routing)
+    shape = B, N, *_ = (2, 5, 1, 3, 2)
+    generator = torch.Generator().manual_seed(7)
+    arguments = routing.arguments(shape)
+    logits = arguments["logits"]
+    logits[torch.rand(logits.shape, generator=generator) < 0.3] = -torch.inf
+    logits[0, 2], logits[1, :, 1] = -torch.inf, -torch.inf
+    arguments["input_weight"] = torch.randn(B, N, generator=generator, dtype=torch.float64)
+    exact = run(routing, arguments, torch.float64, "reference")
+    got = run(routing, arguments, torch.float64, backend)
+    for x, y in zip(got, exact, strict=True):
+        assert relative_error(x, y) < 1e-12
+    assert (dict(zip(arguments, got[1:], strict=True))["logits"][logits == -torch.inf] == 0).all()
+    # The weights without logits, and logits that all items share, which have no gradient with detach.
+    weights = {n: x for n, x in arguments.items() if n != "logits"}
+    options: dict[str, Any] = {"detach": True, "iterations": 2} if "dynamic" in routing.name else {}
+    options["axis"] = "input" if routing.over_inputs else "output"
+    function = capsops.dynamic_routing if "dynamic" in routing.name else capsops.routing_step
+    call = replace(routing, call=partial(function, **options))
+    for fixed in ({}, {"logits": logits[0].clone()}):
+        exact = run(call, weights, torch.float64, "reference", **fixed)
+        for x, y in zip(run(call, weights, torch.float64, backend, **fixed), exact, strict=True):
+            assert relative_error(x, y) < 1e-12
+
+
+@by_backend
+@by_logits
+def test_infinite_logits_are_seen(backend: str, routing: Routing) -> None:
+    """+∞ and NaN make their batch item NaN, or with the softmax over the input capsules their output capsule."""
+    _needs_kernel(backend, routing)
+    for value in (float("inf"), float("nan")):
+        arguments = {n: x.to(device_of(backend)) for n, x in routing.arguments((2, 5, 1, 3, 2)).items()}
+        arguments["logits"][1, 3, 1] = value
+        with capsops.use_backend(backend):
+            v = routing.call(**arguments)
+        finite = torch.ones(2, 3, dtype=torch.bool)
+        finite[1, 1 if routing.over_inputs else slice(None)] = False
+        assert torch.equal(v.isfinite().all(dim=2).cpu(), finite)
+        assert v[~finite].isnan().all()
+
+
+def _given(routing: Routing, shape: tuple[int, ...]) -> tuple[Routing, Arguments]:
+    """The routing with its votes in place of u and a weight."""
+    arguments = routing.arguments(shape)
+    arguments[routing.capsules] = reference.affine_votes(arguments[routing.capsules], arguments.pop("weight"))
+    return replace(routing, call=partial(routing.call, weight=None)), arguments
+
+
+@pytest.mark.parametrize(
+    "routing",
+    [r for r in ROUTINGS if GPU or r.name in {*FEW, "em2-rows4-renormalise"} - {"dynamic3", "em3"}],
+    ids=lambda r: r.name,
+)
+def test_triton_takes_votes(routing: Routing) -> None:
+    """Votes that something else made, with a mask."""
+    if "triton" not in BACKENDS:
+        pytest.skip("Triton does not run here")
+    given, arguments = _given(routing, (2, 5, 1, 3, 2))
+    mask = torch.rand(2, 5, generator=torch.Generator().manual_seed(5)) < 0.7
+    arguments[routing.capsules][~mask] = float("nan")
+    exact = run(given, arguments, torch.float64, "reference", mask=mask)
+    for got, expected in zip(run(given, arguments, torch.float64, "triton", mask=mask), exact, strict=True):
+        assert relative_error(got, expected) < (1e-10 if routing.em else 1e-12)
+
+
+@pytest.mark.parametrize("routing", [DYNAMIC_LOGITS, STEP, STEP_INPUTS], ids=lambda r: r.name)
+def test_triton_takes_one_vote_for_all_output_capsules(routing: Routing) -> None:
+    if "triton" not in BACKENDS:
+        pytest.skip("Triton does not run here")
+    given, arguments = _given(routing, (2, 5, 1, 3, 2))
+    arguments["u"] = arguments["u"][:, :, :1]
+    exact = run(given, arguments, torch.float64, "reference")
+    for got, expected in zip(run(given, arguments, torch.float64, "triton"), exact, strict=True):
+        assert relative_error(got, expected) < 1e-12
+
+
+def test_triton_takes_one_matrix() -> None:
+    """A weight [K, D], which is a loop of steps."""
+    if "triton" not in BACKENDS:
+        pytest.skip("Triton does not run here")
+    call = partial(capsops.dynamic_routing, weight=torch.randn(3, 4), iterations=2, logits=torch.randn(5, 3))
+    u = torch.randn(2, 5, 3)
+    with capsops.use_backend("triton"):
+        v = call(u)
+    torch.testing.assert_close(v, call(u))
 
 
 @by_backend
@@ -258,8 +387,8 @@ def test_attention_to_many_output_capsules(shared: bool, monkeypatch: pytest.Mon
         pytest.skip("Triton does not run here")
     monkeypatch.setattr(triton, "_MOST_MIXED", 4)
     monkeypatch.setattr(triton.wide_attention, "_TILE_BYTES", 1000)
-    for routing in OPERATORS[:2]:
-        arguments = routing.arguments((2, 7, 3, 5, 4), shared=shared)
+    given = _given(OPERATORS[0], (2, 7, 3, 5, 4))
+    for routing, arguments in (given, *[(r, r.arguments((2, 7, 3, 5, 4), shared=shared)) for r in OPERATORS[:2]]):
         mask = torch.rand(2, 7, generator=torch.Generator().manual_seed(5)) < 0.6
         arguments["u"][~mask] = float("nan")
         exact = run(routing, arguments, torch.float64, "reference", mask=mask)
@@ -331,6 +460,10 @@ def test_memory_of_triton(
     else:
         u, s, total, bias = zeros(B, N, K), zeros(R, B, J, D), zeros(B, J, D), zeros(J, D)
         floats, params = D, J * J * (J > triton._MOST_MIXED)
+        logits, input_weight, log_sums = zeros(B, N, J), zeros(B, N), zeros(R, B, J)
+        pairs = logits, input_weight
+        routed, gradients = (u, weight, *pairs, bias, None, R), (u, weight, *pairs, bias)
+        stepped, step_gradients = (u, weight, total, *pairs, None), (u, weight, total, *pairs)
         dynamic = (v, s, u, weight, bias, None, R, no)
         attention = (u, weight, mix, small, None, "sabour")
         own, kind = (u, weight, prior, None, 1.0), "sabour"
@@ -340,6 +473,10 @@ def test_memory_of_triton(
             lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, True, kind),
             lambda: triton.routing_step(v, u, weight, total, None),
             lambda: triton.routing_step_backward(u, weight, total, v, u, weight, total, None),
+            lambda: triton.dynamic_routing_over_inputs(v, s, log_sums, *routed, no, kind),
+            lambda: triton.dynamic_routing_over_inputs_backward(*gradients, v, s, log_sums, *routed, no, kind),
+            lambda: triton.routing_step_over_inputs(v, total, log_sums[0], *stepped),
+            lambda: triton.routing_step_over_inputs_backward(*step_gradients, v, total, log_sums[0], *stepped),
             lambda: triton.attention_routing(v, total, *attention),
             lambda: triton.attention_routing_backward(u, weight, mix, small, v, total, *attention),
             lambda: triton.self_attention_routing(v, total, total, *own),

@@ -29,7 +29,7 @@ from capsops.backends import triton as backend
 from .routings import OPERATORS, run
 
 # These use every kernel; the other routings differ from them in options.
-FEW = ("attention", "dynamic3", "self-attention-prior", "em3", "votes")
+FEW = ("attention", "dynamic3", "self-attention-prior", "em3", "votes", "step-logits-inputs")
 
 
 class Absent(DriverBase):
@@ -116,6 +116,10 @@ def main() -> int:
             features = torch.randn(2, 16, 5, 5, dtype=dtype, requires_grad=True)
             capsops.primary_capsules(features, 4).sum().backward()
             capsops.squash(torch.randn(3, 5, dtype=dtype), kind="efficient")
+            # Votes that are given, the same for all output capsules, with initial logits.
+            B, N, K, J, _ = shape
+            u, logits = (torch.randn(B, N, size, dtype=dtype, requires_grad=True) for size in (K, J))
+            capsops.routing_step(u.unsqueeze(2), None, torch.zeros(B, J, K, dtype=dtype), logits).sum().backward()
     for name, seconds in compiled.items():
         stack, registers = used[name]
         print(

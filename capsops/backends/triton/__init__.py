@@ -7,7 +7,8 @@ A function for each operator, with the argument names of its schema, fills the o
 that is not wanted is None. Between the passes over the votes plain PyTorch does the rest, on [B, J, D] numbers.
 
 Besides its operands and results an operator allocates at most 32 MB and 24 tensors [B, J, D] of the accumulation dtype,
-for any number of input capsules and of iterations; for EM routing these tensors are [B, J, 2 P·D + 1]. For more than
+for any number of input capsules and of iterations; for EM routing these tensors are [B, J, 2 P·D + 1], with couplings
+over the input capsules [B, J, D + 2]. For more than
 `_MOST_MIXED` output capsules attention routing also allocates sums of the size of its parameters and a shared matrix.
 """
 
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +29,7 @@ from ...dtypes import FLOATING, accumulation_dtype
 from .. import reference
 from .._compiling import constant_when_compiled
 from .._feature_maps import Grid
+from ..cpu import OF_VOTES
 from . import wide_attention
 from .gaussians import Gaussians, e_step_backward, m_step, m_step_backward
 
@@ -77,7 +79,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 @constant_when_compiled
 def _has(op: str) -> bool:
     """Whether this module has the functions of an operator and of its gradient."""
-    forward = op.removesuffix("_backward")
+    forward = op.replace(OF_VOTES, "").removesuffix("_backward")
     return forward in globals() and f"{forward}_backward" in globals()
 
 
@@ -112,8 +114,10 @@ def _wide(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.to(accumulation_dtype(x.dtype)).contiguous()
 
 
-def _matrices(weight: Tensor, gradient: bool) -> Tensor:
+def _matrices(weight: Tensor | None, gradient: bool) -> Tensor | None:
     """W, contiguous; [K, J, D] if it was expanded along N and has no gradient of the expanded shape."""
+    if weight is None:
+        return None
     expanded = weight.dim() == 4 and weight.shape[0] > 1 and weight.stride(0) == 0
     return (weight[0] if expanded and not gradient else weight).contiguous()
 
@@ -131,18 +135,35 @@ def _language(dtype: torch.dtype) -> Any:
 class _Stream:
     """Capsules, and how a pass over them is split into tiles and programs."""
 
-    u: Tensor  # [B, N, P, K]
-    weight: Tensor  # [N, K, J, D] or [K, J, D]
+    u: Tensor  # [B, N, (P,) K]; without weight the votes, [B, N, J, (P,) D], or [B, N, 1, D] for all output capsules
+    weight: Tensor | None  # [N, K, J, D] or [K, J, D]
     mask: Tensor | None  # uint8 [B, N]
+    sizes: tuple[int, int, int, int, int, int]  # B, N, P, K, J, D
     tile: dict[str, int]  # NB, BB and the padded sizes JP, PP and DP
     warps: int
 
     @staticmethod
-    def of(u: Tensor, weight: Tensor, mask: Tensor | None = None, gradient: bool = False) -> _Stream:
-        """gradient: whether the gradient of W is wanted."""
-        B, N = u.shape[:2]
-        K, J, D = weight.shape[-3:]
-        P = u.shape[2] if u.dim() == 4 else 1
+    def of(
+        u: Tensor,
+        weight: Tensor | None,
+        mask: Tensor | None = None,
+        gradient: bool = False,
+        outputs: int | None = None,
+    ) -> _Stream:
+        """See the attributes.
+
+        Args:
+            gradient: whether the gradient of W is wanted.
+            outputs: J, which votes [B, N, 1, D] do not tell; by default that of W or of the votes.
+        """
+        B, N, *capsule = u.shape
+        if weight is None:
+            K, J, D = 1, outputs or capsule[0], capsule[-1]
+            rows = capsule[1:-1]
+        else:
+            K, J, D = weight.shape[-3:]
+            rows = capsule[:-1]
+        P = rows[0] if rows else 1
         JP, PP, DP = _padded(J), _padded(P), _padded(D)
         row = JP * PP * DP
         if row > _MOST_NUMBERS:
@@ -154,9 +175,10 @@ class _Stream:
         NB = min(_padded(N), max(_TILE // (row * BB), 1))
         warps = min(max(row * BB * NB // _TILE, 1) * _WARPS, 16)
         return _Stream(
-            u.reshape(B, N, P, K).contiguous(),
+            u.contiguous(),
             _matrices(weight, gradient),
             None if mask is None else mask.contiguous().view(torch.uint8),
+            (B, N, P, K, J, D),
             {"NB": NB, "BB": BB, "JP": JP, "PP": PP, "DP": DP},
             warps,
         )
@@ -167,12 +189,12 @@ class _Stream:
 
     @property
     def shared(self) -> bool:
-        return self.weight.dim() == 3
+        return self.weight is not None and self.weight.dim() == 3
 
     @property
-    def sizes(self) -> tuple[int, int, int, int, int, int]:
-        """B, N, P, K, J, D."""
-        return (*self.u.shape, *self.weight.shape[-2:])  # type: ignore[return-value]
+    def one_vote(self) -> bool:
+        """Whether the votes that are given are the same for all of several output capsules."""
+        return self.weight is None and self.u.shape[2] != self.sizes[4]
 
     @property
     def batch_tiles(self) -> int:
@@ -192,7 +214,13 @@ class _Stream:
     def constants(self) -> dict[str, Any]:
         _, _, P, K, J, D = self.sizes
         sizes = {"K": K, "J": J, "D": D, "P": P, **self.tile}
-        return {**sizes, "shared": self.shared, "A": _language(self.u.dtype), "num_warps": self.warps}
+        return {
+            **sizes,
+            "shared": self.shared,
+            "one_vote": self.one_vote,
+            "A": _language(self.u.dtype),
+            "num_warps": self.warps,
+        }
 
     def reduce(
         self,
@@ -203,23 +231,63 @@ class _Stream:
         attn_weight: Tensor | None = None,
         attn_bias: Tensor | None = None,
         prior: Tensor | None = None,
-        activation: Tensor | None = None,
+        logits: Tensor | None = None,
+        input_weight: Tensor | None = None,
         leaky: bool = False,
     ) -> Tensor:
         """Σ_i c_i û_i [B, J, D]; for EM routing Σ_i w (x, x², 1) [B, J, 2 P·D + 1]."""
+        partial = self._partial(
+            routing, states, scalars=scalars, attn_weight=attn_weight, attn_bias=attn_bias, prior=prior, logits=logits,
+            input_weight=input_weight, leaky=leaky,
+        )  # fmt: skip
+        return partial[0] if len(partial) == 1 else _summed(partial).to(self.wide)
+
+    def over_inputs(self, state: Tensor, **pairs: Any) -> tuple[Tensor, Tensor]:
+        """Σ_i w_i c_ij û_ij [B, J, D] and log Σ_i exp(b_ij) [B, J], with b = û · state + logits and c = softmax_i(b).
+
+        Both are 0 where an output capsule has no pairs. pairs: logits and input_weight.
+        """
+        partial = self._partial("over_inputs", [state], **pairs)
+        if not len(partial):
+            return torch.zeros_like(state), torch.zeros_like(state[..., 0])
+        # Every program has subtracted a maximum of its own, −∞ where it had no pairs.
+        largest = partial[..., -1].amax(dim=0).clamp(min=torch.finfo(self.wide).min)
+        partial[..., :-1] *= (partial[..., -1] - largest).exp_()[..., None]
+        sums = partial[0] if len(partial) == 1 else _summed(partial).to(self.wide)
+        mass = sums[..., -2]
+        none = mass == 0
+        log_sums = torch.where(none, 0, largest + mass.log())
+        return torch.where(none[..., None], 0, sums[..., :-2] / mass[..., None]), log_sums
+
+    def _partial(
+        self,
+        routing: str,
+        states: Sequence[Tensor] | Tensor,
+        *,
+        scalars: Sequence[Tensor] | Tensor = (),
+        attn_weight: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        prior: Tensor | None = None,
+        logits: Tensor | None = None,
+        input_weight: Tensor | None = None,
+        leaky: bool = False,
+    ) -> Tensor:
+        """What each program adds up, [programs, B, J, row]; see `reduce_kernel`."""
         from .stream import reduce_kernel
 
         B, N, P, _, J, D = self.sizes
-        row = 2 * P * D + 1 if routing.startswith("em") else P * D
+        row = 2 * P * D + 1 if routing.startswith("em") else P * D + 2 * (routing == "over_inputs")
         most = min(_PROGRAMS // max(self.batch_tiles, 1), self.fitting(B * J * row))
         run, runs = self.runs(max(most, 1))
         partial = self.u.new_empty(runs, B, J, row, dtype=self.wide)
         if partial.numel():
+            logits = _same_for_all_items(logits)
             reduce_kernel[(runs * self.batch_tiles,)](
                 self.u, self.weight, self.mask, _stacked(states), _stacked(scalars), attn_weight, attn_bias, prior,
-                activation, partial, B, N, run, **self.constants(), routing=routing, leaky=leaky,
+                logits, _contiguous(input_weight), partial, B, N, run, **self.constants(),
+                same_logits=logits is not None and logits.dim() == 2, routing=routing, leaky=leaky,
             )  # fmt: skip
-        return partial[0] if runs == 1 else _summed(partial).to(self.wide)
+        return partial
 
     def emit(
         self,
@@ -233,18 +301,20 @@ class _Stream:
         attn_weight: Tensor | None = None,
         attn_bias: Tensor | None = None,
         prior: Tensor | None = None,
-        activation: Tensor | None = None,
+        logits: Tensor | None = None,
+        input_weight: Tensor | None = None,
         g_votes: Tensor | None = None,
         g_attn_weight: Tensor | None = None,
         g_attn_bias: Tensor | None = None,
         g_prior: Tensor | None = None,
-        g_activation: Tensor | None = None,
+        g_logits: Tensor | None = None,
+        g_input_weight: Tensor | None = None,
         leaky: bool = False,
         detach: bool = False,
         has_addend: bool = False,
         more: bool = False,
     ) -> None:
-        """Fill the gradients that are not None; more: add to the gradients of u, W and the activation instead."""
+        """Fill the gradients that are not None; more: add to those of u, W, logits and input_weight instead."""
         from .stream import emit_kernel
 
         B, N, _, K, J, D = self.sizes
@@ -263,11 +333,13 @@ class _Stream:
         own_weight = partial(g_attn_weight is not None, J, J)
         own_bias = partial(g_attn_bias is not None, J)
         if programs:
+            logits = _same_for_all_items(logits)
             emit_kernel[(programs,)](
                 self.u, self.weight, self.mask, _stacked(states), _stacked(scalars), attn_weight, attn_bias, prior,
-                activation, g_votes, g_u, g_weight, sums, own_weight, own_bias, g_prior, g_activation, B, N, run,
-                iterations, **self.constants(), routing=routing, leaky=leaky, detach=detach, has_addend=has_addend,
-                more=more,
+                logits, _contiguous(input_weight), g_votes, g_u, g_weight, sums, own_weight, own_bias, g_prior,
+                g_logits, g_input_weight, B, N, run, iterations, **self.constants(),
+                same_logits=logits is not None and logits.dim() == 2, routing=routing, leaky=leaky, detach=detach,
+                has_addend=has_addend, more=more,
             )  # fmt: skip
         elif g_weight is not None and not more:
             g_weight.zero_()
@@ -279,6 +351,16 @@ class _Stream:
         if g_weight is not None and self.shared and sums is not None and programs:
             total = _summed(sums)[0]
             g_weight.copy_(total.add_(g_weight) if more else total)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
+def _same_for_all_items(logits: Tensor | None) -> Tensor | None:
+    """Logits [B, N, J], contiguous; [N, J] if they were expanded along B."""
+    expanded = logits is not None and logits.shape[0] > 1 and logits.stride(0) == 0
+    return _contiguous(logits[0] if expanded and logits is not None else logits)
 
 
 def _stacked(x: Sequence[Tensor] | Tensor) -> Tensor | None:
@@ -397,6 +479,7 @@ def affine_votes(votes: Tensor, u: Tensor, weight: Tensor) -> None:
     N, K = u.shape[1:]
     JD, size = weight.shape[-2] * weight.shape[-1], votes.numel()
     matrices = _matrices(weight, gradient=False)
+    assert matrices is not None
     stride = K * JD if matrices.dim() == 4 else 0
     if size:
         with _on(u):
@@ -420,7 +503,7 @@ def attention_routing(
     v: Tensor,
     s: Tensor,
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     attn_weight: Tensor,
     attn_bias: Tensor | None,
     mask: Tensor | None,
@@ -445,7 +528,7 @@ def attention_routing_backward(
     g_v: Tensor,
     s: Tensor,
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     attn_weight: Tensor,
     attn_bias: Tensor | None,
     mask: Tensor | None,
@@ -464,11 +547,97 @@ def attention_routing_backward(
         )  # fmt: skip
 
 
+def _route(v: Tensor, s: Tensor, bias: Tensor | None, kind: str, weighted_sum: Callable[[int, Tensor], Tensor]) -> None:
+    """The iterations of routing by agreement.
+
+    Args:
+        weighted_sum: of iteration t, from V, the sum of the output capsules of the iterations before: Σ_i c_i û_i.
+    """
+    total = torch.zeros_like(s[0])
+    for t in range(len(s)):
+        own = weighted_sum(t, total)
+        s[t].copy_(own if bias is None else own + bias)
+        out = _squashed(s[t], kind)
+        total = total + out
+    v.copy_(out)
+
+
+def _route_backward(
+    stream: _Stream,
+    g_u: Tensor | None,
+    g_weight: Tensor | None,
+    g_bias: Tensor | None,
+    g_v: Tensor,
+    s: Tensor,
+    detach: bool,
+    kind: str,
+    *,
+    leaky: bool = False,
+    log_sums: Tensor | None = None,
+    bias: Tensor | None = None,
+    g_logits: Tensor | None = None,
+    g_input_weight: Tensor | None = None,
+    **pairs: Any,
+) -> None:
+    """The gradient of all iterations.
+
+    Args:
+        log_sums: [iterations, B, J], if the couplings are over the input capsules; then the bias matters.
+        pairs: logits and input_weight.
+    """
+    iterations = len(s)
+    to_v, to_bias = g_v.to(s.dtype), s.new_zeros(s.shape[2:], dtype=torch.float64)
+    g_total = torch.zeros_like(s[0])
+    last = iterations - 1
+    emits = g_u is not None or g_weight is not None or g_input_weight is not None
+    if g_logits is not None and detach:
+        g_logits.zero_()
+        g_logits = None
+    each = 2 * s[0].nbytes + (0 if log_sums is None else 2 * log_sums[0].nbytes)
+    for begin, end in [(last, iterations)] if detach else _groups(iterations, each):
+        # For each of these iterations x, the sum of v before it, and the gradient of s.
+        states = s.new_empty(2, end - begin, *s.shape[1:])
+        x, g = states
+        scalars = None if log_sums is None else s.new_empty(2, end - begin, *s.shape[1:-1])
+        total = torch.zeros_like(s[0])
+        for t in range(end):
+            if t >= begin:
+                x[t - begin] = total
+            if t < last:
+                total = total + _squashed(s[t], kind)
+        for t in range(end - 1, begin - 1, -1):
+            own = g[t - begin]
+            own.copy_(_gradient_of_s(to_v if t == last else g_total, s[t], kind))
+            if g_bias is not None:
+                to_bias += own.sum(dim=0, dtype=torch.float64)
+            if scalars is not None and log_sums is not None:
+                scalars[0, t - begin] = log_sums[t]
+                scalars[1, t - begin] = _mean(s[t] if bias is None else s[t] - bias, own)
+            if t > 0 and not detach:
+                own_scalars = () if scalars is None else scalars[:, t - begin].contiguous()
+                g_total = g_total + stream.reduce(
+                    "adjoint", [x[t - begin], own], scalars=own_scalars, leaky=leaky, **pairs
+                )
+        if emits or g_logits is not None:
+            stream.emit(
+                "agreement", g_u, g_weight, states.flatten(0, 1), iterations=end - begin, leaky=leaky, detach=detach,
+                more=end < iterations, scalars=() if scalars is None else scalars.flatten(0, 1), g_logits=g_logits,
+                g_input_weight=g_input_weight, **pairs,
+            )  # fmt: skip
+    if g_bias is not None:
+        g_bias.copy_(to_bias)
+
+
+def _mean(s: Tensor, g_s: Tensor) -> Tensor:
+    """Σ_i c_ij e_ij [B, J] with e_ij = w_i û_ij · g_s,j: it is s · g_s, with s = Σ_i w_i c_ij û_ij."""
+    return (s * g_s).sum(dim=-1)
+
+
 def dynamic_routing(
     v: Tensor,
     s: Tensor,
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     iterations: int,
@@ -478,14 +647,12 @@ def dynamic_routing(
 ) -> None:
     with _on(u):
         stream = _Stream.of(u, weight, mask)
-        J = weight.shape[-2]
-        total = torch.zeros_like(s[0])  # V, the sum of the output capsules of all iterations so far
-        for t in range(iterations):
-            own = stream.reduce("agreement", [total], leaky=leaky) if t else stream.reduce("sum") / (J + leaky)
-            s[t].copy_(own if bias is None else own + bias)
-            out = _squashed(s[t], kind)
-            total = total + out
-        v.copy_(out)
+        J = s.shape[-2]
+
+        def weighted_sum(t: int, V: Tensor) -> Tensor:
+            return stream.reduce("agreement", [V], leaky=leaky) if t else stream.reduce("sum") / (J + leaky)
+
+        _route(v, s, bias, kind, weighted_sum)
 
 
 def dynamic_routing_backward(
@@ -495,7 +662,7 @@ def dynamic_routing_backward(
     g_v: Tensor,
     s: Tensor,
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     bias: Tensor | None,
     mask: Tensor | None,
     iterations: int,
@@ -505,41 +672,134 @@ def dynamic_routing_backward(
 ) -> None:
     with _on(u):
         stream = _Stream.of(u, weight, mask, g_weight is not None)
-        to_v, to_bias = g_v.to(s.dtype), s.new_zeros(s.shape[2:], dtype=torch.float64)
-        g_total = torch.zeros_like(s[0])
-        last = iterations - 1
-        groups = [(last, iterations)] if detach else _groups(iterations, 2 * s[0].nbytes)
-        for begin, end in groups:
-            # For each of these iterations x, the sum of v before it, and the gradient of s.
-            states = s.new_empty(2, end - begin, *s.shape[1:])
-            x, g = states
-            total = torch.zeros_like(s[0])
-            for t in range(end):
-                if t >= begin:
-                    x[t - begin] = total
-                if t < last:
-                    total = total + _squashed(s[t], kind)
-            for t in range(end - 1, begin - 1, -1):
-                own = g[t - begin]
-                own.copy_(_gradient_of_s(to_v if t == last else g_total, s[t], kind))
-                if g_bias is not None:
-                    to_bias += own.sum(dim=0, dtype=torch.float64)
-                if t > 0 and not detach:
-                    g_total = g_total + stream.reduce("adjoint", [x[t - begin], own], leaky=leaky)
-            if g_u is not None or g_weight is not None:
-                stream.emit(
-                    "agreement", g_u, g_weight, states.flatten(0, 1), iterations=end - begin, leaky=leaky,
-                    detach=detach, more=end < iterations,
-                )  # fmt: skip
-        if g_bias is not None:
-            g_bias.copy_(to_bias)
+        _route_backward(stream, g_u, g_weight, g_bias, g_v, s, detach, kind, leaky=leaky)
 
 
-def routing_step(s: Tensor, u: Tensor, weight: Tensor, state: Tensor, mask: Tensor | None) -> None:
-    V = _wide(state)
-    assert V is not None
+def dynamic_routing_with_logits(
+    v: Tensor,
+    s: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    logits: Tensor | None,
+    input_weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    kind: str,
+) -> None:
     with _on(u):
-        s.copy_(_Stream.of(u, weight, mask).reduce("agreement", [V]))
+        stream = _Stream.of(u, weight, mask, outputs=s.shape[-2])
+
+        def weighted_sum(t: int, V: Tensor) -> Tensor:
+            return stream.reduce("agreement", [V], logits=logits, input_weight=input_weight, leaky=leaky)
+
+        _route(v, s, bias, kind, weighted_sum)
+
+
+def dynamic_routing_with_logits_backward(
+    g_u: Tensor | None,
+    g_weight: Tensor | None,
+    g_logits: Tensor | None,
+    g_input_weight: Tensor | None,
+    g_bias: Tensor | None,
+    g_v: Tensor,
+    s: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    logits: Tensor | None,
+    input_weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    leaky: bool,
+    detach: bool,
+    kind: str,
+) -> None:
+    with _on(u):
+        stream = _Stream.of(u, weight, mask, g_weight is not None, s.shape[-2])
+        _route_backward(
+            stream, g_u, g_weight, g_bias, g_v, s, detach, kind, leaky=leaky, g_logits=g_logits,
+            g_input_weight=g_input_weight, logits=logits, input_weight=input_weight,
+        )  # fmt: skip
+
+
+def dynamic_routing_over_inputs(
+    v: Tensor,
+    s: Tensor,
+    log_sums: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    logits: Tensor | None,
+    input_weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    detach: bool,
+    kind: str,
+) -> None:
+    with _on(u):
+        stream = _Stream.of(u, weight, mask, outputs=s.shape[-2])
+
+        def weighted_sum(t: int, V: Tensor) -> Tensor:
+            own, log_sums[t] = stream.over_inputs(V, logits=logits, input_weight=input_weight)
+            return own
+
+        _route(v, s, bias, kind, weighted_sum)
+
+
+def dynamic_routing_over_inputs_backward(
+    g_u: Tensor | None,
+    g_weight: Tensor | None,
+    g_logits: Tensor | None,
+    g_input_weight: Tensor | None,
+    g_bias: Tensor | None,
+    g_v: Tensor,
+    s: Tensor,
+    log_sums: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    logits: Tensor | None,
+    input_weight: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    iterations: int,
+    detach: bool,
+    kind: str,
+) -> None:
+    with _on(u):
+        stream = _Stream.of(u, weight, mask, g_weight is not None, s.shape[-2])
+        _route_backward(
+            stream, g_u, g_weight, g_bias, g_v, s, detach, kind, log_sums=log_sums, bias=_wide(bias), g_logits=g_logits,
+            g_input_weight=g_input_weight, logits=logits, input_weight=input_weight,
+        )  # fmt: skip
+
+
+def _step_backward(
+    stream: _Stream,
+    g_u: Tensor | None,
+    g_weight: Tensor | None,
+    g_state: Tensor | None,
+    V: Tensor,
+    g: Tensor,
+    scalars: Sequence[Tensor] = (),
+    g_logits: Tensor | None = None,
+    g_input_weight: Tensor | None = None,
+    **pairs: Any,
+) -> None:
+    """The gradient of one iteration; V and g, the gradient of s, in the accumulation dtype; pairs as above."""
+    if g_state is not None:
+        g_state.copy_(stream.reduce("adjoint", [V, g], scalars=scalars, **pairs))
+    if not (g_u is None and g_weight is None and g_logits is None and g_input_weight is None):
+        stream.emit(
+            "agreement", g_u, g_weight, [V, g], scalars=scalars, g_logits=g_logits, g_input_weight=g_input_weight,
+            **pairs,
+        )  # fmt: skip
+
+
+def routing_step(s: Tensor, u: Tensor, weight: Tensor | None, state: Tensor, mask: Tensor | None) -> None:
+    routing_step_with_logits(s, u, weight, state, None, None, mask)
 
 
 def routing_step_backward(
@@ -548,19 +808,99 @@ def routing_step_backward(
     g_state: Tensor | None,
     g_s: Tensor,
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     state: Tensor,
+    mask: Tensor | None,
+) -> None:
+    routing_step_with_logits_backward(g_u, g_weight, g_state, None, None, g_s, u, weight, state, None, None, mask)
+
+
+def routing_step_with_logits(
+    s: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    state: Tensor,
+    logits: Tensor | None,
+    input_weight: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    V = _wide(state)
+    assert V is not None
+    with _on(u):
+        stream = _Stream.of(u, weight, mask, outputs=V.shape[-2])
+        s.copy_(stream.reduce("agreement", [V], logits=logits, input_weight=input_weight))
+
+
+def routing_step_with_logits_backward(
+    g_u: Tensor | None,
+    g_weight: Tensor | None,
+    g_state: Tensor | None,
+    g_logits: Tensor | None,
+    g_input_weight: Tensor | None,
+    g_s: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    state: Tensor,
+    logits: Tensor | None,
+    input_weight: Tensor | None,
     mask: Tensor | None,
 ) -> None:
     V, g = _wide(state), _wide(g_s)
     assert V is not None
     assert g is not None
     with _on(u):
-        stream = _Stream.of(u, weight, mask, g_weight is not None)
-        if g_state is not None:
-            g_state.copy_(stream.reduce("adjoint", [V, g]))
-        if g_u is not None or g_weight is not None:
-            stream.emit("agreement", g_u, g_weight, [V, g])
+        stream = _Stream.of(u, weight, mask, g_weight is not None, V.shape[-2])
+        _step_backward(
+            stream, g_u, g_weight, g_state, V, g, g_logits=g_logits, g_input_weight=g_input_weight, logits=logits,
+            input_weight=input_weight,
+        )  # fmt: skip
+
+
+def routing_step_over_inputs(
+    s: Tensor,
+    total: Tensor,
+    log_sums: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    state: Tensor,
+    logits: Tensor | None,
+    input_weight: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    V = _wide(state)
+    assert V is not None
+    with _on(u):
+        stream = _Stream.of(u, weight, mask, outputs=V.shape[-2])
+        own, logs = stream.over_inputs(V, logits=logits, input_weight=input_weight)
+        for out, value in ((s, own), (total, own), (log_sums, logs)):
+            out.copy_(value)
+
+
+def routing_step_over_inputs_backward(
+    g_u: Tensor | None,
+    g_weight: Tensor | None,
+    g_state: Tensor | None,
+    g_logits: Tensor | None,
+    g_input_weight: Tensor | None,
+    g_s: Tensor,
+    total: Tensor,
+    log_sums: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    state: Tensor,
+    logits: Tensor | None,
+    input_weight: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    V, g = _wide(state), _wide(g_s)
+    assert V is not None
+    assert g is not None
+    with _on(u):
+        stream = _Stream.of(u, weight, mask, g_weight is not None, V.shape[-2])
+        _step_backward(
+            stream, g_u, g_weight, g_state, V, g, [log_sums, _mean(total, g)], g_logits, g_input_weight, logits=logits,
+            input_weight=input_weight,
+        )  # fmt: skip
 
 
 def self_attention_routing(
@@ -568,7 +908,7 @@ def self_attention_routing(
     total: Tensor,
     s: Tensor,
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     prior: Tensor | None,
     mask: Tensor | None,
     scale: float,
@@ -588,7 +928,7 @@ def self_attention_routing_backward(
     total: Tensor,
     s: Tensor,
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     prior: Tensor | None,
     mask: Tensor | None,
     scale: float,
@@ -609,7 +949,7 @@ def em_routing(
     state: Tensor,
     pose: Tensor,
     activation: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     beta_u: Tensor,
     beta_a: Tensor,
     mask: Tensor | None,
@@ -627,7 +967,7 @@ def em_routing(
         for t, inverse_temperature in enumerate(inverse_temperatures):
             # Twice, because the sums lose digits where the mean is far from the shift; the second shift is the mean.
             for _ in range(2):
-                sums = stream.reduce("em", [before, width, shift], scalars=[constant], activation=a)
+                sums = stream.reduce("em", [before, width, shift], scalars=[constant], input_weight=a)
                 g = m_step(sums[..., -1], sums[..., :H], sums[..., H:-1], shift, cost, bonus, inverse_temperature)
                 shift = g.mean
             g.save(state[t])
@@ -647,7 +987,7 @@ def em_routing_backward(
     state: Tensor,
     pose: Tensor,
     activation: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     beta_u: Tensor,
     beta_a: Tensor,
     mask: Tensor | None,
@@ -683,14 +1023,14 @@ def em_routing_backward(
                 torch.stack([before, width, g.mean, linear, quadratic], out=own)
                 torch.stack([bias, constant], out=own_scalars)
                 if t > 0:
-                    sums = stream.reduce("em_adjoint", own, scalars=own_scalars, activation=a)
+                    sums = stream.reduce("em_adjoint", own, scalars=own_scalars, input_weight=a)
                     to_mean, to_variance, to_logit = e_step_backward(
                         gaussians[t - 1], sums[..., -1], sums[..., :H], sums[..., H:-1]
                     )
             if g_pose is not None or g_weight is not None or wide is not None:
                 stream.emit(
                     "em", g_pose, g_weight, states.flatten(0, 1), scalars=scalars.flatten(0, 1),
-                    iterations=end - begin, activation=a, g_activation=wide, more=end < iterations,
+                    iterations=end - begin, input_weight=a, g_input_weight=wide, more=end < iterations,
                 )  # fmt: skip
         for out, value in ((g_beta_u, sum_u), (g_beta_a, sum_a)):
             if out is not None:

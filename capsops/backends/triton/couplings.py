@@ -24,16 +24,35 @@ def over_capsules(x):
 
 
 @triton.jit
-def softmax(z, is_capsule, leaky: tl.constexpr):
-    """c_j over the output capsules; leaky adds a logit that is always 0, whose share is dropped."""
+def with_logits(agreement, logits):
+    """b, an agreement and an initial logit; −∞, which removes a pair, whatever the agreement is."""
+    return tl.where(logits == float("-inf"), float("-inf"), agreement + logits)
+
+
+@triton.jit
+def finite(largest):
+    """A number to subtract from numbers whose maximum is given, before exp: 0 where all of them are −∞."""
+    return tl.where(largest == float("-inf"), 0.0, largest)
+
+
+@triton.jit
+def softmax(z, is_capsule, leaky: tl.constexpr, some_removed: tl.constexpr):
+    """c_j over the output capsules; leaky adds a logit that is always 0, whose share is dropped.
+
+    some_removed: whether z may be −∞, where c is 0, even if all are.
+    """
     z = tl.where(is_capsule, z, float("-inf"))
     largest = tl.max(z, 2, keep_dims=True)
     if leaky:
         largest = tl.maximum(largest, 0.0)
+    if some_removed:
+        largest = finite(largest)
     e = tl.exp(z - largest)
     total = over_capsules(e)
     if leaky:
         total += tl.exp(-largest)
+    if some_removed:
+        total = tl.where(total == 0.0, 1.0, total)
     return e / total
 
 
@@ -41,6 +60,21 @@ def softmax(z, is_capsule, leaky: tl.constexpr):
 def softmax_backward(c, e):
     """δ_j = c_j (e_j − Σ_k c_k e_k), the gradient of the logits; e is the gradient of the couplings."""
     return c * (e - over_capsules(c * e))
+
+
+@triton.jit
+def online_softmax(z, largest, mass):
+    """A step of the softmax over the input capsules.
+
+    largest and mass, Σ exp(z − largest), belong to the z so far.
+
+    Returns:
+        largest and mass with this z; exp(z − largest); the factor for other sums of exp(z − largest) so far.
+    """
+    larger = tl.maximum(largest, z)
+    base = finite(larger)
+    e, kept = tl.exp(z - base), tl.exp(largest - base)
+    return larger, mass * kept + e, e, kept
 
 
 @triton.jit
@@ -59,7 +93,7 @@ def attention(v, attn_weight, attn_bias, j, J: tl.constexpr, has_bias: tl.conste
     z = mixed(attn_weight, v, j, J, J, 1)
     if has_bias:
         z += tl.load(attn_bias + j, mask=j < J, other=0.0)
-    return softmax(z, j < J, False)
+    return softmax(z, j < J, False, False)
 
 
 @triton.jit

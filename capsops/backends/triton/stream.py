@@ -3,6 +3,9 @@
     reduce   Σ_i c_i û_bi with the couplings c of a routing; for EM routing Σ_i w_i (1, x, x²) with x = û − shift
     emit     g_u,bi = g_û,bi W_iᵀ;  g_W,i = Σ_b u_biᵀ g_û,bi
 
+Without W u is the votes, and g_u is g_û; if they are the same for all output capsules (one_vote), g_u is its sum over
+these. Couplings are multiplied by the weights w_i of the input capsules: their activations in EM routing.
+
 A program loops over a run of input capsules, NB at a time, and holds the votes of BB batch items in registers. reduce
 has a program for each run and tile of the batch. emit has a program for each run, which loops over the tiles of the
 batch too, because it sums g_W over them. There are no atomics: every program writes sums of its own, which torch adds
@@ -13,10 +16,15 @@ All sizes but B and N are known at compile time. Padded and masked pairs have vo
 States, [B, J, P, D] each, and scalars, [B, J] each, that the routings read:
 
     agreement   x; in emit the x of all iterations, then the g_s of all, then, if has_addend, an addend of g_û
+    over_inputs x. The sums are Σ_i w_i e_i û_bi, Σ_i e_i and m, with e_i = exp(b_i − m) and m the largest logit b_i
     adjoint     x, y
     em          mean and quadratic of the E-step, shift; scalar: constant of the E-step
     em_adjoint  mean and quadratic of the E-step; mean, linear and quadratic of the gradient of the M-step; scalars:
                 both constants. The sums are of x = û − the first mean. In emit, each of these for all iterations.
+
+With scalars agreement in emit, and adjoint, are for couplings over the input capsules, c_ij = exp(b_ij − log_sum_j):
+the scalars are log_sum and Σ_i c_ij e_ij with e_ij = w_i û_ij · y_j, in emit the first for all iterations, then the
+second.
 """
 
 from __future__ import annotations
@@ -27,12 +35,15 @@ import triton.language as tl
 from .couplings import (
     attention,
     attention_gradient,
+    finite,
     gaussian_adjoint,
     gaussian_logits,
+    online_softmax,
     over_capsules,
     over_components,
     softmax,
     softmax_backward,
+    with_logits,
 )
 
 
@@ -82,13 +93,28 @@ def matrix(
 @triton.jit
 def make_votes(
     u, weight, i, b, j, p, d, valid, end, N,
-    K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr, A: tl.constexpr,
+    K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr, one_vote: tl.constexpr,
+    A: tl.constexpr,
 ):  # fmt: skip
-    """û = u W, [NB, BB, JP, PP, DP]."""
-    v = tl.zeros([i.shape[0], b.shape[1], j.shape[2], p.shape[3], d.shape[4]], A)
-    for k in tl.range(0, K, loop_unroll_factor=4):
-        v += capsule(u, i, b, p, k, valid, N, K, P, A) * matrix(weight, i, j, d, k, end, K, J, D, shared, A)
-    return v
+    """û = u W, or u itself, [NB, BB, JP, PP, DP]."""
+    if weight is None:
+        to, inside = given_vote(u, i, b, j, p, d, valid, N, J, D, P, one_vote)
+        return tl.where(j < J, tl.load(to, mask=inside, other=0.0).to(A), 0.0)
+    else:  # noqa: RET505  (without else Triton compiles both branches)
+        v = tl.zeros([i.shape[0], b.shape[1], j.shape[2], p.shape[3], d.shape[4]], A)
+        for k in tl.range(0, K, loop_unroll_factor=4):
+            v += capsule(u, i, b, p, k, valid, N, K, P, A) * matrix(weight, i, j, d, k, end, K, J, D, shared, A)
+        return v
+
+
+@triton.jit
+def given_vote(u, i, b, j, p, d, valid, N, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, one_vote: tl.constexpr):
+    """Where a vote that is given is, and whether it exists, [NB, BB, JP, PP, DP]; [NB, BB, 1, PP, DP] if one_vote."""
+    inside = valid & (p < P) & (d < D)
+    if one_vote:
+        return u + ((b * N + i) * P + p) * D + d, inside
+    else:  # noqa: RET505
+        return u + (((b * N + i) * J + j) * P + p) * D + d, inside & (j < J)
 
 
 @triton.jit
@@ -105,24 +131,55 @@ def scalar(scalars, n, b, j, B, J: tl.constexpr):
 
 
 @triton.jit
+def agreement(v, x, logits, i, b, j, valid, N, J: tl.constexpr, same_logits: tl.constexpr):
+    """b = û · x + logits, [NB, BB, JP, 1, 1]."""
+    z = over_components(v * x)
+    if logits is not None:
+        pair = i if same_logits else b * N + i
+        own = tl.load(logits + pair * J + j, mask=valid & (j < J), other=0.0).to(z.dtype)
+        z = with_logits(z, own)
+    return z
+
+
+@triton.jit
+def coupling(z, scalars, n, b, j, valid, B, J: tl.constexpr, leaky: tl.constexpr, some_removed: tl.constexpr):
+    """c, over the output capsules, or over the input capsules if there are scalars: number n is their log-sum."""
+    if scalars is None:
+        return softmax(z, j < J, leaky, some_removed)
+    else:  # noqa: RET505
+        return tl.where(valid & (j < J), tl.exp(z - scalar(scalars, n, b, j, B, J)), 0.0)
+
+
+@triton.jit
+def coupling_backward(c, e, scalars, n, b, j, B, J: tl.constexpr):
+    """δ, the gradient of the logits; over the input capsules number n is Σ_i c_i e_i."""
+    if scalars is None:
+        return softmax_backward(c, e)
+    else:  # noqa: RET505
+        return c * (e - scalar(scalars, n, b, j, B, J))
+
+
+@triton.jit
 def from_prior(prior, i, j, end, J: tl.constexpr):
     return tl.load(prior + i * J + j, mask=(i < end) & (j < J), other=0.0)
 
 
 @triton.jit
 def reduce_kernel(
-    u,  # [B, N, P, K] storage
-    weight,  # [N, K, J, D] storage; [K, J, D] if shared
+    u,  # [B, N, P, K] storage; without weight the votes, [B, N, J, P, D], or [B, N, 1, P, D] if one_vote
+    weight,  # [N, K, J, D] storage; [K, J, D] if shared; or None
     mask,  # [B, N] uint8, or None
     states,  # [·, B, J, P, D] accumulation, as listed above, or None
-    scalars,  # [·, B, J] accumulation, of EM routing
+    scalars,  # [·, B, J] accumulation, as described above, or None
     attn_weight,  # [J, J] accumulation, of attention
     attn_bias,  # [J] accumulation, of attention, or None
     prior,  # [N, J] accumulation, of agreement, or None
-    activation,  # [B, N] accumulation, of EM routing
-    partial,  # [runs, B, J, row] accumulation; row: P·D, and for EM routing P·D, P·D and 1
+    logits,  # [B, N, J] storage, of agreement, over_inputs and adjoint; [N, J] if same_logits; or None
+    input_weight,  # [B, N] storage or accumulation, of the same and of EM routing, or None
+    partial,  # [runs, B, J, row] accumulation; row: P·D; for over_inputs P·D, 1 and 1; for EM routing P·D, P·D and 1
     B, N, run,
-    K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr,
+    K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr, one_vote: tl.constexpr,
+    same_logits: tl.constexpr,
     NB: tl.constexpr, BB: tl.constexpr, JP: tl.constexpr, DP: tl.constexpr, PP: tl.constexpr, A: tl.constexpr,
     routing: tl.constexpr, leaky: tl.constexpr,
 ):  # fmt: skip
@@ -135,34 +192,51 @@ def reduce_kernel(
     j, p, d = axis(JP, 2), axis(PP, 3), axis(DP, 4)
     em: tl.constexpr = routing == "em" or routing == "em_adjoint"
     total = tl.zeros([NB, BB, JP, PP, DP], A)
-    if routing == "agreement" or routing == "adjoint":
+    if routing == "agreement" or routing == "adjoint" or routing == "over_inputs":
         x = state(states, 0, b, j, p, d, B, J, D, P)
     if routing == "adjoint":
         y = state(states, 1, b, j, p, d, B, J, D, P)
     if em:
         shift = state(states, 2 if routing == "em" else 0, b, j, p, d, B, J, D, P)
         squares = tl.zeros([NB, BB, JP, PP, DP], A)
+    if em or routing == "over_inputs":
         mass = tl.zeros([NB, BB, JP, 1, 1], A)
+    if routing == "over_inputs":
+        largest = tl.full([NB, BB, JP, 1, 1], float("-inf"), A)
     for start in range(first, end, NB):
         i = start + axis(NB, 0)
         valid = present(mask, i, b, end, B, N, mask is not None)
-        v = make_votes(u, weight, i, b, j, p, d, valid, end, N, K, J, D, P, shared, A)
+        v = make_votes(u, weight, i, b, j, p, d, valid, end, N, K, J, D, P, shared, one_vote, A)
+        if input_weight is not None:
+            a = tl.load(input_weight + b * N + i, mask=valid, other=0.0).to(A)
         if routing == "sum":
             total += v
         elif routing == "agreement":
-            c = softmax(over_components(v * x), j < J, leaky)
+            c = softmax(agreement(v, x, logits, i, b, j, valid, N, J, same_logits), j < J, leaky, logits is not None)
             if prior is not None:
                 c += from_prior(prior, i, j, end, J)
+            if input_weight is not None:
+                c *= a
             total += c * v
+        elif routing == "over_inputs":
+            z = agreement(v, x, logits, i, b, j, valid, N, J, same_logits)
+            z = tl.where(valid & (j < J), z, float("-inf"))
+            largest, mass, e, kept = online_softmax(z, largest, mass)
+            if input_weight is not None:
+                e *= a
+            total = total * kept + e * v
         elif routing == "adjoint":
-            c = softmax(over_components(v * x), j < J, leaky)
-            total += softmax_backward(c, over_components(v * y)) * v
+            z = agreement(v, x, logits, i, b, j, valid, N, J, same_logits)
+            c = coupling(z, scalars, 0, b, j, valid, B, J, leaky, logits is not None)
+            e = over_components(v * y)
+            if input_weight is not None:
+                e *= a
+            total += coupling_backward(c, e, scalars, 1, b, j, B, J) * v
         elif routing == "attention":
             total += attention(v, attn_weight, attn_bias, j, J, attn_bias is not None) * v
         else:
-            a = tl.load(activation + b * N + i, mask=valid, other=0.0)
             before, width = state(states, 0, b, j, p, d, B, J, D, P), state(states, 1, b, j, p, d, B, J, D, P)
-            w = softmax(gaussian_logits(v, before, width, scalar(scalars, 0, b, j, B, J)), j < J, False)
+            w = softmax(gaussian_logits(v, before, width, scalar(scalars, 0, b, j, B, J)), j < J, False, False)
             if routing == "em_adjoint":
                 _, _, mean, linear, quadratic = em_states(states, 0, b, j, p, d, B, J, D, P)
                 e = gaussian_adjoint(v, mean, linear, quadratic, scalar(scalars, 1, b, j, B, J))
@@ -172,13 +246,22 @@ def reduce_kernel(
             mass += w
             total += w * z
             squares += w * z * z
-    row: tl.constexpr = 2 * P * D + 1 if em else P * D
+    if routing == "over_inputs":
+        # Each row of the tile has a maximum of its own.
+        m = tl.max(largest, 0, keep_dims=True)
+        kept = tl.exp(largest - finite(m))
+        total *= kept
+        mass *= kept
+    row: tl.constexpr = 2 * P * D + 1 if em else P * D + 2 if routing == "over_inputs" else P * D
     to = partial + ((program * B + b) * J + j) * row
     exists = (b < B) & (j < J)
     tl.store(to + p * D + d, tl.sum(total, 0, keep_dims=True), mask=exists & (p < P) & (d < D))
     if em:
         tl.store(to + P * D + p * D + d, tl.sum(squares, 0, keep_dims=True), mask=exists & (p < P) & (d < D))
         tl.store(to + 2 * P * D, tl.sum(mass, 0, keep_dims=True), mask=exists)
+    if routing == "over_inputs":
+        tl.store(to + P * D, tl.sum(mass, 0, keep_dims=True), mask=exists)
+        tl.store(to + P * D + 1, m, mask=exists)
 
 
 @triton.jit
@@ -204,23 +287,40 @@ def add_to(to, x, inside, again):
 
 @triton.jit
 def agreement_gradient(
-    v, states, prior, i, b, j, p, d, end, B, iterations,
+    v, states, scalars, prior, logits, a, i, b, j, p, d, valid, end, B, N, iterations,
     J: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
-    leaky: tl.constexpr, detach: tl.constexpr, has_addend: tl.constexpr,
+    leaky: tl.constexpr, detach: tl.constexpr, has_addend: tl.constexpr, same_logits: tl.constexpr,
+    to_logits: tl.constexpr, to_weight: tl.constexpr,
 ):  # fmt: skip
-    """g_û = Σ_t [c^t g^t + δ^t x^t]."""
+    """g_û = Σ_t [w c^t g^t + δ^t x^t]; if to_logits also Σ_t δ^t, and if to_weight Σ_t Σ_j c^t e^t, e^t = û · g^t.
+
+    a is the weight w of the input capsules, or None.
+    """
     g = tl.zeros_like(v)
+    g_z = tl.zeros([v.shape[0], v.shape[1], v.shape[2], 1, 1], v.dtype)
+    g_a = tl.zeros([v.shape[0], v.shape[1], 1, 1, 1], v.dtype)
     if has_addend:
         g += state(states, 2 * iterations, b, j, p, d, B, J, D, P)
     for t in range(iterations):
         x, g_t = state(states, t, b, j, p, d, B, J, D, P), state(states, iterations + t, b, j, p, d, B, J, D, P)
-        c = softmax(over_components(v * x), j < J, leaky)
+        z = agreement(v, x, logits, i, b, j, valid, N, J, same_logits)
+        c = coupling(z, scalars, t, b, j, valid, B, J, leaky, logits is not None)
+        e = over_components(v * g_t)
+        if to_weight:
+            g_a += over_capsules(c * e)
+        if a is not None:
+            e *= a
         if not detach:
-            g += softmax_backward(c, over_components(v * g_t)) * x
+            delta = coupling_backward(c, e, scalars, iterations + t, b, j, B, J)
+            g += delta * x
+            if to_logits:
+                g_z += delta
         if prior is not None:
             c += from_prior(prior, i, j, end, J)
+        if a is not None:
+            c *= a
         g += c * g_t
-    return g
+    return g, g_z, g_a
 
 
 @triton.jit
@@ -230,7 +330,7 @@ def em_gradient(v, states, scalars, a, b, j, p, d, B, iterations, J: tl.constexp
     g_a = tl.zeros_like(a)
     for t in range(iterations):
         before, width, mean, linear, quadratic = em_states(states, 5 * t, b, j, p, d, B, J, D, P)
-        r = softmax(gaussian_logits(v, before, width, scalar(scalars, 2 * t, b, j, B, J)), j < J, False)
+        r = softmax(gaussian_logits(v, before, width, scalar(scalars, 2 * t, b, j, B, J)), j < J, False, False)
         e = gaussian_adjoint(v, mean, linear, quadratic, scalar(scalars, 2 * t + 1, b, j, B, J))
         g += a * (r * (linear + 2 * quadratic * (v - mean)) + 2 * softmax_backward(r, e) * width * (v - before))
         g_a += over_capsules(r * e)
@@ -250,19 +350,30 @@ def em_states(states, n, b, j, p, d, B, J: tl.constexpr, D: tl.constexpr, P: tl.
 
 
 @triton.jit
+def write(to, x, inside, more: tl.constexpr):
+    """*to = x; *to += x if more."""
+    if more:
+        x = plus(to, x, inside)
+    tl.store(to, x.to(to.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def write_g_u(
     g, g_u, weight, i, b, j, p, d, end, B, N,
-    K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr, A: tl.constexpr,
-    more: tl.constexpr,
+    K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr, one_vote: tl.constexpr,
+    A: tl.constexpr, more: tl.constexpr,
 ):  # fmt: skip
-    """g_u,bi = g_û,bi W_iᵀ."""
-    inside = (i < end) & (b < B) & (p < P)
-    for k in tl.range(0, K, loop_unroll_factor=4):
-        own = over_capsules(tl.sum(g * matrix(weight, i, j, d, k, end, K, J, D, shared, A), 4, keep_dims=True))
-        to = g_u + ((b * N + i) * P + p) * K + k
-        if more:
-            own = plus(to, own, inside)
-        tl.store(to, own.to(g_u.dtype.element_ty), mask=inside)
+    """g_u,bi = g_û,bi W_iᵀ, or g_û,bi without W."""
+    if weight is None:
+        to, inside = given_vote(g_u, i, b, j, p, d, (i < end) & (b < B), N, J, D, P, one_vote)
+        if one_vote:
+            g = over_capsules(g)
+        write(to, g, inside, more)
+    else:
+        inside = (i < end) & (b < B) & (p < P)
+        for k in tl.range(0, K, loop_unroll_factor=4):
+            own = over_capsules(tl.sum(g * matrix(weight, i, j, d, k, end, K, J, D, shared, A), 4, keep_dims=True))
+            write(g_u + ((b * N + i) * P + p) * K + k, own, inside, more)
 
 
 @triton.jit
@@ -282,15 +393,12 @@ def write_g_weight(
             inside = (i < end) & (j < J) & (d < D)
             if sums is not None:
                 own = add_to(sums + (((program * NB + n) * K + k) * J + j) * D + d, own, inside, again)
-            to = g_weight + ((i * K + k) * J + j) * D + d
-            if more:
-                own = plus(to, own, inside & last)
-            tl.store(to, own.to(g_weight.dtype.element_ty), mask=inside & last)
+            write(g_weight + ((i * K + k) * J + j) * D + d, own, inside & last, more)
 
 
 @triton.jit
 def emit_kernel(
-    u, weight, mask, states, scalars, attn_weight, attn_bias, prior, activation,  # as in reduce_kernel
+    u, weight, mask, states, scalars, attn_weight, attn_bias, prior, logits, input_weight,  # as in reduce_kernel
     g_votes,  # [B, N, J, D] storage, for affine votes
     g_u,  # as u, or None
     g_weight,  # as weight, or None; not written if shared
@@ -298,12 +406,14 @@ def emit_kernel(
     g_attn_weight,  # [programs, J, J] accumulation, or None
     g_attn_bias,  # [programs, J] accumulation, or None
     g_prior,  # [N, J] accumulation, or None
-    g_activation,  # [B, N] accumulation, or None
+    g_logits,  # [B, N, J] storage, or None
+    g_input_weight,  # [B, N] storage or accumulation, or None
     B, N, run, iterations,
-    K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr,
+    K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr, one_vote: tl.constexpr,
+    same_logits: tl.constexpr,
     NB: tl.constexpr, BB: tl.constexpr, JP: tl.constexpr, DP: tl.constexpr, PP: tl.constexpr, A: tl.constexpr,
     routing: tl.constexpr, leaky: tl.constexpr, detach: tl.constexpr, has_addend: tl.constexpr,
-    more: tl.constexpr,  # add to g_u, g_weight and g_activation
+    more: tl.constexpr,  # add to g_u, g_weight, g_logits and g_input_weight
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     begin = program * run
@@ -323,24 +433,24 @@ def emit_kernel(
                 inside = valid & (j < J) & (d < D) & (p < P)
                 g = tl.load(g_votes + (pair * J + j) * D + d, mask=inside, other=0.0).to(A)
             else:
-                v = make_votes(u, weight, i, b, j, p, d, valid, end, N, K, J, D, P, shared, A)
+                v = make_votes(u, weight, i, b, j, p, d, valid, end, N, K, J, D, P, shared, one_vote, A)
+            a = None
+            if input_weight is not None:
+                a = tl.load(input_weight + pair, mask=valid, other=0.0).to(A)
             if routing == "agreement":
-                g = agreement_gradient(
-                    v, states, prior, i, b, j, p, d, end, B, iterations, J, D, P, leaky, detach, has_addend
-                )
+                g, g_z, g_a = agreement_gradient(
+                    v, states, scalars, prior, logits, a, i, b, j, p, d, valid, end, B, N, iterations,
+                    J, D, P, leaky, detach, has_addend, same_logits, g_logits is not None, g_input_weight is not None,
+                )  # fmt: skip
+                if g_logits is not None:
+                    exists = (i < end) & (b < B) & (j < J)
+                    write(g_logits + pair * J + j, tl.where(valid, g_z, 0.0), exists, more)
                 if g_prior is not None:
                     e = over_components(v * state(states, iterations, b, j, p, d, B, J, D, P))
                     e = tl.sum(tl.where(valid, e, 0.0), 1, keep_dims=True)
                     add_to(g_prior + i * J + j, e, (i < end) & (j < J), first > 0)
             elif routing == "em":
-                a = tl.load(activation + pair, mask=valid, other=0.0)
                 g, g_a = em_gradient(v, states, scalars, a, b, j, p, d, B, iterations, J, D, P)
-                if g_activation is not None:
-                    exists = (i < end) & (b < B)
-                    g_a = tl.where(valid, g_a, 0.0)
-                    if more:
-                        g_a = plus(g_activation + pair, g_a, exists)
-                    tl.store(g_activation + pair, g_a, mask=exists)
             elif routing == "attention":
                 g_s = state(states, 0, b, j, p, d, B, J, D, P)
                 g, dz = attention_gradient(v, g_s, attn_weight, attn_bias, j, valid, J, attn_bias is not None)
@@ -351,9 +461,11 @@ def emit_kernel(
                         params += tl.where(axis(JP, 4) == k, column, 0.0)
                 if g_attn_bias is not None:
                     biases += tl.sum(tl.sum(over_components(dz), 0, keep_dims=True), 1, keep_dims=True)
+            if g_input_weight is not None:
+                write(g_input_weight + pair, tl.where(valid, g_a, 0.0), (i < end) & (b < B), more)
             g = tl.where(valid, g, 0.0)
             if g_u is not None:
-                write_g_u(g, g_u, weight, i, b, j, p, d, end, B, N, K, J, D, P, shared, A, more)
+                write_g_u(g, g_u, weight, i, b, j, p, d, end, B, N, K, J, D, P, shared, one_vote, A, more)
             if g_weight is not None:
                 again = (first > 0) | (start > begin) if shared else first > 0
                 write_g_weight(

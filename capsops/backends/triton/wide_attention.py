@@ -16,22 +16,31 @@ from torch import Tensor
 _TILE_BYTES, _HELD = 24_000_000, 6
 
 
-def _tiles(u: Tensor, weight: Tensor, mask: Tensor | None, wide: torch.dtype) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """A slice of input capsules, their u [B, n, K], 0 where the mask is False, and their matrices [(n,) K, J, D]."""
-    B, N, _ = u.shape
-    J, D = weight.shape[-2:]
+def _tiles(
+    u: Tensor, weight: Tensor | None, mask: Tensor | None, wide: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tensor | None]]:
+    """A slice of input capsules, their u [B, n, K], 0 where the mask is False, and their matrices [(n,) K, J, D].
+
+    Without a weight u is the votes [B, N, J, D].
+    """
+    B, N = u.shape[:2]
+    J, D = (u if weight is None else weight).shape[-2:]
     size = max(_TILE_BYTES // max(_HELD * B * J * D * wide.itemsize, 1), 1)
     for start in range(0, N, size):
         at = slice(start, start + size)
         own = u[:, at].to(wide)
         if mask is not None:
-            own = torch.where(mask[:, at, None], own, 0)
-        yield at, own, (weight[at] if weight.dim() == 4 else weight).to(wide)
+            own = torch.where(mask[:, at].reshape(B, -1, *[1] * (u.dim() - 2)), own, 0)
+        yield at, own, None if weight is None else (weight[at] if weight.dim() == 4 else weight).to(wide)
 
 
-def _couplings(u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+def _couplings(
+    u: Tensor, weight: Tensor | None, attn_weight: Tensor, attn_bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """The votes [B, n, J, D] and their couplings."""
-    votes = torch.einsum("bnk,nkjd->bnjd" if weight.dim() == 4 else "bnk,kjd->bnjd", u, weight)
+    votes = u
+    if weight is not None:
+        votes = torch.einsum("bnk,nkjd->bnjd" if weight.dim() == 4 else "bnk,kjd->bnjd", u, weight)
     c = torch.einsum("mj,bnjd->bnmd", attn_weight, votes)
     if attn_bias is not None:
         c += attn_bias[:, None]
@@ -42,7 +51,7 @@ def _couplings(u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor
 
 
 def forward(
-    s: Tensor, u: Tensor, weight: Tensor, attn_weight: Tensor, attn_bias: Tensor | None, mask: Tensor | None
+    s: Tensor, u: Tensor, weight: Tensor | None, attn_weight: Tensor, attn_bias: Tensor | None, mask: Tensor | None
 ) -> None:
     """s [B, J, D] = Σ_i c_i · û_i."""
     total = torch.zeros_like(s, dtype=torch.float64)
@@ -59,13 +68,13 @@ def backward(
     g_attn_bias: Tensor | None,
     g_s: Tensor,
     u: Tensor,
-    weight: Tensor,
+    weight: Tensor | None,
     attn_weight: Tensor,
     attn_bias: Tensor | None,
     mask: Tensor | None,
 ) -> None:
     """Fill the gradients that are not None; g_s [B, J, D]."""
-    shared = weight if weight.dim() == 3 else attn_weight[0]
+    shared = weight if weight is not None and weight.dim() == 3 else attn_weight[0]
     to_weight, to_attn_weight, to_attn_bias = (
         torch.zeros_like(x, dtype=torch.float64) for x in (shared, attn_weight, attn_weight[0])
     )
@@ -80,13 +89,17 @@ def backward(
         g += torch.einsum("mj,bnmd->bnjd", attn_weight, dz)
         if mask is not None:
             g = torch.where(mask[:, at, None, None], g, 0)
+        if weight is None or matrices is None:
+            if g_u is not None:
+                g_u[:, at] = g
+            continue
         if g_u is not None:
             g_u[:, at] = torch.einsum("bnjd,nkjd->bnk" if weight.dim() == 4 else "bnjd,kjd->bnk", g, matrices)
         if g_weight is not None and weight.dim() == 4:
             g_weight[at] = torch.einsum("bnk,bnjd->nkjd", own, g)
         elif g_weight is not None:
             to_weight += torch.einsum("bnk,bnjd->kjd", own, g)
-    if g_weight is not None and weight.dim() == 3:
+    if g_weight is not None and g_weight.dim() == 3:
         g_weight.copy_(to_weight)
     if g_attn_weight is not None:
         g_attn_weight.copy_(to_attn_weight)
