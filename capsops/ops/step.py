@@ -97,7 +97,7 @@ _routing_step = Differentiable(
     flops=_flops,
     gradient_flops=_gradient_flops,
 )
-# An operator of its own, because there are no GPU kernels for it: a GPU then says that it uses the reference, and why.
+# An operator of its own, because not all backends of GPUs have kernels for it: a GPU then uses one that has.
 _with_logits = Differentiable(
     "routing_step_with_logits(Tensor u, Tensor? weight, Tensor state, Tensor? logits, Tensor? input_weight,"
     " Tensor? mask) -> Tensor s",
@@ -154,8 +154,8 @@ def routing_step(
         input_weight: [B, N], by which the couplings of an input capsule are multiplied after the softmax.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
 
-    Logits, weights of the input capsules, axis "input" and votes in place of u and the weight have no GPU kernel: there
-    the reference runs; so it does with a weight [K, D].
+    Logits, weights of the input capsules, axis "input" and votes in place of u and the weight have no CUDA kernel:
+    there Triton's run, also with a weight [K, D].
 
     Returns:
         s [B, J, D], not squashed.
