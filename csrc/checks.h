@@ -44,8 +44,8 @@ inline bool valid(const Capsules& c) {
     // GPU kernels read contiguous matrices.
     if (c.context.device >= 0 && (c.strided || c.own_gradients)) return false;
     if (c.one_vote && !c.votes_given) return false;
-    if (c.votes_given && (c.context.device >= 0 || c.weight || c.K != 1 || c.rows != 1 || c.weight_stride != 0 ||
-                          c.strided || c.own_gradients || !fits({c.B, c.N, c.J, c.D})))
+    if (c.votes_given && (c.weight || c.K != 1 || c.rows != 1 || c.weight_stride != 0 || c.strided || c.own_gradients ||
+                          !fits({c.B, c.N, c.J, c.D})))
         return false;
     // u; W; a state; one block diagonal matrix (operands.h); the products of one input capsule.
     if (!fits({c.B, c.N, c.rows, c.K}) || !fits({c.N, c.K, c.J, c.D}) || !fits({c.B, c.J, c.rows, c.D}) ||

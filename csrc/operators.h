@@ -61,7 +61,7 @@ struct Capsules {
     int64_t weight_stride;  // elements from one input capsule's matrix to the next; 0: one matrix for all
     Dtype dtype;            // storage of u and weight
     ExecutionContext context;
-    // For weights that were expanded without a copy. CPU only: GPU kernels take neither.
+    // For weights that were expanded without a copy. CPU only: GPU kernels take neither of the next three.
     //
     // If strided, elements between neighbours along K, J and D; otherwise these are J·D, D and 1.
     bool strided = false;
@@ -70,7 +70,7 @@ struct Capsules {
     // sum [K, J, D].
     bool own_gradients = false;
     // Whether u is the votes [B, N, J, D], made by something else. Then weight is null, its gradient is not written,
-    // and K, P and weight_stride are 1, 1 and 0. CPU only.
+    // and K, P and weight_stride are 1, 1 and 0.
     bool votes_given = false;
     // Whether these votes are [B, N, 1, D], the same for all output capsules. For dynamic routing and a routing step.
     bool one_vote = false;

@@ -445,9 +445,8 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
     });
 }
 
-// Votes that are the same for all output capsules; only the CPU has them.
+// Votes that are the same for all output capsules.
 void one_vote(const Kernels& k, const Shape& s, Dtype dtype, bool masked, const std::string& name) {
-    if (!k.routing_step_with_logits) return;
     state = std::hash<std::string>()(name);
     const Dtype wide = accumulation(dtype);
     const int64_t inputs = s.B * s.N, outputs = s.B * s.J * s.D;
@@ -476,6 +475,7 @@ void one_vote(const Kernels& k, const Shape& s, Dtype dtype, bool masked, const 
         return k.dynamic_routing_backward(operands(threads), 3, false, false, SquashKind::sabour, saved.get(), g.get(),
                                           o[0]->get(), nullptr, nullptr);
     });
+    if (!k.dynamic_routing_over_inputs) return;
     check(name + "dynamic over inputs", {{outputs, wide}, {3 * outputs, wide}, {3 * s.B * s.J, wide}},
           [&](int threads, Outputs o) {
               const Status status =
@@ -656,13 +656,15 @@ int main() {
             for (const Shape& s : shapes)
                 if (!emulated && dtype != Dtype::float64)
                     run(s, dtype == Dtype::float32 ? Mask::all : Mask::some, false, true);
-            for (const Shape& s : {shapes[0], shapes[2], shapes[4], shapes[5], empty[0], empty[1]})
-                for (const Mask mask : {Mask::all, Mask::some})
-                    if (!emulated)
-                        routings(kernels, s, dtype, mask, false, false, prefix + name_of(s) + " given votes ", true);
-            for (const Shape& s : {shapes[0], shapes[2], shapes[4], shapes[5], empty[0], empty[1]})
-                for (const bool masked : {false, true})
-                    if (!emulated) one_vote(kernels, s, dtype, masked, prefix + name_of(s) + " one vote ");
+            for (const Shape& s : {shapes[0], shapes[2], shapes[4], shapes[5], shapes[9], empty[0], empty[1], empty[5],
+                                   empty[6], large[0], large[3], large[7]})
+                for (const bool masked : {false, true}) {
+                    if (emulated && half && !masked) continue;
+                    const std::string own = prefix + name_of(s) + (masked ? " masked" : "");
+                    routings(kernels, s, dtype, masked ? Mask::some : Mask::all, false, false, own + " given votes ",
+                             true);
+                    one_vote(kernels, s, dtype, masked, own + " one vote ");
+                }
             for (const Shape& s : large) {
                 if (!half) run(s, Mask::all, false);
                 run(s, Mask::some, dtype != Dtype::bfloat16);

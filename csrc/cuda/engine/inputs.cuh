@@ -1,4 +1,5 @@
-// How the loops of stream.cuh divide the work among threads, and how they read u and W.
+// How the loops of stream.cuh divide the work among threads, and how they read u and W. Votes that are given are read
+// as u, with K = J·D or, if all output capsules get the same vote, K = D; there is no W.
 #pragma once
 
 #include "device.h"
@@ -35,6 +36,11 @@ struct InputLayout {
     int64_t size;               // of everything
 };
 
+// Numbers of an input capsule, in all its rows.
+inline int64_t numbers_of_u(const Capsules& c) {
+    return c.votes_given ? (c.one_vote ? 1 : c.J) * c.D : c.rows * c.K;
+}
+
 // How the capsules are divided into tiles and runs. Depends on the shape alone, so that sums have one order.
 template <class T, int width, int items> struct Tiling {
     using A = Accumulation<T>;
@@ -44,7 +50,9 @@ template <class T, int width, int items> struct Tiling {
     const T* weight;      // [N, K, J, D], or [K, J, D] if weight_stride is 0
     const uint8_t* mask;  // [B, N], or null
     int64_t B, N, K, J, D, weight_stride;
-    bool aligned;               // whether a thread's part of a row of W, or of a state, can be read by 16 bytes
+    bool votes_given, one_vote;  // as in Capsules
+    bool aligned;  // whether a thread's part of a row of W, of a vote that is given or of a state can be read by 16
+                   // bytes
     bool aligned_w, aligned_u;  // whether rows of W, and of u, can be copied by 16 bytes
     int parts;                  // threads for a vote
     ThreadRows rows;            // of the threads for the votes of some batch items
@@ -66,13 +74,15 @@ template <class T, int width, int items> struct Tiling {
           mask(c.mask),
           B(c.B),
           N(c.N),
-          K(c.K),
+          K(numbers_of_u(c)),
           J(c.J),
           D(c.D),
           weight_stride(c.weight_stride),
-          aligned(c.D % width == 0 && reinterpret_cast<uintptr_t>(c.weight) % 16 == 0),
+          votes_given(c.votes_given),
+          one_vote(c.one_vote),
+          aligned(c.D % width == 0 && reinterpret_cast<uintptr_t>(c.votes_given ? c.u : c.weight) % 16 == 0),
           aligned_w(c.D % piece == 0 && reinterpret_cast<uintptr_t>(c.weight) % 16 == 0),
-          aligned_u(c.K % piece == 0 && reinterpret_cast<uintptr_t>(c.u) % 16 == 0),
+          aligned_u(K % piece == 0 && reinterpret_cast<uintptr_t>(c.u) % 16 == 0),
           parts(static_cast<int>(at_most(ceil_div(D, width), max_threads + 1))),
           rows(static_cast<int>(at_most(at_least(J * parts, 1), max_threads + 1))),
           wanted(limits.multiprocessors * resident) {
@@ -126,7 +136,8 @@ template <class T, int width, int items> struct Tiling {
         layout.padded_K = static_cast<int>(at_most(ceil_div(K, piece) * piece, 1 << 20));
         if (layout.padded_K % InputLayout::k_step) layout.padded_K += InputLayout::k_step - piece;
         layout.part = width + piece;
-        const int64_t row = rows.size * static_cast<int64_t>(layout.part), matrix = layout.padded_K * row;
+        const int64_t row = votes_given ? 0 : rows.size * static_cast<int64_t>(layout.part);
+        const int64_t matrix = layout.padded_K * row;
         layout.row = static_cast<int>(row);
         layout.matrix = static_cast<int>(at_most(matrix, 1 << 24));
         layout.matrices = shared_weight() ? 1 : teams;
@@ -293,6 +304,10 @@ template <class T, int width, int items> struct CopiedInputs {
         for (int x = 0; x < 4; ++x) to[x] = static_cast<A>(some.x[x]);
     }
     __device__ void weight(int k, A (&to)[width]) const { load_numbers(w + k * row, width, true, to); }
+    // The thread's part of a vote that is given: `count` numbers from `first` on.
+    __device__ void vote(int m, int first, int count, bool whole, A (&to)[width]) const {
+        load_numbers(u + m * next_item + first, count, whole, to);
+    }
 };
 
 // The same from GPU memory.
@@ -309,6 +324,9 @@ template <class T, int width, int items> struct InputsInMemory {
     __device__ void weight(int k, A (&to)[width]) const {
         const T* w = tiling.weight + at.i * tiling.weight_stride + k * tiling.J * tiling.D + at.j * tiling.D;
         load_numbers(w + at.part * width, k < tiling.K ? at.count : 0, tiling.aligned, to);
+    }
+    __device__ void vote(int m, int first, int count, bool whole, A (&to)[width]) const {
+        load_numbers(tiling.u + (at.b(m) * tiling.N + at.i) * tiling.K + first, at.present(m) ? count : 0, whole, to);
     }
 };
 
@@ -410,6 +428,7 @@ template <class T, int width, int items> class Inputs {
     };
     __device__ void copy_weight(int64_t first, int64_t end, int stage) const {
         const int D = static_cast<int>(tiling_.D), J = static_cast<int>(tiling_.J), K = static_cast<int>(tiling_.K);
+        if (tiling_.votes_given) return;
         const int capsules = tiling_.shared_weight() ? 1 : static_cast<int>(at_most(tiling_.teams, end - first));
         for (int capsule = 0; capsule < capsules; ++capsule) {
             const T* const from = tiling_.weight + (first + capsule) * tiling_.weight_stride;

@@ -1,11 +1,13 @@
 // Loops for votes that are too large for a block, even for one batch item. The votes are in GPU memory. Tiles of input
 // capsules are processed one after another, each for all batch items:
 //
-//   û = u W                                      a matrix product, [B, tile, J, D]
+//   û = u W                                      a matrix product, [B, tile, J, D]; a copy of votes that are given
 //   reduce   s += Σ_i c û                        with the couplings that the policy computes from û
-//   emit     g_u = g_û Wᵀ;  g_W = Σ_b uᵀ g_û     with the gradient that the policy computes from û
+//   emit     g_u = g_û Wᵀ;  g_W = Σ_b uᵀ g_û     with the gradient that the policy computes from û; g_û itself is
+//                                                written if the votes are given
 //
-// Equal couplings need no votes: s = Σ_i u_i W_i is one product, and so are the gradients of u and W.
+// Equal couplings need no votes, unless these are given: s = Σ_i u_i W_i is one product, and so are the gradients of u
+// and W.
 //
 // `limits` sets the number of capsules of a tile, from the shape alone. Sums over all capsules are made of the pieces
 // of each tile, added in their order, in double.
@@ -24,13 +26,13 @@ namespace capsops::cuda {
 // The input capsules first … first + count − 1. The pair of batch item b and capsule first + i has index b · count + i.
 template <class A> struct StagedVotes {
     const uint8_t* mask;                  // [B, N], or null
-    int64_t B, N, K, J, D, first, count;  // K: numbers of an input capsule, in all its rows
-    A* u;                                 // [B, count, K]; 0 where masked
+    int64_t B, N, K, J, D, first, count;  // K: numbers_of_u()
+    A* u;                                 // [B, count, K]; 0 where masked; null if the votes are given
     A* votes;                             // [B, count, P, J, D]
 
     // numbers: of memory for each pair.
     StagedVotes(const Capsules& c, int64_t numbers)
-        : mask(c.mask), B(c.B), N(c.N), K(c.rows * c.K), J(c.J), D(c.D), first(0) {
+        : mask(c.mask), B(c.B), N(c.N), K(numbers_of_u(c)), J(c.J), D(c.D), first(0), u(nullptr), votes(nullptr) {
         const int64_t bytes = at_least(B * numbers * static_cast<int64_t>(sizeof(A)), 1);
         count = at_least(at_most(limits.tile / bytes, N), 1);
     }
@@ -126,11 +128,13 @@ template <class A> __device__ inline A sum_over_lanes(A x, int lanes, int step =
     return over_lanes(x, lanes, [](A a, A b) { return a + b; }, step);
 }
 
-// Copies the tile's rows of x [B, N, size] to [B, count, size]; 0 where masked.
-template <class A, class T> __global__ void stage_rows(StagedVotes<A> t, const T* x, int64_t size, A* to) {
+// Copies the tile's rows of x [B, N, own] to [B, count, size], where each is repeated until it has `size` numbers; 0
+// where masked.
+template <class A, class T> __global__ void stage_rows(StagedVotes<A> t, const T* x, int64_t own, int64_t size, A* to) {
     for (int64_t m = first_index(); m < t.pairs() * size; m += index_stride()) {
-        const int64_t pair = m / size;
-        to[m] = t.present(pair) ? static_cast<A>(x[t.of_all(pair) * size + m % size]) : A(0);
+        const int64_t pair = m / size, number = m % size;
+        to[m] =
+            t.present(pair) ? static_cast<A>(x[t.of_all(pair) * own + (number < own ? number : number % own)]) : A(0);
     }
 }
 
@@ -234,15 +238,17 @@ template <class T> struct Matrices {
     }
 };
 
-// Adds up the pieces of g_u of a tile.
+// Adds up the pieces of g_u of a tile: `pieces` numbers, `piece` numbers apart, for each number of a row. There is a
+// row of `row` numbers for each pair or, if uniform, for each batch item.
 template <class A, class T>
-__global__ void write_capsule_gradients(StagedVotes<A> t, const A* sums, int64_t pieces, int64_t piece, T* g_u,
-                                        bool more) {
+__global__ void write_capsule_gradients(StagedVotes<A> t, const A* sums, int64_t row, bool uniform, int64_t pieces,
+                                        int64_t piece, T* g_u, bool more) {
     for (int64_t x = first_index(); x < t.pairs() * t.K; x += index_stride()) {
         const int64_t pair = x / t.K;
+        const A* const own = sums + (uniform ? pair / t.count : pair) * row + x % t.K;
         T& to = g_u[t.of_all(pair) * t.K + x % t.K];
         double sum = more ? static_cast<double>(static_cast<A>(to)) : 0;
-        for (int64_t m = 0; m < pieces && t.present(pair); ++m) sum += static_cast<double>(sums[m * piece + x]);
+        for (int64_t m = 0; m < pieces && t.present(pair); ++m) sum += static_cast<double>(own[m * piece]);
         to = static_cast<T>(static_cast<A>(sum));
     }
 }
@@ -266,7 +272,8 @@ template <class A> __global__ void weigh_votes(StagedVotes<A> t, Couplings<A> c,
 
 // ---- the loops ---------------------------------------------------------------------------------------------
 
-// Calls step() for every tile, after computing t.u and, if wanted, t.votes. w: the memory of a tile.
+// Calls step() for every tile, after computing t.u, unless the votes are given, and, if wanted, t.votes. w: the memory
+// of a tile.
 template <class T, class Step>
 Status for_tiles(const Capsules& c, StagedVotes<Accumulation<T>>& t, const Workspace& w, bool wants_votes, Step step) {
     using A = Accumulation<T>;
@@ -274,8 +281,14 @@ Status for_tiles(const Capsules& c, StagedVotes<Accumulation<T>>& t, const Works
     for (; t.first < t.N; t.first += most) {
         w.start_over();
         t.count = at_most(most, t.N - t.first);
-        CAPSOPS_TRY(launch_over(t.pairs() * t.K, stage_rows<A, T>, c.context, t, static_cast<const T*>(c.u), t.K, t.u));
-        if (wants_votes) CAPSOPS_TRY(multiply_matrices(Matrices<T>(c, t).votes(t.u, t.votes), c.context));
+        const auto stage = [&](int64_t size, A* to) {
+            return launch_over(t.pairs() * size, stage_rows<A, T>, c.context, t, static_cast<const T*>(c.u), t.K, size,
+                               to);
+        };
+        if (!c.votes_given) CAPSOPS_TRY(stage(t.K, t.u));
+        if (wants_votes)
+            CAPSOPS_TRY(c.votes_given ? stage(t.J * t.D, t.votes)
+                                      : multiply_matrices(Matrices<T>(c, t).votes(t.u, t.votes), c.context));
         CAPSOPS_TRY(step());
     }
     return Status::ok;
@@ -284,15 +297,15 @@ Status for_tiles(const Capsules& c, StagedVotes<Accumulation<T>>& t, const Works
 template <class T, StagedReducingPolicy<Accumulation<T>> Policy>
 Status reduce_staged(const Capsules& c, const Policy& policy, Workspace& whole, Accumulation<T>* out) {
     using A = Accumulation<T>;
-    const int64_t JD = c.J * c.D, own = policy.staged_numbers(c.J, c.D);
-    StagedVotes<A> t(c, c.K + JD + own);
+    const int64_t JD = c.J * c.D, own = policy.staged_numbers(c.J, c.D), of_u = c.votes_given ? 0 : c.K;
+    StagedVotes<A> t(c, of_u + JD + own);
     // Enough runs for some ten thousand threads, but no short run.
     const int64_t runs = at_least(at_most((int64_t{1} << 16) / at_least(c.B * JD, 1), t.count / 16), 1);
     Workspace w(&whole);
     RunningSum<A> sum(w, c.B * JD, runs);
     Workspace tile(&w);
     sum.start_tile(tile);
-    t.u = tile.take<A>(t.pairs() * c.K);
+    t.u = tile.take<A>(t.pairs() * of_u);
     t.votes = tile.take<A>(t.pairs() * JD);
     A* scratch = tile.take<A>(t.pairs() * own);
     if (c.context.needed) return Status::ok;
@@ -306,10 +319,22 @@ Status reduce_staged(const Capsules& c, const Policy& policy, Workspace& whole, 
     return sum.write(out, false, c.context);
 }
 
+// For reduce_staged: the same coupling everywhere.
+template <class A> struct EqualCouplings {
+    A coupling;
+
+    static int64_t staged_numbers(int64_t, int64_t) { return 0; }
+    Status stage_couplings(const StagedVotes<A>&, A*, Couplings<A>& c, const ExecutionContext&) const {
+        c.equal = coupling;
+        return Status::ok;
+    }
+};
+
 // out [B, J, D] = coupling Σ_i û_i.
 template <class T>
 Status reduce_uniform(const Capsules& c, Accumulation<T> coupling, Workspace& whole, Accumulation<T>* out) {
     using A = Accumulation<T>;
+    if (c.votes_given) return reduce_staged<T>(c, EqualCouplings<A>{coupling}, whole, out);
     const int64_t JD = c.J * c.D, size = c.B * JD;
     StagedVotes<A> t(c, c.K);
     Workspace w(&whole);
@@ -335,14 +360,16 @@ template <class Policy> bool is_uniform(const Policy& policy) {
 }
 
 template <class T, StagedEmittingPolicy<Accumulation<T>> Policy, class Add>
-Status emit_staged(const Capsules& c, const Policy& policy, const CapsuleGradients& gradients, int64_t param_count,
+Status emit_staged(const Capsules& c, const Policy& policy, CapsuleGradients gradients, int64_t param_count,
                    Workspace& whole, bool more, Add add) {
     using A = Accumulation<T>;
     const bool uniform = is_uniform(policy), shared = c.weight_stride == 0;
+    if (c.votes_given) gradients.weight = nullptr;
     const bool needs_votes = Policy::needs_votes && !uniform;
     const int64_t JD = c.J * c.D, KJD = c.K * JD, vote = uniform ? 0 : c.rows * JD;
     const int64_t own = uniform ? 0 : policy.staged_numbers(c.J, c.D);
-    StagedVotes<A> t(c, 2 * c.rows * c.K + (needs_votes ? 2 : 1) * vote + own);
+    const int64_t of_u = c.votes_given ? 0 : c.rows * c.K;
+    StagedVotes<A> t(c, 2 * of_u + (needs_votes ? 2 : 1) * vote + own);
     const int64_t pairs = t.pairs();
     const bool sums = shared && gradients.weight;
     Workspace w(&whole);
@@ -352,14 +379,14 @@ Status emit_staged(const Capsules& c, const Policy& policy, const CapsuleGradien
     Workspace memory(&w);
     g_weight.start_tile(memory);
     params.start_tile(memory);
-    t.u = memory.take<A>(pairs * t.K);
+    t.u = memory.take<A>(pairs * of_u);
     t.votes = memory.take<A>(needs_votes ? pairs * vote : 0);
     A* const g = uniform ? same : memory.take<A>(pairs * vote);
     A* scratch = memory.take<A>(pairs * own);
     const Matrices<T> m(c, t);
     const int64_t u_pieces =
-        fitting_pieces<A>(pieces_for(m.batches * blocks_along(m.rows) * blocks_along(c.K), JD), pairs * t.K);
-    A* g_u = memory.take<A>(gradients.u ? u_pieces * pairs * t.K : 0);
+        fitting_pieces<A>(pieces_for(m.batches * blocks_along(m.rows) * blocks_along(c.K), JD), pairs * of_u);
+    A* g_u = memory.take<A>(gradients.u ? u_pieces * pairs * of_u : 0);
     if (c.context.needed) return Status::ok;
     CAPSOPS_TRY(g_weight.start(c.context));
     CAPSOPS_TRY(params.start(c.context));
@@ -369,10 +396,15 @@ Status emit_staged(const Capsules& c, const Policy& policy, const CapsuleGradien
         if (!uniform) CAPSOPS_TRY(policy.stage_gradient(t, scratch, g, params.rows, params.count, c.context));
         if (param_count) CAPSOPS_TRY(params.add(c.context));
         const Matrices<T> tile(c, t);
-        if (gradients.u) {
-            CAPSOPS_TRY(multiply_matrices(tile.capsule_gradients(g, uniform, g_u, u_pieces, pairs * t.K), c.context));
-            CAPSOPS_TRY(launch_over(t.pairs() * t.K, write_capsule_gradients<A, T>, c.context, t, g_u, u_pieces,
-                                    pairs * t.K, static_cast<T*>(gradients.u), more));
+        const auto write = [&](const A* sums, int64_t row, bool same, int64_t pieces, int64_t piece) {
+            return launch_over(t.pairs() * t.K, write_capsule_gradients<A, T>, c.context, t, sums, row, same, pieces,
+                               piece, static_cast<T*>(gradients.u), more);
+        };
+        if (gradients.u && c.votes_given)
+            CAPSOPS_TRY(c.one_vote ? write(g, JD, uniform, c.J, c.D) : write(g, JD, uniform, 1, 0));
+        if (gradients.u && !c.votes_given) {
+            CAPSOPS_TRY(multiply_matrices(tile.capsule_gradients(g, uniform, g_u, u_pieces, pairs * of_u), c.context));
+            CAPSOPS_TRY(write(g_u, of_u, false, u_pieces, pairs * of_u));
         }
         if (!gradients.weight) return Status::ok;
         if (!shared) {

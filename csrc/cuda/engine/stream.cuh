@@ -3,6 +3,8 @@
 //   reduce   out[b] = Σ_i policy(û_bi)
 //   emit     g_u,bi = g_û,bi W_iᵀ;  g_W,i = Σ_b u_biᵀ g_û,bi
 //
+// Votes that are given are read as they are, and g_û is written.
+//
 // A thread has `items` batch items, one output capsule and `width` components of its votes in registers; a longer vote
 // is split into parts, one for each of several threads. The threads of the same batch items form a row; those of one
 // tile of the batch form a team. A block consists of several teams, each with its own input capsule, and strides
@@ -48,6 +50,20 @@ __device__ __forceinline__ void multiply_vectors(const Input& input, int K, A (&
     }
 }
 
+// Votes that are given.
+template <class T, int width, int items>
+__device__ __forceinline__ void load_votes(const Tiling<T, width, items>& tiling, const Inputs<T, width, items>& inputs,
+                                           const ThreadPosition<Accumulation<T>, width, items>& at,
+                                           Accumulation<T> (&v)[items][width]) {
+    const int first = (tiling.one_vote ? 0 : at.j * static_cast<int>(tiling.D)) + at.part * width;
+#pragma unroll
+    for (int m = 0; m < items; ++m)
+        if (inputs.copied())
+            inputs.copies(at).vote(m, first, at.count, tiling.aligned, v[m]);
+        else
+            inputs.in_memory(at).vote(m, first, at.count, tiling.aligned, v[m]);
+}
+
 // The votes of the thread's batch items; 0 if the pair is absent, and beyond D.
 template <class T, int width, int items>
 __device__ __forceinline__ void make_votes(const Tiling<T, width, items>& tiling, const Inputs<T, width, items>& inputs,
@@ -58,6 +74,7 @@ __device__ __forceinline__ void make_votes(const Tiling<T, width, items>& tiling
 #pragma unroll
         for (int d = 0; d < width; ++d) v[m][d] = 0;
     if (at.unmasked == 0) return;
+    if (tiling.votes_given) return load_votes(tiling, inputs, at, v);
     const int K = static_cast<int>(tiling.K);
     if (inputs.copied())
         multiply_vectors(inputs.copies(at), K, v);
@@ -324,8 +341,33 @@ __device__ inline void emit_weight(const Tiling<T, width, items>& tiling, const 
     }
 }
 
+// The gradients of votes that are given, from the gradients of all threads' votes in shared memory. The threads of a
+// row write neighbouring numbers. If all output capsules get the same vote, its gradient is the sum over them.
+template <class T, int width, int items>
+__device__ __forceinline__ void emit_votes(const Tiling<T, width, items>& tiling,
+                                           const ThreadPosition<Accumulation<T>, width, items>& at,
+                                           const GradientsOf<T>& to) {
+    using A = Accumulation<T>;
+    const unsigned K = static_cast<unsigned>(tiling.K), D = static_cast<unsigned>(tiling.D);
+    const int copies = tiling.one_vote ? at.J : 1;
+#pragma unroll 1
+    for (int m = 0; m < items; ++m) {
+        if (!at.in_run(m)) continue;
+        T* const g_u = to.u + (at.b(m) * tiling.N + at.i) * tiling.K;
+#pragma unroll 1
+        for (unsigned x = static_cast<unsigned>(at.slot - at.row); x < K; x += static_cast<unsigned>(at.row_size)) {
+            const unsigned j = x / D, d = x % D;
+            const int number = m * width + static_cast<int>(d % width);
+            const int place = at.row + static_cast<int>(j) * at.parts + static_cast<int>(d / width);
+            A sum = 0;
+            for (int k = 0; k < copies; ++k) sum += at.shared(number, place + k * at.parts);
+            to.write(g_u[x], sum);
+        }
+    }
+}
+
 // A thread's numbers in shared memory, for each of its batch items: the gradient of its part of a vote [width], and
-// behind these its contribution to g_u [K].
+// behind these its contribution to g_u [K], unless the votes are given.
 template <int width, int items, class T, class Policy>
 __global__ void __launch_bounds__(max_threads, 1)
     emit_kernel(Tiling<T, width, items> tiling, Policy policy, GradientsOf<T> to,
@@ -356,7 +398,8 @@ __global__ void __launch_bounds__(max_threads, 1)
 #pragma unroll
             for (int m = 0; m < items; ++m) at.write(m * width, g[m]);
             __syncthreads();
-            if (to.u) emit_u(tiling, inputs, at, g, to);
+            if (to.u && tiling.votes_given) emit_votes(tiling, at, to);
+            if (to.u && !tiling.votes_given) emit_u(tiling, inputs, at, g, to);
             if (to.weight) emit_weight(tiling, inputs, at, first, begin, end, last, to);
             __syncthreads();  // before numbers are published for which only a warp waits
         }
@@ -429,10 +472,10 @@ Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspac
 }
 
 // The numbers that each thread of emit_kernel has in shared memory, besides those of the policy: the gradients of its
-// votes and, unless the threads of a row exchange them by shuffles, its contributions to g_u.
+// votes and, unless the threads of a row exchange them by shuffles or the votes are given, its contributions to g_u.
 template <int width> inline int64_t emit_numbers(const Capsules& c, int items) {
     const int64_t row = c.J * ceil_div(c.D, width);
-    return items * (row > 0 && warp_size % row == 0 ? width : width + c.K);
+    return items * (c.votes_given || (row > 0 && warp_size % row == 0) ? width : width + c.K);
 }
 
 // The gradients if there are no votes: 0.
@@ -450,10 +493,11 @@ template <class T, class Add> Status emit_nothing(const Capsules& c, const Capsu
 // The gradients of u and W, and of parameters: each block writes its sums to params [blocks, param_count], which
 // add(params, blocks) adds up. more: adds to the numbers in the gradients of u and W.
 template <int width, class T, EmittingPolicy<T, width> Policy, class Add>
-Status emit(const Capsules& c, Policy& policy, int64_t numbers, const CapsuleGradients& gradients, int64_t param_count,
+Status emit(const Capsules& c, Policy& policy, int64_t numbers, CapsuleGradients gradients, int64_t param_count,
             Workspace& whole, bool more, Add add) {
     using A = Accumulation<T>;
     if (c.rows != 1) return Status::unsupported;
+    if (c.votes_given) gradients.weight = nullptr;
     if (c.B == 0 || c.N == 0 || c.J == 0 || c.D == 0) return more ? Status::ok : emit_nothing<T>(c, gradients, add);
     if constexpr (sizeof(A) == 4 && requires { policy.in_warps(); })
         if (takes_warps(c)) {
@@ -478,7 +522,7 @@ Status emit(const Capsules& c, Policy& policy, int64_t numbers, const CapsuleGra
         return shared ? KJD : tiling.teams * KJD;
     };
     const auto bytes = [](int64_t count) { return count * static_cast<int64_t>(sizeof(A)); };
-    tiling.split(bytes(shared ? tiling.steps() * KJD : c.N * KJD));
+    tiling.split(bytes(c.votes_given ? 0 : shared ? tiling.steps() * KJD : c.N * KJD));
     tiling.runs = cut_runs(c.N, tiling.teams, tiling.splits, bytes(block_sums() + param_count), tiling.wanted);
     Workspace w(&whole);
     const int64_t blocks = tiling.runs.count * tiling.splits;

@@ -31,7 +31,7 @@ template <class T, int width> struct StoredGradient {
     static constexpr bool needs_votes = false;
     static int64_t staged_numbers(int64_t, int64_t) { return 0; }
     Status stage_gradient(const StagedVotes<A>& t, A*, A* g, A*, int64_t, const ExecutionContext& context) const {
-        return launch_over(t.pairs() * t.J * t.D, stage_rows<A, T>, context, t, g_votes, t.J * t.D, g);
+        return launch_over(t.pairs() * t.J * t.D, stage_rows<A, T>, context, t, g_votes, t.J * t.D, t.J * t.D, g);
     }
 };
 

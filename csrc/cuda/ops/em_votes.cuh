@@ -21,14 +21,15 @@ template <class T, int rows_, int width_> struct PoseTiling {
     static constexpr int logit_shift = 0, logit_quadratic = 1, shift = 2, linear = 3, quadratic = 4, kinds = 5;
     static constexpr int groups = kinds * size / 4 + 1;
 
-    const T *u, *weight;  // [B, N, P, K]; [N, K, J, D] by weight_stride
+    const T *u, *weight;  // [B, N, P, K], or [B, N, J, D] if these are the votes; [N, K, J, D] by weight_stride
     const uint8_t* mask;  // [B, N], or null
     const A* activation;  // [B, N]
     int64_t B, N, P, K, J, D, weight_stride;
+    bool votes_given;           // as in Capsules; P is 1 then
     int columns, parts;         // parts of a vote along D; threads of an output capsule
     int lanes;                  // threads of a row
     int chunks;                 // of the output capsules
-    bool aligned_u, aligned_w;  // whether the parts of u, and of W, can be read by 16 bytes
+    bool aligned_u, aligned_w;  // whether the parts of u, and of W or of votes, can be read by 16 bytes
 
     PoseTiling(const Capsules& c, const void* activation)
         : u(static_cast<const T*>(c.u)),
@@ -42,8 +43,9 @@ template <class T, int rows_, int width_> struct PoseTiling {
           J(c.J),
           D(c.D),
           weight_stride(c.weight_stride),
+          votes_given(c.votes_given),
           aligned_u(c.K % 4 == 0 && reinterpret_cast<uintptr_t>(c.u) % 16 == 0),
-          aligned_w(c.D % width == 0 && reinterpret_cast<uintptr_t>(c.weight) % 16 == 0) {
+          aligned_w(c.D % width == 0 && reinterpret_cast<uintptr_t>(c.votes_given ? c.u : c.weight) % 16 == 0) {
         const int64_t of_vote = ceil_div(P, rows) * at_least(ceil_div(D, width), 1), all = power_of_two(of_vote);
         columns = static_cast<int>(at_least(at_most(ceil_div(D, width), max_threads + 1), 1));
         parts = static_cast<int>(at_most(all, 2 * max_threads));
@@ -116,6 +118,9 @@ __device__ __forceinline__ void make_vote(const Tiling& t, const PosePosition<Ti
 #pragma unroll
     for (int x = 0; x < Tiling::size; ++x) v[x] = A(0);
     if (!present || at.count == 0) return;
+    if constexpr (rows == 1)
+        if (t.votes_given)
+            return load_numbers(t.u + ((b * t.N + i) * t.J + at.j) * t.D + at.d, at.count, t.aligned_w, v);
     const auto* u = t.u + ((b * t.N + i) * t.P + at.p) * t.K;
     const auto* w = t.weight + i * t.weight_stride + at.j * t.D + at.d;
     const int64_t JD = t.J * t.D;
