@@ -88,10 +88,10 @@ def forced() -> str | None:
 def of_votes(op: str) -> str:
     """What an operator is called where a backend is chosen, if it takes votes in place of capsules and a weight.
 
-    The kernels of the CPU take both; those of GPUs have to be asked for each.
+    The compiled kernels of the CPU and of CUDA take both; those of Triton do not.
     """
     forward = op.removesuffix("_backward")
-    return forward + cpu.OF_VOTES + op[len(forward) :]
+    return forward + extension.OF_VOTES + op[len(forward) :]
 
 
 def _first(op: str, device: torch.device, dtype: torch.dtype, only: str | None) -> tuple[str | None, list[str]]:

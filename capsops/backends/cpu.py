@@ -11,9 +11,6 @@ from .extension import run as run
 
 DEVICE_TYPE = "cpu"
 
-OF_VOTES = "_of_votes"
-"""In the name of an operator that takes votes in place of capsules and a weight. Every kernel here takes both."""
-
 
 def instruction_sets() -> tuple[str, ...]:
     """The instruction sets that the kernels were compiled for and that this CPU has, best first."""
@@ -52,7 +49,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it does not run on {device.type}"
     if dtype not in extension.DTYPES:
         return f"it does not take {dtype}"
-    if op.replace(OF_VOTES, "") not in extension.OPERATORS[DEVICE_TYPE]:
+    if op.replace(extension.OF_VOTES, "") not in extension.OPERATORS[DEVICE_TYPE]:
         return f"it has no kernel for {op}"
     return None
 

@@ -109,8 +109,6 @@ def attention_routing(
         squash: as in `dynamic_routing`.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
 
-    Votes in place of u and the weight have no CUDA kernel: there Triton's runs.
-
     Returns:
         output capsules v [B, J, D], squashed.
 

@@ -272,9 +272,8 @@ def dynamic_routing(
         input_weight: [B, N], by which the couplings of an input capsule are multiplied after the softmax.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives squash(bias), or 0.
 
-    Logits, weights of the input capsules, axis "input" and votes in place of u and the weight have no CUDA kernel:
-    there Triton's run, also with a weight [K, D]. Votes [B, N, 1, D] are the same for all output capsules; logits
-    then tell their number J.
+    Logits, weights of the input capsules and axis "input" have no CUDA kernel: there Triton's run, also with a weight
+    [K, D]. Votes [B, N, 1, D] are the same for all output capsules; logits then tell their number J.
 
     Returns:
         output capsules v [B, J, D], squashed.

@@ -155,8 +155,6 @@ def em_routing(
         mask: bool [B, N], True where there is a capsule. A batch item without any gives pose 0 and activation
             logistic(λ beta_a).
 
-    Votes in place of poses and the weight have no CUDA kernel: there Triton's runs.
-
     Returns:
         pose [B, J, D] or [B, J, P, D], and activation [B, J].
 

@@ -97,8 +97,6 @@ def self_attention_routing(
         scale: the factor of the logits; D**-0.5 by default.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
 
-    Votes in place of u and the weight have no CUDA kernel: there Triton's runs.
-
     Returns:
         output capsules v [B, J, D], squashed.
 

@@ -154,8 +154,8 @@ def routing_step(
         input_weight: [B, N], by which the couplings of an input capsule are multiplied after the softmax.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
 
-    Logits, weights of the input capsules, axis "input" and votes in place of u and the weight have no CUDA kernel:
-    there Triton's run, also with a weight [K, D].
+    Logits, weights of the input capsules and axis "input" have no CUDA kernel: there Triton's run, also with a weight
+    [K, D].
 
     Returns:
         s [B, J, D], not squashed.

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from zlib import crc32
 
 import torch
 from torch import Tensor
 
 import capsops
+from capsops.backends import reference
 
 # B, N, K, J, D: ones; primes; one more than a vector width; J and D of the paper and of MNIST; two output capsules,
 # with votes of one and of two vectors, and with as many batch items as fit into registers, and more; batches that fill
@@ -159,6 +161,13 @@ def device_of(backend: str) -> torch.device:
     """The device for the tensors of a backend: for the backends of GPUs a GPU, if there is one."""
     on_gpu = backend in ("cuda", "triton") and torch.cuda.is_available()
     return torch.device("cuda" if on_gpu else "cpu")
+
+
+def with_votes(routing: Routing, shape: tuple[int, ...]) -> tuple[Routing, Arguments]:
+    """The routing without a weight, and its arguments with the votes in place of u."""
+    arguments = routing.arguments(shape)
+    arguments[routing.capsules] = reference.affine_votes(arguments[routing.capsules], arguments.pop("weight"))
+    return replace(routing, call=partial(routing.call, weight=None)), arguments
 
 
 def run(routing: Routing, arguments: Arguments, dtype: torch.dtype, backend: str, **fixed: Tensor) -> list[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -21,11 +20,11 @@ from .routings import (
     ROUTINGS,
     SHAPES,
     STEP,
-    Arguments,
     Routing,
     each,
     relative_error,
     run,
+    with_votes,
 )
 
 by_routing = pytest.mark.parametrize("routing", ROUTINGS, ids=lambda r: r.name)
@@ -34,18 +33,11 @@ by_batch = pytest.mark.parametrize("B", [3, 16])  # a batch that fills vectors h
 INSTRUCTIONS = ("auto", *capsops.backends.cpu.instruction_sets()[1:])
 
 
-def _given(routing: Routing, shape: tuple[int, ...]) -> tuple[Routing, Arguments]:
-    """The routing without a weight, and its arguments with the votes in place of u."""
-    arguments = routing.arguments(shape)
-    arguments[routing.capsules] = reference.affine_votes(arguments[routing.capsules], arguments.pop("weight"))
-    return replace(routing, call=partial(routing.call, weight=None)), arguments
-
-
 @by_routing
 @by_shape
 def test_agrees_with_the_reference(routing: Routing, shape: tuple[int, ...]) -> None:
     """To the digits of float64 and of float32, on every instruction set."""
-    given, arguments = _given(routing, shape)
+    given, arguments = with_votes(routing, shape)
     expected = run(given, arguments, torch.float64, "reference")
     for instructions in INSTRUCTIONS:
         capsops.backends.cpu.use_instruction_set(instructions)
@@ -77,7 +69,7 @@ def test_agrees_with_a_weight(routing: Routing, B: int, J: int) -> None:
 @by_routing
 @pytest.mark.parametrize(("B", "dtype"), [(3, torch.bfloat16), (16, torch.bfloat16), (3, torch.float16)], ids=str)
 def test_low_precision_is_at_most_twice_as_wrong(routing: Routing, B: int, dtype: torch.dtype) -> None:
-    given, arguments = _given(routing, (B, 33, 4, 3, 11))
+    given, arguments = with_votes(routing, (B, 33, 4, 3, 11))
     arguments = {n: x.to(dtype).double() for n, x in arguments.items()}
     exact = run(given, arguments, torch.float64, "reference")
     naive = run(given, arguments, dtype, "reference")
@@ -90,7 +82,7 @@ def test_low_precision_is_at_most_twice_as_wrong(routing: Routing, B: int, dtype
 @pytest.mark.parametrize(("B", "share"), [(11, 0.6), (16, 0.9)], ids=["sparse", "dense"])
 def test_mask(routing: Routing, B: int, share: float) -> None:
     """Masked votes may be anything, and have no gradient."""
-    given, arguments = _given(routing, (B, 67, 5, 3, 6))
+    given, arguments = with_votes(routing, (B, 67, 5, 3, 6))
     mask = torch.rand(B, 67, generator=torch.Generator().manual_seed(5)) < share
     mask[2], mask[:, 5] = False, False
     for name in {routing.capsules, "activation", "logits"} & set(arguments):
@@ -107,7 +99,7 @@ def test_mask(routing: Routing, B: int, share: float) -> None:
 @pytest.mark.parametrize("routing", [r for r in ROUTINGS if not r.detached], ids=lambda r: r.name)
 @by_batch
 def test_gradcheck(routing: Routing, B: int) -> None:
-    given, arguments = _given(routing, (B, 4, 2, 3, 3))
+    given, arguments = with_votes(routing, (B, 4, 2, 3, 3))
     leaves = tuple(x.requires_grad_() for x in arguments.values())
     with capsops.use_backend("cpu"):
         assert torch.autograd.gradcheck(
@@ -118,7 +110,7 @@ def test_gradcheck(routing: Routing, B: int) -> None:
 @by_routing
 @by_batch
 def test_bitwise_the_same_for_any_number_of_threads_and_strides(routing: Routing, B: int) -> None:
-    given, arguments = _given(routing, (B, 700, 3, 2, 16))
+    given, arguments = with_votes(routing, (B, 700, 3, 2, 16))
     name, threads = routing.capsules, torch.get_num_threads()
     expected = run(given, arguments, torch.float32, "cpu")
     # As a convolution leaves them, components before positions.
@@ -136,7 +128,7 @@ def test_bitwise_the_same_for_any_number_of_threads_and_strides(routing: Routing
 @by_routing
 @pytest.mark.parametrize("shape", [(0, 5, 3, 2, 4), (2, 0, 3, 2, 4)], ids=["no-batch", "no-capsules"])
 def test_empty(routing: Routing, shape: tuple[int, ...]) -> None:
-    given, arguments = _given(routing, shape)
+    given, arguments = with_votes(routing, shape)
     expected = run(given, arguments, torch.float64, "reference")
     for x, y in zip(run(given, arguments, torch.float64, "cpu"), expected, strict=True):
         torch.testing.assert_close(x, y)
@@ -146,7 +138,7 @@ def test_empty(routing: Routing, shape: tuple[int, ...]) -> None:
     "routing", [ATTENTION, DYNAMIC_LOGITS, DYNAMIC_INPUTS, STEP, *ROUTINGS[-2:]], ids=lambda r: r.name
 )
 def test_vmap_and_compile(routing: Routing) -> None:
-    given, arguments = _given(routing, (4, 6, 3, 2, 5))
+    given, arguments = with_votes(routing, (4, 6, 3, 2, 5))
     per_item = {n: (0 if x.dim() > 1 and x.shape[0] == 4 else None) for n, x in arguments.items()}
     expected = each(given.call(**arguments))
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import capsops
-from capsops.backends import COMPILED, reference, triton
+from capsops.backends import COMPILED, triton
 
 from .routings import (
     DYNAMIC_INPUTS,
@@ -33,12 +33,12 @@ from .routings import (
     SHAPES,
     STEP,
     STEP_INPUTS,
-    Arguments,
     Routing,
     device_of,
     each,
     relative_error,
     run,
+    with_votes,
 )
 
 GPU = torch.cuda.is_available()
@@ -197,13 +197,6 @@ def test_infinite_logits_are_seen(backend: str, routing: Routing) -> None:
         assert v[~finite].isnan().all()
 
 
-def _given(routing: Routing, shape: tuple[int, ...]) -> tuple[Routing, Arguments]:
-    """The routing with its votes in place of u and a weight."""
-    arguments = routing.arguments(shape)
-    arguments[routing.capsules] = reference.affine_votes(arguments[routing.capsules], arguments.pop("weight"))
-    return replace(routing, call=partial(routing.call, weight=None)), arguments
-
-
 @pytest.mark.parametrize(
     "routing",
     [r for r in ROUTINGS if GPU or r.name in {*FEW, "em2-rows4-renormalise"} - {"dynamic3", "em3"}],
@@ -213,7 +206,7 @@ def test_triton_takes_votes(routing: Routing) -> None:
     """Votes that something else made, with a mask."""
     if "triton" not in BACKENDS:
         pytest.skip("Triton does not run here")
-    given, arguments = _given(routing, (2, 5, 1, 3, 2))
+    given, arguments = with_votes(routing, (2, 5, 1, 3, 2))
     mask = torch.rand(2, 5, generator=torch.Generator().manual_seed(5)) < 0.7
     arguments[routing.capsules][~mask] = float("nan")
     exact = run(given, arguments, torch.float64, "reference", mask=mask)
@@ -225,7 +218,7 @@ def test_triton_takes_votes(routing: Routing) -> None:
 def test_triton_takes_one_vote_for_all_output_capsules(routing: Routing) -> None:
     if "triton" not in BACKENDS:
         pytest.skip("Triton does not run here")
-    given, arguments = _given(routing, (2, 5, 1, 3, 2))
+    given, arguments = with_votes(routing, (2, 5, 1, 3, 2))
     arguments["u"] = arguments["u"][:, :, :1]
     exact = run(given, arguments, torch.float64, "reference")
     for got, expected in zip(run(given, arguments, torch.float64, "triton"), exact, strict=True):
@@ -387,7 +380,7 @@ def test_attention_to_many_output_capsules(shared: bool, monkeypatch: pytest.Mon
         pytest.skip("Triton does not run here")
     monkeypatch.setattr(triton, "_MOST_MIXED", 4)
     monkeypatch.setattr(triton.wide_attention, "_TILE_BYTES", 1000)
-    given = _given(OPERATORS[0], (2, 7, 3, 5, 4))
+    given = with_votes(OPERATORS[0], (2, 7, 3, 5, 4))
     for routing, arguments in (given, *[(r, r.arguments((2, 7, 3, 5, 4), shared=shared)) for r in OPERATORS[:2]]):
         mask = torch.rand(2, 7, generator=torch.Generator().manual_seed(5)) < 0.6
         arguments["u"][~mask] = float("nan")
@@ -505,6 +498,36 @@ def test_triton_compiles_for_gpus() -> None:
 
 
 # ---- only on a GPU -----------------------------------------------------------------------------------
+
+
+needs_cuda = pytest.mark.skipif("cuda" not in BACKENDS, reason="needs the CUDA kernels and a GPU")
+
+
+@needs_cuda
+@pytest.mark.parametrize("routing", [r for r in ROUTINGS if r.runs_on("cuda")], ids=lambda r: r.name)
+@pytest.mark.parametrize("shape", [*SHAPES, (4, 9, 3, 300, 8)], ids=str)
+def test_given_votes(routing: Routing, shape: tuple[int, ...]) -> None:
+    """Also votes that are too large for a block of threads."""
+    given, arguments = with_votes(routing, shape)
+    mask = torch.rand(shape[:2], generator=torch.Generator().manual_seed(5)) < 0.6
+    arguments[routing.capsules][~mask] = float("nan")
+    exact = run(given, arguments, torch.float64, "reference", mask=mask)
+    naive = run(given, arguments, torch.float32, "reference", mask=mask)
+    _agrees("cuda", given, run(given, arguments, torch.float32, "cuda", mask=mask), naive, exact)
+
+
+@needs_cuda
+@pytest.mark.parametrize("J", [4, 300])
+def test_one_vote_for_all_output_capsules(J: int) -> None:
+    votes, state = torch.randn(33, 50, 1, 64, dtype=torch.float64), torch.randn(33, J, 64, dtype=torch.float64) / 8
+    g, results = torch.randn(33, J, 64, dtype=torch.float64), []
+    for name in ("reference", "cuda"):
+        leaves = [x.to(device_of(name)).requires_grad_() for x in (votes, state)]
+        with capsops.use_backend(name):
+            s = capsops.routing_step(leaves[0], None, leaves[1])
+            results.append([s, *torch.autograd.grad(s, leaves, g.to(s))])
+    for expected, got in zip(*results, strict=True):
+        assert relative_error(got.detach().cpu(), expected.detach()) < 1e-12
 
 
 @needs_gpu

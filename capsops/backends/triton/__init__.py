@@ -29,7 +29,7 @@ from ...dtypes import FLOATING, accumulation_dtype
 from .. import reference
 from .._compiling import constant_when_compiled
 from .._feature_maps import Grid
-from ..cpu import OF_VOTES
+from ..extension import OF_VOTES
 from . import wide_attention
 from .gaussians import Gaussians, e_step_backward, m_step, m_step_backward
 

@@ -1,5 +1,6 @@
-// How the loops of stream.cuh divide the work among threads, and how they read u and W. Votes that are given are read
-// as u, with K = J·D or, if all output capsules get the same vote, K = D; there is no W.
+// How the loops of stream.cuh divide the work among threads, and how they read u and W.
+//
+// Votes that are given are read as u, with K = J·D or, if all output capsules get the same vote, K = D; there is no W.
 #pragma once
 
 #include "device.h"
