@@ -656,15 +656,19 @@ int main() {
             for (const Shape& s : shapes)
                 if (!emulated && dtype != Dtype::float64)
                     run(s, dtype == Dtype::float32 ? Mask::all : Mask::some, false, true);
-            for (const Shape& s : {shapes[0], shapes[2], shapes[4], shapes[5], shapes[9], empty[0], empty[1], empty[5],
-                                   empty[6], large[0], large[3], large[7]})
-                for (const bool masked : {false, true}) {
-                    if (emulated && half && !masked) continue;
-                    const std::string own = prefix + name_of(s) + (masked ? " masked" : "");
-                    routings(kernels, s, dtype, masked ? Mask::some : Mask::all, false, false, own + " given votes ",
-                             true);
-                    one_vote(kernels, s, dtype, masked, own + " one vote ");
-                }
+            const auto given = [&](const Shape& s, bool masked) {
+                const std::string own = prefix + name_of(s) + (masked ? " masked" : "");
+                routings(kernels, s, dtype, masked ? Mask::some : Mask::all, false, false, own + " given votes ", true);
+                one_vote(kernels, s, dtype, masked, own + " one vote ");
+            };
+            for (const Shape& s : {shapes[0], shapes[2], shapes[4], shapes[5], empty[0], empty[1]})
+                for (const bool masked : {false, true})
+                    if (!emulated || !half || masked) given(s, masked);
+            // A batch that is split, and votes that are too large for a block.
+            if (dtype == Dtype::float32) {
+                given(shapes[9], false), given(empty[5], false);
+                for (const Shape& s : {large[0], large[7]}) given(s, true);
+            }
             for (const Shape& s : large) {
                 if (!half) run(s, Mask::all, false);
                 run(s, Mask::some, dtype != Dtype::bfloat16);
