@@ -88,7 +88,7 @@ def forced() -> str | None:
 def of_votes(op: str) -> str:
     """What an operator is called where a backend is chosen, if it takes votes in place of capsules and a weight.
 
-    The compiled kernels of the CPU and of CUDA take both; those of Triton do not.
+    A backend may have kernels for the one and not for the other.
     """
     forward = op.removesuffix("_backward")
     return forward + extension.OF_VOTES + op[len(forward) :]
