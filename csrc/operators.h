@@ -279,25 +279,24 @@ struct Kernels {
     Status (*probe)(Probe what, int64_t size, int threads, double* rate);
 };
 
-// The operators, in the order of Kernels. Declarations, tables and Python bindings are made from these lists.
-#define CAPSOPS_CPU_AND_CUDA_OPERATORS(X) \
-    X(squash)                             \
-    X(squash_backward)                    \
-    X(primary_capsules)                   \
-    X(primary_capsules_backward)          \
-    X(affine_votes)                       \
-    X(affine_votes_backward)              \
-    X(attention_routing)                  \
-    X(attention_routing_backward)         \
-    X(dynamic_routing)                    \
-    X(dynamic_routing_backward)           \
-    X(routing_step)                       \
-    X(routing_step_backward)              \
-    X(self_attention_routing)             \
-    X(self_attention_routing_backward)    \
-    X(em_routing)                         \
-    X(em_routing_backward)
-#define CAPSOPS_CPU_ONLY_OPERATORS(X)       \
+// The operators, in the order of Kernels. Declarations, tables and Python bindings are made from this list.
+#define CAPSOPS_OPERATORS(X)                \
+    X(squash)                               \
+    X(squash_backward)                      \
+    X(primary_capsules)                     \
+    X(primary_capsules_backward)            \
+    X(affine_votes)                         \
+    X(affine_votes_backward)                \
+    X(attention_routing)                    \
+    X(attention_routing_backward)           \
+    X(dynamic_routing)                      \
+    X(dynamic_routing_backward)             \
+    X(routing_step)                         \
+    X(routing_step_backward)                \
+    X(self_attention_routing)               \
+    X(self_attention_routing_backward)      \
+    X(em_routing)                           \
+    X(em_routing_backward)                  \
     X(routing_step_with_logits)             \
     X(routing_step_with_logits_backward)    \
     X(dynamic_routing_with_logits)          \
@@ -306,11 +305,8 @@ struct Kernels {
     X(dynamic_routing_over_inputs_backward) \
     X(routing_step_over_inputs)             \
     X(routing_step_over_inputs_backward)
-#define CAPSOPS_OPERATORS(X)          \
-    CAPSOPS_CPU_AND_CUDA_OPERATORS(X) \
-    CAPSOPS_CPU_ONLY_OPERATORS(X)
 
-// For use with the lists: the declaration of a kernel, and its entry in a table.
+// For use with the list: the declaration of a kernel, and its entry in a table.
 #define CAPSOPS_DECLARE(op) std::remove_pointer_t<decltype(Kernels::op)> op;
 #define CAPSOPS_ENTRY(op) .op = op,
 #define CAPSOPS_NO_ENTRY(op) .op = nullptr,

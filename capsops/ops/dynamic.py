@@ -206,7 +206,7 @@ _dynamic_routing = Differentiable(
     flops=_flops,
     gradient_flops=_gradient_flops,
 )
-# An operator of its own, because not all backends of GPUs have kernels for it: a GPU then uses one that has.
+# An operator of its own, because one with fewer arguments has faster kernels.
 _with_logits = Differentiable(
     "dynamic_routing_with_logits(Tensor u, Tensor? weight, Tensor? logits, Tensor? input_weight, Tensor? bias,"
     " Tensor? mask, int iterations, bool leaky, bool detach, str kind) -> (Tensor v, Tensor s)",
@@ -272,8 +272,8 @@ def dynamic_routing(
         input_weight: [B, N], by which the couplings of an input capsule are multiplied after the softmax.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives squash(bias), or 0.
 
-    Logits, weights of the input capsules and axis "input" have no CUDA kernel: there Triton's run, also with a weight
-    [K, D]. Votes [B, N, 1, D] are the same for all output capsules; logits then tell their number J.
+    Votes [B, N, 1, D] are the same for all output capsules, as those of a weight [K, D] are; logits then tell their
+    number J.
 
     Returns:
         output capsules v [B, J, D], squashed.

@@ -97,7 +97,7 @@ _routing_step = Differentiable(
     flops=_flops,
     gradient_flops=_gradient_flops,
 )
-# An operator of its own, because not all backends of GPUs have kernels for it: a GPU then uses one that has.
+# An operator of its own, because one with fewer arguments has faster kernels.
 _with_logits = Differentiable(
     "routing_step_with_logits(Tensor u, Tensor? weight, Tensor state, Tensor? logits, Tensor? input_weight,"
     " Tensor? mask) -> Tensor s",
@@ -153,9 +153,6 @@ def routing_step(
         axis: the capsules over which the couplings add up to 1: "output", softmax_j, or "input", softmax_i.
         input_weight: [B, N], by which the couplings of an input capsule are multiplied after the softmax.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
-
-    Logits, weights of the input capsules and axis "input" have no CUDA kernel: there Triton's run, also with a weight
-    [K, D].
 
     Returns:
         s [B, J, D], not squashed.

@@ -53,8 +53,6 @@ def routings(backend: str) -> int:
     """Run the routings and the votes; return the number of calls."""
     calls = 0
     for routing, shape, shared in itertools.product(OPERATORS, FEW, (False, True)):
-        if not routing.runs_on(backend):
-            continue
         arguments = routing.arguments(shape, shared=shared)
         mask = torch.rand(shape[:2], generator=torch.Generator().manual_seed(5)) < 0.6
         fixed: dict[str, torch.Tensor] = {"mask": mask} if routing in ROUTINGS and not shared else {}

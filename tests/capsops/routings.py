@@ -62,10 +62,6 @@ class Routing:
     def outputs(self) -> int:
         return 2 if self.em else 1
 
-    def runs_on(self, backend: str) -> bool:
-        """Whether a backend has a kernel for it."""
-        return backend != "cuda" or not ("logits" in self.name or self.over_inputs)
-
     def arguments(self, shape: tuple[int, ...], *, shared: bool = False, seed: int = 0) -> Arguments:
         """Random arguments in float64, with votes of about unit length."""
         B, N, K, J, D = shape

@@ -49,7 +49,7 @@ CASES = [
     for backend in BACKENDS
     for routing in OPERATORS
     for expansion in EXPANSIONS
-    if routing.name in FEW and routing.runs_on(backend)
+    if routing.name in FEW
     if backend != "triton" or GPU or (expansion in ("all capsules", "both") and routing.name != "em3")
 ]
 

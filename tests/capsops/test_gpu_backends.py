@@ -69,12 +69,6 @@ by_sharing = pytest.mark.parametrize("shared", [False, True], ids=["matrices", "
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
 
-def _needs_kernel(backend: str, routing: Routing) -> None:
-    """Skip what the backend has no kernel for: a call of it is a fallback, which test_backends.py tests."""
-    if not routing.runs_on(backend):
-        pytest.skip("the backend has no kernel for it")
-
-
 pytestmark = pytest.mark.skipif(not BACKENDS, reason="there is neither a GPU nor Triton")
 
 
@@ -119,7 +113,6 @@ def _agrees(
 )
 @by_sharing
 def test_agrees_with_the_reference(backend: str, routing: Routing, shape: tuple[int, ...], shared: bool) -> None:
-    _needs_kernel(backend, routing)
     arguments = routing.arguments(shape, shared=shared)
     exact = run(routing, arguments, torch.float64, "reference")
     naive = run(routing, arguments, torch.float32, "reference")
@@ -130,7 +123,6 @@ def test_agrees_with_the_reference(backend: str, routing: Routing, shape: tuple[
 @by_some
 @by_sharing
 def test_mask(backend: str, routing: Routing, shared: bool) -> None:
-    _needs_kernel(backend, routing)
     if routing not in ROUTINGS:
         pytest.skip("votes have no mask")
     shape = (9, 67, 5, 3, 6) if GPU else (3, 5, 2, 3, 3)
@@ -156,7 +148,6 @@ by_logits = pytest.mark.parametrize("routing", WITH_LOGITS, ids=lambda r: r.name
 @by_logits
 def test_logits_and_weights_of_input_capsules(backend: str, routing: Routing) -> None:
     """−∞ removes pairs: also all of an input capsule, and all of an output capsule of an item."""
-    _needs_kernel(backend, routing)
     shape = B, N, *_ = (2, 5, 1, 3, 2)
     generator = torch.Generator().manual_seed(7)
     arguments = routing.arguments(shape)
@@ -185,7 +176,6 @@ def test_logits_and_weights_of_input_capsules(backend: str, routing: Routing) ->
 @by_logits
 def test_infinite_logits_are_seen(backend: str, routing: Routing) -> None:
     """+∞ and NaN make their batch item NaN, or with the softmax over the input capsules their output capsule."""
-    _needs_kernel(backend, routing)
     for value in (float("inf"), float("nan")):
         arguments = {n: x.to(device_of(backend)) for n, x in routing.arguments((2, 5, 1, 3, 2)).items()}
         arguments["logits"][1, 3, 1] = value
@@ -240,7 +230,6 @@ def test_triton_takes_one_matrix() -> None:
 @by_some
 def test_float64(backend: str, routing: Routing) -> None:
     """The error is small enough for gradcheck."""
-    _needs_kernel(backend, routing)
     arguments = routing.arguments((2, 5, 3, 3, 5) if GPU else (2, 3, 2, 2, 3))
     exact = run(routing, arguments, torch.float64, "reference")
     for got, expected in zip(run(routing, arguments, torch.float64, backend), exact, strict=True):
@@ -260,7 +249,6 @@ def test_float64(backend: str, routing: Routing) -> None:
     ids=lambda x: getattr(x, "name", str(x)),
 )
 def test_low_precision_is_at_most_twice_as_wrong(backend: str, routing: Routing, dtype: torch.dtype) -> None:
-    _needs_kernel(backend, routing)
     for shape in SHAPES if GPU else [(2, 5, 3, 3, 5)]:
         arguments = {n: x.to(dtype).double() for n, x in routing.arguments(shape).items()}
         exact = run(routing, arguments, torch.float64, "reference")
@@ -276,7 +264,6 @@ def test_low_precision_is_at_most_twice_as_wrong(backend: str, routing: Routing,
 @by_sharing
 @pytest.mark.parametrize("shape", [(0, 5, 3, 2, 4), (2, 0, 3, 2, 4)], ids=["no-batch", "no-capsules"])
 def test_empty(backend: str, routing: Routing, shared: bool, shape: tuple[int, ...]) -> None:
-    _needs_kernel(backend, routing)
     arguments = routing.arguments(shape, shared=shared)
     expected = run(routing, arguments, torch.float64, "reference")
     for got, y in zip(run(routing, arguments, torch.float64, backend), expected, strict=True):
@@ -286,7 +273,6 @@ def test_empty(backend: str, routing: Routing, shared: bool, shape: tuple[int, .
 @by_backend
 @by_some
 def test_only_what_is_asked_for_is_computed(backend: str, routing: Routing) -> None:
-    _needs_kernel(backend, routing)
     arguments = routing.arguments((2, 3, 2, 3, 3) if GPU else (1, 2, 1, 2, 2))
     everything = dict(zip(arguments, run(routing, arguments, torch.float32, backend)[routing.outputs :], strict=True))
     for name in arguments:
@@ -304,7 +290,6 @@ def test_only_what_is_asked_for_is_computed(backend: str, routing: Routing) -> N
 @by_backend
 @by_some
 def test_strided_and_misaligned_inputs(backend: str, routing: Routing) -> None:
-    _needs_kernel(backend, routing)
     device = device_of(backend)
     shape = (3, 5, 4, 3, 8) if GPU else (2, 3, 2, 2, 3)  # on a GPU with votes of whole vectors
     arguments = {n: x.to(device, torch.float32) for n, x in routing.arguments(shape).items()}
@@ -505,7 +490,7 @@ needs_cuda = pytest.mark.skipif("cuda" not in BACKENDS, reason="needs the CUDA k
 
 
 @needs_cuda
-@pytest.mark.parametrize("routing", [r for r in ROUTINGS if r.runs_on("cuda")], ids=lambda r: r.name)
+@pytest.mark.parametrize("routing", ROUTINGS, ids=lambda r: r.name)
 @pytest.mark.parametrize("shape", [*SHAPES, (4, 9, 3, 300, 8)], ids=str)
 def test_given_votes(routing: Routing, shape: tuple[int, ...]) -> None:
     """Also votes that are too large for a block of threads."""
@@ -536,7 +521,6 @@ def test_one_vote_for_all_output_capsules(J: int) -> None:
 @by_some
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_bitwise_the_same_from_run_to_run(backend: str, routing: Routing, dtype: torch.dtype) -> None:
-    _needs_kernel(backend, routing)
     arguments = routing.arguments((13, 1031, 8, 10, 16))
     first = run(routing, arguments, dtype, backend)
     for _ in range(3):

@@ -18,18 +18,12 @@ def test_the_cpu_has_a_kernel_for_every_operator() -> None:
     assert all(callable(getattr(_C, name)) for name in names)
 
 
-def test_cuda_has_a_part_of_them_or_none() -> None:
+def test_cuda_has_all_of_them_or_none() -> None:
     names = _C.operators("cuda")
     if _C.cuda_architectures is None:
         assert names == []
     else:
-        assert "attention_routing" in names
-        alone = {
-            f"{routing}_{kind}"
-            for routing in ("routing_step", "dynamic_routing")
-            for kind in ("with_logits", "over_inputs")
-        }
-        assert set(_C.operators("cpu")) - set(names) == alone | {f"{name}_backward" for name in alone}
+        assert names == _C.operators("cpu")
 
 
 def test_an_unknown_backend_is_refused() -> None:

@@ -4,10 +4,9 @@
 
 namespace capsops::cuda {
 
-CAPSOPS_CPU_AND_CUDA_OPERATORS(CAPSOPS_DECLARE)
+CAPSOPS_OPERATORS(CAPSOPS_DECLARE)
 
-extern const Kernels kernels = {CAPSOPS_CPU_AND_CUDA_OPERATORS(CAPSOPS_ENTRY)  //
-                                CAPSOPS_CPU_ONLY_OPERATORS(CAPSOPS_NO_ENTRY) CAPSOPS_NO_ENTRY(probe)};
+extern const Kernels kernels = {CAPSOPS_OPERATORS(CAPSOPS_ENTRY) CAPSOPS_NO_ENTRY(probe)};
 
 #if !defined(CAPSOPS_EMULATION)
 const char* error() {

@@ -64,6 +64,16 @@ concept StagedReducingPolicy =
         { policy.stage_couplings(t, scratch, c, context) } -> std::same_as<Status>;
     };
 
+// The same for a policy whose sums cannot be added up as they are (over_inputs.cuh): stage_couplings() also changes the
+// total of the tiles before, and finish_staged() the sum over all tiles.
+template <class P, class A>
+concept StagedRescalingPolicy = requires(const P& policy, const StagedVotes<A>& t, A* scratch, Couplings<A>& c,
+                                         double* total, A* out, const ExecutionContext& context) {
+    { policy.staged_numbers(t.J, t.D) } -> std::same_as<int64_t>;
+    { policy.stage_couplings(t, scratch, c, total, context) } -> std::same_as<Status>;
+    { policy.finish_staged(t.D, out, context) } -> std::same_as<Status>;
+};
+
 // What reduce_uniform needs: the coupling of all pairs.
 template <class P, class A>
 concept UniformPolicy = requires(const P& policy) {
@@ -294,7 +304,8 @@ Status for_tiles(const Capsules& c, StagedVotes<Accumulation<T>>& t, const Works
     return Status::ok;
 }
 
-template <class T, StagedReducingPolicy<Accumulation<T>> Policy>
+template <class T, class Policy>
+    requires StagedReducingPolicy<Policy, Accumulation<T>> || StagedRescalingPolicy<Policy, Accumulation<T>>
 Status reduce_staged(const Capsules& c, const Policy& policy, Workspace& whole, Accumulation<T>* out) {
     using A = Accumulation<T>;
     const int64_t JD = c.J * c.D, own = policy.staged_numbers(c.J, c.D), of_u = c.votes_given ? 0 : c.K;
@@ -312,11 +323,16 @@ Status reduce_staged(const Capsules& c, const Policy& policy, Workspace& whole, 
     CAPSOPS_TRY(sum.start(c.context));
     CAPSOPS_TRY((for_tiles<T>(c, t, tile, true, [&] {
         Couplings<A> couplings{};
-        CAPSOPS_TRY(policy.stage_couplings(t, scratch, couplings, c.context));
+        if constexpr (StagedRescalingPolicy<Policy, A>)
+            CAPSOPS_TRY(policy.stage_couplings(t, scratch, couplings, sum.total, c.context));
+        else
+            CAPSOPS_TRY(policy.stage_couplings(t, scratch, couplings, c.context));
         CAPSOPS_TRY(launch_over(sum.count * sum.size, weigh_votes<A>, c.context, t, couplings, sum.count, sum.rows));
         return sum.add(c.context);
     })));
-    return sum.write(out, false, c.context);
+    CAPSOPS_TRY(sum.write(out, false, c.context));
+    if constexpr (StagedRescalingPolicy<Policy, A>) return policy.finish_staged(c.D, out, c.context);
+    return Status::ok;
 }
 
 // For reduce_staged: the same coupling everywhere.

@@ -147,16 +147,33 @@ __device__ inline void join_capsules(const ThreadPosition<A, width, items>& at, 
 
 // ---- policies ------------------------------------------------------------------------------------------------
 
+// A policy whose sums cannot be added up as they are (over_inputs.cuh): couple() changes the sum of a thread too,
+// end_run() those of a block before the teams' sums are added, and finish_runs() those of all runs before these are
+// added. A run takes P::scalars numbers more for each output capsule.
+template <class P, class T, int width, class A = Accumulation<T>, int items = P::items>
+concept RescalingPolicy =
+    StagedRescalingPolicy<P, A> &&
+    requires(P& policy, const P& on_device, const ThreadPosition<A, width, items>& at,
+             typename P::template Registers<items>& own, A (&v)[items][width], A (&c)[items][width], int64_t runs,
+             Workspace& w, A* partial, const ExecutionContext& context) {
+        on_device.start(at, own);
+        on_device.couple(at, own, v, c, c);
+        on_device.end_run(at, own, int{}, c);
+        policy.take_runs(runs, w);
+        { policy.finish_runs(runs, runs, partial, context) } -> std::same_as<Status>;
+    };
+
 // What `reduce` needs. P::items is the number of batch items of a thread. start() loads what the thread keeps in
 // registers for a tile of the batch; couple() computes the weights c of the components of the votes v.
 template <class P, class T, int width, class A = Accumulation<T>, int items = P::items>
 concept ReducingPolicy =
-    (StagedReducingPolicy<P, A> || UniformPolicy<P, A>) &&
-    requires(const P& policy, const ThreadPosition<A, width, items>& at, typename P::template Registers<items>& own,
-             A (&v)[items][width], A (&c)[items][width]) {
-        policy.start(at, own);
-        policy.couple(at, own, v, c);
-    };
+    RescalingPolicy<P, T, width> ||
+    ((StagedReducingPolicy<P, A> || UniformPolicy<P, A>) &&
+     requires(const P& policy, const ThreadPosition<A, width, items>& at, typename P::template Registers<items>& own,
+              A (&v)[items][width], A (&c)[items][width]) {
+         policy.start(at, own);
+         policy.couple(at, own, v, c);
+     });
 
 // What `emit` needs. P::items is the number of batch items of a thread. The host calls cut() with the number of rows of
 // votes in a block, and may take memory there. gradient() computes the gradient g of the votes v. end_block() writes
@@ -195,12 +212,16 @@ __global__ void __launch_bounds__(max_threads, 1)
         thread.go_to(tiling, first, end);
         A v[items][width], c[items][width];
         make_votes(tiling, inputs, at, v);
-        policy.couple(at, own, v, c);
+        if constexpr (RescalingPolicy<Policy, T, width>)
+            policy.couple(at, own, v, c, sum);
+        else
+            policy.couple(at, own, v, c);
 #pragma unroll
         for (int m = 0; m < items; ++m)
 #pragma unroll
             for (int d = 0; d < width; ++d) sum[m][d] += c[m][d] * v[m][d];
     }
+    if constexpr (RescalingPolicy<Policy, T, width>) policy.end_run(at, own, tiling.teams, sum);
     // Sums over the teams.
     const int D = static_cast<int>(tiling.D), JD = at.J * D;
     const int existing =
@@ -459,14 +480,20 @@ Status reduce(const Capsules& c, const Policy& policy, int64_t numbers, Workspac
         else
             return reduce_staged<T>(c, policy, whole, out);
     }
+    int64_t numbers_of_run = size;
+    if constexpr (RescalingPolicy<Policy, T, width>) numbers_of_run += Policy::scalars * c.B * c.J;
     tiling.runs = cut_runs(c.N, tiling.teams, tiling.tiles,
-                           ceil_div(size, tiling.tiles) * static_cast<int64_t>(sizeof(A)), tiling.wanted);
+                           ceil_div(numbers_of_run, tiling.tiles) * static_cast<int64_t>(sizeof(A)), tiling.wanted);
     Workspace w(&whole);
+    Policy own = policy;
+    if constexpr (RescalingPolicy<Policy, T, width>) own.take_runs(tiling.runs.count, w);
     // The sums of a single run are the result.
     A* const partial = tiling.runs.count == 1 ? out : w.take<A>(tiling.runs.count * size);
     const dim3 blocks{static_cast<unsigned>(tiling.runs.count), static_cast<unsigned>(tiling.tiles)};
     CAPSOPS_TRY(launch(reduce_kernel<width, items, T, Policy>, blocks, tiling.threads, tiling.bytes(), c.context,
-                       tiling, policy, partial));
+                       tiling, own, partial));
+    if constexpr (RescalingPolicy<Policy, T, width>)
+        CAPSOPS_TRY(own.finish_runs(tiling.runs.count, c.D, partial, c.context));
     if (tiling.runs.count == 1) return Status::ok;
     return add_rows(partial, tiling.runs.count, size, size, out, false, c.context);
 }

@@ -12,7 +12,8 @@ namespace capsops::cuda {
 // The softmax over the output capsules of each of a thread's batch items. In shared memory: two numbers for each of
 // them, from 0 on.
 template <class A, int items> struct RowSoftmax {
-    A coupling[items], gradient[items];  // c, and c (q − Σ_k c_k q_k) if wanted
+    A coupling[items];               // c
+    A gradient[items], mean[items];  // if wanted: c (q − Σ_k c_k q_k), and Σ_k c_k q_k
 
     // z: the logits of a thread's output capsule; q: the gradients of its couplings.
     template <int width>
@@ -38,7 +39,8 @@ template <class A, int items> struct RowSoftmax {
             const A sum = with_gradient ? means[m] : sums[m];
             const A inverse = reciprocal(leaky ? sum + exponential(-largest[m]) : sum);
             coupling[m] *= inverse;
-            gradient[m] = coupling[m] * (q[m] - means[items + m] * inverse);
+            mean[m] = means[items + m] * inverse;
+            gradient[m] = coupling[m] * (q[m] - mean[m]);
         }
     }
 };
