@@ -234,6 +234,20 @@ def test_an_extension_for_another_python_is_refused(
         build.extensions()
 
 
+def test_an_old_gcc_is_refused_by_its_version(tmp_path: Path) -> None:
+    """The g++ of this machine says that it is GCC 11. CMake reads no more of csrc/ than that."""
+    if missing := [x for x in ("cmake", "ninja", "g++") if shutil.which(x) is None]:
+        pytest.skip(f"this machine lacks {', '.join(missing)}")
+    old = _program(tmp_path, "old-g++", f'exec {shutil.which("g++")} -U__GNUC__ -D__GNUC__=11 "$@"')
+    command = ["cmake", "-S", str(ROOT / "csrc"), "-B", str(tmp_path / "build"), "-G", "Ninja"]
+    run = subprocess.run(
+        command, capture_output=True, text=True, check=False, env={**os.environ, "CXX": str(old), "CXXFLAGS": ""}
+    )
+    assert run.returncode != 0
+    said = " ".join(run.stderr.split())
+    assert re.search(rf"{re.escape(str(old))} is GCC 11\.[\d.]+; expected 12 or newer \(CXX names another\)", said)
+
+
 def _setup(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run setup.py in a copy of the project without its sources in C++."""
     tree.mkdir()
