@@ -341,7 +341,7 @@ def _number(column: str, text: str) -> float:
         raise _RowError(f"{column} is blank")
     if not _is_number(text):
         raise _RowError(f"{column} is not a number")
-    return float(text)
+    return float(text.strip())  # float() itself keeps some of what strip() takes off
 
 
 def _whole(column: str, value: float) -> int:

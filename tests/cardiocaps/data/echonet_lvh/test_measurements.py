@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from cardiocaps.data.echonet_lvh import measurements
@@ -203,6 +203,7 @@ def read_row(**cells: Any) -> Row:
 
 
 @given(st.text(max_size=20))
+@example("4\x1f")
 def test_any_value_is_a_length_or_a_problem(text: str) -> None:
     try:
         row = read_row(CalcValue=text)
