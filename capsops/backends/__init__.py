@@ -85,15 +85,6 @@ def forced() -> str | None:
     return _forced[-1] if _forced else None
 
 
-def of_votes(op: str) -> str:
-    """What an operator is called where a backend is chosen, if it takes votes in place of capsules and a weight.
-
-    A backend may have kernels for the one and not for the other.
-    """
-    forward = op.removesuffix("_backward")
-    return forward + extension.OF_VOTES + op[len(forward) :]
-
-
 def _first(op: str, device: torch.device, dtype: torch.dtype, only: str | None) -> tuple[str | None, list[str]]:
     """The first compiled backend that can run an operator, and why those before it cannot.
 
@@ -250,8 +241,6 @@ def _state(module: ModuleType) -> str:
         return f"no: {reason}"
     forward = sorted(op for op in extension.OPERATORS.get("cpu", ()) if not op.endswith("_backward"))
     lacking = [op for op in forward if module.why_not(op, device, torch.float32)]
-    if module.why_not(of_votes(_USUAL), device, torch.float32):
-        lacking.append("votes in place of capsules and a weight")
     return f"yes, without {', '.join(lacking)}" if lacking else "yes"
 
 

@@ -49,9 +49,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it does not run on {device.type}"
     if dtype not in extension.DTYPES:
         return f"it does not take {dtype}"
-    if op.replace(extension.OF_VOTES, "") not in extension.OPERATORS[DEVICE_TYPE]:
-        return f"it has no kernel for {op}"
-    return None
+    return None if op in extension.OPERATORS[DEVICE_TYPE] else f"it has no kernel for {op}"
 
 
 def instructions() -> str | None:

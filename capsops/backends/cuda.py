@@ -23,9 +23,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         return f"it does not take {dtype}"
     if (reason := unfit(0 if device.index is None else device.index)) is not None:
         return reason
-    if op.replace(extension.OF_VOTES, "") not in extension.OPERATORS[DEVICE_TYPE]:
-        return f"it has no kernel for {op}"
-    return None
+    return None if op in extension.OPERATORS[DEVICE_TYPE] else f"it has no kernel for {op}"
 
 
 @cache

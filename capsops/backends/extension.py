@@ -58,9 +58,6 @@ DTYPES: dict[torch.dtype, Any] = (
 )
 
 
-OF_VOTES = "_of_votes"
-"""In the name of an operator that takes votes in place of capsules and a weight. Its kernel takes both."""
-
 OPERATORS: dict[str, frozenset[str]] = {}
 """The operators that have kernels, for "cpu" and "cuda": the forward and the backward one."""
 if _C is not None:

@@ -81,17 +81,9 @@ class _Operator:
         arguments = [a.name for a in declared.arguments if a.name != "wanted"]
         self.names, self.count = [*[r.name for r in declared.returns], *arguments], len(arguments)
         self.tensors = sum("Tensor" in str(a.type) for a in declared.arguments)
-        # The position of a weight that may be None, because the first argument is votes then.
-        optional = [a.name for a in declared.arguments if str(a.type) == "Optional[Tensor]"]
-        self._weight = arguments.index("weight") if "weight" in optional else None
         _LIBRARY.impl(self.name, self._run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"capsops::{self.name}", self._allocate, lib=_LIBRARY)
         _operators.append(self)
-
-    def asked_for(self, args: Sequence[Any]) -> str:
-        """What a backend is asked for to run this operator."""
-        weight = self._weight
-        return self.name if weight is None or args[weight] is not None else backends.of_votes(self.name)
 
     def signature(self, first: Any, args: Sequence[Any]) -> Any:
         """All that the checks depend on, and what decides the backend, as a key; None if a tensor has no strides.
@@ -154,7 +146,7 @@ class _Call:
 
     def __init__(self, operator: _Operator, args: Sequence[Any], backend: ModuleType | None = None) -> None:
         self.operator, self.allocate = operator, operator.check(*args)
-        name, first = operator.asked_for(args), args[0]
+        name, first = operator.name, args[0]
         self.backend = backend or backends.compiled(name, first)
         self.choice = (name, first.device, first.dtype, self.backend)
         self.notes: dict[str, Any] = {}
@@ -282,7 +274,7 @@ class Differentiable:
     def _choose_and_run(self, args: Sequence[Any], observed: bool, signature: Any = None) -> Any:
         """Choose a backend and run there. Where the call is not observed, remember both under the signature."""
         first: Tensor = args[0]
-        name = self.operator.asked_for(args)
+        name = self.operator.name
         compiling = torch.compiler.is_compiling()
         if is_tracing() or (compiling and torch.onnx.is_in_onnx_export()):
             backend = "reference"  # the graph is for programs without these operators: TorchScript and ONNX

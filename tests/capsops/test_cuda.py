@@ -104,7 +104,7 @@ def test_an_operator_without_a_cuda_kernel_runs_on_triton(monkeypatch: pytest.Mo
     assert backends.select("em_routing", DEVICE, FLOAT) == "triton"
     assert backends._chosen(DEVICE) == "cuda"
     assert backends._state(cuda) == "yes, without em_routing"
-    assert backends.select(backends.of_votes("dynamic_routing"), DEVICE, FLOAT) == "cuda"
+    assert backends.select("dynamic_routing", DEVICE, FLOAT) == "cuda"
 
 
 def test_without_any_backend_for_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

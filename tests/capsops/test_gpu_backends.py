@@ -45,6 +45,7 @@ GPU = torch.cuda.is_available()
 BACKENDS = [
     name for name in ("cuda", "triton") if COMPILED[name].why_not("squash", device_of(name), torch.float32) is None
 ]
+needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton does not run here")
 # Several programs, several tiles along both axes with the last ones incomplete, and padding along every axis.
 SMALL = [(1, 1, 1, 1, 1), (2, 5, 3, 3, 5), (3, 7, 2, 2, 4), (5, 3, 2, 9, 1)]
 
@@ -192,10 +193,9 @@ def test_infinite_logits_are_seen(backend: str, routing: Routing) -> None:
     [r for r in ROUTINGS if GPU or r.name in {*FEW, "em2-rows4-renormalise"} - {"dynamic3", "em3"}],
     ids=lambda r: r.name,
 )
+@needs_triton
 def test_triton_takes_votes(routing: Routing) -> None:
     """Votes that something else made, with a mask."""
-    if "triton" not in BACKENDS:
-        pytest.skip("Triton does not run here")
     given, arguments = with_votes(routing, (2, 5, 1, 3, 2))
     mask = torch.rand(2, 5, generator=torch.Generator().manual_seed(5)) < 0.7
     arguments[routing.capsules][~mask] = float("nan")
@@ -205,9 +205,8 @@ def test_triton_takes_votes(routing: Routing) -> None:
 
 
 @pytest.mark.parametrize("routing", [DYNAMIC_LOGITS, STEP, STEP_INPUTS], ids=lambda r: r.name)
+@needs_triton
 def test_triton_takes_one_vote_for_all_output_capsules(routing: Routing) -> None:
-    if "triton" not in BACKENDS:
-        pytest.skip("Triton does not run here")
     given, arguments = with_votes(routing, (2, 5, 1, 3, 2))
     arguments["u"] = arguments["u"][:, :, :1]
     exact = run(given, arguments, torch.float64, "reference")
@@ -215,10 +214,9 @@ def test_triton_takes_one_vote_for_all_output_capsules(routing: Routing) -> None
         assert relative_error(got, expected) < 1e-12
 
 
+@needs_triton
 def test_triton_takes_one_matrix() -> None:
     """A weight [K, D], which is a loop of steps."""
-    if "triton" not in BACKENDS:
-        pytest.skip("Triton does not run here")
     call = partial(capsops.dynamic_routing, weight=torch.randn(3, 4), iterations=2, logits=torch.randn(5, 3))
     u = torch.randn(2, 5, 3)
     with capsops.use_backend("triton"):
@@ -359,10 +357,9 @@ def test_primary_capsules(backend: str, layout: str, memory: torch.memory_format
 
 
 @pytest.mark.parametrize("shared", [False, True])
+@needs_triton
 def test_attention_to_many_output_capsules(shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """More output capsules than Triton mixes in registers, in several tiles."""
-    if "triton" not in BACKENDS:
-        pytest.skip("Triton does not run here")
     monkeypatch.setattr(triton, "_MOST_MIXED", 4)
     monkeypatch.setattr(triton.wide_attention, "_TILE_BYTES", 1000)
     given = with_votes(OPERATORS[0], (2, 7, 3, 5, 4))
@@ -401,6 +398,7 @@ def _held_at_most(call: Callable[[], object]) -> int:
     ],
     ids=str,
 )
+@needs_triton
 def test_memory_of_triton(
     shape: tuple[int, ...],
     rows: int,
@@ -410,8 +408,6 @@ def test_memory_of_triton(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """At most 32 MB and 24 states of the output capsules for any number of iterations. The kernels are stubs."""
-    if "triton" not in BACKENDS:
-        pytest.skip("Triton does not run here")
     monkeypatch.undo()  # use the tiles and programs of a GPU
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # quicker
     stream, row_kernels = (importlib.import_module(f"capsops.backends.triton.{name}") for name in ("stream", "rows"))

@@ -29,7 +29,6 @@ from ...dtypes import FLOATING, accumulation_dtype
 from .. import reference
 from .._compiling import constant_when_compiled
 from .._feature_maps import Grid
-from ..extension import OF_VOTES
 from . import wide_attention
 from .gaussians import Gaussians, e_step_backward, m_step, m_step_backward
 
@@ -79,7 +78,7 @@ def why_not(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
 @constant_when_compiled
 def _has(op: str) -> bool:
     """Whether this module has the functions of an operator and of its gradient."""
-    forward = op.replace(OF_VOTES, "").removesuffix("_backward")
+    forward = op.removesuffix("_backward")
     return forward in globals() and f"{forward}_backward" in globals()
 
 
@@ -670,9 +669,9 @@ def dynamic_routing_backward(
     detach: bool,
     kind: str,
 ) -> None:
-    with _on(u):
-        stream = _Stream.of(u, weight, mask, g_weight is not None)
-        _route_backward(stream, g_u, g_weight, g_bias, g_v, s, detach, kind, leaky=leaky)
+    dynamic_routing_with_logits_backward(
+        g_u, g_weight, None, None, g_bias, g_v, s, u, weight, None, None, bias, mask, iterations, leaky, detach, kind
+    )
 
 
 def dynamic_routing_with_logits(
