@@ -12,6 +12,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,12 @@ class Form:
     backend: str = ""
 
     def stored(self, weight: Tensor) -> Tensor:
-        """A weight [N, K, J, D] or [K, J, D] as this form stores it: a contiguous leaf."""
+        """A weight [N, K, J, D], [K, J, D] or [K, D] as this form stores it: a contiguous leaf."""
         return weight.detach().permute(_order("NKJD", self.layout, weight)).contiguous().requires_grad_()
+
+    def arranged(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Inputs with the weight, if there is one, as this form stores it."""
+        return {**inputs, "weight": self.stored(inputs["weight"])} if "weight" in inputs else inputs
 
     def restored(self, g_weight: Tensor) -> Tensor:
         """The gradient of a stored weight in the order [N, K, J, D]."""
@@ -58,8 +63,8 @@ class Form:
 
 
 def _order(stored: str, wanted: str, weight: Tensor) -> list[int]:
-    if weight.dim() == 3:
-        stored, wanted = stored.replace("N", ""), wanted.replace("N", "")
+    for axis in {4: "", 3: "N", 2: "NJ"}[weight.dim()]:
+        stored, wanted = stored.replace(axis, ""), wanted.replace(axis, "")
     return [stored.index(axis) for axis in wanted]
 
 
@@ -189,13 +194,23 @@ def dynamic_published(
 
 
 def dynamic_published_shared(
-    u: Tensor, weight: Tensor, iterations: int, detach: bool, mask: Tensor | None = None
+    u: Tensor,
+    weight: Tensor,
+    iterations: int,
+    detach: bool,
+    mask: Tensor | None = None,
+    J: int = 0,
+    logits: Tensor | None = None,
 ) -> Outputs:
-    """As MIND's ports have it: the votes by one linear layer, then matmuls on [B, J, N, D]."""
-    J, D = weight.shape[-2:]
-    votes = F.linear(u, weight.flatten(1).t()).view(*u.shape[:2], J, D).transpose(1, 2).contiguous()
+    """As MIND's ports have it: the votes by one linear layer, then matmuls on [B, J, N, D].
+
+    J: how many times the votes of a weight [K, D] are repeated.
+    """
+    votes = F.linear(u, weight.flatten(1).t())
+    votes = votes[:, :, None].repeat(1, 1, J, 1) if J else votes.unflatten(2, weight.shape[1:])
+    votes = votes.transpose(1, 2).contiguous()
     held = votes.detach() if detach else votes
-    b = votes.new_zeros(*votes.shape[:3])
+    b = votes.new_zeros(*votes.shape[:3]) if logits is None else logits.transpose(1, 2)
     for iteration in range(iterations):
         c = F.softmax(b, dim=1)
         if mask is not None:
@@ -256,6 +271,43 @@ def _dynamic(
             return (squash(total(c, votes)),)
         logits = agreement(held, squash(total(c, held)))
         b = logits if b is None else b + logits
+    raise ValueError("iterations must be at least 1")
+
+
+# Dynamic routing by one matrix [K, D] (MIND): of votes [B, N, D], as all output capsules have the same
+
+
+def one_matrix_product(u: Tensor, weight: Tensor, **options: Any) -> Outputs:
+    """The votes are made once."""
+    votes = u @ weight
+    return _one_matrix(votes, votes, lambda s: s, **options)
+
+
+def one_matrix_associative(u: Tensor, weight: Tensor, **options: Any) -> Outputs:
+    """No votes: (u W) · V = u · (W V) and Σ c (u W) = (Σ c u) W."""
+    return _one_matrix(u, u, lambda s: s @ weight, back=lambda v: v @ weight.t(), **options)
+
+
+def _one_matrix(
+    x: Tensor,
+    y: Tensor,
+    apply: Callable[[Tensor], Tensor],
+    *,
+    iterations: int,
+    detach: bool,
+    logits: Tensor,
+    mask: Tensor,
+    back: Callable[[Tensor], Tensor] = lambda v: v,
+) -> Outputs:
+    """x: what is summed. y: what agrees. apply, back: to the sums, and to the outputs before they agree."""
+    b = logits.transpose(1, 2)
+    for iteration in range(iterations):
+        c = b.softmax(dim=1) * mask[:, None].to(b.dtype)
+        if iteration == iterations - 1:
+            return (squash(apply(torch.bmm(c, x))),)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
+            v = squash(apply(torch.bmm(c, y)))
+            b = b + torch.bmm(back(v), y.transpose(1, 2))
     raise ValueError("iterations must be at least 1")
 
 
@@ -395,7 +447,16 @@ def reference(case: Case) -> Form:
 
 # Those of the eager forms that torch.compile gets: it fuses what is elementwise, and calls the same library for
 # products of matrices, whether written as einsum or as bmm.
-_COMPILED = ("broadcast, broadcast", "einsum, einsum", "einsum, broadcast", "one product")
+_COMPILED = (
+    "broadcast, broadcast",
+    "einsum, einsum",
+    "einsum, broadcast",
+    "einsum",
+    "broadcast",
+    "one product",
+    "votes once",
+    "no votes",
+)
 _EAGER_LADDER = ("bmm, broadcast", "bmm, einsum", "one product")
 _COMPILED_LADDER = ("broadcast, broadcast", "einsum, broadcast", "one product")
 
@@ -439,6 +500,19 @@ def _pytorch(case: Case) -> tuple[Form, list[Form]]:
     """The published form, and the eager ones."""
     shape = case.shape
     algorithm, options = _algorithm(case)
+    if shape.one_matrix or shape.given:
+
+        def whole(name: str, kind: str, function: Callable[..., Outputs], **more: int) -> Form:
+            return Form(name, kind, lambda u, **rest: function(u, **rest, **more, **options))
+
+        if shape.given:
+            eager = [whole(name, "eager", route) for name, route in _ROUTES[algorithm].items()]
+            return whole("published", "published", _PUBLISHED[algorithm]), eager
+        eager = [
+            whole("votes once", "eager", one_matrix_product),
+            whole("no votes", "eager", one_matrix_associative),
+        ]
+        return whole("published", "published", dynamic_published_shared, J=shape.J), eager
 
     def form(name: str, kind: str, votes: Votes, route: Callable[..., Outputs], layout: str) -> Form:
         P, D = shape.rows, shape.D
@@ -483,7 +557,7 @@ def _capsops(case: Case) -> Form:
     functions: dict[str, Callable[..., Tensor | Outputs]] = {
         "uniform": lambda **inputs: capsops.dynamic_routing(**inputs, iterations=1),
         "attention": lambda **inputs: capsops.attention_routing(**inputs),
-        "dynamic": lambda **inputs: capsops.dynamic_routing(**inputs, **options),  # type: ignore[arg-type]
+        "dynamic": lambda **inputs: capsops.dynamic_routing(**{"weight": None, **inputs}, **options),  # type: ignore
         "step": lambda **inputs: capsops.routing_step(**inputs),
         "self-attention": lambda **inputs: capsops.self_attention_routing(**inputs),
         "em": lambda **inputs: capsops.em_routing(

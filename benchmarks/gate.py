@@ -48,7 +48,7 @@ def call(form: Form, inputs: dict[str, Tensor], direction: str, gradients: Seque
 
 def comparable(form: Form, inputs: dict[str, Tensor], results: list[Tensor], direction: str) -> list[Tensor]:
     """Results with the weight's gradient in the common order."""
-    if direction == FORWARD:
+    if direction == FORWARD or "weight" not in inputs:
         return results
     at = [name for name, x in inputs.items() if x.requires_grad].index("weight")
     return [form.restored(x) if i == at else x for i, x in enumerate(results)]
@@ -76,14 +76,16 @@ def check(case: Case, candidates: Iterable[Form] | None = None, device: Device =
         candidates = [form for form in found if form.kind != "compiled"]
     oracle = forms.reference(case)
     drawn = case.inputs(device=where)
-    wide = {n: x.detach().double().requires_grad_() if x.requires_grad else x for n, x in drawn.items()}
+    wide = {
+        n: x.detach().double().requires_grad_(x.requires_grad) if x.is_floating_point() else x for n, x in drawn.items()
+    }
     gradients = case.output_gradients(device=where)
     expected = {d: call(oracle, wide, d, [g.double() for g in gradients]) for d in (FORWARD, BOTH)}
     if not all(bool(x.any()) for results in expected.values() for x in results):
         raise GateError(f"gate: {case}: the reference gives only zeros, which would prove nothing")
     errors = {}
     for form in candidates:
-        inputs = {**drawn, "weight": form.stored(drawn["weight"])}
+        inputs = form.arranged(drawn)
         try:
             errors[form.name] = max(
                 error(

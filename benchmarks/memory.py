@@ -34,8 +34,7 @@ def peaks(case: Case, name: str, directions: tuple[str, ...]) -> Iterator[tuple[
     def of(case: Case) -> tuple[forms.Form, dict, list]:  # type: ignore[type-arg]
         candidates = [*forms.contestants(case), forms.reference(case)]
         form = next(candidate for candidate in candidates if candidate.name == name)
-        inputs = case.inputs()
-        inputs["weight"] = form.stored(inputs["weight"])
+        inputs = form.arranged(case.inputs())
         return form, inputs, case.output_gradients()
 
     form, inputs, gradients = of(case)

@@ -256,8 +256,7 @@ def warm(case: Case, direction: str, names: list[str], device: Device) -> Iterat
     prepare(device)
     for form in forms.contestants(case, device.backends(case)):
         if form.name in names:
-            inputs = case.inputs(device=device.type)
-            inputs["weight"] = form.stored(inputs["weight"])
+            inputs = form.arranged(case.inputs(device=device.type))
             gate.call(form, inputs, direction, case.output_gradients(device=device.type))
             yield form.name
 

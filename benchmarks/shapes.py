@@ -20,8 +20,9 @@ DIRECTIONS = (FORWARD, BOTH)
 class Shape:
     """B batch, N input capsules of dimension K, J output capsules of dimension D.
 
-    rows: P of matrix capsules [P, K], 0 for vectors. shared: one weight [K, J, D] for all input capsules. masked: the
-    batch items have different numbers of capsules, from one to N.
+    rows: P of matrix capsules [P, K], 0 for vectors. shared: one weight [K, J, D] for all input capsules. one_matrix: a
+    shared weight [K, D], for all output capsules too. given: votes [B, N, J, D] in place of capsules and weight, and K
+    is 0. masked: the batch items have different numbers of capsules, from one to N.
     """
 
     name: str
@@ -32,35 +33,43 @@ class Shape:
     D: int
     rows: int = 0
     shared: bool = False
+    one_matrix: bool = False
+    given: bool = False
     masked: bool = False
 
     @property
     def u_numbers(self) -> int:
-        return self.B * self.N * self.K * max(self.rows, 1)
+        """Of the capsules, or of the votes that are given."""
+        return self.vote_numbers if self.given else self.B * self.N * self.K * max(self.rows, 1)
 
     @property
     def weight_numbers(self) -> int:
-        return self.K * self.J * self.D * (1 if self.shared else self.N)
+        return self.K * self.D * (1 if self.one_matrix else self.J) * (1 if self.shared else self.N)
 
     @property
     def vote_numbers(self) -> int:
         return self.B * self.N * self.J * self.D * max(self.rows, 1)
 
     def __str__(self) -> str:
-        capsule = f"K={self.rows}×{self.K}" if self.rows else f"K={self.K}"
-        extras = ", shared weight" * self.shared + ", masked" * self.masked
-        return f"B={self.B}, N={self.N:,}, {capsule}, J={self.J}, D={self.D}{extras}"
+        capsule = f" K={self.rows}×{self.K}," if self.rows else f" K={self.K}," * (not self.given)
+        arrangement = ", one matrix" if self.one_matrix else ", shared weight" * self.shared
+        extras = ", votes given" * self.given + ", masked" * self.masked
+        return f"B={self.B}, N={self.N:,},{capsule} J={self.J}, D={self.D}{arrangement}{extras}"
 
 
 @dataclass(frozen=True)
 class Routing:
-    """A routing with its options fixed. passes: over the input capsules, forward and backward (see ROUTINGS)."""
+    """A routing with its options fixed. passes: over the input capsules, forward and backward (see ROUTINGS).
+
+    axis: over which capsules the coupling coefficients add up to 1. logits: initial ones are given, as constants.
+    """
 
     name: str
     passes: tuple[int, int]
     iterations: int = 1
     detach: bool = False
-    axis: str = "output"  # over which capsules the couplings add up to 1
+    axis: str = "output"
+    logits: bool = False
 
 
 # A backward of n passes: n − 1 that reduce and one that emits the gradients.
@@ -72,6 +81,7 @@ ROUTINGS = {
         Routing("dynamic", passes=(3, 3), iterations=3),
         Routing("dynamic, detached", passes=(3, 1), iterations=3, detach=True),
         Routing("dynamic, over inputs", passes=(3, 3), iterations=3, axis="input"),
+        Routing("dynamic, detached, logits", passes=(3, 1), iterations=3, detach=True, logits=True),
         Routing("step", passes=(1, 1)),
         Routing("self-attention", passes=(2, 2)),
         Routing("em", passes=(3, 3), iterations=3),
@@ -111,10 +121,10 @@ class Case:
         return self.at(max(1, min(s.N, (1 << 20) * s.N // max(s.vote_numbers, 1))))
 
     def inputs(self, seed: int = 0, dtype: torch.dtype | None = None, device: str = "cpu") -> dict[str, Tensor]:
-        """Fresh random inputs: u (for em pose), weight [N, K, J, D] or [K, J, D], and what else the routing takes.
+        """Fresh random inputs: u (for em pose), weight [N, K, J, D], [K, J, D] or [K, D], and what else is taken.
 
-        Everything but the mask needs gradients. The scale is such that uniform routing gives ‖s‖ ≈ 1 (for em, votes of
-        about unit size).
+        Votes that are given are u, without a weight. Everything but logits and mask needs gradients. The scale is such
+        that uniform routing gives ‖s‖ ≈ 1 (for em, votes of about unit size).
         """
         import torch
 
@@ -127,7 +137,7 @@ class Case:
         def uniform(*size: int, low: float = 0.0) -> Tensor:
             return torch.rand(*size, generator=g, device=device).mul_(1 - low).add_(low)
 
-        matrix = (s.K, s.J, s.D) if s.shared else (s.N, s.K, s.J, s.D)
+        matrix = (s.K, s.D) if s.one_matrix else (s.K, s.J, s.D) if s.shared else (s.N, s.K, s.J, s.D)
         if routing == "em":
             tensors = {
                 "pose": normal(s.B, s.N, s.rows, s.K) if s.rows else normal(s.B, s.N, s.K),
@@ -136,6 +146,8 @@ class Case:
                 "beta_u": normal(s.J),
                 "beta_a": normal(s.J),
             }
+        elif s.given:
+            tensors = {"u": normal(s.B, s.N, s.J, s.D, scale=s.J / math.sqrt(s.N * s.D))}
         else:
             tensors = {
                 "u": uniform(s.B, s.N, s.K, low=-1.0),
@@ -149,6 +161,8 @@ class Case:
             tensors |= {"prior": normal(s.N, s.J, scale=1 / s.J)}
         kind = dtype or getattr(torch, self.dtype)
         tensors = {name: x.to(kind).requires_grad_() for name, x in tensors.items()}
+        if self.routing.logits:
+            tensors["logits"] = normal(s.B, s.N, s.J).to(kind)
         if s.masked:
             lengths = torch.randint(1, s.N + 1, (s.B,), generator=g, device=device)
             tensors["mask"] = torch.arange(s.N, device=device) < lengths[:, None]
@@ -169,7 +183,9 @@ PAPER = Shape("paper", B=8, N=460_800, K=8, J=2, D=16)  # CardioCaps
 QUARTER = Shape("paper/4", B=8, N=115_200, K=8, J=2, D=16)
 MNIST = Shape("mnist", B=128, N=1152, K=8, J=10, D=16)  # Sabour et al. 2017
 EFFICIENT = Shape("efficient-capsnet", B=256, N=16, K=8, J=10, D=16)  # Mazzia et al. 2021, the MNIST network
-RECOMMENDER = Shape("recommender", B=256, N=50, K=64, J=4, D=64, shared=True, masked=True)  # MIND, Li et al. 2019
+GIVEN = Shape("votes", B=128, N=1152, K=0, J=10, D=16, given=True)  # those of MNIST
+RECOMMENDER = Shape("recommender", B=256, N=50, K=64, J=4, D=64, shared=True, masked=True)
+MIND = replace(RECOMMENDER, name="mind", one_matrix=True)  # Li et al. 2019
 EM = Shape("em", B=64, N=288, K=4, J=32, D=4, rows=4)  # matrix capsules 4×4, Hinton et al. 2018
 
 
@@ -183,13 +199,15 @@ def _cases(shape: Shape, *routings: str, **options: object) -> list[Case]:
 
 
 def _all(ladder: Sequence[int], attention_up_to: int, shapes: Sequence[Shape]) -> list[Case]:
-    paper, quarter, mnist, efficient, recommender, em = shapes
+    paper, quarter, mnist, given, efficient, recommender, mind, em = shapes
     cases = [
-        *_cases(paper, "attention", "dynamic, detached", "dynamic", "step"),
-        *_cases(quarter, "attention"),
+        *_cases(paper, "attention", "dynamic, detached", "dynamic", "dynamic, over inputs", "step"),
+        *_cases(quarter, "attention", "dynamic, over inputs"),
         *_cases(mnist, "dynamic", "dynamic, detached", "dynamic, over inputs", "attention", "step"),
+        *_cases(given, "dynamic"),
         *_cases(efficient, "self-attention"),
         *_cases(recommender, "dynamic, detached"),
+        *_cases(mind, "dynamic, detached, logits"),
         *_cases(em, "em"),
     ]
     for N in ladder:
@@ -200,7 +218,7 @@ def _all(ladder: Sequence[int], attention_up_to: int, shapes: Sequence[Shape]) -
     return cases
 
 
-CASES = _all([64, 128, 256, 512, 1024, 2048], 512, [PAPER, QUARTER, MNIST, EFFICIENT, RECOMMENDER, EM])
+CASES = _all([64, 128, 256, 512, 1024, 2048], 512, [PAPER, QUARTER, MNIST, GIVEN, EFFICIENT, RECOMMENDER, MIND, EM])
 
 # Toy sizes, for trying out.
 QUICK_CASES = _all(
@@ -210,19 +228,17 @@ QUICK_CASES = _all(
         replace(PAPER, B=2, N=500),
         replace(QUARTER, B=2, N=125),
         replace(MNIST, B=3, N=48),
+        replace(GIVEN, B=3, N=48),
         replace(EFFICIENT, B=4),
         replace(RECOMMENDER, B=4, N=10, K=8, D=8),
+        replace(MIND, B=4, N=10, K=8, D=8),
         replace(EM, B=2, N=18, J=5),
     ],
 )
 
 
 def for_gpus(cases: Sequence[Case]) -> list[Case]:
-    """The same for a GPU, without what no GPU has a kernel for.
-
-    What decides most comes first, in case time runs out. The paper's attention routing comes in bfloat16 too.
-    """
-    cases = [case for case in cases if case.routing.axis == "output"]
+    """The same for a GPU: what decides most first, in case time runs out; the paper's attention in bfloat16 too."""
     first = [("paper", "attention"), ("mnist", "dynamic"), ("paper", "dynamic"), ("recommender", "dynamic, detached")]
     last = [QUARTER.name]
 
