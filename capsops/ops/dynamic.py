@@ -35,6 +35,9 @@ from .squash import ROUTING_SQUASHES, SQUASH_KINDS
 from .squash import squash as squash_vectors
 from .step import routing_step
 
+_FEW_PRODUCTS = 1 << 30
+"""B · N · J · K · D up to which a GPU gets one matrix [K, D] repeated for the output capsules."""
+
 
 def check(
     op: str,
@@ -305,9 +308,13 @@ def dynamic_routing(
         if leaky:
             fail(op, "leaky is True; expected False, because weight is one matrix [K, D]")
         check_axis(op, axis)
-        return _route_by_one_matrix(
-            op, u, weight, iterations, logits, axis, bias, detach, squash, input_weight=input_weight, mask=mask
-        )
+        check_one_matrix(op, u, weight)
+        J = logits.shape[-1] if logits.dim() else 0
+        if not _is_quicker_repeated(u, J, weight):
+            return _route_by_one_matrix(
+                op, u, weight, iterations, logits, axis, bias, detach, squash, input_weight=input_weight, mask=mask
+            )
+        weight = weight[:, None].expand(-1, J, -1)
     if plain:
         return _dynamic_routing(u, weight, bias, mask, iterations, leaky, detach, squash)
     check_axis(op, axis, leaky)
@@ -317,6 +324,15 @@ def dynamic_routing(
     if axis == "input":
         return _over_inputs(u, weight, logits, input_weight, bias, mask, iterations, detach, squash)
     return _with_logits(u, weight, logits, input_weight, bias, mask, iterations, leaky, detach, squash)
+
+
+def _is_quicker_repeated(u: Tensor, J: int, matrix: Tensor) -> bool:
+    """Whether to route by one matrix [K, D] as by a shared weight [K, J, D], which repeats it.
+
+    That takes more arithmetic, but the loop below launches many small kernels: with 2e8 products a pass it took 1.7 ms
+    on an H100, forward and backward, and a shared weight 0.56 (benchmarks/results/h100-20261127: mind, recommender).
+    """
+    return u.is_cuda and u.shape[:2].numel() * J * matrix.numel() <= _FEW_PRODUCTS
 
 
 def _route_by_one_matrix(
@@ -336,7 +352,6 @@ def _route_by_one_matrix(
     With û_i = u_i W, û_i · V_j = u_i · (W V_j) and Σ_i c_ij û_i = (Σ_i c_ij u_i) W. So the products with W take B · J
     rows instead of B · N, and no votes are stored.
     """
-    check_one_matrix(op, u, matrix)
     J = logits.shape[-1] if logits.dim() else 0
     check(op, u, matrix[:, None].expand(-1, J, -1), bias, others["mask"], iterations, kind)
     logits = of_every_item(op, logits, u, J)
