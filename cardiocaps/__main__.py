@@ -13,6 +13,7 @@ from cardiocaps.config import CommandLine
 _PROGRAMS = {
     "train": ("cardiocaps.train", "train a network on echocardiogram videos and evaluate it"),
     "evaluate": ("cardiocaps.evaluate", "evaluate the networks of runs once more"),
+    "predict": ("cardiocaps.predict", "predict for videos of your own"),
     "experiments": (
         "cardiocaps.experiments.__main__",
         "train what the tables and figures of the paper compare",

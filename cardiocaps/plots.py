@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cardiocaps import DISCLAIMER
-from cardiocaps.metrics import Report, threshold_counts
+from cardiocaps.metrics import Report, expected_calibration_error, reliability, threshold_counts
 from cardiocaps.runtime.files import write_bytes
 
 if TYPE_CHECKING:
@@ -183,6 +183,36 @@ def precision_recall_curve(probability: ArrayLike, label: ArrayLike, path: Path,
         _mark_threshold(axes, report, *at, f"recall {at[0]:.3f},\nprecision {at[1]:.3f}")
     dress(axes, "Recall (sensitivity)", "Precision (positive predictive value)")
     axes.legend(frameon=False, fontsize=9, loc="best")
+    save(figure, path)
+
+
+def reliability_diagram(
+    probability: ArrayLike, calibrated: ArrayLike, label: ArrayLike, method: str, path: Path
+) -> None:
+    """Draw the observed share of abnormal samples against the mean probability, before and after calibration.
+
+    Args:
+        probability: of class 1, [n].
+        calibrated: the same after calibration, [n].
+        label: 0 or 1, [n].
+        method: of the calibration; "none" leaves `calibrated` out.
+        path: of the PNG file.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    figure, axes = _square("Reliability")
+    axes.plot([0, 1], [0, 1], ":", color=GREY, linewidth=1, label="perfect calibration")
+    kinds = [("the network's", probability, BLUE, "-", "o")]
+    if method != "none":
+        kinds.append((f"calibrated ({method})", calibrated, VERMILION, "--", "s"))
+    for name, values, colour, style, marker in kinds:
+        predicted, observed, _ = reliability(values, label)
+        error = expected_calibration_error(values, label)
+        text = f"{name}: expected calibration error {error:.3f}"
+        axes.plot(predicted, observed, style, color=colour, marker=marker, markersize=5, clip_on=False, label=text)
+    dress(axes, "Mean probability (bins of equal size)", "Observed share of abnormal")
+    axes.legend(frameon=False, fontsize=8, loc="upper left")
     save(figure, path)
 
 

@@ -32,6 +32,7 @@ _NEWER: Mapping[str, Any] = {
     "allow_split_patients": False,
     "threshold": None,
     "follow_links": False,
+    "calibration": "none",
 }
 """Settings that older versions did not write, with the values that those versions ran with."""
 

@@ -162,6 +162,10 @@ class TrainConfig:
         affects="place",
     )
     progress: bool = setting(True, "progress bars; without a terminal, a line every ten seconds", affects="display")
+    calibration: Literal["temperature", "isotonic", "none"] = setting(
+        "temperature",
+        "how probabilities are calibrated on the validation split: by a temperature, or by isotonic regression",
+    )
     bootstrap: int = setting(1000, "resamples for the intervals; 0: no intervals", bounds=(0, 100_000))
 
     def __post_init__(self) -> None:

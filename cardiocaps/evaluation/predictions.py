@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,10 +47,14 @@ class Predictions:
     patient: Integers | None = None  # int64 [n], the same for all videos of a patient, or of a study: see group_kind
     target: Floats | None = None  # float64 [n], NaN if not measured
     regression: Floats | None = None  # float64 [n]
+    reconstruction_error: Floats | None = None  # float64 [n], mean squared error of a pixel of the frame
     group_kind: str = GROUP_KINDS[0]  # what `patient` counts
 
     def __post_init__(self) -> None:
-        integers, floats = ("label", "clip", "frame", "patient"), ("probability", "target", "regression")
+        integers, floats = (
+            ("label", "clip", "frame", "patient"),
+            ("probability", "target", "regression", "reconstruction_error"),
+        )
         for name in (*integers, *floats):
             values = getattr(self, name)
             if values is not None:
@@ -75,7 +79,7 @@ class Predictions:
             tuple(clips[i].name for i in number),
             patient=None if patient is None else patient[number],
             group_kind=group_kind or GROUP_KINDS[0],
-            **{name: out[name] for name in ("frame", "target", "regression") if name in out},
+            **{name: out[name] for name in ("frame", "target", "regression", "reconstruction_error") if name in out},
         )
 
     @property
@@ -112,14 +116,27 @@ class Predictions:
         """A row for each frame."""
         columns = {
             self.group_kind if name == "patient" else name: getattr(self, name)
-            for name in ("video", "clip", "patient", "frame", "target", "regression", "label", "probability")
+            for name in (
+                "video",
+                "clip",
+                "patient",
+                "frame",
+                "target",
+                "regression",
+                "reconstruction_error",
+                "label",
+                "probability",
+            )
         }
         return _rows(columns)
 
-    def video_rows(self, threshold: float) -> list[dict[str, Any]]:
+    def video_rows(
+        self, threshold: float, calibration: Callable[[Floats], Floats] | None = None
+    ) -> list[dict[str, Any]]:
         """A row for each video (in the paper protocol: for each clip).
 
-        It has the mean probability of the frames, and the decisions at the threshold and at 0.5 (1: abnormal).
+        It has the mean probability of the frames, also calibrated if there is a calibration, and the decisions at the
+        threshold and at 0.5 (1: abnormal).
         """
         first = self._first_frames()
         probability, label = by_video(self.probability, self.label, self.clip)
@@ -130,8 +147,12 @@ class Predictions:
             "frames": np.unique(self.clip, return_counts=True)[1],
             "target": None if self.target is None else self.target[first],
             "regression": None if self.regression is None else mean_by(self.regression, self.clip),
+            "reconstruction_error": None
+            if self.reconstruction_error is None
+            else mean_by(self.reconstruction_error, self.clip),
             "label": label,
             "probability": probability,
+            "calibrated_probability": None if calibration is None else calibration(probability),
             "threshold": [threshold] * first.size,
             "decision": (probability > threshold).astype(int),
             "decision_at_0.5": (probability > THRESHOLD).astype(int),
@@ -143,7 +164,13 @@ class Predictions:
         return np.unique(self.clip, return_index=True)[1].astype(np.int64)
 
 
-def write_predictions(run: RunFolder, test: Predictions, validation: Predictions | None, threshold: float) -> None:
+def write_predictions(
+    run: RunFolder,
+    test: Predictions,
+    validation: Predictions | None,
+    threshold: float,
+    calibration: Callable[[Floats], Floats] | None = None,
+) -> None:
     """Write the predictions of the test split, and of the validation split if given, by frame and by video.
 
     `read_predictions` reads the tables by frame, so these are exact; those by video are for people.
@@ -154,7 +181,7 @@ def write_predictions(run: RunFolder, test: Predictions, validation: Predictions
     ):
         if split is not None:
             write_csv(by_frame, split.frame_rows())
-            write_csv(by_video_csv, split.video_rows(threshold), digits=READABLE)
+            write_csv(by_video_csv, split.video_rows(threshold, calibration), digits=READABLE)
 
 
 def read_predictions(path: Path) -> Predictions:

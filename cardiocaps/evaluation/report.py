@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from cardiocaps import DISCLAIMER, plots
 from cardiocaps.config import TrainConfig
 from cardiocaps.errors import plural
+from cardiocaps.evaluation.calibration import write_calibration
 from cardiocaps.evaluation.decision import write_decision
 from cardiocaps.evaluation.names import METRIC_NAMES, PAPER_NAMES
 from cardiocaps.evaluation.pixel_baseline import TITLE as PIXELS
@@ -61,15 +62,25 @@ def print_table(network: Scores, pixels: Scores | None, config: TrainConfig, mea
         for key, text in PAPER_NAMES.items()
     ]
     regression = _regression_rows(network, unit, config.regression_target, measure)
+    calibrated = _calibration_rows(both, unit)
     ours = reports[0]
     title = f"{title}: test split, {ours.n} {unit}s, {ours.positives} abnormal"
     head = ("with 95 % interval" if config.bootstrap else "", network_title(config), *([PIXELS] if pixels else []))
     if all(report.threshold == THRESHOLD for report in reports):
         at_half = []
-    sections = [metrics(reports, ranks), decided, at_half, published, regression]
+    sections = [metrics(reports, ranks), calibrated, decided, at_half, published, regression]
     _print(title, head, *sections, caption=_methods(config.bootstrap, f"{ours.groups} {plural(ours.group_name)}"))
     for note in _notes(network, pixels, unit):
         print_line(f"note: {note}")
+
+
+def _calibration_rows(both: Sequence[Scores], unit: str) -> list[tuple[str, ...]]:
+    before, after = zip(*(scores.calibration_error(unit) for scores in both), strict=True)
+    method = both[0].calibration.method
+    rows = [("expected calibration error", *(f"{error:.3f}" for error in before))]
+    if method != "none":
+        rows.append((f"after calibration ({method})", f"{after[0]:.3f}", *([""] * (len(both) - 1))))
+    return rows
 
 
 def _regression_rows(network: Scores, unit: str, target: str, measure: str) -> list[tuple[str, ...]]:
@@ -99,6 +110,8 @@ def _notes(network: Scores, pixels: Scores | None, unit: str) -> list[str]:
     report = network.report(unit)
     notes = list(report.notes)
     notes += [f"{METRIC_NAMES.get(name, name)}: {why}" for name, why in report.undefined.items()]
+    if network.calibration.reason:
+        notes.append(f"the probabilities are not calibrated, for {network.calibration.reason}")
     if not network.decision.is_chosen:
         notes.append(f"the threshold is {network.decision.rule}")
     if pixels is None:
@@ -179,7 +192,8 @@ def write_results(
     with output_errors(run.plots):
         run.plots.mkdir(exist_ok=True)
     write_decision(run.decision, network.decision)
-    write_predictions(run, network.test, network.validation, network.decision.threshold)
+    write_calibration(run.calibration, network.calibration)
+    write_predictions(run, network.test, network.validation, network.decision.threshold, network.calibration)
     counts = {f"{unit}s, probability > {report.threshold:.3g}, chosen on validation": report.confusion}
     if not network.decision.is_chosen:
         counts = {}
@@ -187,6 +201,7 @@ def write_results(
     plots.confusion_matrices(counts, run.confusion_matrix)
     plots.roc_curve(scores, truth, run.roc_curve, report=report)
     plots.precision_recall_curve(scores, truth, run.precision_recall_curve, report=report)
+    plots.reliability_diagram(scores, network.calibration(scores), truth, network.calibration.method, run.reliability)
     regression = {
         "target": config.regression_target,
         "unit": measure,

@@ -12,7 +12,9 @@ from cardiocaps.data.fingerprint import Fingerprint
 from cardiocaps.data.open import RunData, decode_for_run, read_study
 from cardiocaps.data.splits import SPLITS
 from cardiocaps.errors import CardioCapsError, printable
+from cardiocaps.evaluation.calibration import Calibration, read_calibration
 from cardiocaps.evaluation.decision import Decision, read_decision, training_mean
+from cardiocaps.evaluation.familiarity import Familiarity, write_familiarity
 from cardiocaps.evaluation.pixel_baseline import PixelBaseline
 from cardiocaps.evaluation.predictions import unit_of
 from cardiocaps.evaluation.report import print_means, print_table, write_results
@@ -32,8 +34,9 @@ def evaluate_network(
 ) -> tuple[Scores, Scores | None]:
     """Evaluate the best network of a run beside its baseline, logistic regression on pixels; print the table.
 
-    The threshold and the baseline are those that the run keeps. At the end of training, when `results` is the run
-    itself, both are made and kept. What an older run does not keep is made anew, if the run was trained on the data.
+    The threshold, the calibration and the baseline are those that the run keeps. At the end of training, when `results`
+    is the run itself, they are made and kept. What an older run does not keep is made anew, if the run was trained on
+    the data.
 
     Args:
         results: where to write; None: print only.
@@ -51,11 +54,19 @@ def evaluate_network(
     network = best_network(config, run)
     weights = weights_digest(network)
     decision = None if training else read_decision(run.decision, weights)
-    with_validation = own_data and (results is not None or decision is None)
+    calibration = None if training else read_calibration(run.calibration, weights)
+    with_validation = own_data and (results is not None or decision is None or calibration is None)
     said = predict(config, machine, network, data, ("test", "val") if with_validation else ("test",))
     if with_validation:
         decision = decision or Decision.choose(said["val"], unit, weights, training_mean(data))
-    scores = Scores.of(said["test"], said.get("val"), decision or Decision.unknown(unit, weights), config.bootstrap)
+        calibration = calibration or Calibration.fit(config.calibration, said["val"], unit, weights)
+    scores = Scores.of(
+        said["test"],
+        said.get("val"),
+        decision or Decision.unknown(unit, weights),
+        calibration or Calibration("none", unit, weights),
+        config.bootstrap,
+    )
 
     baseline = None if training else PixelBaseline.read(run.pixel_baseline)
     if baseline is None and own_data:
@@ -64,7 +75,8 @@ def evaluate_network(
             baseline.write(run.pixel_baseline)
     pixels = None
     if baseline is not None:
-        pixels = Scores.of(baseline.predict(data, "test"), None, baseline.decision, config.bootstrap)
+        said_by_pixels = baseline.predict(data, "test")
+        pixels = Scores.of(said_by_pixels, None, baseline.decision, Calibration("none", unit), config.bootstrap)
     fingerprint = used.fingerprint.digest
     if results:
         identity: dict[str, str | int | None] = {
@@ -73,6 +85,9 @@ def evaluate_network(
             "test_videos_left_out": used.left_out,
         }
         write_results(results, scores, pixels, config, measure, **identity)
+        # Frames of a video are in every split there, so that no validation video is new to the network.
+        if with_validation and unit == "video" and (familiarity := Familiarity.of(said["val"], weights)):
+            write_familiarity(results.familiarity, familiarity)
     if results and not training:
         # Names, not paths: results are shown to others, and paths can identify the user.
         run_name, data_name = (place.resolve().name for place in (run.path, data.study.root))

@@ -12,9 +12,19 @@ import torch
 from cardiocaps.config import TrainConfig
 from cardiocaps.data.datamodule import EchoDataModule
 from cardiocaps.errors import CheckpointError
+from cardiocaps.evaluation.calibration import Calibration
 from cardiocaps.evaluation.decision import Decision
 from cardiocaps.evaluation.predictions import UNITS, Predictions
-from cardiocaps.metrics import DECISIONS, THRESHOLD, RegressionReport, Report, evaluate, mean_by, regression_report
+from cardiocaps.metrics import (
+    DECISIONS,
+    THRESHOLD,
+    RegressionReport,
+    Report,
+    evaluate,
+    expected_calibration_error,
+    mean_by,
+    regression_report,
+)
 from cardiocaps.runtime.device import Machine
 from cardiocaps.training.fit import make_trainer
 from cardiocaps.training.module import Classifier
@@ -27,11 +37,19 @@ class Scores:
     test: Predictions
     validation: Predictions | None
     decision: Decision
+    calibration: Calibration
     reports: Mapping[tuple[str, float], Report]  # by unit and threshold
     regression: Mapping[str, RegressionReport]  # by unit; empty if the model does not regress
 
     @classmethod
-    def of(cls, test: Predictions, validation: Predictions | None, decision: Decision, bootstrap: int) -> Scores:
+    def of(
+        cls,
+        test: Predictions,
+        validation: Predictions | None,
+        decision: Decision,
+        calibration: Calibration,
+        bootstrap: int,
+    ) -> Scores:
         """From predictions. The bootstrap draws videos, or patients if the table names them."""
         reports = {
             (unit, threshold): evaluate(
@@ -47,7 +65,7 @@ class Scores:
                 "video": regression_report(mean_by(said, test.clip), mean_by(truth, test.clip), decision.target_mean),
                 "frame": regression_report(said, truth, decision.target_mean),
             }
-        return cls(test, validation, decision, reports, regression)
+        return cls(test, validation, decision, calibration, reports, regression)
 
     def report(self, unit: str) -> Report:
         """The report by `unit`, "video" or "frame"."""
@@ -55,6 +73,14 @@ class Scores:
 
     def report_at_half(self, unit: str) -> Report:
         return self.reports[unit, THRESHOLD]
+
+    def calibration_error(self, unit: str) -> tuple[float, float]:
+        """The expected calibration error of the network's probabilities, and of the calibrated ones."""
+        probability, label, _ = self.test.samples(unit)
+        return (
+            expected_calibration_error(probability, label),
+            expected_calibration_error(self.calibration(probability), label),
+        )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -66,6 +92,13 @@ class Scores:
             report = self.report_at_half(unit).as_dict()
             metrics = {name: report["metrics"][name] for name in DECISIONS}
             content[f"{unit}_at_0.5"] = {"metrics": metrics, "confusion": report["confusion"]}
+        errors = zip(("before", "after"), self.calibration_error(self.calibration.unit), strict=True)
+        content["calibration"] = {
+            "method": self.calibration.method,
+            "unit": self.calibration.unit,
+            "reason": self.calibration.reason,
+            "expected_calibration_error": dict(errors),
+        }
         return content
 
 
@@ -85,7 +118,8 @@ def predict(
         batches = trainer.predict(network, datamodule=data, return_predictions=True)
         assert batches is not None
         out: dict[str, Any] = {name: torch.cat([b[name].cpu() for b in batches]).numpy() for name in batches[0]}
-        if not all(np.isfinite(out[name]).all() for name in ("probability", "regression") if name in out):
+        names = ("probability", "regression", "reconstruction_error")
+        if not all(np.isfinite(out[name]).all() for name in names if name in out):
             raise CheckpointError("the network's output is not finite: its training diverged")
         said[split] = Predictions.of(out, data.clips(split), data.study.group_kind)
     return said

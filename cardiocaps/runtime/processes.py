@@ -7,8 +7,9 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, as_completed
+from concurrent.futures import Executor, Future, as_completed
 from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
@@ -44,6 +45,34 @@ def in_parallel(
             at_end.callback(pool.shutdown, cancel_futures=True)
             futures = {pool.submit(function, item): item for item in items}
         yield ((futures[future], future.result()) for future in as_completed(futures))
+
+
+@contextmanager
+def in_order(
+    make_pool: Callable[[], Executor], function: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[Iterator[tuple[Item, Result]]]:
+    """As `in_parallel`, but in the order of the items, of which at most `ahead` are taken before their turn.
+
+    So memory does not grow with the number of items.
+    """
+    with ExitStack() as at_end:
+        with start_errors("workers"):
+            pool = make_pool()
+        at_end.callback(pool.shutdown, cancel_futures=True)
+
+        def results() -> Iterator[tuple[Item, Result]]:
+            waiting: deque[tuple[Item, Future[Result]]] = deque()
+            for item in items:
+                with start_errors("workers"):
+                    waiting.append((item, pool.submit(function, item)))
+                if len(waiting) > ahead:
+                    first, future = waiting.popleft()
+                    yield first, future.result()
+            while waiting:
+                first, future = waiting.popleft()
+                yield first, future.result()
+
+        yield results()
 
 
 def cores() -> int:

@@ -57,12 +57,36 @@ class Classifier(LightningModule):
         return {**losses, "probability": out.probability}
 
     def predict_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
-        """The batch without its image, with probability [B] and, if the network regresses, regression [B]."""
-        out: Prediction = self.model(batch["image"])
+        """The batch without its image, with what the network says of each frame; see `of_frames`."""
         rest = {name: x for name, x in batch.items() if name != "image"}
+        return {**rest, **self.of_frames(batch["image"])}
+
+    def of_frames(self, image: Tensor) -> dict[str, Tensor]:
+        """What the network says of frames [n, 9, S, S], at most a batch of the run.
+
+        A smaller batch is filled up with black frames: products of matrices round differently for other sizes, and the
+        numbers of a frame should not depend on how many others there are.
+
+        Returns:
+            probability [n]; if the network regresses, regression [n]; if it has a decoder, reconstruction_error [n],
+            the mean squared error of a pixel.
+        """
+        n = len(image)
+        assert self.config.batch_size is not None
+        if n < self.config.batch_size:
+            whole = image.new_zeros(self.config.batch_size, *image.shape[1:])
+            layout = torch.channels_last if image.is_contiguous(memory_format=torch.channels_last) else None
+            image = whole.contiguous(memory_format=layout or torch.contiguous_format).index_copy_(
+                0, torch.arange(n, device=image.device), image
+            )
+        out: Prediction = self.model(image)
+        said = {"probability": out.probability}
         if out.regression is not None:
-            rest["regression"] = out.regression.float()
-        return {**rest, "probability": out.probability}
+            said["regression"] = out.regression.float()
+        if out.reconstruction is not None:
+            errors = out.reconstruction.float() - image[:, :RECONSTRUCTED_CHANNELS]
+            said["reconstruction_error"] = errors.square().mean(dim=(1, 2, 3))
+        return {name: values[:n] for name, values in said.items()}
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         assert self.config.learning_rate is not None

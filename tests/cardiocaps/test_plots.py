@@ -12,7 +12,7 @@ from PIL import Image
 
 from cardiocaps import DISCLAIMER, plots
 from cardiocaps.errors import OutputError
-from cardiocaps.metrics import confusion, evaluate
+from cardiocaps.metrics import confusion, evaluate, expected_calibration_error, reliability
 
 HISTORY = [
     {
@@ -60,6 +60,7 @@ DRAWINGS: dict[str, Callable[[Path], None]] = {
     "confusion": lambda path: plots.confusion_matrices({"all": confusion(P, Y)}, path),
     "confusion of one class": lambda path: plots.confusion_matrices({"all": [[5, 0], [0, 0]]}, path),
     "roc": lambda path: plots.roc_curve(P, Y, path, report=REPORT),
+    "reliability": lambda path: plots.reliability_diagram(P, P**2, Y, "isotonic", path),
     "precision": lambda path: plots.precision_recall_curve(P, Y, path, report=REPORT),
     "precision without a detection": lambda path: plots.precision_recall_curve(LOW, Y, path, report=NOTHING_FOUND),
 }
@@ -144,6 +145,17 @@ def test_roc_curve_is_scikit_learns_with_the_operating_point(figures: list[Any],
     assert f"AUROC {auroc.value:.3f} ({auroc.low:.3f} to {auroc.high:.3f}, bootstrap)" in _texts(figures[0])
     assert point.get_ydata()[0] == ((P > 0.5) & (Y == 1)).sum() / Y.sum()
     assert point.get_xdata()[0] == pytest.approx(((P > 0.5) & (Y == 0)).sum() / (Y == 0).sum())
+
+
+def test_reliability_diagram_has_the_bins_it_names(figures: list[Any], tmp_path: Path) -> None:
+    for method in ("none", "temperature"):
+        plots.reliability_diagram(P, P**2, Y, method, tmp_path / "a.png")
+        lines = figures[-1].axes[0].get_lines()[1:]
+        assert len(lines) == (1 if method == "none" else 2)
+        for line, values in zip(lines, (P, P**2), strict=False):
+            predicted, observed, _ = reliability(values, Y)
+            assert np.array_equal(line.get_xdata(), predicted) and np.array_equal(line.get_ydata(), observed)
+            assert f"{expected_calibration_error(values, Y):.3f}" in line.get_label()
 
 
 def test_precision_recall_curve_has_the_area_it_names(figures: list[Any], tmp_path: Path) -> None:

@@ -88,10 +88,12 @@ def test_run_folder_is_complete(finished: Path) -> None:
     names = {str(p.relative_to(finished)) for p in finished.rglob("*") if p.is_file()}
     assert names == {
         "best.ckpt",
+        "calibration.json",
         "config.yaml",
         "data.json",
         "decision.json",
         "environment.json",
+        "familiarity.json",
         "last.ckpt",
         "metrics.csv",
         "metrics.json",
@@ -105,6 +107,7 @@ def test_run_folder_is_complete(finished: Path) -> None:
         "plots/confusion_matrix.png",
         "plots/learning_curves.png",
         "plots/precision_recall_curve.png",
+        "plots/reliability.png",
         "plots/roc_curve.png",
     }
     history = _history(finished)
@@ -113,6 +116,9 @@ def test_run_folder_is_complete(finished: Path) -> None:
     results = json.loads((finished / "metrics.json").read_text())
     assert 0 <= results["network"]["video"]["metrics"]["auroc"]["value"] <= 1
     assert results["pixel_logistic_regression"]["video"]["n"] == results["network"]["video"]["n"]
+    calibration = results["network"]["calibration"]
+    assert calibration["method"] == "temperature"
+    assert calibration["expected_calibration_error"]["before"] != calibration["expected_calibration_error"]["after"]
     assert "not a medical device" in results["use"].lower()
     assert json.loads((finished / "environment.json").read_text())["device"] in ("cpu", "cuda")
     predictions = list(csv.DictReader((finished / "predictions.csv").open()))

@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
 from multiprocessing import get_context, util
@@ -14,7 +15,7 @@ from multiprocessing import get_context, util
 import pytest
 
 from cardiocaps.errors import ResourceError
-from cardiocaps.runtime.processes import in_parallel, start_errors
+from cardiocaps.runtime.processes import in_order, in_parallel, start_errors
 from cardiocaps.runtime.program import Interruption, run_program
 
 THREADS = partial(ThreadPoolExecutor, 2)
@@ -27,6 +28,31 @@ def test_every_item_with_its_result(pool: partial[Executor]) -> None:
         assert sorted(results) == [(item, -item) for item in range(-20, 0)]
     with in_parallel(pool, abs, []) as results:
         assert not list(results)
+
+
+@pytest.mark.parametrize("pool", [THREADS, PROCESSES], ids=["threads", "processes"])
+def test_in_the_order_of_the_items(pool: partial[Executor]) -> None:
+    with in_order(pool, abs, range(-20, 0), 3) as results:
+        assert list(results) == [(item, -item) for item in range(-20, 0)]
+    with in_order(pool, abs, [], 3) as results:
+        assert not list(results)
+
+
+def test_few_items_are_taken_before_their_turn() -> None:
+    taken = []
+
+    def items() -> Iterator[int]:
+        for item in range(100):
+            taken.append(item)
+            yield item
+
+    with in_order(THREADS, abs, items(), 3) as results:
+        for item, _ in results:
+            assert len(taken) <= item + 4
+            if item == 50:
+                break
+    with in_order(THREADS, lambda item: 1 // item, items(), 3) as results, pytest.raises(ZeroDivisionError):
+        next(results)
 
 
 def test_an_exception_of_the_function() -> None:

@@ -1,0 +1,1 @@
+"""Runs applied to videos that have no labels: `python -m cardiocaps.predict`."""

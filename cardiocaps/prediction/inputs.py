@@ -1,0 +1,107 @@
+"""The videos that a prediction is asked for: files, folders and tables of paths."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cardiocaps.config.option import did_you_mean
+from cardiocaps.errors import ConfigError, DataError, printable
+
+SUFFIXES = (".avi", ".mp4", ".m4v", ".mov", ".dcm", ".dicom")
+"""The files of a folder that are taken without a look at their content. Files without a suffix are taken if they are
+DICOM."""
+
+PATH_COLUMNS = ("path", "video", "file", "filename", "FileName", "HashedFileName")
+"""Columns of a table that are taken for paths unless one is named; the first that is there."""
+
+_DICOM_PREFIX = slice(128, 132)
+
+
+@dataclass(frozen=True)
+class Input:
+    """A video to predict for.
+
+    Attributes:
+        name: what the results call it: its path, as it was given or as found below a folder that was given.
+        path: where it is.
+        root: the folder that a link in `path` may not leave.
+    """
+
+    name: str
+    path: Path
+    root: Path
+
+
+def find(given: Sequence[Path], path_column: str | None = None) -> list[Input]:
+    """The videos that files, folders (with their subfolders) and CSV tables stand for, each of them once.
+
+    Args:
+        given: what was typed. A file with the suffix .csv is a table; its paths are relative to its folder.
+        path_column: of the tables; None: the first of PATH_COLUMNS that is there.
+
+    Raises:
+        ConfigError: a path does not exist, or a table has no such column.
+        DataError: there is no video, or a table cannot be read.
+    """
+    found: dict[str, Input] = {}
+    for path in given:
+        if path.is_dir():
+            inputs = _in_folder(path)
+        elif path.suffix.lower() == ".csv":
+            inputs = _in_table(path, path_column)
+        elif os.path.lexists(path):
+            inputs = iter([Input(str(path), path, path.parent)])
+        else:
+            raise ConfigError(f"INPUT: {printable(path)} does not exist")
+        for one in inputs:
+            found.setdefault(os.path.realpath(one.path), one)
+    if not found:
+        where = ", ".join(printable(path) for path in given)
+        raise DataError(f"no video in {where}: no file with the suffix {', '.join(SUFFIXES)}, and no DICOM file")
+    return list(found.values())
+
+
+def _in_folder(folder: Path) -> Iterator[Input]:
+    for parent, folders, files in os.walk(folder):
+        folders.sort()
+        for name in sorted(files):
+            path = Path(parent, name)
+            if path.suffix.lower() in SUFFIXES or (not path.suffix and _is_dicom(path)):
+                yield Input(str(path), path, folder)
+
+
+def _is_dicom(path: Path) -> bool:
+    try:
+        if not path.is_file():  # a FIFO would never be opened
+            return False
+        with path.open("rb") as file:
+            return file.read(_DICOM_PREFIX.stop)[_DICOM_PREFIX] == b"DICM"
+    except OSError:
+        return False
+
+
+def _in_table(table: Path, path_column: str | None) -> Iterator[Input]:
+    try:
+        with table.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, strict=True)
+            columns = list(rows.fieldnames or ())
+            column = path_column or next((name for name in PATH_COLUMNS if name in columns), None)
+            if column not in columns:
+                asked = f"--path-column is {column!r}; " if column else "no column of paths: "
+                near = did_you_mean(column, columns) if column else ""
+                raise ConfigError(
+                    f"{asked}the columns of {printable(table)} are {printable(', '.join(columns))}{near}; name one by "
+                    "--path-column"
+                )
+            names = [row[column] for row in rows if row[column]]
+    except OSError as error:
+        raise DataError(f"cannot read {printable(table)}: {error.strerror}") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{printable(table)} is not a CSV table in UTF-8: {error}") from error
+    for name in names:
+        path = table.parent / name
+        yield Input(name, path, path.parent)

@@ -1,0 +1,137 @@
+"""Predicts for videos and writes their rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cardiocaps import DISCLAIMER
+from cardiocaps.config import TrainConfig, read_run
+from cardiocaps.data.problems import Problem, summarise
+from cardiocaps.errors import DataError, printable
+from cardiocaps.evaluation.predictions import unit_of
+from cardiocaps.prediction import inputs
+from cardiocaps.prediction.ensemble import UNLIKE, Ensemble, Video, load
+from cardiocaps.prediction.inputs import Input
+from cardiocaps.prediction.results import FAILED, OK, Results
+from cardiocaps.runtime.device import machine_for
+from cardiocaps.runtime.processes import cores, in_order
+from cardiocaps.runtime.program import print_line
+from cardiocaps.runtime.progress import shown
+from cardiocaps.training.fit import quiet
+
+_AHEAD = 2
+"""Videos that each decoding thread may be ahead of the networks."""
+
+
+def predict(
+    runs: Sequence[Path],
+    given: Sequence[Path],
+    out: Path,
+    changed: Mapping[str, Any],
+    *,
+    path_column: str | None = None,
+    by_frame: bool = False,
+    retry: bool = False,
+) -> None:
+    """Predict for every video that has no row in `out` yet, and write its row.
+
+    Args:
+        runs: folders of runs; of several, the numbers are means.
+        given: files, folders and tables, see `inputs.find`.
+        out: folder of the results.
+        changed: settings that differ from the runs': device, threads, decode_workers, follow_links, progress.
+        path_column: of tables.
+        by_frame: also write `frames.csv`.
+        retry: try the videos again that could not be read before.
+
+    Raises:
+        CardioCapsError: a run, an input or the folder cannot be used; or no video could be read.
+    """
+    quiet()
+    videos = inputs.find(given, path_column)
+    config = replace(read_run(runs[0]), **changed)
+    with machine_for(config) as machine:
+        ensemble = load(runs, machine, changed)
+        for member in ensemble.members:
+            _warn(member.name, unit_of(member.config), ensemble)
+        columns = [
+            *("input", "status", "reason", "frames", "frames_used", "probability", "calibrated_probability"),
+            *(["probability_sd"] if len(runs) > 1 else []),
+            *("threshold", "decision", ensemble.target, "p_like_training_data", "flags"),
+        ]
+        frame_columns = ("input", "frame", "probability", ensemble.target) if by_frame else ()
+        identity = {"runs": ensemble.identity, "by_frame": by_frame}
+        with Results.opened(out, identity, columns, frame_columns, retry) as results:
+            todo = [video for video in videos if video.name not in results.done]
+            if len(todo) < len(videos):
+                print_line(f"{len(videos) - len(todo)} of {len(videos)} videos have their rows already")
+            unreadable, unlike, abnormal = _predict(ensemble, todo, results, config)
+    read = len(todo) - len(unreadable)
+    if todo:
+        print_line(
+            f"{read} videos predicted: {abnormal} abnormal at the threshold of validation, {unlike} unlike the "
+            f"training data; {len(unreadable)} could not be read"
+        )
+    if unreadable:
+        print_line(summarise(unreadable))
+    print_line(f"written to {printable(out)}. {DISCLAIMER}")
+    if unreadable and not read and len(todo) == len(videos):
+        raise DataError(f"none of the {len(videos)} videos could be read")
+
+
+def _predict(
+    ensemble: Ensemble, videos: Sequence[Input], results: Results, config: TrainConfig
+) -> tuple[list[Problem], int, int]:
+    """Write the rows; return the videos that could not be read, and how many are unlike the training data and
+    abnormal."""
+    workers = config.decode_workers or cores()
+    unreadable: list[Problem] = []
+    unlike = abnormal = 0
+    read = partial(ensemble.read, follow_links=config.follow_links)
+    with in_order(partial(ThreadPoolExecutor, workers), read, videos, _AHEAD * workers + ensemble.group) as decoded:
+        counted = shown(decoded, len(videos), "predicting") if config.progress else decoded
+        for group in _groups(counted, ensemble.group):
+            readable = [(video, found) for video, found in group if isinstance(found, Video)]
+            rows = dict(zip([video for video, _ in readable], ensemble.score([x for _, x in readable]), strict=True))
+            for video, found in group:
+                if isinstance(found, str):
+                    unreadable.append(Problem(video.name, found))
+                    results.write({"input": video.name, "status": FAILED, "reason": found})
+                    continue
+                row, frames = rows[video]
+                unlike += UNLIKE in row["flags"]
+                abnormal += row["decision"]
+                results.write(
+                    {"input": video.name, "status": OK, **row}, [{"input": video.name, **frame} for frame in frames]
+                )
+    return unreadable, unlike, abnormal
+
+
+def _groups(decoded: Iterator[tuple[Input, Video | str]], size: int) -> Iterator[list[tuple[Input, Video | str]]]:
+    """Groups that hold `size` videos that could be read; the last may hold fewer."""
+    group: list[tuple[Input, Video | str]] = []
+    for one in decoded:
+        group.append(one)
+        if sum(isinstance(found, Video) for _, found in group) == size:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _warn(name: str, unit: str, ensemble: Ensemble) -> None:
+    """Say what a run lacks."""
+    member = next(member for member in ensemble.members if member.name == name)
+    if not member.decision.is_chosen:
+        print_line(f"note: {printable(name)}: the threshold is {member.decision.rule}")
+    if member.calibration.method == "none":
+        print_line(f"note: {printable(name)} keeps no calibration: calibrated_probability is the network's own")
+    if member.familiarity is None:
+        why = "its network has no decoder, or it was trained by an older version"
+        why = "its frames were split, so no validation video was new to it" if unit == "frame" else why
+        print_line(f"note: {printable(name)} cannot tell videos that are unlike its data: {why}")
