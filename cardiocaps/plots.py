@@ -209,10 +209,10 @@ def reliability_diagram(
     for name, values, colour, style, marker in kinds:
         predicted, observed, _ = reliability(values, label)
         error = expected_calibration_error(values, label)
-        text = f"{name}: expected calibration error {error:.3f}"
+        text = f"{name}: calibration error {error:.3f}"
         axes.plot(predicted, observed, style, color=colour, marker=marker, markersize=5, clip_on=False, label=text)
     dress(axes, "Mean probability (bins of equal size)", "Observed share of abnormal")
-    axes.legend(frameon=False, fontsize=8, loc="upper left")
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
     save(figure, path)
 
 

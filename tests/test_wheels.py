@@ -53,6 +53,16 @@ def wheels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name.partition("-")[0]: path for path in out.glob("*.whl")}
 
 
+@pytest.mark.parametrize("tags", ["cp27-cp27m-linux_x86_64", "cp311-cp311-win_amd64", "cp311-cp311-macosx_99_0_arm64"])
+def test_a_wheel_for_another_machine_is_refused(wheels: dict[str, Path], tags: str, tmp_path: Path) -> None:
+    wheel = shutil.copy(wheels["capsops"], tmp_path / f"capsops-{capsops.__version__}-{tags}.whl")
+    pip = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--target", tmp_path / "out", wheel]
+    done = subprocess.run(pip, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert f"{wheel.name} is not a supported wheel on this platform" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def python(wheels: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The Python of a virtual environment with both wheels, and with the dependencies that this environment has."""
