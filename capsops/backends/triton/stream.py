@@ -135,7 +135,8 @@ def agreement(v, x, logits, i, b, j, valid, N, J: tl.constexpr, same_logits: tl.
     """b = û · x + logits, [NB, BB, JP, 1, 1]."""
     z = over_components(v * x)
     if logits is not None:
-        pair = i if same_logits else b * N + i
+        # The masks of old versions of Triton are not larger than the addresses.
+        pair = i + 0 * b if same_logits else b * N + i
         own = tl.load(logits + pair * J + j, mask=valid & (j < J), other=0.0).to(z.dtype)
         z = with_logits(z, own)
     return z
