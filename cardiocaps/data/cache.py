@@ -26,13 +26,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cardiocaps.data import dicom
+from cardiocaps.data.header import Header, VideoError
 from cardiocaps.data.problems import Problem, refuse_many, summarise
 from cardiocaps.data.study import Clip, Study
 from cardiocaps.data.video import (
     READER_VERSION,
     RESIZE_VERSION,
-    Header,
-    VideoError,
     probe,
     read_frames,
     regular_file,
@@ -143,7 +143,7 @@ def build(
     Raises:
         DataError: too many videos are unusable, or a split is left without both classes.
         OutputError: the cache cannot be written, or holds files that may not be read.
-        ConfigError: decord is not installed.
+        ConfigError: decord is not installed, or pydicom and there are DICOM files.
     """
     if reader == "decord":
         require_package("decord", "decord", "video_reader: 'decord'", extra="decord")
@@ -161,7 +161,9 @@ def build(
             entry = _examine(path, known.get(path), headers)
             numbers = choose_frames(entry.header.frames, frames_per_clip, frame_choice)
             # decord decodes damaged videos that PyAV refuses, so the two readers never share a file.
-            by = "decord" if reader == "decord" and entry.header.is_plain else READER_VERSION
+            by: str | int = "decord" if reader == "decord" and entry.header.is_plain else READER_VERSION
+            if entry.header.is_dicom:
+                by = f"dicom {dicom.READER_VERSION}"
             settings = f"{entry.sha256} {frame_choice} {frames_per_clip} {size} {RESIZE_VERSION} {by}"
             file = folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:40]}.npy"
             shape = (len(numbers), 3, size, size)
@@ -237,9 +239,12 @@ def _disagreement(claim: Header, header: Header) -> str:
     """How the table contradicts the file; such a video is unusable. "" if it does not.
 
     The table may count the frames that are shown or those that the container claims, and give the width and height of
-    the frames as shown or as stored.
+    the frames as shown or as stored: before they were turned, or cropped to the region of a DICOM file.
     """
     sides = (header.width, header.height)
+    stored = (header.stored_width, header.stored_height)
+    if header.is_dicom and (claim.width or stored[0], claim.height or stored[1]) == stored:
+        sides = stored
     if header.turned and (claim.width or header.height, claim.height or header.width) == sides[::-1]:
         sides = sides[::-1]
     frames = header.claimed if claim.frames == header.claimed else header.frames
@@ -261,6 +266,8 @@ def _notes(claim: Header, frames: Frames) -> Iterator[str]:
         yield f"frame counts disagree (kept): table and file say {claim.frames} frames, {header.frames} are shown"
     if claim.fps and header.fps and abs(claim.fps - header.fps) > _FPS_TOLERANCE * header.fps:
         yield f"frame rates disagree (kept): table says {claim.fps:g} a second, file has {header.fps:g}"
+    for flag in header.flags.split():
+        yield f"{dicom.FLAGS.get(flag, flag)} (kept)"
     if frames.blank:
         yield "blank video (kept): all that was read of it is black, or of one colour"
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cardiocaps.data import splits
+from cardiocaps.data.header import Header
 from cardiocaps.data.problems import Problem, summarise
-from cardiocaps.data.video import Header
 from cardiocaps.errors import plural
 
 

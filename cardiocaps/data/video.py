@@ -1,9 +1,9 @@
 """One video file: what its header says, checked before anything is decoded, and its frames at one size.
 
-PyAV reads every file from its first frame to its last, in one thread, without seeking. On request decord reads
-EchoNet's own form. The frames of a video are those that a player shows: an edit list can hide frames that the container
-claims, and a display matrix can turn them. Any error of the decoder makes the video unusable, because a repaired or
-invented frame looks like any other.
+`cardiocaps.data.dicom` reads DICOM files, which are recognised by their content. PyAV reads every other file from its
+first frame to its last, in one thread, without seeking. On request decord reads EchoNet's own form. The frames of a
+video are those that a player shows: an edit list can hide frames that the container claims, and a display matrix can
+turn them. Any error of the decoder makes the video unusable, because a repaired or invented frame looks like any other.
 
 How much damage is detected was measured on a real echocardiogram. A sector of 512 bytes overwritten with zeros or
 noise was detected every time in Motion JPEG, MPEG-4, H.264 and PNG. A single flipped bit that changes the picture was
@@ -20,23 +20,27 @@ import struct
 import time
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cardiocaps.errors import DataError
+from cardiocaps.data import dicom
+from cardiocaps.data.header import (
+    MAX_FRAMES,
+    MAX_SECONDS,
+    MAX_SIDE,
+    MIN_FRAME_BYTES,
+    Header,
+    VideoError,
+    check_length,
+    check_side,
+)
 
 if TYPE_CHECKING:
     import av
 
-MAX_FRAMES = 100_000
-MIN_SIDE, MAX_SIDE = 8, 4096
-MAX_PIXELS = 4_000_000_000  # of all frames together, for example 5,000 frames of 1024 × 768
-MAX_SECONDS = 300.0  # for one pass through a video; the largest that is allowed takes about 30
-MIN_FRAME_BYTES = 4  # an empty frame still has a length field, in AVI and in MP4
 RESIZE_VERSION = 1  # part of the cache key: raise it when `resize` returns other pixels
 READER_VERSION = 2  # likewise: raise it when PyAV's reader gives other frames, or refuses more videos
 
@@ -63,35 +67,12 @@ _OTHER_CONTAINERS = (
     (0, b"GIF8", "GIF"),
     (0, b"OggS", "Ogg"),
     (0, b"FLV", "Flash video"),
-    (128, b"DICM", "DICOM"),
+)
+_ENCRYPTED = (
+    b"\x2a\x86\x48\x86\xf7\x0d\x01\x07\x03"  # the object identifier of enveloped data, near the file's beginning
 )
 _MAX_TABLE_BYTES = 1 << 26
 _MAX_SAMPLES = 4_000_000  # of one stream, sound included; FFmpeg allocates 36 bytes for each before it reads a frame
-
-
-class VideoError(DataError):
-    """A video that cannot be used. `str(error)` is the reason, without the file's name."""
-
-
-@dataclass(frozen=True)
-class Header:
-    """The properties of a video, as its file or a table states them; 0: not stated.
-
-    For a file, they are those of the frames that a player shows, in the orientation in which it shows them.
-    """
-
-    frames: int
-    width: int
-    height: int
-    fps: float
-    claimed: int = 0  # frames that the container claims, if it shows another number
-    turned: bool = False  # by a quarter: stored frames have width and height exchanged
-    form: str = field(default="", compare=False)  # container and codec: "avi mjpeg"
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it has EchoNet's own form, for which both readers give the same frames."""
-        return self.form == "avi mjpeg" and not self.claimed and self.height % 2 == 0
 
 
 def allowed_name(name: str) -> bool:
@@ -130,14 +111,21 @@ def regular_file(path: Path, root: Path, follow_links: bool = False) -> Path:
 def probe(path: Path, root: Path | None = None) -> Header:
     """The header of a video. Reads the whole file, and decodes it if only decoding tells how many frames it shows.
 
+    Of a DICOM file it reads the tags alone.
+
     Args:
-        path: an AVI or MP4 file.
+        path: an AVI, MP4 or DICOM file.
         root: folder that `path` may not leave through links; default the file's own folder.
 
     Raises:
-        VideoError: not a regular file, not a supported video, beyond the limits above, or with frames missing.
+        VideoError: not a regular file, not a supported video, beyond the limits of `cardiocaps.data.header`, or with
+            frames missing.
+        ConfigError: it is a DICOM file, and pydicom is not installed.
     """
-    with _opened(path, root) as video:
+    real = regular_file(path, path.parent if root is None else root)
+    if dicom.is_dicom(real):
+        return dicom.read_tags(real).header
+    with _opened(real) as video:
         return video.header(frames=sum(1 for _ in video.frames(decode=video.codec not in _FRAME_A_PACKET)))
 
 
@@ -147,14 +135,15 @@ def read_frames(
     """Decode a whole video, which shows whether it is damaged, and resize some of its frames.
 
     Args:
-        path: an AVI or MP4 file.
+        path: an AVI, MP4 or DICOM file.
         indices: numbers of the frames to keep, from 0 among those shown, in any order.
         size: side of the result in pixels.
         reader: "decord" decodes videos of EchoNet's own form with decord: to the same pixels, but it repairs damaged
             frames silently.
 
     Returns:
-        uint8 [T, 3, size, size], RGB.
+        uint8 [T, 3, size, size], RGB. Frames of a DICOM file are grey, cropped to its region and black outside of the
+        sector (`cardiocaps.data.dicom`).
 
     Raises:
         VideoError: as `probe`; any frame that cannot be decoded; an index beyond the last frame.
@@ -173,6 +162,12 @@ def read_frames(
 
 def _shown_frames(path: Path, wanted: Container[int], reader: str) -> Iterator[NDArray[np.uint8] | None]:
     """Every frame that is shown, in sequence: uint8 [H, W, 3] if its number is wanted, else None."""
+    real = regular_file(path, path.parent)
+    if dicom.is_dicom(real):
+        cine = dicom.read_tags(real)
+        for number, grey in enumerate(dicom.grey_frames(cine, dicom.find_sector(cine))):
+            yield np.repeat(grey[..., None], 3, axis=2) if number in wanted else None
+        return
     if reader == "decord" and (header := probe(path)).is_plain:
         count = 0
         for count, pixels in enumerate(_decord_frames(path.resolve()), 1):
@@ -180,7 +175,7 @@ def _shown_frames(path: Path, wanted: Container[int], reader: str) -> Iterator[N
         if count != header.frames:
             raise VideoError(f"truncated: decord decodes {count} of {header.frames} frames")
         return
-    with _opened(path) as video:
+    with _opened(real) as video:
         for number, frame in enumerate(video.frames()):
             yield video.pixels(frame) if number in wanted else None
 
@@ -228,15 +223,14 @@ def resize(frames: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 @contextmanager
-def _opened(path: Path, root: Path | None = None) -> Iterator[_Video]:
-    """The video, open for one pass. Raises VideoError for everything that goes wrong with it in the block."""
+def _opened(path: Path) -> Iterator[_Video]:
+    """A regular file, open for one pass. Raises VideoError for everything that goes wrong with it in the block."""
     import av
 
-    real = regular_file(path, path.parent if root is None else root)
     try:
-        container = _container_of(real)
-        with av.open(str(real), format=container, options=_OPTIONS) as opened:
-            yield _Video(opened, real.stat().st_size)
+        container = _container_of(path)
+        with av.open(str(path), format=container, options=_OPTIONS) as opened:
+            yield _Video(opened, path.stat().st_size)
     except VideoError:
         raise
     except (av.FFmpegError, OSError) as error:
@@ -267,12 +261,12 @@ class _Video:
         self.is_avi = container.format.name == "avi"
         self.claimed, self.indexed = self.stream.frames, len(self.stream.index_entries)
         self.width, self.height = self.stream.width, self.stream.height
-        self._check_side(self.width, self.height)
+        check_side(self.width, self.height)
         if not 0 <= self.claimed <= MAX_FRAMES:
             raise VideoError(f"absurd frame count: header claims {self.claimed} (at most {MAX_FRAMES} allowed)")
         if self.claimed * MIN_FRAME_BYTES > size:
             raise VideoError(f"truncated: header claims {self.claimed} frames, more than its {size} bytes can hold")
-        self._check_pixels(self.indexed or self.claimed)
+        check_length(self.indexed or self.claimed, self.width, self.height)
         self._reformatter = VideoReformatter()
         self._first: av.VideoFrame | None = None
 
@@ -328,7 +322,7 @@ class _Video:
                 frames = self._decoded(packet, shown)
             for frame in frames:
                 shown += 1
-                self._check_pixels(shown)
+                check_length(shown, self.width, self.height)
                 yield frame
         if not self.is_avi and packets < self.indexed:
             raise VideoError(f"truncated: {packets} of {self.indexed} frames are there")
@@ -364,22 +358,11 @@ class _Video:
             if frame.is_corrupt:
                 raise VideoError(f"damaged: frame {shown} is decoded incompletely")
             if self._first is None:
-                self._check_side(frame.width, frame.height)
+                check_side(frame.width, frame.height)
                 self._first, self._orientation = frame, _orientation(frame)
             elif (frame.width, frame.height) != (self._first.width, self._first.height):
                 raise VideoError(f"frames of several sizes: frame {shown} is {frame.width}x{frame.height}")
             yield frame
-
-    def _check_side(self, width: int, height: int) -> None:
-        if not (MIN_SIDE <= width <= MAX_SIDE and MIN_SIDE <= height <= MAX_SIDE):
-            raise VideoError(f"frame size out of range: {width}x{height} (sides of {MIN_SIDE} to {MAX_SIDE} allowed)")
-
-    def _check_pixels(self, frames: int) -> None:
-        if frames > MAX_FRAMES or frames * self.width * self.height > MAX_PIXELS:
-            raise VideoError(
-                f"too long: {frames} frames of {self.width}x{self.height} or more (at most {MAX_FRAMES} frames and"
-                f" {MAX_PIXELS} pixels allowed)"
-            )
 
 
 def _orientation(frame: av.VideoFrame) -> tuple[bool, bool, bool]:
@@ -412,8 +395,10 @@ def _container_of(path: Path) -> str:
             return "mov"
     for place, mark, name in _OTHER_CONTAINERS:
         if start[place : place + len(mark)] == mark:
-            raise VideoError(f"container not read: {name}, whatever the file's name says (allowed: AVI, MP4)")
-    raise VideoError("not a readable video: neither AVI nor MP4")
+            raise VideoError(f"container not read: {name}, whatever the file's name says (allowed: AVI, MP4, DICOM)")
+    if _ENCRYPTED in start:
+        raise VideoError("encrypted: a file in a CMS envelope, as of a secure DICOM medium")
+    raise VideoError("not a readable video: neither AVI, MP4 nor DICOM")
 
 
 def _check_mp4_tables(file: BinaryIO, size: int) -> None:

@@ -10,9 +10,9 @@ import pytest
 from cardiocaps.config import TrainConfig
 from cardiocaps.data import cache
 from cardiocaps.data.fingerprint import read_fingerprint
+from cardiocaps.data.header import VideoError
 from cardiocaps.data.open import decode_for_run, read_study
 from cardiocaps.data.study import Clip
-from cardiocaps.data.video import VideoError
 from cardiocaps.errors import DataError
 from cardiocaps.experiments import jobs
 from cardiocaps.experiments.folder import ExperimentFolder

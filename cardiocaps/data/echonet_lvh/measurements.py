@@ -22,12 +22,13 @@ from statistics import median_low
 from typing import NamedTuple
 
 from cardiocaps.data.echonet_lvh.labels import CALCS, LIMITS, WALLS
+from cardiocaps.data.header import MAX_FRAMES, MAX_SIDE, Header, VideoError
 from cardiocaps.data.problems import Problem, refuse_many
-from cardiocaps.data.video import MAX_FRAMES, MAX_SIDE, Header, VideoError, allowed_name, regular_file
+from cardiocaps.data.video import allowed_name, regular_file
 from cardiocaps.errors import ConfigError, DataError, printable
 
 FILE_NAME = "MeasurementsList.csv"
-SUFFIXES = (".avi", ".mp4")
+SUFFIXES = (".avi", ".mp4", ".dcm")
 MAX_FPS = 10_000.0
 
 _REQUIRED = ("HashedFileName", "Calc", "CalcValue", "Frame", "Frames")

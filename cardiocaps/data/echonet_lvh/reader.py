@@ -24,9 +24,10 @@ from cardiocaps.data.echonet_lvh.measurements import (
     plain_name,
     read_measurements,
 )
+from cardiocaps.data.header import VideoError
 from cardiocaps.data.problems import Problem, refuse_many
 from cardiocaps.data.study import Clip, Study
-from cardiocaps.data.video import VideoError, regular_file
+from cardiocaps.data.video import regular_file
 from cardiocaps.errors import DataError, plural, printable
 
 UNITS = {"width": "cm", "ef": "percentage points"}
@@ -52,7 +53,7 @@ def read_folder(
     """Read a folder in EchoNet-LVH's layout.
 
     Args:
-        root: holds `MeasurementsList.csv` and the videos (.avi or .mp4), in `Batch*` folders or directly.
+        root: holds `MeasurementsList.csv` and the videos (.avi, .mp4 or .dcm), in `Batch*` folders or directly.
         protocol: "video": a clip for each video, abnormal if any of its measurements is. "paper": a clip for each row,
             as in the published code; warns that it leaks.
         thresholds: measurement -> smallest abnormal value in cm, where it differs from THRESHOLDS.
@@ -159,7 +160,7 @@ def _find_videos(root: Path) -> dict[str, list[Path]]:
     except OSError as error:
         raise DataError(f"{printable(root)}: {error.strerror}") from None
     if not found:
-        raise DataError(f"{printable(root)}: no .avi or .mp4 file, neither directly nor in a Batch* folder")
+        raise DataError(f"{printable(root)}: no .avi, .mp4 or .dcm file, neither directly nor in a Batch* folder")
     return found
 
 

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from cardiocaps.data import video
-from cardiocaps.data.video import Header, VideoError, allowed_name, probe, read_frames, regular_file, resize
+from cardiocaps.data import header, video
+from cardiocaps.data.header import Header, VideoError
+from cardiocaps.data.video import allowed_name, probe, read_frames, regular_file, resize
 
 from .sample_videos import Frames, claim_frames, cut, encode, overwrite, packets, picture, remux, within
 
@@ -201,19 +202,19 @@ def test_what_is_too_large_or_too_long_is_refused_before_decoding(
 ) -> None:
     path = encode(tmp_path / "a.avi", picture(9))
     monkeypatch.setattr(video._Video, "frames", lambda *_, **__: pytest.fail("it was read"))
-    monkeypatch.setattr(video, "MAX_PIXELS", 8 * 64 * 48)
+    monkeypatch.setattr(header, "MAX_PIXELS", 8 * 64 * 48)
     with pytest.raises(VideoError, match="too long: 9 frames of 64x48"):
         probe(path)
-    monkeypatch.setattr(video, "MAX_SIDE", 50)
+    monkeypatch.setattr(header, "MAX_SIDE", 50)
     with pytest.raises(VideoError, match="frame size out of range: 64x48"):
         probe(path)
 
 
 def test_what_shows_its_length_only_when_read_is_stopped_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = claim_frames(encode(tmp_path / "a.avi", picture(9)), 0)
-    monkeypatch.setattr(video, "MAX_PIXELS", 10 * 64 * 48)
+    monkeypatch.setattr(header, "MAX_PIXELS", 10 * 64 * 48)
     assert probe(path).frames == 9
-    monkeypatch.setattr(video, "MAX_PIXELS", 8 * 64 * 48)
+    monkeypatch.setattr(header, "MAX_PIXELS", 8 * 64 * 48)
     with pytest.raises(VideoError, match="too long: 9 frames of 64x48"):
         probe(path)
 

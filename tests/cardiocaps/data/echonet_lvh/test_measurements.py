@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from cardiocaps.data.echonet_lvh import measurements
 from cardiocaps.data.echonet_lvh.labels import CALCS, LIMITS, THRESHOLDS
 from cardiocaps.data.echonet_lvh.measurements import Row, Table, paper_rows, read_measurements
+from cardiocaps.data.header import Header
 from cardiocaps.data.problems import Problem, refuse_many, summarise
-from cardiocaps.data.video import Header
 from cardiocaps.errors import ConfigError, DataError
 
 from ..sample_videos import COLUMNS, measurement, write_table

@@ -13,9 +13,9 @@ from cardiocaps.config import TrainConfig
 from cardiocaps.data import cache
 from cardiocaps.data.echonet_lvh.labels import THRESHOLDS
 from cardiocaps.data.echonet_lvh.reader import read_folder
+from cardiocaps.data.header import Header
 from cardiocaps.data.open import read_study
 from cardiocaps.data.study import Study
-from cardiocaps.data.video import Header
 from cardiocaps.errors import ConfigError, DataError
 
 from ..sample_videos import COLUMNS, encode, measurement, picture, split_of, write_folder, write_table
@@ -69,9 +69,9 @@ def test_nothing_there_is_named(tmp_path: Path) -> None:
     for name, reason in (
         ("none", "no such folder"),
         ("file", "not a folder"),
-        ("empty", "no .avi or .mp4 file"),
+        ("empty", "no .avi, .mp4 or .dcm file"),
         ("video/MeasurementsList.csv", "no such file"),
-        ("table", "no .avi or .mp4 file"),
+        ("table", "no .avi, .mp4 or .dcm file"),
     ):
         with pytest.raises(DataError, match=rf"{name}: {reason}"):
             read_folder(tmp_path / name.partition("/")[0])
