@@ -14,6 +14,8 @@ from cardiocaps.runtime.program import Interruption, run_program
 
 _CHANGEABLE = (
     "data",
+    "dataset",
+    "threshold",
     "follow_links",
     "group_column",
     "allow_split_patients",

@@ -30,7 +30,7 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
     Raises:
         CardioCapsError: see cardiocaps.errors; what was reached is saved.
     """
-    from cardiocaps.data.open import decode_for_run, read_study
+    from cardiocaps.data.open import decode_for_run, read_study, settled
     from cardiocaps.evaluation.run import evaluate_network
     from cardiocaps.runtime.device import machine_for
     from cardiocaps.runtime.files import lock_folder
@@ -38,19 +38,24 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
     from cardiocaps.training.run_folder import RunFolder
 
     quiet()
-    assert config.out is not None
+    out = config.out
+    assert out is not None
     with machine_for(config) as machine:
         print_line(f"device: {machine}")
         # Read the data first: if they cannot be read, --overwrite must not have deleted the old run. Create the folder
         # before decoding, which can take an hour: it may not be writable.
         study = read_study(config, again=config.resume is not None) if config.data else None
-        folder = RunFolder.open(config.out) if config.resume else RunFolder.create(config.out, config.overwrite)
+        if study is not None:
+            config = settled(config, study)
+        folder = RunFolder.open(out) if config.resume else RunFolder.create(out, config.overwrite)
         with lock_folder(folder.path):
             folder.remove_leftovers()
             if not config.resume:
                 folder.begin(config, machine.device)
             try:
-                study = study or read_study(config, again=folder.data.is_file())
+                if study is None:
+                    study = read_study(config, again=folder.data.is_file())
+                    config = settled(config, study)
                 print_line(study.summary())
                 used = decode_for_run(
                     config, machine, study, folder.data, _OTHER_DATA, trained=folder.is_trained, keep=True
@@ -61,8 +66,7 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
                 raise
             if used.data.study != study:
                 print_line(f"after decoding: {used.data.study.summary()}")
-            if config.resume:
-                write_run(config, folder.path)
+            write_run(config, folder.path)
             train(config, machine, folder, used.data, interruption)
             evaluate_network(config, machine, folder, used, results=folder)
             print_line(f"run folder: {folder.path}")

@@ -46,7 +46,7 @@ def setting(
 
 @dataclass(frozen=True)
 class Option:
-    """One setting. Its `kind` is bool, int, float, str, Path or dict; a dict maps some of `choices` to numbers."""
+    """One setting. Its `kind` is bool, int, float, str, Path or dict; a dict maps names to numbers."""
 
     name: str
     kind: type
@@ -68,8 +68,7 @@ class Option:
         """The values that are allowed besides None, in words."""
         bounds = f"from {self.low:.10g} to {self.high:.10g}"
         if self.kind is dict:
-            one, some = self.choices[0], ", ".join(self.choices)
-            return f"numbers {bounds} for some of {some} ({one}=X; in YAML {one}: X)"
+            return f"numbers {bounds} for names (NAME=X; in YAML NAME: X)"
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         return {
@@ -95,7 +94,7 @@ class Option:
         if self.kind is int and re.fullmatch(r"[-+]?[0-9]{1,20}", text):
             value = int(text)
         elif self.kind is dict:
-            name, _, number = text.partition("=")
+            name, _, number = text.rpartition("=")  # a column's name may have the sign itself
             value = {name: number}
         converted = self._converted(value)
         if converted is None:
@@ -108,9 +107,9 @@ class Option:
         """`value` in the setting's own type; None where that is impossible."""
         is_int = isinstance(value, int) and not isinstance(value, bool)
         if self.kind is dict:
-            if not isinstance(value, Mapping) or not value or not set(value) <= set(self.choices):
+            if not isinstance(value, Mapping) or not value or not all(as_text(name) for name in value):
                 return None
-            numbers = {name: self._inside(as_float(value[name])) for name in self.choices if name in value}
+            numbers = {name: self._inside(as_float(value[name])) for name in sorted(value)}
             return None if None in numbers.values() else numbers
         if self.choices:  # `precision: 32` in YAML is an integer
             text = str(value) if is_int else value
@@ -120,14 +119,19 @@ class Option:
         if self.kind is Path:
             return as_path(value)
         if self.kind is str:
-            fits = isinstance(value, str) and len(value) <= _LONGEST_TEXT and not _CONTROL.search(value)
-            return value if fits and value.strip() else None
+            return as_text(value)
         if self.kind is int:
             return self._inside(value if is_int else None)
         return self._inside(as_float(value))
 
     def _inside(self, number: Any) -> Any:
         return number if number is not None and self.low <= number <= self.high else None
+
+
+def as_text(value: Any) -> str | None:
+    """`value` as a text that a setting can have; None where it is none."""
+    fits = isinstance(value, str) and len(value) <= _LONGEST_TEXT and not _CONTROL.search(value)
+    return value if fits and value.strip() else None
 
 
 def as_float(value: Any) -> float | None:
@@ -161,8 +165,9 @@ def path_text(path: Path) -> str:
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """A suggestion that an error message can end with; empty where no known name is similar."""
     names = list(known)
+    alike = [name for name in names if name.lower() == word.lower()]
     completed = [name for name in names if len(word) > 3 and name.startswith(word)]
-    close = completed or difflib.get_close_matches(word, names, n=1)
+    close = alike or completed or difflib.get_close_matches(word, names, n=1)
     return f"; did you mean {close[0]}?" if close else ""
 
 

@@ -33,6 +33,7 @@ _NEWER: Mapping[str, Any] = {
     "threshold": None,
     "follow_links": False,
     "calibration": "none",
+    "dataset": "echonet-lvh",
 }
 """Settings that older versions did not write, with the values that those versions ran with."""
 

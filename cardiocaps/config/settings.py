@@ -28,7 +28,6 @@ _SECTIONS = {
 
 _SEEDS = (0, 2**32 - 1)
 
-_Calc = Literal["IVSd", "IVSs", "LVPWd", "LVPWs", "LVIDd", "LVIDs", "LVID", "RVDd"]
 _Model = Literal["cardiocaps", "em-capsnet", "efficient-capsnet", "cnn-1", "cnn-2", "resnet18", "unet", "vit"]
 
 
@@ -40,8 +39,9 @@ class TrainConfig:
     allowed. For a setting that is None, the preset decides (see `resolved`), or its help gives the meaning.
     """
 
-    data: Path | None = setting(
-        None, "EchoNet-LVH folder (MeasurementsList.csv, Batch1 to Batch4); none: the phantom", affects="machine"
+    data: Path | None = setting(None, "folder of the data set; none: the phantom", affects="machine")
+    dataset: Literal["auto", "echonet-lvh", "echonet-dynamic"] = setting(
+        "auto", "layout of the data folder; auto: recognised by its files; the phantom has that of echonet-lvh"
     )
     phantom_videos: int = setting(
         300,
@@ -57,7 +57,8 @@ class TrainConfig:
     )
     protocol: Literal["video", "paper"] = setting(
         "video",
-        "video: one label per video, split by video; paper: one per row of the table, split by frame, which leaks",
+        "video: one label per video, split by video; paper (echonet-lvh alone): one per row of the table, split by "
+        "frame, which leaks",
     )
     split: Literal["auto", "column", "stratified", "frames"] = setting(
         "auto",
@@ -73,10 +74,12 @@ class TrainConfig:
     allow_split_patients: bool = setting(
         False, "keep the data set's own split even if videos of one patient are in several splits"
     )
-    threshold: Mapping[_Calc, float] | None = setting(
+    threshold: Mapping[str, float] | None = setting(
         None,
-        "smallest abnormal value of a measurement in cm (IVSd=1.2); may be repeated for others; none: as published",
-        bounds=(0.01, 100),
+        "threshold of a measurement in the label rule, may be repeated for others; echonet-lvh: smallest abnormal "
+        "length in cm (IVSd=1.2); echonet-dynamic: smallest normal ejection fraction in percent (ef=45); none: as "
+        "published",
+        bounds=(-1e9, 1e9),
     )
     follow_links: bool = setting(False, "follow links that lead out of the data folder", affects="machine")
     frames_per_clip: int | None = setting(None, "frames taken from a video; none: the preset's", bounds=(1, 10_000))
@@ -115,8 +118,11 @@ class TrainConfig:
         0.0005, "weight of the squared error of the reconstruction, summed over an image", bounds=(0, 1000)
     )
     regression_weight: float = setting(0.05, "weight of the regression loss (lambda_reg of eq. 2)", bounds=(0, 1000))
-    regression_target: Literal["width", "ef"] = setting(
-        "width", "what is regressed: LV width in cm, or ejection fraction in percent", affects="shape"
+    regression_target: str | None = setting(
+        None,
+        "what is regressed: echonet-lvh: width (of the left ventricle, cm) or ef (ejection fraction, percent); "
+        "echonet-dynamic: ef, esv or edv (volumes in mL); none: the first of these",
+        affects="shape",
     )
 
     batch_size: int | None = setting(None, "frames in a batch; none: the preset's", bounds=(1, 65_536))
@@ -171,6 +177,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name, option in options().items():
             object.__setattr__(self, name, option.check(getattr(self, name), where=name))
+        if self.data is None and self.dataset not in ("auto", "echonet-lvh"):
+            raise ConfigError(
+                f"dataset is {self.dataset!r}; expected auto or echonet-lvh, because without data the phantom is used, "
+                "which has the layout of EchoNet-LVH"
+            )
         if self.protocol == "paper" and self.split != "auto":
             raise ConfigError(f"split is {self.split!r}; expected auto, because protocol paper is split by frame")
         if self.model != "cardiocaps":

@@ -175,12 +175,12 @@ def build(
         except VideoError as error:
             return str(error)
 
-    names = {clip.path: clip.name for clip in study.clips}
+    clips_by_path = {clip.path: clip for clip in study.clips}
     decoded: dict[Path, Frames | str] = {}
     index = dict(known)
     try:
-        with in_parallel(partial(ThreadPoolExecutor, workers or cores()), decode, names) as results:
-            decoded.update(shown(results, len(names), "decoding videos") if progress else results)
+        with in_parallel(partial(ThreadPoolExecutor, workers or cores()), decode, clips_by_path) as results:
+            decoded.update(shown(results, len(clips_by_path), "decoding videos") if progress else results)
     finally:
         index |= {path: found.video for path, found in decoded.items() if isinstance(found, Frames)}
         if index != known:
@@ -188,16 +188,16 @@ def build(
     frames: dict[Path, Frames] = {}
     bad: list[Problem] = []
     notes: list[Problem] = []
-    for path, name in names.items():
-        found, claim = decoded[path], study.claims[name]
+    for path, clip in clips_by_path.items():
+        found, claim = decoded[path], study.claims[clip.name]
         if isinstance(found, str):
-            bad.append(Problem(name, found))
+            bad.append(Problem(clip.where, found))
         elif differs := _disagreement(claim, found.video.header):
-            bad.append(Problem(name, f"table and file disagree: table says {differs}"))
+            bad.append(Problem(clip.where, f"table and file disagree: table says {differs}"))
         else:
-            notes += [Problem(name, note, harmless=True) for note in _notes(claim, found)]
+            notes += [Problem(clip.where, note, harmless=True) for note in _notes(claim, found)]
             frames[path] = found
-    refuse_many(bad, len(names), max_bad_share, f"videos of {study.root}")
+    refuse_many(bad, len(clips_by_path), max_bad_share, f"videos of {study.root}")
     clips = tuple(clip for clip in study.clips if clip.path in frames)
     notes += _repeats(clips, frames)
     usable = replace(study, clips=clips, problems=(*study.problems, *bad, *notes))
@@ -205,7 +205,9 @@ def build(
         try:
             usable.check_splits()
         except DataError as error:
-            raise DataError(f"{error}; {len(bad)} of {len(names)} videos were left out:\n{summarise(bad)}") from None
+            raise DataError(
+                f"{error}; {len(bad)} of {len(clips_by_path)} videos were left out:\n{summarise(bad)}"
+            ) from None
     return Cached(usable, frames, size)
 
 
@@ -284,8 +286,8 @@ def _repeats(clips: Iterable[Clip], frames: Mapping[Path, Frames]) -> list[Probl
         for what, same in (("with another label", "label"), ("in another split", "split")):
             for other in others:
                 if other.path != clip.path and getattr(other, same) != getattr(clip, same):
-                    reason = f"same video {what} (kept): {other.name}"
-                    repeated.setdefault((clip.name, what), Problem(clip.name, reason))
+                    reason = f"same video {what} (kept): {other.where}"
+                    repeated.setdefault((clip.name, what), Problem(clip.where, reason))
                     break
         others.append(clip)
     return list(repeated.values())

@@ -39,7 +39,7 @@ class FrameDataset(Dataset[dict[str, Any]]):
     cached: cache.Cached
     clips: tuple[Clip, ...]
     items: NDArray[np.int64]  # [n, 2], rows (clip, cached frame)
-    target: str
+    target: str | None
     seed: int
     train: bool
 
@@ -66,10 +66,15 @@ class FrameDataset(Dataset[dict[str, Any]]):
             "jitter": torch.from_numpy(jitter),
             "tone": torch.from_numpy(tone),
             "label": clip.label,
-            "target": torch.tensor(clip.targets[self.target], dtype=torch.float32),
+            "target": torch.tensor(_target(clip, self.target), dtype=torch.float32),
             "clip": number,
             "frame": int(self.cached.frames[clip.path].numbers[frame]),
         }
+
+
+def _target(clip: Clip, name: str | None) -> float:
+    """A regression target of a clip; NaN if it was not measured, or if the study has none."""
+    return math.nan if name is None else clip.targets[name]
 
 
 class FrameSampler(Sampler[tuple[int, int]]):
@@ -152,7 +157,7 @@ class EchoDataModule(LightningDataModule):
         cached: the study and its frames, of the side `base_side(size)`.
         size: side of the network's input in pixels.
         batch_size: frames in a batch.
-        target: what is regressed, one of `study.units`.
+        target: what is regressed, one of `study.units`; None: the usual one, if the study has targets.
         seed: of order and augmentation.
         split_seed: of a split over frames; None: `seed`.
         num_workers: processes that load data.
@@ -161,6 +166,7 @@ class EchoDataModule(LightningDataModule):
 
     Raises:
         DataError: a needed split lacks frames of a class.
+        ConfigError: the study has no such target.
     """
 
     def __init__(
@@ -169,7 +175,7 @@ class EchoDataModule(LightningDataModule):
         *,
         size: int,
         batch_size: int,
-        target: str = "width",
+        target: str | None = None,
         seed: int = 10,
         split_seed: int | None = None,
         num_workers: int = 0,
@@ -178,7 +184,8 @@ class EchoDataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         self.study = study = cached.study
-        self.size, self.batch_size, self.target = size, batch_size, target
+        self.size, self.batch_size = size, batch_size
+        self.target = target = study.target(target)
         self.num_workers, self.pin_memory, self.channels_last = num_workers, pin_memory, channels_last
         self.predicted = "test"  # the split that `predict_dataloader` gives
         counts = [len(cached.frames[clip.path].numbers) for clip in study.clips]
@@ -224,11 +231,11 @@ class EchoDataModule(LightningDataModule):
         """Number of training frames of normal and of abnormal clips, int64 [2]."""
         return torch.bincount(torch.from_numpy(self._datasets["train"].labels), minlength=2)
 
-    def train_target_mean(self) -> float:
-        """Mean of the regression target over the training clips in which it was measured; 0 if there is none."""
-        targets = [clip.targets[self.target] for clip in self.clips("train")]
+    def train_target_mean(self) -> float | None:
+        """Mean of the regression target over the training clips in which it was measured; None if there is none."""
+        targets = [_target(clip, self.target) for clip in self.clips("train")]
         measured = [x for x in targets if not math.isnan(x)]
-        return fmean(measured) if measured else 0.0
+        return fmean(measured) if measured else None
 
     def pixels(self, split: str, side: int) -> tuple[NDArray[np.float32], NDArray[np.int64], NDArray[np.int64]]:
         """The frames of a split as grey values, without augmentation, for classifiers of pixels.

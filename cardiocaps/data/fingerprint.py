@@ -33,8 +33,8 @@ class Fingerprint:
     """The content of a study, in the order of its clips."""
 
     videos: Mapping[str, tuple[str, str, str, str]]  # digest of the name -> split, label, digest of targets, patient
-    label_rule: Mapping[str, float]  # measurement -> smallest abnormal value in cm
-    table: str  # SHA-256 of the table's bytes; "" if it cannot be read
+    label_rule: Mapping[str, float]  # measurement -> its threshold
+    table: str  # SHA-256 of the table's bytes; "" if it cannot be read; of several tables, of their digests
     protocol: str
     split_rule: str
     contents: Mapping[str, str] = field(default_factory=dict)
@@ -54,7 +54,10 @@ class Fingerprint:
             # Six digits, because the last digits of an average depend on the machine.
             targets = " ".join(f"{value:.6g}" for clip in own for value in clip.targets.values())
             videos[name] = own[0].split, "".join(str(clip.label) for clip in own), _digest(targets), number
-        return cls(videos, dict(study.label_rule), _file_digest(study.table), study.protocol, study.split_rule)
+        table, *further = (_file_digest(path) for path in (study.table, *study.further_tables))
+        if further:
+            table = hashlib.sha256(" ".join((table, *further)).encode()).hexdigest()
+        return cls(videos, dict(study.label_rule), table, study.protocol, study.split_rule)
 
     def with_contents(self, contents: Mapping[str, str]) -> Fingerprint:
         """The same with `contents`: name -> SHA-256 of the bytes, of each video that could be decoded."""
@@ -67,8 +70,9 @@ class Fingerprint:
         """
         if not self.contents or self.digest != Fingerprint.of(study).digest:
             return study
-        unused = dict.fromkeys(clip.name for clip in study.clips if _name_digest(clip.name) not in self.contents)
-        notes = [Problem(name, "left out as it was at first: it could not be used then", True) for name in unused]
+        unused = {clip.name: clip for clip in study.clips if _name_digest(clip.name) not in self.contents}
+        why = "left out as it was at first: it could not be used then"
+        notes = [Problem(clip.where, why, harmless=True) for clip in unused.values()]
         clips = tuple(clip for clip in study.clips if clip.name not in unused)
         return replace(study, clips=clips, problems=(*study.problems, *notes))
 

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cardiocaps.config import TRAINABLE_PHANTOM, TrainConfig
+from cardiocaps.config import TRAINABLE_PHANTOM, TrainConfig, options
 from cardiocaps.data import cache
 from cardiocaps.data.datamodule import EchoDataModule
-from cardiocaps.data.datasets import DATASETS, PHANTOM
+from cardiocaps.data.datasets import AUTO, DATASETS, OWN_SETTINGS, PHANTOM, choose
 from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
 from cardiocaps.data.study import Study
 from cardiocaps.data.views import base_side
@@ -31,7 +31,8 @@ def read_study(
         needed_splits: each of them needs clips of both classes.
 
     Raises:
-        DataError: as the reader; or the run's folder or phantom is missing.
+        DataError: as the reader; the run's folder or phantom is missing; or the folder's layout is not recognised.
+        ConfigError: as the reader; or the data set does not have a setting that was given.
         OutputError: as `write_phantom`.
     """
     root = config.data
@@ -41,10 +42,10 @@ def read_study(
         root = config.phantom_dir
         if not phantom_is_complete(root, config.phantom_videos, config.phantom_seed):
             if again:
-                options = f"--videos {config.phantom_videos} --seed {config.phantom_seed}"
+                how = f"--videos {config.phantom_videos} --seed {config.phantom_seed}"
                 raise DataError(
                     f"phantom_dir: {printable(root)} does not hold the phantom that the run used; give --data, where "
-                    f"it is now, or make it again: python -m cardiocaps.phantom {printable(root)} {options}"
+                    f"it is now, or make it again: python -m cardiocaps.phantom {printable(root)} {how}"
                 )
             if config.phantom_videos < TRAINABLE_PHANTOM:
                 raise ConfigError(
@@ -53,9 +54,17 @@ def read_study(
                 )
             print_line(f"making {config.phantom_videos} phantom videos in {root}")
             write_phantom(root, config.phantom_videos, config.phantom_seed, progress=config.progress)
-    return DATASETS[PHANTOM].read(
+    dataset = dataset_of(config)
+    row = DATASETS[dataset]
+    if config.data is not None and config.dataset == AUTO:
+        print_line(f"data: {printable(root)} is read as {dataset}")
+    for name in OWN_SETTINGS:
+        value, usual = getattr(config, name), options()[name].default
+        if name not in row.settings and value != usual:
+            raise ConfigError(f"{name} is {value!r}; expected {usual}, because data set {dataset} has no such setting")
+    return row.read(
         root,
-        protocol=config.protocol,
+        **{name: getattr(config, name) for name in row.settings},
         split=config.split,
         seed=config.seed if config.split_seed is None else config.split_seed,
         max_bad_share=config.max_bad_share,
@@ -68,6 +77,32 @@ def read_study(
     )
 
 
+def dataset_of(config: TrainConfig) -> str:
+    """The name of the layout in which the data of a run are read. Raises DataError as `datasets.choose`."""
+    return PHANTOM if config.data is None else choose(config.data, config.dataset)
+
+
+def with_layout(config: TrainConfig) -> TrainConfig:
+    """The settings with the layout of the data, and with its usual regression target if none is given.
+
+    Raises:
+        DataError: as `dataset_of`.
+    """
+    dataset = dataset_of(config)
+    target = config.regression_target or DATASETS[dataset].target
+    return replace(config, dataset=dataset, regression_target=target)  # type: ignore[arg-type]
+
+
+def settled(config: TrainConfig, study: Study) -> TrainConfig:
+    """The settings with what the data decide: the layout, and the regression target, which stays None without one.
+
+    Raises:
+        ConfigError: the study has no such target.
+        DataError: as `dataset_of`.
+    """
+    return replace(with_layout(config), regression_target=study.target(config.regression_target))
+
+
 def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModule:
     """The data module of a study, after decoding.
 
@@ -76,10 +111,7 @@ def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModul
         OutputError: as `cache.build`.
         ConfigError: the study has no such target, or a package is missing.
     """
-    if config.regression_target not in study.units:
-        raise ConfigError(
-            f"regression_target is {config.regression_target!r}; expected one of {', '.join(study.units)}"
-        )
+    target = study.target(config.regression_target)
     cached = cache.build(
         study,
         size=base_side(config.network.size),
@@ -95,7 +127,7 @@ def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModul
         cached,
         size=config.network.size,
         batch_size=config.batch_size,  # type: ignore[arg-type]
-        target=config.regression_target,
+        target=target,
         seed=config.seed,
         split_seed=config.split_seed,
         num_workers=config.workers,

@@ -6,13 +6,14 @@ by video is the best that can be guaranteed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cardiocaps.data.problems import Problem
-from cardiocaps.errors import DataError
+from cardiocaps.errors import DataError, plural
 
 SPLITS = ("train", "val", "test")
 MIXED = "mixed"  # the frames of such a clip are spread over all three splits
@@ -92,6 +93,85 @@ def divided(chosen: Mapping[str, str], groups: Mapping[str, str]) -> list[tuple[
         if chosen[other] != split:
             apart.setdefault(groups[name], (other, name))
     return list(apart.values())
+
+
+def refuse_divided(
+    chosen: Mapping[str, str], patients: Mapping[str, str], file: str, kind: str, column: str | None
+) -> None:
+    """Raise DataError if a table's own split puts videos of one patient into different splits.
+
+    Args:
+        chosen: video -> split.
+        patients: video -> patient.
+        file: the table's name.
+        kind: what `column` names, "patient" or "study".
+        column: of the table, with the patients.
+    """
+    apart = divided(chosen, patients)
+    if not apart:
+        return
+    one, other = apart[0]
+    kinds = plural(kind)
+    total = len({patients[name] for name in chosen})
+    raise DataError(
+        f"{file}: its split divides {len(apart)} of {total} {kinds} (column {column}), as one with the videos {one} in "
+        f"{chosen[one]} and {other} in {chosen[other]}; --split stratified keeps the {kinds} whole, "
+        "--allow-split-patients takes the split as it is"
+    )
+
+
+def by_patient(
+    groups: Mapping[str, Hashable], kind: str, column: str | None, *, asked: bool
+) -> tuple[dict[str, str], str, list[Problem]]:
+    """Group the videos by patient or study.
+
+    A video without a patient counts as a patient of its own. A column that was not `asked` for is not used if it has
+    the same value for all videos.
+
+    Args:
+        groups: video -> what the column says; a false value: nothing.
+        kind: what the column names, "patient" or "study".
+        column: its name; None: there is none.
+        asked: the user named the column.
+
+    Returns:
+        video -> key of its patient or study; what the column names, "" if it is not used; notes.
+    """
+    if column is None:
+        return {}, "", []
+    where = f"column {column}"
+    if len(set(groups.values())) < 2 and not asked:
+        return {}, "", [Problem(where, "not used, for it says the same of all videos", harmless=True)]
+    numbers: dict[Hashable, int] = {}
+    patients = {
+        name: f"{kind} {numbers.setdefault(group, len(numbers))}" if group else f"video {i}"
+        for i, (name, group) in enumerate(groups.items())
+    }
+    alone = sum(not group for group in groups.values())
+    note = f"{alone} of {len(groups)} videos name no {kind}; each counts as one of its own"
+    return patients, kind, [Problem(where, note, harmless=True)] if alone else []
+
+
+def thinned(kinds: Sequence[Hashable], limit: int | None) -> list[int]:
+    """The indices of at most `limit` items, so that each of the `kinds` keeps its share, and at least one item.
+
+    Args:
+        kinds: of each item, such as its split and class.
+        limit: None: all.
+    """
+    if limit is None or limit >= len(kinds):
+        return list(range(len(kinds)))
+    groups: dict[Hashable, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        groups.setdefault(kind, []).append(i)
+    place = {i: rank / len(group) for group in groups.values() for rank, i in enumerate(group)}
+    return sorted(sorted(place, key=lambda i: (place[i], i))[:limit])
+
+
+def warn_of_leak(what: str) -> None:
+    """Warn that `what`, a protocol or a split, puts frames of one video into training and test."""
+    advice = "its scores are too good, use it only to compare with the published figures"
+    warnings.warn(f"{what} leaks: frames of one video land in training and in test; {advice}", stacklevel=3)
 
 
 def frame_items(clip_splits: Sequence[str], counts: Sequence[int], seed: int) -> dict[str, NDArray[np.int64]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from cardiocaps.data import splits
 from cardiocaps.data.header import Header
 from cardiocaps.data.problems import Problem, summarise
-from cardiocaps.errors import plural
+from cardiocaps.errors import ConfigError, plural, printable
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,12 @@ class Clip:
     # A key made up for this study, the same for all videos of a patient; None if the table names no patients. Patients
     # are counted and drawn by it. It is never shown or written.
     patient: str | None = field(default=None, repr=False)
+    shown_as: str = field(default="", compare=False)  # what messages call it, if its name may say who the patient is
+
+    @property
+    def where(self) -> str:
+        """What messages call the clip."""
+        return self.shown_as or self.name
 
 
 @dataclass(frozen=True)
@@ -39,8 +45,10 @@ class Study:
     problems: tuple[Problem, ...]
     claims: Mapping[str, Header]  # video name -> what the table says about the video
     unlisted: int  # number of videos in the folder that the table does not name
-    label_rule: Mapping[str, float]  # measurement -> smallest abnormal value in cm, of every type
-    units: Mapping[str, str]  # regression target -> unit of its errors
+    label_rule: Mapping[str, float]  # measurement -> its threshold; empty if the table gives the labels themselves
+    units: Mapping[str, str]  # regression target -> unit of its errors, the usual target first; empty: there is none
+    rule: str = ""  # the label rule in words, a line of the summary
+    further_tables: tuple[Path, ...] = ()  # of a data set with several tables
     needed_splits: tuple[str, ...] = splits.SPLITS  # each of them must have clips of both classes
     group_column: str | None = None  # the table's column that names patients or studies
     group_kind: str = ""  # what it names: "patient", or "study" (of a patient on one day); "" without the column
@@ -52,6 +60,25 @@ class Study:
     def check_splits(self) -> None:
         """Raise DataError unless each needed split (all clips, in the paper protocol) has clips of both classes."""
         splits.check_classes({s: [clip.label for clip in self.clips_in(s)] for s in self.needed_splits})
+
+    def target(self, wanted: str | None) -> str | None:
+        """The name of the regression target.
+
+        Args:
+            wanted: a name; None: the usual one.
+
+        Returns:
+            None if the data set has no target.
+
+        Raises:
+            ConfigError: it has no such target.
+        """
+        if wanted is None:
+            return next(iter(self.units), None)
+        if wanted not in self.units:
+            names = ", ".join(self.units) or "none: this data set has no target"
+            raise ConfigError(f"regression_target is {printable(wanted)!r}; expected one of {names}")
+        return wanted
 
     def summary(self) -> str:
         """Some lines of text: clips and abnormal clips in each split, the label rule, and problems by kind."""
@@ -68,8 +95,8 @@ class Study:
             lines.append(f"  all   {len(self.clips):6d} clips, {sum(clip.label for clip in self.clips)} abnormal")
         else:
             lines.append(f"  ({self._whose()})")
-        limits = ", ".join(f"{calc} {cm:g}" for calc, cm in self.label_rule.items())
-        lines.append(f"smallest abnormal lengths in cm: {limits}")
+        if self.rule:
+            lines.append(self.rule)
         if self.unlisted:
             lines.append(f"videos in the folder that the table does not name: {self.unlisted}")
         for what, harmless in (("problems", False), ("notes", True)):

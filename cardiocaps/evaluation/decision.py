@@ -84,5 +84,5 @@ def read_decision(path: Path, weights: str) -> Decision | None:
 
 def training_mean(data: EchoDataModule) -> float:
     """Mean of the regression target over the training clips; NaN if it was measured in none."""
-    measured = any(not math.isnan(clip.targets[data.target]) for clip in data.clips("train"))
-    return data.train_target_mean() if measured else math.nan
+    mean = data.train_target_mean()
+    return math.nan if mean is None else mean

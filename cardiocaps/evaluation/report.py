@@ -43,9 +43,15 @@ INTERVALS = {
 _THRESHOLD_ROW = "at the threshold of validation"
 
 
-def print_table(network: Scores, pixels: Scores | None, config: TrainConfig, measure: str, title: str) -> None:
-    """Print the test results of a run side by side, for people; `measure` is the unit of the regression's
-    errors; `title` names the run and the data."""
+def print_table(
+    network: Scores, pixels: Scores | None, config: TrainConfig, regressed: tuple[str, str] | None, title: str
+) -> None:
+    """Print the test results of a run side by side, for people.
+
+    Args:
+        regressed: the regression target and the unit of its errors; None: the data have no target.
+        title: names the run and the data.
+    """
     unit = unit_of(config)
     both = [network] if pixels is None else [network, pixels]
     reports = [scores.report(unit) for scores in both]
@@ -61,7 +67,7 @@ def print_table(network: Scores, pixels: Scores | None, config: TrainConfig, mea
         (f"as published: {text}", *(f"{report.paper[key]:.3f}" for report in reports))
         for key, text in PAPER_NAMES.items()
     ]
-    regression = _regression_rows(network, unit, config.regression_target, measure)
+    regression = _regression_rows(network, unit, *regressed) if regressed else []
     calibrated = _calibration_rows(both, unit)
     ours = reports[0]
     title = f"{title}: test split, {ours.n} {unit}s, {ours.positives} abnormal"
@@ -88,8 +94,8 @@ def _regression_rows(network: Scores, unit: str, target: str, measure: str) -> l
     if report is None or not report.n:
         return []
     rows = [
-        (f"{target}: mean absolute error, {report.n} {unit}s", f"{report.mae:.2f} {measure}"),
-        (f"{target}: error of the training mean", f"{report.constant_mae:.2f} {measure}"),
+        (f"{target}: mean absolute error, {report.n} {unit}s", f"{report.mae:.2f} {measure}".rstrip()),
+        (f"{target}: error of the training mean", f"{report.constant_mae:.2f} {measure}".rstrip()),
         (f"{target}: R²", f"{report.r2:.3f}"),
     ]
     return [(name, "undefined" if text.startswith("nan") else text) for name, text in rows]
@@ -177,13 +183,13 @@ def write_results(
     network: Scores,
     pixels: Scores | None,
     config: TrainConfig,
-    measure: str,
+    regressed: tuple[str, str] | None,
     **identity: str | int | None,
 ) -> None:
     """Write the predictions, the decision, the plots and, last, metrics.json into a run's folder.
 
     Args:
-        measure: as in `print_table`.
+        regressed: as in `print_table`.
         identity: what was evaluated, and on what.
     """
     unit = unit_of(config)
@@ -202,18 +208,17 @@ def write_results(
     plots.roc_curve(scores, truth, run.roc_curve, report=report)
     plots.precision_recall_curve(scores, truth, run.precision_recall_curve, report=report)
     plots.reliability_diagram(scores, network.calibration(scores), truth, network.calibration.method, run.reliability)
-    regression = {
-        "target": config.regression_target,
-        "unit": measure,
-        **{of: of_unit.as_dict() for of, of_unit in network.regression.items()},
-    }
+    regression = {}
+    if regressed and network.regression:
+        of_units = {of: of_unit.as_dict() for of, of_unit in network.regression.items()}
+        regression = {"regression": {"target": regressed[0], "unit": regressed[1], **of_units}}
     # metrics.json comes last: its presence says that the run is complete.
     results = {
         **identity,
         "network": {
             "name": network_title(config),
             **network.as_dict(),
-            **({"regression": regression} if network.regression else {}),
+            **regression,
         },
         "pixel_logistic_regression": None if pixels is None else pixels.as_dict(),
         "intervals": INTERVALS,

@@ -7,7 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cardiocaps.config import TrainConfig, read_run, settings_that_affect
+from cardiocaps.config import TrainConfig, options, read_run, settings_that_affect
+from cardiocaps.data.datasets import OWN_SETTINGS
 from cardiocaps.data.fingerprint import Fingerprint
 from cardiocaps.data.open import RunData, decode_for_run, read_study
 from cardiocaps.data.splits import SPLITS
@@ -25,6 +26,9 @@ from cardiocaps.runtime.program import Interrupted, print_line
 from cardiocaps.training.checkpoints import best_network, weights_digest
 from cardiocaps.training.fit import quiet
 from cardiocaps.training.run_folder import RunFolder
+
+_OF_DATA_SET = ("threshold", "group_column", *OWN_SETTINGS)
+"""Settings that mean something else, or nothing, for another data set."""
 
 _CHANGED_DATA = "--allow-changed-data evaluates anyway"
 
@@ -50,7 +54,8 @@ def evaluate_network(
     """
     data, own_data = used.data, used.is_own is not False
     training = results is not None and results.path == run.path
-    unit, measure = unit_of(config), data.study.units[config.regression_target]
+    unit, target = unit_of(config), data.target
+    regressed = None if target is None else (target, data.study.units[target])
     network = best_network(config, run)
     weights = weights_digest(network)
     decision = None if training else read_decision(run.decision, weights)
@@ -84,7 +89,7 @@ def evaluate_network(
             "fingerprint": fingerprint,
             "test_videos_left_out": used.left_out,
         }
-        write_results(results, scores, pixels, config, measure, **identity)
+        write_results(results, scores, pixels, config, regressed, **identity)
         # Frames of a video are in every split there, so that no validation video is new to the network.
         if with_validation and unit == "video" and (familiarity := Familiarity.of(said["val"], weights)):
             write_familiarity(results.familiarity, familiarity)
@@ -94,7 +99,7 @@ def evaluate_network(
         write_json(results.evaluation, {"run": run_name, "data": data_name, **identity, "own_data": own_data})
     place, source = printable(run.path), printable(data.study.root)
     title = f"{place} (weights {weights[:12]}) on {source} (fingerprint {fingerprint})"
-    print_table(scores, pixels, config, measure, title)
+    print_table(scores, pixels, config, regressed, title)
     return scores, pixels
 
 
@@ -104,7 +109,8 @@ def evaluate_run(
     """Evaluate a run and print the table.
 
     Args:
-        changed: settings that differ from the run's.
+        changed: settings that differ from the run's. With another `dataset`, the run's settings of its own data set do
+            not apply.
         out: new folder for the results.
         allow_changed_data: also evaluate on data that differ from those of the training. Data of another folder are
             then read whole, with the splits of their own table.
@@ -116,7 +122,10 @@ def evaluate_run(
         CardioCapsError: `path` is not a run, its checkpoint or data cannot be used, or `out` cannot be written.
     """
     run = RunFolder.open(path)
-    config = replace(read_run(path), **changed)
+    config = read_run(path)
+    if "dataset" in changed:
+        config = replace(config, **{name: options()[name].default for name in _OF_DATA_SET})
+    config = replace(config, **changed)
     with machine_for(config) as machine:
         # Making anew what an older run does not keep needs all splits; other data only need the test split.
         needed = ("test",) if allow_changed_data or "data" in changed else SPLITS
@@ -124,6 +133,10 @@ def evaluate_run(
         if allow_changed_data and "data" in changed and not config.splits_frames:
             reading = replace(config, limit=None, split="auto")
         study = read_study(reading, again=True, needed_splits=needed)
+        if allow_changed_data and config.regression_target not in study.units:
+            study, reading = replace(study, units={}), replace(reading, regression_target=None)
+            if config.regression_target is not None:
+                print_line(f"note: the data have no {printable(config.regression_target)}: no regression is judged")
         used = decode_for_run(
             reading, machine, study, run.data, _CHANGED_DATA, trained=run.is_trained, allow_changed=allow_changed_data
         )

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from cardiocaps.config import TrainConfig, write_run
 from cardiocaps.data.datamodule import EchoDataModule
-from cardiocaps.data.open import decode_for_run, read_study
+from cardiocaps.data.open import decode_for_run, read_study, settled
 from cardiocaps.evaluation.decision import Decision, training_mean, write_decision
 from cardiocaps.evaluation.pixel_baseline import PIXEL_SIDE, predict_pixels
 from cardiocaps.evaluation.predictions import Predictions, unit_of
@@ -82,12 +82,14 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
             if known is not None:
                 write_json(folder.data, known.as_dict())
             folder.begin(job.config, machine.device)  # config.yaml comes last: a job that has it has begun
+        study = read_study(job.config)
+        config = settled(job.config, study)
         data = decode_for_run(
-            job.config, machine, read_study(job.config), folder.data, _OTHER_DATA, trained=folder.is_trained, keep=True
+            config, machine, study, folder.data, _OTHER_DATA, trained=folder.is_trained, keep=True
         ).data
-        config = replace(job.config, resume=folder.path) if begun else job.config
+        write_run(config, folder.path)
         if begun:
-            write_run(job.config, folder.path)
+            config = replace(config, resume=folder.path)
         if "classifier" in job.system.settings:
             _fit_pixels(job, config, data, watch)
         else:

@@ -13,9 +13,9 @@ import torch
 from cardiocaps.config import TrainConfig
 from cardiocaps.data.cache import default_folder
 from cardiocaps.data.datamodule import EchoDataModule
-from cardiocaps.data.datasets import DATASETS, PHANTOM
+from cardiocaps.data.datasets import DATASETS
 from cardiocaps.data.fingerprint import Fingerprint
-from cardiocaps.data.open import decode, read_study
+from cardiocaps.data.open import decode, read_study, with_layout
 from cardiocaps.errors import CardioCapsError, ConfigError, DataError
 from cardiocaps.evaluation.predictions import unit_of
 from cardiocaps.experiments.display import Display
@@ -56,6 +56,7 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
                 f"split is 'frames', which is a row of {exhibit.name} itself; expected auto, column or stratified"
             )
     decide(config, visible_gpu())  # raises before anything is written if the device is missing
+    config = with_layout(config)
     threads = config.threads or max(1, torch.get_num_threads() // at_once)
     folder = ExperimentFolder(out)
 
@@ -99,7 +100,7 @@ def _prepare(
         DataError: the data of the first job, which most jobs share, cannot be used or have changed since the first use.
     """
     said: dict[str, str] = {}
-    refused: dict[str, DataError] = {}
+    refused: dict[str, CardioCapsError] = {}
     for job in jobs:
         if _data_of(job) not in {**said, **refused}:
             watched = replace(job.config, progress=config.progress)
@@ -108,7 +109,7 @@ def _prepare(
                     study = read_study(watched)
                     before = folder.known_data(watched)
                     data = decode(watched, machine, study if before is None else before.as_used(study))
-            except DataError as error:
+            except (ConfigError, DataError) as error:  # a data set other than EchoNet-LVH has no protocol of the paper
                 if job is jobs[0]:
                     raise
                 refused[_data_of(job)] = error
@@ -128,7 +129,7 @@ def _described(config: TrainConfig, data: EchoDataModule) -> str:
     if config.data is None:
         what = f"The synthetic phantom ({config.phantom_videos} videos, seed {config.phantom_seed}), no patients' data"
     else:
-        what = DATASETS[PHANTOM].title
+        what = DATASETS[config.dataset].title
     parts = []
     for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
         labels = data.labels(split) if config.splits_frames else [clip.label for clip in data.clips(split)]

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from cardiocaps.config import TrainConfig, read_run
 from cardiocaps.data.cache import choose_frames
-from cardiocaps.data.video import VideoError, probe, read_frames, regular_file
+from cardiocaps.data.header import VideoError
+from cardiocaps.data.video import probe, read_frames, regular_file
 from cardiocaps.data.views import base_side, draw_jitter, three_views
 from cardiocaps.errors import CheckpointError, ConfigError
 from cardiocaps.evaluation.calibration import Calibration, read_calibration
@@ -136,7 +137,7 @@ class Ensemble:
     @property
     def target(self) -> str:
         """What is regressed, with its unit: the name of a column."""
-        target = self.members[0].config.regression_target
+        target = self.members[0].config.regression_target or "regression"
         unit = {"%": "percent"}.get(self.unit, self.unit)
         return f"{target}_{unit}" if unit else target
 
@@ -258,7 +259,7 @@ def load(paths: Sequence[Path], machine: Machine, changed: Mapping[str, Any]) ->
         if member.weights in seen:
             raise ConfigError(f"RUN: {member.name} has the same weights as {seen[member.weights]}")
         seen[member.weights] = member.name
-    targets = {member.config.regression_target for member in members}
+    targets = {str(member.config.regression_target) for member in members}
     if len(targets) > 1:
         raise ConfigError(f"RUN: the runs regress {' and '.join(sorted(targets))}; expected one and the same")
     return Ensemble(members, machine, _unit(paths[0]))

@@ -70,7 +70,7 @@ def train(
     seed_everything(config.seed, workers=True, verbose=False)
     # Filling it would cost time and change no result.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    network = Classifier(config, data.train_class_counts(), data.train_target_mean())
+    network = Classifier(config, data.train_class_counts(), data.train_target_mean() or 0.0)
     assert config.patience is not None and config.epochs is not None
     history, patience = History(folder, network.loss.parts), Patience(config.patience)
     start = folder.last if config.resume and folder.last.exists() else None

@@ -7,8 +7,6 @@ are found when the frames are cached.
 from __future__ import annotations
 
 import math
-import re
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -17,22 +15,22 @@ from cardiocaps.data import splits
 from cardiocaps.data.echonet_lvh.labels import THRESHOLDS, abnormal, teichholz_ef, width_target
 from cardiocaps.data.echonet_lvh.measurements import (
     FILE_NAME,
-    SUFFIXES,
     Row,
     Table,
     paper_rows,
-    plain_name,
     read_measurements,
 )
 from cardiocaps.data.header import VideoError
+from cardiocaps.data.listing import check_folder, video_file, videos_in
 from cardiocaps.data.problems import Problem, refuse_many
 from cardiocaps.data.study import Clip, Study
-from cardiocaps.data.video import regular_file
+from cardiocaps.data.thresholds import with_given
 from cardiocaps.errors import DataError, plural, printable
 
 UNITS = {"width": "cm", "ef": "percentage points"}
 """Regression target -> unit of its errors. Two ejection fractions, in percent, differ by percentage points."""
 
+_THRESHOLD_BOUNDS = (0.01, 100.0)
 _UNMEASURED = "no measurement of a type that is used"
 
 
@@ -72,10 +70,10 @@ def read_folder(
     Raises:
         DataError: folder, table or videos are missing or unusable; a video or (unless allowed) a patient is in two
             splits; or a needed split lacks a class.
-        ConfigError: there is no column `group_column`.
+        ConfigError: there is no column `group_column`, or no such measurement in `thresholds`.
     """
     root = Path(root)
-    thresholds = {**THRESHOLDS, **(thresholds or {})}
+    thresholds = with_given(THRESHOLDS, thresholds, _THRESHOLD_BOUNDS, "cm")
     found = _find_videos(root)
     table = read_measurements(
         root / FILE_NAME, max_bad_share=max_bad_share, group_column=group_column, follow_links=follow_links
@@ -86,7 +84,10 @@ def read_folder(
         by_name[row.name].append(row)
     videos, problems = _locate(root, table, by_name, found, follow_links)
     usable = {name: by_name[name] for name in videos}
-    patients, kind, notes = _whose_videos(table, usable, group_column is not None)
+    groups = {name: max(row.group for row in rows) for name, rows in usable.items()}
+    patients, kind, notes = splits.by_patient(
+        groups, table.group_kind, table.group_column, asked=group_column is not None
+    )
     notes += [note for name, rows in usable.items() if (note := _backwards(name, rows))]
 
     split_rule, chosen = "frames", dict.fromkeys(usable, splits.MIXED)
@@ -98,23 +99,21 @@ def read_folder(
             problems += unknown
             # Without training, patients in several splits do no harm: the run's own training data decide.
             if kind and not allow_split_patients and "train" in needed_splits:
-                _refuse_divided(chosen, patients, table)
+                splits.refuse_divided(chosen, patients, FILE_NAME, kind, table.group_column)
         elif split_rule == "stratified":
             labels = {n: _label(rows, thresholds) for n, rows in usable.items()}
             chosen = splits.stratified(labels, seed, groups=patients if kind else None)
     if split_rule == "frames":
-        what = "the paper protocol" if protocol == "paper" else "a split by frame"
-        advice = "its scores are too good, use it only to compare with the published figures"
-        warnings.warn(f"{what} leaks: frames of one video land in training and in test; {advice}", stacklevel=2)
+        splits.warn_of_leak("the paper protocol" if protocol == "paper" else "a split by frame")
     bad = [problem for problem in problems if not problem.harmless]
     refuse_many(bad, len(by_name), max_bad_share, f"videos of {root}")
 
     if protocol == "paper":
-        groups = [[row] for row in paper_rows(table.rows, table.total) if row.name in chosen]
+        of_clips = [[row] for row in paper_rows(table.rows, table.total) if row.name in chosen]
     else:
-        groups = [usable[name] for name in chosen]
+        of_clips = [usable[name] for name in chosen]
     clips = []
-    for rows in groups:
+    for rows in of_clips:
         name, measurements = rows[0].name, _means(rows)
         diameters = _means(by_name[name])  # of all rows of the video, also in the paper protocol
         targets = {
@@ -123,8 +122,7 @@ def read_folder(
         }
         label = _label(rows, thresholds)
         clips.append(Clip(name, videos[name], chosen[name], label, targets, measurements, patients.get(name)))
-    if limit is not None and limit < len(clips):
-        clips = _thinned(clips, limit)
+    clips = [clips[i] for i in splits.thinned([(clip.split, clip.label) for clip in clips], limit)]
     study = Study(
         root=root,
         table=root / FILE_NAME,
@@ -135,6 +133,7 @@ def read_folder(
         claims={clip.name: table.claims[clip.name] for clip in clips},
         unlisted=unlisted,
         label_rule=dict(thresholds),
+        rule=f"smallest abnormal lengths in cm: {', '.join(f'{calc} {cm:g}' for calc, cm in thresholds.items())}",
         units=UNITS,
         needed_splits=tuple(needed_splits),
         group_column=table.group_column if kind else None,
@@ -146,17 +145,9 @@ def read_folder(
 
 def _find_videos(root: Path) -> dict[str, list[Path]]:
     """Video name -> its files, in `root` and in its `Batch*` folders."""
-    found: dict[str, list[Path]] = {}
+    check_folder(root)
     try:
-        if not root.is_dir():
-            what = "not a folder" if root.exists() else "no such folder"
-            address = " (addresses are not read)" if re.match(r"\w+:/", str(root)) else ""
-            raise DataError(f"{printable(root)}: {what}{address}")
-        folders = [root, *sorted(path for path in root.glob("Batch*") if path.is_dir())]
-        for folder in folders:
-            for path in sorted(folder.iterdir()):
-                if path.suffix.lower() in SUFFIXES:
-                    found.setdefault(plain_name(path.stem), []).append(path)
+        found = videos_in([root, *sorted(path for path in root.glob("Batch*") if path.is_dir())])
     except OSError as error:
         raise DataError(f"{printable(root)}: {error.strerror}") from None
     if not found:
@@ -182,11 +173,9 @@ def _locate(
                 raise VideoError(_UNMEASURED)
             if not rows:
                 raise VideoError("no usable row in the table")
-            if len(paths) != 1:
-                raise VideoError(f"several files: {len(paths)} of this name" if paths else "no video file")
-            if len({row.group for row in rows} - {0}) > 1:
+            if len(paths) == 1 and len({row.group for row in rows} - {0}) > 1:
                 raise VideoError(f"its rows name several {plural(table.group_kind)}")
-            path = regular_file(paths[0], root, follow_links)
+            path = video_file(paths, root, follow_links)
             if path in names:
                 raise VideoError(f"a link to the file of another video: {names[path]}")
             videos[name], names[path] = path, name
@@ -195,44 +184,6 @@ def _locate(
             where = name if paths else f"line {table.lines[name]}"
             problems.append(Problem(where, str(error), harmless=str(error) == _UNMEASURED))
     return videos, problems
-
-
-def _whose_videos(
-    table: Table, usable: Mapping[str, Sequence[Row]], asked: bool
-) -> tuple[dict[str, str], str, list[Problem]]:
-    """Group the videos by patient or study.
-
-    A video without a patient counts as a patient of its own. A column that was not `asked` for is not used if it has
-    the same value for all videos.
-
-    Returns:
-        video -> key of its patient or study; what the column names, "patient", "study" or "" if unused; notes.
-    """
-    if table.group_column is None:
-        return {}, "", []
-    kind, column = table.group_kind, f"column {table.group_column}"
-    numbers = {name: max(row.group for row in rows) for name, rows in usable.items()}
-    if len(set(numbers.values())) < 2 and not asked:
-        return {}, "", [Problem(column, "not used, for it says the same of all videos", harmless=True)]
-    patients = {name: f"{kind} {n}" if n else f"video {i}" for i, (name, n) in enumerate(numbers.items())}
-    alone = sum(number == 0 for number in numbers.values())
-    note = f"{alone} of {len(numbers)} videos name no {kind}; each counts as one of its own"
-    return patients, kind, [Problem(column, note, harmless=True)] if alone else []
-
-
-def _refuse_divided(chosen: Mapping[str, str], patients: Mapping[str, str], table: Table) -> None:
-    """Raise DataError if the table's own split puts videos of one patient into different splits."""
-    apart = splits.divided(chosen, patients)
-    if not apart:
-        return
-    one, other = apart[0]
-    kinds = plural(table.group_kind)
-    total = len({patients[name] for name in chosen})
-    raise DataError(
-        f"{FILE_NAME}: its split divides {len(apart)} of {total} {kinds} (column {table.group_column}), as one with the"
-        f" videos {one} in {chosen[one]} and {other} in {chosen[other]}; --split stratified keeps the {kinds} whole,"
-        " --allow-split-patients takes the split as it is"
-    )
 
 
 def _backwards(name: str, rows: Iterable[Row]) -> Problem | None:
@@ -254,12 +205,3 @@ def _means(rows: Iterable[Row]) -> dict[str, float]:
     for row in rows:
         values.setdefault(row.calc, []).append(row.cm)
     return {calc: fmean(cms) for calc, cms in values.items()}
-
-
-def _thinned(clips: Sequence[Clip], limit: int) -> list[Clip]:
-    """`limit` clips, chosen so that each split and class keeps its share, and at least one clip."""
-    groups: dict[tuple[str, int], list[int]] = {}
-    for i, clip in enumerate(clips):
-        groups.setdefault((clip.split, clip.label), []).append(i)
-    place = {i: rank / len(group) for group in groups.values() for rank, i in enumerate(group)}
-    return [clips[i] for i in sorted(sorted(place, key=lambda i: (place[i], i))[:limit])]

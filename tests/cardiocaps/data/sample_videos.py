@@ -1,4 +1,4 @@
-"""Small real videos and EchoNet-LVH folders, written fresh for each test."""
+"""Small real videos, and folders in the layout of each data set, written fresh for each test."""
 
 import csv
 import signal
@@ -171,3 +171,35 @@ def write_folder(root: Path, videos: int = 8, **other: Any) -> Path:
         ]
     write_table(root, rows)
     return root
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> Path:
+    """A CSV table with the columns of its first row; a missing value is a blank cell."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, list(rows[0]), restval="")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def write_dynamic(root: Path, videos: int = 8, **other: Any) -> list[dict[str, Any]]:
+    """An EchoNet-Dynamic folder, and the rows of its table: odd videos have a low ejection fraction."""
+    rows = []
+    for i in range(videos):
+        name = f"0X{i:016X}"
+        encode(root / "Videos" / f"{name}.avi", picture(seed=i))
+        edv = 90.0 + i
+        ef = (35.5 if i % 2 else 62.5) + i / 8
+        row = {"FileName": name, "EF": ef, "ESV": round(edv * (1 - ef / 100), 4), "EDV": edv}
+        row |= {"FrameHeight": 48, "FrameWidth": 64, "FPS": 50, "NumberOfFrames": 12, "Split": split_of(i).upper()}
+        rows.append(row | other)
+    write_rows(root / "FileList.csv", rows)
+    return rows
+
+
+def folder_of(dataset: str, parent: Path) -> Path:
+    """A new folder in the layout of a data set, with eight videos."""
+    write = {"echonet-lvh": write_folder, "echonet-dynamic": write_dynamic}
+    write[dataset](parent / dataset)
+    return parent / dataset

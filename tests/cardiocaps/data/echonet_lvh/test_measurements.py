@@ -11,6 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from cardiocaps.data.cells import RowError
 from cardiocaps.data.echonet_lvh import measurements
 from cardiocaps.data.echonet_lvh.labels import CALCS, LIMITS, THRESHOLDS
 from cardiocaps.data.echonet_lvh.measurements import Row, Table, paper_rows, read_measurements
@@ -196,7 +197,7 @@ def test_problems_are_counted_by_kind() -> None:
 
 
 def read_row(**cells: Any) -> Row:
-    """The row of these cells, or _RowError."""
+    """The row of these cells, or RowError."""
     header = ["HashedFileName", "Calc", "CalcValue", "Frame", "Frames"]
     record = {"HashedFileName": "0XA", "Calc": "LVIDd", "CalcValue": "4", "Frame": "0", "Frames": "5"} | cells
     return measurements._Reader(header, "table", None).row(0, 2, [record[name] for name in header])
@@ -207,7 +208,7 @@ def read_row(**cells: Any) -> Row:
 def test_any_value_is_a_length_or_a_problem(text: str) -> None:
     try:
         row = read_row(CalcValue=text)
-    except measurements._RowError:
+    except RowError:
         return
     assert 0.5 <= row.cm <= 12 and math.isclose(row.cm, float(text.strip()))
 
@@ -219,7 +220,7 @@ def test_exactly_the_allowed_lengths_pass(cm: float, calc: str) -> None:
         if low <= value <= high:
             assert read_row(Calc=calc, CalcValue=repr(value)).cm == value
         else:
-            with pytest.raises(measurements._RowError):
+            with pytest.raises(RowError):
                 read_row(Calc=calc, CalcValue=repr(value))
 
 
@@ -228,7 +229,7 @@ def test_exactly_the_frames_of_the_video_pass(frame: int, frames: int) -> None:
     if 0 <= frame < frames <= 100_000:
         assert read_row(Frame=str(frame), Frames=str(frames)).frame == frame
     else:
-        with pytest.raises(measurements._RowError):
+        with pytest.raises(RowError):
             read_row(Frame=str(frame), Frames=str(frames))
 
 
