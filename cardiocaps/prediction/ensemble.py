@@ -29,8 +29,8 @@ from cardiocaps.training.checkpoints import best_network, weights_digest
 from cardiocaps.training.module import Classifier
 from cardiocaps.training.run_folder import RunFolder
 
-UNLIKE, STILL, BLANK = "unlike-training-data", "one-frame", "blank"
-"""The flags of a video."""
+UNLIKE, STILL, BLANK = "unlike-training-data", "still", "blank"
+"""The flags of a video, besides those of a DICOM file (`cardiocaps.data.dicom.FLAGS`)."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +59,10 @@ class Frames:
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """A decoded video: how many frames it shows, and those that the networks see."""
+    """A decoded video: how many frames it shows, the flags of its file, and the frames that the networks see."""
 
     length: int
+    flags: tuple[str, ...]
     frames: Mapping[FrameSettings, Frames]
 
 
@@ -165,7 +166,7 @@ class Ensemble:
             for settings in {FrameSettings.of(member.config) for member in self.members}:
                 numbers = choose_frames(header.frames, settings.count, settings.choice)
                 frames[settings] = Frames(numbers, read_frames(path, numbers, settings.size, settings.reader))
-            return Video(header.frames, frames)
+            return Video(header.frames, tuple(header.flags.split()), frames)
         except VideoError as error:
             return str(error)
 
@@ -202,9 +203,12 @@ class Ensemble:
         probability, threshold = fmean(probabilities), fmean(m.decision.threshold for m in self.members)
         calibrated = [float(m.calibration(p)) for m, p in zip(self.members, probabilities, strict=True)]
         unlike = self._p_value(means)
-        flags = [UNLIKE] * (unlike is not None and unlike <= FALSE_ALARMS)
-        flags += [STILL] * (video.length == 1)
-        flags += [BLANK] * all(np.ptp(frames.pixels) == 0 for frames in seen)
+        found = {
+            UNLIKE: unlike is not None and unlike <= FALSE_ALARMS,
+            STILL: video.length == 1,
+            BLANK: all(np.ptp(frames.pixels) == 0 for frames in seen),
+        }
+        flags = dict.fromkeys([*(flag for flag, is_so in found.items() if is_so), *video.flags])
         row: dict[str, Any] = {
             "frames": video.length,
             "frames_used": max(len(frames.numbers) for frames in seen),

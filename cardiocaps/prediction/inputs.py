@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cardiocaps.config.option import did_you_mean
+from cardiocaps.data.dicom import is_dicom
 from cardiocaps.errors import ConfigError, DataError, printable
 
 SUFFIXES = (".avi", ".mp4", ".m4v", ".mov", ".dcm", ".dicom")
@@ -17,8 +18,6 @@ DICOM."""
 
 PATH_COLUMNS = ("path", "video", "file", "filename", "FileName", "HashedFileName")
 """Columns of a table that are taken for paths unless one is named; the first that is there."""
-
-_DICOM_PREFIX = slice(128, 132)
 
 
 @dataclass(frozen=True)
@@ -70,18 +69,9 @@ def _in_folder(folder: Path) -> Iterator[Input]:
         folders.sort()
         for name in sorted(files):
             path = Path(parent, name)
-            if path.suffix.lower() in SUFFIXES or (not path.suffix and _is_dicom(path)):
+            # A FIFO would never be opened.
+            if path.suffix.lower() in SUFFIXES or (not path.suffix and path.is_file() and is_dicom(path)):
                 yield Input(str(path), path, folder)
-
-
-def _is_dicom(path: Path) -> bool:
-    try:
-        if not path.is_file():  # a FIFO would never be opened
-            return False
-        with path.open("rb") as file:
-            return file.read(_DICOM_PREFIX.stop)[_DICOM_PREFIX] == b"DICM"
-    except OSError:
-        return False
 
 
 def _in_table(table: Path, path_column: str | None) -> Iterator[Input]:

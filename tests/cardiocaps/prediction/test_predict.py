@@ -16,6 +16,7 @@ from cardiocaps.evaluation.decision import Decision
 from cardiocaps.evaluation.familiarity import read_familiarity
 from cardiocaps.runtime.files import read_json
 
+from ..data.sample_dicom import cine, region, write_dicom
 from ..killed import killed_before
 from ..programs import start, wait_for
 
@@ -154,6 +155,20 @@ def test_killed_at_any_change_of_a_file(runs: list[Path], phantom: Path, tmp_pat
         if not was_killed:
             break
     assert step > 3
+
+
+def test_dicom_files_by_their_content(runs: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "videos"
+    (folder / "study").mkdir(parents=True)
+    write_dicom(folder / "study" / "IM0001", cine(1))
+    write_dicom(folder / "still.dcm", cine(2)[:1], regions=[region()])
+    (folder / "study" / "README").write_text("x" * 200)
+    assert run(runs[0], folder, "--out", tmp_path / "out") == 0
+    found = {Path(row["input"]).name: row for row in rows(tmp_path / "out" / "predictions.csv")}
+    assert found.keys() == {"IM0001", "still.dcm"}
+    assert {row["status"] for row in found.values()} == {"ok"}
+    assert "no-region" in found["IM0001"]["flags"].split() and "still" not in found["IM0001"]["flags"].split()
+    assert found["still.dcm"]["flags"].split().count("still") == 1
 
 
 def test_a_table_of_paths(runs: list[Path], phantom: Path, predicted: Path, tmp_path: Path) -> None:
