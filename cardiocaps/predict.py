@@ -34,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", metavar="DIR", type=path, required=True, help="folder of the results")
     parser.add_argument("--by-frame", action="store_true", help="also write DIR/frames.csv, a row for each frame")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="also write DIR/report.html, a page to look at, with a picture of each video, and DIR/frames.csv",
+    )
     parser.add_argument("--path-column", metavar="NAME", help="column of a table with the paths of the videos")
     parser.add_argument("--retry-failed", action="store_true", help="try videos again that could not be read before")
     add_options(parser, _CHANGEABLE, default="the run's own")
@@ -55,6 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             changed,
             path_column=given.path_column,
             by_frame=given.by_frame,
+            report=given.report,
             retry=given.retry_failed,
         )
 

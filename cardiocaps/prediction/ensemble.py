@@ -59,9 +59,11 @@ class Frames:
 
 @dataclass(frozen=True, eq=False)
 class Video:
-    """A decoded video: how many frames it shows, the flags of its file, and the frames that the networks see."""
+    """A decoded video: how many frames it shows, its width over its height, the flags of its file, and the frames that
+    the networks see."""
 
     length: int
+    aspect: float
     flags: tuple[str, ...]
     frames: Mapping[FrameSettings, Frames]
 
@@ -166,7 +168,7 @@ class Ensemble:
             for settings in {FrameSettings.of(member.config) for member in self.members}:
                 numbers = choose_frames(header.frames, settings.count, settings.choice)
                 frames[settings] = Frames(numbers, read_frames(path, numbers, settings.size, settings.reader))
-            return Video(header.frames, tuple(header.flags.split()), frames)
+            return Video(header.frames, header.width / header.height, tuple(header.flags.split()), frames)
         except VideoError as error:
             return str(error)
 

@@ -17,6 +17,7 @@ from cardiocaps.evaluation.predictions import unit_of
 from cardiocaps.prediction import inputs
 from cardiocaps.prediction.ensemble import UNLIKE, Ensemble, Video, load
 from cardiocaps.prediction.inputs import Input
+from cardiocaps.prediction.report import write_picture, write_report
 from cardiocaps.prediction.results import FAILED, OK, Results
 from cardiocaps.runtime.device import machine_for
 from cardiocaps.runtime.processes import cores, in_order
@@ -36,6 +37,7 @@ def predict(
     *,
     path_column: str | None = None,
     by_frame: bool = False,
+    report: bool = False,
     retry: bool = False,
 ) -> None:
     """Predict for every video that has no row in `out` yet, and write its row.
@@ -47,6 +49,7 @@ def predict(
         changed: settings that differ from the runs': device, threads, decode_workers, follow_links, progress.
         path_column: of tables.
         by_frame: also write `frames.csv`.
+        report: also write `report.html`, a picture of each video, and `frames.csv`.
         retry: try the videos again that could not be read before.
 
     Raises:
@@ -64,13 +67,15 @@ def predict(
             *(["probability_sd"] if len(runs) > 1 else []),
             *("threshold", "decision", ensemble.target, "p_like_training_data", "flags"),
         ]
-        frame_columns = ("input", "frame", "probability", ensemble.target) if by_frame else ()
-        identity = {"runs": ensemble.identity, "by_frame": by_frame}
+        frame_columns = ("input", "frame", "probability", ensemble.target) if by_frame or report else ()
+        identity = {"runs": ensemble.identity, "by_frame": by_frame, "report": report}
         with Results.opened(out, identity, columns, frame_columns, retry) as results:
             todo = [video for video in videos if video.name not in results.done]
             if len(todo) < len(videos):
                 print_line(f"{len(videos) - len(todo)} of {len(videos)} videos have their rows already")
-            unreadable, unlike, abnormal = _predict(ensemble, todo, results, config)
+            unreadable, unlike, abnormal = _predict(ensemble, todo, results, config, out if report else None)
+            if report:
+                print_line(f"report: {printable(write_report(out, ensemble.target))}")
     read = len(todo) - len(unreadable)
     if todo:
         print_line(
@@ -85,10 +90,13 @@ def predict(
 
 
 def _predict(
-    ensemble: Ensemble, videos: Sequence[Input], results: Results, config: TrainConfig
+    ensemble: Ensemble, videos: Sequence[Input], results: Results, config: TrainConfig, pictures: Path | None
 ) -> tuple[list[Problem], int, int]:
-    """Write the rows; return the videos that could not be read, and how many are unlike the training data and
-    abnormal."""
+    """Write the rows, and pictures into a folder if there is one.
+
+    Returns:
+        The videos that could not be read, and how many are unlike the training data and abnormal.
+    """
     workers = config.decode_workers or cores()
     unreadable: list[Problem] = []
     unlike = abnormal = 0
@@ -104,6 +112,9 @@ def _predict(
                     results.write({"input": video.name, "status": FAILED, "reason": found})
                     continue
                 row, frames = rows[video]
+                if pictures is not None:
+                    pixels = next(iter(found.frames.values())).pixels
+                    write_picture(pictures, video.name, pixels[len(pixels) // 2], found.aspect)
                 unlike += UNLIKE in row["flags"]
                 abnormal += row["decision"]
                 results.write(

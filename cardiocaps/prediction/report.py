@@ -1,0 +1,177 @@
+"""The report of a prediction: `report.html`, a page to look at, and a picture of each video beside it.
+
+The page is one file without a network: it loads nothing but the pictures, and those only when they come into view.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cardiocaps import DISCLAIMER
+from cardiocaps.data.dicom import FLAGS
+from cardiocaps.evaluation.familiarity import FALSE_ALARMS
+from cardiocaps.prediction.ensemble import BLANK, STILL, UNLIKE
+from cardiocaps.prediction.results import FAILED
+from cardiocaps.runtime.files import atomic_write, output_errors, write_text
+
+PICTURES = "pictures"
+_HEIGHT = 144  # pixels of a picture: twice what the page shows, for fine screens
+_SHOWN = 72
+_CURVE_WIDTH, _CURVE_HEIGHT = 140, 48
+_MEANINGS = {
+    UNLIKE: f"the decoder redraws the video worse than nearly all videos of validation: of videos like these, at most "
+    f"{FALSE_ALARMS:.0%} are flagged",
+    BLANK: "all frames that were read are of one colour",
+    **FLAGS,
+    STILL: "a still image",
+}
+
+
+def picture_of(name: str) -> str:
+    """The name of a video's picture, relative to the folder. It does not show the name of the video."""
+    return f"{PICTURES}/{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:20]}.jpg"
+
+
+def write_picture(folder: Path, name: str, frame: NDArray[np.uint8], aspect: float) -> None:
+    """Write a frame of a video, uint8 [3, S, S], as a JPEG of the video's aspect (width / height).
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    from PIL import Image
+
+    path = folder / picture_of(name)
+    with output_errors(path):
+        path.parent.mkdir(exist_ok=True)
+    image = Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0)))
+    width = min(max(round(_HEIGHT * aspect), 8), 8 * _HEIGHT)
+    with atomic_write(path, sync=False) as temporary:
+        image.resize((width, _HEIGHT), Image.Resampling.LANCZOS).save(temporary, format="JPEG", quality=85)
+
+
+def write_report(folder: Path, target: str) -> Path:
+    """Write `report.html` from the files in a folder of predictions.
+
+    Args:
+        folder: with predict.json and predictions.csv; with frames.csv the page has curves.
+        target: the column of the regression.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        OutputError: a file cannot be read or written.
+    """
+    from jinja2 import Environment
+
+    with output_errors(folder):
+        marker = json.loads((folder / "predict.json").read_text(encoding="utf-8"))
+        videos = _rows(folder / "predictions.csv")
+        curves = _curves(folder / "frames.csv")
+    regresses = any(row[target] for row in videos)
+    numbers = [("probability", "probability"), ("calibrated_probability", "calibrated")]
+    numbers += [("probability_sd", "± over runs")] * any("probability_sd" in row for row in videos)
+    numbers += [(target, target.replace("_", ", "))] * regresses
+    columns = [
+        {"title": "video", "sorts": True},
+        {"title": "frame"},
+        {"title": "decision", "sorts": True},
+        *({"title": title, "sorts": True, "number": True} for _, title in numbers),
+        {"title": "frames"},
+        {"title": "flags", "sorts": True},
+    ]
+    cells = [name for name, _ in numbers]
+    common = _common_folder([row["input"] for row in videos])
+    shown = [_video(folder, row, cells, curves.get(row["input"], ()), common) for row in videos]
+    flags = {flag for video in shown for flag in video["flags"]}
+    page = Environment(autoescape=True, trim_blocks=False).from_string(
+        files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
+    )
+    path = folder / "report.html"
+    text = page.render(
+        title=f"Predictions for {len(shown):,} videos",
+        use=DISCLAIMER,
+        numbers=[
+            (f"{sum(not video['failed'] for video in shown):,}", "videos read"),
+            (f"{sum(video['abnormal'] for video in shown):,}", "abnormal at the threshold"),
+            (f"{sum(UNLIKE in video['flags'] for video in shown):,}", "unlike the training data"),
+            (f"{sum(video['failed'] for video in shown):,}", "could not be read"),
+        ],
+        folder=common,
+        runs=marker["runs"],
+        columns=columns,
+        videos=shown,
+        meanings=[(flag, meaning) for flag, meaning in _MEANINGS.items() if flag in flags],
+    )
+    write_text(path, text.encode("utf-8", "replace").decode())
+    return path
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file, strict=True))
+
+
+def _curves(path: Path) -> dict[str, list[float]]:
+    """The probabilities of the frames of each video, in the order of the video."""
+    curves: dict[str, list[float]] = {}
+    if path.exists():
+        with path.open(encoding="utf-8", newline="") as file:
+            for row in csv.DictReader(file, strict=True):
+                curves.setdefault(row["input"], []).append(float(row["probability"]))
+    return curves
+
+
+def _common_folder(names: Sequence[str]) -> str:
+    """The folder that all names begin with, with a slash at its end; "" if there is none."""
+    levels = zip(*(name.split("/")[:-1] for name in names), strict=False)
+    return "".join(f"{level[0]}/" for level in takewhile(lambda level: len(set(level)) == 1, levels))
+
+
+def _video(
+    folder: Path, row: Mapping[str, str], cells: Sequence[str], curve: Sequence[float], common: str
+) -> dict[str, Any]:
+    """What the page shows of a row. common: the beginning of the name that is left out."""
+    failed = row["status"] == FAILED
+    picture, width = picture_of(row["input"]), _SHOWN
+    has_picture = (folder / picture).is_file()
+    if has_picture:
+        from PIL import Image
+
+        with Image.open(folder / picture) as image:
+            width = round(_SHOWN * image.width / image.height)
+    return {
+        "name": row["input"].removeprefix(common),
+        "picture": picture if has_picture else "",
+        "width": width,
+        "failed": failed,
+        "reason": row["reason"],
+        "decision": row["decision"],
+        "abnormal": row["decision"] == "1",
+        "cells": [f"{float(row[name]):.3f}" if row[name] else "" for name in cells],
+        "curve": _points(curve) if len(curve) > 1 else "",
+        "least": f"{min(curve):.2f}" if curve else "",
+        "most": f"{max(curve):.2f}" if curve else "",
+        "threshold_at": "" if failed else f"{_height(float(row['threshold'])):.1f}",
+        "flags": row["flags"].split(),
+    }
+
+
+def _points(curve: Sequence[float]) -> str:
+    step = (_CURVE_WIDTH - 2) / (len(curve) - 1)
+    return " ".join(f"{1 + i * step:.1f},{_height(p):.1f}" for i, p in enumerate(curve))
+
+
+def _height(probability: float) -> float:
+    """From the top of the curve's picture."""
+    return 1 + (1 - probability) * (_CURVE_HEIGHT - 2)
