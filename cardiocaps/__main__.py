@@ -19,6 +19,7 @@ _PROGRAMS = {
         "train what the tables and figures of the paper compare",
     ),
     "phantom": ("cardiocaps.phantom.__main__", "write a synthetic study"),
+    "from-dicom": ("cardiocaps.data.from_dicom", "make a data set without identifiers of a folder of DICOM files"),
 }
 
 

@@ -12,6 +12,10 @@ MAX_PIXELS = 4_000_000_000  # of all frames together, for example 5,000 frames o
 MAX_SECONDS = 300.0  # for one pass through a video; the largest that is allowed takes about 30
 MIN_FRAME_BYTES = 4  # an empty frame still has a length field, in AVI, in MP4 and in DICOM
 
+# A JPEG may claim a larger size than its file's header: with `max_pixels` FFmpeg refuses it before it allocates memory.
+STRICT_DECODER = {"err_detect": "explode+crccheck+bitstream+buffer", "max_pixels": str(MAX_SIDE * MAX_SIDE)}
+"""Options of FFmpeg's decoders, so that they report damage instead of repairing it."""
+
 
 class VideoError(DataError):
     """A video that cannot be used. `str(error)` is the reason, without the file's name."""

@@ -30,8 +30,8 @@ from cardiocaps.data import dicom
 from cardiocaps.data.header import (
     MAX_FRAMES,
     MAX_SECONDS,
-    MAX_SIDE,
     MIN_FRAME_BYTES,
+    STRICT_DECODER,
     Header,
     VideoError,
     check_length,
@@ -54,10 +54,8 @@ _OPTIONS = {
     "protocol_whitelist": "file",
     "format_whitelist": "avi,mov",
     "codec_whitelist": ",".join(CODECS),
-    # A JPEG may claim a larger size than its file's header. The decoder refuses it before it allocates memory.
-    "max_pixels": str(MAX_SIDE * MAX_SIDE),
+    "max_pixels": STRICT_DECODER["max_pixels"],
 }
-_STRICT = {"err_detect": "explode+crccheck+bitstream+buffer", "max_pixels": _OPTIONS["max_pixels"]}
 
 _MP4_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide")
 _OTHER_CONTAINERS = (
@@ -257,7 +255,7 @@ class _Video:
         if self.codec not in CODECS:
             raise VideoError(f"codec not read: {self.codec} (allowed: {', '.join(CODECS)})")
         context.thread_count = 1  # every further thread would hold frames of its own
-        context.options = _STRICT
+        context.options = STRICT_DECODER
         self.is_avi = container.format.name == "avi"
         self.claimed, self.indexed = self.stream.frames, len(self.stream.index_entries)
         self.width, self.height = self.stream.width, self.stream.height

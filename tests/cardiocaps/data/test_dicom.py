@@ -78,7 +78,7 @@ def reason(path: Path, read: Callable[[Path], object] = frames_of) -> str:
     assert said == []
     message = str(error.value)
     assert "\n" not in message and len(message) < 300
-    for secret in (NAME, PATIENT, "Quux", "4711", str(path)):
+    for secret in (NAME, PATIENT, "Quux", "QUUX", "4711", str(path)):
         assert secret not in message
     return message
 
@@ -208,7 +208,7 @@ def _big_endian(grey: Frames) -> Dataset:
 
 
 def _big_endian_palette(grey: Frames) -> Dataset:
-    made = _palette(dataset(grey.astype(">u2")), np.arange(256).astype(">u2") * 257)
+    made = _palette(dataset(grey.astype(">u2")), (np.arange(256) * 256 + 255).astype(">u2"))
     made.file_meta.TransferSyntaxUID = ExplicitVRBigEndian
     return made
 
@@ -491,7 +491,7 @@ def test_the_frame_rate_is_that_of_acquisition_if_stated(tags: dict[str, Any], f
         ({"SamplesPerPixel": 3}, "colours not read"),
         ({"SamplesPerPixel": 2}, "colours not read"),
         ({"PhotometricInterpretation": "CMYK"}, "colours not read"),
-        ({"PhotometricInterpretation": NAME[:16]}, "colours not read"),
+        ({"PhotometricInterpretation": "QUUX XAVER 4711"}, "colours not read"),
         ({"BitsAllocated": 32}, "depth not read"),
         ({"BitsAllocated": 1}, "depth not read"),
         ({"BitsStored": 9}, "depth not read"),
@@ -610,6 +610,16 @@ def test_a_damaged_frame_is_an_error(tmp_path: Path) -> None:
     assert reason(path) == "damaged: frame 3 cannot be decoded"
 
 
+def test_a_damaged_sector_of_a_real_jpeg_is_noticed(tmp_path: Path) -> None:
+    path = sample("examples_ybr_color.dcm")
+    rng, size, content = np.random.default_rng(0), path.stat().st_size, path.read_bytes()
+    for junk in (bytes(512), rng.bytes(512)):
+        for _ in range(3):
+            place = int(rng.integers(read_tags(path)._place + 400, size - 600))
+            (tmp_path / "a").write_bytes(content[:place] + junk + content[place + 512 :])
+            assert "damaged" in reason(tmp_path / "a") or "not a readable" in reason(tmp_path / "a")
+
+
 def test_random_damage_never_ends_in_another_error(tmp_path: Path) -> None:
     rng = np.random.default_rng()
     content = write(tmp_path / "a", _encoded(RLELossless)(cine(19, 3, 32, 32, clock=False))).read_bytes()
@@ -643,6 +653,18 @@ def test_pydicom_says_nothing_of_the_values_it_reads(
             assert "Quux" not in str(error)
     heard = caplog.text + "".join(str(warning.message) for warning in said) + "".join(capfd.readouterr())
     assert "Quux" not in heard and PATIENT not in heard
+
+
+def test_an_error_of_pydicom_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ValueError(f"invalid value {NAME}")
+
+    path = write_dicom(tmp_path / "a", cine(26))
+    with monkeypatch.context() as patch:
+        patch.setattr(pydicom, "dcmread", fail)
+        assert reason(path, probe) == "not a readable DICOM file: ValueError in its decoder"
+    monkeypatch.setattr(dicom, "_converter", fail)
+    assert reason(path) == "not a readable DICOM file: ValueError in its decoder"
 
 
 # Packages
