@@ -47,6 +47,7 @@ from cardiocaps.errors import CardioCapsError
 from cardiocaps.runtime.packages import require_package
 
 if TYPE_CHECKING:
+    from av import VideoFrame
     from pydicom import Dataset
 
 READER_VERSION = 1  # part of the cache key: raise it when other frames come out, or more files are refused
@@ -65,6 +66,7 @@ FLAGS: Mapping[str, str] = {
 """What is noted about a file -> what it means. "coloured", "frozen" and "filled" are seen in the pixels (`Sector`)."""
 
 _JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
+_FFMPEG = "FFmpeg"  # by PyAV, not a plug-in of pydicom
 _SYNTAXES = {
     "1.2.840.10008.1.2": ("uncompressed", "", ""),
     "1.2.840.10008.1.2.1": ("uncompressed", "", ""),
@@ -75,14 +77,16 @@ _SYNTAXES = {
     "1.2.840.10008.1.2.4.91": ("JPEG 2000", "pillow", "PIL"),
     "1.2.840.10008.1.2.4.80": ("JPEG-LS", "pyjpegls", "jpeg_ls"),
     "1.2.840.10008.1.2.4.81": ("JPEG-LS", "pyjpegls", "jpeg_ls"),
-    "1.2.840.10008.1.2.4.57": ("JPEG lossless", "gdcm", "gdcm"),
-    "1.2.840.10008.1.2.4.70": ("JPEG lossless", "gdcm", "gdcm"),
+    "1.2.840.10008.1.2.4.57": ("JPEG lossless", _FFMPEG, ""),
+    "1.2.840.10008.1.2.4.70": ("JPEG lossless", _FFMPEG, ""),
 }
 """Transfer syntax -> its name, pydicom's plug-in for it ("": pixels are not compressed), the plug-in's module.
 
+GDCM, which pydicom takes for JPEG lossless, ends the whole process at some damaged files. FFmpeg gives the same
+pixels.
+
 A deflated file is not among them: a small one may unfold to any size before a tag of it can be read."""
 
-_INSTALL = {"PIL": "cardiocaps[dicom]", "jpeg_ls": "cardiocaps[dicom]", "gdcm": "python-gdcm"}
 _GREY, _COLOUR = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"), ("RGB", "YBR_FULL", "YBR_FULL_422")
 _BY_CODEC = ("YBR_ICT", "YBR_RCT")  # JPEG 2000 has these colours inside, and gives RGB
 _ULTRASOUND = ("US", "OT", "")  # OT: other, as screenshots have
@@ -95,6 +99,7 @@ _MAX_FPS = 10_000.0
 _COLOURFUL = 40  # the least difference of a pixel's channels, of 255: more than the codec's noise
 _COLOURED_SHARE = 0.005  # of the sector's pixels
 _FILLED = 0.95  # share of the frame
+_PYDICOM = r"pydicom(\.|$)"  # its modules
 _LONGEST_VALUE = 1 << 20  # bytes; a longer value of a tag is not read
 _TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "PatientID", "IssuerOfPatientID", "Modality"),
@@ -301,7 +306,9 @@ def _one_line() -> Iterator[None]:
 
 def _keep_quiet() -> None:
     """Silence pydicom's log and warnings in this process: they repeat values of tags, such as an invalid identifier."""
-    warnings.filterwarnings("ignore", module=r"pydicom(\.|$)")
+    # Not twice: every change of the filters makes all warnings of the process new.
+    if not any(getattr(rule[3], "pattern", None) == _PYDICOM for rule in warnings.filters):
+        warnings.filterwarnings("ignore", module=_PYDICOM)
     logging.getLogger("pydicom").setLevel(logging.CRITICAL + 1)
 
 
@@ -351,7 +358,7 @@ def _syntax(uid: Any) -> tuple[str, str, str]:
         try:
             import_module(module)
         except ImportError:
-            raise VideoError(f"no decoder for {name}: pip install '{_INSTALL[module]}'") from None
+            raise VideoError(f"no decoder for {name}: pip install 'cardiocaps[dicom]'") from None
     return name, plugin, module
 
 
@@ -517,25 +524,54 @@ def _stored_frames(cine: Cine) -> Iterator[NDArray[Any]]:
     # One frame at a time: pydicom 3.0.2 looks for further frames of uncompressed YBR_FULL_422 in the wrong place.
     for number, content in enumerate(_contents(cine, compressed=bool(plugin))):
         # A codec allocates memory for the size that its own data claim.
-        if plugin and _claimed_size(content) not in (None, (dataset.Columns, dataset.Rows)):
+        claims = _claims(content) if plugin else None
+        if claims is not None and claims[:2] != (dataset.Columns, dataset.Rows):
             raise VideoError(f"frames of several sizes: frame {number} claims another one than the header")
-        encoded = encapsulate([content], has_bot=False) if plugin else content
         try:
             if syntax == _JPEG_BASELINE:
-                _check_jpeg(content)
-            yield decoder.as_array(encoded, decoding_plugin=plugin, **options)[0]
+                _ffmpeg_frame(content)  # Pillow fills what is missing with grey
+            if plugin == _FFMPEG:
+                pixels = _lossless_jpeg(content, dataset, claims[2] if claims else 0)
+            else:
+                encoded = encapsulate([content], has_bot=False) if plugin else content
+                pixels = decoder.as_array(encoded, decoding_plugin=plugin, **options)[0]
+        except VideoError:
+            raise
         except Exception:
             raise VideoError(f"damaged: frame {number} cannot be decoded") from None
+        yield pixels
 
 
-def _check_jpeg(content: bytes) -> None:
-    """Raise an error of FFmpeg if a JPEG is damaged: Pillow's decoder fills what is missing with grey."""
+def _ffmpeg_frame(content: bytes) -> VideoFrame:
+    """The image in a JPEG. Raises an error of FFmpeg if it is damaged, ValueError if there is not exactly one."""
     import av
 
     context = av.CodecContext.create("mjpeg", "r")
+    assert isinstance(context, av.VideoCodecContext)
+    context.thread_count = 1
     context.options = STRICT_DECODER
-    if len([*context.decode(av.Packet(content)), *context.decode(None)]) != 1:
-        raise VideoError("not one image")
+    (frame,) = [*context.decode(av.Packet(content)), *context.decode(None)]
+    return frame
+
+
+def _lossless_jpeg(content: bytes, dataset: Dataset, bits: int) -> NDArray[Any]:
+    """The stored values of a lossless JPEG: [H, W] of up to 16 bits, or [H, W, 3] of RGB. Raises as `_ffmpeg_frame`.
+
+    Args:
+        content: the JPEG.
+        dataset: the tags.
+        bits: of a value, as the JPEG says.
+    """
+    frame = _ffmpeg_frame(content)
+    colours = dataset.get("SamplesPerPixel") == 3
+    allowed = {8: ("bgr24", "rgb24", "gbrp") if colours else ("gray",), 16: () if colours else ("gray16le",)}
+    tinted = colours and _text(dataset, "PhotometricInterpretation") != "RGB"
+    if tinted or frame.format.name not in allowed[dataset.BitsAllocated]:
+        raise VideoError("colours not read: JPEG lossless of another kind than grey of up to 16 bits and RGB of 8 bits")
+    values: NDArray[Any] = frame.to_ndarray(format="rgb24" if colours else frame.format.name)
+    if values.dtype == np.uint16:
+        values = values >> (16 - bits)  # FFmpeg gives the upper bits of 16
+    return values.view(f"int{8 * values.dtype.itemsize}") if _whole(dataset, "PixelRepresentation") else values
 
 
 def _contents(cine: Cine, compressed: bool) -> Iterator[bytes]:
@@ -560,17 +596,20 @@ def _contents(cine: Cine, compressed: bool) -> Iterator[bytes]:
             yield content
 
 
-def _claimed_size(encoded: bytes) -> tuple[int, int] | None:
-    """Width and height that a JPEG, JPEG-LS or JPEG 2000 image claims; None if it is of another kind, or damaged."""
+def _claims(encoded: bytes) -> tuple[int, int, int] | None:
+    """Width, height and bits that a JPEG or JPEG-LS image claims, of JPEG 2000 width, height and 0.
+
+    None if it is of another kind, or damaged.
+    """
     if encoded[:4] == b"\xff\x4f\xff\x51":  # JPEG 2000: SIZ has the image's end and its beginning
         x1, y1, x0, y0 = (int.from_bytes(encoded[place : place + 4], "big") for place in range(8, 24, 4))
-        return x1 - x0, y1 - y0
+        return x1 - x0, y1 - y0, 0
     place = 2
     while encoded[:2] == b"\xff\xd8" and place + 9 <= len(encoded) and encoded[place] == 0xFF:
         kind = encoded[place + 1]
         if kind == 0xF7 or (0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC)):  # JPEG-LS, JPEG: frame header
             height, width = (int.from_bytes(encoded[at : at + 2], "big") for at in (place + 5, place + 7))
-            return width, height
+            return width, height, encoded[place + 4]
         place += 1 if kind == 0xFF else 2 + int.from_bytes(encoded[place + 2 : place + 4], "big")
     return None
 
@@ -598,9 +637,11 @@ def _is_palette(dataset: Dataset) -> bool:
 
 def _luma(rgb: NDArray[Any]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
     """Luma of colours [..., 3] of 0 to 255, and which of them are colourful."""
-    red, green, blue = (rgb[..., channel].astype(np.uint32) for channel in range(3))
-    grey = (299 * red + 587 * green + 114 * blue + 500) // 1000
-    return grey.astype(np.uint8), np.ptp(rgb, axis=-1) >= _COLOURFUL
+    red, green, blue = (np.ascontiguousarray(rgb[..., channel]) for channel in range(3))
+    grey = (299 * red.astype(np.uint32) + 587 * green.astype(np.uint32) + 114 * blue.astype(np.uint32) + 500) // 1000
+    # Minimum and maximum of planes: np.ptp over the last axis takes far longer.
+    spread = np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
+    return grey.astype(np.uint8), spread >= _COLOURFUL
 
 
 def _palette(dataset: Dataset, values: NDArray[np.int32]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:

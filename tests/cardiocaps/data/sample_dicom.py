@@ -109,3 +109,22 @@ def write(path: Path, made: Dataset) -> Path:
 def write_dicom(path: Path, pixels: NDArray[Any], **settings: Any) -> Path:
     """Write frames [T, H, W] or [T, H, W, 3]; `settings` as those of `dataset`."""
     return write(path, dataset(pixels, **settings))
+
+
+def lossless_jpeg(frame: NDArray[Any], depth: int = 8) -> bytes:
+    """Grey values [H, W] of `depth` bits as lossless JPEG: process 14, predictor 1, the value on the left."""
+    predicted = np.empty(frame.shape, np.int64)
+    predicted[:, 1:], predicted[1:, 0], predicted[0, 0] = frame[:, :-1], frame[:-1, 0], 1 << (depth - 1)
+    bits = []
+    for difference in (frame - predicted).ravel().tolist():
+        size = abs(difference).bit_length()
+        value = difference if difference > 0 else difference + (1 << size) - 1
+        bits.append(f"{size:04b}" + (f"{value:0{size}b}" if size else ""))
+    scan = "".join(bits)
+    scan += "1" * (-len(scan) % 8)
+    content = int(scan, 2).to_bytes(len(scan) // 8, "big").replace(b"\xff", b"\xff\0")
+    # The code of a difference of n bits is n in four bits, for n from 0 to `depth`.
+    table = b"\xff\xc4" + (20 + depth).to_bytes(2, "big") + bytes([0, 0, 0, 0, depth + 1, *[0] * 12, *range(depth + 1)])
+    height, width = (side.to_bytes(2, "big") for side in frame.shape)
+    start = b"\xff\xc3\x00\x0b" + bytes([depth]) + height + width + b"\x01\x01\x11\x00"
+    return b"\xff\xd8" + table + start + b"\xff\xda\x00\x08\x01\x01\x00\x01\x00\x00" + content + b"\xff\xd9"
