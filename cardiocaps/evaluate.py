@@ -15,6 +15,13 @@ from cardiocaps.runtime.program import Interruption, run_program
 _CHANGEABLE = (
     "data",
     "dataset",
+    "table",
+    "path_column",
+    "label_column",
+    "positive",
+    "target_column",
+    "abnormal",
+    "split_column",
     "threshold",
     "follow_links",
     "group_column",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cardiocaps.config import TrainConfig, from_command_line, write_run
 from cardiocaps.errors import CardioCapsError
@@ -30,7 +31,7 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
     Raises:
         CardioCapsError: see cardiocaps.errors; what was reached is saved.
     """
-    from cardiocaps.data.open import decode_for_run, read_study, settled
+    from cardiocaps.data.open import decode_for_run, read_study, with_layout
     from cardiocaps.evaluation.run import evaluate_network
     from cardiocaps.runtime.device import machine_for
     from cardiocaps.runtime.files import lock_folder
@@ -44,18 +45,17 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
         print_line(f"device: {machine}")
         # Read the data first: if they cannot be read, --overwrite must not have deleted the old run. Create the folder
         # before decoding, which can take an hour: it may not be writable.
+        config = with_layout(config)
         study = read_study(config, again=config.resume is not None) if config.data else None
         if study is not None:
-            config = settled(config, study)
+            study.target(config.regression_target)  # raises if it has none of this name
         folder = RunFolder.open(out) if config.resume else RunFolder.create(out, config.overwrite)
         with lock_folder(folder.path):
             folder.remove_leftovers()
             if not config.resume:
                 folder.begin(config, machine.device)
             try:
-                if study is None:
-                    study = read_study(config, again=folder.data.is_file())
-                    config = settled(config, study)
+                study = study or read_study(config, again=folder.data.is_file())
                 print_line(study.summary())
                 used = decode_for_run(
                     config, machine, study, folder.data, _OTHER_DATA, trained=folder.is_trained, keep=True
@@ -66,6 +66,7 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
                 raise
             if used.data.study != study:
                 print_line(f"after decoding: {used.data.study.summary()}")
+            config = replace(config, regression_target=used.data.target)
             write_run(config, folder.path)
             train(config, machine, folder, used.data, interruption)
             evaluate_network(config, machine, folder, used, results=folder)

@@ -2,12 +2,14 @@
 
     python examples/own_videos.py own-example
 
-cardiocaps reads the layout of EchoNet-LVH, and your study has another one: other names of files and columns, lengths in
-millimetres. `in_layout` writes a folder in that layout, with links to your videos; change `COLUMNS` and the names in it
-to those of your table. The example makes up a study, of beating rings, so that it runs without any data.
+A table with a label for each video is read as it is: `python -m cardiocaps.train --data FILE.csv` (docs/data-sets.md).
+This program is for a study whose labels follow from several lengths, each with a threshold of its own, as those of
+EchoNet-LVH do, but under other names and in millimetres. `in_layout` writes a folder in EchoNet-LVH's layout, with
+links to your videos; change `COLUMNS` and the names in it to those of your table. The example makes up a study, of
+beating rings, so that it runs without any data.
 
-A video is abnormal if one of its measurements reaches a threshold (`--threshold`). A label that does not follow from a
-measurement cannot be given yet. Research use only. Not a medical device.
+A video is abnormal if one of its measurements reaches a threshold (`--threshold`). Research use only. Not a medical
+device.
 """
 
 from __future__ import annotations

@@ -34,6 +34,13 @@ _NEWER: Mapping[str, Any] = {
     "follow_links": False,
     "calibration": "none",
     "dataset": "echonet-lvh",
+    "table": None,
+    "path_column": None,
+    "label_column": None,
+    "positive": None,
+    "target_column": None,
+    "abnormal": None,
+    "split_column": None,
 }
 """Settings that older versions did not write, with the values that those versions ran with."""
 

@@ -39,9 +39,31 @@ class TrainConfig:
     allowed. For a setting that is None, the preset decides (see `resolved`), or its help gives the meaning.
     """
 
-    data: Path | None = setting(None, "folder of the data set; none: the phantom", affects="machine")
-    dataset: Literal["auto", "echonet-lvh", "echonet-dynamic"] = setting(
-        "auto", "layout of the data folder; auto: recognised by its files; the phantom has that of echonet-lvh"
+    data: Path | None = setting(
+        None, "folder of the data set, or a table of videos (.csv, .parquet); none: the phantom", affects="machine"
+    )
+    dataset: Literal["auto", "echonet-lvh", "echonet-dynamic", "table"] = setting(
+        "auto",
+        "layout of the data; auto: recognised by its files; table: a row for each video; the phantom has that of "
+        "echonet-lvh",
+    )
+    table: str | None = setting(None, "name of a table in the data folder, which is then read as data set table")
+    path_column: str | None = setting(
+        None, "of a table: column with the videos' paths, relative to the table; none: path"
+    )
+    label_column: str | None = setting(
+        None,
+        "of a table: column with the labels, 0 or 1 (abnormal), or two words; none: label, if no threshold is given",
+    )
+    positive: str | None = setting(None, "of a table: the word that means abnormal")
+    target_column: str | None = setting(
+        None, "of a table: column with the numbers that are regressed, or COLUMN:UNIT; none: nothing is regressed"
+    )
+    abnormal: Literal["below", "above"] | None = setting(
+        None, "of a table with a threshold: whether values below it are abnormal, or those from it on"
+    )
+    split_column: str | None = setting(
+        None, "of a table: column with the splits (train, val, test); none: split, if present"
     )
     phantom_videos: int = setting(
         300,
@@ -77,8 +99,8 @@ class TrainConfig:
     threshold: Mapping[str, float] | None = setting(
         None,
         "threshold of a measurement in the label rule, may be repeated for others; echonet-lvh: smallest abnormal "
-        "length in cm (IVSd=1.2); echonet-dynamic: smallest normal ejection fraction in percent (ef=45); none: as "
-        "published",
+        "length in cm (IVSd=1.2); echonet-dynamic: smallest normal ejection fraction in percent (ef=45); table: of the "
+        "target column (NAME=X), see abnormal; none: as published",
         bounds=(-1e9, 1e9),
     )
     follow_links: bool = setting(False, "follow links that lead out of the data folder", affects="machine")
@@ -121,7 +143,7 @@ class TrainConfig:
     regression_target: str | None = setting(
         None,
         "what is regressed: echonet-lvh: width (of the left ventricle, cm) or ef (ejection fraction, percent); "
-        "echonet-dynamic: ef, esv or edv (volumes in mL); none: the first of these",
+        "echonet-dynamic: ef, esv or edv (volumes in mL); table: the target column; none: the first of these",
         affects="shape",
     )
 

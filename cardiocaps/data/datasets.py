@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cardiocaps.data import file_list
+from cardiocaps.data import file_list, video_table
 from cardiocaps.data.echonet_lvh import measurements
 from cardiocaps.data.echonet_lvh import reader as echonet_lvh
 from cardiocaps.data.listing import check_folder
@@ -48,6 +48,9 @@ def _has(folder: Path, *names: str) -> bool:
 PHANTOM = "echonet-lvh"
 """The layout that the phantom is written in."""
 
+TABLE = "table"
+"""The name of any table that is given as such."""
+
 AUTO = "auto"
 """The value of the setting `dataset` with which a folder's layout is recognised by its files."""
 
@@ -67,6 +70,21 @@ DATASETS: Mapping[str, DataSet] = {
         lambda folder: _has(folder, file_list.FILE_NAME, file_list.VIDEOS),
         target="ef",
     ),
+    TABLE: DataSet(
+        "A table of videos",
+        video_table.read_folder,
+        f"a table as --data FILE or --table NAME, {' or '.join(video_table.SUFFIXES)}",
+        lambda folder: False,
+        settings=(
+            "table",
+            "path_column",
+            "label_column",
+            "positive",
+            "target_column",
+            "abnormal",
+            "split_column",
+        ),
+    ),
 }
 """The name of a layout, as the setting `dataset` gives it -> its row."""
 
@@ -74,25 +92,28 @@ OWN_SETTINGS = tuple(dict.fromkeys(name for row in DATASETS.values() for name in
 """Names of the settings that some data sets do not have."""
 
 
-def choose(folder: Path, dataset: str) -> str:
-    """The name of the layout that a folder is read in.
+def choose(place: Path, dataset: str, table: str | None = None) -> str:
+    """The name of the layout that data are read in.
 
     Args:
-        folder: of the data.
-        dataset: a name of `DATASETS`, or AUTO: the one whose files the folder has.
+        place: the data's folder, or a table.
+        dataset: a name of `DATASETS`, or AUTO: the one whose files the folder has; TABLE if a table is given.
+        table: the name of a table in the folder.
 
     Raises:
         DataError: there is no such folder; with AUTO, it has the files of no layout, or of several; otherwise, it
             has the files of other layouts alone.
     """
-    check_folder(folder)
-    found = [name for name, row in DATASETS.items() if row.recognise(folder)]
+    if dataset == TABLE or (dataset == AUTO and (table is not None or video_table.is_table(place))):
+        return TABLE
+    check_folder(place)
+    found = [name for name, row in DATASETS.items() if row.recognise(place)]
     if dataset == AUTO and len(found) == 1:
         return found[0]
     if dataset == AUTO or (found and dataset not in found):
         known = "; ".join(f"{row.files} ({name})" for name, row in DATASETS.items())
         what = f"has the files of {' and of '.join(found)}" if found else "has the files of no data set that is read"
         raise DataError(
-            f"dataset is {dataset!r}, but {printable(folder)} {what}; looked for: {known}; --dataset chooses one"
+            f"dataset is {dataset!r}, but {printable(place)} {what}; looked for: {known}; --dataset chooses one"
         )
     return dataset

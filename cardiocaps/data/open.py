@@ -56,8 +56,6 @@ def read_study(
             write_phantom(root, config.phantom_videos, config.phantom_seed, progress=config.progress)
     dataset = dataset_of(config)
     row = DATASETS[dataset]
-    if config.data is not None and config.dataset == AUTO:
-        print_line(f"data: {printable(root)} is read as {dataset}")
     for name in OWN_SETTINGS:
         value, usual = getattr(config, name), options()[name].default
         if name not in row.settings and value != usual:
@@ -79,28 +77,21 @@ def read_study(
 
 def dataset_of(config: TrainConfig) -> str:
     """The name of the layout in which the data of a run are read. Raises DataError as `datasets.choose`."""
-    return PHANTOM if config.data is None else choose(config.data, config.dataset)
+    return PHANTOM if config.data is None else choose(config.data, config.dataset, config.table)
 
 
 def with_layout(config: TrainConfig) -> TrainConfig:
-    """The settings with the layout of the data, and with its usual regression target if none is given.
+    """The settings with the layout of the data in place of "auto"; prints which it is.
 
     Raises:
         DataError: as `dataset_of`.
     """
+    if config.dataset != AUTO or (config.data is not None and is_missing(config.data)):
+        return config  # `read_study` says what to do about missing data
     dataset = dataset_of(config)
-    target = config.regression_target or DATASETS[dataset].target
-    return replace(config, dataset=dataset, regression_target=target)  # type: ignore[arg-type]
-
-
-def settled(config: TrainConfig, study: Study) -> TrainConfig:
-    """The settings with what the data decide: the layout, and the regression target, which stays None without one.
-
-    Raises:
-        ConfigError: the study has no such target.
-        DataError: as `dataset_of`.
-    """
-    return replace(with_layout(config), regression_target=study.target(config.regression_target))
+    if config.data is not None:
+        print_line(f"data: {printable(config.data)} is read as {dataset}")
+    return replace(config, dataset=dataset)  # type: ignore[arg-type]
 
 
 def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModule:

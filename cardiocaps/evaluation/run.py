@@ -10,7 +10,7 @@ from typing import Any
 from cardiocaps.config import TrainConfig, options, read_run, settings_that_affect
 from cardiocaps.data.datasets import OWN_SETTINGS
 from cardiocaps.data.fingerprint import Fingerprint
-from cardiocaps.data.open import RunData, decode_for_run, read_study
+from cardiocaps.data.open import RunData, decode_for_run, read_study, with_layout
 from cardiocaps.data.splits import SPLITS
 from cardiocaps.errors import CardioCapsError, printable
 from cardiocaps.evaluation.calibration import Calibration, read_calibration
@@ -125,7 +125,7 @@ def evaluate_run(
     config = read_run(path)
     if "dataset" in changed:
         config = replace(config, **{name: options()[name].default for name in _OF_DATA_SET})
-    config = replace(config, **changed)
+    config = with_layout(replace(config, **changed))
     with machine_for(config) as machine:
         # Making anew what an older run does not keep needs all splits; other data only need the test split.
         needed = ("test",) if allow_changed_data or "data" in changed else SPLITS

@@ -17,7 +17,7 @@ from threadpoolctl import threadpool_limits
 
 from cardiocaps.config import TrainConfig, write_run
 from cardiocaps.data.datamodule import EchoDataModule
-from cardiocaps.data.open import decode_for_run, read_study, settled
+from cardiocaps.data.open import decode_for_run, read_study
 from cardiocaps.evaluation.decision import Decision, training_mean, write_decision
 from cardiocaps.evaluation.pixel_baseline import PIXEL_SIDE, predict_pixels
 from cardiocaps.evaluation.predictions import Predictions, unit_of
@@ -82,11 +82,10 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
             if known is not None:
                 write_json(folder.data, known.as_dict())
             folder.begin(job.config, machine.device)  # config.yaml comes last: a job that has it has begun
-        study = read_study(job.config)
-        config = settled(job.config, study)
         data = decode_for_run(
-            config, machine, study, folder.data, _OTHER_DATA, trained=folder.is_trained, keep=True
+            job.config, machine, read_study(job.config), folder.data, _OTHER_DATA, trained=folder.is_trained, keep=True
         ).data
+        config = replace(job.config, regression_target=data.target)
         write_run(config, folder.path)
         if begun:
             config = replace(config, resume=folder.path)

@@ -15,7 +15,7 @@ from cardiocaps.data.cache import default_folder
 from cardiocaps.data.datamodule import EchoDataModule
 from cardiocaps.data.datasets import DATASETS
 from cardiocaps.data.fingerprint import Fingerprint
-from cardiocaps.data.open import decode, read_study, with_layout
+from cardiocaps.data.open import dataset_of, decode, read_study, with_layout
 from cardiocaps.errors import CardioCapsError, ConfigError, DataError
 from cardiocaps.evaluation.predictions import unit_of
 from cardiocaps.experiments.display import Display
@@ -57,6 +57,8 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
             )
     decide(config, visible_gpu())  # raises before anything is written if the device is missing
     config = with_layout(config)
+    target = config.regression_target or DATASETS[dataset_of(config)].target
+    config = replace(config, regression_target=target)
     threads = config.threads or max(1, torch.get_num_threads() // at_once)
     folder = ExperimentFolder(out)
 
@@ -129,7 +131,7 @@ def _described(config: TrainConfig, data: EchoDataModule) -> str:
     if config.data is None:
         what = f"The synthetic phantom ({config.phantom_videos} videos, seed {config.phantom_seed}), no patients' data"
     else:
-        what = DATASETS[config.dataset].title
+        what = DATASETS[dataset_of(config)].title
     parts = []
     for split, name in (("train", "training"), ("val", "validation"), ("test", "test")):
         labels = data.labels(split) if config.splits_frames else [clip.label for clip in data.clips(split)]

@@ -28,6 +28,8 @@ def _train(data: Path, tmp_path: Path, *options: str) -> int:
     [
         ("echonet-dynamic", [], "ef", "percentage points"),
         ("echonet-dynamic", ["--regression-target", "edv", "--threshold", "ef=40"], "edv", "mL"),
+        ("table", ["--target-column", "mass:g", "--label-column", "dx", "--positive", "stenosis"], "mass", "g"),
+        ("table", ["--target-column", "mass", "--threshold", "mass=120", "--abnormal", "above"], "mass", ""),
     ],
 )
 def test_a_data_set_is_trained_and_evaluated(
@@ -37,7 +39,7 @@ def test_a_data_set_is_trained_and_evaluated(
     assert _train(data, tmp_path, *options) == 0
     out = capsys.readouterr().out
     assert f"is read as {dataset}\n" in out
-    assert re.search(rf"{target}: mean absolute error, 2 videos +\S +\d+\.\d\d {unit} ", out)
+    assert re.search(rf"{target}: mean absolute error, 2 videos +\S +\d+\.\d\d {unit}".rstrip() + " ", out)
     config = read_run(run)
     assert (config.dataset, config.regression_target) == (dataset, target)
     regression = json.loads((run / "metrics.json").read_text())["network"]["regression"]
@@ -51,6 +53,24 @@ def test_a_data_set_is_trained_and_evaluated(
     assert again["network"]["regression"] == json.loads(before)["network"]["regression"]
     with (run / "predictions_by_video.csv").open() as file:
         assert all(row["target"] for row in csv.DictReader(file))
+
+
+def test_a_table_without_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is regressed, and no report says otherwise."""
+    data, run = folder_of("table", tmp_path), tmp_path / "run"
+    assert _train(data, tmp_path) == 0
+    assert "mean absolute error" not in capsys.readouterr().out
+    assert "regression" not in json.loads((run / "metrics.json").read_text())["network"]
+    assert read_run(run).regression_target is None
+    before = (run / "predictions.csv").read_text()
+    # The folder and the name of the table are the same data.
+    same = ["--data", str(data.parent), "--dataset", "table", "--table", data.name, "--out", str(tmp_path / "again")]
+    assert evaluate.main([str(run), *same]) == 0
+    assert (tmp_path / "again" / "predictions.csv").read_text() == before
+    assert evaluate.main([str(run), "--data", str(data.parent)]) == 2
+    assert "table is None; expected the name of a table in " in capsys.readouterr().err
+    assert evaluate.main([str(run), "--label-column", "dx", "--positive", "none"]) == 3
+    assert "is not what the run was trained on: 8 videos changed their label; " in capsys.readouterr().err
 
 
 def test_a_run_notices_that_its_table_has_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

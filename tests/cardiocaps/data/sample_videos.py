@@ -3,7 +3,7 @@
 import csv
 import signal
 import struct
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -198,8 +198,24 @@ def write_dynamic(root: Path, videos: int = 8, **other: Any) -> list[dict[str, A
     return rows
 
 
+def write_videos(root: Path, videos: int = 8) -> list[dict[str, Any]]:
+    """A table `study.csv` of videos in two folders, and its rows: odd videos are abnormal."""
+    rows = []
+    for i in range(videos):
+        path = encode(root / f"site {i % 2}" / f"{i:03}.avi", picture(seed=i)).relative_to(root)
+        row = {"path": str(path), "label": i % 2, "split": split_of(i), "age (y)": 40 + i}
+        rows.append(row | {"dx": "stenosis" if i % 2 else "none", "mass": (150.5 if i % 2 else 90.25) + i})
+    write_rows(root / "study.csv", rows)
+    return rows
+
+
 def folder_of(dataset: str, parent: Path) -> Path:
-    """A new folder in the layout of a data set, with eight videos."""
-    write = {"echonet-lvh": write_folder, "echonet-dynamic": write_dynamic}
-    write[dataset](parent / dataset)
-    return parent / dataset
+    """New data in the layout of a data set, with eight videos: what `--data` takes."""
+    root = parent / dataset
+    write: Mapping[str, Callable[[Path], Any]] = {
+        "echonet-lvh": write_folder,
+        "echonet-dynamic": write_dynamic,
+        "table": write_videos,
+    }
+    write[dataset](root)
+    return root / "study.csv" if dataset == "table" else root

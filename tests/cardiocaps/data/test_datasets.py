@@ -10,7 +10,7 @@ import pytest
 
 from cardiocaps.config import TrainConfig, options
 from cardiocaps.data import open
-from cardiocaps.data.datasets import AUTO, DATASETS, OWN_SETTINGS, PHANTOM, choose
+from cardiocaps.data.datasets import AUTO, DATASETS, OWN_SETTINGS, PHANTOM, TABLE, choose
 from cardiocaps.data.echonet_lvh.reader import read_folder
 from cardiocaps.errors import ConfigError, DataError
 
@@ -50,18 +50,26 @@ def test_a_layout_is_recognised_by_its_files(
 ) -> None:
     root = folder_of(dataset, tmp_path) if dataset != PHANTOM else shared_folder
     assert choose(root, AUTO) == choose(root, dataset) == dataset
-    config = TrainConfig(data=root)
+    config = open.with_layout(TrainConfig(data=root))
+    assert config.dataset == dataset and capsys.readouterr().out == f"data: {root} is read as {dataset}\n"
+    assert open.with_layout(config) == config and capsys.readouterr().out == ""
     study = open.read_study(config)
-    assert f"data: {root} is read as {dataset}\n" in capsys.readouterr().out
-    settled = open.settled(config, study)
-    assert (settled.dataset, settled.regression_target) == (dataset, next(iter(study.units), None))
-    assert DATASETS[dataset].target in (None, settled.regression_target)
-    again = open.read_study(settled)
-    assert again == study and "is read as" not in capsys.readouterr().out
-    others = [name for name in DATASETS if name != dataset]
-    for other in others:
-        with pytest.raises(DataError, match=rf"dataset is '{other}', but .* has the files of {dataset}; looked for: "):
+    assert study == open.read_study(TrainConfig(data=root))
+    assert DATASETS[dataset].target == next(iter(study.units), None)
+    for other in set(DATASETS) - {dataset, TABLE}:
+        has = "not a folder" if dataset == TABLE else f"has the files of {dataset}; looked for: "
+        with pytest.raises(DataError, match=has):
             choose(root, other)
+
+
+def test_the_layout_of_missing_data_and_of_the_phantom(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = TrainConfig(data=tmp_path / "none")
+    assert open.with_layout(config) == config
+    with pytest.raises(DataError, match="none, which the run used, is not there; give --data"):
+        open.read_study(config, again=True)
+    with pytest.raises(DataError, match="none: no such folder"):
+        open.read_study(config)
+    assert open.with_layout(TrainConfig()).dataset == PHANTOM and capsys.readouterr().out == ""
 
 
 def test_a_folder_of_no_layout_or_of_several(tmp_path: Path) -> None:
@@ -71,6 +79,7 @@ def test_a_folder_of_no_layout_or_of_several(tmp_path: Path) -> None:
         choose(root, AUTO)
     assert "--dataset chooses one" in str(error.value)
     assert choose(root, "echonet-dynamic") == "echonet-dynamic"
+    assert choose(root, AUTO, "study.csv") == choose(root, TABLE) == TABLE
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "FileList.csv").touch()  # without Videos
     with pytest.raises(DataError, match=r"has the files of no data set that is read; looked for: Measure") as error:
@@ -87,12 +96,14 @@ def test_a_setting_of_another_data_set_is_refused(tmp_path: Path) -> None:
     root = folder_of("echonet-dynamic", tmp_path)
     with pytest.raises(ConfigError, match=r"protocol is 'paper'; expected video, because data set echonet-dynamic has"):
         open.read_study(TrainConfig(data=root, protocol="paper"))
+    with pytest.raises(ConfigError, match=r"label_column is 'dx'; expected None, because data set echonet-dynamic has"):
+        open.read_study(TrainConfig(data=root, label_column="dx"))
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_a_target_that_a_data_set_does_not_have(dataset: str, tmp_path: Path, shared_folder: Path) -> None:
     root = folder_of(dataset, tmp_path) if dataset != PHANTOM else shared_folder
-    study = open.read_study(TrainConfig(data=root))
+    study = open.read_study(TrainConfig(data=root, target_column="mass:g" if dataset == TABLE else None))
     with pytest.raises(ConfigError, match=r"regression_target is 'strain'; expected one of \w"):
         study.target("strain")
     with pytest.raises(ConfigError, match=r"regression_target is 'ef'; expected one of none: this data set has no"):
