@@ -15,6 +15,9 @@ from cardiocaps.runtime.program import Interruption, run_program
 _CHANGEABLE = (
     "data",
     "dataset",
+    "view",
+    "val_fold",
+    "test_fold",
     "table",
     "path_column",
     "label_column",

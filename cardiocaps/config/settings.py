@@ -42,11 +42,16 @@ class TrainConfig:
     data: Path | None = setting(
         None, "folder of the data set, or a table of videos (.csv, .parquet); none: the phantom", affects="machine"
     )
-    dataset: Literal["auto", "echonet-lvh", "echonet-dynamic", "table"] = setting(
+    dataset: Literal["auto", "echonet-lvh", "echonet-dynamic", "echonet-pediatric", "table"] = setting(
         "auto",
         "layout of the data; auto: recognised by its files; table: a row for each video; the phantom has that of "
         "echonet-lvh",
     )
+    view: Literal["A4C", "PSAX", "both"] = setting(
+        "A4C", "of echonet-pediatric: the view, apical or parasternal, or both"
+    )
+    val_fold: int = setting(8, "of echonet-pediatric: fold for validation", bounds=(0, 9))
+    test_fold: int = setting(9, "of echonet-pediatric: fold for the test; the others are trained on", bounds=(0, 9))
     table: str | None = setting(None, "name of a table in the data folder, which is then read as data set table")
     path_column: str | None = setting(
         None, "of a table: column with the videos' paths, relative to the table; none: path"
@@ -99,8 +104,8 @@ class TrainConfig:
     threshold: Mapping[str, float] | None = setting(
         None,
         "threshold of a measurement in the label rule, may be repeated for others; echonet-lvh: smallest abnormal "
-        "length in cm (IVSd=1.2); echonet-dynamic: smallest normal ejection fraction in percent (ef=45); table: of the "
-        "target column (NAME=X), see abnormal; none: as published",
+        "length in cm (IVSd=1.2); echonet-dynamic, echonet-pediatric: smallest normal ejection fraction in percent "
+        "(ef=45); table: of the target column (NAME=X), see abnormal; none: as published",
         bounds=(-1e9, 1e9),
     )
     follow_links: bool = setting(False, "follow links that lead out of the data folder", affects="machine")
@@ -143,7 +148,8 @@ class TrainConfig:
     regression_target: str | None = setting(
         None,
         "what is regressed: echonet-lvh: width (of the left ventricle, cm) or ef (ejection fraction, percent); "
-        "echonet-dynamic: ef, esv or edv (volumes in mL); table: the target column; none: the first of these",
+        "echonet-dynamic: ef, esv or edv (volumes in mL); echonet-pediatric: ef; table: the target column; none: the "
+        "first of these",
         affects="shape",
     )
 

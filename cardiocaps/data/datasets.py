@@ -70,6 +70,14 @@ DATASETS: Mapping[str, DataSet] = {
         lambda folder: _has(folder, file_list.FILE_NAME, file_list.VIDEOS),
         target="ef",
     ),
+    "echonet-pediatric": DataSet(
+        "A folder in the layout of EchoNet-Pediatric",
+        file_list.read_pediatric,
+        " or ".join(f"{view}/{file_list.FILE_NAME}" for view in file_list.VIEWS),
+        lambda folder: any(_has(folder / view, file_list.FILE_NAME) for view in file_list.VIEWS),
+        target="ef",
+        settings=("view", "val_fold", "test_fold"),
+    ),
     TABLE: DataSet(
         "A table of videos",
         video_table.read_folder,

@@ -198,6 +198,22 @@ def write_dynamic(root: Path, videos: int = 8, **other: Any) -> list[dict[str, A
     return rows
 
 
+def write_pediatric(root: Path, videos: int = 20) -> dict[str, list[dict[str, Any]]]:
+    """An EchoNet-Pediatric folder, and the rows of each view: two videos a fold, of which one has a low EF."""
+    tables = {}
+    for number, view in enumerate(("A4C", "PSAX")):
+        rows = []
+        for i in range(videos):
+            name = f"CR{i:04}.avi"  # also in the other view
+            encode(root / view / "Videos" / name, picture(frames=6, seed=100 * number + i))
+            row = {"FileName": name, "EF": (48.5 if i % 2 else 62.25) + number, "Sex": "F" if i % 3 else "M"}
+            row |= {"Age": i % 18, "Weight": 20.5 + i, "Height": 110.0 + i, "FrameHeight": 48, "FrameWidth": 64}
+            rows.append(row | {"FPS": 50, "NumberOfFrames": 6, "Split": i // 2 % 10})
+        write_rows(root / view / "FileList.csv", rows)
+        tables[view] = rows
+    return tables
+
+
 def write_videos(root: Path, videos: int = 8) -> list[dict[str, Any]]:
     """A table `study.csv` of videos in two folders, and its rows: odd videos are abnormal."""
     rows = []
@@ -210,11 +226,12 @@ def write_videos(root: Path, videos: int = 8) -> list[dict[str, Any]]:
 
 
 def folder_of(dataset: str, parent: Path) -> Path:
-    """New data in the layout of a data set, with eight videos: what `--data` takes."""
+    """New data in the layout of a data set, with a few videos: what `--data` takes."""
     root = parent / dataset
     write: Mapping[str, Callable[[Path], Any]] = {
         "echonet-lvh": write_folder,
         "echonet-dynamic": write_dynamic,
+        "echonet-pediatric": write_pediatric,
         "table": write_videos,
     }
     write[dataset](root)

@@ -98,6 +98,10 @@ def test_a_setting_of_another_data_set_is_refused(tmp_path: Path) -> None:
         open.read_study(TrainConfig(data=root, protocol="paper"))
     with pytest.raises(ConfigError, match=r"label_column is 'dx'; expected None, because data set echonet-dynamic has"):
         open.read_study(TrainConfig(data=root, label_column="dx"))
+    with pytest.raises(
+        ConfigError, match=r"test_fold is 0; expected 9, because data set echonet-dynamic has no such s"
+    ):
+        open.read_study(TrainConfig(data=root, test_fold=0))
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
@@ -118,6 +122,7 @@ def test_a_target_that_a_data_set_does_not_have(dataset: str, tmp_path: Path, sh
         ("echonet-lvh", {"IVSD": 1.2}, r"threshold is IVSD=1.2; .*; did you mean IVSd\?"),
         ("echonet-lvh", {"IVSd": 0.0}, r"threshold is IVSd=0; expected from 0.01 to 100 cm"),
         ("echonet-dynamic", {"IVSd": 1.2}, r"threshold is IVSd=1.2; expected a measurement that labels .*: ef"),
+        ("echonet-pediatric", {"EF": 50.0}, r"threshold is EF=50; .*: ef; did you mean ef\?"),
         ("echonet-dynamic", {"ef": 120.0}, r"threshold is ef=120; expected from 0.01 to 100 %"),
     ],
 )

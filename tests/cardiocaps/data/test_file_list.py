@@ -1,4 +1,4 @@
-"""EchoNet-Dynamic: what its table says becomes labels, targets and splits, and each mistake in it is counted."""
+"""EchoNet-Dynamic and -Pediatric: what a table says becomes labels, targets, splits; each mistake in it is counted."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from typing import Any
 import pytest
 
 from cardiocaps.data import cache
-from cardiocaps.data.file_list import read_dynamic
+from cardiocaps.data.file_list import read_dynamic, read_pediatric
 from cardiocaps.data.fingerprint import Fingerprint
 from cardiocaps.data.header import Header
+from cardiocaps.data.study import Study
 from cardiocaps.errors import ConfigError, DataError
 
-from .sample_videos import encode, picture, write_dynamic, write_rows
+from .sample_videos import encode, picture, write_dynamic, write_pediatric, write_rows
 
 Rows = list[dict[str, Any]]
 
@@ -248,3 +249,98 @@ def test_a_damaged_video_is_named_by_its_line(tmp_path: Path) -> None:
     assert found.keys() == {"line 2", "line 3"}
     assert found["line 3"] == "table and file disagree: table says 13 frames, file has 12"
     assert len(cached.study.clips) == 14
+
+
+def _splits(study: Study) -> list[str]:
+    return [clip.split for clip in study.clips]
+
+
+def test_what_a_table_of_a_view_says(tmp_path: Path) -> None:
+    rows = write_pediatric(tmp_path)["A4C"]
+    study = read_pediatric(tmp_path)
+    assert study.problems == () and study.unlisted == 0 and study.split_rule == "column"
+    assert [clip.name for clip in study.clips] == [f"A4C/CR{i:04}" for i in range(20)]
+    assert [clip.path for clip in study.clips] == [(tmp_path / "A4C/Videos" / r["FileName"]).resolve() for r in rows]
+    assert _splits(study) == ["train"] * 16 + ["val"] * 2 + ["test"] * 2
+    assert [clip.label for clip in study.clips] == [0, 1] * 10
+    assert [dict(clip.targets) for clip in study.clips] == [{"ef": row["EF"]} for row in rows]
+    assert dict(study.units) == {"ef": "percentage points"} and study.claims["A4C/CR0003"] == Header(6, 64, 48, 50.0)
+    assert "abnormal: an ejection fraction below 55 %" in study.summary()
+    assert study.table == tmp_path / "A4C" / "FileList.csv" and study.further_tables == ()
+
+
+def test_both_views(tmp_path: Path) -> None:
+    tables = write_pediatric(tmp_path)
+    study = read_pediatric(tmp_path, view="both")
+    assert len(study.clips) == 40 and len({clip.name for clip in study.clips}) == 40
+    assert [clip.targets["ef"] for clip in study.clips] == [row["EF"] for rows in tables.values() for row in rows]
+    alone = [read_pediatric(tmp_path, view=view) for view in ("A4C", "PSAX")]
+    assert study.clips == (*alone[0].clips, *alone[1].clips)
+    assert (study.table, *study.further_tables) == tuple(one.table for one in alone)
+    before = Fingerprint.of(study)
+    table = tmp_path / "PSAX" / "FileList.csv"
+    table.write_text(table.read_text() + "\n")
+    now = Fingerprint.of(study)
+    assert len(before.table) == 64 and now.table != before.table and now.differences(before) == []
+    tables["PSAX"][2]["EF"] = ""
+    write_rows(table, tables["PSAX"])
+    (problem,) = read_pediatric(tmp_path, view="both").problems
+    assert (problem.where, problem.reason) == ("PSAX line 4", "EF is blank")
+
+
+def test_the_folds_and_the_threshold_can_be_set(tmp_path: Path) -> None:
+    write_pediatric(tmp_path)
+    study = read_pediatric(tmp_path, val_fold=0, test_fold=4, thresholds={"ef": 48.5}, needed_splits=())
+    assert _splits(study) == ["val"] * 2 + ["train"] * 6 + ["test"] * 2 + ["train"] * 10
+    assert sum(clip.label for clip in study.clips) == 0 and study.label_rule == {"ef": 48.5}
+    with pytest.raises(ConfigError, match="val_fold is 3; expected another one than test_fold, which is the same"):
+        read_pediatric(tmp_path, val_fold=3, test_fold=3)
+
+
+@pytest.mark.parametrize(
+    ("cell", "reason"),
+    [
+        ("8.0", None),
+        ("10", "Split out of range: allowed are the folds 0 to 9"),
+        ("-1", "Split out of range: allowed are the folds 0 to 9"),
+        ("1.5", "Split is not a whole number"),
+        ("TRAIN", "Split is not a number"),
+        ("", "split blank: allowed are train, val, test"),
+    ],
+)
+def test_a_fold_that_is_none(tmp_path: Path, cell: str, reason: str | None) -> None:
+    rows = write_pediatric(tmp_path)["A4C"]
+    rows[0]["Split"] = cell
+    write_rows(tmp_path / "A4C" / "FileList.csv", rows)
+    study = read_pediatric(tmp_path)
+    assert [(p.where, p.reason) for p in study.problems] == ([("A4C line 2", reason)] if reason else [])
+    assert reason or study.clips[0].split == "val"
+
+
+def test_a_view_that_is_missing_or_has_other_columns(tmp_path: Path) -> None:
+    rows = write_pediatric(tmp_path)["PSAX"]
+    write_rows(tmp_path / "PSAX" / "FileList.csv", [{**row, "Patient": i} for i, row in enumerate(rows)])
+    with pytest.raises(
+        DataError, match=r"FileList.csv: the tables of A4C and PSAX differ in their columns of splits or"
+    ):
+        read_pediatric(tmp_path, view="both")
+    shutil.rmtree(tmp_path / "A4C")
+    with pytest.raises(DataError, match=r"A4C/FileList.csv: no such file"):
+        read_pediatric(tmp_path)
+    assert len(read_pediatric(tmp_path, view="PSAX").clips) == 20
+    write_rows(tmp_path / "PSAX" / "FileList.csv", [{"FileName": row["FileName"]} for row in rows])
+    with pytest.raises(DataError, match=r"PSAX/FileList.csv: no column EF in its first line"):
+        read_pediatric(tmp_path, view="PSAX")
+
+
+def test_a_patient_with_videos_of_both_views(tmp_path: Path) -> None:
+    tables = write_pediatric(tmp_path)
+    for view, rows in tables.items():
+        write_rows(tmp_path / view / "FileList.csv", [{**row, "Patient": f"Doe{i // 2}"} for i, row in enumerate(rows)])
+    study = read_pediatric(tmp_path, view="both")
+    assert study.group_kind == "patient" and len({clip.patient for clip in study.clips}) == 10
+    tables["PSAX"][0]["Split"] = 9
+    rows = [{**row, "Patient": f"Doe{i // 2}"} for i, row in enumerate(tables["PSAX"])]
+    write_rows(tmp_path / "PSAX" / "FileList.csv", rows)
+    with pytest.raises(DataError, match=r"divides 1 of 10 patients .* A4C line 2 in train and PSAX line 2 in test"):
+        read_pediatric(tmp_path, view="both")
