@@ -13,9 +13,10 @@ from typing import Any
 
 from cardiocaps.config.option import did_you_mean
 from cardiocaps.data.cells import RowError, blank, find_group, is_number, number, records
+from cardiocaps.data.header import Header, VideoError
 from cardiocaps.data.listing import Item, check_folder, make_study, numbered, read_rows
 from cardiocaps.data.study import Study
-from cardiocaps.data.video import Header, VideoError, regular_file
+from cardiocaps.data.video import regular_file
 from cardiocaps.errors import ConfigError, DataError, printable
 from cardiocaps.runtime.packages import require_package
 

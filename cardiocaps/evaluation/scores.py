@@ -121,5 +121,8 @@ def predict(
         names = ("probability", "regression", "reconstruction_error")
         if not all(np.isfinite(out[name]).all() for name in names if name in out):
             raise CheckpointError("the network's output is not finite: its training diverged")
+        if config.regression_target is None and data.target is None:
+            del out["target"]  # and the head that regresses was not trained
+            out.pop("regression", None)
         said[split] = Predictions.of(out, data.clips(split), data.study.group_kind)
     return said

@@ -10,7 +10,11 @@ from pathlib import Path
 import pytest
 
 from cardiocaps import evaluate, train
-from cardiocaps.config import read_run
+from cardiocaps.config import TrainConfig, read_run
+from cardiocaps.experiments.folder import ExperimentFolder
+from cardiocaps.experiments.jobs import Job
+from cardiocaps.experiments.plan import SYSTEMS, configure
+from cardiocaps.experiments.run import _prepare
 from tests.cardiocaps.data.sample_videos import folder_of, write_dynamic, write_folder, write_rows
 
 pytestmark = pytest.mark.usefixtures("empty_figures")
@@ -64,6 +68,7 @@ def test_a_table_without_a_target(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "regression" not in json.loads((run / "metrics.json").read_text())["network"]
     assert read_run(run).regression_target is None
     before = (run / "predictions.csv").read_text()
+    assert before.splitlines()[0] == "video,clip,frame,reconstruction_error,label,probability"
     # The folder and the name of the table are the same data.
     same = ["--data", str(data.parent), "--dataset", "table", "--table", data.name, "--out", str(tmp_path / "again")]
     assert evaluate.main([str(run), *same]) == 0
@@ -107,3 +112,25 @@ def test_a_run_is_judged_on_another_data_set(tmp_path: Path, capsys: pytest.Capt
     assert "note: the data have no width: no regression is judged" in said and "mean absolute error" not in said
     network = json.loads((tmp_path / "out" / "metrics.json").read_text())["network"]
     assert "regression" not in network and network["video"]["n"] == 2
+
+
+def test_experiments_on_a_data_set_without_the_papers_protocol(tmp_path: Path) -> None:
+    """The one system that needs it is refused, and the others are trained."""
+    write_dynamic(tmp_path / "data")
+    config = TrainConfig(
+        data=tmp_path / "data",
+        dataset="echonet-dynamic",
+        frames_per_clip=2,
+        cache_dir=tmp_path / "cache",
+        device="cpu",
+        progress=False,
+    )
+    folder = ExperimentFolder(tmp_path / "out")
+    folder.make()
+    keys = ("cardiocaps", "cardiocaps-paper-protocol")
+    jobs = [Job(SYSTEMS[key], 10, configure(config, SYSTEMS[key], 10, folder.job(key, 10))) for key in keys]
+    said, refused = _prepare(jobs, config, folder)
+    assert [text.partition(";")[0] for text in said.values()] == ["A folder in the layout of EchoNet-Dynamic"]
+    assert refused == {
+        jobs[1].name: "protocol is 'paper'; expected video, because data set echonet-dynamic has no such setting"
+    }
