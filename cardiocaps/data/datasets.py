@@ -81,7 +81,7 @@ DATASETS: Mapping[str, DataSet] = {
     TABLE: DataSet(
         "A table of videos",
         video_table.read_folder,
-        f"a table as --data FILE or --table NAME, {' or '.join(video_table.SUFFIXES)}",
+        f"a table ({', '.join(video_table.SUFFIXES)}) as --data FILE or --table NAME",
         lambda folder: False,
         settings=(
             "table",

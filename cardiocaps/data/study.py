@@ -76,8 +76,8 @@ class Study:
         if wanted is None:
             return next(iter(self.units), None)
         if wanted not in self.units:
-            names = ", ".join(self.units) or "none: this data set has no target"
-            raise ConfigError(f"regression_target is {printable(wanted)!r}; expected one of {names}")
+            names = f"one of {', '.join(self.units)}" if self.units else "none, because the data have no target"
+            raise ConfigError(f"regression_target is {printable(wanted)!r}; expected {names}")
         return wanted
 
     def summary(self) -> str:

@@ -134,7 +134,7 @@ def _table_file(root: Path, table: str | None) -> Path:
         raise ConfigError(f"table is None; expected the name of a table in {printable(root)}, or a table as data")
     path = root / table
     if path.parent != root or not is_table(path):
-        raise ConfigError(f"table is {printable(table)!r}; expected the name of a file {' or '.join(SUFFIXES)} in data")
+        raise ConfigError(f"table is {printable(table)!r}; expected the name of a file in data ({', '.join(SUFFIXES)})")
     return path
 
 

@@ -110,7 +110,7 @@ def test_a_target_that_a_data_set_does_not_have(dataset: str, tmp_path: Path, sh
     study = open.read_study(TrainConfig(data=root, target_column="mass:g" if dataset == TABLE else None))
     with pytest.raises(ConfigError, match=r"regression_target is 'strain'; expected one of \w"):
         study.target("strain")
-    with pytest.raises(ConfigError, match=r"regression_target is 'ef'; expected one of none: this data set has no"):
+    with pytest.raises(ConfigError, match=r"regression_target is 'ef'; expected none, because the data have no t"):
         replace(study, units={}).target("ef")
     assert replace(study, units={}).target(None) is None
 

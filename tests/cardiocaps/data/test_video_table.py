@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cardiocaps.data import cache
 from cardiocaps.data.fingerprint import Fingerprint
@@ -302,6 +304,33 @@ def test_a_file_that_is_no_table(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"label_column is None; expected a column of study.csv") as error:
         read_folder(table)
     assert "Doe" not in str(error.value)
+
+
+_CELLS = st.sampled_from(
+    ["path", "label", "split", "ef", "0", "1", "a.avi", "../a.avi", "train", "nan", "1e9", "é", ""]
+)
+
+
+@given(
+    rows=st.lists(st.lists(_CELLS | st.text(max_size=6), min_size=1, max_size=4), max_size=6),
+    end=st.binary(max_size=3),
+    how=st.sampled_from(
+        [{}, {"positive": "1"}, {"target_column": "ef", "thresholds": {"ef": 0.5}, "abnormal": "below"}]
+    ),
+)
+@settings(max_examples=300, deadline=None)
+def test_any_file_is_read_or_refused(rows: list[list[str]], end: bytes, how: dict[str, Any], tmp_path_factory) -> None:  # type: ignore[no-untyped-def]
+    table = tmp_path_factory.getbasetemp() / "any" / "any.csv"
+    if not table.parent.exists():
+        encode(table.parent / "a.avi", picture(2))
+    text = "\n".join([",".join(cells) for cells in [["path", "label", "ef"], *rows]])
+    table.write_bytes(text.encode("utf-8", "surrogatepass") + end)
+    try:
+        study = read_folder(table, max_bad_share=1, needed_splits=(), **how)
+    except (ConfigError, DataError) as error:
+        assert "\n" not in str(error)
+    else:
+        assert [clip.name for clip in study.clips] == ["a.avi"]
 
 
 def _parquet(rows: Rows, path: Path) -> Path:
