@@ -83,14 +83,14 @@ _SYNTAXES = {
 """Transfer syntax -> its name, pydicom's plug-in for it ("": pixels are not compressed), the plug-in's module.
 
 GDCM, which pydicom takes for JPEG lossless, ends the whole process at some damaged files. FFmpeg gives the same
-pixels.
-
-A deflated file is not among them: a small one may unfold to any size before a tag of it can be read."""
+pixels. Deflated files are refused: a small one may unfold to any size before a tag of it can be read.
+"""
 
 _GREY, _COLOUR = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"), ("RGB", "YBR_FULL", "YBR_FULL_422")
 _BY_CODEC = ("YBR_ICT", "YBR_RCT")  # JPEG 2000 has these colours inside, and gives RGB
 _ULTRASOUND = ("US", "OT", "")  # OT: other, as screenshots have
 _VOLUME = "1.2.840.10008.5.1.4.1.1.6.2"  # enhanced ultrasound volume: its frames are slices
+_IMAGES = (*(f"1.2.840.10008.5.1.4.1.1.{kind}" for kind in ("3", "3.1", "6", "6.1")), _VOLUME)  # of ultrasound
 _TISSUE, _FLOW = 1, 2  # RegionDataType
 _PLANE = 1  # RegionSpatialFormat: a 2D image, not M-mode, a spectrum or a waveform
 _CENTIMETRES = 3  # PhysicalUnitsXDirection
@@ -205,6 +205,8 @@ def read_tags(path: Path) -> Cine:
         if "EncryptedAttributesSequence" in dataset:
             raise VideoError("encrypted: the patient's tags cannot be read")
         if "Rows" not in dataset and "Columns" not in dataset:
+            if _text(dataset, "SOPClassUID") in _IMAGES:
+                raise VideoError("truncated: the header ends before the size of the image")
             raise NoPixelsError("no pixels: a DICOM file of another kind, such as a report")
         if _text(dataset, "Modality") not in _ULTRASOUND:
             raise VideoError("not ultrasound: its modality is another one")
@@ -248,8 +250,8 @@ def find_sector(cine: Cine) -> Sector:
     lit within the ultrasound region.
 
     Raises:
-        VideoError: a frame cannot be decoded; or no sector is found: too little is lit, or nothing changes and the file
-            names no region.
+        VideoError: a frame cannot be decoded; or no sector is found: nothing changes, and the file names no region, or
+            too little or all of the frame is lit.
     """
     shape = (cine.header.height, cine.header.width)
     darkest, brightest = np.full(shape, 255, np.uint8), np.zeros(shape, np.uint8)
@@ -268,8 +270,11 @@ def find_sector(cine: Cine) -> Sector:
                 "no sector found: nothing changes and no ultrasound region is named, so text in it may name the patient"
             )
         inside = sector_by_light(brightest)
-    if inside is None:
-        raise VideoError("no sector found: too little of the image is lit")
+        if inside is None:
+            raise VideoError("no sector found: too little of the image is lit")
+        # All of the screen is lit, so what is text in it cannot be told.
+        if inside.sum() >= _FILLED * cine.header.stored_width * cine.header.stored_height:
+            raise VideoError("no sector found: nothing changes and all of the frame is lit, so text in it may stay")
     if coloured[inside].mean() >= _COLOURED_SHARE:
         flags.append("coloured")
     if inside.mean() >= _FILLED:
@@ -406,7 +411,7 @@ def _check_bytes(file: BinaryIO, dataset: Dataset, *, compressed: bool, rest: in
     head = file.read(6)
     mark = head[:4]
     if not mark:
-        raise NoPixelsError("no pixels: a DICOM file without an image")
+        raise VideoError("no pixels: the file ends before them")
     if mark not in (b"\xe0\x7f\x10\x00", b"\x7f\xe0\x00\x10"):
         raise VideoError("pixels not read: floating-point ones, or a damaged file")
     if compressed:

@@ -393,12 +393,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print_line(f"{given.out}: {done.videos} videos ({done.made} made now), and {TABLE}")
         for count, what in (
-            (done.others, "DICOM files are no images, such as reports: ignored"),
-            (done.copies, "files have an image that another file has too: ignored"),
-            (done.unlisted, f"videos are not in {TABLE}, because their DICOM files are gone"),
+            (done.others, "DICOM files that are no images, such as reports (ignored)"),
+            (done.copies, "files with an image that another file has too (ignored)"),
+            (done.unlisted, f"videos that {TABLE} does not name, because their DICOM files are gone (kept)"),
         ):
             if count:
-                print_line(f"note: {count} {what}")
+                print_line(f"note: {what}: {count}")
         if done.bad:
             raise DataError(
                 f"{len(done.bad)} of {done.videos + len(done.bad)} images cannot be used; {TABLE} has a row for each:\n"

@@ -468,6 +468,14 @@ def test_a_black_image_has_no_sector(tmp_path: Path) -> None:
     assert "no sector found: too little" in reason(write_dicom(tmp_path / "a", black, regions=[region()]))
 
 
+def test_a_still_image_on_a_lit_screen_has_no_sector(tmp_path: Path) -> None:
+    lit = np.maximum(cine(27, frames=1), 60)
+    assert "all of the frame is lit" in reason(write_dicom(tmp_path / "a", lit, regions=[region()]))
+    corners = {"RegionLocationMinX0": 40, "RegionLocationMaxX1": 87, "RegionLocationMinY0": 30}
+    tags = read_tags(write_dicom(tmp_path / "b", lit, regions=[region(**corners, RegionLocationMaxY1=69)]))
+    assert find_sector(tags).flags == ("filled",)  # the region leaves the text out
+
+
 def test_a_sector_that_fills_the_frame_is_flagged(tmp_path: Path) -> None:
     noise = np.random.default_rng(10).integers(0, 256, (FRAMES, HEIGHT, WIDTH), dtype=np.uint8)
     sector = find_sector(read_tags(write_dicom(tmp_path / "a", noise)))
@@ -599,6 +607,16 @@ def test_a_truncated_file_is_refused(form: Callable[[Frames], Dataset], share: f
     path.write_bytes(content[: int(share * len(content))])
     with within(20):
         assert reason(path)
+
+
+def test_an_image_that_ends_in_its_header_is_not_taken_for_a_report(tmp_path: Path) -> None:
+    content = write_dicom(tmp_path / "a", cine(28)).read_bytes()
+    begin, end = content.index(b"\x08\x00\x16\x00UI") + 40, content.index(b"\xe0\x7f\x10\x00")
+    for place in range(begin, end + 20, 7):
+        (tmp_path / "b").write_bytes(content[:place])
+        with pytest.raises(VideoError) as error:
+            probe(tmp_path / "b")
+        assert not isinstance(error.value, NoPixelsError), place
 
 
 @pytest.mark.parametrize(("kept", "message"), [(FRAMES - 2, "truncated"), (FRAMES + 1, "damaged")])

@@ -168,6 +168,7 @@ def test_each_bad_file_costs_its_own_row(
     (root / NAME / "notes.txt").write_text(NAME)
     report = dicom.read_tags(write_dicom(root / "x", cine(9, **SMALL)))._dataset
     del report.Rows, report.Columns
+    report.SOPClassUID = "1.2.840.10008.5.1.4.1.1.88.33"
     report.save_as(root / "x", implicit_vr=False, little_endian=True, enforce_file_format=True)
     arguments = [str(root), str(out), "--key", str(key), "--workers", "2"]
     assert main(arguments) == 3
@@ -181,7 +182,7 @@ def test_each_bad_file_costs_its_own_row(
     assert sorted(row["flags"] for row in rows[3:]) == ["no-region", "no-region", "no-region no-patient"]
     said = capsys.readouterr()
     assert "3 videos (3 made now), and videos.csv" in said.out
-    assert "note: 1 DICOM files are no images" in said.out
+    assert "note: DICOM files that are no images, such as reports (ignored): 1\n" in said.out
     assert "error: 3 of 6 images cannot be used" in said.err
     assert NAME not in said.out + said.err and "4711" not in said.out + said.err
 
