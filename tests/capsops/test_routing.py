@@ -431,7 +431,8 @@ def test_only_wanted_gradients_are_computed(routing: Routing, J: int, B: int) ->
     for name in arguments:
         leaves = {n: x.clone().requires_grad_(n == name) for n, x in arguments.items()}
         out, g = each(routing.call(**leaves)), torch.Generator().manual_seed(1)
-        torch.autograd.backward(out, [torch.randn(x.shape, generator=g, dtype=torch.float64) for x in out])
+        # The numbers of run().
+        torch.autograd.backward(out, [torch.randn(x.shape, generator=g, dtype=x.dtype).bfloat16().to(x) for x in out])
         for n, x in leaves.items():
             assert (x.grad is None) == (n != name)
         torch.testing.assert_close(leaves[name].grad, everything[name], rtol=0, atol=0)
