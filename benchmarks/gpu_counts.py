@@ -87,10 +87,11 @@ def _extension() -> Any:
 
 # The arguments of the operators behind the capsules. A name is a tensor; the operator gets its address.
 _ARGUMENTS: dict[tuple[str, str], tuple[str, ...]] = {
-    ("attention", FORWARD): ("attn_weight", "attn_bias", "squash", "v", "s"),
+    ("attention", FORWARD): ("attn_weight", "attn_bias", "0", "squash", "v", "s"),
     ("attention", BACKWARD): (
         "attn_weight",
         "attn_bias",
+        "0",
         "squash",
         "s",
         "g_v",
@@ -98,11 +99,12 @@ _ARGUMENTS: dict[tuple[str, str], tuple[str, ...]] = {
         "g_weight",
         "g_attn_weight",
         "g_attn_bias",
+        "0",
     ),
     ("dynamic", FORWARD): ("0", "iterations", "leaky", "squash", "v", "s"),
     ("dynamic", BACKWARD): ("iterations", "leaky", "detach", "squash", "s", "g_v", "g_u", "g_weight", "0"),
-    ("self-attention", FORWARD): ("prior", "scale", "v", "total", "s"),
-    ("self-attention", BACKWARD): ("prior", "scale", "total", "s", "g_v", "g_u", "g_weight", "g_prior"),
+    ("self-attention", FORWARD): ("prior", "0", "scale", "v", "total", "s"),
+    ("self-attention", BACKWARD): ("prior", "0", "scale", "total", "s", "g_v", "g_u", "g_weight", "g_prior", "0"),
 }
 _OPERATORS = {
     "uniform": "dynamic",

@@ -102,11 +102,12 @@ inline bool affine_votes_backward(const Capsules& c, const void* g_votes, void*,
     return valid(c) && !c.votes_given && fits({c.B, c.N, c.J, c.rows, c.D}) && given({g_votes}, {c.B, c.N});
 }
 
-inline bool attention_routing(const Capsules& c, const void* attn_weight, const void*, SquashKind, void* v, void* s) {
+inline bool attention_routing(const Capsules& c, const void* attn_weight, const void*, const void*, SquashKind, void* v,
+                              void* s) {
     return valid(c) && !c.one_vote && attn_weight && given({v, s}, {c.B});
 }
-inline bool attention_routing_backward(const Capsules& c, const void* attn_weight, const void*, SquashKind,
-                                       const void* s, const void* g_v, void*, void*, void*, void*) {
+inline bool attention_routing_backward(const Capsules& c, const void* attn_weight, const void*, const void*, SquashKind,
+                                       const void* s, const void* g_v, void*, void*, void*, void*, void*) {
     return valid(c) && !c.one_vote && attn_weight && given({s, g_v}, {c.B});
 }
 
@@ -164,11 +165,11 @@ inline bool routing_step_over_inputs_backward(const Capsules& c, const void* sta
     return valid(c) && fits({c.B, c.N, c.J}) && given({state, total, log_sums, g_s}, {c.B});
 }
 
-inline bool self_attention_routing(const Capsules& c, const void*, double, void* v, void* total, void* s) {
+inline bool self_attention_routing(const Capsules& c, const void*, const void*, double, void* v, void* total, void* s) {
     return valid(c) && !c.one_vote && given({v, total, s}, {c.B});
 }
-inline bool self_attention_routing_backward(const Capsules& c, const void*, double, const void* total, const void* s,
-                                            const void* g_v, void*, void*, void*) {
+inline bool self_attention_routing_backward(const Capsules& c, const void*, const void*, double, const void* total,
+                                            const void* s, const void* g_v, void*, void*, void*, void*) {
     return valid(c) && !c.one_vote && given({total, s, g_v}, {c.B});
 }
 

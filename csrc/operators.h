@@ -129,20 +129,23 @@ struct Kernels {
                                     void* g_weight);      // as Capsules::weight, here and below
 
     Status (*attention_routing)(const Capsules& c,
-                                const void* attn_weight,  // [J, J] accumulation
-                                const void* attn_bias,    // [J] accumulation, or null
+                                const void* attn_weight,   // [J, J] accumulation
+                                const void* attn_bias,     // [J] accumulation, or null
+                                const void* input_weight,  // [B, N] accumulation, or null
                                 SquashKind kind,
                                 void* v,   // [B, J, D] accumulation
                                 void* s);  // [B, J, D] accumulation
     Status (*attention_routing_backward)(const Capsules& c,
-                                         const void* attn_weight,  // [J, J] accumulation
-                                         const void* attn_bias,    // [J] accumulation, or null
+                                         const void* attn_weight,   // [J, J] accumulation
+                                         const void* attn_bias,     // [J] accumulation, or null
+                                         const void* input_weight,  // [B, N] accumulation, or null
                                          SquashKind kind,
                                          const void* s,    // [B, J, D] accumulation, from forward
                                          const void* g_v,  // [B, J, D] accumulation
                                          void* g_u, void* g_weight,
-                                         void* g_attn_weight,  // [J, J] accumulation
-                                         void* g_attn_bias);   // [J] accumulation
+                                         void* g_attn_weight,    // [J, J] accumulation
+                                         void* g_attn_bias,      // [J] accumulation
+                                         void* g_input_weight);  // [B, N] accumulation
 
     Status (*dynamic_routing)(const Capsules& c,
                               const void* bias,  // [J, D] accumulation, or null
@@ -165,19 +168,22 @@ struct Kernels {
                                     void* g_state);  // [B, J, D] accumulation
 
     Status (*self_attention_routing)(const Capsules& c,
-                                     const void* prior,  // [N, J] accumulation, or null
+                                     const void* prior,         // [N, J] accumulation, or null
+                                     const void* input_weight,  // [B, N] accumulation, or null
                                      double scale,
                                      void* v,      // [B, J, D] accumulation
                                      void* total,  // [B, J, D] accumulation, Σ_i û_ij
                                      void* s);     // [B, J, D] accumulation
     Status (*self_attention_routing_backward)(const Capsules& c,
-                                              const void* prior,  // [N, J] accumulation, or null
+                                              const void* prior,         // [N, J] accumulation, or null
+                                              const void* input_weight,  // [B, N] accumulation, or null
                                               double scale,
                                               const void* total,  // [B, J, D] accumulation, from forward
                                               const void* s,      // [B, J, D] accumulation, from forward
                                               const void* g_v,    // [B, J, D] accumulation
                                               void* g_u, void* g_weight,
-                                              void* g_prior);  // [N, J] accumulation
+                                              void* g_prior,          // [N, J] accumulation
+                                              void* g_input_weight);  // [B, N] accumulation
 
     // The state of one output capsule: mean [H], its rounding error [H], variance [H], mass and the activation's logit.
     // One iteration for each inverse temperature.

@@ -256,13 +256,13 @@ class _Row:
 _ROWS = {
     "affine_votes": _Row(stored="votes"),
     "affine_votes_backward": _Row(stored="g_votes g_u g_weight"),
-    "attention_routing": _Row(small="attn_weight attn_bias", options="kind", outputs="v s"),
+    "attention_routing": _Row(small="attn_weight attn_bias input_weight", options="kind", outputs="v s"),
     "attention_routing_backward": _Row(
-        small="attn_weight attn_bias",
+        small="attn_weight attn_bias input_weight",
         options="kind",
         saved="s g_v",
         stored="g_u g_weight",
-        outputs="g_attn_weight g_attn_bias",
+        outputs="g_attn_weight g_attn_bias g_input_weight",
     ),
     "dynamic_routing": _Row(small="bias", options="iterations leaky kind", outputs="v s"),
     "dynamic_routing_backward": _Row(
@@ -304,9 +304,13 @@ _ROWS = {
         stored="g_u g_weight",
         outputs="g_state g_logits g_input_weight",
     ),
-    "self_attention_routing": _Row(small="prior", options="scale", outputs="v total s"),
+    "self_attention_routing": _Row(small="prior input_weight", options="scale", outputs="v total s"),
     "self_attention_routing_backward": _Row(
-        small="prior", options="scale", saved="total s g_v", stored="g_u g_weight", outputs="g_prior"
+        small="prior input_weight",
+        options="scale",
+        saved="total s g_v",
+        stored="g_u g_weight",
+        outputs="g_prior g_input_weight",
     ),
     "em_routing": _Row(
         "pose", small="activation beta_u beta_a", options="inverse_temperatures", outputs="mean activation_out state"

@@ -140,8 +140,10 @@ def em_cost(support: Tensor, variance: Tensor, beta_u: Tensor) -> Tensor:
 
 
 def _weighed(c: Tensor, input_weight: Tensor | None, mask: Tensor | None) -> Tensor:
-    """c [B, N, J], multiplied by the weights of the input capsules [B, N]."""
-    return c if input_weight is None else c * _masked(input_weight, mask)[:, :, None]
+    """c [B, N, …], multiplied by the weights of the input capsules [B, N]."""
+    if input_weight is None:
+        return c
+    return c * _masked(input_weight, mask).reshape(*input_weight.shape, *[1] * (c.dim() - 2))
 
 
 def _masked(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -154,13 +156,14 @@ def attention_routing(
     weight: Tensor | None,
     attn_weight: Tensor,
     attn_bias: Tensor | None = None,
+    input_weight: Tensor | None = None,
     mask: Tensor | None = None,
     kind: str = "sabour",
 ) -> Tensor:
-    """v = squash(Σ_i c_i · û_i), elementwise in D (CardioCaps, eq. 4)."""
+    """v = squash(Σ_i w_i c_i · û_i), elementwise in D (CardioCaps, eq. 4), w = input_weight [B, N]."""
     votes = affine_votes(u, weight, mask)
     c = _masked(attention_couplings(votes, attn_weight, attn_bias), mask)
-    return squash((c * votes).sum(dim=1), kind)
+    return squash((_weighed(c, input_weight, mask) * votes).sum(dim=1), kind)
 
 
 def _route(
@@ -290,12 +293,18 @@ def routing_step_over_inputs(
 
 
 def self_attention_routing(
-    u: Tensor, weight: Tensor | None, prior: Tensor | None = None, mask: Tensor | None = None, scale: float = 1.0
+    u: Tensor,
+    weight: Tensor | None,
+    prior: Tensor | None = None,
+    input_weight: Tensor | None = None,
+    mask: Tensor | None = None,
+    scale: float = 1.0,
 ) -> Tensor:
-    """v = squash(Σ_i c_i û_i) (Mazzia et al. 2021); prior [N, J] is added to the couplings."""
+    """v = squash(Σ_i w_i c_i û_i) (Mazzia et al. 2021); prior [N, J] is added to the couplings, w = input_weight
+    [B, N]. The couplings do not depend on the weights."""
     votes = affine_votes(u, weight, mask)
     c = _masked(self_attention_couplings(votes, votes.sum(dim=1), prior, scale), mask)
-    return squash(torch.einsum("bnj,bnjd->bjd", c, votes), "efficient")
+    return squash(torch.einsum("bnj,bnjd->bjd", _weighed(c, input_weight, mask), votes), "efficient")
 
 
 def em_routing(

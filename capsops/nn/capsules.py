@@ -72,8 +72,8 @@ class CapsuleLayer(Matrices):
         bias: parameter [J, D] of dynamic and uniform routing with a bias; otherwise None.
         logits: parameter [N, J] of dynamic routing with logits; otherwise None.
 
-    Shape: u [B, N, K] (and mask, bool [B, N]) -> v [B, J, D]. Dynamic routing also takes logits [N, J], [1, N, J] or
-    [B, N, J], to which the parameter is added, and input_weight [B, N].
+    Shape: u [B, N, K] (and mask, bool [B, N]) -> v [B, J, D]. All routings but uniform also take input_weight [B, N],
+    and dynamic routing takes logits [N, J], [1, N, J] or [B, N, J], to which the parameter is added.
 
     Raises:
         TypeError: an input is not a tensor.
@@ -196,10 +196,18 @@ class CapsuleLayer(Matrices):
     ) -> Tensor:
         def route() -> Tensor:
             if self.routing == "self-attention":
-                return functional.self_attention_routing(u, self.weight, self.prior, mask=mask)
+                return functional.self_attention_routing(
+                    u, self.weight, self.prior, input_weight=input_weight, mask=mask
+                )
             if self.attn_weight is not None:
                 return functional.attention_routing(
-                    u, self.weight, self.attn_weight, self.attn_bias, squash=self.squash, mask=mask
+                    u,
+                    self.weight,
+                    self.attn_weight,
+                    self.attn_bias,
+                    squash=self.squash,
+                    input_weight=input_weight,
+                    mask=mask,
                 )
             return functional.dynamic_routing(
                 u,
@@ -215,7 +223,7 @@ class CapsuleLayer(Matrices):
                 mask=mask,
             )
 
-        self._check_takes(logits=logits, input_weight=input_weight)
+        self._check_takes(logits, input_weight)
         return self._call(route, u, mask, logits, input_weight)
 
     def coupling_coefficients(
@@ -245,7 +253,7 @@ class CapsuleLayer(Matrices):
                 mask=mask,
             )
 
-        self._check_takes(logits=logits, input_weight=input_weight)
+        self._check_takes(logits, input_weight)
         return self._call(explain, u, mask, logits, input_weight)
 
     def _with_parameter(self, logits: Tensor | None) -> Tensor | None:
@@ -254,11 +262,12 @@ class CapsuleLayer(Matrices):
             return logits
         return self.logits if logits is None else self.logits + logits
 
-    def _check_takes(self, **of_pairs: Tensor | None) -> None:
-        for name, x in of_pairs.items():
-            if x is not None and self.routing != "dynamic":
-                reason = f"routing is {self.routing!r} and not 'dynamic'"
-                fail(self._layer, f"{name} is given; expected None, because {reason}")
+    def _check_takes(self, logits: Tensor | None, input_weight: Tensor | None) -> None:
+        if logits is not None and self.routing != "dynamic":
+            reason = f"routing is {self.routing!r} and not 'dynamic'"
+            fail(self._layer, f"logits is given; expected None, because {reason}")
+        if input_weight is not None and self.routing == "uniform":
+            fail(self._layer, "input_weight is given; expected None, because routing is 'uniform'")
 
     def _refuse(
         self, u: Tensor, mask: Tensor | None, logits: Tensor | None = None, input_weight: Tensor | None = None

@@ -13,6 +13,7 @@ from ._checks import (
     Sizes,
     check_choice,
     check_floating,
+    check_pairs,
     check_shape,
     check_vectors,
     check_votes,
@@ -31,6 +32,7 @@ def check(
     weight: Tensor | None,
     attn_weight: Tensor,
     attn_bias: Tensor | None,
+    input_weight: Tensor | None,
     mask: Tensor | None,
     kind: str = "sabour",
 ) -> Sizes:
@@ -42,6 +44,7 @@ def check(
     check_shape(op, "attn_weight", attn_weight, "J, J", J, J)
     if attn_bias is not None:
         check_shape(op, "attn_bias", attn_bias, "J", J)
+    check_pairs(op, None, input_weight, u, J)
     check_choice(op, "squash", kind, ROUTING_SQUASHES)
     return sizes
 
@@ -64,23 +67,24 @@ def _gradient_flops(
     weight: Shape | None,
     attn_weight: Shape,
     attn_bias: Shape | None,
+    input_weight: Shape | None,
     mask: Shape | None,
     kind: str,
     wanted: Sequence[bool],
 ) -> int:
-    part, J, (g_u, g_weight, *g_attention) = pass_flops(u, weight), vote_sizes(u, weight)[0], wanted
+    part, J, (g_u, g_weight, *g_attention, _) = pass_flops(u, weight), vote_sizes(u, weight)[0], wanted
     # The convolution and its transpose, the products with g_s, the term c g_s, and the gradient of the convolution.
     return part.gradients(2 * J + 2 + J * any(g_attention), g_u, g_weight)
 
 
 _attention_routing = Differentiable(
-    "attention_routing(Tensor u, Tensor? weight, Tensor attn_weight, Tensor? attn_bias, Tensor? mask, str kind)"
-    " -> (Tensor v, Tensor s)",
+    "attention_routing(Tensor u, Tensor? weight, Tensor attn_weight, Tensor? attn_bias, Tensor? input_weight,"
+    " Tensor? mask, str kind) -> (Tensor v, Tensor s)",
     "attention_routing_backward(Tensor g_v, Tensor s, Tensor u, Tensor? weight, Tensor attn_weight, Tensor? attn_bias,"
-    " Tensor? mask, str kind, bool[4] wanted)"
-    " -> (Tensor g_u, Tensor g_weight, Tensor g_attn_weight, Tensor g_attn_bias)",
+    " Tensor? input_weight, Tensor? mask, str kind, bool[5] wanted)"
+    " -> (Tensor g_u, Tensor g_weight, Tensor g_attn_weight, Tensor g_attn_bias, Tensor g_input_weight)",
     _outputs,
-    batch={"u": 0, "mask": 0, "v": 0, "s": 0},
+    batch={"u": 0, "input_weight": 0, "mask": 0, "v": 0, "s": 0},
     flops=_flops,
     gradient_flops=_gradient_flops,
 )
@@ -93,6 +97,7 @@ def attention_routing(
     attn_bias: Tensor | None = None,
     *,
     squash: str = "sabour",
+    input_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Attention routing (CardioCaps, eq. 4): v = squash(Σ_i softmax(conv(û_i)) · û_i) in one pass.
@@ -107,6 +112,8 @@ def attention_routing(
         attn_weight: weight [J, J] of the convolution.
         attn_bias: bias [J] of the convolution.
         squash: as in `dynamic_routing`.
+        input_weight: [B, N], by which the couplings of an input capsule are multiplied after the softmax. That of a
+            masked capsule has no effect.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
 
     Returns:
@@ -117,16 +124,22 @@ def attention_routing(
         ValueError: wrong shapes, dtypes or devices, an unknown squash.
         MemoryError: no memory for the workspace (a few MB).
     """
-    u, weight, *others = _attention_routing.settle(u, weight, attn_weight, attn_bias, mask)
+    u, weight, *others = _attention_routing.settle(u, weight, attn_weight, attn_bias, input_weight, mask)
     return _attention_routing(u, of_every_capsule(u, weight), *others, squash)
 
 
 @explains("attention")
 def _couplings(
-    op: str, votes: Votes, attn_weight: Tensor | None, attn_bias: Tensor | None, **_: Any
+    op: str,
+    votes: Votes,
+    attn_weight: Tensor | None,
+    attn_bias: Tensor | None,
+    input_weight: Tensor | None,
+    **_: Any,
 ) -> tuple[tuple[int, ...], Couplings]:
     """c [B, N, J, D]."""
     check_given(op, "attention routing", attn_weight=attn_weight)
-    B, N, _K, J, D = check(op, votes.u, votes.weight, attn_weight, attn_bias, votes.mask)  # type: ignore[arg-type]
+    given = attn_weight, attn_bias, input_weight, votes.mask
+    B, N, _K, J, D = check(op, votes.u, votes.weight, *given)  # type: ignore[arg-type]
     mix, bias = widened(attn_weight, attn_bias)
     return (B, N, J, D), lambda part, some: reference.attention_couplings(some, mix, bias)

@@ -206,8 +206,8 @@ def coupling_coefficients(
         logits: [N, J], [1, N, J] or [B, N, J], for dynamic routing and a routing step.
         axis: "output" or "input", for dynamic routing and a routing step.
         squash: for dynamic routing.
-        input_weight: [B, N], for dynamic routing. It changes the output capsules of earlier iterations; the couplings
-            returned are not yet multiplied by it.
+        input_weight: [B, N], for attention, dynamic routing and self-attention. The couplings returned are not yet
+            multiplied by it, so it matters to dynamic routing alone, where it changes the earlier output capsules.
         mask: bool [B, N], True where there is a capsule.
         differentiable: whether c has a gradient: exact, through all iterations. By default it has none.
 

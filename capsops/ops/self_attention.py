@@ -14,6 +14,7 @@ from ._checks import (
     Sizes,
     check_floating,
     check_number,
+    check_pairs,
     check_shape,
     check_vectors,
     check_votes,
@@ -24,13 +25,22 @@ from ._flops import Shape, pass_flops
 from .coupling_coefficients import Couplings, Votes, explains, widened
 
 
-def check(op: str, u: Tensor, weight: Tensor | None, prior: Tensor | None, mask: Tensor | None, scale: float) -> Sizes:
+def check(
+    op: str,
+    u: Tensor,
+    weight: Tensor | None,
+    prior: Tensor | None,
+    input_weight: Tensor | None,
+    mask: Tensor | None,
+    scale: float,
+) -> Sizes:
     """Check the arguments of self-attention routing and return B, N, K, J, D."""
     check_floating(op, "u weight prior", u, weight, prior)
     check_vectors(op, u, weight)
     sizes = check_votes(op, u, weight, mask)
     if prior is not None:
         check_shape(op, "prior", prior, "N, J", sizes[1], sizes[3])
+    check_pairs(op, None, input_weight, u, sizes[3])
     if not is_tracing():  # torch.jit.trace turns sizes into tensors, and with them the default scale
         check_number(op, "scale", scale)
     return sizes
@@ -55,22 +65,24 @@ def _gradient_flops(
     u: Shape,
     weight: Shape | None,
     prior: Shape | None,
+    input_weight: Shape | None,
     mask: Shape | None,
     scale: float,
     wanted: Sequence[bool],
 ) -> int:
-    part, (g_u, g_weight, _) = pass_flops(u, weight), wanted
+    part, (g_u, g_weight, *_) = pass_flops(u, weight), wanted
     # A pass with the agreements with T and with g_s, and the sum H of δ û; then the agreements again, c g_s and δ T.
     return part.votes + 3 * part.contraction + part.gradients(4, g_u, g_weight)
 
 
 _self_attention_routing = Differentiable(
-    "self_attention_routing(Tensor u, Tensor? weight, Tensor? prior, Tensor? mask, float scale)"
+    "self_attention_routing(Tensor u, Tensor? weight, Tensor? prior, Tensor? input_weight, Tensor? mask, float scale)"
     " -> (Tensor v, Tensor total, Tensor s)",
     "self_attention_routing_backward(Tensor g_v, Tensor total, Tensor s, Tensor u, Tensor? weight, Tensor? prior,"
-    " Tensor? mask, float scale, bool[3] wanted) -> (Tensor g_u, Tensor g_weight, Tensor g_prior)",
+    " Tensor? input_weight, Tensor? mask, float scale, bool[4] wanted)"
+    " -> (Tensor g_u, Tensor g_weight, Tensor g_prior, Tensor g_input_weight)",
     _outputs,
-    batch={"u": 0, "mask": 0, "v": 0, "total": 0, "s": 0},
+    batch={"u": 0, "input_weight": 0, "mask": 0, "v": 0, "total": 0, "s": 0},
     flops=_flops,
     gradient_flops=_gradient_flops,
 )
@@ -82,6 +94,7 @@ def self_attention_routing(
     prior: Tensor | None = None,
     *,
     scale: float | None = None,
+    input_weight: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
     """Self-attention routing (Efficient-CapsNet, Mazzia et al. 2021), in two passes.
@@ -95,6 +108,8 @@ def self_attention_routing(
             row; [K, J, D] to share them; None if u is the votes.
         prior: [N, J], added to the couplings after the softmax.
         scale: the factor of the logits; D**-0.5 by default.
+        input_weight: [B, N], by which the couplings of an input capsule are multiplied, in the last sum alone: T_j, and
+            with it the couplings, do not depend on it. That of a masked capsule has no effect.
         mask: bool [B, N], True where there is a capsule. A batch item without any gives 0 and no gradient.
 
     Returns:
@@ -106,13 +121,13 @@ def self_attention_routing(
         MemoryError: no memory for the workspace.
     """
     op = "self_attention_routing"
-    u, weight, prior, mask = _self_attention_routing.settle(u, weight, prior, mask)
+    u, weight, prior, input_weight, mask = _self_attention_routing.settle(u, weight, prior, input_weight, mask)
     weight = of_every_capsule(u, weight)
     if scale is None:
         scale = _default_scale(u, weight)
     else:
         check_number(op, "scale", scale)
-    return _self_attention_routing(u, weight, prior, mask, scale)
+    return _self_attention_routing(u, weight, prior, input_weight, mask, scale)
 
 
 def _default_scale(u: Tensor, weight: Tensor | None) -> float:
@@ -123,11 +138,11 @@ def _default_scale(u: Tensor, weight: Tensor | None) -> float:
 
 @explains("self-attention")
 def _couplings(
-    op: str, votes: Votes, prior: Tensor | None, scale: float | None, **_: Any
+    op: str, votes: Votes, prior: Tensor | None, scale: float | None, input_weight: Tensor | None, **_: Any
 ) -> tuple[tuple[int, ...], Couplings]:
     """c [B, N, J]."""
     scale = _default_scale(votes.u, votes.weight) if scale is None else scale
-    B, N, _K, J, _D = check(op, votes.u, votes.weight, prior, votes.mask, scale)
+    B, N, _K, J, _D = check(op, votes.u, votes.weight, prior, input_weight, votes.mask, scale)
     (prior,) = widened(prior)
     total = votes.total(lambda part, some: some.sum(dim=1), votes.zero())
 

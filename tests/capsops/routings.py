@@ -73,8 +73,10 @@ class Routing:
         u = normal(B, N, *[self.rows] * bool(self.rows), K) / K**0.5
         weight = normal(*((K, J, D) if shared else (N, K, J, D))) / D**0.5
         small = {n: normal(*size) for n, size in self.parameters(B, N, J, D).items()}
-        if self.em:
-            small["activation"] = 0.1 + 0.8 * torch.rand(B, N, generator=g, dtype=torch.float64)
+        # Positive, as activations are; test_routing_options.py has weights that are 0 or negative.
+        positive = ["activation"] if self.em else [n for n in small if n == "input_weight"]
+        for name in positive:
+            small[name] = 0.1 + 0.8 * torch.rand(B, N, generator=g, dtype=torch.float64)
         return {self.capsules: u, "weight": weight, **small}
 
 
@@ -91,12 +93,15 @@ def _dynamic(
     return Routing(name + "-inputs" * (axis == "input"), call, parameters, detach)
 
 
-def _self_attention(*, prior: bool, scale: float | None) -> Routing:
+def _self_attention(*, prior: bool, scale: float | None, weights: bool = False) -> Routing:
     def call(**arguments: Tensor) -> Tensor:
         return capsops.self_attention_routing(scale=scale, **arguments)
 
-    name = "self-attention" + "-prior" * prior + "-scale" * (scale is not None)
-    return Routing(name, call, lambda B, N, J, D: {"prior": (N, J)} if prior else {})
+    def parameters(B: int, N: int, J: int, D: int) -> dict[str, tuple[int, ...]]:
+        return ({"prior": (N, J)} if prior else {}) | ({"input_weight": (B, N)} if weights else {})
+
+    name = "self-attention" + "-prior" * prior + "-scale" * (scale is not None) + "-weights" * weights
+    return Routing(name, call, parameters)
 
 
 def _em(
@@ -115,6 +120,12 @@ def _em(
 ATTENTION = Routing(
     "attention", capsops.attention_routing, lambda B, N, J, D: {"attn_weight": (J, J), "attn_bias": (J,)}
 )
+ATTENTION_WEIGHTS = Routing(
+    "attention-weights",
+    capsops.attention_routing,
+    lambda B, N, J, D: {"attn_weight": (J, J), "attn_bias": (J,), "input_weight": (B, N)},
+)
+SELF_ATTENTION_WEIGHTS = _self_attention(prior=True, scale=None, weights=True)
 DYNAMIC_LOGITS = _dynamic(3, detach=False, leaky=False, bias=True, logits=True)
 DYNAMIC_INPUTS = _dynamic(2, detach=False, leaky=False, bias=True, logits=True, axis="input")
 LOGITS = Routing("step-logits", capsops.routing_step, lambda B, N, J, D: {"state": (B, J, D), "logits": (B, N, J)})
@@ -127,6 +138,7 @@ STEP_INPUTS = Routing(
 ROUTINGS = [
     ATTENTION,
     Routing("attention-no-bias", capsops.attention_routing, lambda B, N, J, D: {"attn_weight": (J, J)}),
+    ATTENTION_WEIGHTS,
     _dynamic(1, detach=False, leaky=False, bias=False),
     _dynamic(3, detach=False, leaky=False, bias=False),
     _dynamic(3, detach=True, leaky=False, bias=True),
@@ -139,6 +151,8 @@ ROUTINGS = [
     STEP_INPUTS,
     _self_attention(prior=True, scale=None),
     _self_attention(prior=False, scale=0.3),
+    SELF_ATTENTION_WEIGHTS,
+    _self_attention(prior=False, scale=0.3, weights=True),
     _em(1, 0, 1.0),
     _em(2, 4, 0.05, renormalise=True),
     _em(3, 0, (0.01, 0.02, 0.03)),
@@ -207,8 +221,19 @@ def _examples() -> dict[str, tuple]:
         "squash_backward": (torch.randn(B, N, K), u, "efficient"),
         "affine_votes": (u, shared),
         "affine_votes_backward": (torch.randn(B, N, J, D), u, weight, [True, False]),
-        "attention_routing": (u, weight, a, bias, mask, "efficient"),
-        "attention_routing_backward": (v, s[0], u, weight, a, None, None, "layer_norm", [True, True, False, False]),
+        "attention_routing": (u, weight, a, bias, activation, mask, "efficient"),
+        "attention_routing_backward": (
+            v,
+            s[0],
+            u,
+            weight,
+            a,
+            None,
+            None,
+            None,
+            "layer_norm",
+            [True, True, False, False, False],
+        ),
         "dynamic_routing": (u, weight, full, mask, 3, True, False, "none"),
         "dynamic_routing_backward": (v, s, u, shared, full, mask, 3, False, False, "sabour", [True, True, True]),
         "routing_step": (u, weight, v, mask),
@@ -273,8 +298,19 @@ def _examples() -> dict[str, tuple]:
         ),
         "primary_capsules": (features, 2, False, "efficient"),
         "primary_capsules_backward": (torch.randn(B, 60, 2), features, 3, True, "sabour"),
-        "self_attention_routing": (u, weight, prior, mask, 0.5),
-        "self_attention_routing_backward": (v, s[0], s[1], u, shared, None, mask, 0.5, [True, True, False]),
+        "self_attention_routing": (u, weight, prior, None, mask, 0.5),
+        "self_attention_routing_backward": (
+            v,
+            s[0],
+            s[1],
+            u,
+            shared,
+            None,
+            activation,
+            mask,
+            0.5,
+            [True, True, False, True],
+        ),
         "em_routing": (pose, activation, weight, beta, beta + 1, mask, temperatures),
         "em_routing_backward": (
             torch.randn(B, J, 2, D),

@@ -75,7 +75,8 @@ def batches() -> None:
     for routing in OPERATORS:
         for shared in (False, True):
             arguments = routing.arguments(SHAPE, shared=shared)
-            batched = {n: 0 for n in ("u", "pose", "activation", "state", "logits") if n in arguments}
+            names = ("u", "pose", "activation", "state", "logits", "input_weight")
+            batched = {n: 0 for n in names if n in arguments}
             mask = {} if routing.name == "votes" else {"mask": torch.rand(5, 6, generator=generator) < 0.7}
             check(routing.call, arguments | mask, batched | dict.fromkeys(mask, 0), 0)
     for axis in (0, 1):

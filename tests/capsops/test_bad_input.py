@@ -348,9 +348,9 @@ def test_coupling_coefficients() -> None:
 def test_backward_operators_check_too() -> None:
     u, weight, a = torch.zeros(2, 7, 4), torch.zeros(7, 4, 3, 5), torch.zeros(3, 3)
     good, wrong = torch.zeros(2, 3, 5), torch.zeros(2, 3, 6)
-    wanted = [True] * 4
+    wanted = [True] * 5
     with pytest.raises(ValueError, match=r"attention_routing_backward: g_v has shape \[2, 3, 6\]"):
-        torch.ops.capsops.attention_routing_backward(wrong, good, u, weight, a, None, None, "sabour", wanted)
+        torch.ops.capsops.attention_routing_backward(wrong, good, u, weight, a, None, None, None, "sabour", wanted)
     with pytest.raises(ValueError, match=r"dynamic_routing_backward: s has shape \[2, 2, 3, 5\]"):
         s = torch.zeros(2, 2, 3, 5)
         torch.ops.capsops.dynamic_routing_backward(
@@ -358,7 +358,9 @@ def test_backward_operators_check_too() -> None:
         )
 
     with pytest.raises(ValueError, match=r"self_attention_routing_backward: total has shape \[2, 3, 6\]"):
-        torch.ops.capsops.self_attention_routing_backward(good, wrong, good, u, weight, None, None, 1.0, wanted[:3])
+        torch.ops.capsops.self_attention_routing_backward(
+            good, wrong, good, u, weight, None, None, None, 1.0, wanted[:4]
+        )
     activation, beta = torch.zeros(2, 7), torch.zeros(3)
     em = (u, activation, weight, beta, beta, None, [0.1, 0.2], [True] * 5)
     with pytest.raises(ValueError, match=r"em_routing_backward: g_activation has shape \[2, 3, 5\]; expected \[B, J\]"):
@@ -414,7 +416,7 @@ def test_operators_called_directly_check_every_tensor(name: str) -> None:
         ("primary_capsules_backward", {2: 0}, "types is 0"),
         ("dynamic_routing", {4: 0}, "iterations is 0"),
         ("dynamic_routing", {7: "relu"}, "squash is 'relu'"),
-        ("attention_routing_backward", {7: "relu"}, "squash is 'relu'"),
+        ("attention_routing_backward", {8: "relu"}, "squash is 'relu'"),
         ("dynamic_routing", {4: -1}, "iterations is -1"),
         ("dynamic_routing", {4: 2**31}, f"iterations is {2**31}"),
         ("dynamic_routing_backward", {6: -1}, "iterations is -1"),
@@ -423,11 +425,17 @@ def test_operators_called_directly_check_every_tensor(name: str) -> None:
         ("dynamic_routing_backward", {10: []}, "wanted has 0 values; expected 3"),
         (
             "attention_routing_backward",
-            {8: [True] * 4},
+            {9: [True] * 5},
             "attn_bias is None; expected a tensor, because wanted asks for its gradient",
         ),
-        ("self_attention_routing", {4: float("nan")}, "scale is nan"),
-        ("self_attention_routing_backward", {7: float("inf")}, "scale is inf"),
+        ("self_attention_routing", {5: float("nan")}, "scale is nan"),
+        ("self_attention_routing_backward", {8: float("inf")}, "scale is inf"),
+        ("attention_routing", {4: torch.zeros(2, 8)}, r"input_weight has shape \[2, 8\]; expected \[B, N\] = \[2, 7\]"),
+        (
+            "self_attention_routing_backward",
+            {6: None},
+            "input_weight is None; expected a tensor, because wanted asks for its gradient",
+        ),
         ("em_routing", {6: []}, r"inverse_temperatures is \[\]"),
         ("em_routing", {6: [0.1, -0.1]}, "inverse_temperatures has -0.1"),
         ("em_routing", {6: [float("nan")]}, "inverse_temperatures has nan"),

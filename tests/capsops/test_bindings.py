@@ -30,8 +30,10 @@ def calls(c: Any, context: Any = CONTEXT, iterations: int = 2, p: int = P) -> di
     return {
         "affine_votes": lambda: _C.affine_votes(context, c, p),
         "affine_votes_backward": lambda: _C.affine_votes_backward(context, c, p, 0, 0),
-        "attention_routing": lambda: _C.attention_routing(context, c, p, 0, SABOUR, p, p),
-        "attention_routing_backward": lambda: _C.attention_routing_backward(context, c, p, 0, SABOUR, p, p, 0, 0, 0, 0),
+        "attention_routing": lambda: _C.attention_routing(context, c, p, 0, 0, SABOUR, p, p),
+        "attention_routing_backward": lambda: _C.attention_routing_backward(
+            context, c, p, 0, 0, SABOUR, p, p, 0, 0, 0, 0, 0
+        ),
         "dynamic_routing": lambda: _C.dynamic_routing(context, c, 0, iterations, False, SABOUR, p, p),
         "dynamic_routing_backward": lambda: _C.dynamic_routing_backward(
             context, c, iterations, False, False, SABOUR, p, p, 0, 0, 0
@@ -58,9 +60,9 @@ def calls(c: Any, context: Any = CONTEXT, iterations: int = 2, p: int = P) -> di
         "routing_step_over_inputs_backward": lambda: _C.routing_step_over_inputs_backward(
             context, c, p, 0, 0, p, p, p, 0, 0, 0, 0, 0
         ),
-        "self_attention_routing": lambda: _C.self_attention_routing(context, c, 0, 1.0, p, p, p),
+        "self_attention_routing": lambda: _C.self_attention_routing(context, c, 0, 0, 1.0, p, p, p),
         "self_attention_routing_backward": lambda: _C.self_attention_routing_backward(
-            context, c, 0, 1.0, p, p, p, 0, 0, 0
+            context, c, 0, 0, 1.0, p, p, p, 0, 0, 0, 0
         ),
         "em_routing": lambda: _C.em_routing(context, c, p, p, p, lambdas, p, p, p),
         "em_routing_backward": lambda: _C.em_routing_backward(context, c, p, p, lambdas, p, p, p, 0, 0, 0, 0, 0),

@@ -144,7 +144,7 @@ def test_a_failed_launch_raises_the_message_of_cuda(pretended: list[int]) -> Non
     u, weight, A = torch.randn(2, 2000, 3), torch.randn(2000, 3, 2, 4), torch.randn(2, 2)
     capsules = extension.Capsules(u, weight)
     v, s = torch.zeros(2, 2, 4), torch.zeros(2, 2, 4)
-    operands = A.data_ptr(), 0, extension._C.SquashKind.sabour, v.data_ptr(), s.data_ptr()
+    operands = A.data_ptr(), 0, 0, extension._C.SquashKind.sabour, v.data_ptr(), s.data_ptr()
     said = r"attention_routing: a kernel could not be launched \(shapes \[2, 2000, 3\], \[2000, 3, 2, 4\], .*\): .*CUDA"
     for _ in range(2):  # the process survives it
         with pytest.raises(RuntimeError, match=said):

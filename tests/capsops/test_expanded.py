@@ -31,7 +31,16 @@ EXPANSIONS: dict[str, Callable[..., Tensor]] = {
 }
 # Kernels with components in the vector lanes, with batch items in the lanes, and with votes in registers.
 SHAPES = [(3, 21, 4, 3, 5), (33, 9, 5, 4, 3), (5, 12, 8, 2, 16)]
-FEW = ("attention", "dynamic3", "step", "self-attention-prior", "em2-rows4-renormalise", "em3", "votes")
+FEW = (
+    "attention",
+    "attention-weights",
+    "dynamic3",
+    "step",
+    "self-attention-prior",
+    "em2-rows4-renormalise",
+    "em3",
+    "votes",
+)
 
 
 def _run(routing: Routing, arguments: dict[str, Tensor], gradient: bool) -> list[Tensor]:

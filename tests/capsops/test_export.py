@@ -39,10 +39,15 @@ class Network(torch.nn.Module):
 
     def forward(self, images: Tensor, mask: Tensor | None = None) -> tuple[Tensor, ...]:
         u = self.primary(images)
-        pose, activation = self.em(u, u.norm(dim=-1), mask)
+        a = u.norm(dim=-1)
+        pose, activation = self.em(u, a, mask)
         votes = capsops.affine_votes(u, self.dynamic.weight)
         step = capsops.routing_step(u, self.dynamic.weight, votes.mean(dim=1), mask=mask)
-        routed = (self.attention(u, mask), self.dynamic(u, mask), self.self_attention(u, mask))
+        routed = (
+            self.attention(u, mask, input_weight=a),
+            self.dynamic(u, mask),
+            self.self_attention(u, mask, input_weight=a),
+        )
         return (
             *routed,
             self.logits(u, mask),

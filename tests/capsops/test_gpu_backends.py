@@ -52,11 +52,13 @@ SMALL = [(1, 1, 1, 1, 1), (2, 5, 3, 3, 5), (3, 7, 2, 2, 4), (5, 3, 2, 9, 1)]
 # The interpreter is slow, so only these run all tests; the others differ in options, which one shape tests.
 FEW = (
     "attention",
+    "attention-weights",
     "dynamic3",
     "dynamic2-leaky-bias",
     "step",
     "step-logits-inputs",
     "self-attention-prior",
+    "self-attention-prior-weights",
     "em3",
     "votes",
 )
@@ -141,14 +143,14 @@ def test_mask(backend: str, routing: Routing, shared: bool) -> None:
     arguments = routing.arguments(shape, shared=shared)
     mask = torch.rand(shape[:2], generator=torch.Generator().manual_seed(5)) < 0.6
     mask[2] = False
-    for name in {routing.capsules, "activation", "logits"} & set(arguments):
+    for name in {routing.capsules, "activation", "logits", "input_weight"} & set(arguments):
         arguments[name][~mask] = float("nan")  # masked values may be anything
     exact = run(routing, arguments, torch.float64, "reference", mask=mask)
     naive = run(routing, arguments, torch.float32, "reference", mask=mask)
     got = run(routing, arguments, torch.float32, backend, mask=mask)
     _agrees(backend, routing, got, naive, exact)
     gradients = dict(zip(arguments, got[routing.outputs :], strict=True))
-    for name in {routing.capsules, "activation", "logits"} & set(arguments):
+    for name in {routing.capsules, "activation", "logits", "input_weight"} & set(arguments):
         assert (gradients[name][~mask] == 0).all(), "no gradient where there is no capsule"
         assert (gradients[name][mask] != 0).any()
 
@@ -379,9 +381,11 @@ def test_attention_to_many_output_capsules(shared: bool, monkeypatch: pytest.Mon
     monkeypatch.setattr(triton, "_MOST_MIXED", 4)
     monkeypatch.setattr(triton.wide_attention, "_TILE_BYTES", 1000)
     given = with_votes(OPERATORS[0], (2, 7, 3, 5, 4))
-    for routing, arguments in (given, *[(r, r.arguments((2, 7, 3, 5, 4), shared=shared)) for r in OPERATORS[:2]]):
+    attention = [r for r in OPERATORS if r.name.startswith("attention")]
+    for routing, arguments in (given, *[(r, r.arguments((2, 7, 3, 5, 4), shared=shared)) for r in attention]):
         mask = torch.rand(2, 7, generator=torch.Generator().manual_seed(5)) < 0.6
-        arguments["u"][~mask] = float("nan")
+        for name in {"u", "input_weight"} & set(arguments):
+            arguments[name][~mask] = float("nan")
         exact = run(routing, arguments, torch.float64, "reference", mask=mask)
         for got, expected in zip(run(routing, arguments, torch.float64, "triton", mask=mask), exact, strict=True):
             assert relative_error(got, expected) < 1e-12
@@ -455,8 +459,8 @@ def test_memory_of_triton(
         routed, gradients = (u, weight, *pairs, bias, None, R), (u, weight, *pairs, bias)
         stepped, step_gradients = (u, weight, total, *pairs, None), (u, weight, total, *pairs)
         dynamic = (v, s, u, weight, bias, None, R, no)
-        attention = (u, weight, mix, small, None, "sabour")
-        own, kind = (u, weight, prior, None, 1.0), "sabour"
+        attention = (u, weight, mix, small, input_weight, None, "sabour")
+        own, kind = (u, weight, prior, input_weight, None, 1.0), "sabour"
         calls = [
             lambda: triton.dynamic_routing(v, s, *dynamic[2:], no, kind),
             lambda: triton.dynamic_routing_backward(u, weight, bias, *dynamic, False, kind),
@@ -468,9 +472,9 @@ def test_memory_of_triton(
             lambda: triton.routing_step_over_inputs(v, total, log_sums[0], *stepped),
             lambda: triton.routing_step_over_inputs_backward(*step_gradients, v, total, log_sums[0], *stepped),
             lambda: triton.attention_routing(v, total, *attention),
-            lambda: triton.attention_routing_backward(u, weight, mix, small, v, total, *attention),
+            lambda: triton.attention_routing_backward(u, weight, mix, small, input_weight, v, total, *attention),
             lambda: triton.self_attention_routing(v, total, total, *own),
-            lambda: triton.self_attention_routing_backward(u, weight, prior, v, total, total, *own),
+            lambda: triton.self_attention_routing_backward(u, weight, prior, input_weight, v, total, total, *own),
         ]
     allowed = 32_000_000 + 24 * B * J * floats * dtype.itemsize + 3 * 8 * params
     assert [n for n in map(_held_at_most, calls) if n > allowed] == []

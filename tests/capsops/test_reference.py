@@ -178,21 +178,46 @@ def test_inverted_dot_product_attention_routing() -> None:
         np.testing.assert_allclose(state[b].numpy(), pose, rtol=1e-9)
 
 
+@pytest.mark.parametrize("weights", [False, True])
+def test_attention(weights: bool) -> None:
+    """CardioCaps, eq. 4: z_kd = Σ_j A_kj û_jd + a_k, c_kd = softmax_k(z_d), s_k = Σ_i w_i c_ik û_ik, by components."""
+    B, N, K, J, D = 2, 6, 3, 4, 5
+    rng = _rng()
+    u, weight, w = rng.normal(size=(B, N, K)), rng.normal(size=(N, K, J, D)), rng.normal(size=(B, N))
+    A, a = rng.normal(size=(J, J)), rng.normal(size=J)
+    input_weight = torch.from_numpy(w) if weights else None
+    v = capsops.attention_routing(*map(torch.from_numpy, (u, weight, A, a)), input_weight=input_weight).numpy()
+    for b in range(B):
+        s = np.zeros((J, D))
+        for i in range(N):
+            votes = np.stack([u[b, i] @ weight[i, :, j] for j in range(J)])
+            for d in range(D):
+                z = [math.exp(a[k] + sum(A[k, j] * votes[j, d] for j in range(J))) for k in range(J)]
+                for k in range(J):
+                    s[k, d] += (w[b, i] if weights else 1) * z[k] / sum(z) * votes[k, d]
+        for j in range(J):
+            n = np.linalg.norm(s[j])
+            np.testing.assert_allclose(v[b, j], n / (1 + n * n) * s[j], rtol=1e-10)
+
+
 @pytest.mark.parametrize("prior", [False, True])
-def test_self_attention(prior: bool) -> None:
-    """Mazzia et al. 2021: A_j = Û_j Û_jᵀ / √D [N, N], c = softmax_j(Σ_k A_jik) + prior."""
+@pytest.mark.parametrize("weights", [False, True])
+def test_self_attention(prior: bool, weights: bool) -> None:
+    """Mazzia et al. 2021: A_j = Û_j Û_jᵀ / √D [N, N], c = softmax_j(Σ_k A_jik) + prior; weights of the last sum."""
     B, N, K, J, D = 2, 6, 3, 4, 5
     rng = _rng()
     u, weight, log_prior = rng.normal(size=(B, N, K)), rng.normal(size=(N, K, J, D)), rng.normal(size=(N, J))
+    w = rng.normal(size=(B, N)) if weights else np.ones((B, N))
     given = [u, weight, *[log_prior] * prior]
-    v = capsops.self_attention_routing(*map(torch.from_numpy, given)).numpy()
+    input_weight = torch.from_numpy(w) if weights else None
+    v = capsops.self_attention_routing(*map(torch.from_numpy, given), input_weight=input_weight).numpy()
     for b in range(B):
         votes = np.stack([[u[b, i] @ weight[i, :, j] for i in range(N)] for j in range(J)])  # [J, N, D]
         A = votes @ votes.transpose(0, 2, 1) / math.sqrt(D)
         logits = A.sum(axis=2)  # [J, N]
         c = np.exp(logits) / np.exp(logits).sum(axis=0) + (log_prior.T if prior else 0)
         for j in range(J):
-            s = c[j] @ votes[j]
+            s = sum(w[b, i] * c[j, i] * votes[j, i] for i in range(N))
             n = np.linalg.norm(s)
             np.testing.assert_allclose(v[b, j], (1 - math.exp(-n)) * s / n, rtol=1e-10)
 
@@ -261,7 +286,7 @@ def test_masked_values_have_no_effect(routing: Routing) -> None:
     expected = torch.autograd.grad(sum(x.sum() for x in out), list(arguments.values()))
     hidden = {n: x.detach().clone() for n, x in arguments.items()}
     hidden[routing.capsules][~mask] = float("nan")
-    for name in {"activation"} & set(hidden):
+    for name in {"activation", "input_weight"} & set(hidden):
         hidden[name][~mask] = float("nan")
     for name in {"weight", "prior"} & set(hidden):
         hidden[name][2] = float("nan")

@@ -41,6 +41,8 @@ by_batch = pytest.mark.parametrize("B", [3, 16])  # a batch that fills vectors h
 by_logits = pytest.mark.parametrize(
     "routing", [LOGITS, DYNAMIC_LOGITS, STEP_INPUTS, DYNAMIC_INPUTS], ids=lambda r: r.name
 )
+# The small arguments with a number for each input capsule, or for each pair.
+OF_CAPSULES = ("activation", "logits", "input_weight")
 by_sharing = pytest.mark.parametrize("shared", [False, True], ids=["matrices", "shared"])
 
 
@@ -332,7 +334,7 @@ def test_mask(routing: Routing, shared: bool, J: int, B: int, share: float) -> N
     if "bias" not in routing.name or routing.name.startswith("attention"):
         assert (got[0][2] == 0).all(), "an item without capsules gives 0"
     gradients = dict(zip(arguments, got[routing.outputs :], strict=True))
-    for name in {routing.capsules, "activation", "logits"} & set(arguments):
+    for name in {routing.capsules, *OF_CAPSULES} & set(arguments):
         assert (gradients[name][~mask] == 0).all(), "no gradient where there is no capsule"
         assert (gradients[name][mask] != 0).any()
 
@@ -346,7 +348,7 @@ def _masked_reference(
     mask = torch.rand(shape[:2], generator=torch.Generator().manual_seed(5)) < share
     mask[2] = False
     mask[:, 5] = False
-    for name in {routing.capsules, "activation", "logits"} & set(arguments):
+    for name in {routing.capsules, *OF_CAPSULES} & set(arguments):
         arguments[name][~mask] = float("nan")  # masked values may be anything
     expected = run(routing, arguments, torch.float64, "reference", mask=mask)
     without = run(routing, {n: x.nan_to_num() for n, x in arguments.items()}, torch.float64, "reference", mask=mask)
@@ -359,7 +361,7 @@ def test_mask_is_the_same_as_leaving_the_capsules_out(routing: Routing) -> None:
     arguments = routing.arguments((1, 40, 4, 3, 5))
     mask = torch.arange(40) % 3 != 0
     shorter = dict(arguments)
-    for name in {routing.capsules, "activation", "logits"} & set(arguments):
+    for name in {routing.capsules, *OF_CAPSULES} & set(arguments):
         shorter[name] = arguments[name][:, mask]
     for name in {"weight", "prior"} & set(arguments):
         shorter[name] = arguments[name][mask]
@@ -517,6 +519,8 @@ def test_coupling_coefficients_explain_the_output(routing: Routing, backend: str
         torch.testing.assert_close(mean, out, rtol=1e-6, atol=1e-6)  # they differ by ε
     else:
         votes = torch.einsum("bnk,nkjd->bnjd", u, weight)
+        if "input_weight" in arguments:
+            votes = votes * arguments["input_weight"][:, :, None, None]
         s = (c * votes if c.dim() == 4 else c[..., None] * votes).sum(dim=1)
         if "bias" in arguments:
             s = s + arguments["bias"]

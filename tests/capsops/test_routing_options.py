@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -13,13 +14,26 @@ from torch import Tensor
 
 import capsops
 
-from .routings import ATTENTION, DYNAMIC_INPUTS, DYNAMIC_LOGITS, STEP_INPUTS, Routing, relative_error, run
+from .routings import (
+    ATTENTION,
+    ATTENTION_WEIGHTS,
+    DYNAMIC_INPUTS,
+    DYNAMIC_LOGITS,
+    SELF_ATTENTION_WEIGHTS,
+    STEP_INPUTS,
+    Routing,
+    relative_error,
+    run,
+)
 
+# The routings of a layer that take weights of the input capsules.
+WEIGHED = ("attention", "dynamic", "self-attention")
 SQUASHES = ("sabour", "efficient", "none", "layer_norm")
 INSTRUCTIONS = ("auto", *capsops.backends.cpu.instruction_sets()[1:])
 # Batches with components and with batch items in the lanes, whose votes stay in registers, and not.
 SHAPES = [(3, 37, 5, 2, 16), (17, 11, 3, 4, 5)]
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+by_attention = pytest.mark.parametrize("routing", [ATTENTION_WEIGHTS, SELF_ATTENTION_WEIGHTS], ids=lambda r: r.name)
 by_axis = pytest.mark.parametrize("axis", ["output", "input"])
 
 
@@ -124,8 +138,15 @@ def _weighed(shape: tuple[int, ...], routing: Routing) -> dict[str, Tensor]:
 
 
 @by_shape
-@pytest.mark.parametrize("routing", [DYNAMIC_LOGITS, DYNAMIC_INPUTS, STEP_INPUTS], ids=lambda r: r.name)
-@pytest.mark.parametrize("logits", [True, False], ids=["logits", "no-logits"])
+@pytest.mark.parametrize(
+    ("routing", "logits"),
+    [
+        *itertools.product([DYNAMIC_LOGITS, DYNAMIC_INPUTS, STEP_INPUTS], [True, False]),
+        (ATTENTION_WEIGHTS, False),
+        (SELF_ATTENTION_WEIGHTS, False),
+    ],
+    ids=lambda x: x.name if isinstance(x, Routing) else "logits" if x else "no-logits",
+)
 def test_input_weight_agrees_with_the_reference(shape: tuple[int, ...], routing: Routing, logits: bool) -> None:
     """Weights may be 0 or negative; those of masked capsules may be anything and have no gradient."""
     arguments = _weighed(shape, routing)
@@ -133,11 +154,11 @@ def test_input_weight_agrees_with_the_reference(shape: tuple[int, ...], routing:
     if logits:
         arguments["logits"][0, 1] = -torch.inf
     else:
-        del arguments["logits"]
+        arguments.pop("logits", None)
     mask = _random(*shape[:2]) < 0.7
     arguments["input_weight"][~mask] = float("nan")
     calls = [routing]
-    if routing is not STEP_INPUTS:
+    if routing in (DYNAMIC_LOGITS, DYNAMIC_INPUTS):
         axis = "input" if routing.over_inputs else "output"
         calls.append(_with(routing, iterations=3, axis=axis, detach=True))
     for call in calls:
@@ -174,6 +195,36 @@ def test_a_weight_of_one_changes_nothing() -> None:
     torch.testing.assert_close(
         capsops.dynamic_routing(u, W, input_weight=ones), capsops.dynamic_routing(u, W), rtol=1e-12, atol=1e-12
     )
+
+
+@by_shape
+@by_attention
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_weights_do_not_change_the_couplings(shape: tuple[int, ...], routing: Routing, backend: str) -> None:
+    """s is linear in the weights: ones leave it as it is, a NaN reaches its batch item alone, 0 takes the term away."""
+    kind = routing.name.split("-weights")[0].removesuffix("-prior")
+    function = capsops.attention_routing if kind == "attention" else capsops.self_attention_routing
+    arguments = routing.arguments(shape)
+    w = arguments.pop("input_weight")
+    couplings = capsops.coupling_coefficients(kind, **arguments)
+    assert torch.equal(capsops.coupling_coefficients(kind, **arguments, input_weight=w), couplings)
+    with capsops.use_backend(backend):
+        plain = function(**arguments)
+        torch.testing.assert_close(function(**arguments, input_weight=torch.ones_like(w)), plain)
+        v = function(**arguments, input_weight=w)
+        wrong = w.clone()
+        wrong[1, 3] = float("nan")
+        out = function(**arguments, input_weight=wrong)
+        assert out[1].isnan().all()
+        rest = torch.arange(shape[0]) != 1
+        torch.testing.assert_close(out[rest], v[rest], rtol=0, atol=0)
+        if kind == "attention":  # in self-attention a capsule without weight is still in the sum of all votes
+            assert (function(**arguments, input_weight=torch.zeros_like(w)) == 0).all()
+            w[:, 2] = 0
+            mask = torch.ones(shape[:2], dtype=torch.bool)
+            mask[:, 2] = False
+            expected = function(**arguments, input_weight=w, mask=mask)
+            torch.testing.assert_close(function(**arguments, input_weight=w), expected)
 
 
 def test_input_weight_under_vmap() -> None:
@@ -250,7 +301,11 @@ def test_bad_input(backend: str) -> None:
         for call in (
             partial(capsops.dynamic_routing, u, W),
             partial(capsops.routing_step, u, W, torch.zeros(2, 3, 5)),
-            partial(capsops.nn.CapsuleLayer(7, 4, 3, 5, "dynamic"), u),
+            partial(capsops.attention_routing, u, W, torch.zeros(3, 3)),
+            partial(capsops.self_attention_routing, u, W),
+            partial(capsops.coupling_coefficients, "self-attention", u, W),
+            partial(capsops.coupling_coefficients, "attention", u, W, torch.zeros(3, 3)),
+            *[partial(capsops.nn.CapsuleLayer(7, 4, 3, 5, kind), u) for kind in WEIGHED],
         ):
             with pytest.raises(ValueError, match=r"input_weight has shape \[7\]; expected \[B, N\] = \[2, 7\]"):
                 call(input_weight=torch.zeros(7))  # type: ignore[call-arg]
@@ -259,7 +314,7 @@ def test_bad_input(backend: str) -> None:
             with pytest.raises(TypeError, match="input_weight is a float"):
                 call(input_weight=0.5)  # type: ignore[arg-type]
         with pytest.raises(ValueError, match="CapsuleLayer: input_weight is given; expected None, because routing is"):
-            capsops.nn.CapsuleLayer(7, 4, 3, 5, "attention")(u, input_weight=torch.zeros(2, 7))
+            capsops.nn.CapsuleLayer(7, 4, 3, 5, "uniform")(u, input_weight=torch.zeros(2, 7))
         with pytest.raises(ValueError, match="differentiable is 1; expected True or False"):
             capsops.coupling_coefficients("dynamic", u, W, differentiable=1)  # type: ignore[arg-type]
 
@@ -271,6 +326,16 @@ def test_a_layer_takes_weights_of_the_input_capsules() -> None:
     assert torch.equal(layer(u, input_weight=w), expected)
     couplings = layer.coupling_coefficients(u, input_weight=w)
     assert not torch.equal(couplings, layer.coupling_coefficients(u))
+    attention = capsops.nn.CapsuleLayer(7, 4, 3, 5, "attention", squash="none")
+    parameters = attention.weight, attention.attn_weight, attention.attn_bias
+    assert torch.equal(
+        attention(u, input_weight=w), capsops.attention_routing(u, *parameters, squash="none", input_weight=w)
+    )
+    layer = capsops.nn.CapsuleLayer(7, 4, 3, 5, "self-attention")
+    expected = capsops.self_attention_routing(u, layer.weight, layer.prior, input_weight=w)
+    assert torch.equal(layer(u, input_weight=w), expected)
+    for x in (attention, layer):
+        assert torch.equal(x.coupling_coefficients(u, input_weight=w), x.coupling_coefficients(u))
 
 
 @pytest.mark.parametrize("kind", SQUASHES[1:])

@@ -58,13 +58,14 @@ def em_backward(iterations: int) -> Callable[[], object]:
 def attention(_: int) -> Callable[[], object]:
     B, N, K, J, D = LONG
     u, weight, mix = torch.randn(B, N, K), torch.randn(K, J, D), torch.randn(J, J)
-    return lambda: OPS.attention_routing(u, weight, mix, None, None, "sabour")
+    return lambda: OPS.attention_routing(u, weight, mix, None, None, None, "sabour")
 
 
 def attention_backward(_: int) -> Callable[[], object]:
     B, N, K, J, D = LONG
     u, weight, mix, s = torch.randn(B, N, K), torch.randn(K, J, D), torch.randn(J, J), torch.randn(B, J, D)
-    return lambda: OPS.attention_routing_backward(s, s, u, weight, mix, None, None, "sabour", [True, True, True, False])
+    wanted = [True, True, True, False, False]
+    return lambda: OPS.attention_routing_backward(s, s, u, weight, mix, None, None, None, "sabour", wanted)
 
 
 CASES = [dynamic, dynamic_backward, em, em_backward, attention, attention_backward]

@@ -20,7 +20,7 @@ by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name
 B, SHAPE = 2, (2, 5, 3, 2, 4)
 
 # The arguments that have a batch dimension.
-BATCHED = ("u", "pose", "activation", "state", "logits")
+BATCHED = ("u", "pose", "activation", "state", "logits", "input_weight")
 
 
 def _loss(routing: Routing) -> Callable[[Arguments], Tensor]:

@@ -29,7 +29,7 @@ from capsops.backends import triton as backend
 from .routings import OPERATORS, run
 
 # These use every kernel; the other routings differ from them in options.
-FEW = ("attention", "dynamic3", "self-attention-prior", "em3", "votes", "step-logits-inputs")
+FEW = ("attention-weights", "dynamic3", "self-attention-prior-weights", "em3", "votes", "step-logits-inputs")
 
 
 class Absent(DriverBase):

@@ -246,7 +246,10 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
         mix_bias(s.J, wide), bias(s.J * H, wide);
     Numbers g(outputs, wide), prior(s.N * s.J, wide), g_votes(s.B * s.N * s.J * H, dtype);
     Numbers activation(s.B * s.N, wide), beta_u(s.J, wide), beta_a(s.J, wide), g_activation(s.B * s.J, wide);
-    for (Numbers* x : {&u, &mix, &mix_bias, &bias, &g, &prior, &g_votes, &beta_u, &beta_a, &g_activation}) x->random();
+    Numbers input_weight(s.B * s.N, wide);
+    for (Numbers* x :
+         {&u, &mix, &mix_bias, &bias, &g, &prior, &g_votes, &beta_u, &beta_a, &g_activation, &input_weight})
+        x->random();
     // Keeps the votes from growing with K, and the softmax away from 0 and 1, where its gradient is rounding errors.
     const double largest = s.D > 1000 ? 0.05 : s.K > 16 ? 4 / std::sqrt(static_cast<double>(s.K)) : 1;
     weight.random(-largest, largest);
@@ -300,26 +303,42 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
     };
     Numbers saved(3 * outputs, wide);
     const auto save = [&](const std::unique_ptr<Numbers>& s_) { std::memcpy(saved.get(), s_->get(), s_->bytes()); };
-    check(name + "attention", {{outputs, wide}, {outputs, wide}}, [&](int threads, Outputs o) {
-        const Status status = k.attention_routing(operands(threads), mix.get(), mix_bias.get(), SquashKind::layer_norm,
-                                                  o[0]->get(), o[1]->get());
-        return save(o[1]), status;
-    });
     // layer_norm divides by a deviation of s that may be small, which enlarges its rounding errors.
     const double normed_digits = dtype == Dtype::float64 ? 1 : 20;
-    check(
-        name + "attention backward", {{capsules, dtype}, {weights, dtype}, {s.J * s.J, wide}, {s.J, wide}},
-        [&](int threads, Outputs o) {
-            return k.attention_routing_backward(operands(threads), mix.get(), mix_bias.get(), SquashKind::layer_norm,
-                                                saved.get(), g.get(), o[0]->get(), o[1]->get(), o[2]->get(),
-                                                o[3]->get());
-        },
-        normed_digits);
+    for (const bool weighed : {false, true}) {
+        const std::string own = name + (weighed ? "weighed attention" : "attention");
+        const void* const w = weighed ? input_weight.get() : nullptr;
+        check(own, {{outputs, wide}, {outputs, wide}}, [&](int threads, Outputs o) {
+            const Status status = k.attention_routing(operands(threads), mix.get(), mix_bias.get(), w,
+                                                      SquashKind::layer_norm, o[0]->get(), o[1]->get());
+            return save(o[1]), status;
+        });
+        std::vector<std::pair<int64_t, Dtype>> gradients{
+            {capsules, dtype}, {weights, dtype}, {s.J * s.J, wide}, {s.J, wide}};
+        if (weighed) gradients.push_back({s.B * s.N, wide});
+        check(
+            own + " backward", gradients,
+            [&](int threads, Outputs o) {
+                return k.attention_routing_backward(
+                    operands(threads), mix.get(), mix_bias.get(), w, SquashKind::layer_norm, saved.get(), g.get(),
+                    o[0]->get(), o[1]->get(), o[2]->get(), o[3]->get(), weighed ? o[4]->get() : nullptr);
+            },
+            normed_digits);
+    }
+    // Of the weighed sum that was saved last.
     check_one(
         name + "attention backward, bias", {{s.J, wide}},
         [&](int threads, Outputs o) {
-            return k.attention_routing_backward(operands(threads), mix.get(), nullptr, SquashKind::layer_norm,
-                                                saved.get(), g.get(), nullptr, nullptr, nullptr, o[0]->get());
+            return k.attention_routing_backward(operands(threads), mix.get(), nullptr, nullptr, SquashKind::layer_norm,
+                                                saved.get(), g.get(), nullptr, nullptr, nullptr, o[0]->get(), nullptr);
+        },
+        normed_digits);
+    check_one(
+        name + "weighed attention backward, input weight", {{s.B * s.N, wide}},
+        [&](int threads, Outputs o) {
+            return k.attention_routing_backward(operands(threads), mix.get(), mix_bias.get(), input_weight.get(),
+                                                SquashKind::layer_norm, saved.get(), g.get(), nullptr, nullptr, nullptr,
+                                                nullptr, o[0]->get());
         },
         normed_digits);
     for (const bool leaky : {false, true}) {
@@ -352,8 +371,8 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
         return k.routing_step_backward(operands(threads), saved.get(), g.get(), nullptr, nullptr, o[0]->get());
     });
     {
-        Numbers logits(s.B * s.N * s.J, wide), input_weight(s.B * s.N, wide);
-        logits.random(), input_weight.random();
+        Numbers logits(s.B * s.N * s.J, wide);
+        logits.random();
         const int64_t inputs = s.B * s.N;
         check(name + "step with logits", {{outputs, wide}}, [&](int threads, Outputs o) {
             return k.routing_step_with_logits(operands(threads), saved.get(), logits.get(), input_weight.get(),
@@ -421,20 +440,30 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
               });
     }
     Numbers total(outputs, wide);
-    check(name + "self-attention", {{outputs, wide}, {outputs, wide}, {outputs, wide}}, [&](int threads, Outputs o) {
-        const Status status =
-            k.self_attention_routing(operands(threads), prior.get(), 0.5, o[0]->get(), o[1]->get(), o[2]->get());
-        std::memcpy(total.get(), o[1]->get(), o[1]->bytes());
-        return save(o[2]), status;
-    });
-    check(name + "self-attention backward", {{capsules, dtype}, {weights, dtype}, {s.N * s.J, wide}},
-          [&](int threads, Outputs o) {
-              return k.self_attention_routing_backward(operands(threads), prior.get(), 0.5, total.get(), saved.get(),
-                                                       g.get(), o[0]->get(), o[1]->get(), o[2]->get());
-          });
-    check_one(name + "self-attention backward, prior", {{s.N * s.J, wide}}, [&](int threads, Outputs o) {
-        return k.self_attention_routing_backward(operands(threads), nullptr, 0.5, total.get(), saved.get(), g.get(),
-                                                 nullptr, nullptr, o[0]->get());
+    for (const bool weighed : {false, true}) {
+        const std::string own = name + (weighed ? "weighed self-attention" : "self-attention");
+        const void* const w = weighed ? input_weight.get() : nullptr;
+        check(own, {{outputs, wide}, {outputs, wide}, {outputs, wide}}, [&](int threads, Outputs o) {
+            const Status status =
+                k.self_attention_routing(operands(threads), prior.get(), w, 0.5, o[0]->get(), o[1]->get(), o[2]->get());
+            std::memcpy(total.get(), o[1]->get(), o[1]->bytes());
+            return save(o[2]), status;
+        });
+        std::vector<std::pair<int64_t, Dtype>> gradients{{capsules, dtype}, {weights, dtype}, {s.N * s.J, wide}};
+        if (weighed) gradients.push_back({s.B * s.N, wide});
+        check(own + " backward", gradients, [&](int threads, Outputs o) {
+            return k.self_attention_routing_backward(operands(threads), prior.get(), w, 0.5, total.get(), saved.get(),
+                                                     g.get(), o[0]->get(), o[1]->get(), o[2]->get(),
+                                                     weighed ? o[3]->get() : nullptr);
+        });
+        check_one(own + " backward, prior", {{s.N * s.J, wide}}, [&](int threads, Outputs o) {
+            return k.self_attention_routing_backward(operands(threads), nullptr, w, 0.5, total.get(), saved.get(),
+                                                     g.get(), nullptr, nullptr, o[0]->get(), nullptr);
+        });
+    }
+    check_one(name + "weighed self-attention backward, input weight", {{s.B * s.N, wide}}, [&](int threads, Outputs o) {
+        return k.self_attention_routing_backward(operands(threads), nullptr, input_weight.get(), 0.5, total.get(),
+                                                 saved.get(), g.get(), nullptr, nullptr, nullptr, o[0]->get());
     });
     if (masked || votes_given) return;
     check(name + "votes", {{s.B * s.N * s.J * H, dtype}},
@@ -570,8 +599,14 @@ void workspaces() {
                                 static_cast<long long>(most));
                     std::exit(1);
                 };
-                ask("attention", false, k.attention_routing(c, p, p, kind, p, p));
-                ask("attention backward", true, k.attention_routing_backward(c, p, p, kind, p, p, p, g_weight, p, p));
+                for (void* const w : {static_cast<void*>(nullptr), p}) {
+                    ask("attention", false, k.attention_routing(c, p, p, w, kind, p, p));
+                    ask("attention backward", true,
+                        k.attention_routing_backward(c, p, p, w, kind, p, p, p, g_weight, p, p, w));
+                    ask("self-attention", false, k.self_attention_routing(c, p, w, 1, p, p, p));
+                    ask("self-attention backward", false,
+                        k.self_attention_routing_backward(c, p, w, 1, p, p, p, p, g_weight, p, w));
+                }
                 for (const int iterations : {1, 3, 10, 100, 10'000}) {
                     ask("dynamic", false, k.dynamic_routing(c, p, iterations, false, kind, p, p));
                     for (const bool detach : {false, true})
@@ -587,9 +622,6 @@ void workspaces() {
                 ask("em", false, k.em_routing(c, p, p, p, temperatures, p, p, p), em);
                 ask("em backward", false, k.em_routing_backward(c, p, p, temperatures, p, p, p, p, g_weight, p, p, p),
                     em);
-                ask("self-attention", false, k.self_attention_routing(c, p, 1, p, p, p));
-                ask("self-attention backward", false,
-                    k.self_attention_routing_backward(c, p, 1, p, p, p, p, g_weight, p));
                 ask("votes", false, k.affine_votes(c, p));
                 ask("votes backward", false, k.affine_votes_backward(c, p, p, g_weight));
             }

@@ -505,6 +505,7 @@ def attention_routing(
     weight: Tensor | None,
     attn_weight: Tensor,
     attn_bias: Tensor | None,
+    input_weight: Tensor | None,
     mask: Tensor | None,
     kind: str,
 ) -> None:
@@ -512,10 +513,10 @@ def attention_routing(
     assert A is not None
     with _on(u):
         if A.shape[0] > _MOST_MIXED:
-            wide_attention.forward(s, u, weight, A, a, mask)
+            wide_attention.forward(s, u, weight, A, a, input_weight, mask)
         else:
             stream = _Stream.of(u, weight, mask)
-            s.copy_(stream.reduce("attention", attn_weight=A, attn_bias=a))
+            s.copy_(stream.reduce("attention", attn_weight=A, attn_bias=a, input_weight=input_weight))
         v.copy_(_squashed(s, kind))
 
 
@@ -524,12 +525,14 @@ def attention_routing_backward(
     g_weight: Tensor | None,
     g_attn_weight: Tensor | None,
     g_attn_bias: Tensor | None,
+    g_input_weight: Tensor | None,
     g_v: Tensor,
     s: Tensor,
     u: Tensor,
     weight: Tensor | None,
     attn_weight: Tensor,
     attn_bias: Tensor | None,
+    input_weight: Tensor | None,
     mask: Tensor | None,
     kind: str,
 ) -> None:
@@ -538,11 +541,13 @@ def attention_routing_backward(
     with _on(u):
         g_s = _gradient_of_s(g_v.to(s.dtype), s, kind)
         if A.shape[0] > _MOST_MIXED:
-            wide_attention.backward(g_u, g_weight, g_attn_weight, g_attn_bias, g_s, u, weight, A, a, mask)
+            wide_attention.backward(
+                g_u, g_weight, g_attn_weight, g_attn_bias, g_input_weight, g_s, u, weight, A, a, input_weight, mask
+            )
             return
         _Stream.of(u, weight, mask, g_weight is not None).emit(
-            "attention", g_u, g_weight, [g_s], attn_weight=A, attn_bias=a, g_attn_weight=g_attn_weight,
-            g_attn_bias=g_attn_bias,
+            "attention", g_u, g_weight, [g_s], attn_weight=A, attn_bias=a, input_weight=input_weight,
+            g_attn_weight=g_attn_weight, g_attn_bias=g_attn_bias, g_input_weight=g_input_weight,
         )  # fmt: skip
 
 
@@ -909,13 +914,14 @@ def self_attention_routing(
     u: Tensor,
     weight: Tensor | None,
     prior: Tensor | None,
+    input_weight: Tensor | None,
     mask: Tensor | None,
     scale: float,
 ) -> None:
     with _on(u):
         stream = _Stream.of(u, weight, mask)
         total.copy_(stream.reduce("sum"))
-        s.copy_(stream.reduce("agreement", [total * scale], prior=_wide(prior)))
+        s.copy_(stream.reduce("agreement", [total * scale], prior=_wide(prior), input_weight=input_weight))
         v.copy_(_squashed(s, "efficient"))
 
 
@@ -923,21 +929,26 @@ def self_attention_routing_backward(
     g_u: Tensor | None,
     g_weight: Tensor | None,
     g_prior: Tensor | None,
+    g_input_weight: Tensor | None,
     g_v: Tensor,
     total: Tensor,
     s: Tensor,
     u: Tensor,
     weight: Tensor | None,
     prior: Tensor | None,
+    input_weight: Tensor | None,
     mask: Tensor | None,
     scale: float,
 ) -> None:
     with _on(u):
         stream = _Stream.of(u, weight, mask, g_weight is not None)
         x, g_s = total * scale, _gradient_of_s(g_v.to(s.dtype), s, "efficient")
-        rest = stream.reduce("adjoint", [x, g_s]) * scale
+        rest = stream.reduce("adjoint", [x, g_s], input_weight=input_weight) * scale
         wide = None if g_prior is None else torch.empty_like(g_prior, dtype=s.dtype)
-        stream.emit("agreement", g_u, g_weight, [x, g_s, rest], prior=_wide(prior), g_prior=wide, has_addend=True)
+        stream.emit(
+            "agreement", g_u, g_weight, [x, g_s, rest], prior=_wide(prior), input_weight=input_weight, g_prior=wide,
+            g_input_weight=g_input_weight, has_addend=True,
+        )  # fmt: skip
         if g_prior is not None and wide is not None:
             g_prior.copy_(wide)
 

@@ -97,11 +97,22 @@ def attention(v, attn_weight, attn_bias, j, J: tl.constexpr, has_bias: tl.conste
 
 
 @triton.jit
-def attention_gradient(v, g_s, attn_weight, attn_bias, j, valid, J: tl.constexpr, has_bias: tl.constexpr):
-    """g_û,j = c_j g_s,j + Σ_k A_kj dz_k, and dz_k = c_k (q_k − Σ_j c_j q_j) with q = g_s û."""
+def attention_gradient(
+    v, g_s, attn_weight, attn_bias, a, j, valid,
+    J: tl.constexpr, has_bias: tl.constexpr, to_weight: tl.constexpr,
+):  # fmt: skip
+    """g_û,j = w c_j g_s,j + Σ_k A_kj dz_k, and dz_k = w c_k (q_k − Σ_j c_j q_j) with q = g_s û.
+
+    a is the weight w of the input capsules, or None. If to_weight also its gradient, Σ_jd c_j q_j.
+    """
     c = tl.where(valid, attention(v, attn_weight, attn_bias, j, J, has_bias), 0.0)
+    g_a = tl.zeros([v.shape[0], v.shape[1], 1, 1, 1], v.dtype)
+    if to_weight:
+        g_a += over_capsules(over_components(c * g_s * v))
+    if a is not None:
+        g_s *= a
     dz = softmax_backward(c, g_s * v)
-    return c * g_s + mixed(attn_weight, dz, j, J, 1, J), dz
+    return c * g_s + mixed(attn_weight, dz, j, J, 1, J), dz, g_a
 
 
 @triton.jit

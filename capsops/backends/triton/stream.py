@@ -4,7 +4,8 @@
     emit     g_u,bi = g_û,bi W_iᵀ;  g_W,i = Σ_b u_biᵀ g_û,bi
 
 Without W u is the votes, and g_u is g_û; if they are the same for all output capsules (one_vote), g_u is its sum over
-these. Couplings are multiplied by the weights w_i of the input capsules: their activations in EM routing.
+these. Couplings, a prior included, are multiplied by the weights w_i of the input capsules: their activations in EM
+routing.
 
 A program loops over a run of input capsules, NB at a time, and holds the votes of BB batch items in registers. reduce
 has a program for each run and tile of the batch. emit has a program for each run, which loops over the tiles of the
@@ -176,7 +177,7 @@ def reduce_kernel(
     attn_bias,  # [J] accumulation, of attention, or None
     prior,  # [N, J] accumulation, of agreement, or None
     logits,  # [B, N, J] storage, of agreement, over_inputs and adjoint; [N, J] if same_logits; or None
-    input_weight,  # [B, N] storage or accumulation, of the same and of EM routing, or None
+    input_weight,  # [B, N] storage or accumulation, of the same, attention and EM routing, or None
     partial,  # [runs, B, J, row] accumulation; row: P·D; for over_inputs P·D, 1 and 1; for EM routing P·D, P·D and 1
     B, N, run,
     K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr, one_vote: tl.constexpr,
@@ -234,7 +235,10 @@ def reduce_kernel(
                 e *= a
             total += coupling_backward(c, e, scalars, 1, b, j, B, J) * v
         elif routing == "attention":
-            total += attention(v, attn_weight, attn_bias, j, J, attn_bias is not None) * v
+            c = attention(v, attn_weight, attn_bias, j, J, attn_bias is not None)
+            if input_weight is not None:
+                c *= a
+            total += c * v
         else:
             before, width = state(states, 0, b, j, p, d, B, J, D, P), state(states, 1, b, j, p, d, B, J, D, P)
             w = softmax(gaussian_logits(v, before, width, scalar(scalars, 0, b, j, B, J)), j < J, False, False)
@@ -295,7 +299,7 @@ def agreement_gradient(
 ):  # fmt: skip
     """g_û = Σ_t [w c^t g^t + δ^t x^t]; if to_logits also Σ_t δ^t, and if to_weight Σ_t Σ_j c^t e^t, e^t = û · g^t.
 
-    a is the weight w of the input capsules, or None.
+    a is the weight w of the input capsules, or None. A prior belongs to c, but δ is without it.
     """
     g = tl.zeros_like(v)
     g_z = tl.zeros([v.shape[0], v.shape[1], v.shape[2], 1, 1], v.dtype)
@@ -307,20 +311,20 @@ def agreement_gradient(
         z = agreement(v, x, logits, i, b, j, valid, N, J, same_logits)
         c = coupling(z, scalars, t, b, j, valid, B, J, leaky, logits is not None)
         e = over_components(v * g_t)
+        added = c
+        if prior is not None:
+            added += from_prior(prior, i, j, end, J)
         if to_weight:
-            g_a += over_capsules(c * e)
+            g_a += over_capsules(added * e)
         if a is not None:
             e *= a
+            added *= a
         if not detach:
             delta = coupling_backward(c, e, scalars, iterations + t, b, j, B, J)
             g += delta * x
             if to_logits:
                 g_z += delta
-        if prior is not None:
-            c += from_prior(prior, i, j, end, J)
-        if a is not None:
-            c *= a
-        g += c * g_t
+        g += added * g_t
     return g, g_z, g_a
 
 
@@ -448,13 +452,17 @@ def emit_kernel(
                     write(g_logits + pair * J + j, tl.where(valid, g_z, 0.0), exists, more)
                 if g_prior is not None:
                     e = over_components(v * state(states, iterations, b, j, p, d, B, J, D, P))
+                    if input_weight is not None:
+                        e *= a
                     e = tl.sum(tl.where(valid, e, 0.0), 1, keep_dims=True)
                     add_to(g_prior + i * J + j, e, (i < end) & (j < J), first > 0)
             elif routing == "em":
                 g, g_a = em_gradient(v, states, scalars, a, b, j, p, d, B, iterations, J, D, P)
             elif routing == "attention":
                 g_s = state(states, 0, b, j, p, d, B, J, D, P)
-                g, dz = attention_gradient(v, g_s, attn_weight, attn_bias, j, valid, J, attn_bias is not None)
+                g, dz, g_a = attention_gradient(
+                    v, g_s, attn_weight, attn_bias, a, j, valid, J, attn_bias is not None, g_input_weight is not None
+                )
                 if g_attn_weight is not None:
                     for k in range(J):
                         column = over_components(dz * over_capsules(tl.where(j == k, v, 0.0)))

@@ -50,14 +50,29 @@ def _couplings(
     return votes, c
 
 
+def _weights(input_weight: Tensor, at: slice, mask: Tensor | None, wide: torch.dtype) -> Tensor:
+    """The weights of some input capsules, [B, n, 1, 1]; 0 where the mask is False."""
+    own = input_weight[:, at].to(wide)
+    return (own if mask is None else torch.where(mask[:, at], own, 0))[:, :, None, None]
+
+
 def forward(
-    s: Tensor, u: Tensor, weight: Tensor | None, attn_weight: Tensor, attn_bias: Tensor | None, mask: Tensor | None
+    s: Tensor,
+    u: Tensor,
+    weight: Tensor | None,
+    attn_weight: Tensor,
+    attn_bias: Tensor | None,
+    input_weight: Tensor | None,
+    mask: Tensor | None,
 ) -> None:
-    """s [B, J, D] = Σ_i c_i · û_i."""
+    """s [B, J, D] = Σ_i w_i c_i · û_i."""
     total = torch.zeros_like(s, dtype=torch.float64)
-    for _, own, matrices in _tiles(u, weight, mask, s.dtype):
+    for at, own, matrices in _tiles(u, weight, mask, s.dtype):
         votes, c = _couplings(own, matrices, attn_weight, attn_bias)
-        total += c.mul_(votes).sum(dim=1)  # masked capsules add 0, because their votes are 0
+        c.mul_(votes)  # masked capsules add 0, because their votes are 0
+        if input_weight is not None:
+            c.mul_(_weights(input_weight, at, mask, s.dtype))
+        total += c.sum(dim=1)
     s.copy_(total)
 
 
@@ -66,11 +81,13 @@ def backward(
     g_weight: Tensor | None,
     g_attn_weight: Tensor | None,
     g_attn_bias: Tensor | None,
+    g_input_weight: Tensor | None,
     g_s: Tensor,
     u: Tensor,
     weight: Tensor | None,
     attn_weight: Tensor,
     attn_bias: Tensor | None,
+    input_weight: Tensor | None,
     mask: Tensor | None,
 ) -> None:
     """Fill the gradients that are not None; g_s [B, J, D]."""
@@ -82,8 +99,15 @@ def backward(
         votes, c = _couplings(own, matrices, attn_weight, attn_bias)
         g = c * g_s[:, None]
         dz = g * votes
-        dz.addcmul_(c, dz.sum(dim=2, keepdim=True), value=-1)
+        mean = dz.sum(dim=2, keepdim=True)
+        dz.addcmul_(c, mean, value=-1)
         del c
+        if g_input_weight is not None:
+            g_input_weight[:, at] = mean.sum(dim=(2, 3))  # masked capsules get 0, because their votes are 0
+        if input_weight is not None:
+            w = _weights(input_weight, at, mask, g_s.dtype)
+            g *= w
+            dz *= w
         to_attn_weight += torch.einsum("bnmd,bnjd->mj", dz, votes)
         to_attn_bias += dz.sum(dim=(0, 1, 3))
         g += torch.einsum("mj,bnmd->bnjd", attn_weight, dz)

@@ -9,9 +9,13 @@
 //   g_A,kj = Σ dz_k û_j;   g_a,k = Σ dz_k                over items, capsules and components
 //
 // For two output capsules dz_1 = −dz_0.
+//
+// With weights of the input capsules, s = Σ_i w_i c_i · û_i, g_s is multiplied by w_i, and g_w,i = Σ_jd c_j q_j without
+// the weight.
 
 #include "../../math/softmax.h"
 #include "../engine/stream.h"
+#include "input_weights.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
 namespace {
@@ -52,6 +56,20 @@ template <class A> struct Attention {
     int64_t scratch_size(int64_t D) const { return J * (Lanes<A>::count + D); }
 };
 
+// The weights of the input capsules of a tile, by which numbers of row r of votes are multiplied; all are 1 unless
+// weighed.
+template <class A, bool weighed> struct RowWeights {
+    RowWeights(const Tile<A>&, const InputWeights<A>&) {}
+    Lanes<A> times(int, const Lanes<A>& x) const { return x; }
+};
+template <class A> struct RowWeights<A, true> {
+    const bool items;
+    const Lanes<A> w;
+
+    RowWeights(const Tile<A>& t, const InputWeights<A>& weights) : items(t.layout == Layout::items), w(weights.of(t)) {}
+    Lanes<A> times(int r, const Lanes<A>& x) const { return (items ? w : Lanes<A>(w.v[r])) * x; }
+};
+
 // The same for two output capsules, whose couplings depend only on z_1 − z_0.
 template <class A> struct PairAttention {
     A weight[2], bias;
@@ -72,20 +90,23 @@ template <class A> struct PairAttention {
 
 namespace {
 
-template <class A> struct AttentionSum {
-    static constexpr bool takes_registers = true;
+// weighed: whether the input capsules have weights. Then votes are in tiles alone.
+template <class A, bool weighed> struct AttentionSum {
+    static constexpr bool takes_registers = !weighed;
     Attention<A> attention;
     PairAttention<A> pair;
+    InputWeights<A> weights;
     int64_t D;
 
     int64_t row_size() const { return attention.J * D; }
     int64_t scratch_size() const { return attention.scratch_size(D); }
 
     void accumulate(Tile<A>& t, A* sum, A* scratch) const {
+        const RowWeights<A, weighed> w(t, weights);
         attention.for_each(t, scratch, [&](int r, int64_t d, const Lanes<A>* c) {
             A* to = sum + t.row(r) * t.JD + d;
             const A* votes = t.votes + r * t.JD + d;
-            for (int64_t j = 0; j < t.J; ++j) add_to(to + j * D, c[j] * load(votes + j * D));
+            for (int64_t j = 0; j < t.J; ++j) add_to(to + j * D, w.times(r, c[j]) * load(votes + j * D));
         });
     }
 
@@ -107,24 +128,32 @@ template <class A> struct AttentionSum {
 
 }  // namespace
 
-Status attention_routing(const Capsules& c, const void* attn_weight, const void* attn_bias, SquashKind kind, void* v,
-                         void* s) {
+Status attention_routing(const Capsules& c, const void* attn_weight, const void* attn_bias, const void* input_weight,
+                         SquashKind kind, void* v, void* s) {
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c, best_layout<A, AttentionSum<A>>(c));
-        const Attention<A> attention{static_cast<const A*>(attn_weight), static_cast<const A*>(attn_bias), o.J};
-        Buffer<A> sum(o.state_size());
-        reduce(o, AttentionSum<A>{attention, PairAttention<A>(attention), o.D}, sum.get());
-        o.unpack(sum.get(), static_cast<A*>(s));
-        squash_outputs(static_cast<const A*>(s), static_cast<A*>(v), c.B * o.J, o.H, kind);
+        const auto run = [&]<bool weighed>() {
+            using Policy = AttentionSum<A, weighed>;
+            const Operands<A> o(c, best_layout<A, Policy>(c));
+            const Attention<A> attention{static_cast<const A*>(attn_weight), static_cast<const A*>(attn_bias), o.J};
+            const InputWeights<A> weights{static_cast<const A*>(input_weight), c.N};
+            Buffer<A> sum(o.state_size());
+            reduce(o, Policy{attention, PairAttention<A>(attention), weights, o.D}, sum.get());
+            o.unpack(sum.get(), static_cast<A*>(s));
+            squash_outputs(static_cast<const A*>(s), static_cast<A*>(v), c.B * o.J, o.H, kind);
+        };
+        input_weight ? run.template operator()<true>() : run.template operator()<false>();
     });
 }
 
 namespace {
 
-template <class A> struct AttentionGradient {
-    static constexpr bool needs_votes = true, takes_registers = true;
+// weighed: as in AttentionSum.
+template <class A, bool weighed> struct AttentionGradient {
+    static constexpr bool needs_votes = true, takes_registers = !weighed;
     Attention<A> attention;
     PairAttention<A> pair;
+    InputWeights<A> weights;
+    A* g_input_weight;    // [B, N], zeros to which it adds; or null
     const A* transposed;  // Aᵀ [J, J]
     const A* g_s;         // a state
     int64_t D;
@@ -137,6 +166,9 @@ template <class A> struct AttentionGradient {
     void emit(Tile<A>& t, A* params, A* scratch) const {
         const int64_t J = attention.J;
         A* all_dz = scratch + attention.scratch_size(D);  // [rows, J, D]
+        const RowWeights<A, weighed> w(t, weights);
+        Lanes<A> of_weight[weighed ? Tile<A>::size : 1];
+        for (Lanes<A>& x : of_weight) x = A(0);
         attention.for_each(t, scratch, [&](int r, int64_t d, const Lanes<A>* c) {
             const A* votes = t.votes + r * t.JD + d;
             const A* g = g_s + t.row(r) * t.JD + d;
@@ -145,11 +177,14 @@ template <class A> struct AttentionGradient {
             for (int64_t j = 0; j < J; ++j) {
                 const Lanes<A> q = load(g + j * D) * load(votes + j * D);
                 store(dz + j * D, q);
-                store(t.g_votes + r * t.JD + j * D + d, c[j] * load(g + j * D));
+                store(t.g_votes + r * t.JD + j * D + d, w.times(r, c[j]) * load(g + j * D));
                 mean += c[j] * q;
             }
-            for (int64_t j = 0; j < J; ++j) store(dz + j * D, c[j] * (load(dz + j * D) - mean));
+            for (int64_t j = 0; j < J; ++j) store(dz + j * D, w.times(r, c[j]) * (load(dz + j * D) - mean));
+            if constexpr (weighed) of_weight[r] += mean;
         });
+        if constexpr (weighed)
+            if (g_input_weight) add_weight_gradient(t, of_weight);
         for (int r = 0; r < t.rows(); ++r) add_mixed(transposed, J, D, all_dz + r * t.JD, t.g_votes + r * t.JD);
         if (!wants_params) return;
         dots(all_dz, D, J, t.votes, D, J, D, t.rows(), t.JD, [&](int64_t k, int64_t j, int64_t found, const A* x) {
@@ -161,6 +196,14 @@ template <class A> struct AttentionGradient {
                 for (int64_t d = 0; d < D; d += Lanes<A>::count) sum += load(all_dz + r * t.JD + k * D + d);
             params[J * J + k] += sum.total();
         }
+    }
+
+    // of_weight: Σ_j c_j q_j of the rows of votes, to be summed over the components.
+    void add_weight_gradient(const Tile<A>& t, Lanes<A>* of_weight) const {
+        if (t.layout == Layout::items) return weights.add(t, of_weight[0], g_input_weight);
+        Lanes<A> sums = A(0);
+        for (int r = 0; r < t.count; ++r) sums.v[r] = total(of_weight[r]);
+        weights.add(t, sums, g_input_weight);
     }
 
     // Sums of dz_1 û_0, dz_1 û_1 and dz_1.
@@ -202,32 +245,40 @@ template <class A> struct AttentionGradient {
 
 }  // namespace
 
-Status attention_routing_backward(const Capsules& c, const void* attn_weight, const void* attn_bias, SquashKind kind,
-                                  const void* s, const void* g_v, void* g_u, void* g_weight, void* g_attn_weight,
-                                  void* g_attn_bias) {
+Status attention_routing_backward(const Capsules& c, const void* attn_weight, const void* attn_bias,
+                                  const void* input_weight, SquashKind kind, const void* s, const void* g_v, void* g_u,
+                                  void* g_weight, void* g_attn_weight, void* g_attn_bias, void* g_input_weight) {
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c, best_layout<A, AttentionGradient<A>>(c));
-        const int64_t rows = c.B * o.J, J = o.J;
-        const A* weight = static_cast<const A*>(attn_weight);
-        Buffer<A> g_s(rows * o.H), packed(o.state_size()), transposed(J * J);
-        squash_outputs_backward(static_cast<const A*>(g_v), static_cast<const A*>(s), g_s.get(), rows, o.H, kind);
-        o.pack(g_s.get(), packed.get());
-        for (int64_t k = 0; k < J; ++k)
-            for (int64_t j = 0; j < J; ++j) transposed.get()[j * J + k] = weight[k * J + j];
+        const auto run = [&]<bool weighed>() {
+            using Policy = AttentionGradient<A, weighed>;
+            const Operands<A> o(c, best_layout<A, Policy>(c));
+            const int64_t rows = c.B * o.J, J = o.J;
+            const A* weight = static_cast<const A*>(attn_weight);
+            Buffer<A> g_s(rows * o.H), packed(o.state_size()), transposed(J * J);
+            squash_outputs_backward(static_cast<const A*>(g_v), static_cast<const A*>(s), g_s.get(), rows, o.H, kind);
+            o.pack(g_s.get(), packed.get());
+            for (int64_t k = 0; k < J; ++k)
+                for (int64_t j = 0; j < J; ++j) transposed.get()[j * J + k] = weight[k * J + j];
+            // Masked capsules have no gradient.
+            if (g_input_weight) fill(static_cast<A*>(g_input_weight), c.B * c.N, A(0));
 
-        const Attention<A> attention{weight, static_cast<const A*>(attn_bias), J};
-        Buffer<A> params(J * (J + 1));
-        const AttentionGradient<A> policy{attention,
-                                          PairAttention<A>(attention),
-                                          transposed.get(),
-                                          packed.get(),
-                                          o.D,
-                                          o.layout == Layout::items ? 1 : Tile<A>::size,
-                                          g_attn_weight || g_attn_bias};
-        emit(o, policy, {g_u, g_weight}, params.get());
-        const A* g_bias = params.get() + J * J;
-        if (g_attn_weight) std::memcpy(g_attn_weight, params.get(), sizeof(A) * static_cast<size_t>(J * J));
-        if (g_attn_bias) std::memcpy(g_attn_bias, g_bias, sizeof(A) * static_cast<size_t>(J));
+            const Attention<A> attention{weight, static_cast<const A*>(attn_bias), J};
+            Buffer<A> params(J * (J + 1));
+            const Policy policy{attention,
+                                PairAttention<A>(attention),
+                                {static_cast<const A*>(input_weight), c.N},
+                                static_cast<A*>(g_input_weight),
+                                transposed.get(),
+                                packed.get(),
+                                o.D,
+                                o.layout == Layout::items ? 1 : Tile<A>::size,
+                                g_attn_weight || g_attn_bias};
+            emit(o, policy, {g_u, g_weight}, params.get());
+            const A* g_bias = params.get() + J * J;
+            if (g_attn_weight) std::memcpy(g_attn_weight, params.get(), sizeof(A) * static_cast<size_t>(J * J));
+            if (g_attn_bias) std::memcpy(g_attn_bias, g_bias, sizeof(A) * static_cast<size_t>(J));
+        };
+        input_weight ? run.template operator()<true>() : run.template operator()<false>();
     });
 }
 

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "../../math/softmax.h"
+#include "input_weights.h"
 #include "iterations.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
@@ -63,13 +64,7 @@ template <class A> struct Couplings {
     }
 
     // Multiplies x, numbers of the pairs, by the weights of their input capsules.
-    void weigh(const Tile<A>& t, Lanes<A>* x /* [J] */) const {
-        if (!input_weight) return;
-        Lanes<A> w = A(0);
-        for (int r = 0; r < t.count; ++r)
-            if (t.has(r)) w.v[r] = input_weight[t.b[r] * N + t.i[r]];
-        for (int64_t j = 0; j < J; ++j) x[j] *= w;
-    }
+    void weigh(const Tile<A>& t, Lanes<A>* x /* [J] */) const { InputWeights<A>{input_weight, N}.weigh(t, x); }
 
     // Without the weights.
     void couplings(const Tile<A>& t, Lanes<A>* c /* [J] */) const {
@@ -81,12 +76,8 @@ template <class A> struct Couplings {
         if (some_removed) clear(t, c);
     }
 
-    // Adds the gradient of the weights, Σ_j c_ij e_ij, to to [B, N], with e = û · g_s.
     void add_weight_gradient(const Tile<A>& t, const Lanes<A>* c, const Lanes<A>* e, A* to) const {
-        Lanes<A> sum = c[0] * e[0];
-        for (int64_t j = 1; j < J; ++j) sum += c[j] * e[j];
-        for (int r = 0; r < t.count; ++r)
-            if (t.has(r)) to[t.b[r] * N + t.i[r]] += sum.v[r];
+        InputWeights<A>{input_weight, N}.add_gradient(t, c, e, to);
     }
 
     // w c, and δ, the gradient of b: δ_ij = c_ij (e_ij − Σ_k c_ik e_ik), or c_ij (e_ij − means_j).

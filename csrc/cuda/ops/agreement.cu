@@ -41,16 +41,9 @@ Status emit_agreement(const Capsules& c, const AgreementTerms& terms, const Caps
                                            .equal = equal_coupling<A>(c.J, terms.leaky),
                                            .prior = static_cast<const A*>(terms.prior),
                                            .rest = static_cast<const A*>(terms.rest),
-                                           .g_prior = static_cast<A*>(terms.g_prior)};
-        return emit<width, T>(
-            c, policy, 2 * policy.items, gradients, 0, w, terms.more, [&](const auto*, int64_t blocks) {
-                if (!policy.g_prior) return Status::ok;
-                const int64_t size = c.N * c.J;
-                // Without votes, no kernel has written it.
-                if (blocks == 0) return launch_over(size, write_zeros<A>, c.context, policy.g_prior, size);
-                if (policy.splits == 1) return Status::ok;
-                return add_rows(policy.g_prior_of_split, policy.splits, size, size, policy.g_prior, false, c.context);
-            });
+                                           .of_prior = {.to = static_cast<A*>(terms.g_prior)}};
+        return emit<width, T>(c, policy, 2 * policy.items, gradients, 0, w, terms.more,
+                              [&](const auto*, int64_t blocks) { return policy.of_prior.finish(c, blocks); });
     });
 }
 

@@ -318,6 +318,52 @@ template <class A, int width, bool adjoint> struct Agreement {
     }
 };
 
+// g_prior = Σ_b e of the gradient of self-attention routing.
+template <class A> struct PriorGradient {
+    A* to = nullptr;        // [N, J], or null
+    A* of_split = nullptr;  // [splits, N, J], those of each split of the batch
+    int splits = 1;
+    ThreadRows rows{1};
+
+    template <class Tiling> void cut(const Tiling& tiling, Workspace& w) {
+        rows = tiling.rows, splits = tiling.splits;
+        of_split = to && splits > 1 ? w.take<A>(splits * tiling.N * tiling.J) : to;
+    }
+
+    // Adds e of a tile of the batch, by the threads of the first row of each team.
+    template <int width, int items>
+    __device__ void add(const ThreadPosition<A, width, items>& at, const A (&e)[items]) const {
+        at.publish_to_block(0, e);
+        if (at.team_row == 0 && at.part == 0 && at.in_run(0)) {
+            A sum = 0;
+#pragma unroll
+            for (int m = 0; m < items; ++m)
+                for (int row = 0; row < at.team_rows; ++row)
+                    sum += at.shared(m, (at.team * at.team_rows + row) * rows.size + at.slot - at.row);
+            A& own = of_split[(at.split * at.N + at.i) * at.J + at.j];
+            own = at.tile == at.first_tile ? sum : own + sum;
+        }
+        __syncthreads();
+    }
+
+    // For votes in memory, with the weights of the input capsules [B, N], if it is not null.
+    Status stage(const StagedVotes<A>& t, const A* e, const A* input_weight, const ExecutionContext& context) const {
+        if (!to) return Status::ok;
+        return launch_over(t.count * t.J, input_weight ? add_over_items<A, true> : add_over_items<A, false>, context, t,
+                           e, input_weight, to);
+    }
+
+    // After the kernels; blocks: how many there were.
+    Status finish(const Capsules& c, int64_t blocks) const {
+        if (!to) return Status::ok;
+        const int64_t size = c.N * c.J;
+        // Without votes, no kernel has written it.
+        if (blocks == 0) return launch_over(size, write_zeros<A>, c.context, to, size);
+        if (splits == 1) return Status::ok;
+        return add_rows(of_split, splits, size, size, to, false, c.context);
+    }
+};
+
 // g_û = Σ_t [c^t g^t + δ^t x^t] over iterations.
 template <class A, int width> struct AgreementGradient {
     static constexpr int items = some_items<A>;
@@ -330,21 +376,15 @@ template <class A, int width> struct AgreementGradient {
     bool equal_first;  // whether the first iteration has equal couplings
     bool leaky, detach;
     A equal;
-    const A* prior = nullptr;       // [N, J], or null
-    const A* rest = nullptr;        // [B, J, D], added to g_û; or null
-    A* g_prior = nullptr;           // [N, J], or null
-    A* g_prior_of_split = nullptr;  // [splits, N, J], g_prior of each split of the batch; or null
-    int splits = 1;
-    ThreadRows rows{1};
+    const A* prior = nullptr;  // [N, J], or null
+    const A* rest = nullptr;   // [B, J, D], added to g_û; or null
+    PriorGradient<A> of_prior = {};
 
     WarpAgreementGradient<A> in_warps() const {
-        return {x, g, size, iterations, equal_first, leaky, detach, equal, prior, rest, g_prior};
+        return {x, g, size, iterations, equal_first, leaky, detach, equal, prior, rest, of_prior.to};
     }
 
-    template <class Tiling> void cut(const Tiling& tiling, int, Workspace& w) {
-        rows = tiling.rows, splits = tiling.splits;
-        g_prior_of_split = g_prior && splits > 1 ? w.take<A>(splits * tiling.N * tiling.J) : g_prior;
-    }
+    template <class Tiling> void cut(const Tiling& tiling, int, Workspace& w) { of_prior.cut(tiling, w); }
     __device__ void begin_block() const {}
     __device__ void end_block(A*) const {}
     template <int n> __device__ void start(const ThreadPosition<A, width, n>&, Registers<n>&) const {}
@@ -373,7 +413,7 @@ template <class A, int width> struct AgreementGradient {
 #pragma unroll
             for (int m = 0; m < items; ++m) load(x + t * size, at, m, own_x[m]);
             agreements(at, v, own_x, own_g, z, q);
-            if (g_prior) add_to_g_prior(at, q);
+            if (of_prior.to) of_prior.add(at, q);
             const RowSoftmax<A, items> softmax(at, z, q, leaky, !detach);
 #pragma unroll
             for (int m = 0; m < items; ++m) {
@@ -404,7 +444,7 @@ template <class A, int width> struct AgreementGradient {
                                    .more = more,
                                    .prior = prior,
                                    .rest = rest,
-                                   .g_prior = g_prior};
+                                   .g_prior = of_prior.to};
         return cuda::emit_wide(c, terms, gradients, w);
     }
     static constexpr bool needs_votes = true;
@@ -419,31 +459,14 @@ template <class A, int width> struct AgreementGradient {
                 A* const e = scratch + t.pairs() * t.J;
                 c.c = scratch, c.prior = prior;
                 delta = detach ? nullptr : e;
-                CAPSOPS_TRY(stage_agreements(t, own_x, detach && !g_prior ? nullptr : own_g, scratch, context));
-                if (g_prior) CAPSOPS_TRY(launch_over(t.count * t.J, add_over_items<A>, context, t, e, g_prior));
+                CAPSOPS_TRY(stage_agreements(t, own_x, detach && !of_prior.to ? nullptr : own_g, scratch, context));
+                CAPSOPS_TRY(of_prior.stage(t, e, nullptr, context));
                 CAPSOPS_TRY(stage_softmax(t, scratch, delta, leaky, context));
             }
             CAPSOPS_TRY(launch_rows<A>(add_agreement_gradient<A>, t.pairs() * t.J, t.D, context, t, c, delta, own_x,
                                        own_g, m == 0 ? rest : nullptr, to, m > 0));
         }
         return Status::ok;
-    }
-
-  private:
-    // g_prior = Σ_b q, computed by the threads of the first row of each team.
-    template <int items>
-    __device__ void add_to_g_prior(const ThreadPosition<A, width, items>& at, const A (&q)[items]) const {
-        at.publish_to_block(0, q);
-        if (at.team_row == 0 && at.part == 0 && at.in_run(0)) {
-            A sum = 0;
-#pragma unroll
-            for (int m = 0; m < items; ++m)
-                for (int row = 0; row < at.team_rows; ++row)
-                    sum += at.shared(m, (at.team * at.team_rows + row) * rows.size + at.slot - at.row);
-            A& to = g_prior_of_split[(at.split * at.N + at.i) * at.J + at.j];
-            to = at.tile == at.first_tile ? sum : to + sum;
-        }
-        __syncthreads();
     }
 };
 

@@ -2,7 +2,8 @@
 #pragma once
 
 #include "../../math/softmax.h"
-#include "../engine/stream.cuh"
+#include "input_weights.cuh"
+#include "staged_agreement.cuh"
 
 namespace capsops::cuda {
 
@@ -76,6 +77,26 @@ Product mixing_gradient(const StagedVotes<A>& t, const A* dz, const A* votes, A*
             .columns = columns,
             .depth = t.pairs() * t.D,
             .pieces = pieces};
+}
+
+// Multiplies x and dz [pairs, J, D], the gradients c g_s and dz, by the weights of the input capsules; before that,
+// g_input_weight, if it is not null, is Σ_jd x û. A row for each pair.
+template <class A>
+__global__ void weigh_components(StagedVotes<A> t, const A* input_weight, A* x, A* dz, A* g_input_weight, int lanes) {
+    const int64_t size = t.J * t.D, lane = threadIdx.x % lanes;
+    for (int64_t first = blockIdx.x * blockDim.x / lanes; first < t.pairs(); first += index_stride() / lanes) {
+        const int64_t pair = first + threadIdx.x / lanes, end = pair < t.pairs() ? size : 0;
+        const int64_t own = end > 0 ? t.of_all(pair) : 0;
+        const A w = end > 0 && t.present(pair) ? input_weight[own] : A(0);
+        A sum = 0;
+        for (int64_t n = pair * size + lane; n < pair * size + end; n += lanes) {
+            if (g_input_weight) sum += x[n] * t.votes[n];
+            x[n] *= w, dz[n] *= w;
+        }
+        if (!g_input_weight) continue;
+        sum = sum_over_lanes(sum, lanes);
+        if (end > 0 && lane == 0) g_input_weight[own] = sum;
+    }
 }
 
 // The attention of two output capsules in the loops of warp.cuh.
@@ -230,7 +251,9 @@ template <class A, int width> struct Attention {
 // dz_k = c_k (q_k − Σ_j c_j q_j) with q = g_s û;   g_û,j = c_j g_s,j + Σ_k A_kj dz_k
 // g_A,kj = Σ dz_k û_j;   g_a,k = Σ dz_k
 // In shared memory, behind the numbers of Attention: this thread's g_A and g_a [J + 1].
-template <class A, int width> struct AttentionGradient {
+// If weighed, g_û and dz are multiplied by the weight of the input capsule, whose gradient is Σ_jd c_j q_j; then it has
+// the general loops alone.
+template <class A, int width, bool weighed = false> struct AttentionGradient {
     static constexpr int items = 1;  // more would take too many registers
     static constexpr int resident = 3;
     static constexpr int64_t most_capsules = Attention<A, width>::most_capsules;
@@ -241,11 +264,17 @@ template <class A, int width> struct AttentionGradient {
     Attention<A, width> attention;
     const A* g_s;  // [B, J, D]
     bool wants_params;
-    int J, params_at;  // params_at: the first number of g_A and g_a in shared memory
+    int J, params_at;                 // params_at: the first number of g_A and g_a in shared memory
+    const A* input_weight = nullptr;  // [B, N], if weighed
+    A* g_input_weight = nullptr;      // [B, N], or null
     ThreadRows rows{1};
     int row_count = 0, parts = 0;
 
-    WarpAttentionGradient<A> in_warps() const { return {attention.in_warps(), g_s, wants_params}; }
+    WarpAttentionGradient<A> in_warps() const
+        requires(!weighed)
+    {
+        return {attention.in_warps(), g_s, wants_params};
+    }
 
     template <class Tiling> void cut(const Tiling& tiling, int count, Workspace&) {
         rows = tiling.rows, row_count = count, parts = tiling.parts;
@@ -269,15 +298,28 @@ template <class A, int width> struct AttentionGradient {
     __device__ void gradient(const ThreadPosition<A, width, items>& at, const Registers<items>& own,
                              const A (&v)[items][width], A (&g)[items][width]) const {
 #pragma unroll
-        for (int m = 0; m < items; ++m)
-            gradient_of_item(at, own.attention, at.present(m), own.g_s[m], own.other[m], v[m], g[m]);
+        for (int m = 0; m < items; ++m) gradient_of_item(at, own.attention, m, own.g_s[m], own.other[m], v[m], g[m]);
+    }
+    // means: Σ_j c_j q_j of the thread's components.
+    template <int items>
+    __device__ void write_weight_gradient(const ThreadPosition<A, width, items>& at, int m,
+                                          const A (&means)[width]) const {
+        if (!g_input_weight) return;
+        A sum[1] = {A(0)};
+#pragma unroll
+        for (int d = 0; d < width; ++d) sum[0] += means[d];
+        join_parts(at, width, sum, Add{});
+        cuda::write_weight_gradient(at, m, sum[0], g_input_weight);
     }
     template <int items>
     __device__ void gradient_of_item(const ThreadPosition<A, width, items>& at,
-                                     const typename Attention<A, width>::template Registers<items>& own, bool present,
+                                     const typename Attention<A, width>::template Registers<items>& own, int m,
                                      const A (&own_g_s)[width], const A (&other_g_s)[width], const A (&v)[width],
                                      A (&g)[width]) const {
-        A c[width], dz[width];
+        const bool present = at.present(m);
+        A w = A(1);
+        if constexpr (weighed) w = weight_of(at, m, input_weight);
+        A c[width], dz[width], mean[width];
         attention.couple_item(at, own, v, c);
         if (at.J == 2) {
             // dz_j = −dz_k = c_j c_k (q_j − q_k).
@@ -287,11 +329,17 @@ template <class A, int width> struct AttentionGradient {
                 const A other = at.of(d, 1 - at.j);
                 const A difference = own_g_s[d] * v[d] - other_g_s[d] * other;
                 dz[d] = present ? c[d] * (A(1) - c[d]) * difference : A(0);
-                g[d] = present ? c[d] * own_g_s[d] - own.own * dz[d] : A(0);
+                g[d] = present ? c[d] * own_g_s[d] : A(0);
+                if constexpr (weighed) {
+                    mean[d] = other_g_s[d] * other + c[d] * difference;
+                    dz[d] *= w, g[d] *= w;
+                }
+                if (present) g[d] -= own.own * dz[d];
                 own_product += dz[d] * v[d];
                 other_product += dz[d] * other;
                 sum += dz[d];
             }
+            if constexpr (weighed) write_weight_gradient(at, m, mean);
             if (wants_params && present) {
                 param(at.j, at.slot) += own_product;
                 param(1 - at.j, at.slot) += other_product;
@@ -305,12 +353,16 @@ template <class A, int width> struct AttentionGradient {
             g[d] = c[d] * own_g_s[d];
             dz[d] = g[d] * v[d];
         }
-        A mean[width];
 #pragma unroll
         for (int d = 0; d < width; ++d) mean[d] = dz[d];
         join_capsules(at, width, mean, Add{});
 #pragma unroll
         for (int d = 0; d < width; ++d) dz[d] -= c[d] * mean[d];
+        if constexpr (weighed) {
+            write_weight_gradient(at, m, mean);
+#pragma unroll
+            for (int d = 0; d < width; ++d) dz[d] *= w, g[d] *= w;
+        }
         at.publish(width, dz);
         if (!present) return;
 #pragma unroll 1
@@ -347,6 +399,9 @@ template <class A, int width> struct AttentionGradient {
     Status stage_gradient(const StagedVotes<A>& t, A* dz, A* g, A* params, int64_t pieces,
                           const ExecutionContext& context) const {
         CAPSOPS_TRY(attention.stage(t, g, g_s, dz, context));
+        if constexpr (weighed)
+            CAPSOPS_TRY(launch_rows<A>(weigh_components<A>, t.pairs(), J * t.D, context, t, input_weight, g, dz,
+                                       g_input_weight));
         CAPSOPS_TRY(multiply_matrices(mix_capsules<A>(t, attention.weight, true, dz, g), context));
         if (!wants_params) return Status::ok;
         CAPSOPS_TRY(multiply_matrices(mixing_gradient<A>(t, dz, t.votes, params, pieces, J * J + J), context));

@@ -95,10 +95,11 @@ __device__ inline void load_states(const A* x, const ThreadPosition<A, width, it
 }
 
 // For votes in memory, in place: û · x becomes w c, and û · y becomes δ; e may be null. A row for each pair. g_logits
-// [B, N, J] and g_input_weight [B, N], each or null, get δ and Σ_j c e; more: these are added.
-template <class A>
-__global__ void couple_pairs(StagedVotes<A> t, Coupled<A> given, int64_t iteration, A* z, A* e /* [pairs, J] */,
-                             A* g_logits, A* g_input_weight, bool more, int lanes) {
+// [B, N, J] and g_input_weight [B, N], each or null, get δ and Σ_j c e; more: these are added. with_prior: c + prior
+// takes the place of c, but for δ.
+template <class A, bool with_prior = false>
+__global__ void couple_pairs(StagedVotes<A> t, Coupled<A> given, const A* prior /* [N, J] */, int64_t iteration, A* z,
+                             A* e /* [pairs, J] */, A* g_logits, A* g_input_weight, bool more, int lanes) {
     const int64_t lane = threadIdx.x % lanes, J = t.J;
     for (int64_t first = blockIdx.x * blockDim.x / lanes; first < t.pairs(); first += index_stride() / lanes) {
         const int64_t pair = first + threadIdx.x / lanes, end = pair < t.pairs() ? J : 0;
@@ -106,7 +107,8 @@ __global__ void couple_pairs(StagedVotes<A> t, Coupled<A> given, int64_t iterati
         const int64_t own = end > 0 ? t.of_all(pair) : 0, scalar = (iteration * t.B + pair / t.count) * J;
         const A w = given.weight(own, present);
         A *const c = z + pair * J, *const delta = e + pair * J;
-        A largest = given.leaky ? A(0) : given.lowest, sum = 0, mean = 0;
+        const A* const added = with_prior ? prior + (t.first + pair % t.count) * J : nullptr;
+        A largest = given.leaky ? A(0) : given.lowest, sum = 0, mean = 0, of_prior = 0;
         for (int64_t j = lane; j < end; j += lanes) {
             c[j] = given.logit(c[j], own * J + j, present);
             largest = max(c[j], largest);
@@ -123,8 +125,12 @@ __global__ void couple_pairs(StagedVotes<A> t, Coupled<A> given, int64_t iterati
             for (int64_t j = lane; j < end; j += lanes) c[j] *= inverse;
         }
         if (e) {
-            for (int64_t j = lane; j < end; j += lanes) mean += c[j] * delta[j];
+            for (int64_t j = lane; j < end; j += lanes) {
+                mean += c[j] * delta[j];
+                if (with_prior) of_prior += added[j] * delta[j];
+            }
             mean = sum_over_lanes(mean, lanes);
+            if (with_prior) of_prior = sum_over_lanes(of_prior, lanes);
         }
         for (int64_t j = lane; j < end; j += lanes) {
             if (e) {
@@ -132,9 +138,10 @@ __global__ void couple_pairs(StagedVotes<A> t, Coupled<A> given, int64_t iterati
                                           : w * c[j] * (delta[j] - mean);
                 if (g_logits) g_logits[own * J + j] = delta[j] + (more ? g_logits[own * J + j] : A(0));
             }
-            c[j] *= w;
+            c[j] = w * (with_prior ? c[j] + added[j] : c[j]);
         }
-        if (g_input_weight && end > 0 && lane == 0) g_input_weight[own] = mean + (more ? g_input_weight[own] : A(0));
+        if (g_input_weight && end > 0 && lane == 0)
+            g_input_weight[own] = (with_prior ? mean + of_prior : mean) + (more ? g_input_weight[own] : A(0));
     }
 }
 
@@ -184,8 +191,8 @@ template <class A, int width, bool adjoint> struct CoupledSum {
         A *const e = adjoint ? scratch + t.pairs() * t.J : nullptr, *const none = nullptr;
         c.c = adjoint ? e : scratch;
         CAPSOPS_TRY(stage_dots(t, x, y, scratch, e, context));
-        return launch_rows<A>(couple_pairs<A>, t.pairs(), t.J, context, t, given, int64_t{0}, scratch, e, none, none,
-                              false);
+        return launch_rows<A>(couple_pairs<A>, t.pairs(), t.J, context, t, given, static_cast<const A*>(none),
+                              int64_t{0}, scratch, e, none, none, false);
     }
 };
 
@@ -250,10 +257,10 @@ template <class A, int width> struct CoupledGradient {
         for (int64_t m = 0; m < iterations; ++m) {
             const A *own_x = m == 0 && zero_first ? nullptr : x + m * size, *own_g = g + m * size;
             const Couplings<A> c{.c = scratch};
-            CAPSOPS_TRY(stage_dots(t, own_x, own_g, scratch, e, context));
-            CAPSOPS_TRY(launch_rows<A>(couple_pairs<A>, t.pairs(), t.J, context, t, given, m, scratch, e, g_logits,
-                                       g_input_weight, more || m > 0));
             const A *const delta = detach || !own_x ? nullptr : e, *const none = nullptr;
+            CAPSOPS_TRY(stage_dots(t, own_x, own_g, scratch, e, context));
+            CAPSOPS_TRY(launch_rows<A>(couple_pairs<A>, t.pairs(), t.J, context, t, given, none, m, scratch, e,
+                                       g_logits, g_input_weight, more || m > 0));
             CAPSOPS_TRY(launch_rows<A>(add_agreement_gradient<A>, t.pairs() * t.J, t.D, context, t, c, delta, own_x,
                                        own_g, none, to, m > 0));
         }

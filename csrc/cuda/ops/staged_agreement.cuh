@@ -89,12 +89,18 @@ __global__ void add_agreement_gradient(StagedVotes<A> t, Couplings<A> c, const A
     }
 }
 
-// g_prior [N, J] = Σ_b e.
-template <class A> __global__ void add_over_items(StagedVotes<A> t, const A* e, A* g_prior) {
+// g_prior [N, J] = Σ_b e, or Σ_b w e if weighed.
+template <class A, bool weighed>
+__global__ void add_over_items(StagedVotes<A> t, const A* e, const A* input_weight /* [B, N] */, A* g_prior) {
     for (int64_t x = first_index(); x < t.count * t.J; x += index_stride()) {
         double sum = 0;
-        for (int64_t b = 0; b < t.B; ++b)
-            if (t.present(b * t.count + x / t.J)) sum += static_cast<double>(e[b * t.count * t.J + x]);
+        for (int64_t b = 0; b < t.B; ++b) {
+            const int64_t pair = b * t.count + x / t.J;
+            if (!t.present(pair)) continue;
+            A own = e[b * t.count * t.J + x];
+            if constexpr (weighed) own *= input_weight[t.of_all(pair)];
+            sum += static_cast<double>(own);
+        }
         g_prior[t.first * t.J + x] = static_cast<A>(sum);
     }
 }
