@@ -9,7 +9,6 @@ import csv
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -17,16 +16,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cardiocaps import DISCLAIMER
 from cardiocaps.data.dicom import FLAGS
 from cardiocaps.evaluation.familiarity import FALSE_ALARMS
+from cardiocaps.pages import jpeg, write_page
 from cardiocaps.prediction.ensemble import BLANK, STILL, UNLIKE
 from cardiocaps.prediction.results import FAILED
-from cardiocaps.runtime.files import atomic_write, output_errors, write_text
+from cardiocaps.runtime.files import output_errors, write_bytes
 
 PICTURES = "pictures"
-_HEIGHT = 144  # pixels of a picture: twice what the page shows, for fine screens
-_SHOWN = 72
+_SHOWN = 72  # pixels, the height of a picture on the page
 _CURVE_WIDTH, _CURVE_HEIGHT = 140, 48
 _MEANINGS = {
     UNLIKE: f"the decoder redraws the video worse than nearly all videos of validation: of videos like these, at most "
@@ -48,15 +46,10 @@ def write_picture(folder: Path, name: str, frame: NDArray[np.uint8], aspect: flo
     Raises:
         OutputError: the file cannot be written.
     """
-    from PIL import Image
-
     path = folder / picture_of(name)
     with output_errors(path):
         path.parent.mkdir(exist_ok=True)
-    image = Image.fromarray(np.ascontiguousarray(frame.transpose(1, 2, 0)))
-    width = min(max(round(_HEIGHT * aspect), 8), 8 * _HEIGHT)
-    with atomic_write(path, sync=False) as temporary:
-        image.resize((width, _HEIGHT), Image.Resampling.LANCZOS).save(temporary, format="JPEG", quality=85)
+    write_bytes(path, jpeg(frame, aspect), sync=False)
 
 
 def write_report(folder: Path, target: str) -> Path:
@@ -72,8 +65,6 @@ def write_report(folder: Path, target: str) -> Path:
     Raises:
         OutputError: a file cannot be read or written.
     """
-    from jinja2 import Environment
-
     with output_errors(folder):
         marker = json.loads((folder / "predict.json").read_text(encoding="utf-8"))
         videos = _rows(folder / "predictions.csv")
@@ -94,13 +85,11 @@ def write_report(folder: Path, target: str) -> Path:
     common = _common_folder([row["input"] for row in videos])
     shown = [_video(folder, row, cells, curves.get(row["input"], ()), common) for row in videos]
     flags = {flag for video in shown for flag in video["flags"]}
-    page = Environment(autoescape=True, trim_blocks=False).from_string(
-        files(__package__).joinpath("report.html.jinja").read_text(encoding="utf-8")
-    )
     path = folder / "report.html"
-    text = page.render(
+    write_page(
+        path,
+        "predictions",
         title=f"Predictions for {len(shown):,} videos",
-        use=DISCLAIMER,
         numbers=[
             (f"{sum(not video['failed'] for video in shown):,}", "videos read"),
             (f"{sum(video['abnormal'] for video in shown):,}", "abnormal at the threshold"),
@@ -113,7 +102,6 @@ def write_report(folder: Path, target: str) -> Path:
         videos=shown,
         meanings=[(flag, meaning) for flag, meaning in _MEANINGS.items() if flag in flags],
     )
-    write_text(path, text.encode("utf-8", "replace").decode())
     return path
 
 
