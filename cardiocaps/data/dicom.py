@@ -60,7 +60,7 @@ FLAGS: Mapping[str, str] = {
     "no-region": "no ultrasound region is named: frames are not cropped and have no scale",
     "misfit-region": "the ultrasound region lies outside of the frame: it is not used",
     "several-regions": "several tissue regions: the largest is used",
-    "filled": "the sector fills the frame: nothing was blacked out",
+    "filled": "the sector fills the ultrasound region: nothing was blacked out in it",
     "no-rate": "no frame rate is stated",
 }
 """What is noted about a file -> what it means. "coloured", "frozen" and "filled" are seen in the pixels (`Sector`)."""
@@ -250,8 +250,8 @@ def find_sector(cine: Cine) -> Sector:
     lit within the ultrasound region.
 
     Raises:
-        VideoError: a frame cannot be decoded; or no sector is found: nothing changes, and the file names no region, or
-            too little or all of the frame is lit.
+        VideoError: a frame cannot be decoded; or no sector is found: nothing changes and the file names no region, too
+            little is lit, or all of the stored frame changes or is lit.
     """
     shape = (cine.header.height, cine.header.width)
     darkest, brightest = np.full(shape, 255, np.uint8), np.zeros(shape, np.uint8)
@@ -272,9 +272,8 @@ def find_sector(cine: Cine) -> Sector:
         inside = sector_by_light(brightest)
         if inside is None:
             raise VideoError("no sector found: too little of the image is lit")
-        # All of the screen is lit, so what is text in it cannot be told.
-        if inside.sum() >= _FILLED * cine.header.stored_width * cine.header.stored_height:
-            raise VideoError("no sector found: nothing changes and all of the frame is lit, so text in it may stay")
+    if inside.sum() >= _FILLED * cine.header.stored_width * cine.header.stored_height:
+        raise VideoError("no sector found: all of the frame changes or is lit, so text in it may name the patient")
     if coloured[inside].mean() >= _COLOURED_SHARE:
         flags.append("coloured")
     if inside.mean() >= _FILLED:
