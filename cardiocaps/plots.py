@@ -212,7 +212,7 @@ def reliability_diagram(
         text = f"{name}: calibration error {error:.3f}"
         axes.plot(predicted, observed, style, color=colour, marker=marker, markersize=5, clip_on=False, label=text)
     dress(axes, "Mean probability (bins of equal size)", "Observed share of abnormal")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(framealpha=0.9, edgecolor="none", fontsize=8, loc="lower right")
     save(figure, path)
 
 

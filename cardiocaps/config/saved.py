@@ -33,6 +33,7 @@ _NEWER: Mapping[str, Any] = {
     "threshold": None,
     "follow_links": False,
     "calibration": "none",
+    "report_frames": False,
     "dataset": "echonet-lvh",
     "view": "A4C",
     "val_fold": 8,

@@ -200,6 +200,11 @@ class TrainConfig:
         "temperature",
         "how probabilities are calibrated on the validation split: by a temperature, or by isotonic regression",
     )
+    report_frames: bool = setting(
+        False,
+        "show a frame of each wrongly decided test video in report.html; the page is then a part of your data",
+        affects="display",
+    )
     bootstrap: int = setting(1000, "resamples for the intervals; 0: no intervals", bounds=(0, 100_000))
 
     def __post_init__(self) -> None:

@@ -183,6 +183,7 @@ class EchoDataModule(LightningDataModule):
         channels_last: bool = False,
     ) -> None:
         super().__init__()
+        self._cached = cached
         self.study = study = cached.study
         self.size, self.batch_size = size, batch_size
         self.target = target = study.target(target)
@@ -222,6 +223,12 @@ class EchoDataModule(LightningDataModule):
     def labels(self, split: str) -> NDArray[np.int64]:
         """The label of every frame of a split, int64 [n]."""
         return self._datasets[split].labels
+
+    def middle_frame(self, clip: Clip) -> tuple[NDArray[np.uint8], float]:
+        """The middle one of a clip's frames, uint8 [3, S, S], and the aspect (width / height) of its video."""
+        found = self._cached.frames[clip.path]
+        header = found.video.header
+        return self._cached.frame(clip, len(found.numbers) // 2), header.width / header.height
 
     def contents(self) -> dict[str, str]:
         """Name -> SHA-256 of the file's bytes, of each video that could be decoded."""

@@ -6,12 +6,16 @@ import io
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cardiocaps import DISCLAIMER, plots
-from cardiocaps.config import TrainConfig
+from cardiocaps.config import TrainConfig, options
 from cardiocaps.errors import plural
 from cardiocaps.evaluation.calibration import write_calibration
 from cardiocaps.evaluation.decision import write_decision
+from cardiocaps.evaluation.familiarity import Familiarity, write_familiarity
 from cardiocaps.evaluation.names import METRIC_NAMES, PAPER_NAMES
 from cardiocaps.evaluation.pixel_baseline import TITLE as PIXELS
 from cardiocaps.evaluation.predictions import unit_of, write_predictions
@@ -26,12 +30,17 @@ from cardiocaps.metrics import (
     THRESHOLD,
     Report,
     RunsReport,
+    by_video,
     evaluate_runs,
 )
 from cardiocaps.models import title as network_title
+from cardiocaps.pages import inline, jpeg, write_page
 from cardiocaps.runtime.files import output_errors, write_json
 from cardiocaps.runtime.program import print_line
 from cardiocaps.training.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from cardiocaps.data.datamodule import EchoDataModule
 
 INTERVALS = {
     "bootstrap": "the middle 95 % of the resamples of videos, or of the patients or studies that the table names, "
@@ -43,14 +52,24 @@ INTERVALS = {
 _THRESHOLD_ROW = "at the threshold of validation"
 
 
-def print_table(
-    network: Scores, pixels: Scores | None, config: TrainConfig, regressed: tuple[str, str] | None, title: str
-) -> None:
-    """Print the test results of a run side by side, for people.
+@dataclass(frozen=True)
+class ResultsTable:
+    """The test results of a run side by side, for people: cells of text, and what the methods in them mean."""
+
+    title: str
+    head: Sequence[str]
+    sections: Sequence[Sequence[Sequence[str]]]
+    methods: str
+    notes: Sequence[str]
+
+
+def results_table(
+    network: Scores, pixels: Scores | None, config: TrainConfig, regressed: tuple[str, str] | None
+) -> ResultsTable:
+    """The results of a network and of the classifier of pixels.
 
     Args:
         regressed: the regression target and the unit of its errors; None: the data have no target.
-        title: names the run and the data.
     """
     unit = unit_of(config)
     both = [network] if pixels is None else [network, pixels]
@@ -70,13 +89,19 @@ def print_table(
     regression = _regression_rows(network, unit, *regressed) if regressed else []
     calibrated = _calibration_rows(both, unit)
     ours = reports[0]
-    title = f"{title}: test split, {ours.n} {unit}s, {ours.positives} abnormal"
+    title = f"test split, {ours.n} {unit}s, {ours.positives} abnormal"
     head = ("with 95 % interval" if config.bootstrap else "", network_title(config), *([PIXELS] if pixels else []))
     if all(report.threshold == THRESHOLD for report in reports):
         at_half = []
     sections = [metrics(reports, ranks), calibrated, decided, at_half, published, regression]
-    _print(title, head, *sections, caption=_methods(config.bootstrap, f"{ours.groups} {plural(ours.group_name)}"))
-    for note in _notes(network, pixels, unit):
+    methods = _methods(config.bootstrap, f"{ours.groups} {plural(ours.group_name)}")
+    return ResultsTable(title, head, sections, methods, _notes(network, pixels, unit))
+
+
+def print_table(table: ResultsTable, title: str) -> None:
+    """Print a table; `title` names the run and the data."""
+    _print(f"{title}: {table.title}", table.head, *table.sections, caption=table.methods)
+    for note in table.notes:
         print_line(f"note: {note}")
 
 
@@ -184,12 +209,16 @@ def write_results(
     pixels: Scores | None,
     config: TrainConfig,
     regressed: tuple[str, str] | None,
+    familiarity: Familiarity | None,
+    data: EchoDataModule,
     **identity: str | int | None,
 ) -> None:
-    """Write the predictions, the decision, the plots and, last, metrics.json into a run's folder.
+    """Write the predictions, the decision, the plots, the page and, last, metrics.json into a run's folder.
 
     Args:
-        regressed: as in `print_table`.
+        regressed: as in `results_table`.
+        familiarity: of the network; None: there is none.
+        data: on which it was evaluated.
         identity: what was evaluated, and on what.
     """
     unit = unit_of(config)
@@ -199,6 +228,8 @@ def write_results(
         run.plots.mkdir(exist_ok=True)
     write_decision(run.decision, network.decision)
     write_calibration(run.calibration, network.calibration)
+    if familiarity is not None:
+        write_familiarity(run.familiarity, familiarity)
     write_predictions(run, network.test, network.validation, network.decision.threshold, network.calibration)
     counts = {f"{unit}s, probability > {report.threshold:.3g}, chosen on validation": report.confusion}
     if not network.decision.is_chosen:
@@ -212,6 +243,7 @@ def write_results(
     if regressed and network.regression:
         of_units = {of: of_unit.as_dict() for of, of_unit in network.regression.items()}
         regression = {"regression": {"target": regressed[0], "unit": regressed[1], **of_units}}
+    write_run_page(run, network, results_table(network, pixels, config, regressed), config, data, **identity)
     # metrics.json comes last: its presence says that the run is complete.
     results = {
         **identity,
@@ -225,3 +257,86 @@ def write_results(
         "use": DISCLAIMER,
     }
     write_json(run.metrics_json, results)
+
+
+def write_run_page(
+    run: RunFolder,
+    network: Scores,
+    table: ResultsTable,
+    config: TrainConfig,
+    data: EchoDataModule,
+    **identity: str | int | None,
+) -> None:
+    """Write `report.html`: results, figures, wrong decisions, data and settings on one page, in one file.
+
+    It has no path of this machine, and no frame of a video unless `report_frames` is set.
+
+    Raises:
+        OutputError: a file cannot be read or written.
+    """
+    figures = {
+        "Learning curves": run.learning_curves,
+        "Receiver operating characteristic": run.roc_curve,
+        "Precision and recall": run.precision_recall_curve,
+        "Reliability": run.reliability,
+        "Confusion matrices": run.confusion_matrix,
+    }
+    report = network.report(unit_of(config))
+    mistakes, decided = _mistakes(network, data, config.report_frames)
+    with output_errors(run.path):
+        pictures = [(title, inline(path.read_bytes(), "png")) for title, path in figures.items() if path.exists()]
+    weights, fingerprint = str(identity["weights"])[:12], identity["fingerprint"]
+    write_page(
+        run.report,
+        "run",
+        title=f"{network_title(config)}, seed {config.seed}",
+        subtitle=f"Weights {weights}, data {fingerprint}, {table.title}.",
+        numbers=[
+            (str(report.metrics["auroc"]).partition(" (")[0], "AUROC"),
+            (str(report.metrics["average_precision"]).partition(" (")[0], "average precision"),
+            (str(report.n), f"test {unit_of(config)}s"),
+            (str(report.positives), "of them abnormal"),
+        ],
+        head=table.head,
+        sections=table.sections,
+        methods=table.methods,
+        notes=table.notes,
+        figures=pictures,
+        mistakes=mistakes,
+        decided=decided,
+        frames=config.report_frames,
+        data=data.study.summary(),
+        settings=_settings(config),
+    )
+
+
+def _mistakes(network: Scores, data: EchoDataModule, with_frames: bool) -> tuple[list[dict[str, Any]], int]:
+    """The videos of the test split that were decided wrongly, the most wrong first, and how many videos there are."""
+    test, threshold = network.test, network.decision.threshold
+    probability, label = by_video(test.probability, test.label, test.clip)
+    clips = data.clips("test")
+    numbers = sorted(set(test.clip.tolist()))
+    wrong = []
+    for number, p, y in zip(numbers, probability.tolist(), label.tolist(), strict=True):
+        if (p > threshold) == bool(y):
+            continue
+        frame = data.middle_frame(clips[number]) if with_frames else None
+        mistake = {
+            "video": clips[number].where,
+            "label": ("normal", "abnormal")[y],
+            "decision": ("normal", "abnormal")[1 - y],
+            "probability": f"{p:.3f}",
+            "frame": None if frame is None else inline(jpeg(*frame), "jpeg"),
+        }
+        wrong.append((abs(p - threshold), mistake))
+    wrong.sort(key=lambda one: one[0], reverse=True)
+    return [mistake for _, mistake in wrong], len(numbers)
+
+
+def _settings(config: TrainConfig) -> list[tuple[str, str]]:
+    """The settings that differ from their defaults, without paths, which can identify the user."""
+    return [
+        (option.flag.removeprefix("--"), str(value))
+        for name, option in options().items()
+        if (value := getattr(config, name)) not in (option.default, None) and not isinstance(value, Path)
+    ]

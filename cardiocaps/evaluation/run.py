@@ -15,10 +15,10 @@ from cardiocaps.data.splits import SPLITS
 from cardiocaps.errors import CardioCapsError, printable
 from cardiocaps.evaluation.calibration import Calibration, read_calibration
 from cardiocaps.evaluation.decision import Decision, read_decision, training_mean
-from cardiocaps.evaluation.familiarity import Familiarity, write_familiarity
+from cardiocaps.evaluation.familiarity import Familiarity
 from cardiocaps.evaluation.pixel_baseline import PixelBaseline
 from cardiocaps.evaluation.predictions import unit_of
-from cardiocaps.evaluation.report import print_means, print_table, write_results
+from cardiocaps.evaluation.report import print_means, print_table, results_table, write_results
 from cardiocaps.evaluation.scores import Scores, predict
 from cardiocaps.runtime.device import Machine, machine_for
 from cardiocaps.runtime.files import write_json
@@ -89,17 +89,16 @@ def evaluate_network(
             "fingerprint": fingerprint,
             "test_videos_left_out": used.left_out,
         }
-        write_results(results, scores, pixels, config, regressed, **identity)
-        # Frames of a video are in every split there, so that no validation video is new to the network.
-        if with_validation and unit == "video" and (familiarity := Familiarity.of(said["val"], weights)):
-            write_familiarity(results.familiarity, familiarity)
+        # With frames of each video in every split, no validation video is new to the network.
+        familiarity = Familiarity.of(said["val"], weights) if with_validation and unit == "video" else None
+        write_results(results, scores, pixels, config, regressed, familiarity, data, **identity)
     if results and not training:
         # Names, not paths: results are shown to others, and paths can identify the user.
         run_name, data_name = (place.resolve().name for place in (run.path, data.study.root))
         write_json(results.evaluation, {"run": run_name, "data": data_name, **identity, "own_data": own_data})
     place, source = printable(run.path), printable(data.study.root)
     title = f"{place} (weights {weights[:12]}) on {source} (fingerprint {fingerprint})"
-    print_table(scores, pixels, config, regressed, title)
+    print_table(results_table(scores, pixels, config, regressed), title)
     return scores, pixels
 
 

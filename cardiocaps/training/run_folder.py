@@ -56,6 +56,7 @@ class RunFolder:
     familiarity = _File("familiarity.json")  # see `cardiocaps.evaluation.familiarity`
     evaluation = _File("evaluation.json")  # which run was evaluated on which data; only outside of the run's own folder
     pixel_baseline = _File("pixel_baseline.json")  # the logistic regression on pixels of the run's training split
+    report = _File("report.html")  # results, figures and wrong decisions on one page
     best = _File("best.ckpt")
     last = _File("last.ckpt")
     plots = _File("plots")

@@ -101,6 +101,7 @@ def test_run_folder_is_complete(finished: Path) -> None:
         "pixel_baseline.json",
         "predictions.csv",
         "predictions_by_video.csv",
+        "report.html",
         "run.json",
         "validation.csv",
         "validation_by_video.csv",
@@ -124,6 +125,28 @@ def test_run_folder_is_complete(finished: Path) -> None:
     predictions = list(csv.DictReader((finished / "predictions.csv").open()))
     assert len(predictions) == results["network"]["frame"]["n"]
     assert len({row["video"] for row in predictions}) == results["network"]["video"]["n"]
+
+
+def test_the_page_of_a_run_is_one_file_without_paths_and_frames(finished: Path, phantom: Path) -> None:
+    text = (finished / "report.html").read_text()
+    wrong = [row for row in _rows(finished / "predictions_by_video.csv") if row["label"] != row["decision"]]
+    assert text.count("<tr><td>") == len(wrong)
+    for row in wrong:
+        kind = ("normal", "abnormal")
+        cells = row["video"], kind[int(row["label"])], kind[int(row["decision"])]
+        assert f"<tr><td>{'</td><td>'.join(cells)}</td>" in text
+    assert len(re.findall(r'<img src="data:image/png;base64,', text)) == text.count("<img ") == 5
+    assert "not a medical device" in text.lower() and "<td>2</td>" in text  # --frames-per-clip
+    for place in (phantom, finished):
+        assert str(place) not in text and str(place.resolve()) not in text
+
+
+def test_frames_of_wrong_decisions_on_request(finished: Path, arguments: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train.main([*arguments, "--report-frames", "--epochs", "1", "--out", str(run)]) == 0
+    wrong = [row for row in _rows(run / "predictions_by_video.csv") if row["label"] != row["decision"]]
+    assert wrong
+    assert (run / "report.html").read_text().count('src="data:image/jpeg;base64,') == len(wrong)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
