@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,8 @@ def predict(
             todo = [video for video in videos if video.name not in results.done]
             if len(todo) < len(videos):
                 print_line(f"{len(videos) - len(todo)} of {len(videos)} videos have their rows already")
-            unreadable, unlike, abnormal = _predict(ensemble, todo, results, config, out if report else None)
+            scored = _scored(ensemble, todo, config)
+            unreadable, unlike, abnormal = _write_rows(scored, results, out if report else None)
             if report:
                 print_line(f"report: {printable(write_report(out, ensemble.target))}")
     read = len(todo) - len(unreadable)
@@ -89,37 +90,71 @@ def predict(
         raise DataError(f"none of the {len(videos)} videos could be read")
 
 
-def _predict(
-    ensemble: Ensemble, videos: Sequence[Input], results: Results, config: TrainConfig, pictures: Path | None
-) -> tuple[list[Problem], int, int]:
+def predictions(runs: Sequence[Path | str], given: Sequence[Path | str], **changed: Any) -> Iterator[dict[str, Any]]:
+    """The rows of `python -m cardiocaps.predict` for videos, one after the other; nothing is written.
+
+    Args:
+        runs: folders of runs; of several, the numbers are means.
+        given: files, folders and tables, see `cardiocaps.prediction.inputs.find`.
+        changed: settings that differ from the runs', for example device="cpu".
+
+    Raises:
+        CardioCapsError: a run or an input cannot be used.
+    """
+    paths, videos = [Path(run) for run in runs], inputs.find([Path(path) for path in given])
+    changed = {"progress": False, **changed}
+    config = replace(read_run(paths[0]), **changed)
+    with machine_for(config) as machine:
+        for one in _scored(load(paths, machine, changed), videos, config):
+            yield one.row
+
+
+@dataclass(frozen=True, eq=False)
+class _Scored:
+    """A video with its row, and the rows of its frames; `found` is why it could not be read, or what was read of it."""
+
+    input: Input
+    found: Video | str
+    row: dict[str, Any]
+    frames: list[dict[str, Any]]
+
+
+def _scored(ensemble: Ensemble, videos: Sequence[Input], config: TrainConfig) -> Iterator[_Scored]:
+    """Decode videos in threads and score them, in their order."""
+    workers = config.decode_workers or cores()
+    read = partial(ensemble.read, follow_links=config.follow_links)
+    with in_order(partial(ThreadPoolExecutor, workers), read, videos, _AHEAD * workers + ensemble.group) as decoded:
+        counted = shown(decoded, len(videos), "predicting") if config.progress else decoded
+        for group in _groups(counted, ensemble.group):
+            scores = iter(ensemble.score([found for _, found in group if isinstance(found, Video)]))
+            for video, found in group:
+                if isinstance(found, str):
+                    row: dict[str, Any] = {"input": video.name, "status": FAILED, "reason": found}
+                    yield _Scored(video, found, row, [])
+                else:
+                    row, frames = next(scores)
+                    named = [{"input": video.name, **frame} for frame in frames]
+                    yield _Scored(video, found, {"input": video.name, "status": OK, **row}, named)
+
+
+def _write_rows(scored: Iterator[_Scored], results: Results, pictures: Path | None) -> tuple[list[Problem], int, int]:
     """Write the rows, and pictures into a folder if there is one.
 
     Returns:
         The videos that could not be read, and how many are unlike the training data and abnormal.
     """
-    workers = config.decode_workers or cores()
     unreadable: list[Problem] = []
     unlike = abnormal = 0
-    read = partial(ensemble.read, follow_links=config.follow_links)
-    with in_order(partial(ThreadPoolExecutor, workers), read, videos, _AHEAD * workers + ensemble.group) as decoded:
-        counted = shown(decoded, len(videos), "predicting") if config.progress else decoded
-        for group in _groups(counted, ensemble.group):
-            readable = [(video, found) for video, found in group if isinstance(found, Video)]
-            rows = dict(zip([video for video, _ in readable], ensemble.score([x for _, x in readable]), strict=True))
-            for video, found in group:
-                if isinstance(found, str):
-                    unreadable.append(Problem(video.name, found))
-                    results.write({"input": video.name, "status": FAILED, "reason": found})
-                    continue
-                row, frames = rows[video]
-                if pictures is not None:
-                    pixels = next(iter(found.frames.values())).pixels
-                    write_picture(pictures, video.name, pixels[len(pixels) // 2], found.aspect)
-                unlike += UNLIKE in row["flags"]
-                abnormal += row["decision"]
-                results.write(
-                    {"input": video.name, "status": OK, **row}, [{"input": video.name, **frame} for frame in frames]
-                )
+    for one in scored:
+        if isinstance(one.found, str):
+            unreadable.append(Problem(one.input.name, one.found))
+        else:
+            unlike += UNLIKE in one.row["flags"].split()
+            abnormal += one.row["decision"]
+            if pictures is not None:
+                pixels = next(iter(one.found.frames.values())).pixels
+                write_picture(pictures, one.input.name, pixels[len(pixels) // 2], one.found.aspect)
+        results.write(one.row, one.frames)
     return unreadable, unlike, abnormal
 
 

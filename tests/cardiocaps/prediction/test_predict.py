@@ -14,6 +14,7 @@ from cardiocaps import predict
 from cardiocaps.evaluation.calibration import read_calibration
 from cardiocaps.evaluation.decision import Decision
 from cardiocaps.evaluation.familiarity import read_familiarity
+from cardiocaps.prediction.run import predictions
 from cardiocaps.runtime.files import read_json
 
 from ..data.sample_dicom import cine, region, write_dicom
@@ -79,6 +80,17 @@ def test_an_ensemble_has_the_means_of_its_runs(
         assert float(row["probability_sd"]) == pytest.approx(sd, rel=1e-2, abs=1e-6)
         least = min(float(x["p_like_training_data"]) for x in pair)
         assert float(row["p_like_training_data"]) == pytest.approx(min(1, 2 * least), rel=1e-4)
+
+
+def test_the_rows_from_python(predicted: Path, runs: list[Path], phantom: Path) -> None:
+    videos = sorted((phantom / "Batch2").iterdir())[:5]
+    found = list(predictions([runs[0]], [*videos, phantom / "MeasurementsList.csv"], device="cpu"))
+    of_all = {row["input"]: row for row in rows(predicted / "predictions.csv")}
+    for row in found[:5]:
+        said = {name: f"{x:.6g}" if isinstance(x, float) else str(x) for name, x in row.items() if x is not None}
+        assert said == {name: x for name, x in of_all[row["input"]].items() if name in said}
+        assert len(said) >= 11
+    assert len(found) > 5 and {row["status"] for row in found[5:]} == {"failed"}  # names without a suffix
 
 
 def test_a_bad_file_costs_its_own_row_only(
