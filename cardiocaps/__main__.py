@@ -14,6 +14,7 @@ _PROGRAMS = {
     "train": ("cardiocaps.train", "train a network on echocardiogram videos and evaluate it"),
     "evaluate": ("cardiocaps.evaluate", "evaluate the networks of runs once more"),
     "predict": ("cardiocaps.predict", "predict for videos of your own"),
+    "explain": ("cardiocaps.explain", "show where in its frames a network finds the class of a video"),
     "experiments": (
         "cardiocaps.experiments.__main__",
         "train what the tables and figures of the paper compare",

@@ -105,17 +105,11 @@ class Member:
             CheckpointError: an output is not finite.
         """
         assert self.config.batch_size is not None
-        jitter, tone = (torch.from_numpy(x) for x in draw_jitter(np.random.default_rng(0), train=False))
         pixels = np.concatenate([frames.pixels for frames in videos])
         said: dict[str, list[torch.Tensor]] = {}
         for first in range(0, len(pixels), self.config.batch_size):
-            base = torch.from_numpy(pixels[first : first + self.config.batch_size]).to(machine.device)
-            n = len(base)
-            views = (x.expand(n, *x.shape).to(machine.device) for x in (jitter, tone))
             with torch.inference_mode(), self._precision(machine):
-                image = three_views(base, self.config.network.size, *views)
-                if machine.channels_last:
-                    image = image.contiguous(memory_format=torch.channels_last)
+                image = self.image_of(pixels[first : first + self.config.batch_size], machine)
                 for name, values in self.network.of_frames(image).items():
                     said.setdefault(name, []).append(values.cpu())
         out = {name: torch.cat(parts).double().numpy() for name, parts in said.items()}
@@ -124,6 +118,14 @@ class Member:
         ends = np.cumsum([len(frames.numbers) for frames in videos])[:-1]
         parts = {name: np.split(values, ends) for name, values in out.items()}
         return [{name: values[i] for name, values in parts.items()} for i in range(len(videos))]
+
+    def image_of(self, pixels: NDArray[np.uint8], machine: Machine) -> torch.Tensor:
+        """The network's input [n, 9, size, size] for frames [n, 3, S, S], in the fixed views of an evaluation."""
+        base = torch.from_numpy(pixels).to(machine.device)
+        jitter, tone = (torch.from_numpy(x) for x in draw_jitter(np.random.default_rng(0), train=False))
+        views = (x.expand(len(base), *x.shape).to(machine.device) for x in (jitter, tone))
+        image = three_views(base, self.config.network.size, *views)
+        return image.contiguous(memory_format=torch.channels_last) if machine.channels_last else image
 
     def _precision(self, machine: Machine) -> torch.autocast:
         return torch.autocast(machine.device, torch.bfloat16, enabled=self.config.precision == "bf16")

@@ -35,9 +35,14 @@ _MEANINGS = {
 }
 
 
+def hidden_name(name: str) -> str:
+    """A name for files about a video, which does not show the name of the video."""
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:20]
+
+
 def picture_of(name: str) -> str:
-    """The name of a video's picture, relative to the folder. It does not show the name of the video."""
-    return f"{PICTURES}/{hashlib.sha256(name.encode('utf-8', 'surrogateescape')).hexdigest()[:20]}.jpg"
+    """The name of a video's picture, relative to the folder."""
+    return f"{PICTURES}/{hidden_name(name)}.jpg"
 
 
 def write_picture(folder: Path, name: str, frame: NDArray[np.uint8], aspect: float) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a prediction: one row for each video, written as soon as it is known.
+"""The folder of a prediction or an explanation: one row for each video, written as soon as it is known.
 
 A program that is killed leaves whole rows. The same command then goes on with the videos that have none.
 """
@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,24 @@ from cardiocaps.runtime.files import (
     write_text,
 )
 
-_KIND = "cardiocaps predictions"
 _SYNC_EVERY = 1.0  # seconds
 OK, FAILED = "ok", "failed"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a folder holds.
+
+    Attributes:
+        noun: for example "predictions"; the table is called so too.
+        marker: the file that says that the folder holds this.
+    """
+
+    noun: str
+    marker: str
+
+
+PREDICTIONS = Kind("predictions", "predict.json")
 
 
 class RowFile:
@@ -106,8 +122,10 @@ class RowFile:
 class Results:
     """The rows of an output folder. `opened` makes one."""
 
-    def __init__(self, folder: Path, columns: Sequence[str], frame_columns: Sequence[str], retry: bool) -> None:
-        self.videos = RowFile(folder / "predictions.csv", columns, lambda row: not retry or row["status"] != FAILED)
+    def __init__(
+        self, folder: Path, kind: Kind, columns: Sequence[str], frame_columns: Sequence[str], retry: bool
+    ) -> None:
+        self.videos = RowFile(folder / f"{kind.noun}.csv", columns, lambda row: not retry or row["status"] != FAILED)
         self.done = {row["input"] for row in self.videos.rows}
         self.failed = sum(row["status"] == FAILED for row in self.videos.rows)
         self.frames: RowFile | None = None
@@ -124,33 +142,38 @@ class Results:
         columns: Sequence[str],
         frame_columns: Sequence[str] = (),
         retry: bool = False,
+        kind: Kind = PREDICTIONS,
     ) -> Iterator[Results]:
         """Make the folder, or go on in it.
 
         Args:
             identity: what decides the results. A folder with another identity is refused.
-            columns: of `predictions.csv`; with `input` and `status`.
+            columns: of the table; with `input` and `status`.
             frame_columns: of `frames.csv`, with `input`; empty: no such file.
             retry: drop the rows of videos that could not be read.
+            kind: what the folder holds.
 
         Raises:
             OutputError: the folder cannot be written, is in use, or holds something else.
         """
-        marker = folder / "predict.json"
+        marker = folder / kind.marker
         # As it reads back from JSON.
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with lock_folder(folder):
                 if marker.exists():
-                    _check(marker, identity)
+                    _check(marker, identity, kind)
                 elif is_unused(folder, marker):
-                    write_json(marker, {"kind": _KIND, "version": __version__, **identity, "use": DISCLAIMER})
+                    write_json(
+                        marker,
+                        {"kind": f"cardiocaps {kind.noun}", "version": __version__, **identity, "use": DISCLAIMER},
+                    )
                 else:
                     raise OutputError(
-                        f"--out is {printable(folder)}, which holds other files than predictions; choose a new folder"
+                        f"--out is {printable(folder)}, which holds other files than {kind.noun}; choose a new folder"
                     )
                 remove_leftovers(folder)
-                results = cls(folder, columns, frame_columns, retry)
+                results = cls(folder, kind, columns, frame_columns, retry)
                 try:
                     yield results
                 finally:
@@ -165,15 +188,15 @@ class Results:
         self.videos.append(video)
 
 
-def _check(marker: Path, identity: Mapping[str, Any]) -> None:
-    """Raise OutputError unless the folder's predictions were made with the same identity."""
+def _check(marker: Path, identity: Mapping[str, Any], kind: Kind) -> None:
+    """Raise OutputError unless what the folder holds was made with the same identity."""
 
     def differing(content: dict[str, Any]) -> list[str]:
         return [name for name, value in identity.items() if content.get(name) != value]
 
-    names = read_json(marker, _KIND, differing, OutputError)
+    names = read_json(marker, f"cardiocaps {kind.noun}", differing, OutputError)
     if names:
         raise OutputError(
-            f"--out is {printable(marker.parent)}, which holds predictions with other {', '.join(names)}; choose a new "
+            f"--out is {printable(marker.parent)}, which holds {kind.noun} with other {', '.join(names)}; choose a new "
             "folder"
         )

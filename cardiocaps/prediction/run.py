@@ -125,7 +125,7 @@ def _scored(ensemble: Ensemble, videos: Sequence[Input], config: TrainConfig) ->
     read = partial(ensemble.read, follow_links=config.follow_links)
     with in_order(partial(ThreadPoolExecutor, workers), read, videos, _AHEAD * workers + ensemble.group) as decoded:
         counted = shown(decoded, len(videos), "predicting") if config.progress else decoded
-        for group in _groups(counted, ensemble.group):
+        for group in groups(counted, ensemble.group):
             scores = iter(ensemble.score([found for _, found in group if isinstance(found, Video)]))
             for video, found in group:
                 if isinstance(found, str):
@@ -158,7 +158,7 @@ def _write_rows(scored: Iterator[_Scored], results: Results, pictures: Path | No
     return unreadable, unlike, abnormal
 
 
-def _groups(decoded: Iterator[tuple[Input, Video | str]], size: int) -> Iterator[list[tuple[Input, Video | str]]]:
+def groups(decoded: Iterator[tuple[Input, Video | str]], size: int) -> Iterator[list[tuple[Input, Video | str]]]:
     """Groups that hold `size` videos that could be read; the last may hold fewer."""
     group: list[tuple[Input, Video | str]] = []
     for one in decoded:

@@ -1,0 +1,3 @@
+from ..prediction.conftest import phantom, runs
+
+__all__ = ["phantom", "runs"]
