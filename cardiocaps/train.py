@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cardiocaps.config import TrainConfig, from_command_line, write_run
-from cardiocaps.errors import CardioCapsError
+from cardiocaps.errors import CardioCapsError, ConfigError
 from cardiocaps.runtime.program import Interrupted, Interruption, print_line, run_program
 
 _OTHER_DATA = "give --data with the data that the run was trained on, or begin a new run"
@@ -36,6 +36,7 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
     from cardiocaps.runtime.device import machine_for
     from cardiocaps.runtime.files import lock_folder
     from cardiocaps.training.fit import quiet, train
+    from cardiocaps.training.initial import InitialWeights
     from cardiocaps.training.run_folder import RunFolder
 
     quiet()
@@ -43,12 +44,19 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
     assert out is not None
     with machine_for(config) as machine:
         print_line(f"device: {machine}")
-        # Read the data first: if they cannot be read, --overwrite must not have deleted the old run. Create the folder
-        # before decoding, which can take an hour: it may not be writable.
+        # Read data and weights first: if they cannot be read, --overwrite must not have deleted the old run. Create the
+        # folder before decoding, which can take an hour: it may not be writable.
         config = with_layout(config)
         study = read_study(config, again=config.resume is not None) if config.data else None
         if study is not None:
             study.target(config.regression_target)  # raises if it has none of this name
+        if config.freeze is not None and config.init is None:
+            raise ConfigError(
+                f"freeze is {config.freeze!r}; expected null, because without init the weights are random"
+            )
+        initial = None
+        if config.init is not None and not (config.resume and RunFolder(out).last.exists()):
+            initial = InitialWeights.read(config)
         folder = RunFolder.open(out) if config.resume else RunFolder.create(out, config.overwrite)
         with lock_folder(folder.path):
             folder.remove_leftovers()
@@ -68,7 +76,7 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
                 print_line(f"after decoding: {used.data.study.summary()}")
             config = replace(config, regression_target=used.data.target)
             write_run(config, folder.path)
-            train(config, machine, folder, used.data, interruption)
+            train(config, machine, folder, used.data, interruption, initial=initial)
             evaluate_network(config, machine, folder, used, results=folder)
             print_line(f"run folder: {folder.path}")
 

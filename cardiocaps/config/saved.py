@@ -45,6 +45,8 @@ _NEWER: Mapping[str, Any] = {
     "target_column": None,
     "abnormal": None,
     "split_column": None,
+    "init": None,
+    "freeze": None,
 }
 """Settings that older versions did not write, with the values that those versions ran with."""
 

@@ -20,11 +20,13 @@ _SECTIONS = {
     "data": "data",
     "preset": "model",
     "class_weight": "loss",
-    "batch_size": "training",
+    "init": "training",
     "device": "machine",
     "out": "run",
 }
 """Sections of the help, by the setting that each begins with."""
+
+_CAPSULE_NETWORKS = ("cardiocaps", "em-capsnet", "efficient-capsnet")
 
 _SEEDS = (0, 2**32 - 1)
 
@@ -153,6 +155,16 @@ class TrainConfig:
         affects="shape",
     )
 
+    init: Path | None = setting(
+        None,
+        "start from the weights of a run's best network, of a folder with config.json and model.safetensors, or of a "
+        ".safetensors file, as far as names and shapes fit",
+    )
+    freeze: Literal["primary", "backbone"] | None = setting(
+        None,
+        "weights of init that are not trained; primary (capsule networks): all before the routing; backbone (the other "
+        "networks): all but the classifier",
+    )
     batch_size: int | None = setting(None, "frames in a batch; none: the preset's", bounds=(1, 65_536))
     learning_rate: float | None = setting(None, "learning rate of Adam; none: the preset's", bounds=(1e-9, 1))
     epochs: int | None = setting(None, "most epochs; none: the preset's", affects="length", bounds=(1, 100_000))
@@ -225,6 +237,11 @@ class TrainConfig:
                         f"{name} is {value!r}; expected {default}, because only model cardiocaps has this setting and "
                         f"model is {self.model!r}"
                     )
+        part = "primary" if self.model in _CAPSULE_NETWORKS else "backbone"
+        if self.freeze not in (None, part):
+            raise ConfigError(
+                f"freeze is {self.freeze!r}; expected {part}, which model {self.model!r} can freeze, or null"
+            )
         if self.resume is not None:
             if self.overwrite:
                 raise ConfigError("overwrite is true; expected false, because resume is given")

@@ -7,11 +7,13 @@ package imports no torch: every row imports its network when it is built.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import Tensor, nn
 
     from cardiocaps.config import TrainConfig
@@ -28,6 +30,8 @@ class Model:
         settings: settings of TrainConfig that only this network has. A test compares them with those that TrainConfig
             refuses for every other network.
         title_of: the title under these settings, for a network whose settings change what it is.
+        freezable: a value of the setting `freeze` -> names of the modules and parameters of the network that it
+            freezes, with all that is in them.
     """
 
     title: str
@@ -35,6 +39,7 @@ class Model:
     loss: Callable[[TrainConfig, Tensor | None], nn.Module]
     settings: tuple[str, ...] = ()
     title_of: Callable[[TrainConfig], str] | None = None
+    freezable: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.title.strip():
@@ -57,6 +62,22 @@ def build(config: TrainConfig, regression_start: float = 0.0) -> nn.Module:
     return MODELS[config.model].build(config, regression_start)
 
 
+def from_pretrained(folder: Path | str) -> nn.Module:
+    """See `cardiocaps.models.pretrained.from_pretrained`."""
+    from cardiocaps.models import pretrained
+
+    return pretrained.from_pretrained(folder)
+
+
+def save_pretrained(
+    network: nn.Module, config: TrainConfig, folder: Path | str, about: Mapping[str, Any] | None = None
+) -> None:
+    """See `cardiocaps.models.pretrained.save_pretrained`."""
+    from cardiocaps.models import pretrained
+
+    pretrained.save_pretrained(network, config, folder, about)
+
+
 def make_loss(config: TrainConfig, class_weights: Tensor | None) -> nn.Module:
     """The loss that `config.model` is trained with.
 
@@ -65,6 +86,12 @@ def make_loss(config: TrainConfig, class_weights: Tensor | None) -> nn.Module:
         class_weights: [2], as `cardiocaps.models.losses.class_weights` returns it. None: ones.
     """
     return MODELS[config.model].loss(config, class_weights)
+
+
+def is_frozen(config: TrainConfig, name: str) -> bool:
+    """Whether `config.freeze` freezes the module or the parameter of this name in `build(config)`."""
+    parts = () if config.freeze is None else MODELS[config.model].freezable[config.freeze]
+    return any(name == part or name.startswith(f"{part}.") for part in parts)
 
 
 def title(config: TrainConfig) -> str:
@@ -140,13 +167,41 @@ MODELS: Mapping[str, Model] = {
         _capsule_loss,
         settings=("routing", "affine", "primary_layout"),
         title_of=_cardiocaps_title,
+        freezable={"primary": ("conv", "primary")},
     ),
-    "em-capsnet": Model("EM-CapsNet", _em_capsnet, _loss("SpreadLoss")),
-    "efficient-capsnet": Model("Efficient-CapsNet", _by_size("efficient_capsnet", "EfficientCapsNet"), _capsule_loss),
-    "cnn-1": Model("CNN-(1)", _cnn, _loss("CrossEntropyLoss")),
-    "cnn-2": Model("CNN-(2)", _cnn, _loss("CrossEntropyLoss")),
-    "resnet18": Model("ResNet18", _by_size("monai_networks", "ResNet18"), _loss("CrossEntropyLoss")),
-    "unet": Model("U-Net", _by_size("monai_networks", "UNet"), _loss("CrossEntropyLoss")),
-    "vit": Model("ViT", _by_size("monai_networks", "ViT"), _loss("CrossEntropyLoss")),
+    "em-capsnet": Model(
+        "EM-CapsNet",
+        _em_capsnet,
+        _loss("SpreadLoss"),
+        freezable={"primary": ("conv", "pose", "activation")},
+    ),
+    "efficient-capsnet": Model(
+        "Efficient-CapsNet",
+        _by_size("efficient_capsnet", "EfficientCapsNet"),
+        _capsule_loss,
+        freezable={"primary": ("convolutions", "primary")},
+    ),
+    "cnn-1": Model("CNN-(1)", _cnn, _loss("CrossEntropyLoss"), freezable={"backbone": ("features",)}),
+    "cnn-2": Model("CNN-(2)", _cnn, _loss("CrossEntropyLoss"), freezable={"backbone": ("features",)}),
+    "resnet18": Model(
+        "ResNet18",
+        _by_size("monai_networks", "ResNet18"),
+        _loss("CrossEntropyLoss"),
+        freezable={
+            "backbone": tuple(f"network.{name}" for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"))
+        },
+    ),
+    "unet": Model(
+        "U-Net",
+        _by_size("monai_networks", "UNet"),
+        _loss("CrossEntropyLoss"),
+        freezable={"backbone": ("network",)},
+    ),
+    "vit": Model(
+        "ViT",
+        _by_size("monai_networks", "ViT"),
+        _loss("CrossEntropyLoss"),
+        freezable={"backbone": tuple(f"network.{name}" for name in ("patch_embedding", "blocks", "norm", "cls_token"))},
+    ),
 }
 """The name of a network -> its row."""

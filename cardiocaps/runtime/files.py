@@ -161,9 +161,14 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def json_text(value: Any) -> str:
+    """`value` as JSON; NaN and infinity become null. Raises TypeError for types that JSON does not have."""
+    return json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON; NaN and infinity become null. Raises TypeError for types that JSON does not have."""
-    write_text(path, json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write `value` as JSON (see `json_text`), as `write_bytes` does."""
+    write_text(path, json_text(value))
 
 
 def read_json(path: Path, kind: str, make: Callable[[dict[str, Any]], T], error: type[CardioCapsError]) -> T:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cardiocaps.config import TrainConfig
 from cardiocaps.errors import CheckpointError
+from cardiocaps.models.pretrained import digest_of, raw_bytes
 from cardiocaps.runtime.files import atomic_write
 from cardiocaps.training.module import Classifier, check_configuration
 from cardiocaps.training.run_folder import RunFolder
@@ -75,17 +76,12 @@ def _digest(content: Any) -> str:
     """SHA-256 of the names, types and numbers in a checkpoint, in hexadecimal."""
     kind, value = type(content).__name__, content
     if isinstance(content, Tensor):
-        value = (content.dtype, content.shape, hashlib.sha256(_bytes(content)).hexdigest())
+        value = (content.dtype, content.shape, hashlib.sha256(raw_bytes(content)).hexdigest())
     elif isinstance(content, Mapping):
         value = [(name, _digest(item)) for name, item in content.items()]
     elif isinstance(content, list | tuple):
         value = [_digest(item) for item in content]
     return hashlib.sha256(repr((kind, value)).encode()).hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    """The numbers of a tensor, as they lie in memory."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def epochs_ended(checkpoint: Mapping[str, Any]) -> int:
@@ -103,11 +99,7 @@ def best_network(config: TrainConfig, run: RunFolder) -> Classifier:
 
 def weights_digest(network: Classifier) -> str:
     """SHA-256 of a network's weights and their names, in hexadecimal. It does not depend on the file."""
-    digest = hashlib.sha256()
-    for name, weights in sorted(network.state_dict().items()):
-        digest.update(f"{name} {weights.dtype} {list(weights.shape)}\n".encode())
-        digest.update(_bytes(weights))
-    return digest.hexdigest()
+    return digest_of(network.state_dict())
 
 
 class CheckpointFiles(TorchCheckpointIO):

@@ -22,6 +22,7 @@ from cardiocaps.runtime.files import output_errors
 from cardiocaps.runtime.program import Interruption, print_line
 from cardiocaps.training.callbacks import Checkpoints, History, Patience
 from cardiocaps.training.checkpoints import CheckpointFiles, check_digest, epochs_ended, load_weights, read_checkpoint
+from cardiocaps.training.initial import InitialWeights
 from cardiocaps.training.module import Classifier
 from cardiocaps.training.run_folder import RunFolder
 
@@ -52,12 +53,14 @@ def train(
     data: EchoDataModule,
     interruption: Interruption,
     callbacks: Sequence[Callback] = (),
+    initial: InitialWeights | None = None,
 ) -> list[dict[str, float]]:
     """Train from the beginning or from last.ckpt; write best.ckpt, metrics.csv and the learning curves.
 
     Args:
         interruption: signals wait for a save while the network is trained.
         callbacks: further ones, which may keep a state in the checkpoints.
+        initial: weights to begin with; not used if there is a last.ckpt.
 
     Returns:
         The rows of metrics.csv.
@@ -98,6 +101,8 @@ def train(
             )
     elif config.resume:
         print_line("this run has no checkpoint yet; it starts from the beginning")
+    if start is None and initial is not None:
+        initial.load(network, folder)
     if ended:
         print_line(f"this run's training has ended: {ended}; to continue, give a larger value. Now evaluating")
     else:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cardiocaps.config import TRAINING_DEFAULTS, TrainConfig, settings_that_affect
 from cardiocaps.errors import CheckpointError
-from cardiocaps.models import build, make_loss
+from cardiocaps.models import build, is_frozen, make_loss
 from cardiocaps.models.losses import SpreadLoss, class_weights
 from cardiocaps.models.prediction import RECONSTRUCTED_CHANNELS, Prediction
 
@@ -38,6 +38,17 @@ class Classifier(LightningModule):
         self.config = config
         self.model = build(config, target_mean)
         self.loss: Any = make_loss(config, class_weights(class_counts, config.class_weight))
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(not is_frozen(config, name))
+        self.train()
+
+    def train(self, mode: bool = True) -> Classifier:
+        """What is frozen stays in evaluation mode: batch normalisation then keeps its statistics too."""
+        super().train(mode)
+        for name, module in self.model.named_modules():
+            if is_frozen(self.config, name):
+                module.eval()
+        return self
 
     def _losses(self, batch: Mapping[str, Tensor], label: Tensor | None) -> tuple[Prediction, dict[str, Tensor]]:
         out: Prediction = self.model(batch["image"], label)
@@ -91,7 +102,8 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         assert self.config.learning_rate is not None
         # Fused: one kernel for all parameters. On a CPU the default takes a tenth of a step of preset tiny.
-        return torch.optim.Adam(self.parameters(), lr=self.config.learning_rate, fused=True)
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return torch.optim.Adam(trained, lr=self.config.learning_rate, fused=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["cardiocaps"] = _shape(self.config)

@@ -45,6 +45,7 @@ class RunFolder:
     # run.
     paths = _File("paths.json")
     data = _File("data.json")  # the fingerprint of the data, see `cardiocaps.data.fingerprint`
+    initial = _File("initial.json")  # digest of the weights that training began with, see `cardiocaps.training.initial`
     metrics_csv = _File("metrics.csv")  # a row for each epoch
     metrics_json = _File("metrics.json")  # the final evaluation
     predictions_csv = _File("predictions.csv")  # of the test split, a row for each frame
