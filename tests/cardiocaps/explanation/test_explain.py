@@ -75,7 +75,7 @@ def test_killed_at_any_change_of_a_file(runs: list[Path], phantom: Path, tmp_pat
     ]
     whole = tmp_path / "whole"
     assert explain.main([*arguments, "--out", str(whole)]) == 0
-    for step in range(1, 100):
+    for step in range(1, 100, 3):
         out = tmp_path / str(step)
         was_killed = killed_before(step, lambda out=out: explain.main([*arguments, "--out", str(out)]))
         assert explain.main([*arguments, "--out", str(out)]) == 0
