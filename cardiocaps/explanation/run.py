@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,19 +19,14 @@ from cardiocaps.plots import CLASSES
 from cardiocaps.prediction import inputs
 from cardiocaps.prediction.ensemble import Ensemble, FrameSettings, Video, load
 from cardiocaps.prediction.report import hidden_name
-from cardiocaps.prediction.results import FAILED, OK, Kind, Results
-from cardiocaps.prediction.run import groups
+from cardiocaps.prediction.results import Kind, Results
+from cardiocaps.prediction.run import scored
 from cardiocaps.runtime.device import machine_for
 from cardiocaps.runtime.files import atomic_write
-from cardiocaps.runtime.processes import cores, in_order
 from cardiocaps.runtime.program import print_line
-from cardiocaps.runtime.progress import shown
 from cardiocaps.training.fit import quiet
 
 EXPLANATIONS = Kind("explanations", "explain.json")
-
-_AHEAD = 2
-"""Videos that each decoding thread may be ahead of the network."""
 
 
 def explain(
@@ -82,22 +75,14 @@ def explain(
             if len(todo) < len(videos):
                 print_line(f"{len(videos) - len(todo)} of {len(videos)} videos have their rows already")
             unreadable: list[Problem] = []
-            read = partial(ensemble.read, follow_links=config.follow_links)
-            workers = config.decode_workers or cores()
-            ahead = _AHEAD * workers + ensemble.group
-            with in_order(partial(ThreadPoolExecutor, workers), read, todo, ahead) as decoded:
-                counted = shown(decoded, len(todo), "explaining") if config.progress else decoded
-                for group in groups(counted, ensemble.group):
-                    scores = iter(ensemble.score([found for _, found in group if isinstance(found, Video)]))
-                    for video, found in group:
-                        if isinstance(found, str):
-                            unreadable.append(Problem(video.name, found))
-                            results.write({"input": video.name, "status": FAILED, "reason": found})
-                            continue
-                        row, frames = next(scores)
-                        name = hidden_name(video.name)
-                        row |= _explained(ensemble, found, row, frames, out / name, methods, explained, arrays)
-                        results.write({"input": video.name, "status": OK, **row})
+            for one in scored(ensemble, todo, config, "explaining"):
+                row = one.row
+                if isinstance(one.found, str):
+                    unreadable.append(Problem(one.input.name, one.found))
+                else:
+                    place = out / hidden_name(one.input.name)
+                    row |= _explained(ensemble, one.found, row, one.frames, place, methods, explained, arrays)
+                results.write(row)
     read_now = len(todo) - len(unreadable)
     if todo:
         print_line(f"{read_now} videos explained by {', '.join(methods)}; {len(unreadable)} could not be read")

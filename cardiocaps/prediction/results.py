@@ -157,7 +157,6 @@ class Results:
             OutputError: the folder cannot be written, is in use, or holds something else.
         """
         marker = folder / kind.marker
-        # As it reads back from JSON.
         with output_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with lock_folder(folder):

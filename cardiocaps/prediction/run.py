@@ -15,7 +15,7 @@ from cardiocaps.data.problems import Problem, summarise
 from cardiocaps.errors import DataError, printable
 from cardiocaps.evaluation.predictions import unit_of
 from cardiocaps.prediction import inputs
-from cardiocaps.prediction.ensemble import UNLIKE, Ensemble, Video, load
+from cardiocaps.prediction.ensemble import UNLIKE, Ensemble, Member, Video, load
 from cardiocaps.prediction.inputs import Input
 from cardiocaps.prediction.report import write_picture, write_report
 from cardiocaps.prediction.results import FAILED, OK, Results
@@ -61,7 +61,7 @@ def predict(
     with machine_for(config) as machine:
         ensemble = load(runs, machine, changed)
         for member in ensemble.members:
-            _warn(member.name, unit_of(member.config), ensemble)
+            _warn(member)
         columns = [
             *("input", "status", "reason", "frames", "frames_used", "probability", "calibrated_probability"),
             *(["probability_sd"] if len(runs) > 1 else []),
@@ -73,8 +73,8 @@ def predict(
             todo = [video for video in videos if video.name not in results.done]
             if len(todo) < len(videos):
                 print_line(f"{len(videos) - len(todo)} of {len(videos)} videos have their rows already")
-            scored = _scored(ensemble, todo, config)
-            unreadable, unlike, abnormal = _write_rows(scored, results, out if report else None)
+            found = scored(ensemble, todo, config, "predicting")
+            unreadable, unlike, abnormal = _write_rows(found, results, out if report else None)
             if report:
                 print_line(f"report: {printable(write_report(out, ensemble.target))}")
     read = len(todo) - len(unreadable)
@@ -105,12 +105,12 @@ def predictions(runs: Sequence[Path | str], given: Sequence[Path | str], **chang
     changed = {"progress": False, **changed}
     config = replace(read_run(paths[0]), **changed)
     with machine_for(config) as machine:
-        for one in _scored(load(paths, machine, changed), videos, config):
+        for one in scored(load(paths, machine, changed), videos, config, "predicting"):
             yield one.row
 
 
 @dataclass(frozen=True, eq=False)
-class _Scored:
+class Scored:
     """A video with its row, and the rows of its frames; `found` is why it could not be read, or what was read of it."""
 
     input: Input
@@ -119,25 +119,25 @@ class _Scored:
     frames: list[dict[str, Any]]
 
 
-def _scored(ensemble: Ensemble, videos: Sequence[Input], config: TrainConfig) -> Iterator[_Scored]:
-    """Decode videos in threads and score them, in their order."""
+def scored(ensemble: Ensemble, videos: Sequence[Input], config: TrainConfig, what: str) -> Iterator[Scored]:
+    """Decode videos in threads and score them, in their order; `what` is the step that the progress names."""
     workers = config.decode_workers or cores()
     read = partial(ensemble.read, follow_links=config.follow_links)
     with in_order(partial(ThreadPoolExecutor, workers), read, videos, _AHEAD * workers + ensemble.group) as decoded:
-        counted = shown(decoded, len(videos), "predicting") if config.progress else decoded
-        for group in groups(counted, ensemble.group):
+        counted = shown(decoded, len(videos), what) if config.progress else decoded
+        for group in _groups(counted, ensemble.group):
             scores = iter(ensemble.score([found for _, found in group if isinstance(found, Video)]))
             for video, found in group:
                 if isinstance(found, str):
                     row: dict[str, Any] = {"input": video.name, "status": FAILED, "reason": found}
-                    yield _Scored(video, found, row, [])
+                    yield Scored(video, found, row, [])
                 else:
                     row, frames = next(scores)
                     named = [{"input": video.name, **frame} for frame in frames]
-                    yield _Scored(video, found, {"input": video.name, "status": OK, **row}, named)
+                    yield Scored(video, found, {"input": video.name, "status": OK, **row}, named)
 
 
-def _write_rows(scored: Iterator[_Scored], results: Results, pictures: Path | None) -> tuple[list[Problem], int, int]:
+def _write_rows(scored: Iterator[Scored], results: Results, pictures: Path | None) -> tuple[list[Problem], int, int]:
     """Write the rows, and pictures into a folder if there is one.
 
     Returns:
@@ -158,7 +158,7 @@ def _write_rows(scored: Iterator[_Scored], results: Results, pictures: Path | No
     return unreadable, unlike, abnormal
 
 
-def groups(decoded: Iterator[tuple[Input, Video | str]], size: int) -> Iterator[list[tuple[Input, Video | str]]]:
+def _groups(decoded: Iterator[tuple[Input, Video | str]], size: int) -> Iterator[list[tuple[Input, Video | str]]]:
     """Groups that hold `size` videos that could be read; the last may hold fewer."""
     group: list[tuple[Input, Video | str]] = []
     for one in decoded:
@@ -170,14 +170,15 @@ def groups(decoded: Iterator[tuple[Input, Video | str]], size: int) -> Iterator[
         yield group
 
 
-def _warn(name: str, unit: str, ensemble: Ensemble) -> None:
+def _warn(member: Member) -> None:
     """Say what a run lacks."""
-    member = next(member for member in ensemble.members if member.name == name)
+    name = printable(member.name)
     if not member.decision.is_chosen:
-        print_line(f"note: {printable(name)}: the threshold is {member.decision.rule}")
+        print_line(f"note: {name}: the threshold is {member.decision.rule}")
     if member.calibration.method == "none":
-        print_line(f"note: {printable(name)} keeps no calibration: calibrated_probability is the network's own")
+        print_line(f"note: {name} keeps no calibration: calibrated_probability is the network's own")
     if member.familiarity is None:
         why = "its network has no decoder, or it was trained by an older version"
-        why = "its frames were split, so no validation video was new to it" if unit == "frame" else why
-        print_line(f"note: {printable(name)} cannot tell videos that are unlike its data: {why}")
+        if unit_of(member.config) == "frame":
+            why = "its frames were split, so no validation video was new to it"
+        print_line(f"note: {name} cannot tell videos that are unlike its data: {why}")

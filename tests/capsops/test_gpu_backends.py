@@ -272,7 +272,8 @@ def test_low_precision_is_at_most_twice_as_wrong(backend: str, routing: Routing,
             rounding = torch.finfo(dtype).eps / 2 * expected.abs().max()
             error = (plain - expected).abs().max()
             # The kernels add up in float32, in which a gradient may vanish up to rounding only.
-            assert (got - expected).abs().max() <= 2 * error + rounding + 1e-6
+            vanishes = 1e-12 if expected.any() else 1e-6
+            assert (got - expected).abs().max() <= 2 * error + rounding + vanishes
 
 
 @by_backend

@@ -141,7 +141,7 @@ def test_it_goes_on_after_a_kill_and_repeats_nothing(
     table = out / "predictions.csv"
     wait_for(lambda: table.exists() and table.read_text().count("\n") > 4, process)
     process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.communicate()  # until its output is closed: then it has ended and left the folder
     before = table.read_text()
     whole = before[: before.rfind("\n") + 1]
     with table.open("a") as file:
