@@ -41,6 +41,8 @@ struct ExecutionContext {
     int64_t* needed = nullptr;  // if non-null, a size query: nothing runs, the required workspace size is written here
     std::vector<Launch>* launches = nullptr;  // if non-null: nothing runs, the launches are appended here
 
+    bool alone = false;         // whether other threads are busy with other batch items, so that no pass is divided
+
     ExecutionContext(int threads) : threads(threads) {}
 };
 
@@ -75,6 +77,8 @@ struct Capsules {
     // Whether these votes are [B, N, 1, D], the same for all output capsules. For dynamic routing and a routing step.
     bool one_vote = false;
 
+    // Of one input capsule, if they are given.
+    int64_t numbers_of_votes() const { return (one_vote ? 1 : J) * D; }
     // Whether the input capsules share one matrix and its gradient.
     bool shared() const { return weight_stride == 0 && !own_gradients; }
 };

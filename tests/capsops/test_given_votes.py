@@ -29,7 +29,7 @@ from .routings import (
 
 by_routing = pytest.mark.parametrize("routing", ROUTINGS, ids=lambda r: r.name)
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
-by_batch = pytest.mark.parametrize("B", [3, 16])  # a batch that fills vectors has loops of its own
+by_batch = pytest.mark.parametrize("B", [3, 16, 35])  # batches that fill vectors and large ones have loops of their own
 INSTRUCTIONS = ("auto", *capsops.backends.cpu.instruction_sets()[1:])
 
 
@@ -79,7 +79,7 @@ def test_low_precision_is_at_most_twice_as_wrong(routing: Routing, B: int, dtype
 
 
 @by_routing
-@pytest.mark.parametrize(("B", "share"), [(11, 0.6), (16, 0.9)], ids=["sparse", "dense"])
+@pytest.mark.parametrize(("B", "share"), [(11, 0.6), (16, 0.9), (35, 0.8)], ids=["sparse", "dense", "large"])
 def test_mask(routing: Routing, B: int, share: float) -> None:
     """Masked votes may be anything, and have no gradient."""
     given, arguments = with_votes(routing, (B, 67, 5, 3, 6))

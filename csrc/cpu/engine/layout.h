@@ -18,5 +18,12 @@ inline bool batch_fills_lanes(const Capsules& c, int64_t lanes) {
     return 3 * present >= 2 * all * c.N;
 }
 
+// Whether at most a quarter of the lanes would be idle if they hold the components of votes that are given. One vote
+// for all output capsules is always better so: it is read once for all of them.
+inline bool votes_fill_lanes(const Capsules& c, int64_t lanes) {
+    const int64_t H = c.rows * c.D;
+    return c.one_vote || 4 * H >= 3 * ((H + lanes - 1) / lanes * lanes);
+}
+
 }  // namespace
 }  // namespace capsops::cpu

@@ -92,15 +92,16 @@ template <class Function> inline Status for_accumulation(Dtype dtype, Function f
 // The longest vote, in vectors, that fits into registers (votes.h).
 constexpr int64_t max_vote_vectors = 2;
 
-// The layout for an operator with these policies. One vote for all output capsules is read once, as it lies in memory.
-// Policies that take the votes of two output capsules in registers
-// (votes.h) need components in the lanes.
+// The layout for an operator with these policies. Policies that take the votes of two output capsules in registers
+// (votes.h) need components in the lanes. Votes that are given lie in memory in that way, so that nothing is
+// transposed, unless they are so short that many lanes would be idle.
 template <class A, class... Policies> inline Layout best_layout(const Capsules& c) {
     constexpr int64_t n = Lanes<A>::count;
     const bool in_registers = (Policies::takes_registers && ...) && !c.votes_given;
     const int64_t H = c.rows * c.D;
     if (in_registers && c.J == 2 && ceil_div(H, n) <= max_vote_vectors && 4 * H >= 3 * n) return Layout::components;
-    return batch_fills_lanes(c, n) && !c.one_vote ? Layout::items : Layout::components;
+    const bool as_they_lie = c.votes_given && votes_fill_lanes(c, n);
+    return batch_fills_lanes(c, n) && !as_they_lie ? Layout::items : Layout::components;
 }
 
 // The operands in the accumulation type A, with the vote of an output capsule padded to whole vectors. If the lanes
@@ -127,7 +128,7 @@ template <class A> struct Operands {
         : c(c),
           layout(layout),
           items(layout == Layout::items ? lanes : 1),
-          K(c.votes_given ? (c.one_vote ? 1 : c.J) * c.D : c.rows * c.K),
+          K(c.votes_given ? c.numbers_of_votes() : c.rows * c.K),
           J(c.J),
           H(c.rows * c.D),
           JH(J * H),
@@ -226,10 +227,6 @@ template <class A> struct Operands {
     // ---- votes that are given, with components in the lanes ----
     // from [J, H] as a row of votes [J, D]: zeros are behind each vote. One vote: [H] as [D].
     void pad_votes(const A* from, A* to) const {
-        if (D == H) {
-            std::memcpy(to, from, sizeof(A) * static_cast<size_t>(K));
-            return;
-        }
         for (const A* const end = from + K; from < end; from += H, to += D) {
             std::memcpy(to, from, sizeof(A) * static_cast<size_t>(H));
             fill(to + H, D - H, A(0));

@@ -26,7 +26,12 @@ struct Tasks {
         // If there are enough groups, and the matrices fit into a cache, partial sums would only cost time.
         const int64_t matrices = c.weight_stride ? c.N * c.weight_stride : c.K * c.J * c.D;
         if (grouped && N <= max_capsules && ceil_div(B, tile) >= enough && matrices <= cached) fitting = 1;
-        const int64_t wanted = at_least(at_most(ceil_div(N, smallest), at_most(max_blocks, fitting)), 1);
+        int64_t wanted = at_most(ceil_div(N, smallest), at_most(max_blocks, fitting));
+        if (c.context.alone) {  // as few as sums of a limited length allow
+            wanted = ceil_div(N, max_capsules);
+            grouped = false;
+        }
+        wanted = at_least(wanted, 1);
         block_size = at_least(ceil_div(N, wanted), 1);
         blocks = ceil_div(N, block_size);
         const int64_t cuts = grouped ? at_most(ceil_div(B, tile), ceil_div(max_tasks, at_least(blocks, 1))) : 1;

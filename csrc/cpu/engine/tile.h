@@ -35,7 +35,8 @@ template <class A> struct Tile {
     const A* u[size];          // [count] of [K]
     A* votes;                  // [rows(), J, D]; [count, D] if one_vote
     A* g_votes;                // the same
-    bool one_vote = false;     // whether all output capsules get the same vote (Layout::components)
+    bool given = false;  // whether votes are given, and the capsules of an item follow one another (Layout::components)
+    bool one_vote = false;  // whether all output capsules get the same vote (Layout::components)
     int segment_count = 0;
     Segment<A> segments[max_segments];
 
@@ -189,13 +190,15 @@ template <class A> inline void combine(const Tile<A>& t, const Term<A>* terms, i
         }
 }
 
-// add_coupled for one vote: an item's sums are in registers as long as its capsules follow one another in the tile.
-template <class A>
-[[gnu::noinline]] void add_coupled_one_vote(const Tile<A>& t, const Lanes<A>* c, A* sum /* a state */) {
+// add_coupled for votes that are given: an item's sums are in registers as long as its capsules follow one another in
+// the tile.
+template <class A> [[gnu::noinline]] void add_coupled_runs(const Tile<A>& t, const Lanes<A>* c, A* sum /* a state */) {
     constexpr int n = Tile<A>::size;
+    const int64_t row_size = t.one_vote ? t.D : t.JD;
     for (int first = 0, end; first < t.count; first = end) {
         for (end = first + 1; end < t.count && t.b[end] == t.b[first];) ++end;
-        for (int64_t j = 0; j < t.J; ++j)
+        for (int64_t j = 0; j < t.J; ++j) {
+            const A* votes = t.votes + (t.one_vote ? 0 : j * t.D);
             for_each_group<8>(0, t.D / n, [&]<int vectors>(int64_t begin) {
                 A* to = sum + t.b[first] * t.JD + j * t.D + begin * n;
                 Lanes<A> own[vectors];
@@ -203,19 +206,20 @@ template <class A>
                 for (int v = 0; v < vectors; ++v) own[v] = load(to + v * n);
                 for (int r = first; r < end; ++r) {
                     const Lanes<A> a = lane(c, j, r);
-                    const A* vote = t.votes + r * t.D + begin * n;
+                    const A* vote = votes + r * row_size + begin * n;
 #pragma GCC unroll 8
                     for (int v = 0; v < vectors; ++v) own[v] += a * load(vote + v * n);
                 }
 #pragma GCC unroll 8
                 for (int v = 0; v < vectors; ++v) store(to + v * n, own[v]);
             });
+        }
     }
 }
 
 // sum += c û.
 template <class A> inline void add_coupled(const Tile<A>& t, const Lanes<A>* c, A* sum /* a state */) {
-    if (t.one_vote) return add_coupled_one_vote(t, c, sum);
+    if (t.given) return add_coupled_runs(t, c, sum);
     const A* votes = t.votes;
     const int64_t JD = t.JD;
     for_each_vector(t, c, [=](int64_t own, int64_t row, int64_t jd, Lanes<A> a) {

@@ -47,12 +47,15 @@ inline void load_items(const Operands<A>& o, Tile<A>& t, int64_t b, int64_t i, i
     t.count = begin + count;
 }
 
-// for_each_tile where an input capsule has one vote for all output capsules. There are no matrices to read once, so the
-// capsules of one batch item come before the next item, whose states then stay in the first-level cache.
+// for_each_tile for votes that are given. There are no matrices to read once, so the capsules of one batch item come
+// before the next item, whose states then stay in the first-level cache.
 template <class A, class Visit, class Absent>
-inline void for_each_tile_of_one_vote(const Operands<A>& o, const Tasks& tasks, int64_t task, Tile<A>& t, A* u_scratch,
-                                      Visit visit, Absent absent) {
-    const bool direct = o.direct_u && o.D == o.H;  // whether votes are read where they are, if they are neighbours
+inline void for_each_tile_of_given_votes(const Operands<A>& o, const Tasks& tasks, int64_t task, Tile<A>& t,
+                                         A* u_scratch, Visit visit, Absent absent) {
+    const bool whole = o.D == o.H;              // whether no zeros stand behind a vote
+    const bool in_place = whole && o.direct_u;  // then they are read where they are, if they are neighbours
+    const int64_t row_size = o.c.one_vote ? o.D : o.JD;
+    A* const own = t.votes;
     const auto flush = [&] {
         t.segments[0] = {0, t.count, t.i[0], nullptr, true, true};
         t.segment_count = 1;
@@ -63,16 +66,16 @@ inline void for_each_tile_of_one_vote(const Operands<A>& o, const Tasks& tasks, 
     for (int64_t b = tasks.first_item(task); b < tasks.end_item(task) && !steps.stopped(); ++b)
         for (int64_t i = tasks.first_capsule(task); i < tasks.end_capsule(task); ++i) {
             if (o.c.mask && !o.c.mask[b * o.c.N + i]) {
-                if (direct && t.count) flush();
+                if (in_place && t.count) flush();
                 absent(b, i);
                 continue;
             }
-            load_items(o, t, b, i, 1, u_scratch);
-            if (!direct)
-                o.pad_votes(t.u[t.count - 1], t.votes + (t.count - 1) * o.D);
-            else if (t.count == 1)
+            load_items(o, t, b, i, 1, whole ? own : u_scratch);
+            if (!whole)
+                o.pad_votes(t.u[t.count - 1], own + (t.count - 1) * row_size);
+            else if (in_place && t.count == 1)
                 t.votes = const_cast<A*>(t.u[0]);  // policies only read them
-            if (t.count == Tile<A>::size || (direct && i + 1 == tasks.end_capsule(task))) flush();
+            if (t.count == Tile<A>::size || (in_place && i + 1 == tasks.end_capsule(task))) flush();
         }
     if (t.count) flush();
 }
@@ -87,17 +90,13 @@ inline void for_each_tile(const Operands<A>& o, bool with_votes, const Tasks& ta
     t.votes = memory + w.votes;
     t.g_votes = t.votes + Tile<A>::size * o.JD;
     A* u_scratch = memory + w.u;
-    if (o.c.one_vote) {
-        t.one_vote = true;
-        return for_each_tile_of_one_vote(o, tasks, task, t, u_scratch, visit, absent);
-    }
+    t.given = o.c.votes_given, t.one_vote = o.c.one_vote;
+    if (o.c.votes_given) return for_each_tile_of_given_votes(o, tasks, task, t, u_scratch, visit, absent);
     const int64_t b0 = tasks.first_item(task), b1 = tasks.end_item(task);
     const int64_t i0 = tasks.first_capsule(task), i1 = tasks.end_capsule(task);
 
     const auto flush = [&] {
-        if (with_votes && o.c.votes_given) {
-            for (int r = 0; r < t.count; ++r) o.pad_votes(t.u[r], t.votes + r * o.JD);
-        } else if (with_votes) {
+        if (with_votes) {
             A* rows[Tile<A>::size];
             for (int r = 0; r < t.count; ++r) rows[r] = t.votes + r * o.JD;
             for (int s = 0; s < t.segment_count; ++s) {

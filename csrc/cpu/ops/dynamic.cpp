@@ -27,35 +27,55 @@ void DynamicPasses<A>::emit(const Operands<A>& o, const DynamicGradient<A>& poli
 template struct DynamicPasses<float>;
 template struct DynamicPasses<double>;
 
+namespace {
+
+template <class A>
+void route_block(const Capsules& c, const A* bias, int64_t iterations, bool leaky, SquashKind kind, A* v, A* s) {
+    const Operands<A> o(c, best_layout<A, DynamicSum<A>>(c));
+    route(o, bias, iterations, kind, v, s, [&](int64_t, const A* V, A* sum) {
+        if (V) return DynamicPasses<A>::reduce(o, DynamicSum<A>{{V, leaky}, o.J, o.D}, sum);
+        contract(o, sum);
+        const A equal = equal_coupling<A>(o.J, leaky);
+        for (int64_t x = 0; x < o.state_size(); ++x) sum[x] *= equal;
+    });
+}
+
+template <class A>
+void route_block_backward(const Capsules& c, int64_t iterations, bool leaky, bool detach, SquashKind kind, const A* s,
+                          const A* g_v, const CapsuleGradients& gradients, A* g_bias) {
+    const Operands<A> o(c, best_layout<A, AdjointSum<A>, DynamicGradient<A>>(c));
+    const RouteGradients<A> route(o, iterations, s, g_v, detach, kind,
+                                  [&](int64_t, const A* V, const A* g_s, const A*, A* H) {
+                                      const DynamicAdjoint<A> adjoint{{V, leaky}, g_s};
+                                      DynamicPasses<A>::reduce(o, AdjointSum<A>{adjoint, o.J, o.D}, H);
+                                  });
+    if (g_bias) route.sum_over_batch(g_bias);
+    if (!gradients.u && !gradients.weight) return;
+    const DynamicGradient<A> policy{route.V.get(), route.g_s.get(), o.state_size(), o.J, iterations,
+                                    true,          leaky,           detach,         0};
+    DynamicPasses<A>::emit(o, policy, gradients, nullptr);
+}
+
+}  // namespace
+
 Status dynamic_routing(const Capsules& c, const void* bias, int64_t iterations, bool leaky, SquashKind kind, void* v,
                        void* s) {
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c, best_layout<A, DynamicSum<A>>(c));
-        route(o, static_cast<const A*>(bias), iterations, kind, static_cast<A*>(v), static_cast<A*>(s),
-              [&](int64_t, const A* V, A* sum) {
-                  if (V) return DynamicPasses<A>::reduce(o, DynamicSum<A>{{V, leaky}, o.J, o.D}, sum);
-                  contract(o, sum);
-                  const A equal = equal_coupling<A>(o.J, leaky);
-                  for (int64_t x = 0; x < o.state_size(); ++x) sum[x] *= equal;
-              });
+        route_in_blocks(c, iterations, static_cast<A*>(v), static_cast<A*>(s), [&](const Block& block, A* v, A* s) {
+            route_block(block.c, static_cast<const A*>(bias), iterations, leaky, kind, v, s);
+        });
     });
 }
 
 Status dynamic_routing_backward(const Capsules& c, int64_t iterations, bool leaky, bool detach, SquashKind kind,
                                 const void* s, const void* g_v, void* g_u, void* g_weight, void* g_bias) {
-    const CapsuleGradients gradients{g_u, g_weight};
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c, best_layout<A, AdjointSum<A>, DynamicGradient<A>>(c));
-        const RouteGradients<A> route(o, iterations, static_cast<const A*>(s), static_cast<const A*>(g_v), detach, kind,
-                                      [&](int64_t, const A* V, const A* g_s, const A*, A* H) {
-                                          const DynamicAdjoint<A> adjoint{{V, leaky}, g_s};
-                                          DynamicPasses<A>::reduce(o, AdjointSum<A>{adjoint, o.J, o.D}, H);
-                                      });
-        if (g_bias) route.sum_over_batch(static_cast<A*>(g_bias));
-        if (!gradients.u && !gradients.weight) return;
-        const DynamicGradient<A> policy{route.V.get(), route.g_s.get(), o.state_size(), o.J, iterations,
-                                        true,          leaky,           detach,         0};
-        DynamicPasses<A>::emit(o, policy, gradients, nullptr);
+        route_in_blocks_backward(
+            c, iterations, static_cast<const A*>(s), static_cast<const A*>(g_v), {g_u, g_weight},
+            static_cast<A*>(g_bias),
+            [&](const Block& block, const A* s, const A* g_v, const CapsuleGradients& gradients, A* g_bias) {
+                route_block_backward(block.c, iterations, leaky, detach, kind, s, g_v, gradients, g_bias);
+            });
     });
 }
 

@@ -20,13 +20,19 @@ template struct CoupledPasses<double>;
 Status dynamic_routing_with_logits(const Capsules& c, const void* logits, const void* input_weight, const void* bias,
                                    int64_t iterations, bool leaky, SquashKind kind, void* v, void* s) {
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c, best_layout<A, CoupledSum<A>>(c));
-        route(o, static_cast<const A*>(bias), iterations, kind, static_cast<A*>(v), static_cast<A*>(s),
-              [&](int64_t, const A* V, A* sum) {
-                  const Couplings<A> couplings{
-                      V, static_cast<const A*>(logits), static_cast<const A*>(input_weight), c.N, o.J, leaky};
-                  CoupledPasses<A>::reduce(o, CoupledSum<A>{couplings, nullptr, o.D}, sum);
-              });
+        route_in_blocks(c, iterations, static_cast<A*>(v), static_cast<A*>(s), [&](const Block& block, A* v, A* s) {
+            const Operands<A> o(block.c, best_layout<A, CoupledSum<A>>(block.c));
+            Couplings<A> couplings{nullptr,
+                                   block.of_pairs(static_cast<const A*>(logits)),
+                                   block.of_capsules(static_cast<const A*>(input_weight)),
+                                   c.N,
+                                   c.J,
+                                   leaky};
+            route(o, static_cast<const A*>(bias), iterations, kind, v, s, [&](int64_t, const A* V, A* sum) {
+                couplings.V = V;
+                CoupledPasses<A>::reduce(o, CoupledSum<A>{couplings, nullptr, o.D}, sum);
+            });
+        });
     });
 }
 
@@ -35,15 +41,26 @@ Status dynamic_routing_with_logits_backward(const Capsules& c, const void* logit
                                             const void* g_v, void* g_u, void* g_weight, void* g_logits,
                                             void* g_input_weight, void* g_bias) {
     return for_accumulation(c.dtype, [&]<class A>() {
-        const Operands<A> o(c, best_layout<A, CoupledSum<A>, CoupledGradient<A>>(c));
-        Couplings<A> couplings{nullptr, static_cast<const A*>(logits), static_cast<const A*>(input_weight), c.N, o.J,
-                               leaky};
-        const RouteGradients<A> route(o, iterations, static_cast<const A*>(s), static_cast<const A*>(g_v), detach, kind,
-                                      [&](int64_t, const A* V, const A* g_s, const A*, A* H) {
-                                          couplings.V = V;
-                                          CoupledPasses<A>::reduce(o, CoupledSum<A>{couplings, g_s, o.D}, H);
-                                      });
-        coupled_route_backward(o, couplings, route, {{g_u, g_weight}, g_logits, g_input_weight}, g_bias);
+        const auto run = [&](const Block& block, const A* s, const A* g_v, const CapsuleGradients& gradients,
+                             A* g_bias) {
+            const Operands<A> o(block.c, best_layout<A, CoupledSum<A>, CoupledGradient<A>>(block.c));
+            Couplings<A> couplings{nullptr,
+                                   block.of_pairs(static_cast<const A*>(logits)),
+                                   block.of_capsules(static_cast<const A*>(input_weight)),
+                                   c.N,
+                                   c.J,
+                                   leaky};
+            const RouteGradients<A> route(o, iterations, s, g_v, detach, kind,
+                                          [&](int64_t, const A* V, const A* g_s, const A*, A* H) {
+                                              couplings.V = V;
+                                              CoupledPasses<A>::reduce(o, CoupledSum<A>{couplings, g_s, o.D}, H);
+                                          });
+            const CoupledGradients all{gradients, block.of_pairs(static_cast<A*>(g_logits)),
+                                       block.of_capsules(static_cast<A*>(g_input_weight))};
+            coupled_route_backward(o, couplings, route, all, g_bias);
+        };
+        route_in_blocks_backward(c, iterations, static_cast<const A*>(s), static_cast<const A*>(g_v), {g_u, g_weight},
+                                 static_cast<A*>(g_bias), run);
     });
 }
 

@@ -1,6 +1,7 @@
 // The iterations of routing by agreement, and a single one, around the passes that its forms differ in.
 #pragma once
 
+#include "../engine/blocks.h"
 #include "../engine/stream.h"
 
 namespace capsops::cpu::CAPSOPS_ISA {
@@ -81,6 +82,39 @@ template <class A> struct RouteGradients {
             g_bias[x % o.JH] += g_s_compact.get()[x];
     }
 };
+
+// Forward in blocks: run(block, v, s) is `route` for a block, with its part of v [B, J, H] and of s [iterations, B, J,
+// H].
+template <class A, class Run> inline void route_in_blocks(const Capsules& c, int64_t iterations, A* v, A* s, Run run) {
+    const int64_t row = c.J * c.rows * c.D;
+    for_each_block<A>(c, [&](const Block& block) {
+        if (block.c.B == c.B) return run(block, v, s);
+        Buffer<A> own(iterations * block.c.B * row);
+        run(block, v + block.first * row, own.get());
+        for_each_part(block, c.B, iterations, row, [&](int64_t place, int64_t part, size_t size) {
+            std::memcpy(s + place, own.get() + part, size * sizeof(A));
+        });
+    });
+}
+
+// Backward in blocks: run(block, s, g_v, gradients, g_bias) with the block's parts.
+template <class A, class Run>
+inline void route_in_blocks_backward(const Capsules& c, int64_t iterations, const A* s, const A* g_v,
+                                     const CapsuleGradients& gradients, A* g_bias, Run run) {
+    const int64_t row = c.J * c.rows * c.D, blocks = ceil_div(c.B, items_of_block<A>(c));
+    Buffer<A> partial(g_bias ? blocks * row : 0);
+    for_each_block<A>(c, [&](const Block& block) {
+        if (block.c.B == c.B) return run(block, s, g_v, gradients, g_bias);
+        Buffer<A> own(iterations * block.c.B * row);
+        for_each_part(block, c.B, iterations, row, [&](int64_t place, int64_t part, size_t size) {
+            std::memcpy(own.get() + part, s + place, size * sizeof(A));
+        });
+        CapsuleGradients parts{nullptr, nullptr};
+        if (gradients.u) parts.u = static_cast<char*>(gradients.u) + block.first * bytes_of_votes(c);
+        run(block, own.get(), g_v + block.first * row, parts, g_bias ? partial.get() + block.number * row : nullptr);
+    });
+    if (g_bias && blocks > 1) add_blocks(partial.get(), blocks, row, g_bias, 1);
+}
 
 // The gradient of one iteration whose V is given. reduce(g_V) writes that of V, a state; emit(size, g_V) writes the
 // others, and that of V too if size is not 0.
