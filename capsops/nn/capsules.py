@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .. import functional
+from .. import functional, parallel
 from ..ops._checks import (
+    check_at_least,
     check_axis,
     check_choice,
     check_flag,
@@ -63,6 +65,10 @@ class CapsuleLayer(Matrices):
             `PrimaryCapsules` orders them.
         device: of the parameters.
         dtype: of the parameters.
+        process_group: of torch.distributed, over whose ranks the input capsules and their parameters are split
+            (`capsops.parallel`). N below is then the number of this rank's capsules in u, weight, prior, logits,
+            input_weight and mask. The batch, the other parameters and v are the same on every rank. Not with types or
+            leaky.
 
     Attributes:
         weight: parameter [N, K, J, D], [K, J, D] if shared, or [T, K, J, D] by type.
@@ -101,9 +107,20 @@ class CapsuleLayer(Matrices):
         types: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        process_group: Any = None,
         _layer: str = "CapsuleLayer",
     ) -> None:
-        super().__init__(_layer, in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype, types)
+        held = None
+        if process_group is not None:
+            check_at_least(_layer, 1, in_capsules=in_capsules)
+            part = parallel.part_of_rank(in_capsules, process_group)
+            held = part.stop - part.start
+            for name, value in (("types", types), ("leaky", leaky)):
+                if value:
+                    fail(_layer, f"{name} is {value}; expected none, because process_group is given")
+        super().__init__(
+            _layer, in_capsules, in_dim, out_capsules, out_dim, iterations, shared, device, dtype, types, held
+        )
         check_choice(_layer, "routing", routing, ROUTINGS)
         check_flag(_layer, "bias", bias)
         for name, flag in (("leaky", leaky), ("detach", detach), ("logits", logits)):
@@ -129,6 +146,7 @@ class CapsuleLayer(Matrices):
             fail(_layer, f"logits is True; expected False, because {reason}")
         self.routing, self.iterations = routing, 1 if routing == "uniform" else iterations
         self.leaky, self.detach, self.axis, self.squash = leaky, detach, axis, squash
+        self.process_group = process_group
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, device=device, dtype=dtype))
@@ -136,9 +154,9 @@ class CapsuleLayer(Matrices):
         attention, self_attention = routing == "attention", routing == "self-attention"
         self.attn_weight = parameter(out_capsules, out_capsules) if attention else None
         self.attn_bias = parameter(out_capsules) if attention and bias else None
-        self.prior = parameter(in_capsules, out_capsules) if self_attention and bias else None
+        self.prior = parameter(self._held, out_capsules) if self_attention and bias else None
         self.bias = parameter(out_capsules, out_dim) if bias and not (attention or self_attention) else None
-        self.logits = parameter(in_capsules, out_capsules) if logits else None
+        self.logits = parameter(self._held, out_capsules) if logits else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -178,7 +196,11 @@ class CapsuleLayer(Matrices):
         The 1×1 convolution starts as `torch.nn.Conv2d` does, bias, logits and prior at 0 (the prior as in Mazzia et al.
         2021).
         """
-        nn.init.normal_(self.weight, std=initial_deviation(self))
+        own = None
+        if self.process_group is not None and not self.shared:
+            # Ranks draw different matrices, also where all of them have the same seed.
+            own = parallel.generator_of_rank(self.weight.device, self.process_group)
+        nn.init.normal_(self.weight, std=initial_deviation(self), generator=own)
         bound = 1 / math.sqrt(self.out_capsules)
         for convolution in (self.attn_weight, self.attn_bias):
             if convolution is not None:
@@ -186,6 +208,9 @@ class CapsuleLayer(Matrices):
         for start in (self.bias, self.logits, self.prior):
             if start is not None:
                 nn.init.zeros_(start)
+        if self.process_group is not None:
+            common = self.weight if self.shared else None
+            parallel.copy_of_first_rank([common, self.attn_weight, self.attn_bias], self.process_group)
 
     def forward(
         self,
@@ -195,32 +220,26 @@ class CapsuleLayer(Matrices):
         input_weight: Tensor | None = None,
     ) -> Tensor:
         def route() -> Tensor:
+            common: dict[str, Any] = {"input_weight": input_weight, "mask": mask}
+            routings: Any = functional
+            if self.process_group is not None:
+                routings, common["group"] = parallel, self.process_group
             if self.routing == "self-attention":
-                return functional.self_attention_routing(
-                    u, self.weight, self.prior, input_weight=input_weight, mask=mask
-                )
+                return routings.self_attention_routing(u, self.weight, self.prior, **common)
+            common["squash"] = self.squash
             if self.attn_weight is not None:
-                return functional.attention_routing(
-                    u,
-                    self.weight,
-                    self.attn_weight,
-                    self.attn_bias,
-                    squash=self.squash,
-                    input_weight=input_weight,
-                    mask=mask,
-                )
-            return functional.dynamic_routing(
+                return routings.attention_routing(u, self.weight, self.attn_weight, self.attn_bias, **common)
+            if self.leaky:
+                common["leaky"] = True
+            return routings.dynamic_routing(
                 u,
                 self.weight,
                 self.iterations,
                 logits=self._with_parameter(logits),
                 axis=self.axis,
                 bias=self.bias,
-                leaky=self.leaky,
                 detach=self.detach,
-                squash=self.squash,
-                input_weight=input_weight,
-                mask=mask,
+                **common,
             )
 
         self._check_takes(logits, input_weight)
@@ -233,7 +252,17 @@ class CapsuleLayer(Matrices):
         logits: Tensor | None = None,
         input_weight: Tensor | None = None,
     ) -> Tensor:
-        """c [B, N, J] (attention: [B, N, J, D]) for these input capsules; see `capsops.coupling_coefficients`."""
+        """c [B, N, J] (attention: [B, N, J, D]) for these input capsules; see `capsops.coupling_coefficients`.
+
+        A layer with a process group has them for attention and uniform routing, where they do not depend on the
+        capsules of other ranks.
+        """
+        if self.process_group is not None and self.routing not in ("attention", "uniform"):
+            fail(
+                self._layer,
+                f"routing is {self.routing!r}; expected 'attention' or 'uniform' for coupling coefficients, because "
+                "process_group is given",
+            )
 
         def explain() -> Tensor:
             return functional.coupling_coefficients(
@@ -297,6 +326,8 @@ class CapsuleLayer(Matrices):
             parts.append("logits=True")
         if self.shared:
             parts.append("shared=True")
+        if self.process_group is not None:
+            parts.append(f"held={self._held}")
         return ", ".join(parts)
 
 

@@ -23,6 +23,7 @@ class Matrices(Layer):
     """The base of layers from N input capsules to J output capsules: their sizes and transformation matrices.
 
     layer: the name of the layer in error messages, that of the class which the user made.
+    held: how many of the N input capsules this process holds; None: all of them.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Matrices(Layer):
         device: torch.device | str | None,
         dtype: torch.dtype | None,
         types: int | None = None,
+        held: int | None = None,
     ) -> None:
         super().__init__()
         sizes = {"in_capsules": in_capsules, "in_dim": in_dim, "out_capsules": out_capsules, "out_dim": out_dim}
@@ -51,8 +53,9 @@ class Matrices(Layer):
         self._layer = layer
         self.in_capsules, self.in_dim, self.out_capsules, self.out_dim = in_capsules, in_dim, out_capsules, out_dim
         self.iterations, self.shared, self.types = iterations, shared, types
+        self._held = in_capsules if held is None else held
         matrix = (in_dim, out_capsules, out_dim)
-        size = matrix if shared else (types or in_capsules, *matrix)
+        size = matrix if shared else (types or self._held, *matrix)
         self.weight = nn.Parameter(torch.empty(size, device=device, dtype=dtype))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -77,7 +80,7 @@ class Matrices(Layer):
     def _call(self, routing: Callable[[], Any], *inputs: Tensor | None) -> Any:
         """Call a routing; if it refuses the inputs, raise an error in the terms of the layer, not of the function."""
         u = inputs[0]
-        if not self.shared and isinstance(u, Tensor) and u.dim() > 1 and u.shape[1] != self.in_capsules:
+        if not self.shared and isinstance(u, Tensor) and u.dim() > 1 and u.shape[1] != self._held:
             self._refuse(*inputs)  # a function would take the matrices for those of types of capsules
         try:
             return routing()
@@ -91,8 +94,8 @@ class Matrices(Layer):
 
     def _check_capsules(self, name: str, x: Tensor, axes: str, rows: tuple[int, ...] | None = None) -> None:
         """Require capsules of a shape that the matrices take; rows: the sizes between N and K, if fixed."""
-        wrong = not self.shared and x.shape[1:2] != (self.in_capsules,)
+        wrong = not self.shared and x.shape[1:2] != (self._held,)
         wrong = wrong or (rows is not None and x.shape[2:-1] != rows)
         if x.dim() not in (3, axes.count(",") + 1) or x.shape[-1] != self.in_dim or wrong:
-            wanted = f"K = {self.in_dim}" if self.shared else f"N = {self.in_capsules} and K = {self.in_dim}"
+            wanted = f"K = {self.in_dim}" if self.shared else f"N = {self._held} and K = {self.in_dim}"
             fail(self._layer, f"{name} has shape {list(x.shape)}; expected {axes} with {wanted}")

@@ -31,8 +31,7 @@ from ._checks import (
 from ._declare import Differentiable, Output, float32, settle
 from ._flops import Shape, pass_flops
 from .coupling_coefficients import Couplings, Votes, explains, softmax_of_agreements, widened
-from .squash import ROUTING_SQUASHES, SQUASH_KINDS
-from .squash import squash as squash_vectors
+from .squash import ROUTING_SQUASHES, squash_routed
 from .step import routing_step
 
 _FEW_PRODUCTS = 1 << 30
@@ -376,7 +375,7 @@ def _route_by_one_matrix(
             s = s.to(exact) @ W.to(exact)
             if b is not None:
                 s = s + b
-            v = squash_vectors(s, kind=kind) if kind in SQUASH_KINDS else reference.squash(s, kind)
+            v = squash_routed(s, kind)
             if not last:
                 state = state + v @ W.to(exact).T
     return v.to(u.dtype)

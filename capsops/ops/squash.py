@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..backends import reference
 from ._checks import check_choice, check_floating, fail
 from ._declare import Differentiable, Output
 from ._flops import elementwise
@@ -55,3 +56,8 @@ def squash(s: Tensor, dim: int = -1, kind: str = "sabour") -> Tensor:
     if dims == 0 or dim in (-1, dims - 1):
         return _squash(s, kind)
     return _squash(s.movedim(dim, -1), kind).movedim(-1, dim)
+
+
+def squash_routed(s: Tensor, kind: str) -> Tensor:
+    """What a routing makes of s: one of ROUTING_SQUASHES."""
+    return squash(s, kind=kind) if kind in SQUASH_KINDS else reference.squash(s, kind)

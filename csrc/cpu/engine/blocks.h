@@ -53,6 +53,7 @@ template <class A, class Run> inline void for_each_block(const Capsules& c, Run 
     }
     if (status == Status::out_of_memory) throw std::bad_alloc();
     if (status == Status::interrupted) throw Interrupted();
+    throw_if_stopped(c.context);  // the calling thread may have had no block
 }
 
 // For what has the batch behind the iterations: calls each(place, part, size) for every iteration, where numbers
