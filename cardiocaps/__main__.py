@@ -15,6 +15,7 @@ _PROGRAMS = {
     "evaluate": ("cardiocaps.evaluate", "evaluate the networks of runs once more"),
     "predict": ("cardiocaps.predict", "predict for videos of your own"),
     "explain": ("cardiocaps.explain", "show where in its frames a network finds the class of a video"),
+    "export": ("cardiocaps.export", "write the network of a run to a file for other programs"),
     "experiments": (
         "cardiocaps.experiments.__main__",
         "train what the tables and figures of the paper compare",

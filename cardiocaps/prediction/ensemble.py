@@ -270,10 +270,10 @@ def load(paths: Sequence[Path], machine: Machine, changed: Mapping[str, Any]) ->
     targets = {str(member.config.regression_target) for member in members}
     if len(targets) > 1:
         raise ConfigError(f"RUN: the runs regress {' and '.join(sorted(targets))}; expected one and the same")
-    return Ensemble(members, machine, _unit(paths[0]))
+    return Ensemble(members, machine, regression_unit(paths[0]))
 
 
-def _unit(path: Path) -> str:
+def regression_unit(path: Path) -> str:
     """The unit of a run's regression; "" if the run has not been evaluated, or does not regress."""
     import json
 
