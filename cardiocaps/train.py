@@ -32,14 +32,17 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
         CardioCapsError: see cardiocaps.errors; what was reached is saved.
     """
     from cardiocaps.data.open import decode_for_run, read_study, with_layout
+    from cardiocaps.evaluation.predictions import unit_of
     from cardiocaps.evaluation.run import evaluate_network
     from cardiocaps.runtime.device import machine_for
     from cardiocaps.runtime.files import lock_folder
     from cardiocaps.training.fit import quiet, train
     from cardiocaps.training.initial import InitialWeights
+    from cardiocaps.training.loggers import RunLog, require_loggers
     from cardiocaps.training.run_folder import RunFolder
 
     quiet()
+    require_loggers(config)
     out = config.out
     assert out is not None
     with machine_for(config) as machine:
@@ -68,16 +71,20 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
                 used = decode_for_run(
                     config, machine, study, folder.data, _OTHER_DATA, trained=folder.is_trained, keep=True
                 )
+                config = replace(config, regression_target=used.data.target)
+                log = RunLog(folder, config)
             except (CardioCapsError, Interrupted):
                 if not config.resume:
                     folder.discard()
                 raise
             if used.data.study != study:
                 print_line(f"after decoding: {used.data.study.summary()}")
-            config = replace(config, regression_target=used.data.target)
             write_run(config, folder.path)
-            train(config, machine, folder, used.data, interruption, initial=initial)
-            evaluate_network(config, machine, folder, used, results=folder)
+            with log:
+                rows = train(config, machine, folder, used.data, interruption, [log], initial)
+                log.epochs(rows)
+                scores, _ = evaluate_network(config, machine, folder, used, results=folder)
+                log.scores(scores.main(unit_of(config)), int(rows[-1]["epoch"]))
             print_line(f"run folder: {folder.path}")
 
 

@@ -47,6 +47,7 @@ _NEWER: Mapping[str, Any] = {
     "split_column": None,
     "init": None,
     "freeze": None,
+    "logger": "csv",
 }
 """Settings that older versions did not write, with the values that those versions ran with."""
 

@@ -28,6 +28,9 @@ _SECTIONS = {
 
 _CAPSULE_NETWORKS = ("cardiocaps", "em-capsnet", "efficient-capsnet")
 
+LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
+"""The names in the setting `logger`."""
+
 _SEEDS = (0, 2**32 - 1)
 
 _Model = Literal["cardiocaps", "em-capsnet", "efficient-capsnet", "cnn-1", "cnn-2", "resnet18", "unet", "vit"]
@@ -208,6 +211,13 @@ class TrainConfig:
         affects="place",
     )
     progress: bool = setting(True, "progress bars; without a terminal, a line every ten seconds", affects="display")
+    logger: str = setting(
+        "csv",
+        "who gets the numbers of every epoch and of the evaluation, with commas between them: csv (metrics.csv, "
+        "always), tensorboard, wandb, mlflow; all stays in the run's folder, unless $WANDB_MODE or "
+        "$MLFLOW_TRACKING_URI say otherwise",
+        affects="display",
+    )
     calibration: Literal["temperature", "isotonic", "none"] = setting(
         "temperature",
         "how probabilities are calibrated on the validation split: by a temperature, or by isotonic regression",
@@ -242,6 +252,12 @@ class TrainConfig:
             raise ConfigError(
                 f"freeze is {self.freeze!r}; expected {part}, which model {self.model!r} can freeze, or null"
             )
+        names = self.logger.split(",")
+        if len(set(names)) < len(names) or not set(names) <= set(LOGGERS):
+            raise ConfigError(
+                f"logger is {shown(self.logger)}; expected some of {', '.join(LOGGERS)}, each once, with commas and "
+                "without spaces between them"
+            )
         if self.resume is not None:
             if self.overwrite:
                 raise ConfigError("overwrite is true; expected false, because resume is given")
@@ -252,6 +268,11 @@ class TrainConfig:
     def network(self) -> Preset:
         """The sizes of the network. (The training values of a preset are only defaults: read those from here.)"""
         return PRESETS[self.preset]
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        """The loggers beside metrics.csv, which is always written."""
+        return tuple(name for name in self.logger.split(",") if name != "csv")
 
     @property
     def splits_frames(self) -> bool:

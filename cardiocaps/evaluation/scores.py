@@ -82,6 +82,16 @@ class Scores:
             expected_calibration_error(self.calibration(probability), label),
         )
 
+    def main(self, unit: str) -> dict[str, float]:
+        """The scores of the test by `unit`, in one level of names; NaN where one is not defined."""
+        values = {f"test_{name}": metric.value for name, metric in self.report(unit).metrics.items()}
+        errors = zip(("calibration_error", "calibrated_calibration_error"), self.calibration_error(unit), strict=True)
+        values |= {f"test_{name}": x for name, x in errors}
+        if unit in self.regression:
+            regression = self.regression[unit]
+            values |= {f"test_{name}": getattr(regression, name) for name in ("mae", "rmse", "r2")}
+        return values
+
     def as_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         content: dict[str, Any] = {

@@ -60,6 +60,9 @@ class RunFolder:
     report = _File("report.html")  # results, figures and wrong decisions on one page
     best = _File("best.ckpt")
     last = _File("last.ckpt")
+    loggers = _File("loggers.json")  # see `cardiocaps.training.loggers`
+    tensorboard = _File("tensorboard")
+    mlflow = _File("mlflow")
     plots = _File("plots")
     learning_curves = _File("plots/learning_curves.png")
     confusion_matrix = _File("plots/confusion_matrix.png")
