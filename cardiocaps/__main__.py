@@ -16,6 +16,8 @@ _PROGRAMS = {
     "predict": ("cardiocaps.predict", "predict for videos of your own"),
     "explain": ("cardiocaps.explain", "show where in its frames a network finds the class of a video"),
     "export": ("cardiocaps.export", "write the network of a run to a file for other programs"),
+    "data": ("cardiocaps.data.__main__", "say what a data set holds, and what is wrong with it"),
+    "info": ("cardiocaps.info", "print versions, devices, what is installed, and the cache"),
     "experiments": (
         "cardiocaps.experiments.__main__",
         "train what the tables and figures of the paper compare",

@@ -24,7 +24,18 @@ def _imported(*arguments: str) -> tuple[str, set[str]]:
 
 def test_help_names_every_command_at_once() -> None:
     text, imported = _imported("--help")
-    names = ("train", "evaluate", "predict", "explain", "export", "experiments", "phantom", "from-dicom")
+    names = (
+        "train",
+        "evaluate",
+        "predict",
+        "explain",
+        "export",
+        "data",
+        "info",
+        "experiments",
+        "phantom",
+        "from-dicom",
+    )
     assert all(f"\n  {name} " in text for name in names)
     assert not imported & {"torch", "numpy", "yaml", "cardiocaps.train", "cardiocaps.experiments"}
 
