@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
 
 from cardiocaps import DISCLAIMER, __version__
-from cardiocaps.config import CommandLine
+from cardiocaps.config import COMPLETING, CommandLine
 
 _PROGRAMS = {
     "train": ("cardiocaps.train", "train a network on echocardiogram videos and evaluate it"),
@@ -30,6 +31,8 @@ _PROGRAMS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status of the program that is run; 2 if there is no such program."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if COMPLETING in os.environ:
+        _complete_program()
     if arguments and arguments[0] in _PROGRAMS:
         module, _ = _PROGRAMS[arguments[0]]
         return import_module(module).main(arguments[1:])
@@ -45,6 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=list(_PROGRAMS), metavar="COMMAND", help=argparse.SUPPRESS)
     parser.parse_args(arguments[:1])
     raise AssertionError("unreachable: a command was given")
+
+
+def _complete_program() -> None:
+    """Let the program that the command line names, if it does, say what may follow; the process then ends."""
+    from argcomplete.lexers import split_line
+
+    line, point = os.environ.get("COMP_LINE", ""), int(os.environ.get("COMP_POINT", "0"))
+    _, _, _, words, _ = split_line(line, point)
+    start = int(os.environ[COMPLETING])
+    if len(words) > start and words[start] in _PROGRAMS:
+        os.environ[COMPLETING] = str(start + 1)
+        import_module(_PROGRAMS[words[start]][0]).main([])
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ Precedence: defaults < the preset's values < the YAML file < the command line. W
 take the place of the defaults. Nothing heavy is imported, so that `--help` answers at once.
 """
 
-from cardiocaps.config.command_line import CommandLine, add_options, command_line, from_command_line
+from cardiocaps.config.command_line import COMPLETING, CommandLine, add_options, command_line, from_command_line
 from cardiocaps.config.option import Option
 from cardiocaps.config.presets import PRESETS, TRAINING_DEFAULTS, Preset
 from cardiocaps.config.saved import check_resumable, completed, read_run, read_yaml, write_run
 from cardiocaps.config.settings import TRAINABLE_PHANTOM, TrainConfig, options, settings_that_affect
 
 __all__ = [
+    "COMPLETING",
     "PRESETS",
     "TRAINABLE_PHANTOM",
     "TRAINING_DEFAULTS",

@@ -1,17 +1,23 @@
 """The settings on the command line."""
 
 import argparse
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from cardiocaps import __version__
 from cardiocaps.config.option import did_you_mean, shown
 from cardiocaps.config.saved import check_resumable, read_run, read_yaml
-from cardiocaps.config.settings import TrainConfig, options
+from cardiocaps.config.settings import LOGGERS, TrainConfig, options
 from cardiocaps.errors import printable
+
+COMPLETING = "_ARGCOMPLETE"
+"""The variable that argcomplete sets in a program whose command line a shell completes: the number of the word at which
+the program's arguments begin, from 1 for the name of the program."""
 
 
 class CommandLine(argparse.ArgumentParser):
@@ -23,6 +29,10 @@ class CommandLine(argparse.ArgumentParser):
     def parse_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> Any:
+        if COMPLETING in os.environ:  # a shell asks what may follow on its command line
+            import argcomplete
+
+            argcomplete.autocomplete(self)
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             option = next((text for text in unknown if text.startswith("-")), None)
@@ -76,7 +86,15 @@ def add_options(parser: argparse.ArgumentParser, names: Sequence[str], default: 
             form, usual = {"type": option.from_text, "action": action, "metavar": metavar}, option.default
         usual = default or usual
         text = option.help if usual is None else f"{option.help} (default: {usual})"
-        groups[option.group].add_argument(option.flag, help=text.replace("%", "%%"), **form)
+        action = groups[option.group].add_argument(option.flag, help=text.replace("%", "%%"), **form)
+        if option.kind is not Path:  # for paths a shell offers files
+            words = LOGGERS if option.name == "logger" else option.choices
+            action.completer = partial(_words, words)
+
+
+def _words(words: Sequence[str], **_: Any) -> Sequence[str]:
+    """What argcomplete offers for an option's value."""
+    return words
 
 
 class _Collect(argparse.Action):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 import tomllib
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +67,79 @@ def test_a_command_that_does_not_exist(arguments: list[str], message: str, capsy
         main(arguments)
     error = capsys.readouterr().err
     assert error.startswith("error: ") and message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", program._PROGRAMS)
+def test_help_of_a_command_imports_no_torch(command: str) -> None:
+    text, imported = _imported(command, "--help")
+    assert text.startswith("usage: ") and not imported & {"torch", "lightning", "av"}
+
+
+def _completed(line: str, folder: Path) -> tuple[list[str], set[str]]:
+    """What a shell is offered for the end of a command line, and the modules that are imported for it."""
+    environment = {
+        **os.environ,
+        "_ARGCOMPLETE": "1",
+        "_ARGCOMPLETE_IFS": "\n",
+        "_ARGCOMPLETE_SHELL": "fish",  # which adds no spaces
+        "_ARGCOMPLETE_SUPPRESS_SPACE": "1",
+        "_ARGCOMPLETE_STDOUT_FILENAME": str(folder / "words"),
+        "COMP_LINE": line,
+        "COMP_POINT": str(len(line)),
+        "PYTHONPATH": str(ROOT),
+    }
+    (folder / "words").write_text("")
+    command = [sys.executable, "-X", "importtime", "-m", "cardiocaps"]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    words = [word.split("\t")[0] for word in (folder / "words").read_text().split("\n")]
+    return words, {x.rpartition("|")[2].strip() for x in done.stderr.splitlines()}
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("cardiocaps e", ["evaluate", "explain", "export", "experiments"]),
+        ("cardiocaps train --mod", ["--model"]),
+        ("cardiocaps train --model ", ["cardiocaps", "em-capsnet", "efficient-capsnet", "cnn-1", "cnn-2"]),
+        ("cardiocaps train --model cnn-1 --routing d", ["dynamic"]),
+        ("cardiocaps train --logger t", ["tensorboard"]),
+        ("cardiocaps train --no-comp", ["--no-compile"]),
+        ("cardiocaps train --data ", ["some.csv"]),
+        ("cardiocaps export --to o", ["onnx"]),
+        ("cardiocaps export s", ["some.csv"]),
+        ("cardiocaps experiments tab", ["table1", "table6"]),
+        ("cardiocaps data some.csv --dataset echonet-l", ["echonet-lvh"]),
+        ("cardiocaps phantom --prev", ["--preview"]),
+        ("cardiocaps train --epochs ", []),
+        ("cardiocaps nonsense --mod", []),
+    ],
+)
+def test_a_shell_completes_at_once(line: str, expected: list[str], tmp_path: Path) -> None:
+    (tmp_path / "some.csv").write_text("")
+    words, imported = _completed(line, tmp_path)
+    assert set(expected) <= set(words) and (expected or words == [""])
+    typed = line.rpartition(" ")[2]
+    assert all(word.startswith(typed) for word in words if word)
+    assert "argcomplete" in imported and not imported & {"torch", "lightning", "av"}
+
+
+def test_bash_completes_with_the_line_of_the_pages(tmp_path: Path) -> None:
+    (line,) = re.findall(r"^eval .*$", (ROOT / "docs" / "installation.md").read_text(), flags=re.MULTILINE)
+    script = tmp_path / "cardiocaps"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH={ROOT} exec {sys.executable} -m cardiocaps "$@"\n')
+    script.chmod(0o755)
+    asked = "cardiocaps train --routing u"
+    program = f"""
+        {line.partition("#")[0]}
+        complete -p cardiocaps
+        COMP_LINE={asked!r} COMP_POINT={len(asked)} COMP_TYPE=9 COMP_WORDBREAKS=' '
+        _python_argcomplete cardiocaps
+        echo "${{COMPREPLY[@]}}"
+    """
+    path = os.pathsep.join([str(tmp_path), str(Path(sys.executable).parent), os.environ["PATH"]])
+    done = subprocess.run(["bash", "-c", program], env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    assert done.stdout.splitlines()[1].strip() == "uniform", done.stderr
 
 
 def test_the_console_scripts_exist() -> None:
