@@ -201,6 +201,8 @@ def _write_torch_export(
     with _quiet(), torch.no_grad():
         images, shapes = _example(config.network.size)
         program = torch.export.export(Named(network), images, dynamic_shapes=shapes)
+        for node in program.graph.nodes:  # where in the code each comes from, with the paths of this machine
+            node.meta.pop("stack_trace", None)
         # Files, not names: torch would want a name that ends in .pt2.
         with path.open("wb") as file:
             torch.export.save(program, file, extra_files={METADATA: json_text(description)})  # type: ignore[arg-type]
@@ -225,6 +227,8 @@ def _write_onnx(
             Named(network), images, input_names=["image"], output_names=names, dynamic_shapes=shapes, verbose=False
         )
         assert program is not None
+        for node in program.model.graph.all_nodes():  # as in `_write_torch_export`
+            node.metadata_props.clear()
         program.model.metadata_props[METADATA] = json_text(description)
         program.model.producer_name = "cardiocaps"
         program.save(path, external_data=False)

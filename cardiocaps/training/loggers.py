@@ -39,8 +39,8 @@ _ENVIRONMENT = {
 }
 """Variables that are set, unless the user has set them, before the packages are imported."""
 
-_NOT_LOGGED = ("table", "logger")
-"""Settings that affect the result but name a file of the data; and the loggers themselves."""
+_NOT_LOGGED = ("table",)
+"""Settings that affect the result but name a file of the data."""
 
 
 def require_loggers(config: TrainConfig) -> None:

@@ -41,8 +41,8 @@ class RunFolder:
     marker = _File("run.json")
     config = _File("config.yaml")
     environment = _File("environment.json")
-    # The paths of the data. Only this file and `config` hold paths, which can identify the user: remove them to share a
-    # run.
+    # The paths of the data. Only this file, `config` and the folders of loggers hold paths, which can identify the
+    # user: remove them to share a run.
     paths = _File("paths.json")
     data = _File("data.json")  # the fingerprint of the data, see `cardiocaps.data.fingerprint`
     initial = _File("initial.json")  # digest of the weights that training began with, see `cardiocaps.training.initial`
