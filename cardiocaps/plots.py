@@ -32,11 +32,12 @@ _LABELS = {
     "reconstruction": "Reconstruction loss (weighted)",
     "regression": "Squared regression error",
     "auroc": "AUROC",
+    "mae": "Mean absolute error",
 }
 
 
-def learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw a panel for each part of the loss and for the AUROC, and mark the epoch of the least validation loss.
+def learning_curves(history: Sequence[Mapping[str, float]], path: Path, judged_by: str = "val_loss") -> None:
+    """Draw a panel for each part of the loss and for the AUROC or the error, and mark the best epoch.
 
     An AUROC that is undefined in every epoch has no panel. The legend takes the place of a missing panel, if there is
     one.
@@ -44,6 +45,7 @@ def learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     Args:
         history: the rows of metrics.csv, at least one.
         path: of the PNG file.
+        judged_by: the column whose least value is that of the best epoch.
 
     Raises:
         OutputError: the file cannot be written.
@@ -55,7 +57,7 @@ def learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
     rows = math.ceil(len(names) / columns)
     figure = new_figure(4.6 * columns, 3.3 * rows + 0.7, "Learning curves")
     epochs = [row["epoch"] for row in history]
-    best = min(history, key=lambda row: row["val_loss"])["epoch"]
+    best = min(history, key=lambda row: row[judged_by])["epoch"]
     for place, name in enumerate(names, start=1):
         axes = figure.add_subplot(rows, columns, place)
         keys = [key for key in (f"train_{name}", f"val_{name}") if key in history[0]]
@@ -63,7 +65,13 @@ def learning_curves(history: Sequence[Mapping[str, float]], path: Path) -> None:
             colour, style, label = _STYLES[key.partition("_")[0]]
             values = [row[key] for row in history]
             axes.plot(epochs, values, style, color=colour, label=label, marker="o", markersize=3)
-        axes.axvline(best, color=GREY, linewidth=1, linestyle=":", label="least validation loss")
+        axes.axvline(
+            best,
+            color=GREY,
+            linewidth=1,
+            linestyle=":",
+            label=f"least validation {'error' if judged_by == 'val_mae' else 'loss'}",
+        )
         dress(axes, "Epoch", _LABELS[name])
         axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
         shown = [row[key] for row in history for key in keys]
@@ -213,6 +221,33 @@ def reliability_diagram(
         axes.plot(predicted, observed, style, color=colour, marker=marker, markersize=5, clip_on=False, label=text)
     dress(axes, "Mean probability (bins of equal size)", "Observed share of abnormal")
     axes.legend(framealpha=0.9, edgecolor="none", fontsize=8, loc="lower right")
+    save(figure, path)
+
+
+def regression(predicted: ArrayLike, truth: ArrayLike, mean: float, target: str, path: Path) -> None:
+    """Draw predictions against the measured values, with the diagonal and the mean of the training.
+
+    Args:
+        predicted: [n].
+        truth: [n]; NaN where it was not measured.
+        mean: of the training targets.
+        target: its name and unit.
+        path: of the PNG file.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    figure = new_figure(5.0, 5.4, "Regression")
+    axes = figure.add_subplot()
+    said, measured = np.asarray(predicted), np.asarray(truth)
+    shown = measured[~np.isnan(measured)]
+    ends = [min(said.min(), shown.min()), max(said.max(), shown.max())]
+    axes.plot(ends, ends, "-", color=GREY, linewidth=1, label="right")
+    axes.axhline(mean, color=VERMILION, linestyle="--", linewidth=1, label="training mean")
+    axes.plot(measured, said, "o", color=BLUE, markersize=3, alpha=0.7, label="test split")
+    axes.set_aspect("equal")
+    dress(axes, f"Measured {target}", f"Predicted {target}")
+    axes.legend(frameon=False, fontsize=8)
     save(figure, path)
 
 

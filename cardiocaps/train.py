@@ -33,7 +33,7 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
     """
     from cardiocaps.data.open import decode_for_run, read_study, with_layout
     from cardiocaps.evaluation.predictions import unit_of
-    from cardiocaps.evaluation.run import evaluate_network
+    from cardiocaps.evaluation.run import evaluate_task
     from cardiocaps.runtime.device import machine_for
     from cardiocaps.runtime.files import lock_folder
     from cardiocaps.training.fit import quiet, train
@@ -83,7 +83,7 @@ def run(config: TrainConfig, interruption: Interruption) -> None:
             with log:
                 rows = train(config, machine, folder, used.data, interruption, [log], initial)
                 log.epochs(rows)
-                scores, _ = evaluate_network(config, machine, folder, used, results=folder)
+                scores, _ = evaluate_task(config, machine, folder, used, results=folder)
                 log.scores(scores.main(unit_of(config)), int(rows[-1]["epoch"]))
             print_line(f"run folder: {folder.path}")
 

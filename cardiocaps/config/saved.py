@@ -48,6 +48,7 @@ _NEWER: Mapping[str, Any] = {
     "init": None,
     "freeze": None,
     "logger": "csv",
+    "task": "both",
 }
 """Settings that older versions did not write, with the values that those versions ran with."""
 

@@ -31,6 +31,9 @@ _CAPSULE_NETWORKS = ("cardiocaps", "em-capsnet", "efficient-capsnet")
 LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 """The names in the setting `logger`."""
 
+_OF_LABELS = ("label_column", "positive", "abnormal", "threshold")
+"""Settings that say what the labels are."""
+
 _SEEDS = (0, 2**32 - 1)
 
 _Model = Literal["cardiocaps", "em-capsnet", "efficient-capsnet", "cnn-1", "cnn-2", "resnet18", "unet", "vit"]
@@ -126,6 +129,11 @@ class TrainConfig:
     preset: Literal["tiny", "small", "paper"] = setting("tiny", "size of the network and its training")
     model: _Model = setting(
         "cardiocaps", "the network: CardioCaps, or one that the paper compares it with", affects="shape"
+    )
+    task: Literal["both", "classification", "regression"] = setting(
+        "both",
+        "what is learned; both: the label, and the regression target if the data have one; classification: the label "
+        "alone; regression (model cardiocaps): the target alone, of data that need no labels",
     )
     routing: Literal["attention", "dynamic", "uniform"] = setting(
         "attention", "routing algorithm of CardioCaps", affects="shape"
@@ -247,6 +255,7 @@ class TrainConfig:
                         f"{name} is {value!r}; expected {default}, because only model cardiocaps has this setting and "
                         f"model is {self.model!r}"
                     )
+        self._check_task()
         part = "primary" if self.model in _CAPSULE_NETWORKS else "backbone"
         if self.freeze not in (None, part):
             raise ConfigError(
@@ -263,6 +272,19 @@ class TrainConfig:
                 raise ConfigError("overwrite is true; expected false, because resume is given")
             if self.out is not None and os.path.realpath(self.out) != os.path.realpath(self.resume):
                 raise ConfigError(f"out is {shown(self.out)}; expected the resumed run's folder {shown(self.resume)}")
+
+    def _check_task(self) -> None:
+        """Raise ConfigError for a setting that the task has no use for."""
+        if self.task == "regression" and self.model != "cardiocaps":
+            raise ConfigError(
+                f"task is 'regression'; expected both or classification, because model {self.model!r} regresses nothing"
+            )
+        unused = {"classification": ("target_column", "regression_target"), "regression": _OF_LABELS}.get(self.task, ())
+        for name in unused:
+            value = getattr(self, name)
+            # A threshold of the target column makes labels.
+            if value is not None and not (name == "target_column" and self.threshold is not None):
+                raise ConfigError(f"{name} is {shown(value)}; expected null, because task is {self.task!r}")
 
     @property
     def network(self) -> Preset:

@@ -195,7 +195,8 @@ class EchoDataModule(LightningDataModule):
             split: FrameDataset(cached, study.clips_in(split), items[split], target, seed, train=split == "train")
             for split in splits.SPLITS
         }
-        splits.check_classes({split: self._datasets[split].labels for split in study.needed_splits}, "frames")
+        found = {split: self._datasets[split].labels for split in study.needed_splits}
+        splits.check(found, "frames", study.has_labels)
         self._contents = {clip.name: cached.frames[clip.path].video.sha256 for clip in study.clips}
 
     def train_dataloader(self) -> DataLoader[dict[str, Any]]:

@@ -132,6 +132,7 @@ def make_study(
     needed_splits: Sequence[str] = splits.SPLITS,
     group_column: str | None = None,
     allow_split_patients: bool = False,
+    labels: bool = True,
 ) -> Study:
     """The study of one table or several.
 
@@ -153,6 +154,7 @@ def make_study(
         group_column: the column of patients that was asked for.
         allow_split_patients: keep the table's own split even if videos of one patient are in several splits. Without
             "train" in `needed_splits` it is kept anyway.
+        labels: False: they are not needed, and the splits are not checked; see `Study.of_target`.
 
     Raises:
         DataError: too many rows are bad, or none is left; a patient is in two splits (unless allowed); or a needed
@@ -183,8 +185,8 @@ def make_study(
             splits.refuse_divided(said, of, file, kind, first.group_column)
         chosen = {at[where].name: s for where, s in said.items()}
     elif split_rule == "stratified":
-        labels = {name: item.label for name, item in by_name.items()}
-        chosen = splits.stratified(labels, seed, groups=patients if kind else None)
+        label_of = {name: item.label for name, item in by_name.items()}
+        chosen = splits.stratified(label_of, seed, groups=patients if kind else None)
     else:
         splits.warn_of_leak("a split by frame")
         chosen = dict.fromkeys(by_name, splits.MIXED)
@@ -226,7 +228,8 @@ def make_study(
         group_column=first.group_column if kind else None,
         group_kind=kind,
     )
-    study.check_splits()
+    if labels:
+        study.check_splits()
     return study
 
 

@@ -32,7 +32,7 @@ def read_study(
 
     Raises:
         DataError: as the reader; the run's folder or phantom is missing; or the folder's layout is not recognised.
-        ConfigError: as the reader; or the data set does not have a setting that was given.
+        ConfigError: as the reader; or the data set does not have a setting that was given, or the target of the task.
         OutputError: as `write_phantom`.
     """
     root = config.data
@@ -60,7 +60,7 @@ def read_study(
         value, usual = getattr(config, name), options()[name].default
         if name not in row.settings and value != usual:
             raise ConfigError(f"{name} is {value!r}; expected {usual}, because data set {dataset} has no such setting")
-    return row.read(
+    study = row.read(
         root,
         **{name: getattr(config, name) for name in row.settings},
         split=config.split,
@@ -72,7 +72,11 @@ def read_study(
         allow_split_patients=config.allow_split_patients,
         follow_links=config.follow_links,
         needed_splits=needed_splits,
+        labels=config.task != "regression",
     )
+    if config.task == "regression":
+        return study.of_target(config.regression_target)
+    return replace(study, units={}) if config.task == "classification" else study
 
 
 def dataset_of(config: TrainConfig) -> str:

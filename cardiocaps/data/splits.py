@@ -198,8 +198,19 @@ def frame_items(clip_splits: Sequence[str], counts: Sequence[int], seed: int) ->
     return items
 
 
-def check_classes(labels: Mapping[str, Sequence[int] | NDArray[np.int64]], what: str = "clips") -> None:
-    """Raise DataError unless each split in `labels` holds both classes, which every score needs."""
+def check(labels: Mapping[str, Sequence[int] | NDArray[np.int64]], what: str, classes: bool = True) -> None:
+    """Raise DataError unless each split in `labels` holds both classes, which every score of them needs.
+
+    Args:
+        labels: split -> the labels of its clips or frames.
+        what: "clips" or "frames".
+        classes: False: it is enough that the split holds some.
+    """
+    if not classes:
+        empty = [split for split, values in labels.items() if not len(values)]
+        if empty:
+            raise DataError(f"each split needs {what} with a target, this data has none in {' and in '.join(empty)}")
+        return
     counts = {split: [int(np.sum(np.asarray(values) == c)) for c in (0, 1)] for split, values in labels.items()}
     if any(min(count) == 0 for count in counts.values()):
         table = "; ".join(f"{split}: {normal} normal, {high} abnormal" for split, (normal, high) in counts.items())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cardiocaps.data import splits
@@ -19,7 +20,7 @@ class Clip:
     name: str
     path: Path
     split: str  # "train", "val", "test"; "mixed" in the paper protocol, which splits frames
-    label: int  # 1 = abnormal
+    label: int  # 1 = abnormal; 0 if the study has no labels
     targets: Mapping[str, float]  # what can be regressed, by the names in `Study.units`; NaN: not measured
     measurements: Mapping[str, float]  # name -> value, the mean if measured on several frames
     # A key made up for this study, the same for all videos of a patient; None if the table names no patients. Patients
@@ -52,14 +53,44 @@ class Study:
     needed_splits: tuple[str, ...] = splits.SPLITS  # each of them must have clips of both classes
     group_column: str | None = None  # the table's column that names patients or studies
     group_kind: str = ""  # what it names: "patient", or "study" (of a patient on one day); "" without the column
+    has_labels: bool = True
 
     def clips_in(self, split: str) -> tuple[Clip, ...]:
         """The clips that have frames in a split, in the order that a batch's `clip` counts them."""
         return tuple(clip for clip in self.clips if clip.split in (split, splits.MIXED))
 
     def check_splits(self) -> None:
-        """Raise DataError unless each needed split (all clips, in the paper protocol) has clips of both classes."""
-        splits.check_classes({s: [clip.label for clip in self.clips_in(s)] for s in self.needed_splits})
+        """Raise DataError unless each needed split (all clips, in the paper protocol) has clips, of both classes."""
+        splits.check(
+            {s: [clip.label for clip in self.clips_in(s)] for s in self.needed_splits}, "clips", self.has_labels
+        )
+
+    def of_target(self, wanted: str | None) -> Study:
+        """The study for a regression alone: without labels, and without the clips that lack the target.
+
+        Args:
+            wanted: as in `target`.
+
+        Raises:
+            ConfigError: the data have no such target, or none at all.
+            DataError: no clip of a needed split has it.
+        """
+        target = self.target(wanted)
+        if target is None:
+            raise ConfigError("task is 'regression'; expected classification, because the data have no target")
+        lacking = [clip for clip in self.clips if math.isnan(clip.targets[target])]
+        notes = [Problem(clip.where, f"{printable(target)} not measured (left out)", harmless=True) for clip in lacking]
+        left_out = {id(clip) for clip in lacking}
+        found = replace(
+            self,
+            clips=tuple(replace(clip, label=0) for clip in self.clips if id(clip) not in left_out),
+            problems=(*self.problems, *notes),
+            label_rule={},
+            rule=f"no labels: regression of {printable(target)} alone",
+            has_labels=False,
+        )
+        found.check_splits()
+        return found
 
     def target(self, wanted: str | None) -> str | None:
         """The name of the regression target.
@@ -89,10 +120,9 @@ class Study:
         }[self.split_rule]
         lines = [f"{len(self.clips)} clips, protocol {self.protocol}, split {rule}"]
         for split in splits.SPLITS if self.split_rule != "frames" else ():
-            labels = [clip.label for clip in self.clips_in(split)]
-            lines.append(f"  {split:5s} {len(labels):6d} clips, {sum(labels)} abnormal")
+            lines.append(self._counted(split, self.clips_in(split)))
         if self.split_rule == "frames":
-            lines.append(f"  all   {len(self.clips):6d} clips, {sum(clip.label for clip in self.clips)} abnormal")
+            lines.append(self._counted("all", self.clips))
         else:
             lines.append(f"  ({self._whose()})")
         if self.rule:
@@ -104,6 +134,10 @@ class Study:
             if found:
                 lines += [f"{len(found)} {what}:", summarise(found)]
         return "\n".join(lines)
+
+    def _counted(self, split: str, clips: Sequence[Clip]) -> str:
+        abnormal = f", {sum(clip.label for clip in clips)} abnormal" if self.has_labels else ""
+        return f"  {split:5s} {len(clips):6d} clips{abnormal}"
 
     def _whose(self) -> str:
         """Whether videos of one patient are in different splits, as far as the table shows."""

@@ -49,6 +49,7 @@ def read_folder(
     thresholds: Mapping[str, float] | None = None,
     group_column: str | None = None,
     follow_links: bool = False,
+    labels: bool = True,
     **how: Any,
 ) -> Study:
     """Read a table with a row for each video.
@@ -66,6 +67,7 @@ def read_folder(
         thresholds: {the column of `target_column`: the smallest value of the upper class}.
         group_column: the table's column that names patients or studies; see `cells.find_group`.
         follow_links: the table and the videos may be links that leave the folder.
+        labels: False: the table needs no labels, and those that it has are not read.
         how: the other arguments of `listing.make_study`, from `split` on.
 
     Raises:
@@ -79,7 +81,11 @@ def read_folder(
         raise DataError(f"{file}: empty, expected a line with the names of its columns")
     columns = _Columns(header, file)
     target, unit = columns.target(target_column)
-    labels = _Labels.of(columns, target, label_column, positive, abnormal, thresholds)
+    if not labels and target is None:
+        raise ConfigError(
+            f"target_column is None; expected a column of {file}, because task 'regression' needs a target"
+        )
+    rule = _Labels.of(columns, target, label_column, positive, abnormal, thresholds) if labels else None
     place = columns.index("path_column", path_column or PATH)
     values = None if target is None else columns.index("target_column", target)
     split = None
@@ -94,7 +100,7 @@ def read_folder(
             where,
             str(video),
             regular_file(folder / video, folder, follow_links),
-            labels.label(cells, value),
+            rule.label(cells, value) if rule else 0,
             {} if target is None else {target: value},
             _NOTHING,
             split="" if split is None else cells[split].strip().lower(),
@@ -110,15 +116,17 @@ def read_folder(
         group_column=None if group is None else printable(header[group]),
         group_kind=kind,
     )
-    labels.check(file)
+    if rule:
+        rule.check(file)
     return make_study(
         folder,
         [listing],
-        label_rule=labels.rule,
-        rule=labels.text,
+        label_rule=rule.rule if rule else {},
+        rule=rule.text if rule else "",
         units={} if target is None else {target: unit},
-        note=labels.note,
+        note=rule.note if rule else "",
         group_column=group_column,
+        labels=labels,
         **how,
     )
 

@@ -39,8 +39,8 @@ class Predictions:
         ValueError: other shapes, probabilities or labels.
     """
 
-    probability: Floats  # float64 [n] in [0, 1], of class 1
-    label: Integers  # int64 [n] in {0, 1}
+    probability: Floats | None  # float64 [n] in [0, 1], of class 1; None if there are no labels
+    label: Integers | None  # int64 [n] in {0, 1}; likewise
     clip: Integers  # int64 [n]
     video: tuple[str, ...]  # n names
     frame: Integers | None = None  # int64 [n], number of the frame in its video
@@ -61,6 +61,8 @@ class Predictions:
                 if np.shape(values) != (len(self.video),):
                     raise ValueError(f"{name} has shape {list(np.shape(values))}; expected [{len(self.video)}]")
                 object.__setattr__(self, name, np.asarray(values, np.int64 if name in integers else np.float64))
+        if self.probability is None or self.label is None:
+            return
         wrong = ~((self.probability >= 0) & (self.probability <= 1))
         if wrong.any():
             raise ValueError(f"probability is {self.probability[wrong][0]}; expected a number in [0, 1]")
@@ -73,8 +75,8 @@ class Predictions:
         number = np.asarray(out["clip"])
         patient = _patients(clips)
         return cls(
-            out["probability"],
-            out["label"],
+            out.get("probability"),
+            out.get("label"),
             number,
             tuple(clips[i].name for i in number),
             patient=None if patient is None else patient[number],
@@ -102,6 +104,7 @@ class Predictions:
             Probability [m], label [m] and group [m]: the name of the video, or of the patient's first video by name.
             The groups of two runs that were tested on the same videos are equal.
         """
+        assert self.probability is not None and self.label is not None
         group = np.array(self.video)
         if self.patient is not None:
             # Not the numbers of the patients, which begin at 0 in every split.
@@ -111,6 +114,13 @@ class Predictions:
         if unit == "frame":
             return self.probability, self.label, group
         return *by_video(self.probability, self.label, self.clip), group[self._first_frames()]
+
+    def regressed(self, unit: str) -> tuple[Floats, Floats]:
+        """The predictions and the targets [m] by `unit`, "video" or "frame"; NaN where a target was not measured."""
+        assert self.regression is not None and self.target is not None
+        if unit == "frame":
+            return self.regression, self.target
+        return mean_by(self.regression, self.clip), mean_by(self.target, self.clip)
 
     def frame_rows(self) -> list[dict[str, Any]]:
         """A row for each frame."""
@@ -131,15 +141,14 @@ class Predictions:
         return _rows(columns)
 
     def video_rows(
-        self, threshold: float, calibration: Callable[[Floats], Floats] | None = None
+        self, threshold: float | None, calibration: Callable[[Floats], Floats] | None = None
     ) -> list[dict[str, Any]]:
         """A row for each video (in the paper protocol: for each clip).
 
         It has the mean probability of the frames, also calibrated if there is a calibration, and the decisions at the
-        threshold and at 0.5 (1: abnormal).
+        threshold and at 0.5 (1: abnormal). Without labels it has none of these.
         """
         first = self._first_frames()
-        probability, label = by_video(self.probability, self.label, self.clip)
         columns = {
             "video": [self.video[i] for i in first],
             "clip": self.clip[first],
@@ -150,13 +159,17 @@ class Predictions:
             "reconstruction_error": None
             if self.reconstruction_error is None
             else mean_by(self.reconstruction_error, self.clip),
-            "label": label,
-            "probability": probability,
-            "calibrated_probability": None if calibration is None else calibration(probability),
-            "threshold": [threshold] * first.size,
-            "decision": (probability > threshold).astype(int),
-            "decision_at_0.5": (probability > THRESHOLD).astype(int),
         }
+        if self.probability is not None and self.label is not None and threshold is not None:
+            probability, label = by_video(self.probability, self.label, self.clip)
+            columns |= {
+                "label": label,
+                "probability": probability,
+                "calibrated_probability": None if calibration is None else calibration(probability),
+                "threshold": [threshold] * first.size,
+                "decision": (probability > threshold).astype(int),
+                "decision_at_0.5": (probability > THRESHOLD).astype(int),
+            }
         return _rows(columns)
 
     def _first_frames(self) -> Integers:
@@ -168,7 +181,7 @@ def write_predictions(
     run: RunFolder,
     test: Predictions,
     validation: Predictions | None,
-    threshold: float,
+    threshold: float | None,
     calibration: Callable[[Floats], Floats] | None = None,
 ) -> None:
     """Write the predictions of the test split, and of the validation split if given, by frame and by video.

@@ -30,7 +30,6 @@ from cardiocaps.metrics import (
     THRESHOLD,
     Report,
     RunsReport,
-    by_video,
     evaluate_runs,
 )
 from cardiocaps.models import title as network_title
@@ -243,7 +242,14 @@ def write_results(
     if regressed and network.regression:
         of_units = {of: of_unit.as_dict() for of, of_unit in network.regression.items()}
         regression = {"regression": {"target": regressed[0], "unit": regressed[1], **of_units}}
-    write_run_page(run, network, results_table(network, pixels, config, regressed), config, data, **identity)
+    numbers = [
+        (str(report.metrics["auroc"]).partition(" (")[0], "AUROC"),
+        (str(report.metrics["average_precision"]).partition(" (")[0], "average precision"),
+        (str(report.n), f"test {unit}s"),
+        (str(report.positives), "of them abnormal"),
+    ]
+    table = results_table(network, pixels, config, regressed)
+    write_run_page(run, table, numbers, network, config, data, **identity)
     # metrics.json comes last: its presence says that the run is complete.
     results = {
         **identity,
@@ -261,8 +267,9 @@ def write_results(
 
 def write_run_page(
     run: RunFolder,
-    network: Scores,
     table: ResultsTable,
+    numbers: Sequence[tuple[str, str]],
+    network: Scores | None,
     config: TrainConfig,
     data: EchoDataModule,
     **identity: str | int | None,
@@ -271,18 +278,27 @@ def write_run_page(
 
     It has no path of this machine, and no frame of a video unless `report_frames` is set.
 
+    Args:
+        run: the folder.
+        table: the results.
+        numbers: the most important ones, and what they are.
+        network: whose wrong decisions are listed; None: it decides nothing.
+        config: settings of the run.
+        data: on which it was evaluated.
+        identity: weights and fingerprint.
+
     Raises:
         OutputError: a file cannot be read or written.
     """
     figures = {
         "Learning curves": run.learning_curves,
+        "Regression": run.regression,
         "Receiver operating characteristic": run.roc_curve,
         "Precision and recall": run.precision_recall_curve,
         "Reliability": run.reliability,
         "Confusion matrices": run.confusion_matrix,
     }
-    report = network.report(unit_of(config))
-    mistakes, decided = _mistakes(network, data, config.report_frames)
+    mistakes, decided = ([], 0) if network is None else _mistakes(network, data, config.report_frames)
     with output_errors(run.path):
         pictures = [(title, inline(path.read_bytes(), "png")) for title, path in figures.items() if path.exists()]
     weights, fingerprint = str(identity["weights"])[:12], identity["fingerprint"]
@@ -291,17 +307,13 @@ def write_run_page(
         "run",
         title=f"{network_title(config)}, seed {config.seed}",
         subtitle=f"Weights {weights}, data {fingerprint}, {table.title}.",
-        numbers=[
-            (str(report.metrics["auroc"]).partition(" (")[0], "AUROC"),
-            (str(report.metrics["average_precision"]).partition(" (")[0], "average precision"),
-            (str(report.n), f"test {unit_of(config)}s"),
-            (str(report.positives), "of them abnormal"),
-        ],
+        numbers=numbers,
         head=table.head,
         sections=table.sections,
         methods=table.methods,
         notes=table.notes,
         figures=pictures,
+        decides=network is not None,
         mistakes=mistakes,
         decided=decided,
         frames=config.report_frames,
@@ -313,7 +325,7 @@ def write_run_page(
 def _mistakes(network: Scores, data: EchoDataModule, with_frames: bool) -> tuple[list[dict[str, Any]], int]:
     """The videos of the test split that were decided wrongly, the most wrong first, and how many videos there are."""
     test, threshold = network.test, network.decision.threshold
-    probability, label = by_video(test.probability, test.label, test.clip)
+    probability, label, _ = test.samples("video")
     clips = data.clips("test")
     numbers = sorted(set(test.clip.tolist()))
     wrong = []

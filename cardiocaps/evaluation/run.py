@@ -12,12 +12,13 @@ from cardiocaps.data.datasets import OWN_SETTINGS
 from cardiocaps.data.fingerprint import Fingerprint
 from cardiocaps.data.open import RunData, decode_for_run, read_study, with_layout
 from cardiocaps.data.splits import SPLITS
-from cardiocaps.errors import CardioCapsError, printable
+from cardiocaps.errors import CardioCapsError, CheckpointError, printable
 from cardiocaps.evaluation.calibration import Calibration, read_calibration
 from cardiocaps.evaluation.decision import Decision, read_decision, training_mean
 from cardiocaps.evaluation.familiarity import Familiarity
 from cardiocaps.evaluation.pixel_baseline import PixelBaseline
 from cardiocaps.evaluation.predictions import unit_of
+from cardiocaps.evaluation.regression import Target, TargetScores, print_target_means
 from cardiocaps.evaluation.report import print_means, print_table, results_table, write_results
 from cardiocaps.evaluation.scores import Scores, predict
 from cardiocaps.runtime.device import Machine, machine_for
@@ -82,29 +83,85 @@ def evaluate_network(
     if baseline is not None:
         said_by_pixels = baseline.predict(data, "test")
         pixels = Scores.of(said_by_pixels, None, baseline.decision, Calibration("none", unit), config.bootstrap)
-    fingerprint = used.fingerprint.digest
     if results:
-        identity: dict[str, str | int | None] = {
-            "weights": weights,
-            "fingerprint": fingerprint,
-            "test_videos_left_out": used.left_out,
-        }
         # With frames of each video in every split, no validation video is new to the network.
         familiarity = Familiarity.of(said["val"], weights) if with_validation and unit == "video" else None
-        write_results(results, scores, pixels, config, regressed, familiarity, data, **identity)
-    if results and not training:
-        # Names, not paths: results are shown to others, and paths can identify the user.
-        run_name, data_name = (place.resolve().name for place in (run.path, data.study.root))
-        write_json(results.evaluation, {"run": run_name, "data": data_name, **identity, "own_data": own_data})
-    place, source = printable(run.path), printable(data.study.root)
-    title = f"{place} (weights {weights[:12]}) on {source} (fingerprint {fingerprint})"
-    print_table(results_table(scores, pixels, config, regressed), title)
+        write_results(results, scores, pixels, config, regressed, familiarity, data, **_identity(weights, used))
+        _write_origin(results, run, weights, used)
+    print_table(results_table(scores, pixels, config, regressed), _title(run, weights, used))
     return scores, pixels
+
+
+def evaluate_target(
+    config: TrainConfig, machine: Machine, run: RunFolder, used: RunData, results: RunFolder | None
+) -> TargetScores:
+    """Evaluate the best network of a run whose task is regression alone; print the table.
+
+    Args:
+        config: settings of the run.
+        machine: where it runs.
+        run: the folder of the run.
+        used: the data.
+        results: where to write; None: print only.
+
+    Returns:
+        The errors. The training mean is that of the run's own data.
+
+    Raises:
+        CheckpointError: a file of the run is missing, damaged or of another configuration.
+        OutputError: a file cannot be written.
+    """
+    data, own_data = used.data, used.is_own is not False
+    network = best_network(config, run)
+    weights = weights_digest(network)
+    target = Target.of(data) if own_data else Target.read(run.target)
+    if target is None:
+        raise CheckpointError(f"{printable(run.path)} has no {run.target.name}: its training has not ended")
+    with_validation = own_data and results is not None
+    said = predict(config, machine, network, data, ("test", "val") if with_validation else ("test",))
+    scores = TargetScores.of(said["test"], said.get("val"), target)
+    if results:
+        by_video = with_validation and unit_of(config) == "video"
+        familiarity = Familiarity.of(said["val"], weights) if by_video else None
+        scores.write(results, config, familiarity, data, **_identity(weights, used))
+        _write_origin(results, run, weights, used)
+    print_table(scores.table(config), _title(run, weights, used))
+    return scores
+
+
+def evaluate_task(
+    config: TrainConfig, machine: Machine, run: RunFolder, used: RunData, results: RunFolder | None
+) -> tuple[Scores | TargetScores, Scores | None]:
+    """`evaluate_network`, or `evaluate_target` if the task of the run is regression alone."""
+    if config.task == "regression":
+        return evaluate_target(config, machine, run, used, results), None
+    return evaluate_network(config, machine, run, used, results)
+
+
+def _identity(weights: str, used: RunData) -> dict[str, str | int | None]:
+    """What was evaluated, and on what."""
+    return {"weights": weights, "fingerprint": used.fingerprint.digest, "test_videos_left_out": used.left_out}
+
+
+def _write_origin(results: RunFolder, run: RunFolder, weights: str, used: RunData) -> None:
+    """Write which run was evaluated on which data, outside of the run's own folder."""
+    if results.path == run.path:
+        return
+    # Names, not paths: results are shown to others, and paths can identify the user.
+    run_name, data_name = (place.resolve().name for place in (run.path, used.data.study.root))
+    origin = {"run": run_name, "data": data_name, **_identity(weights, used), "own_data": used.is_own is not False}
+    write_json(results.evaluation, origin)
+
+
+def _title(run: RunFolder, weights: str, used: RunData) -> str:
+    """The title of the printed table."""
+    place, source = printable(run.path), printable(used.data.study.root)
+    return f"{place} (weights {weights[:12]}) on {source} (fingerprint {used.fingerprint.digest})"
 
 
 def evaluate_run(
     path: Path, changed: Mapping[str, Any], out: Path | None = None, *, allow_changed_data: bool = False
-) -> tuple[Scores, Scores | None, TrainConfig, Fingerprint]:
+) -> tuple[Scores | TargetScores, Scores | None, TrainConfig, Fingerprint]:
     """Evaluate a run and print the table.
 
     Args:
@@ -132,7 +189,7 @@ def evaluate_run(
         if allow_changed_data and "data" in changed and not config.splits_frames:
             reading = replace(config, limit=None, split="auto")
         study = read_study(reading, again=True, needed_splits=needed)
-        if allow_changed_data and config.regression_target not in study.units:
+        if allow_changed_data and config.task != "regression" and config.regression_target not in study.units:
             study, reading = replace(study, units={}), replace(reading, regression_target=None)
             if config.regression_target is not None:
                 print_line(f"note: the data have no {printable(config.regression_target)}: no regression is judged")
@@ -143,7 +200,7 @@ def evaluate_run(
             used = replace(used, is_own="data" not in changed)  # data of the run may have moved
         results = RunFolder.create(out) if out else None
         try:
-            scores, pixels = evaluate_network(config, machine, run, used, results)
+            scores, pixels = evaluate_task(config, machine, run, used, results)
         except (CardioCapsError, Interrupted):
             if results:
                 results.discard()
@@ -174,4 +231,8 @@ def evaluate_runs(
     if len(differing) > 1:
         print_line("note: the runs differ in more than their seed, so there is no mean over them")
     elif len(results) > 1:
-        print_means([(network, pixels, config) for network, pixels, config, _ in results])
+        alone = [(scores, config) for scores, _, config, _ in results if isinstance(scores, TargetScores)]
+        if alone:
+            print_target_means(alone)
+        else:
+            print_means([(s, pixels, config) for s, pixels, config, _ in results if isinstance(s, Scores)])

@@ -22,7 +22,6 @@ from cardiocaps.metrics import (
     Report,
     evaluate,
     expected_calibration_error,
-    mean_by,
     regression_report,
 )
 from cardiocaps.runtime.device import Machine
@@ -60,11 +59,7 @@ class Scores:
         }
         regression = {}
         if test.regression is not None and test.target is not None:
-            said, truth = test.regression, test.target
-            regression = {
-                "video": regression_report(mean_by(said, test.clip), mean_by(truth, test.clip), decision.target_mean),
-                "frame": regression_report(said, truth, decision.target_mean),
-            }
+            regression = {unit: regression_report(*test.regressed(unit), decision.target_mean) for unit in UNITS}
         return cls(test, validation, decision, calibration, reports, regression)
 
     def report(self, unit: str) -> Report:
@@ -128,6 +123,8 @@ def predict(
         batches = trainer.predict(network, datamodule=data, return_predictions=True)
         assert batches is not None
         out: dict[str, Any] = {name: torch.cat([b[name].cpu() for b in batches]).numpy() for name in batches[0]}
+        if not data.study.has_labels:
+            del out["label"]
         names = ("probability", "regression", "reconstruction_error")
         if not all(np.isfinite(out[name]).all() for name in names if name in out):
             raise CheckpointError("the network's output is not finite: its training diverged")

@@ -20,7 +20,7 @@ from cardiocaps.runtime.program import Interruption, run_program
 
 # Settings that each system decides, and settings of a single run.
 _BY_SYSTEM = ("model", "routing", "affine", "class_weight", "regression_weight", "backend")
-_BY_RUN = ("seed", "split_seed", "init", "freeze", "logger", *settings_that_affect("place"))
+_BY_RUN = ("seed", "split_seed", "init", "freeze", "logger", "task", *settings_that_affect("place"))
 
 
 def parser() -> CommandLine:

@@ -65,7 +65,7 @@ def write_result(folder: Path, result: Result) -> None:
     write_predictions(RunFolder(folder), result.test, result.validation, result.threshold[0])
     splits = {"validation": result.validation, "test": result.test}
     content = {f.name: getattr(result, f.name) for f in fields(Result) if f.name not in splits}
-    rows = {name: split.label.size for name, split in splits.items()}
+    rows = {name: split.clip.size for name, split in splits.items()}
     write_json(folder / _NAME, {"kind": _KIND, **content, "rows": rows})
 
 
@@ -81,7 +81,7 @@ def read_result(folder: Path) -> Result:
     def make(content: dict[str, Any]) -> Result:
         rows, splits = content.pop("rows"), {name: read_predictions(table) for name, table in tables.items()}
         for name, split in splits.items():
-            n = split.label.size
+            n = split.clip.size
             if n != rows[name]:
                 raise ConfigError(f"{tables[name]} is damaged: it has {n} rows, {_NAME} says {rows[name]}")
         return Result(**{**content, **splits})

@@ -98,14 +98,14 @@ def summarise(row: Row, of_paper: Reported | None, bootstrap: int) -> Summary:
         notes.append(f"the seeds were tested on different {plural(drawn)}, which were resampled by themselves")
     if row.error:
         notes.append(f"only {len(row.results)} of the seeds: {row.error}")
-    tests = [result.test for result in row.results]
+    by_frame = [result.test.samples("frame")[:2] for result in row.results]
     return Summary(
         **vars(row),
         unit=unit,
         drawn=drawn,
         thresholds=tuple(thresholds),
         report=report,
-        published=evaluate_runs([t.probability for t in tests], [t.label for t in tests], bootstrap=0),
+        published=evaluate_runs(*zip(*by_frame, strict=True), bootstrap=0),
         calibration_error=mean_and_deviation(
             [expected_calibration_error(p, y, CALIBRATION_BINS) for p, y in zip(probabilities, labels, strict=True)]
         ),

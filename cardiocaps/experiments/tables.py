@@ -116,7 +116,7 @@ def _csv_row(exhibit: Exhibit, row: Row, summary: Summary | None) -> dict[str, A
         "unit": summary.unit if summary else "",
         "lambda": exhibit.regression_weight(row.system),
         "test_videos": row.results[0].test.videos if summary else "",
-        "test_frames": row.results[0].test.label.size if summary else "",
+        "test_frames": row.results[0].test.clip.size if summary else "",
     }
     for name in METRICS:
         estimate = summary.report.metrics[name] if summary else nothing

@@ -141,8 +141,12 @@ def _by_size(module: str, name: str) -> Callable[[TrainConfig, float], nn.Module
 
 
 def _capsule_loss(config: TrainConfig, class_weights: Tensor | None) -> nn.Module:
-    from cardiocaps.models.losses import CardioCapsLoss
+    from cardiocaps.models.losses import CardioCapsLoss, TargetLoss
 
+    if config.task == "regression":
+        return TargetLoss(
+            reconstruction_weight=config.reconstruction_weight, regression_weight=config.regression_weight
+        )
     return CardioCapsLoss(
         class_weights,
         reconstruction_weight=config.reconstruction_weight,

@@ -167,6 +167,25 @@ class CardioCapsLoss(_ClassWeighted):
         return {"loss": total, "margin": margin, "reconstruction": reconstructed, "regression": regressed}
 
 
+class TargetLoss(nn.Module):
+    """The loss of a regression alone: that of CardioCaps (eq. 2) without its first part, and without labels."""
+
+    parts: ClassVar[tuple[str, ...]] = ("loss", "reconstruction", "regression")
+
+    def __init__(self, *, reconstruction_weight: float = 0.0005, regression_weight: float = 0.05) -> None:
+        super().__init__()
+        self.reconstruction_weight, self.regression_weight = reconstruction_weight, regression_weight
+
+    def forward(
+        self, scores: Tensor, labels: Tensor, reconstruction: Tensor, image: Tensor, prediction: Tensor, target: Tensor
+    ) -> dict[str, Tensor]:
+        """As `CardioCapsLoss`; scores and labels are ignored."""
+        reconstructed = reconstruction_loss(reconstruction, image, weight=self.reconstruction_weight)
+        regressed = regression_loss(prediction, target)
+        total = reconstructed + self.regression_weight * regressed
+        return {"loss": total, "reconstruction": reconstructed, "regression": regressed}
+
+
 class SpreadLoss(_ClassWeighted):
     """Spread loss of activations (`spread_loss`) with a margin that grows in training (Hinton et al. 2018).
 

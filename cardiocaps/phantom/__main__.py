@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 
 from cardiocaps.config import TRAINABLE_PHANTOM, CommandLine, options
+from cardiocaps.phantom.layouts import LAYOUTS, LVH
 from cardiocaps.runtime.program import Interruption, print_line, run_program
 
 
@@ -14,8 +15,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status, as `cardiocaps.train.main`."""
     parser = CommandLine(
         prog="python -m cardiocaps.phantom",
-        description="Write a synthetic echocardiogram study (parasternal long axis) in EchoNet-LVH's layout: "
-        "MJPEG videos in Batch1 to Batch4 and MeasurementsList.csv. One video in five is abnormal.",
+        description="Write a synthetic echocardiogram study (parasternal long axis): MJPEG videos, and a table, in "
+        "the layout of a data set. One video in five is abnormal.",
         epilog="After an interruption, the same command goes on where it stopped.",
     )
     path, videos, seed = (options()[name] for name in ("phantom_dir", "phantom_videos", "phantom_seed"))
@@ -31,6 +32,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seed", metavar="N", type=seed.from_text, default=10, help="the same gives the same files (default: 10)"
     )
+    parser.add_argument(
+        "--layout",
+        choices=LAYOUTS,
+        default=LVH,
+        help="echonet-lvh: a row for each measured length; echonet-dynamic: a row for each video, with the volumes of "
+        f"its ventricle and the ejection fraction (default: {LVH})",
+    )
     parser.add_argument("--processes", metavar="N", type=processes, help="default: one for each CPU")
     parser.add_argument("--overwrite", action="store_true", help="replace a phantom in OUT, and the preview")
     parser.add_argument(
@@ -39,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
 
     def body(_: Interruption) -> None:
-        from cardiocaps.phantom.dataset import TABLE, write_phantom
+        from cardiocaps.phantom.dataset import write_phantom
         from cardiocaps.phantom.preview import check_preview, write_preview
 
         start = time.monotonic()
@@ -52,10 +60,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             overwrite=given.overwrite,
             progress=True,
             processes=given.processes,
+            layout=given.layout,
         )
         seconds = time.monotonic() - start
         done = f"{made} videos made in {seconds:.0f} s, {given.videos} in all" if made else "complete already"
-        print_line(f"{given.out}: {done}, and {TABLE}")
+        print_line(f"{given.out}: {done}, and {LAYOUTS[given.layout].table}")
         if given.preview:
             write_preview(given.preview, given.videos, given.seed)
             print_line(f"{given.preview}: contact sheet")

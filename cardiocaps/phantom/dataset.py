@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
@@ -17,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cardiocaps.errors import OutputError, printable
+from cardiocaps.phantom.layouts import LAYOUTS, LVH, Layout
 from cardiocaps.phantom.patients import Patient, plan
 from cardiocaps.runtime.files import (
     atomic_write,
@@ -30,14 +29,12 @@ from cardiocaps.runtime.processes import cores, die_with_parent, in_parallel
 from cardiocaps.runtime.progress import shown
 
 VERSION = 1  # raise it when a seed gives other files than before
-TABLE = "MeasurementsList.csv"
 MARKER = "phantom.json"  # written first; the table comes last
-BATCHES = ("Batch1", "Batch2", "Batch3", "Batch4")
-COLUMNS = (
-    *("", "HashedFileName", "Calc", "CalcValue", "Frame", "X1", "X2", "Y1", "Y2"),
-    *("Frames", "FPS", "Width", "Height", "split"),
+_OURS = re.compile(
+    rf"({MARKER}|"
+    + "|".join(f"{layout.table}|({'|'.join(layout.folders)})/0X\\w+\\.avi" for layout in LAYOUTS.values())
+    + r")(\.[0-9a-f]{8}\.part)?"
 )
-_OURS = re.compile(rf"({MARKER}|{TABLE}|Batch[1-4]/0X\w+\.avi)(\.[0-9a-f]{{8}}\.part)?")
 QUALITY = 4  # of MJPEG's quantiser; 2 is the best
 
 
@@ -49,6 +46,7 @@ def write_phantom(
     overwrite: bool = False,
     progress: bool = False,
     processes: int | None = None,
+    layout: str = LVH,
 ) -> int:
     """Write a phantom study into the folder `out`.
 
@@ -63,6 +61,7 @@ def write_phantom(
         overwrite: make an existing phantom anew.
         progress: show on standard error how many videos are made.
         processes: None: one for each CPU.
+        layout: a name of LAYOUTS.
 
     Returns:
         The number of videos that were made.
@@ -76,39 +75,46 @@ def write_phantom(
         out.mkdir(parents=True, exist_ok=True)
     # If another process is making the same phantom, this one waits and finds it complete.
     with lock_folder(out, wait=True):
-        return _write(out, videos, seed, overwrite, progress, processes or cores())
+        return _write(out, videos, seed, LAYOUTS[layout], overwrite, progress, processes or cores())
 
 
-def _write(out: Path, videos: int, seed: int, overwrite: bool, progress: bool, processes: int) -> int:
-    settings = _settings(videos, seed)
+def _write(out: Path, videos: int, seed: int, layout: Layout, overwrite: bool, progress: bool, processes: int) -> int:
+    settings = _settings(videos, seed, layout)
     _claim(out, settings, overwrite)
     patients = plan(videos, seed)
-    missing = [patient for patient in patients if not _has_content(out / patient.video)]
-    if not missing and phantom_is_complete(out, videos, seed):
+    missing = [patient for patient in patients if not _has_content(out / layout.place(patient))]
+    if not missing and _is_complete(out, layout, settings, patients):
         return 0
     with output_errors(out):
         write_bytes(out / MARKER, settings, sync=False)
-        for batch in BATCHES:
-            (out / batch).mkdir(exist_ok=True)
-        _make_videos(out, missing, progress, processes)
-        remove_leftovers(out, *(out / batch for batch in BATCHES))
-        write_bytes(out / TABLE, _table(patients))
+        for folder in layout.folders:
+            (out / folder).mkdir(exist_ok=True)
+        _make_videos([(patient, out / layout.place(patient)) for patient in missing], out, progress, processes)
+        remove_leftovers(out, *(out / folder for folder in layout.folders))
+        write_bytes(out / layout.table, layout.text(patients))
     return len(missing)
 
 
 def phantom_is_complete(out: Path, videos: int, seed: int) -> bool:
     """Whether `out` holds everything that `write_phantom(out, videos, seed)` writes."""
+    layout = LAYOUTS[LVH]
+    return _is_complete(out, layout, _settings(videos, seed, layout), plan(videos, seed))
+
+
+def _is_complete(out: Path, layout: Layout, settings: bytes, patients: Sequence[Patient]) -> bool:
     try:
-        if (out / MARKER).read_bytes() != _settings(videos, seed):
+        if (out / MARKER).read_bytes() != settings:
             return False
     except OSError:
         return False
-    return all(_has_content(out / name) for name in (TABLE, *(patient.video for patient in plan(videos, seed))))
+    return all(_has_content(out / name) for name in (layout.table, *(layout.place(patient) for patient in patients)))
 
 
-def _settings(videos: int, seed: int) -> bytes:
+def _settings(videos: int, seed: int, layout: Layout) -> bytes:
     note = "synthetic parasternal long-axis echocardiograms; no patient's data"
     settings = {"phantom": note, "version": VERSION, "videos": videos, "seed": seed}
+    if layout is not LAYOUTS[LVH]:  # the only one of older versions, which do not name it
+        settings["table"] = layout.table
     return (json.dumps(settings, indent=2) + "\n").encode()
 
 
@@ -134,7 +140,8 @@ def _claim(out: Path, settings: bytes, overwrite: bool) -> None:
 
 def _clear(out: Path) -> None:
     """Remove the files of a phantom; raise OutputError, and remove nothing, if there are other files."""
-    folders = [out / batch for batch in BATCHES if (out / batch).is_dir() and not (out / batch).is_symlink()]
+    named = (out / name for layout in LAYOUTS.values() for name in layout.folders)
+    folders = [folder for folder in named if folder.is_dir() and not folder.is_symlink()]
     files = [entry for folder in (out, *folders) for entry in folder.iterdir() if entry not in folders]
     for file in files:
         if not (file.is_file() and _OURS.fullmatch(str(file.relative_to(out)))):
@@ -147,19 +154,18 @@ def _clear(out: Path) -> None:
     (out / MARKER).unlink()  # last, so that after an interruption the folder is still recognised as a phantom
 
 
-def _make_videos(out: Path, missing: list[Patient], progress: bool, processes: int) -> None:
+def _make_videos(missing: Sequence[tuple[Patient, Path]], out: Path, progress: bool, processes: int) -> None:
     def counted(made: Iterable[object]) -> None:
         for _ in shown(made, len(missing), "making videos") if progress else made:
             pass
 
-    make = partial(_make_video, out)
     processes = min(processes, (len(missing) + 7) // 8)  # starting a process takes as long as several videos
     if processes <= 1:
-        counted(map(make, missing))
+        counted(map(_make_video, missing))
         return
     pool = partial(ProcessPoolExecutor, processes, get_context("spawn"), die_with_parent)
     try:
-        with in_parallel(pool, make, missing) as made:
+        with in_parallel(pool, _make_video, missing) as made:
             counted(made)
     except BrokenProcessPool as error:
         raise OutputError(
@@ -167,11 +173,12 @@ def _make_videos(out: Path, missing: list[Patient], progress: bool, processes: i
         ) from error
 
 
-def _make_video(out: Path, patient: Patient) -> None:
+def _make_video(wanted: tuple[Patient, Path]) -> None:
     from cardiocaps.phantom.ultrasound import render
 
+    patient, path = wanted
     images = render(patient)
-    with atomic_write(out / patient.video, sync=False) as part:
+    with atomic_write(path, sync=False) as part:
         _encode(part, images, patient.scan.fps)
 
 
@@ -190,19 +197,3 @@ def _encode(path: Path, images: NDArray[np.uint8], fps: int) -> None:
             planes[:height] = image
             container.mux(stream.encode(av.VideoFrame.from_ndarray(planes, format="yuvj420p")))
         container.mux(stream.encode(None))
-
-
-def _table(patients: tuple[Patient, ...]) -> bytes:
-    """The table in EchoNet-LVH's layout, with a row for each measurement."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    index = 0
-    for patient in patients:
-        scan = patient.scan
-        for row in patient.measurements():
-            points = (f"{value:.3f}" for value in (row.x1, row.x2, row.y1, row.y2))
-            about = scan.frames, scan.fps, scan.width, scan.height, patient.split
-            writer.writerow((index, patient.name, row.calc, f"{row.cm:.4f}", row.frame, *points, *about))
-            index += 1
-    return text.getvalue().encode()

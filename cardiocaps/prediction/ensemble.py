@@ -112,6 +112,8 @@ class Member:
                 image = self.image_of(pixels[first : first + self.config.batch_size], machine)
                 for name, values in self.network.of_frames(image).items():
                     said.setdefault(name, []).append(values.cpu())
+        if self.config.regression_target is None:
+            said.pop("regression", None)  # the head that regresses was not trained
         out = {name: torch.cat(parts).double().numpy() for name, parts in said.items()}
         if not all(np.isfinite(values).all() for values in out.values()):
             raise CheckpointError(f"{self.name}: the network's output is not finite: its training diverged")
@@ -147,19 +149,44 @@ class Ensemble:
         return f"{target}_{unit}" if unit else target
 
     @property
+    def regresses_alone(self) -> bool:
+        """Whether the networks know no classes."""
+        return self.members[0].config.task == "regression"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that `score` gives to the row of a video."""
+        read = ("frames", "frames_used")
+        several = len(self.members) > 1
+        fits = ("p_like_training_data", "flags")
+        if self.regresses_alone:
+            return (*read, self.target, *(["regression_sd"] if several else []), *fits)
+        classes = ("probability", "calibrated_probability", *(["probability_sd"] if several else []))
+        return (*read, *classes, "threshold", "decision", self.target, *fits)
+
+    @property
+    def frame_columns(self) -> tuple[str, ...]:
+        """The columns that `score` gives to the row of a frame."""
+        return ("frame", self.target) if self.regresses_alone else ("frame", "probability", self.target)
+
+    @property
     def identity(self) -> list[dict[str, Any]]:
         """What decides the results, for each network."""
-        return [
-            {
-                "run": member.name,
-                "weights": member.weights,
+
+        def of(member: Member) -> dict[str, Any]:
+            decides = {
                 "threshold": member.decision.threshold,
                 "threshold_rule": member.decision.rule,
                 "calibration": member.calibration.method,
+            }
+            return {
+                "run": member.name,
+                "weights": member.weights,
+                **({} if self.regresses_alone else decides),
                 "knows_its_data": member.familiarity is not None,
             }
-            for member in self.members
-        ]
+
+        return [of(member) for member in self.members]
 
     def read(self, video: Input, follow_links: bool = False) -> Video | str:
         """The frames that the networks see of a video, or the reason why it cannot be read."""
@@ -203,9 +230,6 @@ class Ensemble:
         self, video: Video, seen: Sequence[Frames], said: Sequence[Mapping[str, Floats]]
     ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         means = [{name: float(values.mean()) for name, values in one.items()} for one in said]
-        probabilities = [mean["probability"] for mean in means]
-        probability, threshold = fmean(probabilities), fmean(m.decision.threshold for m in self.members)
-        calibrated = [float(m.calibration(p)) for m, p in zip(self.members, probabilities, strict=True)]
         unlike = self._p_value(means)
         found = {
             UNLIKE: unlike is not None and unlike <= FALSE_ALARMS,
@@ -216,11 +240,7 @@ class Ensemble:
         row: dict[str, Any] = {
             "frames": video.length,
             "frames_used": max(len(frames.numbers) for frames in seen),
-            "probability": probability,
-            "calibrated_probability": fmean(calibrated),
-            "probability_sd": pstdev(probabilities) if len(self.members) > 1 else None,
-            "threshold": threshold,
-            "decision": int(probability > threshold),
+            **(self._regressed(means) if self.regresses_alone else self._decided(means)),
             self.target: _mean_of(means, "regression"),
             "p_like_training_data": unlike,
             "flags": " ".join(flags),
@@ -229,14 +249,27 @@ class Ensemble:
         rows = []
         for i, number in enumerate(() if frames is None else frames.numbers.tolist()):
             values = [{name: float(x[i]) for name, x in one.items()} for one in said]
+            of_frame = {"frame": number, self.target: _mean_of(values, "regression")}
             rows.append(
-                {
-                    "frame": number,
-                    "probability": _mean_of(values, "probability"),
-                    self.target: _mean_of(values, "regression"),
-                }
+                of_frame if self.regresses_alone else {**of_frame, "probability": _mean_of(values, "probability")}
             )
         return row, rows
+
+    def _decided(self, means: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+        probabilities = [mean["probability"] for mean in means]
+        probability, threshold = fmean(probabilities), fmean(m.decision.threshold for m in self.members)
+        calibrated = [float(m.calibration(p)) for m, p in zip(self.members, probabilities, strict=True)]
+        return {
+            "probability": probability,
+            "calibrated_probability": fmean(calibrated),
+            "probability_sd": pstdev(probabilities) if len(self.members) > 1 else None,
+            "threshold": threshold,
+            "decision": int(probability > threshold),
+        }
+
+    def _regressed(self, means: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+        values = [mean["regression"] for mean in means]
+        return {"regression_sd": pstdev(values) if len(values) > 1 else None}
 
     def _p_value(self, means: Sequence[Mapping[str, float]]) -> float | None:
         """How well the video fits the training data, from 0 to 1; None if no run can tell.
@@ -267,6 +300,9 @@ def load(paths: Sequence[Path], machine: Machine, changed: Mapping[str, Any]) ->
         if member.weights in seen:
             raise ConfigError(f"RUN: {member.name} has the same weights as {seen[member.weights]}")
         seen[member.weights] = member.name
+    tasks = {member.config.task == "regression" for member in members}
+    if len(tasks) > 1:
+        raise ConfigError("RUN: some runs regress alone and others know classes; expected one and the same task")
     targets = {str(member.config.regression_target) for member in members}
     if len(targets) > 1:
         raise ConfigError(f"RUN: the runs regress {' and '.join(sorted(targets))}; expected one and the same")

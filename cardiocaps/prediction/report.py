@@ -73,22 +73,25 @@ def write_report(folder: Path, target: str) -> Path:
     with output_errors(folder):
         marker = json.loads((folder / "predict.json").read_text(encoding="utf-8"))
         videos = _rows(folder / "predictions.csv")
-        curves = _curves(folder / "frames.csv")
+        curves = _curves(folder / "frames.csv", target)
+    decides = any("decision" in row for row in videos)
     regresses = any(row[target] for row in videos)
-    numbers = [("probability", "probability"), ("calibrated_probability", "calibrated")]
+    numbers = [("probability", "probability"), ("calibrated_probability", "calibrated")] * decides
     numbers += [("probability_sd", "± over runs")] * any("probability_sd" in row for row in videos)
     numbers += [(target, target.replace("_", ", "))] * regresses
+    numbers += [("regression_sd", "± over runs")] * any("regression_sd" in row for row in videos)
     columns = [
         {"title": "video", "sorts": True},
         {"title": "frame"},
-        {"title": "decision", "sorts": True},
+        *([{"title": "decision", "sorts": True}] * decides),
         *({"title": title, "sorts": True, "number": True} for _, title in numbers),
         {"title": "frames"},
         {"title": "flags", "sorts": True},
     ]
     cells = [name for name, _ in numbers]
     common = _common_folder([row["input"] for row in videos])
-    shown = [_video(folder, row, cells, curves.get(row["input"], ()), common) for row in videos]
+    scale = (0.0, 1.0) if decides else _ends([x for curve in curves.values() for x in curve])
+    shown = [_video(folder, row, cells, curves.get(row["input"], ()), scale, common) for row in videos]
     flags = {flag for video in shown for flag in video["flags"]}
     path = folder / "report.html"
     write_page(
@@ -97,12 +100,17 @@ def write_report(folder: Path, target: str) -> Path:
         title=f"Predictions for {len(shown):,} videos",
         numbers=[
             (f"{sum(not video['failed'] for video in shown):,}", "videos read"),
-            (f"{sum(video['abnormal'] for video in shown):,}", "abnormal at the threshold"),
+            *([(f"{sum(video['abnormal'] for video in shown):,}", "abnormal at the threshold")] * decides),
             (f"{sum(UNLIKE in video['flags'] for video in shown):,}", "unlike the training data"),
             (f"{sum(video['failed'] for video in shown):,}", "could not be read"),
         ],
         folder=common,
         runs=marker["runs"],
+        decides=decides,
+        curves="the probability of each frame from 0 (bottom) to 1, in the order of the video; dashed: the threshold"
+        if decides
+        else f"{target.replace('_', ', ')} of each frame, in the order of the video, from {scale[0]:.4g} (bottom) to "
+        f"{scale[1]:.4g}",
         columns=columns,
         videos=shown,
         meanings=[(flag, meaning) for flag, meaning in _MEANINGS.items() if flag in flags],
@@ -115,14 +123,20 @@ def _rows(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file, strict=True))
 
 
-def _curves(path: Path) -> dict[str, list[float]]:
-    """The probabilities of the frames of each video, in the order of the video."""
+def _curves(path: Path, target: str) -> dict[str, list[float]]:
+    """The probabilities of the frames of each video, or without them the target, in the order of the video."""
     curves: dict[str, list[float]] = {}
     if path.exists():
         with path.open(encoding="utf-8", newline="") as file:
             for row in csv.DictReader(file, strict=True):
-                curves.setdefault(row["input"], []).append(float(row["probability"]))
+                curves.setdefault(row["input"], []).append(float(row.get("probability") or row[target]))
     return curves
+
+
+def _ends(values: Sequence[float]) -> tuple[float, float]:
+    """The least and the largest value; two different ones also where there is no or only one value."""
+    least, most = min(values, default=0.0), max(values, default=1.0)
+    return (least, most) if least < most else (least, least + 1)
 
 
 def _common_folder(names: Sequence[str]) -> str:
@@ -132,9 +146,15 @@ def _common_folder(names: Sequence[str]) -> str:
 
 
 def _video(
-    folder: Path, row: Mapping[str, str], cells: Sequence[str], curve: Sequence[float], common: str
+    folder: Path,
+    row: Mapping[str, str],
+    cells: Sequence[str],
+    curve: Sequence[float],
+    scale: tuple[float, float],
+    common: str,
 ) -> dict[str, Any]:
-    """What the page shows of a row. common: the beginning of the name that is left out."""
+    """What the page shows of a row. scale: the values at the bottom and at the top of a curve; common: the beginning
+    of the name that is left out."""
     failed = row["status"] == FAILED
     picture, width = picture_of(row["input"]), _SHOWN
     has_picture = (folder / picture).is_file()
@@ -149,22 +169,23 @@ def _video(
         "width": width,
         "failed": failed,
         "reason": row["reason"],
-        "decision": row["decision"],
-        "abnormal": row["decision"] == "1",
+        "decision": row.get("decision", ""),
+        "abnormal": row.get("decision") == "1",
         "cells": [f"{float(row[name]):.3f}" if row[name] else "" for name in cells],
-        "curve": _points(curve) if len(curve) > 1 else "",
+        "curve": _points(curve, scale) if len(curve) > 1 else "",
         "least": f"{min(curve):.2f}" if curve else "",
         "most": f"{max(curve):.2f}" if curve else "",
-        "threshold_at": "" if failed else f"{_height(float(row['threshold'])):.1f}",
+        "threshold_at": f"{_height(float(row['threshold']), scale):.1f}" if row.get("threshold") else "",
         "flags": row["flags"].split(),
     }
 
 
-def _points(curve: Sequence[float]) -> str:
+def _points(curve: Sequence[float], scale: tuple[float, float]) -> str:
     step = (_CURVE_WIDTH - 2) / (len(curve) - 1)
-    return " ".join(f"{1 + i * step:.1f},{_height(p):.1f}" for i, p in enumerate(curve))
+    return " ".join(f"{1 + i * step:.1f},{_height(x, scale):.1f}" for i, x in enumerate(curve))
 
 
-def _height(probability: float) -> float:
+def _height(value: float, scale: tuple[float, float]) -> float:
     """From the top of the curve's picture."""
-    return 1 + (1 - probability) * (_CURVE_HEIGHT - 2)
+    least, most = scale
+    return 1 + (most - value) / (most - least) * (_CURVE_HEIGHT - 2)

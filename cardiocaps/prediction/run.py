@@ -62,12 +62,8 @@ def predict(
         ensemble = load(runs, machine, changed)
         for member in ensemble.members:
             _warn(member)
-        columns = [
-            *("input", "status", "reason", "frames", "frames_used", "probability", "calibrated_probability"),
-            *(["probability_sd"] if len(runs) > 1 else []),
-            *("threshold", "decision", ensemble.target, "p_like_training_data", "flags"),
-        ]
-        frame_columns = ("input", "frame", "probability", ensemble.target) if by_frame or report else ()
+        columns = ("input", "status", "reason", *ensemble.columns)
+        frame_columns = ("input", *ensemble.frame_columns) if by_frame or report else ()
         identity = {"runs": ensemble.identity, "by_frame": by_frame, "report": report}
         with Results.opened(out, identity, columns, frame_columns, retry) as results:
             todo = [video for video in videos if video.name not in results.done]
@@ -79,9 +75,9 @@ def predict(
                 print_line(f"report: {printable(write_report(out, ensemble.target))}")
     read = len(todo) - len(unreadable)
     if todo:
+        decided = "" if ensemble.regresses_alone else f"{abnormal} abnormal at the threshold of validation, "
         print_line(
-            f"{read} videos predicted: {abnormal} abnormal at the threshold of validation, {unlike} unlike the "
-            f"training data; {len(unreadable)} could not be read"
+            f"{read} videos predicted: {decided}{unlike} unlike the training data; {len(unreadable)} could not be read"
         )
     if unreadable:
         print_line(summarise(unreadable))
@@ -150,7 +146,7 @@ def _write_rows(scored: Iterator[Scored], results: Results, pictures: Path | Non
             unreadable.append(Problem(one.input.name, one.found))
         else:
             unlike += UNLIKE in one.row["flags"].split()
-            abnormal += one.row["decision"]
+            abnormal += one.row.get("decision", 0)
             if pictures is not None:
                 pixels = next(iter(one.found.frames.values())).pixels
                 write_picture(pictures, one.input.name, pixels[len(pixels) // 2], one.found.aspect)
@@ -173,9 +169,10 @@ def _groups(decoded: Iterator[tuple[Input, Video | str]], size: int) -> Iterator
 def _warn(member: Member) -> None:
     """Say what a run lacks."""
     name = printable(member.name)
-    if not member.decision.is_chosen:
+    decides = member.config.task != "regression"
+    if decides and not member.decision.is_chosen:
         print_line(f"note: {name}: the threshold is {member.decision.rule}")
-    if member.calibration.method == "none":
+    if decides and member.calibration.method == "none":
         print_line(f"note: {name} keeps no calibration: calibrated_probability is the network's own")
     if member.familiarity is None:
         why = "its network has no decoder, or it was trained by an older version"

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Callback, Checkpoint, EarlyStopping
 from torch import Tensor
 
 from cardiocaps.errors import CardioCapsError
-from cardiocaps.metrics import by_video, evaluate
+from cardiocaps.metrics import by_video, evaluate, mean_by, regression_report
 from cardiocaps.runtime.files import READABLE, write_csv
 from cardiocaps.runtime.program import Interrupted, Interruption, print_line
 from cardiocaps.training.run_folder import RunFolder
@@ -27,12 +27,16 @@ _SAVE_EVERY = 600.0  # seconds: a killed run loses no more work than this
 class History(Callback):
     """Keeps a row of numbers for each epoch: the mean of every part of the loss, and the validation AUROC by video.
 
+    Of a regression alone it keeps the mean absolute error by video in place of the AUROC, and this error decides which
+    epoch is the best and when training stops; else the validation loss does.
+
     It does not use Lightning's `log`, whose sums are not part of a checkpoint in the middle of an epoch. `rows` is
     written to metrics.csv after every epoch.
     """
 
-    def __init__(self, run: RunFolder, parts: Sequence[str]) -> None:
-        self.run, self.parts = run, parts
+    def __init__(self, run: RunFolder, parts: Sequence[str], regresses_alone: bool = False) -> None:
+        self.run, self.parts, self.regresses_alone = run, parts, regresses_alone
+        self.judged_by = "val_mae" if regresses_alone else "val_loss"
         self.rows: list[dict[str, float]] = []
         self._sums: Tensor | None = None  # float64 [parts + 1], the last is the number of frames
         self._seconds = 0.0
@@ -40,8 +44,8 @@ class History(Callback):
 
     @property
     def is_best(self) -> bool:
-        """Whether the last epoch is the first with the least validation loss."""
-        return self.rows[-1] is min(self.rows, key=lambda row: row["val_loss"])
+        """Whether the last epoch is the first with the least `judged_by`."""
+        return self.rows[-1] is min(self.rows, key=lambda row: row[self.judged_by])
 
     def state_dict(self) -> dict[str, Any]:
         sums = None if self._sums is None else self._sums.tolist()
@@ -84,7 +88,8 @@ class History(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         self._validation = self._add(self._validation, outputs, batch)
-        self._seen.append((outputs["probability"].float().cpu(), batch["label"].cpu(), batch["clip"].cpu()))
+        said, truth = ("regressed", "target") if self.regresses_alone else ("probability", "label")
+        self._seen.append((outputs[said].float().cpu(), batch[truth].cpu(), batch["clip"].cpu()))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         row: dict[str, float] = {"epoch": trainer.current_epoch + 1}
@@ -97,21 +102,26 @@ class History(Callback):
                 f"the loss is not finite in epoch {row['epoch']:.0f}: a smaller --learning-rate may help; "
                 f"{self.run.best.name} holds the best epoch before"
             )
-        probability, label, clip = (torch.cat(x).numpy() for x in zip(*self._seen, strict=True))
-        report = evaluate(*by_video(probability, label, clip), bootstrap=0)
-        row["val_auroc"] = report.metrics["auroc"].value
+        said, truth, clip = (torch.cat(x).numpy() for x in zip(*self._seen, strict=True))
+        if self.regresses_alone:
+            row["val_mae"] = regression_report(mean_by(said, clip), mean_by(truth, clip)).mae
+        else:
+            row["val_auroc"] = evaluate(*by_video(said, truth, clip), bootstrap=0).metrics["auroc"].value
         row["seconds"] = round(self._elapsed(), 2)
         self._sums, self._seconds, self._since = None, 0.0, time.monotonic()
         self.rows.append(row)
         # Early stopping reads Lightning's callback metrics.
-        trainer.callback_metrics["val_loss"] = torch.tensor(row["val_loss"], dtype=torch.float64)
+        trainer.callback_metrics[self.judged_by] = torch.tensor(row[self.judged_by], dtype=torch.float64)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         write_csv(self.run.metrics_csv, self.rows, digits=READABLE)
         row = self.rows[-1]
+        judged = (
+            f"mean absolute error {row['val_mae']:.4g}" if self.regresses_alone else f"AUROC {row['val_auroc']:.3f}"
+        )
         print_line(
             f"epoch {row['epoch']:3d}/{trainer.max_epochs}  loss {row['train_loss']:.4f}"
-            f"  validation {row['val_loss']:.4f}  AUROC {row['val_auroc']:.3f}"
+            f"  validation {row['val_loss']:.4f}  {judged}"
             f"  {row['seconds']:.1f} s{'  best' if self.is_best else ''}"
         )
 
@@ -151,10 +161,10 @@ class Checkpoints(Checkpoint):
 
 
 class Patience(EarlyStopping):
-    """Stops when the validation loss has not decreased for `patience` epochs."""
+    """Stops when `monitor` of the validation split has not decreased for `patience` epochs."""
 
-    def __init__(self, patience: int) -> None:
-        super().__init__("val_loss", min_delta=0.0, patience=patience, check_on_train_epoch_end=True)
+    def __init__(self, patience: int, monitor: str = "val_loss") -> None:
+        super().__init__(monitor, min_delta=0.0, patience=patience, check_on_train_epoch_end=True)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore everything but the patience, which may have been changed."""

@@ -75,7 +75,8 @@ def train(
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     network = Classifier(config, data.train_class_counts(), data.train_target_mean() or 0.0)
     assert config.patience is not None and config.epochs is not None
-    history, patience = History(folder, network.loss.parts), Patience(config.patience)
+    history = History(folder, network.loss.parts, network.regresses_alone)
+    patience = Patience(config.patience, history.judged_by)
     start = folder.last if config.resume and folder.last.exists() else None
     ended = ""  # why there is nothing left to train
     if start is not None:
@@ -96,8 +97,8 @@ def train(
             ended = f"{epochs} epochs are done, and --epochs is {config.epochs}"
         elif patience.wait_count >= config.patience:
             ended = (
-                f"the validation loss has not become smaller for {patience.wait_count} epochs, and --patience "
-                f"is {config.patience}"
+                f"the validation {'error' if network.regresses_alone else 'loss'} has not become smaller for "
+                f"{patience.wait_count} epochs, and --patience is {config.patience}"
             )
     elif config.resume:
         print_line("this run has no checkpoint yet; it starts from the beginning")
@@ -116,7 +117,7 @@ def train(
             trainer.fit(network, datamodule=data, ckpt_path=start, weights_only=True)
     with output_errors(folder.plots):
         folder.plots.mkdir(exist_ok=True)
-    plots.learning_curves(history.rows, folder.learning_curves)
+    plots.learning_curves(history.rows, folder.learning_curves, history.judged_by)
     return history.rows
 
 

@@ -37,7 +37,9 @@ class Classifier(LightningModule):
         super().__init__()
         self.config = config
         self.model = build(config, target_mean)
-        self.loss: Any = make_loss(config, class_weights(class_counts, config.class_weight))
+        self.regresses_alone = config.task == "regression"
+        weights = None if self.regresses_alone else class_weights(class_counts, config.class_weight)
+        self.loss: Any = make_loss(config, weights)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(not is_frozen(config, name))
         self.train()
@@ -50,8 +52,18 @@ class Classifier(LightningModule):
                 module.eval()
         return self
 
+    def _seen(self, image: Tensor, label: Tensor | None = None) -> Prediction:
+        """The network's output. `label`: as it is called with.
+
+        Without labels nothing tells the class capsules apart, so the decoder always sees the first one.
+        """
+        if self.regresses_alone:
+            label = torch.zeros(len(image), dtype=torch.int64, device=image.device)
+        prediction: Prediction = self.model(image, label)
+        return prediction
+
     def _losses(self, batch: Mapping[str, Tensor], label: Tensor | None) -> tuple[Prediction, dict[str, Tensor]]:
-        out: Prediction = self.model(batch["image"], label)
+        out = self._seen(batch["image"], label)
         image = None if out.reconstruction is None else batch["image"][:, :RECONSTRUCTED_CHANNELS]
         target = None if out.regression is None else batch["target"]
         return out, self.loss(out.scores, batch["label"], out.reconstruction, image, out.regression, target)
@@ -65,6 +77,8 @@ class Classifier(LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
         out, losses = self._losses(batch, None)
+        if self.regresses_alone:
+            return {**losses, "regressed": out.regression.float()}  # type: ignore[union-attr]
         return {**losses, "probability": out.probability}
 
     def predict_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
@@ -79,8 +93,8 @@ class Classifier(LightningModule):
         numbers of a frame should not depend on how many others there are.
 
         Returns:
-            probability [n]; if the network regresses, regression [n]; if it has a decoder, reconstruction_error [n],
-            the mean squared error of a pixel.
+            probability [n], unless the task is regression alone; if the network regresses, regression [n]; if it has a
+            decoder, reconstruction_error [n], the mean squared error of a pixel.
         """
         n = len(image)
         assert self.config.batch_size is not None
@@ -90,8 +104,8 @@ class Classifier(LightningModule):
             image = whole.contiguous(memory_format=layout or torch.contiguous_format).index_copy_(
                 0, torch.arange(n, device=image.device), image
             )
-        out: Prediction = self.model(image)
-        said = {"probability": out.probability}
+        out = self._seen(image)
+        said = {} if self.regresses_alone else {"probability": out.probability}
         if out.regression is not None:
             said["regression"] = out.regression.float()
         if out.reconstruction is not None:

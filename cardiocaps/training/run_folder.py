@@ -54,6 +54,7 @@ class RunFolder:
     validation_by_video_csv = _File("validation_by_video.csv")
     decision = _File("decision.json")  # see `cardiocaps.evaluation.decision`
     calibration = _File("calibration.json")  # see `cardiocaps.evaluation.calibration`
+    target = _File("target.json")  # of a regression alone, see `cardiocaps.evaluation.regression`
     familiarity = _File("familiarity.json")  # see `cardiocaps.evaluation.familiarity`
     evaluation = _File("evaluation.json")  # which run was evaluated on which data; only outside of the run's own folder
     pixel_baseline = _File("pixel_baseline.json")  # the logistic regression on pixels of the run's training split
@@ -67,6 +68,7 @@ class RunFolder:
     learning_curves = _File("plots/learning_curves.png")
     confusion_matrix = _File("plots/confusion_matrix.png")
     reliability = _File("plots/reliability.png")
+    regression = _File("plots/regression.png")
     roc_curve = _File("plots/roc_curve.png")
     precision_recall_curve = _File("plots/precision_recall_curve.png")
 

@@ -47,6 +47,7 @@ def read_folder(
     group_column: str | None = None,
     allow_split_patients: bool = False,
     follow_links: bool = False,
+    labels: bool = True,
 ) -> Study:
     """Read a folder in EchoNet-LVH's layout.
 
@@ -66,6 +67,7 @@ def read_folder(
         allow_split_patients: keep the table's own split even if videos of one patient are in several splits. Without
             "train" in `needed_splits` it is kept anyway.
         follow_links: the table and the videos may be links that leave the folder.
+        labels: False: they are not needed, and the splits are not checked; see `Study.of_target`.
 
     Raises:
         DataError: folder, table or videos are missing or unusable; a video or (unless allowed) a patient is in two
@@ -101,8 +103,8 @@ def read_folder(
             if kind and not allow_split_patients and "train" in needed_splits:
                 splits.refuse_divided(chosen, patients, FILE_NAME, kind, table.group_column)
         elif split_rule == "stratified":
-            labels = {n: _label(rows, thresholds) for n, rows in usable.items()}
-            chosen = splits.stratified(labels, seed, groups=patients if kind else None)
+            label_of = {n: _label(rows, thresholds) for n, rows in usable.items()}
+            chosen = splits.stratified(label_of, seed, groups=patients if kind else None)
     if split_rule == "frames":
         splits.warn_of_leak("the paper protocol" if protocol == "paper" else "a split by frame")
     bad = [problem for problem in problems if not problem.harmless]
@@ -139,7 +141,8 @@ def read_folder(
         group_column=table.group_column if kind else None,
         group_kind=kind,
     )
-    study.check_splits()
+    if labels:
+        study.check_splits()
     return study
 
 

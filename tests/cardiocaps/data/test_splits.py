@@ -90,8 +90,8 @@ def test_the_paper_deals_out_frames() -> None:
 @pytest.mark.parametrize("bad", [{"val": []}, {"test": [1, 1]}, {"train": [0]}])
 def test_a_split_without_both_classes_is_refused(bad: dict[str, list[int]]) -> None:
     labels = {split: [0, 1, 1] for split in splits.SPLITS}
-    splits.check_classes(labels)
+    splits.check(labels, "clips")
     with pytest.raises(DataError, match="each split needs clips of both classes") as caught:
-        splits.check_classes(labels | bad)
+        splits.check(labels | bad, "clips")
     ((split, values),) = bad.items()
     assert f"{split}: {values.count(0)} normal, {values.count(1)} abnormal" in str(caught.value)
