@@ -13,7 +13,7 @@ from cardiocaps.errors import CheckpointError, ConfigError
 from cardiocaps.explanation.capsules import capsule_map
 from cardiocaps.explanation.gradcam import grad_cam
 from cardiocaps.models.cardiocaps import CardioCaps
-from cardiocaps.prediction.ensemble import Member
+from cardiocaps.prediction.ensemble import Ensemble, Member
 from cardiocaps.runtime.device import Machine
 
 Maps = Mapping[str, NDArray[np.float32]]
@@ -23,6 +23,14 @@ METHODS: Mapping[str, Callable[..., Tensor]] = {"capsules": capsule_map, "gradca
 """name -> method(network, image [n, 9, S, S], label int64 [n]), which returns the maps [n, S, S]."""
 
 TITLES = {"capsules": "what the capsules send", "gradcam": "Grad-CAM"}
+
+
+def check_explainable(ensemble: Ensemble) -> None:
+    """Raise ConfigError for a network that knows no classes: a map shows where it finds one."""
+    if ensemble.regresses_alone:
+        raise ConfigError(
+            "RUN: its task is 'regression'; expected both or classification, because maps explain a class"
+        )
 
 
 def methods_for(network: nn.Module, asked: Sequence[str] = ()) -> tuple[str, ...]:

@@ -27,7 +27,7 @@ from torch.nn.functional import interpolate
 from cardiocaps import DISCLAIMER
 from cardiocaps.config import read_run
 from cardiocaps.errors import ConfigError, DataError, printable
-from cardiocaps.explanation.maps import maps_of, methods_for
+from cardiocaps.explanation.maps import check_explainable, maps_of, methods_for
 from cardiocaps.phantom import phantom_is_complete
 from cardiocaps.phantom.masks import Mask, sector_and_ventricle
 from cardiocaps.phantom.patients import Patient, plan
@@ -77,6 +77,7 @@ def measure(run: Path, out: Path, changed: Mapping[str, Any], methods: Sequence[
     rows: list[dict[str, Any]] = []
     with machine_for(config) as machine:
         ensemble = load([run], machine, changed)
+        check_explainable(ensemble)
         (member,) = ensemble.members
         methods = methods_for(member.network.model, methods)
         for patient in shown(patients, len(patients), "measuring") if config.progress else patients:

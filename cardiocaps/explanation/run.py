@@ -13,7 +13,7 @@ from cardiocaps import DISCLAIMER
 from cardiocaps.config import read_run
 from cardiocaps.data.problems import Problem, summarise
 from cardiocaps.errors import DataError, printable
-from cardiocaps.explanation.maps import Maps, maps_of, methods_for
+from cardiocaps.explanation.maps import Maps, check_explainable, maps_of, methods_for
 from cardiocaps.explanation.picture import draw
 from cardiocaps.plots import CLASSES
 from cardiocaps.prediction import inputs
@@ -62,6 +62,7 @@ def explain(
     with machine_for(replace(read_run(run), **changed)) as machine:
         ensemble = load([run], machine, changed)
         (member,) = ensemble.members
+        check_explainable(ensemble)
         config = member.config
         methods = methods_for(member.network.model, methods)
         columns = [

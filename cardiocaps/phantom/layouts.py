@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from cardiocaps.phantom.patients import Patient
 
-_LVH_COLUMNS = (
+LVH_COLUMNS = (
     *("", "HashedFileName", "Calc", "CalcValue", "Frame", "X1", "X2", "Y1", "Y2"),
     *("Frames", "FPS", "Width", "Height", "split"),
 )
@@ -47,7 +47,7 @@ def _lvh_table(patients: Sequence[Patient]) -> bytes:
             points = (f"{value:.3f}" for value in (row.x1, row.x2, row.y1, row.y2))
             about = scan.frames, scan.fps, scan.width, scan.height, patient.split
             rows.append((len(rows), patient.name, row.calc, f"{row.cm:.4f}", row.frame, *points, *about))
-    return _csv(_LVH_COLUMNS, rows)
+    return _csv(LVH_COLUMNS, rows)
 
 
 def _dynamic_table(patients: Sequence[Patient]) -> bytes:

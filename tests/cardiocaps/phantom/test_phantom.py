@@ -22,17 +22,21 @@ import numpy as np
 import pytest
 
 from cardiocaps.config import TRAINABLE_PHANTOM
+from cardiocaps.data.echonet_lvh.labels import teichholz_ef
+from cardiocaps.data.file_list import read_dynamic
 from cardiocaps.data.splits import stratified
 from cardiocaps.errors import OutputError, ResourceError
 from cardiocaps.phantom import phantom_is_complete, write_phantom
 from cardiocaps.phantom.__main__ import main
 from cardiocaps.phantom.anatomy import BORDERS
-from cardiocaps.phantom.dataset import COLUMNS, MARKER, TABLE, _claim, _settings
+from cardiocaps.phantom.dataset import MARKER, _claim, _settings
+from cardiocaps.phantom.layouts import LAYOUTS, LVH, LVH_COLUMNS
 from cardiocaps.phantom.patients import DILATED, HYPERTROPHIC, NORMAL, Patient, plan
 from cardiocaps.phantom.ultrasound import render
 from cardiocaps.runtime.files import write_bytes
 from tests.cardiocaps.killed import killed_before
 
+TABLE = LAYOUTS[LVH].table
 VIDEOS, SEED = 10, 3
 WALLS = ("IVSd", "IVSs", "LVPWd", "LVPWs")
 
@@ -74,7 +78,7 @@ def test_the_layout_is_echonets(study: Path) -> None:
     assert len(files) == VIDEOS
     assert all(re.fullmatch(r"0X[0-9A-F]{16}\.avi", path.name) for path in files)
     header = (study / TABLE).read_text().splitlines()[0]
-    assert header.split(",") == list(COLUMNS)
+    assert header.split(",") == list(LVH_COLUMNS)
     assert [row[""] for row in rows_of(study)] == [str(i) for i in range(len(rows_of(study)))]
     assert {row["HashedFileName"] for row in rows_of(study)} == {path.stem for path in files}
 
@@ -332,7 +336,7 @@ def test_overwrite_replaces_a_phantom(study: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_phantom_that_was_killed_at_any_point_of_its_beginning(overwrite: bool, tmp_path: Path) -> None:
-    settings = _settings(VIDEOS, SEED)
+    settings = _settings(VIDEOS, SEED, LAYOUTS[LVH])
 
     def begin() -> None:
         path.mkdir()
@@ -445,3 +449,30 @@ def test_help_loads_nothing_heavy() -> None:
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.splitlines()[-1] == "[]"
+
+
+def test_the_layout_of_echonet_dynamic(tmp_path: Path) -> None:
+    """The same videos, and a table whose volumes and ejection fractions are those of the drawn diameters."""
+    out = tmp_path / "dynamic"
+    assert write_phantom(out, 18, SEED, layout="echonet-dynamic", processes=1) == 18
+    assert {path.name for path in out.iterdir()} == {"Videos", "FileList.csv", MARKER}
+    assert write_phantom(out, 18, SEED, layout="echonet-dynamic", processes=1) == 0
+    study = read_dynamic(out, labels=False)
+    assert not [problem for problem in study.problems if not problem.harmless]
+    clips = {clip.name: clip for clip in study.clips}
+    patients = plan(18, SEED)
+    assert clips.keys() == {patient.name for patient in patients}
+    for patient in patients:
+        clip, heart = clips[patient.name], patient.heart
+        diameters = [row.cm for row in patient.measurements(("LVIDd", "LVIDs"))]
+        assert diameters == pytest.approx([heart.diameter, heart.diameter_systole], rel=0.02)
+        assert clip.targets["ef"] == pytest.approx(teichholz_ef(*diameters), abs=1e-3)
+        assert clip.targets["esv"] == pytest.approx(clip.targets["edv"] * (1 - clip.targets["ef"] / 100), rel=1e-4)
+        assert (clip.split, clip.label) == (patient.split, int(patient.kind == DILATED))
+    # A phantom of another layout is not completed, but it may be replaced, and none of its files is left.
+    with pytest.raises(OutputError, match="holds a phantom with other settings"):
+        write_phantom(out, 18, SEED, processes=1)
+    videos = {path.name: path.read_bytes() for path in (out / "Videos").iterdir()}
+    assert write_phantom(out, 18, SEED, overwrite=True, processes=1) == 18
+    assert {path.name: path.read_bytes() for path in out.glob("Batch*/*.avi")} == videos
+    assert not (out / "Videos").exists() and not (out / "FileList.csv").exists()
