@@ -16,7 +16,7 @@ from cardiocaps.config import TrainConfig, read_run
 from cardiocaps.data.cache import choose_frames
 from cardiocaps.data.header import VideoError
 from cardiocaps.data.video import probe, read_frames, regular_file
-from cardiocaps.data.views import base_side, draw_jitter, three_views
+from cardiocaps.data.views import base_side, fixed_views
 from cardiocaps.errors import CheckpointError, ConfigError
 from cardiocaps.evaluation.calibration import Calibration, read_calibration
 from cardiocaps.evaluation.decision import Decision, read_decision
@@ -123,10 +123,7 @@ class Member:
 
     def image_of(self, pixels: NDArray[np.uint8], machine: Machine) -> torch.Tensor:
         """The network's input [n, 9, size, size] for frames [n, 3, S, S], in the fixed views of an evaluation."""
-        base = torch.from_numpy(pixels).to(machine.device)
-        jitter, tone = (torch.from_numpy(x) for x in draw_jitter(np.random.default_rng(0), train=False))
-        views = (x.expand(len(base), *x.shape).to(machine.device) for x in (jitter, tone))
-        image = three_views(base, self.config.network.size, *views)
+        image = fixed_views(torch.from_numpy(pixels).to(machine.device), self.config.network.size)
         return image.contiguous(memory_format=torch.channels_last) if machine.channels_last else image
 
     def _precision(self, machine: Machine) -> torch.autocast:

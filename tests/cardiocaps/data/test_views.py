@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from cardiocaps.data.video import resize
-from cardiocaps.data.views import MAX_ANGLE, MAX_SHIFT, base_side, draw_jitter, three_views
+from cardiocaps.data.views import MAX_ANGLE, MAX_SHIFT, base_side, draw_jitter, fixed_views, three_views
 
 from .sample_videos import picture
 
@@ -124,3 +124,14 @@ def test_a_view_depends_on_its_own_frame_alone_and_stays_in_range() -> None:
     for i in range(5):
         alone = three_views(base[i : i + 1], SIZE, jitter[i : i + 1], tone[i : i + 1])
         torch.testing.assert_close(image[i : i + 1], alone, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("frames", "size"), [(1, 64), (7, 24), (8, 64), (21, 40)])
+def test_the_fixed_views_are_those_of_an_evaluation(frames: int, size: int) -> None:
+    """Bit for bit: a prediction has the numbers of the evaluation."""
+    base = torch.randint(0, 256, (frames, 3, base_side(size), base_side(size)), dtype=torch.uint8)
+    jitter, tone = (torch.from_numpy(x) for x in draw_jitter(np.random.default_rng(5), train=False))
+    wanted = three_views(base, size, jitter.expand(frames, 3, 4), tone.expand(frames, 2))
+    found = fixed_views(base, size)
+    assert wanted.std() > 0.1 and (found.dtype, found.shape) == (torch.float32, (frames, 9, size, size))
+    assert torch.equal(found, wanted)
