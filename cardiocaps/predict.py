@@ -39,6 +39,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         action="store_true",
         help="also write DIR/report.html, a page to look at, with a picture of each video, and DIR/frames.csv",
     )
+    parser.add_argument(
+        "--maps",
+        action="store_true",
+        help="with --report and one RUN: also show on the page where in its frames the network finds the class of a "
+        "video, as python -m cardiocaps.explain does (Grad-CAM needs captum)",
+    )
     parser.add_argument("--path-column", metavar="NAME", help="column of a table with the paths of the videos")
     parser.add_argument("--retry-failed", action="store_true", help="try videos again that could not be read before")
     add_options(parser, _CHANGEABLE, default="the run's own")
@@ -48,9 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"RUN is {given.paths[0]}; expected the folder of a run")
     if not inputs:
         parser.error("INPUT is missing; expected videos, folders or tables after the runs")
+    if given.maps and not given.report:
+        parser.error("argument --maps: shown in the report; give --report too")
+    if given.maps and len(runs) > 1:
+        parser.error("argument --maps: explains one network; give one RUN")
     changed = {name: getattr(given, name) for name in _CHANGEABLE if getattr(given, name) is not None}
 
     def body(_: Interruption) -> None:
+        from cardiocaps.explanation.strip import illustration
         from cardiocaps.prediction.run import predict
 
         predict(
@@ -61,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             path_column=given.path_column,
             by_frame=given.by_frame,
             report=given.report,
+            illustrated=illustration if given.maps else None,
             retry=given.retry_failed,
         )
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from cardiocaps.explanation.maps import TITLES
 from cardiocaps.plots import BLUE, GREY, dress, new_figure, save
 
-_COLOURS = "viridis"  # its brightness rises evenly, so that colour-blind readers can read it
-_OPACITY = 0.75  # of the largest value
+COLOURS = "viridis"  # its brightness rises evenly, so that colour-blind readers can read it
+OPACITY = 0.75  # of the largest value
 
 
 def draw(
@@ -51,13 +51,13 @@ def draw(
         axes.imshow(image, extent=extent)
         axes.set_axis_off()
     panels[0].set_title("middle frame", fontsize=10)
-    colours = matplotlib.colormaps[_COLOURS]
+    colours = matplotlib.colormaps[COLOURS]
     for axes, (name, values) in zip(panels[1:], maps.items(), strict=True):
         share = np.maximum(values, 0)
         empty = not share.max() > 0
         share = share if empty else share / share.max()
         drawn = axes.imshow(
-            share, cmap=colours, vmin=0, vmax=1, alpha=_OPACITY * share, extent=extent, interpolation="bilinear"
+            share, cmap=colours, vmin=0, vmax=1, alpha=OPACITY * share, extent=extent, interpolation="bilinear"
         )
         axes.set_title(TITLES[name] + (": nothing" if empty else ""), fontsize=10)
         bar = figure.colorbar(drawn, ax=axes, fraction=0.045)

@@ -8,24 +8,23 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from cardiocaps.data.dicom import FLAGS
 from cardiocaps.evaluation.familiarity import FALSE_ALARMS
 from cardiocaps.pages import jpeg, write_page
-from cardiocaps.prediction.ensemble import BLANK, STILL, UNLIKE
+from cardiocaps.prediction.ensemble import BLANK, STILL, UNLIKE, Video
 from cardiocaps.prediction.results import FAILED
 from cardiocaps.runtime.files import output_errors, write_bytes
 
-PICTURES = "pictures"
+PICTURES, MAPS = "pictures", "maps"
 _SHOWN = 72  # pixels, the height of a picture on the page
 _CURVE_WIDTH, _CURVE_HEIGHT = 140, 48
+_METHODS = {"capsules": "what the primary capsules send to the class that is decided", "gradcam": "its Grad-CAM"}
 _MEANINGS = {
     UNLIKE: f"the decoder redraws the video worse than nearly all videos of validation: of videos like these, at most "
     f"{FALSE_ALARMS:.0%} are flagged",
@@ -33,6 +32,19 @@ _MEANINGS = {
     **FLAGS,
     STILL: "a still image",
 }
+
+
+@dataclass(frozen=True)
+class Illustration:
+    """A further picture of each video.
+
+    Attributes:
+        methods: what it shows, from top to bottom: names of `cardiocaps.explanation.maps.METHODS`.
+        draw: makes the JPEG from the video and its row.
+    """
+
+    methods: tuple[str, ...]
+    draw: Callable[[Video, Mapping[str, Any]], bytes]
 
 
 def hidden_name(name: str) -> str:
@@ -45,16 +57,29 @@ def picture_of(name: str) -> str:
     return f"{PICTURES}/{hidden_name(name)}.jpg"
 
 
-def write_picture(folder: Path, name: str, frame: NDArray[np.uint8], aspect: float) -> None:
-    """Write a frame of a video, uint8 [3, S, S], as a JPEG of the video's aspect (width / height).
+def maps_of(name: str) -> str:
+    """The name of the picture of a video's maps, relative to the folder."""
+    return f"{MAPS}/{hidden_name(name)}.jpg"
+
+
+def write_pictures(
+    folder: Path, name: str, video: Video, row: Mapping[str, Any], illustration: Illustration | None
+) -> None:
+    """Write a frame of a video as a JPEG of the video's aspect, and its illustration if there is one.
 
     Raises:
-        OutputError: the file cannot be written.
+        OutputError: a file cannot be written.
     """
-    path = folder / picture_of(name)
+    pixels = next(iter(video.frames.values())).pixels
+    _write(folder / picture_of(name), jpeg(pixels[len(pixels) // 2], video.aspect))
+    if illustration is not None:
+        _write(folder / maps_of(name), illustration.draw(video, row))
+
+
+def _write(path: Path, content: bytes) -> None:
     with output_errors(path):
         path.parent.mkdir(exist_ok=True)
-    write_bytes(path, jpeg(frame, aspect), sync=False)
+    write_bytes(path, content, sync=False)
 
 
 def write_report(folder: Path, target: str) -> Path:
@@ -74,6 +99,7 @@ def write_report(folder: Path, target: str) -> Path:
         marker = json.loads((folder / "predict.json").read_text(encoding="utf-8"))
         videos = _rows(folder / "predictions.csv")
         curves = _curves(folder / "frames.csv", target)
+    methods = marker.get("maps") or ()
     decides = any("decision" in row for row in videos)
     regresses = any(row[target] for row in videos)
     numbers = [("probability", "probability"), ("calibrated_probability", "calibrated")] * decides
@@ -85,7 +111,7 @@ def write_report(folder: Path, target: str) -> Path:
         {"title": "frame"},
         *([{"title": "decision", "sorts": True}] * decides),
         *({"title": title, "sorts": True, "number": True} for _, title in numbers),
-        {"title": "frames"},
+        {"title": "frames and maps" if methods else "frames"},
         {"title": "flags", "sorts": True},
     ]
     cells = [name for name, _ in numbers]
@@ -107,6 +133,7 @@ def write_report(folder: Path, target: str) -> Path:
         folder=common,
         runs=marker["runs"],
         decides=decides,
+        maps=" and ".join(_METHODS[name] for name in methods),
         curves="the probability of each frame from 0 (bottom) to 1, in the order of the video; dashed: the threshold"
         if decides
         else f"{target.replace('_', ', ')} of each frame, in the order of the video, from {scale[0]:.4g} (bottom) to "
@@ -157,6 +184,13 @@ def _video(
     of the name that is left out."""
     failed = row["status"] == FAILED
     picture, width = picture_of(row["input"]), _SHOWN
+    maps, maps_size = maps_of(row["input"]), (0, 0)
+    has_maps = (folder / maps).is_file()
+    if has_maps:
+        from PIL import Image
+
+        with Image.open(folder / maps) as image:
+            maps_size = (image.width // 2, image.height // 2)
     has_picture = (folder / picture).is_file()
     if has_picture:
         from PIL import Image
@@ -167,6 +201,8 @@ def _video(
         "name": row["input"].removeprefix(common),
         "picture": picture if has_picture else "",
         "width": width,
+        "maps": maps if has_maps else "",
+        "maps_size": maps_size,
         "failed": failed,
         "reason": row["reason"],
         "decision": row.get("decision", ""),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +17,7 @@ from cardiocaps.evaluation.predictions import unit_of
 from cardiocaps.prediction import inputs
 from cardiocaps.prediction.ensemble import UNLIKE, Ensemble, Member, Video, load
 from cardiocaps.prediction.inputs import Input
-from cardiocaps.prediction.report import write_picture, write_report
+from cardiocaps.prediction.report import Illustration, write_pictures, write_report
 from cardiocaps.prediction.results import FAILED, OK, Results
 from cardiocaps.runtime.device import machine_for
 from cardiocaps.runtime.processes import cores, in_order
@@ -38,6 +38,7 @@ def predict(
     path_column: str | None = None,
     by_frame: bool = False,
     report: bool = False,
+    illustrated: Callable[[Ensemble], Illustration] | None = None,
     retry: bool = False,
 ) -> None:
     """Predict for every video that has no row in `out` yet, and write its row.
@@ -50,6 +51,7 @@ def predict(
         path_column: of tables.
         by_frame: also write `frames.csv`.
         report: also write `report.html`, a picture of each video, and `frames.csv`.
+        illustrated: what makes a further picture of each video for the report; None: nothing.
         retry: try the videos again that could not be read before.
 
     Raises:
@@ -62,15 +64,17 @@ def predict(
         ensemble = load(runs, machine, changed)
         for member in ensemble.members:
             _warn(member)
+        illustration = illustrated(ensemble) if illustrated and report else None
         columns = ("input", "status", "reason", *ensemble.columns)
         frame_columns = ("input", *ensemble.frame_columns) if by_frame or report else ()
         identity = {"runs": ensemble.identity, "by_frame": by_frame, "report": report}
+        identity["maps"] = list(illustration.methods) if illustration else None
         with Results.opened(out, identity, columns, frame_columns, retry) as results:
             todo = [video for video in videos if video.name not in results.done]
             if len(todo) < len(videos):
                 print_line(f"{len(videos) - len(todo)} of {len(videos)} videos have their rows already")
             found = scored(ensemble, todo, config, "predicting")
-            unreadable, unlike, abnormal = _write_rows(found, results, out if report else None)
+            unreadable, unlike, abnormal = _write_rows(found, results, out if report else None, illustration)
             if report:
                 print_line(f"report: {printable(write_report(out, ensemble.target))}")
     read = len(todo) - len(unreadable)
@@ -133,7 +137,9 @@ def scored(ensemble: Ensemble, videos: Sequence[Input], config: TrainConfig, wha
                     yield Scored(video, found, {"input": video.name, "status": OK, **row}, named)
 
 
-def _write_rows(scored: Iterator[Scored], results: Results, pictures: Path | None) -> tuple[list[Problem], int, int]:
+def _write_rows(
+    scored: Iterator[Scored], results: Results, pictures: Path | None, illustration: Illustration | None
+) -> tuple[list[Problem], int, int]:
     """Write the rows, and pictures into a folder if there is one.
 
     Returns:
@@ -148,8 +154,7 @@ def _write_rows(scored: Iterator[Scored], results: Results, pictures: Path | Non
             unlike += UNLIKE in one.row["flags"].split()
             abnormal += one.row.get("decision", 0)
             if pictures is not None:
-                pixels = next(iter(one.found.frames.values())).pixels
-                write_picture(pictures, one.input.name, pixels[len(pixels) // 2], one.found.aspect)
+                write_pictures(pictures, one.input.name, one.found, one.row, illustration)
         results.write(one.row, one.frames)
     return unreadable, unlike, abnormal
 

@@ -45,6 +45,7 @@ PARAMETERS = {
 
 def settings(model: str, preset: str = "tiny") -> Any:
     return SimpleNamespace(
+        task="both",
         model=model,
         network=PRESETS[preset],
         routing="attention",
