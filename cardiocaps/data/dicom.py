@@ -21,12 +21,15 @@ import logging
 import math
 import time
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from importlib import import_module
+from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -48,9 +51,9 @@ from cardiocaps.runtime.packages import require_package
 
 if TYPE_CHECKING:
     from av import VideoFrame
-    from pydicom import Dataset
+    from pydicom import Dataset, FileMetaDataset
 
-READER_VERSION = 1  # part of the cache key: raise it when other frames come out, or more files are refused
+READER_VERSION = 2  # part of the cache key: raise it when other frames come out, or more files are refused
 
 FLAGS: Mapping[str, str] = {
     "doppler-region": "colour Doppler: the file names a region of colour flow",
@@ -66,24 +69,28 @@ FLAGS: Mapping[str, str] = {
 """What is noted about a file -> what it means. "coloured", "frozen" and "filled" are seen in the pixels (`Sector`)."""
 
 _JPEG_BASELINE = "1.2.840.10008.1.2.4.50"
+_DEFLATED_SYNTAX = "1.2.840.10008.1.2.1.99"
 _FFMPEG = "FFmpeg"  # by PyAV, not a plug-in of pydicom
 _SYNTAXES = {
     "1.2.840.10008.1.2": ("uncompressed", "", ""),
     "1.2.840.10008.1.2.1": ("uncompressed", "", ""),
     "1.2.840.10008.1.2.2": ("big endian", "", ""),
+    _DEFLATED_SYNTAX: ("deflated", "", ""),
     "1.2.840.10008.1.2.5": ("RLE", "pydicom", ""),
     _JPEG_BASELINE: ("JPEG baseline", "pillow", "PIL"),
     "1.2.840.10008.1.2.4.90": ("JPEG 2000", "pillow", "PIL"),
     "1.2.840.10008.1.2.4.91": ("JPEG 2000", "pillow", "PIL"),
     "1.2.840.10008.1.2.4.80": ("JPEG-LS", "pyjpegls", "jpeg_ls"),
     "1.2.840.10008.1.2.4.81": ("JPEG-LS", "pyjpegls", "jpeg_ls"),
+    "1.2.840.10008.1.2.4.51": ("JPEG extended", _FFMPEG, ""),
     "1.2.840.10008.1.2.4.57": ("JPEG lossless", _FFMPEG, ""),
     "1.2.840.10008.1.2.4.70": ("JPEG lossless", _FFMPEG, ""),
 }
 """Transfer syntax -> its name, pydicom's plug-in for it ("": pixels are not compressed), the plug-in's module.
 
-GDCM, which pydicom takes for JPEG lossless, ends the whole process at some damaged files. FFmpeg gives the same
-pixels. Deflated files are refused: a small one may unfold to any size before a tag of it can be read.
+GDCM, which pydicom takes for JPEG lossless and for JPEG extended of 12 bits, ends the whole process at some damaged
+files. FFmpeg gives the same pixels; of JPEG extended they differ by at most 1 of 4,096 from those of libjpeg-turbo. A
+small deflated file may unfold to any size, so it is unfolded as far as it is read: the tags, then frame by frame.
 """
 
 _GREY, _COLOUR = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR"), ("RGB", "YBR_FULL", "YBR_FULL_422")
@@ -92,6 +99,7 @@ _ULTRASOUND = ("US", "OT", "")  # OT: other, as screenshots have
 _VOLUME = "1.2.840.10008.5.1.4.1.1.6.2"  # enhanced ultrasound volume: its frames are slices
 _IMAGES = (*(f"1.2.840.10008.5.1.4.1.1.{kind}" for kind in ("3", "3.1", "6", "6.1")), _VOLUME)  # of ultrasound
 _TISSUE, _FLOW = 1, 2  # RegionDataType
+_META_AT = 144  # bytes before the file meta information but its first element, which says how long it is
 _PLANE = 1  # RegionSpatialFormat: a 2D image, not M-mode, a spectrum or a waveform
 _CENTIMETRES = 3  # PhysicalUnitsXDirection
 _INSIDE = 0.5  # the least share of a region that a frame must hold; less, and the region is of another image size
@@ -100,13 +108,21 @@ _COLOURFUL = 40  # the least difference of a pixel's channels, of 255: more than
 _COLOURED_SHARE = 0.005  # of the sector's pixels
 _FILLED = 0.95  # share of the frame
 _PYDICOM = r"pydicom(\.|$)"  # its modules
+_LONGEST_HEADER = 1 << 21  # bytes before the pixels of a deflated file
 _LONGEST_VALUE = 1 << 20  # bytes; a longer value of a tag is not read
 _TAGS = (
     *("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "PatientID", "IssuerOfPatientID", "Modality"),
     *("FrameTime", "FrameTimeVector", "CineRate", "RecommendedDisplayFrameRate", "SequenceOfUltrasoundRegions"),
     *("SamplesPerPixel", "PhotometricInterpretation", "PlanarConfiguration", "NumberOfFrames", "Rows", "Columns"),
     *("BitsAllocated", "BitsStored", "HighBit", "PixelRepresentation", "RescaleSlope", "RescaleIntercept"),
-    *("WindowCenter", "WindowWidth", "VOILUTFunction", "EncryptedAttributesSequence"),
+    *(
+        "ModalityLUTSequence",
+        "VOILUTSequence",
+        "WindowCenter",
+        "WindowWidth",
+        "VOILUTFunction",
+        "EncryptedAttributesSequence",
+    ),
     *(
         f"{colour}PaletteColorLookupTable{what}"
         for colour in ("Red", "Green", "Blue")
@@ -154,6 +170,7 @@ class Cine:
     instance: str = field(repr=False)
     _dataset: Dataset = field(repr=False)
     _place: int = 0  # of the pixel data's element in the file
+    _deflated_at: int = 0  # where the deflated part of the file begins, in which _place then counts; 0: none is
     _pixel_type: str = "OW"  # of that element: in big-endian files the bytes of "OW" are swapped in pairs
 
 
@@ -198,10 +215,16 @@ def read_tags(path: Path) -> Cine:
         _keep_quiet()
         if not is_dicom(path):
             raise VideoError("not a DICOM file")
-        syntax = _syntax(read_file_meta_info(path).get("TransferSyntaxUID"))
-        dataset = dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS), defer_size=_LONGEST_VALUE)
-        place = file.tell()
-        end = path.stat().st_size
+        meta = read_file_meta_info(path)
+        syntax = _syntax(meta.get("TransferSyntaxUID"))
+        source: BinaryIO = file
+        end: float = path.stat().st_size
+        deflated_at = before = 0
+        if meta.TransferSyntaxUID == _DEFLATED_SYNTAX:
+            deflated_at = _META_AT + _whole(meta, "FileMetaInformationGroupLength")
+            source, end, before = _unfolded(file, meta, deflated_at)
+        dataset = dcmread(source, stop_before_pixels=True, specific_tags=list(_TAGS), defer_size=_LONGEST_VALUE)
+        place = source.tell()
         if "EncryptedAttributesSequence" in dataset:
             raise VideoError("encrypted: the patient's tags cannot be read")
         if "Rows" not in dataset and "Columns" not in dataset:
@@ -214,7 +237,7 @@ def read_tags(path: Path) -> Cine:
             raise VideoError("not a cine: its frames are the slices of a volume")
         frames, width, height = _sizes(dataset)
         _check_pixel_format(dataset, compressed=bool(syntax[1]))
-        pixel_type = _check_bytes(file, dataset, compressed=bool(syntax[1]), rest=end - place)
+        pixel_type = _check_bytes(source, dataset, compressed=bool(syntax[1]), rest=end - place)
         box, scale, flags = _region(dataset, width, height)
         fps = _frame_rate(dataset)
         flags += ["still"] if frames == 1 else [] if fps else ["no-rate"]
@@ -238,7 +261,8 @@ def read_tags(path: Path) -> Cine:
             study=_text(dataset, "StudyInstanceUID"),
             instance=_text(dataset, "SOPInstanceUID"),
             _dataset=dataset,
-            _place=place,
+            _place=place - before,
+            _deflated_at=deflated_at,
             _pixel_type=pixel_type,
         )
 
@@ -284,8 +308,8 @@ def find_sector(cine: Cine) -> Sector:
 def grey_frames(cine: Cine, sector: Sector) -> Iterator[NDArray[np.uint8]]:
     """The frames of a cine in sequence, uint8 [H, W]: cropped to its region, black outside of the sector.
 
-    A window that the file states is applied to monochrome pixels; without one, the full range of the stored bits
-    becomes 0 to 255. Colours become their luma (ITU-R BT.601).
+    A VOI LUT or a window that the file states is applied to monochrome pixels; without one, the full range of the
+    stored bits becomes 0 to 255. Colours become their luma (ITU-R BT.601).
 
     Raises:
         VideoError: at the first frame that cannot be decoded; at the end, if frames are missing.
@@ -306,6 +330,56 @@ def _one_line() -> Iterator[None]:
         reason = error.strerror if isinstance(error, OSError) and error.errno else None
         # `from None`: pydicom's own messages repeat values of tags.
         raise VideoError(f"not a readable DICOM file: {reason or f'{kind} in its decoder'}") from None
+
+
+class _Deflated:
+    """The deflated part of an open file, read from its beginning; no more is unfolded than what is read."""
+
+    def __init__(self, file: BinaryIO, at: int) -> None:
+        file.seek(at)
+        self._file, self._inflate = file, zlib.decompressobj(-zlib.MAX_WBITS)
+
+    def read(self, size: int) -> bytes:
+        """At most `size` bytes; fewer at the end alone."""
+        content = bytearray()
+        while len(content) < size and not self._inflate.eof:
+            packed = self._inflate.unconsumed_tail or self._file.read(1 << 16)
+            unfolded = self._inflate.decompress(packed, size - len(content))
+            if not packed and not unfolded:
+                break
+            content += unfolded
+        return bytes(content)
+
+    def skip(self, size: int) -> None:
+        while size and (passed := len(self.read(min(size, 1 << 20)))):
+            size -= passed
+
+
+def _unfolded(file: BinaryIO, meta: FileMetaDataset, at: int) -> tuple[BinaryIO, float, int]:
+    """The beginning of a deflated file as a file that is not.
+
+    Args:
+        file: the file.
+        meta: its file meta information.
+        at: where the deflated part begins.
+
+    Returns:
+        The file; where it would end, infinite if that is not known; where the deflated part begins in it.
+    """
+    from pydicom.filewriter import write_file_meta_info
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    plain = BytesIO()
+    plain.write(b"\0" * 128 + b"DICM")
+    meta = deepcopy(meta)
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    # pydicom writes to any file.
+    write_file_meta_info(cast("Any", plain), meta, enforce_standard=False)
+    before = plain.tell()
+    head = _Deflated(file, at).read(_LONGEST_HEADER)
+    plain.write(head)
+    plain.seek(0)
+    return plain, math.inf if len(head) == _LONGEST_HEADER else before + len(head), before
 
 
 def _keep_quiet() -> None:
@@ -396,7 +470,7 @@ def _stored_bits(dataset: Dataset) -> int:
     return _whole(dataset, "BitsStored", missing=_whole(dataset, "BitsAllocated"))
 
 
-def _check_bytes(file: BinaryIO, dataset: Dataset, *, compressed: bool, rest: int) -> str:
+def _check_bytes(file: BinaryIO, dataset: Dataset, *, compressed: bool, rest: float) -> str:
     """The type of the element of pixels, "OB" or "OW".
 
     Raises VideoError unless the element is there, and large enough for what the tags claim.
@@ -535,7 +609,7 @@ def _stored_frames(cine: Cine) -> Iterator[NDArray[Any]]:
             if syntax == _JPEG_BASELINE:
                 _ffmpeg_frame(content)  # Pillow fills what is missing with grey
             if plugin == _FFMPEG:
-                pixels = _lossless_jpeg(content, dataset, claims[2] if claims else 0)
+                pixels = _ffmpeg_values(content, dataset, claims[2] if claims else 0)
             else:
                 encoded = encapsulate([content], has_bot=False) if plugin else content
                 pixels = decoder.as_array(encoded, decoding_plugin=plugin, **options)[0]
@@ -558,8 +632,10 @@ def _ffmpeg_frame(content: bytes) -> VideoFrame:
     return frame
 
 
-def _lossless_jpeg(content: bytes, dataset: Dataset, bits: int) -> NDArray[Any]:
-    """The stored values of a lossless JPEG: [H, W] of up to 16 bits, or [H, W, 3] of RGB. Raises as `_ffmpeg_frame`.
+def _ffmpeg_values(content: bytes, dataset: Dataset, bits: int) -> NDArray[Any]:
+    """The stored values of a JPEG, lossless or extended: [H, W] of up to 16 bits, or [H, W, 3] of RGB.
+
+    Raises as `_ffmpeg_frame`.
 
     Args:
         content: the JPEG.
@@ -571,7 +647,9 @@ def _lossless_jpeg(content: bytes, dataset: Dataset, bits: int) -> NDArray[Any]:
     allowed = {8: ("bgr24", "rgb24", "gbrp") if colours else ("gray",), 16: () if colours else ("gray16le",)}
     tinted = colours and _text(dataset, "PhotometricInterpretation") != "RGB"
     if tinted or frame.format.name not in allowed[dataset.BitsAllocated]:
-        raise VideoError("colours not read: JPEG lossless of another kind than grey of up to 16 bits and RGB of 8 bits")
+        raise VideoError(
+            "colours not read: a JPEG of another kind than grey of up to 16 bits and lossless RGB of 8 bits"
+        )
     values: NDArray[Any] = frame.to_ndarray(format="rgb24" if colours else frame.format.name)
     if values.dtype == np.uint16:
         values = values >> (16 - bits)  # FFmpeg gives the upper bits of 16
@@ -585,7 +663,13 @@ def _contents(cine: Cine, compressed: bool) -> Iterator[bytes]:
     dataset, frames = cine._dataset, cine.header.frames
     with cine.path.open("rb") as file:
         # The element of pixels begins with its tag, its type (unless that is implicit) and its length.
-        file.seek(cine._place + (8 if dataset.file_meta.TransferSyntaxUID.is_implicit_VR else 12))
+        place = cine._place + (8 if dataset.file_meta.TransferSyntaxUID.is_implicit_VR else 12)
+        source: BinaryIO | _Deflated = file
+        if cine._deflated_at:
+            source = _Deflated(file, cine._deflated_at)
+            source.skip(place)
+        else:
+            file.seek(place)
         if compressed:
             offsets = None
             if "ExtendedOffsetTable" in dataset and "ExtendedOffsetTableLengths" in dataset:
@@ -594,7 +678,7 @@ def _contents(cine: Cine, compressed: bool) -> Iterator[bytes]:
             return
         length = _frame_bytes(dataset)
         for number in range(frames):
-            content = file.read(length)
+            content = source.read(length)
             if len(content) < length:
                 raise VideoError(f"truncated: {number} of {frames} frames are there")
             yield content
@@ -675,21 +759,45 @@ def _channel(dataset: Dataset, colour: str, values: NDArray[np.int32]) -> NDArra
 
 
 def _windowed(dataset: Dataset, values: NDArray[np.int32]) -> NDArray[np.uint8]:
-    """Grey value of each stored value: by the file's first window, else by the full range of the stored bits."""
+    """Grey value of each stored value: by the file's first VOI LUT, else by its first window, else by the full range of
+    the stored bits."""
     from pydicom import Dataset
     from pydicom.pixels.processing import apply_modality_lut, apply_windowing
 
-    if (width := _first(dataset, "WindowWidth")) and "WindowCenter" in dataset:
+    if dataset.get("VOILUTSequence"):
+        table, first, bits = _voi_table(dataset)
+        rescaled = np.rint(apply_modality_lut(values, dataset)).astype(np.int64)
+        grey = table[np.clip(rescaled - first, 0, len(table) - 1)] * (255 / ((1 << bits) - 1))
+    elif (width := _first(dataset, "WindowWidth")) and "WindowCenter" in dataset:
         window = Dataset()  # of 8 bits, so that the result is 0 to 255
         window.PhotometricInterpretation, window.BitsStored, window.PixelRepresentation = "MONOCHROME2", 8, 0
         window.WindowCenter, window.WindowWidth = _first(dataset, "WindowCenter"), width
         if "VOILUTFunction" in dataset:
             window.VOILUTFunction = dataset.VOILUTFunction
-        grey = apply_windowing(apply_modality_lut(values.astype(np.float64), dataset), window)
+        grey = apply_windowing(apply_modality_lut(values, dataset).astype(np.float64), window)
     else:
         grey = np.linspace(0, 255, len(values))
     grey = np.clip(np.rint(grey), 0, 255).astype(np.uint8)
     return 255 - grey if _text(dataset, "PhotometricInterpretation") == "MONOCHROME1" else grey
+
+
+def _voi_table(dataset: Dataset) -> tuple[NDArray[np.uint16], int, int]:
+    """The entries of the first VOI LUT, the value that gets the first one, and the bits of an entry.
+
+    pydicom 3.0.2 takes the wrong ones of a table with more than 256 entries of 8 bits.
+    """
+    item = dataset.VOILUTSequence[0]
+    entries, first, bits = (int(number) for number in item.LUTDescriptor)
+    if not 8 <= bits <= 16:
+        raise VideoError(f"VOI LUT not read: entries of {bits} bits (allowed: 8 to 16)")
+    content = item.LUTData
+    if isinstance(content, bytes):
+        little = dataset.file_meta.TransferSyntaxUID.is_little_endian
+        content = np.frombuffer(content, "<u2" if little else ">u2")
+    table = np.asarray(content, np.uint16)
+    if table.size != (entries or 1 << 16):
+        raise VideoError("damaged header: a VOI LUT of another length than it says")
+    return table, first, bits
 
 
 def _first(dataset: Dataset, tag: str) -> float:
