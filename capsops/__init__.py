@@ -7,7 +7,7 @@
 
 import torch.fx
 
-from . import functional, nn
+from . import functional, nn, parallel
 from ._version import __version__ as __version__
 from .backends import BackendError, info, use_backend
 from .functional import (
@@ -36,6 +36,7 @@ __all__ = [
     "em_routing",
     "info",
     "nn",
+    "parallel",
     "primary_capsules",
     "release_memory",
     "routing_step",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 import capsops
@@ -203,6 +204,35 @@ def beside_data_parallelism() -> None:
     refuses(ValueError, "v has", parallel.items_of_rank, v, len(own) + 1)
 
 
+def on_a_mesh() -> None:
+    """Four ranks: two groups that each split the capsules; every rank has items of its own."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "capsules"))
+    group = mesh.get_group("capsules")
+    torch.manual_seed(dist.get_rank())
+    encoder = torch.nn.Linear(6, N * K).double()
+    layer = CapsuleLayer(N, K, J, D, "dynamic", process_group=group).double()
+    before = DistributedDataParallel(encoder)
+    route = DistributedDataParallel(layer, process_group=mesh.get_group("data"))
+    single = CapsuleLayer(N, K, J, D, "dynamic").double()
+    single.load_state_dict(
+        {n: parallel.join_parts(x, group) if n == "weight" else x for n, x in layer.state_dict().items()}
+    )
+    batches = [torch.randn(2 + r, 6, generator=generator, dtype=torch.float64) for r in range(4)]
+
+    losses = [single(encoder(x).tanh().view(-1, N, K)).square().mean() for x in batches]
+    torch.stack(losses).mean().backward()
+    expected = encoder.weight.grad.clone()
+    encoder.weight.grad = encoder.bias.grad = None
+
+    own = batches[dist.get_rank()]
+    u = parallel.capsules_of_rank(before(own).tanh().view(-1, N, K), group)
+    parallel.items_of_rank(route(u), len(own), group).square().mean().backward()
+    torch.testing.assert_close(encoder.weight.grad, expected, rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(layer.bias.grad, single.bias.grad, rtol=1e-11, atol=1e-11)
+    part = parallel.part_of_rank(N, group)
+    torch.testing.assert_close(layer.weight.grad, single.weight.grad[part], rtol=1e-11, atol=1e-11)
+
+
 def bad_input() -> None:
     u, weight = torch.randn(B, 2, K), torch.randn(3, K, J, D)
     refuses(ValueError, "N = 2, the capsules of this rank", parallel.dynamic_routing, u, weight)
@@ -231,7 +261,8 @@ if __name__ == "__main__":
     generator = torch.Generator().manual_seed(0)
     refuses(RuntimeError, "init_process_group first", parallel.part_of_rank, 5)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(ranks))
-    for part in (routings, low_precision, layers, beside_data_parallelism, bad_input):
+    usual = routings, low_precision, layers, beside_data_parallelism, bad_input
+    for part in (on_a_mesh,) if ranks == "4" else usual:
         part()
     dist.destroy_process_group()
     print("done")

@@ -12,7 +12,7 @@ from tests.forked_python import forked_python
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_outputs_and_gradients_are_those_of_one_process(ranks: int, tmp_path: Path) -> None:
     """`in_parallel.py` says what they compare."""
     command = [*forked_python(), "-m", "tests.capsops.in_parallel"]
