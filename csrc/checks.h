@@ -185,5 +185,27 @@ inline bool em_routing_backward(const Capsules& c, const void* activation, const
            given({activation}, {c.B, c.N}) && given({state, g_mean, g_out_activation}, {c.B});
 }
 
+// What the places are only the kernel can check.
+inline bool valid(const Capsules& c, std::span<const double> inverse_temperatures, int64_t windows, int64_t capsules,
+                  int64_t most, const void* activation, const void* places) {
+    const auto iterations = static_cast<int64_t>(inverse_temperatures.size());
+    return valid(c, iterations) && !c.one_vote && windows >= 1 && c.B % windows == 0 && fits({iterations, c.B, c.N}) &&
+           fits({c.B, capsules, most}) && given({places}, {capsules, most}) && given({activation}, {c.B, capsules});
+}
+inline bool em_routing_over_positions(const Capsules& c, const void* activation, const void* beta_u, const void* beta_a,
+                                      std::span<const double> inverse_temperatures, int64_t windows, int64_t capsules,
+                                      int64_t most, const void* places, void* mean, void* out_activation, void* state) {
+    return valid(c, inverse_temperatures, windows, capsules, most, activation, places) && beta_u && beta_a &&
+           given({mean, out_activation, state}, {c.B});
+}
+inline bool em_routing_over_positions_backward(const Capsules& c, const void* activation, const void* beta_u,
+                                               std::span<const double> inverse_temperatures, int64_t windows,
+                                               int64_t capsules, int64_t most, const void* state, const void* g_mean,
+                                               const void* g_out_activation, const void* places, void*, void*, void*,
+                                               void*, void*) {
+    return valid(c, inverse_temperatures, windows, capsules, most, activation, places) && beta_u &&
+           given({state, g_mean, g_out_activation}, {c.B});
+}
+
 }  // namespace checks
 }  // namespace capsops

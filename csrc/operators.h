@@ -83,6 +83,15 @@ struct Capsules {
     bool shared() const { return weight_stride == 0 && !own_gradients; }
 };
 
+// The windows of a grid, whose output capsules compete for an input capsule that lies in several of them. The items of
+// Capsules are the windows, those of one grid in a row. A place is an input capsule of a window: n + N · its window.
+struct Windows {
+    int64_t count;          // of a grid: Capsules::B is a multiple of it
+    int64_t capsules;       // of a grid
+    int64_t most;           // places of a capsule
+    const int64_t* places;  // [capsules, most]: where each capsule of the grid lies; -1: nowhere. Each place once
+};
+
 // Destinations of the gradients of u and W. Null: not wanted, not computed.
 struct CapsuleGradients {
     void* u;       // as Capsules::u
@@ -210,6 +219,17 @@ struct Kernels {
                                   void* g_activation,  // [B, N] accumulation
                                   void* g_beta_u,      // [J] accumulation
                                   void* g_beta_a);     // [J] accumulation
+    // The output capsules of all windows of a grid compete for an input capsule. windows, capsules, most and places are
+    // the members of Windows. activation and its gradient: [B / windows, capsules]; the rest as in em_routing.
+    Status (*em_routing_over_positions)(const Capsules& c, const void* activation, const void* beta_u,
+                                        const void* beta_a, std::span<const double> inverse_temperatures,
+                                        int64_t windows, int64_t capsules, int64_t most, const void* places, void* mean,
+                                        void* out_activation, void* state);
+    Status (*em_routing_over_positions_backward)(const Capsules& c, const void* activation, const void* beta_u,
+                                                 std::span<const double> inverse_temperatures, int64_t windows,
+                                                 int64_t capsules, int64_t most, const void* state, const void* g_mean,
+                                                 const void* g_out_activation, const void* places, void* g_u,
+                                                 void* g_weight, void* g_activation, void* g_beta_u, void* g_beta_a);
 
     Status (*routing_step_with_logits)(const Capsules& c,
                                        const void* state,         // [B, J, D] accumulation
@@ -307,6 +327,8 @@ struct Kernels {
     X(self_attention_routing_backward)      \
     X(em_routing)                           \
     X(em_routing_backward)                  \
+    X(em_routing_over_positions)            \
+    X(em_routing_over_positions_backward)   \
     X(routing_step_with_logits)             \
     X(routing_step_with_logits_backward)    \
     X(dynamic_routing_with_logits)          \

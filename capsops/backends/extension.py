@@ -249,8 +249,10 @@ class _Row:
     small: str = ""  # small operands, in the accumulation dtype
     options: str = ""  # arguments that are not tensors
     saved: str = ""  # what forward saved and the gradients that arrive, in the accumulation dtype
-    stored: str = ""  # tensors as large as the capsules, matrices or votes, in the dtype of the capsules
+    stored: str = ""  # tensors as large as the capsules, matrices or votes, in their own dtype
     outputs: str = ""  # small outputs, written in the accumulation dtype and then rounded
+    sizes: str = ""  # sizes of tensors, after the options; as in "places.0", the size along axis 0
+    folded: bool = False  # whether the capsules have two axes in place of B, which the kernel takes as one
 
 
 _ROWS = {
@@ -323,6 +325,25 @@ _ROWS = {
         stored="g_pose g_weight",
         outputs="g_activation_in g_beta_u g_beta_a",
     ),
+    "em_routing_over_positions": _Row(
+        "pose",
+        small="activation beta_u beta_a",
+        options="inverse_temperatures",
+        sizes="pose.1 places.0 places.1",
+        stored="places",
+        outputs="mean activation_out state",
+        folded=True,
+    ),
+    "em_routing_over_positions_backward": _Row(
+        "pose",
+        small="activation beta_u",
+        options="inverse_temperatures",
+        sizes="pose.1 places.0 places.1",
+        saved="state g_mean g_activation",
+        stored="places g_pose g_weight",
+        outputs="g_activation_in g_beta_u g_beta_a",
+        folded=True,
+    ),
 }
 
 
@@ -339,6 +360,13 @@ class _Plan(NamedTuple):
     before: int  # how many tensors come before the options
     inputs: list[int]  # the tensors that are read in the accumulation dtype
     outputs: list[int]  # those that are written in it
+    sizes: list[tuple[int, int]]  # a tensor and its axis
+    folded: bool  # as in `_Row`
+
+    def capsules(self, values: Sequence[Any]) -> Tensor:
+        """u, or the pose, with one axis B."""
+        u: Tensor = values[self.u]
+        return u.flatten(0, 1) if self.folded else u
 
 
 _plans: dict[str, _Plan] = {}
@@ -354,7 +382,8 @@ def _plan(op: str, names: Sequence[str]) -> _Plan:
     tensors = [*small, *saved, *stored, *outputs]
     s = index.get("s", index.get("g_s"))
     capsules = (index[row.u], index["weight"], index.get("mask"), index.get("g_weight"), s)
-    _plans[op] = _Plan(*capsules, tensors, options, len(small), [*small, *saved], outputs)
+    sizes = [(index[name], int(axis)) for name, axis in (size.split(".") for size in row.sizes.split())]
+    _plans[op] = _Plan(*capsules, tensors, options, len(small), [*small, *saved], outputs, sizes, row.folded)
     return _plans[op]
 
 
@@ -382,7 +411,7 @@ class _Contiguous(NamedTuple):
         weight, mask, *others = (
             None if i is None or values[i] is None else i for i in (plan.weight, plan.mask, *plan.tensors)
         )
-        sizes = _sizes(values[plan.u], values[plan.weight])
+        sizes = _sizes(plan.capsules(values), values[plan.weight])
         return cls(plan.u, weight, mask, sizes, _outputs(plan, values), others, _options(plan, values), plan.before)
 
 
@@ -392,8 +421,9 @@ def _outputs(plan: _Plan, values: Sequence[Any]) -> int | None:
 
 
 def _options(plan: _Plan, values: Sequence[Any]) -> list[Any]:
-    """The options as the kernel takes them: the name of a squash becomes a number."""
-    return [getattr(_C.SquashKind, x) if isinstance(x := values[i], str) else x for i in plan.options]
+    """The options as the kernel takes them, the name of a squash as a number; then sizes of tensors."""
+    options = [getattr(_C.SquashKind, x) if isinstance(x := values[i], str) else x for i in plan.options]
+    return [*options, *[values[i].shape[axis] for i, axis in plan.sizes]]
 
 
 def run(op: str, names: Sequence[str], values: Sequence[Any], notes: dict[str, Any]) -> None:
@@ -413,7 +443,7 @@ def run(op: str, names: Sequence[str], values: Sequence[Any], notes: dict[str, A
         return
     plan = _plans.get(op) or _plan(op, names)
     notes["contiguous"] = _Contiguous.of(plan, values)
-    u, weight = values[plan.u], values[plan.weight]
+    u, weight = plan.capsules(values), values[plan.weight]
     mask = None if plan.mask is None else values[plan.mask]
     gradient = plan.g_weight is not None and values[plan.g_weight] is not None
     capsules = Capsules(u, weight, mask, gradient, _outputs(plan, values))

@@ -128,10 +128,13 @@ def self_attention_couplings(votes: Tensor, total: Tensor, prior: Tensor | None,
 
 def em_responsibilities(votes: Tensor, mean: Tensor, variance: Tensor, log_activation: Tensor) -> Tensor:
     """r [B, N, J], the E-step: how well each output capsule explains each vote [B, N, J, H] (Hinton et al. 2018)."""
+    return em_logits(votes, mean, variance, log_activation).softmax(dim=2)
+
+
+def em_logits(votes: Tensor, mean: Tensor, variance: Tensor, log_activation: Tensor) -> Tensor:
+    """The logits of `em_responsibilities`, [B, N, J]."""
     deviation = (votes - mean[:, None]).square() / variance[:, None]
-    return (log_activation[:, None] - 0.5 * (deviation.sum(dim=-1) + variance.log().sum(dim=-1)[:, None])).softmax(
-        dim=2
-    )
+    return log_activation[:, None] - 0.5 * (deviation.sum(dim=-1) + variance.log().sum(dim=-1)[:, None])
 
 
 def em_cost(support: Tensor, variance: Tensor, beta_u: Tensor) -> Tensor:
@@ -321,13 +324,67 @@ def em_routing(
     It fits a mixture of Gaussians with diagonal covariance to the votes. The votes are computed in their own dtype, the
     rest in float32 at least, because float16 has no number as small as ε.
     """
-    dtype = pose.dtype
-    matrices = affine_votes(pose, weight, mask)
+    return _em(affine_votes(pose, weight, mask), activation, beta_u, beta_a, mask, inverse_temperatures)
+
+
+def em_routing_over_positions(
+    pose: Tensor,
+    activation: Tensor,
+    weight: Tensor | None,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    places: Tensor,
+    mask: Tensor | None = None,
+    inverse_temperatures: Sequence[float] = (0.01,),
+) -> tuple[Tensor, Tensor]:
+    """EM routing where the output capsules of all windows [B, M, N, …] of a grid compete for an input capsule.
+
+    The E-step is r_imj = softmax over (m, j) of the logits. That is the softmax over j in each window m, times the
+    softmax over the windows that contain i of log Σ_j exp(logit).
+    """
+    B, M, N = pose.shape[:3]
+    flat = None if mask is None else mask.flatten(0, 1)
+    # One place more, for capsules that lie in fewer windows than others.
+    index = torch.where(places >= 0, places, M * N).flatten().expand(B, -1)
+
+    def at_places(x: Tensor) -> Tensor:
+        """[B, G, W] -> [B · M, N], 0 at a place that no capsule has."""
+        return x.new_zeros(B, M * N + 1).scatter(1, index, x.flatten(1))[:, :-1].reshape(B * M, N)
+
+    def shares(log_sums: Tensor) -> Tensor:
+        """[B · M, N], the share of a window in an input capsule, from log Σ_j exp(logit)."""
+        lowest = torch.finfo(log_sums.dtype).min
+        present = log_sums if flat is None else log_sums.masked_fill(~flat, lowest)
+        of_places = torch.nn.functional.pad(present.reshape(B, M * N), (0, 1), value=lowest)
+        return at_places(of_places.gather(1, index).unflatten(1, places.shape).softmax(dim=2))
+
+    votes = affine_votes(pose.flatten(0, 1), weight, flat)
+    own = at_places(activation[:, :, None].expand(-1, -1, places.shape[1]))
+    out, probability = _em(votes, own, beta_u, beta_a, flat, inverse_temperatures, shares)
+    return out.unflatten(0, (B, M)), probability.unflatten(0, (B, M))
+
+
+def _em(
+    matrices: Tensor,
+    activation: Tensor,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    mask: Tensor | None,
+    inverse_temperatures: Sequence[float],
+    shares: Callable[[Tensor], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """EM routing of votes [B, N, J, …].
+
+    shares: from log Σ_j exp(logit) [B, N], a factor [B, N] of the responsibilities; by default 1.
+    """
+    dtype = matrices.dtype
     votes, activation, beta_u, beta_a = (
         x.float() if dtype in (torch.float16, torch.bfloat16) else x
         for x in (matrices.flatten(start_dim=3), _masked(activation, mask), beta_u, beta_a)
     )
     r = torch.full_like(votes[..., 0], 1 / votes.shape[2])
+    if shares is not None:
+        r = r * shares(torch.zeros_like(r[..., 0]))[..., None]
     for iteration, inverse_temperature in enumerate(inverse_temperatures):
         w = r * activation[:, :, None]
         support = w.sum(dim=1)
@@ -336,6 +393,9 @@ def em_routing(
         variance = torch.einsum("bnj,bnjh->bjh", share, (votes - mean[:, None]).square()) + EM_EPSILON
         logit = inverse_temperature * (beta_a - em_cost(support, variance, beta_u))
         if iteration + 1 < len(inverse_temperatures):
-            r = em_responsibilities(votes, mean, variance, torch.nn.functional.logsigmoid(logit))
+            logits = em_logits(votes, mean, variance, torch.nn.functional.logsigmoid(logit))
+            r = logits.softmax(dim=2)
+            if shares is not None:
+                r = r * shares(logits.logsumexp(dim=2))[..., None]
     B, _, *sizes = matrices.shape
     return mean.reshape(B, *sizes).to(dtype), logit.sigmoid().to(dtype)

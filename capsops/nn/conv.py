@@ -5,19 +5,15 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..functional import float32
-from ..ops import em
 from ..ops._checks import check_at_least, check_choice, check_floating, check_tensors, fail
 from ..ops._declare import settle
 from .capsules import ROUTINGS, CapsuleLayer
 from .em import EMCapsules
-from .em_over_positions import em_over_positions
 from .grid import AXES, Sizes, Windows
 from .layer import Layer
 from .loops import InvertedAttentionCapsules, KMeansCapsules, SelfRoutingCapsules
@@ -41,10 +37,9 @@ class ConvCapsules(Layer):
     capsules of all positions whose windows contain it. With competition "window", and in the other routings, it divides
     itself anew at each position, as if the position were alone.
 
-    Where positions are alone, or no windows overlap, every position is an item of the batch of an ordinary routing. So
-    the votes are never held, but the poses of the receptive fields are: (kernel_size / stride)² copies of the input.
-    Competition over positions runs in plain PyTorch on every device. It holds the votes of one place of the kernel at a
-    time, 1 / kernel_size² of all; and for the gradient, from every iteration but the first, a number for each vote.
+    Every position is an item of the batch of an ordinary routing. So the votes are never held, but the poses of the
+    receptive fields are: (kernel_size / stride)² copies of the input. Where positions compete, each iteration but the
+    first takes one more pass over the votes than in a routing of positions that are alone.
 
     Args:
         in_types: the number of capsule types at a position.
@@ -123,14 +118,21 @@ class ConvCapsules(Layer):
         self, pose: Tensor, activation: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         grid = self._check(pose, activation, mask)
-        if self.competition == "positions" and self.windows.overlap(grid):
-            assert activation is not None
-            return self._over_positions(pose, activation, mask)
         fields, present = self.windows.receptive_fields, self._present(pose, mask)
         places = pose.shape[0], *self.windows.positions(grid)
         if activation is None:
             return self._grid(self.capsules(fields(pose), present), places)
-        out = self.capsules(fields(pose), fields(activation), present)
+        if self.competition == "positions" and self.windows.overlap(grid):
+            batch = pose.shape[0], math.prod(places[1:])
+            if mask is not None:
+                activation = torch.where(mask, activation, 0)
+            if present is not None:
+                present = present.unflatten(0, batch)
+            of_capsules = self.windows.places(grid, self.in_types, pose.device)
+            poses = fields(pose).unflatten(0, batch)
+            out = [x.flatten(0, 1) for x in self.capsules._route(poses, activation.flatten(1), present, of_capsules)]
+        else:
+            out = self.capsules(fields(pose), fields(activation), present)
         return self._grid(out[0], places), self._grid(out[1], places)
 
     def step(self, pose: Tensor, v: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
@@ -194,29 +196,6 @@ class ConvCapsules(Layer):
             )
         self.windows.check(layer, grid[2:])
         return grid[2:]
-
-    def _over_positions(self, pose: Tensor, activation: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        layer, capsules = "ConvCapsules", self.capsules
-        assert isinstance(capsules, EMCapsules)
-        names = "pose activation weight beta_u beta_a"
-        tensors = settle(layer, names, pose, activation, capsules.weight, capsules.beta_u, capsules.beta_a)
-        check_floating(layer, names, *tensors)
-        pose, activation, weight, beta_u, beta_a = tensors
-        if mask is not None:
-            absent = ~mask
-            activation = activation.masked_fill(absent, 0)
-            pose = pose.masked_fill(absent.view(*absent.shape, *[1] * (pose.dim() - absent.dim())), 0)
-        if capsules.renormalise:
-            activation = em.renormalised(activation)
-        vectors = pose.dim() == self.dims + 3
-        if vectors:
-            pose = pose.unsqueeze(-2)
-        size = (math.prod(self.windows.kernel_size), self.in_types, self.in_dim, self.out_types, self.out_dim)
-        weight = weight.expand(*size) if capsules.shared else weight.view(size)
-        temperatures = em.inverse_temperatures(layer, capsules.inverse_temperature, capsules.iterations)
-        with nullcontext() if pose.is_meta else float32(pose):  # autocast does not know the device "meta"
-            out, a = em_over_positions(self.windows, pose, activation, weight, beta_u, beta_a, temperatures)
-        return out.squeeze(-2) if vectors else out, a
 
     def _grid(self, x: Tensor, places: Sequence[int]) -> Tensor:
         """[B · positions, J, …] -> [B, J, *positions, …], a view; places: B and the positions."""

@@ -86,20 +86,24 @@ class EMCapsules(Matrices):
         nn.init.zeros_(self.beta_a)
 
     def forward(self, pose: Tensor, activation: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        def route() -> tuple[Tensor, Tensor]:
-            return functional.em_routing(
-                pose,
-                activation,
-                self.weight,
-                self.beta_u,
-                self.beta_a,
-                self.iterations,
-                inverse_temperature=self.inverse_temperature,
-                renormalise=self.renormalise,
-                mask=mask,
-            )
+        return self._call(lambda: self._route(pose, activation, mask), pose, activation, mask)
 
-        return self._call(route, pose, activation, mask)
+    def _route(
+        self, pose: Tensor, activation: Tensor, mask: Tensor | None = None, places: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`capsops.em_routing` with the parameters and the options of the layer."""
+        return functional.em_routing(
+            pose,
+            activation,
+            self.weight,
+            self.beta_u,
+            self.beta_a,
+            self.iterations,
+            inverse_temperature=self.inverse_temperature,
+            renormalise=self.renormalise,
+            mask=mask,
+            places=places,
+        )
 
     def coupling_coefficients(self, pose: Tensor, activation: Tensor, mask: Tensor | None = None) -> Tensor:
         """The responsibilities [B, N, J] of the last iteration; see `capsops.coupling_coefficients`."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import product
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..ops._checks import fail
@@ -77,12 +78,29 @@ class Windows(NamedTuple):
         further = (0, 0) * (x.dim() - 2 - len(self.padding))
         return nn.functional.pad(x, (*further, *[n for p in reversed(self.padding) for n in (p, p)]))
 
-    def places(self, positions: Sequence[int]) -> Iterator[tuple[slice, ...]]:
-        """For each place of the kernel, the rows first: the index of what lies there in a padded [B, T, *grid]."""
-        for place in product(*[range(k) for k in self.kernel_size]):
-            axes = zip(place, positions, self.stride, self.dilation, strict=True)
-            parts = [slice(i * d, i * d + (m - 1) * s + 1, s) for i, m, s, d in axes]
-            yield slice(None), slice(None), *parts
+    def places(self, sizes: Sequence[int], types: int, device: torch.device) -> Tensor:
+        """Where each capsule of a grid lies in the receptive fields of one item: `places` of `capsops.em_routing`.
+
+        Returns:
+            int64 [types · capsules of a type, windows that contain one at most].
+        """
+        kernel, positions = self.kernel_size, self.positions(sizes)
+        found = torch.zeros(1, 1, dtype=torch.int64, device=device)
+        for axis, n in enumerate(sizes):
+            k, s, d = kernel[axis], self.stride[axis], self.dilation[axis]
+            number = torch.arange(k, device=device)
+            begin = torch.arange(n, device=device)[:, None] + self.padding[axis] - number * d
+            window = begin.div(s, rounding_mode="floor")
+            inside = (window * s == begin) & (window >= 0) & (window < positions[axis])
+            of_window = math.prod(positions[axis + 1 :]) * math.prod(kernel) * types
+            at = window * of_window + number * (math.prod(kernel[axis + 1 :]) * types)
+            at = torch.where(inside, at, -1)
+            apart = s // math.gcd(s, d)  # the next number of the kernel at which a window can have the same capsule
+            if apart > 1:
+                at = at.sort(dim=1, descending=True).values[:, : -(-k // apart)]
+            there = (found >= 0)[:, None, :, None] & (at >= 0)[None, :, None, :]
+            found = torch.where(there, found[:, None, :, None] + at[None, :, None, :], -1).flatten(2).flatten(0, 1)
+        return torch.where(found >= 0, found + torch.arange(types, device=device)[:, None, None], -1).flatten(0, 1)
 
     def receptive_fields(self, x: Tensor) -> Tensor:
         """[B, T, *grid, …] -> [B · positions, N, …]: a strided view, which is copied once, in the order of the routing.

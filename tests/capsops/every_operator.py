@@ -17,7 +17,7 @@ import torch
 import capsops
 from capsops.backends import COMPILED
 
-from .routings import OPERATORS, ROUTINGS, SHAPES, device_of, run
+from .routings import OPERATORS, OVER_POSITIONS, ROUTINGS, SHAPES, device_of, run
 
 # Ones; primes; the paper's J and D; those of MNIST, with more batch items than fit into registers; a wide batch.
 FEW = [SHAPES[i] for i in (0, 1, 2, 8, 9)]
@@ -52,10 +52,12 @@ def rows(backend: str) -> int:
 def routings(backend: str) -> int:
     """Run the routings and the votes; return the number of calls."""
     calls = 0
-    for routing, shape, shared in itertools.product(OPERATORS, FEW, (False, True)):
+    for routing, shape, shared in itertools.product([*OPERATORS, *OVER_POSITIONS], FEW, (False, True)):
         arguments = routing.arguments(shape, shared=shared)
         mask = torch.rand(shape[:2], generator=torch.Generator().manual_seed(5)) < 0.6
-        fixed: dict[str, torch.Tensor] = {"mask": mask} if routing in ROUTINGS and not shared else {}
+        fixed: dict[str, torch.Tensor] = (
+            {"mask": mask} if routing in [*ROUTINGS, *OVER_POSITIONS] and not shared else {}
+        )
         dtypes = (torch.float32, torch.bfloat16) if shape == FEW[2] and not routing.em else (torch.float32,)
         for dtype in dtypes:
             results = run(routing, arguments, dtype, backend, **fixed)

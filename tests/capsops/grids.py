@@ -34,6 +34,16 @@ def windows_on(
     return found
 
 
+def overlapping(windows: int, N: int) -> Tensor:
+    """`places` of `capsops.em_routing`, for windows that overlap by half; one place of seven is that of no capsule."""
+    step = max(N // 2, 1)
+    found: list[list[int]] = [[] for _ in range((windows - 1) * step + N if N else 0)]
+    for place in range(windows * N):
+        if place % 7 != 3:
+            found[place // N * step + place % N].append(place)
+    return torch.tensor([x + [-1] * (3 - len(x)) for x in found], dtype=torch.int64).view(-1, 3)
+
+
 def em_over_positions(
     votes: Sequence[dict[Place, Tensor]],
     activation: Tensor,

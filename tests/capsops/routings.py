@@ -13,6 +13,8 @@ from torch import Tensor
 import capsops
 from capsops.backends import reference
 
+from .grids import overlapping
+
 # B, N, K, J, D: ones; primes; one more than a vector width; J and D of the paper and of MNIST; two output capsules,
 # with votes of one and of two vectors, and with as many batch items as fit into registers, and more; batches that fill
 # vectors, the last vector in part, with more input capsules than one step takes.
@@ -117,6 +119,31 @@ def _em(
     return Routing(name, call, lambda B, N, J, D: {"beta_u": (J,), "beta_a": (J,)}, False, rows, inverse_temperature)
 
 
+def _em_over_positions(
+    iterations: int, rows: int, inverse_temperature: float | tuple[float, ...], renormalise: bool = False
+) -> Routing:
+    """Up to five batch items of the arguments are the windows of a grid."""
+
+    def call(
+        pose: Tensor, activation: Tensor, weight: Tensor | None = None, mask: Tensor | None = None, **small: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        B, N = activation.shape
+        if mask is not None:
+            activation = torch.where(mask, activation, 0)
+        windows = next(n for n in (5, 3, 2, 1) if B % n == 0)
+        pose, mask = (None if x is None else x.unflatten(0, (B // windows, windows)) for x in (pose, mask))
+        places = overlapping(windows, N).to(activation.device)
+        of_grids = activation.reshape(B // windows, windows * N)[:, : len(places)]
+        out = capsops.em_routing(
+            pose, of_grids, weight, iterations=iterations, inverse_temperature=inverse_temperature,
+            renormalise=renormalise, mask=mask, places=places, **small,
+        )  # fmt: skip
+        return out[0].flatten(0, 1), out[1].flatten(0, 1)
+
+    name = f"em{iterations}-positions" + f"-rows{rows}" * bool(rows) + "-renormalise" * renormalise
+    return Routing(name, call, lambda B, N, J, D: {"beta_u": (J,), "beta_a": (J,)}, False, rows, inverse_temperature)
+
+
 ATTENTION = Routing(
     "attention", capsops.attention_routing, lambda B, N, J, D: {"attn_weight": (J, J), "attn_bias": (J,)}
 )
@@ -157,6 +184,12 @@ ROUTINGS = [
     _em(2, 4, 0.05, renormalise=True),
     _em(3, 0, (0.01, 0.02, 0.03)),
     _em(3, 3, 1.0),
+]
+# Of these, batch items are not independent.
+OVER_POSITIONS = [
+    _em_over_positions(1, 0, 1.0),
+    _em_over_positions(2, 3, 0.02, renormalise=True),
+    _em_over_positions(3, 0, (0.01, 0.02, 0.03)),
 ]
 VOTES = Routing("votes", capsops.affine_votes, lambda B, N, J, D: {})
 OPERATORS = [*ROUTINGS, VOTES]
@@ -214,6 +247,8 @@ def _examples() -> dict[str, tuple]:
     pose, activation, beta = torch.randn(B, N, 2, K), torch.rand(B, N), torch.randn(J)
     features = torch.randn(B, 6, 4, 5).to(memory_format=torch.channels_last)
     prior, temperatures = torch.randn(N, J), [0.1, 0.3]
+    M = 3
+    windows, places = torch.randn(B, M, N, 2, K), overlapping(M, N)
     # Above 0, as the variances are after forward.
     state = torch.rand(2, B, J, 3 * 2 * D + 2) + 0.1
     return {
@@ -324,6 +359,30 @@ def _examples() -> dict[str, tuple]:
             None,
             temperatures,
             [True, False, True, True, False],
+        ),
+        "em_routing_over_positions": (
+            windows,
+            torch.rand(B, len(places)),
+            weight,
+            beta,
+            beta + 1,
+            places,
+            torch.rand(B, M, N) < 0.7,
+            temperatures,
+        ),
+        "em_routing_over_positions_backward": (
+            torch.randn(B, M, J, 2, D),
+            torch.randn(B, M, J),
+            torch.rand(2, B, M, J, 3 * 2 * D + 2) + 0.1,
+            windows,
+            torch.rand(B, len(places)),
+            shared,
+            beta,
+            beta + 1,
+            places,
+            None,
+            temperatures,
+            [True, True, False, True, False],
         ),
     }
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import capsops
 
+from .grids import overlapping
 from .routings import EXAMPLES, OPERATORS, ROUTINGS, Routing
 
 by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name)
@@ -298,6 +299,49 @@ def test_em(backend: str, change: dict[str, object], message: str) -> None:
 
 @by_backend
 @pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"pose": torch.zeros(2, 7, 4)}, r"pose has shape \[2, 7, 4\]; expected 4 or 5 dimensions, \[B, M, N"),
+        ({"pose": torch.zeros(2, 0, 7, 4)}, r"pose has shape \[2, 0, 7, 4\]; .* with M > 0"),
+        ({"pose": torch.zeros(2, 2, 7, 4), "weight": None}, "expected 5 or 6 dimensions"),
+        ({"activation": torch.zeros(2, 2, 7)}, r"activation has shape \[2, 2, 7\]; expected \[B, G\] = \[2, 10\]"),
+        ({"weight": torch.zeros(5, 4, 3, 5)}, r"weight has shape \[5, 4, 3, 5\]; expected \[7, 4, J, D\]"),
+        ({"mask": torch.ones(2, 7, dtype=torch.bool)}, r"mask has shape \[2, 7\]; expected \[B, M, N\]"),
+        ({"mask": torch.ones(2, 2, 7)}, "mask has dtype torch.float32"),
+        ({"places": torch.zeros(10, 3)}, r"places is torch.float32, \[10, 3\].*; expected torch.int64, \[G, W\]"),
+        ({"places": torch.zeros(10, dtype=torch.int64)}, r"places is torch.int64, \[10\]"),
+        ({"places": torch.zeros(10, 3, dtype=torch.int64, device="meta")}, "places is on meta; expected cpu"),
+        ({"inverse_temperature": -0.1}, r"inverse_temperature is -0\.1; expected nothing below 0"),
+        ({"renormalise": 1}, "renormalise is 1; expected True or False"),
+    ],
+    ids=lambda x: "" if isinstance(x, str) else next(iter(x)),
+)
+def test_em_over_positions(backend: str, change: dict[str, object], message: str) -> None:
+    with capsops.use_backend(backend), pytest.raises(ValueError, match=message):
+        capsops.em_routing(**{**_over_positions(), **change})
+
+
+@pytest.mark.parametrize("place", [-2, 14, 2**40, 0])  # place 0 is that of another capsule
+def test_em_over_places_that_cannot_be(place: int) -> None:
+    arguments = _over_positions()
+    arguments["places"][3, 1] = place
+    with capsops.use_backend("cpu"), pytest.raises(ValueError, match="em_routing_over_positions: the kernel does not"):
+        capsops.em_routing(**arguments)
+
+
+def _over_positions() -> dict[str, torch.Tensor]:
+    return {
+        "pose": torch.zeros(2, 2, 7, 4),
+        "activation": torch.zeros(2, 10),
+        "weight": torch.zeros(7, 4, 3, 5),
+        "beta_u": torch.zeros(3),
+        "beta_a": torch.zeros(3),
+        "places": overlapping(2, 7),
+    }
+
+
+@by_backend
+@pytest.mark.parametrize(
     ("shape", "types", "options", "message"),
     [
         ((2, 8, 15), 2, {}, r"features has shape \[2, 8, 15\]; expected 4 dimensions, \[B, C, H, W\]"),
@@ -401,7 +445,8 @@ def test_operators_called_directly_check_every_tensor(name: str) -> None:
                 operator(*arguments[:i], other, *arguments[i + 1 :])
             except ValueError as error:
                 refused += 1
-                assert str(error).startswith(f"{name}: "), (i, what)
+                # What the places are the kernel says, which begins with the package.
+                assert str(error).removeprefix("capsops.").startswith(f"{name}: "), (i, what)
             else:
                 assert free, (i, what)
     assert refused >= 2
@@ -444,6 +489,8 @@ def test_operators_called_directly_check_every_tensor(name: str) -> None:
         ("em_routing_backward", {9: [], 2: torch.zeros(0, 2, 4, 32)}, r"inverse_temperatures is \[\]"),
         ("em_routing_backward", {9: [0.1, float("inf")]}, "inverse_temperatures has inf"),
         ("em_routing_backward", {10: [True] * 6}, "wanted has 6 values; expected 5"),
+        ("em_routing_over_positions", {7: []}, r"inverse_temperatures is \[\]"),
+        ("em_routing_over_positions_backward", {10: [0.1]}, r"state has shape .*; expected .* = \[1, 2, 3, 4, 32\]"),
     ],
 )
 def test_operators_called_directly_check_every_option(name: str, change: dict[int, object], message: str) -> None:

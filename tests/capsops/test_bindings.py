@@ -13,6 +13,7 @@ from capsops.backends import extension
 _C = extension._C
 X = torch.zeros(4096)  # the memory that every pointer points to
 P = X.data_ptr()
+PLACES = torch.arange(3)  # [3, 1]: those of the input capsules, in one window
 F32 = _C.Dtype.float32
 SABOUR = _C.SquashKind.sabour
 CONTEXT = _C.ExecutionContext(1)
@@ -27,6 +28,7 @@ def capsules(u: int = P, weight: int = P, sizes: tuple[int, ...] = SIZES, stride
 def calls(c: Any, context: Any = CONTEXT, iterations: int = 2, p: int = P) -> dict[str, Callable[[], Any]]:
     """A call of every operator on capsules; p: the address of its other operands."""
     lambdas = [0.5] * min(iterations, 2)
+    windows, places = (1, 3, 1), p and PLACES.data_ptr()
     return {
         "affine_votes": lambda: _C.affine_votes(context, c, p),
         "affine_votes_backward": lambda: _C.affine_votes_backward(context, c, p, 0, 0),
@@ -66,6 +68,12 @@ def calls(c: Any, context: Any = CONTEXT, iterations: int = 2, p: int = P) -> di
         ),
         "em_routing": lambda: _C.em_routing(context, c, p, p, p, lambdas, p, p, p),
         "em_routing_backward": lambda: _C.em_routing_backward(context, c, p, p, lambdas, p, p, p, 0, 0, 0, 0, 0),
+        "em_routing_over_positions": lambda: _C.em_routing_over_positions(
+            context, c, p, p, p, lambdas, *windows, places, p, p, p
+        ),
+        "em_routing_over_positions_backward": lambda: _C.em_routing_over_positions_backward(
+            context, c, p, p, lambdas, *windows, p, p, p, places, 0, 0, 0, 0, 0
+        ),
     }
 
 
@@ -114,6 +122,32 @@ def test_pointers_strides_and_threads(op: str) -> None:
     check_refused(calls(strided)[op])
     for threads in (0, -1, 2**30):
         check_refused(calls(capsules(), context=_C.ExecutionContext(threads))[op])
+
+
+@pytest.mark.parametrize(
+    ("windows", "places"),
+    [
+        ((0, 3, 1), [0, 1, 2]),
+        ((3, 3, 1), [0, 1, 2]),  # does not divide B
+        ((1, -1, 1), [0, 1, 2]),
+        ((1, 3, -1), [0, 1, 2]),
+        ((1, 2**40, 2**40), [0, 1, 2]),
+        ((1, 3, 1), None),
+        ((1, 3, 1), [0, 1, 3]),  # no such place
+        ((1, 3, 1), [0, 1, -2]),
+        ((2, 3, 1), [0, 6, 2]),
+        ((1, 3, 1), [0, 1, 1]),  # of two capsules
+    ],
+)
+def test_windows(windows: tuple[int, int, int], places: list[int] | None) -> None:
+    c, given = capsules(), None if places is None else torch.tensor(places)
+    address = 0 if given is None else given.data_ptr()
+    check_refused(lambda: _C.em_routing_over_positions(CONTEXT, c, P, P, P, [0.5], *windows, address, P, P, P))
+    check_refused(
+        lambda: _C.em_routing_over_positions_backward(
+            CONTEXT, c, P, P, [0.5], *windows, P, P, P, address, P, P, P, P, P
+        )
+    )
 
 
 @pytest.mark.parametrize("op", ["dynamic_routing", "dynamic_routing_backward", "em_routing", "em_routing_backward"])

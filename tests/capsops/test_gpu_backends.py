@@ -29,6 +29,7 @@ from .routings import (
     DYNAMIC_LOGITS,
     LOGITS,
     OPERATORS,
+    OVER_POSITIONS,
     ROUTINGS,
     SHAPES,
     STEP,
@@ -49,6 +50,8 @@ needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton does 
 # Several programs, several tiles along both axes with the last ones incomplete, and padding along every axis.
 SMALL = [(1, 1, 1, 1, 1), (2, 5, 3, 3, 5), (3, 7, 2, 2, 4), (5, 3, 2, 9, 1)]
 
+ALL = [*OPERATORS, *OVER_POSITIONS]
+
 # The interpreter is slow, so only these run all tests; the others differ in options, which one shape tests.
 FEW = (
     "attention",
@@ -60,6 +63,7 @@ FEW = (
     "self-attention-prior",
     "self-attention-prior-weights",
     "em3",
+    "em3-positions",
     "votes",
 )
 
@@ -67,7 +71,7 @@ FEW = (
 WITH_LOGITS = [DYNAMIC_LOGITS, DYNAMIC_INPUTS, LOGITS, STEP_INPUTS]
 
 by_backend = pytest.mark.parametrize("backend", BACKENDS)
-by_some = pytest.mark.parametrize("routing", [r for r in OPERATORS if GPU or r.name in FEW], ids=lambda r: r.name)
+by_some = pytest.mark.parametrize("routing", [r for r in ALL if GPU or r.name in FEW], ids=lambda r: r.name)
 by_sharing = pytest.mark.parametrize("shared", [False, True], ids=["matrices", "shared"])
 needs_gpu = pytest.mark.skipif(not GPU, reason="needs a GPU")
 
@@ -115,14 +119,9 @@ def _same(backend: str, x: torch.Tensor, y: torch.Tensor) -> None:
 @by_backend
 @pytest.mark.parametrize(
     ("routing", "shape"),
-    [(r, shape) for r in OPERATORS for shape in SHAPES]
+    [(r, shape) for r in ALL for shape in SHAPES]
     if GPU
-    else [
-        (r, shape)
-        for r in OPERATORS
-        for shape in SMALL
-        if r.name in FEW or (shape == SMALL[1] and r not in WITH_LOGITS)
-    ],
+    else [(r, shape) for r in ALL for shape in SMALL if r.name in FEW or (shape == SMALL[1] and r not in WITH_LOGITS)],
     ids=lambda x: getattr(x, "name", str(x)),
 )
 @by_sharing
@@ -137,7 +136,7 @@ def test_agrees_with_the_reference(backend: str, routing: Routing, shape: tuple[
 @by_some
 @by_sharing
 def test_mask(backend: str, routing: Routing, shared: bool) -> None:
-    if routing not in ROUTINGS:
+    if routing.name == "votes":
         pytest.skip("votes have no mask")
     shape = (9, 67, 5, 3, 6) if GPU else (3, 5, 2, 3, 3)
     arguments = routing.arguments(shape, shared=shared)
@@ -203,7 +202,7 @@ def test_infinite_logits_are_seen(backend: str, routing: Routing) -> None:
 
 @pytest.mark.parametrize(
     "routing",
-    [r for r in ROUTINGS if GPU or r.name in {*FEW, "em2-rows4-renormalise"} - {"dynamic3", "em3"}],
+    [r for r in [*ROUTINGS, *OVER_POSITIONS] if GPU or r.name in {*FEW, "em2-rows4-renormalise"} - {"dynamic3", "em3"}],
     ids=lambda r: r.name,
 )
 @needs_triton
@@ -256,7 +255,7 @@ def test_float64(backend: str, routing: Routing) -> None:
     ("routing", "dtype"),
     [
         (routing, dtype)
-        for routing in OPERATORS
+        for routing in ALL
         for dtype in (torch.bfloat16, torch.float16)
         # The kernels treat both alike; the interpreter takes longest for these two routings.
         if GPU or (routing.name in FEW and (dtype == torch.bfloat16 or routing.name not in ("dynamic3", "em3")))
@@ -507,7 +506,7 @@ needs_cuda = pytest.mark.skipif("cuda" not in BACKENDS, reason="needs the CUDA k
 
 
 @needs_cuda
-@pytest.mark.parametrize("routing", ROUTINGS, ids=lambda r: r.name)
+@pytest.mark.parametrize("routing", [*ROUTINGS, *OVER_POSITIONS], ids=lambda r: r.name)
 @pytest.mark.parametrize("shape", [*SHAPES, (4, 9, 3, 300, 8)], ids=str)
 def test_given_votes(routing: Routing, shape: tuple[int, ...]) -> None:
     """Also votes that are too large for a block of threads."""

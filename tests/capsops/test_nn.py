@@ -702,6 +702,52 @@ def test_em_over_positions(
     _compare_with(expected, out, [pose, activation, *layer.parameters()], len(grid))
 
 
+@pytest.mark.parametrize("B", [1, 4])
+def test_em_over_positions_has_the_same_bits_with_any_number_of_threads(B: int) -> None:
+    layer = nn.ConvCapsules(4, 8, 6, 8, 3, routing="em")
+    given = torch.randn(B, 4, 12, 12, 8, requires_grad=True), torch.rand(B, 4, 12, 12, requires_grad=True)
+    results = []
+    before = torch.get_num_threads()
+    for threads in (1, 3, 2):
+        torch.set_num_threads(threads)
+        try:
+            out = layer(*given)
+            loss = out[0].square().sum() + out[1].sum()
+            results.append([*out, *torch.autograd.grad(loss, [*given, *layer.parameters()])])
+        finally:
+            torch.set_num_threads(before)
+    for some in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(some, results[0], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("grid", "kernel", "stride", "padding", "dilation"),
+    [
+        ((7,), 3, 1, 1, 1),
+        ((9,), 4, 2, 2, 1),
+        ((11,), 3, 2, 0, 2),
+        ((12,), 4, 4, 1, 6),
+        ((6, 5), (3, 2), (2, 1), (1, 0), (1, 3)),
+        ((3, 5, 4), 2, (1, 2, 1), (1, 0, 1), (1, 2, 1)),
+    ],
+)
+def test_places_of_windows(
+    grid: tuple[int, ...], kernel: Sizes, stride: Sizes, padding: Sizes, dilation: Sizes
+) -> None:
+    """Every place of a window that lies on the grid is that of its capsule, once; the others of none."""
+    layer = nn.ConvCapsules(2, 3, 3, 2, kernel, stride, padding, "em", dilation=dilation, dims=len(grid))
+    windows = layer.windows
+    N = 2 * math.prod(windows.kernel_size)
+    found = windows.places(grid, 2, torch.device("cpu"))
+    capsules = torch.arange(2 * math.prod(grid)).view(2, *grid)
+    expected = sorted(
+        (int(capsules[at]), n + N * position)
+        for position, window in enumerate(windows_on(grid, 2, *windows))
+        for n, at in window
+    )
+    assert sorted((g, int(x)) for g, row in enumerate(found) for x in row if x >= 0) == expected
+
+
 def test_em_over_positions_shares_matrices() -> None:
     shared = nn.ConvCapsules(2, 3, 4, 3, 3, routing="em", shared=True)
     layer = nn.ConvCapsules(2, 3, 4, 3, 3, routing="em")
@@ -789,9 +835,9 @@ def test_conv_capsules_hold_no_votes(routing: str) -> None:
         saved[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes() // 4
         return x
 
-    layer = nn.ConvCapsules(4, 8, 16, 8, kernel_size=3, routing=routing)
-    given = [torch.randn(2, 4, 10, 10, 8, requires_grad=True), torch.rand(2, 4, 10, 10)][: 1 + (routing == "em")]
-    fields, votes = 2 * 64 * 9 * 4 * 8, 2 * 64 * 9 * 4 * 16 * 8
+    layer = nn.ConvCapsules(8, 8, 16, 8, kernel_size=3, routing=routing)
+    given = [torch.randn(2, 8, 10, 10, 8, requires_grad=True), torch.rand(2, 8, 10, 10)][: 1 + (routing == "em")]
+    fields, votes = 2 * 64 * 9 * 8 * 8, 2 * 64 * 9 * 8 * 16 * 8
     with capsops.use_backend("cpu"), Largest():
         with torch.autograd.graph.saved_tensors_hooks(save, lambda x: x):
             out = layer(*given)

@@ -22,6 +22,7 @@ from .routings import (
     DYNAMIC_LOGITS,
     LOGITS,
     OPERATORS,
+    OVER_POSITIONS,
     ROUTINGS,
     SHAPES,
     STEP_INPUTS,
@@ -32,7 +33,7 @@ from .routings import (
     run,
 )
 
-by_operator = pytest.mark.parametrize("routing", OPERATORS, ids=lambda r: r.name)
+by_operator = pytest.mark.parametrize("routing", [*OPERATORS, *OVER_POSITIONS], ids=lambda r: r.name)
 by_routing = pytest.mark.parametrize("routing", ROUTINGS, ids=lambda r: r.name)
 by_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 by_instructions = pytest.mark.parametrize("instructions", capsops.backends.cpu.instruction_sets(), indirect=True)
@@ -321,7 +322,7 @@ def test_detached_and_full_gradients_differ() -> None:
 
 @pytest.mark.usefixtures("instructions")
 @by_instructions
-@by_routing
+@pytest.mark.parametrize("routing", [*ROUTINGS, *OVER_POSITIONS], ids=lambda r: r.name)
 @by_sharing
 @by_outputs
 @pytest.mark.parametrize(("B", "share"), [(11, 0.6), (16, 0.9)], ids=["sparse", "dense"])

@@ -229,6 +229,25 @@ std::string name_of(const Shape& s) {
     return name;
 }
 
+// Windows on grids of one axis, which overlap by half. One place of seven is that of no capsule.
+struct Grid {
+    int64_t windows = 1, most = 3;
+    std::vector<int64_t> places;  // [capsules, most]
+
+    explicit Grid(const Shape& s) {
+        for (const int64_t divisor : {2, 3, 5})
+            if (s.B % divisor == 0 && s.B > 0) windows = divisor;
+        const int64_t step = std::max<int64_t>(s.N / 2, 1), capsules = s.N > 0 ? (windows - 1) * step + s.N : 0;
+        places.assign(static_cast<size_t>(capsules * most), -1);
+        std::vector<int64_t> used(static_cast<size_t>(capsules));
+        for (int64_t place = 0; place < windows * s.N; ++place) {
+            if (place % 7 == 3) continue;
+            const int64_t capsule = place / s.N * step + place % s.N;
+            places[static_cast<size_t>(capsule * most + used[static_cast<size_t>(capsule)]++)] = place;
+        }
+    }
+};
+
 // Which input capsules are not masked.
 enum class Mask { all, some, none };
 
@@ -292,6 +311,32 @@ void routings(const Kernels& k, const Shape& s, Dtype dtype, Mask there, bool sh
                                              o[2]->get(), o[3]->get(), o[4]->get());
             },
             digits);
+        if (!emulated || masked) {
+            // Long votes of two input capsules have logits of thousands that hang on collapsed variances.
+            const double joined_digits = s.D > 1000 && dtype == Dtype::float64 ? 1000 : digits;
+            const Grid grid(s);
+            const auto count = static_cast<int64_t>(grid.places.size()) / grid.most;
+            check(
+                name + "em over positions", {{outputs, wide}, {s.B * s.J, wide}, {3 * s.B * s.J * (3 * H + 2), wide}},
+                [&](int threads, Outputs o) {
+                    const Status status = k.em_routing_over_positions(
+                        operands(threads), activation.get(), beta_u.get(), beta_a.get(), temperatures, grid.windows,
+                        count, grid.most, grid.places.data(), o[0]->get(), o[1]->get(), o[2]->get());
+                    std::memcpy(em_state.get(), o[2]->get(), o[2]->bytes());
+                    return status;
+                },
+                joined_digits);
+            check(
+                name + "em over positions backward",
+                {{capsules, dtype}, {weights, dtype}, {s.B / grid.windows * count, wide}, {s.J, wide}, {s.J, wide}},
+                [&](int threads, Outputs o) {
+                    return k.em_routing_over_positions_backward(
+                        operands(threads), activation.get(), beta_u.get(), temperatures, grid.windows, count, grid.most,
+                        em_state.get(), g.get(), g_activation.get(), grid.places.data(), o[0]->get(), o[1]->get(),
+                        o[2]->get(), o[3]->get(), o[4]->get());
+                },
+                joined_digits);
+        }
     }
     if (s.rows > 1) return;
 
@@ -622,6 +667,14 @@ void workspaces() {
                 ask("em", false, k.em_routing(c, p, p, p, temperatures, p, p, p), em);
                 ask("em backward", false, k.em_routing_backward(c, p, p, temperatures, p, p, p, p, g_weight, p, p, p),
                     em);
+                // An activation for each pair, and two numbers, those of the pass and of each iteration.
+                const int64_t pairs = a * s.B * s.N;
+                ask("em over positions", false,
+                    k.em_routing_over_positions(c, p, p, p, temperatures, 1, s.N, 2, p, p, p, p), em + 5 * pairs);
+                ask("em over positions backward", false,
+                    k.em_routing_over_positions_backward(c, p, p, temperatures, 1, s.N, 2, p, p, p, p, p, g_weight, p,
+                                                         p, p),
+                    em + 9 * pairs);
                 ask("votes", false, k.affine_votes(c, p));
                 ask("votes backward", false, k.affine_votes_backward(c, p, p, g_weight));
             }

@@ -8,7 +8,8 @@ that is not wanted is None. Between the passes over the votes plain PyTorch does
 
 Besides its operands and results an operator allocates at most 32 MB and 24 tensors [B, J, D] of the accumulation dtype,
 for any number of input capsules and of iterations; for EM routing these tensors are [B, J, 2 P·D + 1], with couplings
-over the input capsules [B, J, D + 2]. For more than
+over the input capsules [B, J, D + 2]. EM routing over positions also allocates tensors [B, M, N], two of them for each
+of the iterations that are kept together, and two [B, G, W]. For more than
 `_MOST_MIXED` output capsules attention routing also allocates sums of the size of its parameters and a shared matrix.
 """
 
@@ -19,7 +20,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import torch
@@ -232,12 +233,14 @@ class _Stream:
         prior: Tensor | None = None,
         logits: Tensor | None = None,
         input_weight: Tensor | None = None,
+        shares: Tensor | None = None,
+        means: Tensor | None = None,
         leaky: bool = False,
     ) -> Tensor:
         """Σ_i c_i û_i [B, J, D]; for EM routing Σ_i w (x, x², 1) [B, J, 2 P·D + 1]."""
         partial = self._partial(
             routing, states, scalars=scalars, attn_weight=attn_weight, attn_bias=attn_bias, prior=prior, logits=logits,
-            input_weight=input_weight, leaky=leaky,
+            input_weight=input_weight, shares=shares, means=means, leaky=leaky,
         )  # fmt: skip
         return partial[0] if len(partial) == 1 else _summed(partial).to(self.wide)
 
@@ -269,6 +272,8 @@ class _Stream:
         prior: Tensor | None = None,
         logits: Tensor | None = None,
         input_weight: Tensor | None = None,
+        shares: Tensor | None = None,
+        means: Tensor | None = None,
         leaky: bool = False,
     ) -> Tensor:
         """What each program adds up, [programs, B, J, row]; see `reduce_kernel`."""
@@ -283,10 +288,30 @@ class _Stream:
             logits = _same_for_all_items(logits)
             reduce_kernel[(runs * self.batch_tiles,)](
                 self.u, self.weight, self.mask, _stacked(states), _stacked(scalars), attn_weight, attn_bias, prior,
-                logits, _contiguous(input_weight), partial, B, N, run, **self.constants(),
+                logits, _contiguous(input_weight), shares, means, partial, B, N, run, **self.constants(),
                 same_logits=logits is not None and logits.dim() == 2, routing=routing, leaky=leaky,
             )  # fmt: skip
         return partial
+
+    def pair_sums(
+        self, states: Sequence[Tensor] | Tensor, scalars: Sequence[Tensor] | Tensor, with_means: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """For EM routing the largest logit of a pair, −∞ where there is none, Σ_j exp(logit − largest) and Σ_j r e.
+
+        Each [B, N]; the last is None without means.
+        """
+        from .stream import pair_sums_kernel
+
+        B, N = self.sizes[:2]
+        largest, sums = self.u.new_empty(2, B, N, dtype=self.wide)
+        means = torch.empty_like(sums) if with_means else None
+        run, runs = self.runs(max(_PROGRAMS // max(self.batch_tiles, 1), 1))
+        if sums.numel():
+            pair_sums_kernel[(runs * self.batch_tiles,)](
+                self.u, self.weight, self.mask, _stacked(states), _stacked(scalars), largest, sums, means, B, N, run,
+                **self.constants(),
+            )  # fmt: skip
+        return largest, sums, means
 
     def emit(
         self,
@@ -302,6 +327,8 @@ class _Stream:
         prior: Tensor | None = None,
         logits: Tensor | None = None,
         input_weight: Tensor | None = None,
+        shares: Tensor | None = None,
+        means: Tensor | None = None,
         g_votes: Tensor | None = None,
         g_attn_weight: Tensor | None = None,
         g_attn_bias: Tensor | None = None,
@@ -335,8 +362,8 @@ class _Stream:
             logits = _same_for_all_items(logits)
             emit_kernel[(programs,)](
                 self.u, self.weight, self.mask, _stacked(states), _stacked(scalars), attn_weight, attn_bias, prior,
-                logits, _contiguous(input_weight), g_votes, g_u, g_weight, sums, own_weight, own_bias, g_prior,
-                g_logits, g_input_weight, B, N, run, iterations, **self.constants(),
+                logits, _contiguous(input_weight), shares, means, g_votes, g_u, g_weight, sums, own_weight, own_bias,
+                g_prior, g_logits, g_input_weight, B, N, run, iterations, **self.constants(),
                 same_logits=logits is not None and logits.dim() == 2, routing=routing, leaky=leaky, detach=detach,
                 has_addend=has_addend, more=more,
             )  # fmt: skip
@@ -953,6 +980,57 @@ def self_attention_routing_backward(
             g_prior.copy_(wide)
 
 
+@dataclass(frozen=True)
+class _Competition:
+    """Windows of a grid, whose output capsules compete for an input capsule that lies in several of them.
+
+    Args:
+        places: see `capsops.em_routing`.
+        sizes: B, M and N, of the pose [B, M, N, …].
+    """
+
+    places: Tensor
+    sizes: Sequence[int]
+
+    @cached_property
+    def _index(self) -> Tensor:
+        """[B, G · W], the places; one place more for capsules that lie in fewer windows than others."""
+        B, M, N = self.sizes
+        there = (self.places >= 0) & (self.places < M * N)
+        return torch.where(there, self.places, M * N).flatten().expand(B, -1)
+
+    def of_capsules(self, x: Tensor, absent: float) -> Tensor:
+        """[B · M, N] -> [B, G, W]."""
+        B, M, N = self.sizes
+        of_places = torch.nn.functional.pad(x.view(B, M * N), (0, 1), value=absent)
+        return of_places.gather(1, self._index).unflatten(1, self.places.shape)
+
+    def at_places(self, x: Tensor) -> Tensor:
+        """[B, G] or [B, G, W] -> [B · M, N]; 0 at a place that no capsule has."""
+        B, M, N = self.sizes
+        if x.dim() == 2:
+            x = x[:, :, None].expand(-1, -1, self.places.shape[1])
+        out = x.new_zeros(B, M * N + 1).scatter_(1, self._index, x.flatten(1))
+        return out[:, :-1].reshape(B * M, N)
+
+    def shares(self, largest: Tensor, sums: Tensor, means: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """From `_Stream.pair_sums` the share of a window in an input capsule, and Σ r e over all windows."""
+        of_windows = self.of_capsules(largest, -torch.inf)
+        most = of_windows.amax(dim=2, keepdim=True).clamp_(min=torch.finfo(largest.dtype).min)
+        own = (of_windows - most).exp_() * self.of_capsules(sums, 0)
+        own /= own.sum(dim=2, keepdim=True).clamp_(min=1)  # the sum is at least 1, or 0 without any capsule
+        if means is None:
+            return self.at_places(own), None
+        return self.at_places(own), self.at_places((own * self.of_capsules(means, 0)).sum(dim=2))
+
+    def first_shares(self, mask: Tensor | None, like: Tensor) -> Tensor:
+        """The shares of the first iteration, whose logits are 0; like: any tensor of their dtype and device."""
+        B, M, N = self.sizes
+        largest = like.new_zeros(B * M, N)
+        sums = torch.ones_like(largest)
+        return self.shares(largest if mask is None else largest.masked_fill_(~mask, -torch.inf), sums, None)[0]
+
+
 def em_routing(
     mean: Tensor,
     activation_out: Tensor,
@@ -965,6 +1043,49 @@ def em_routing(
     mask: Tensor | None,
     inverse_temperatures: Sequence[float],
 ) -> None:
+    _em(mean, activation_out, state, pose, activation, weight, beta_u, beta_a, mask, inverse_temperatures, None)
+
+
+def em_routing_over_positions(
+    mean: Tensor,
+    activation_out: Tensor,
+    state: Tensor,
+    pose: Tensor,
+    activation: Tensor,
+    weight: Tensor | None,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    places: Tensor,
+    mask: Tensor | None,
+    inverse_temperatures: Sequence[float],
+) -> None:
+    competition = _Competition(places, pose.shape[:3])
+    mean, activation_out, mask = _items(mean, activation_out, mask)
+    activation = competition.at_places(activation)
+    _em(
+        mean, activation_out, state.flatten(1, 2), pose.flatten(0, 1), activation, weight, beta_u, beta_a, mask,
+        inverse_temperatures, competition,
+    )  # fmt: skip
+
+
+def _items(*tensors: Tensor | None) -> Any:
+    """[B, M, …] -> [B · M, …], the windows of all grids."""
+    return [None if x is None else x.flatten(0, 1) for x in tensors]
+
+
+def _em(
+    mean: Tensor,
+    activation_out: Tensor,
+    state: Tensor,
+    pose: Tensor,
+    activation: Tensor,
+    weight: Tensor | None,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    mask: Tensor | None,
+    inverse_temperatures: Sequence[float],
+    competition: _Competition | None,
+) -> None:
     with _on(pose):
         stream = _Stream.of(pose, weight, mask)
         a, cost, bonus = _wide(activation), _wide(beta_u), _wide(beta_a)
@@ -974,10 +1095,13 @@ def em_routing(
         H = P * D
         flat = state.new_zeros(B, J, H)
         before, width, constant, shift = flat, flat, state.new_zeros(B, J), flat
+        shares = None if competition is None else competition.first_shares(mask, state)
         for t, inverse_temperature in enumerate(inverse_temperatures):
+            if competition is not None and t > 0:
+                shares, _ = competition.shares(*stream.pair_sums([before, width], [constant], False))
             # Twice, because the sums lose digits where the mean is far from the shift; the second shift is the mean.
             for _ in range(2):
-                sums = stream.reduce("em", [before, width, shift], scalars=[constant], input_weight=a)
+                sums = stream.reduce("em", [before, width, shift], scalars=[constant], input_weight=a, shares=shares)
                 g = m_step(sums[..., -1], sums[..., :H], sums[..., H:-1], shift, cost, bonus, inverse_temperature)
                 shift = g.mean
             g.save(state[t])
@@ -1003,6 +1127,59 @@ def em_routing_backward(
     mask: Tensor | None,
     inverse_temperatures: Sequence[float],
 ) -> None:
+    _em_backward(
+        g_pose, g_activation_in, g_weight, g_beta_u, g_beta_a, g_mean, g_activation, state, pose, activation, weight,
+        beta_u, mask, inverse_temperatures, None,
+    )  # fmt: skip
+
+
+def em_routing_over_positions_backward(
+    g_pose: Tensor | None,
+    g_activation_in: Tensor | None,
+    g_weight: Tensor | None,
+    g_beta_u: Tensor | None,
+    g_beta_a: Tensor | None,
+    g_mean: Tensor,
+    g_activation: Tensor,
+    state: Tensor,
+    pose: Tensor,
+    activation: Tensor,
+    weight: Tensor | None,
+    beta_u: Tensor,
+    beta_a: Tensor,
+    places: Tensor,
+    mask: Tensor | None,
+    inverse_temperatures: Sequence[float],
+) -> None:
+    competition = _Competition(places, pose.shape[:3])
+    g_pose, g_mean, g_activation, mask = _items(g_pose, g_mean, g_activation, mask)
+    of_places = None if g_activation_in is None else state.new_empty(g_mean.shape[0], pose.shape[2])
+    _em_backward(
+        g_pose, of_places, g_weight, g_beta_u, g_beta_a, g_mean, g_activation, state.flatten(1, 2),
+        pose.flatten(0, 1), competition.at_places(activation), weight, beta_u, mask, inverse_temperatures,
+        competition,
+    )  # fmt: skip
+    if g_activation_in is not None and of_places is not None:
+        g_activation_in.copy_(competition.of_capsules(of_places, 0).sum(dim=2))
+
+
+def _em_backward(
+    g_pose: Tensor | None,
+    g_activation_in: Tensor | None,
+    g_weight: Tensor | None,
+    g_beta_u: Tensor | None,
+    g_beta_a: Tensor | None,
+    g_mean: Tensor,
+    g_activation: Tensor,
+    state: Tensor,
+    pose: Tensor,
+    activation: Tensor,
+    weight: Tensor | None,
+    beta_u: Tensor,
+    mask: Tensor | None,
+    inverse_temperatures: Sequence[float],
+    competition: _Competition | None,
+) -> None:
     with _on(pose):
         stream = _Stream.of(pose, weight, mask, g_weight is not None)
         a, cost = _wide(activation), _wide(beta_u)
@@ -1020,6 +1197,9 @@ def em_routing_backward(
         wide = None if g_activation_in is None else torch.zeros_like(g_activation_in, dtype=state.dtype)
         for begin, end in _groups(iterations, 5 * zeros.nbytes):
             states, scalars = state.new_empty(end - begin, 5, B, J, H), state.new_empty(end - begin, 2, B, J)
+            shares = means = None
+            if competition is not None:
+                shares, means = state.new_zeros(2, end - begin, *pose.shape[:2])
             for t in range(end - 1, begin - 1, -1):
                 g = gaussians[t]
                 linear, quadratic, constant, to_beta_u, to_beta_a = m_step_backward(
@@ -1032,15 +1212,27 @@ def em_routing_backward(
                 own, own_scalars = states[t - begin], scalars[t - begin]
                 torch.stack([before, width, g.mean, linear, quadratic], out=own)
                 torch.stack([bias, constant], out=own_scalars)
+                own_shares = own_means = None
+                if shares is not None and means is not None and competition is not None:
+                    own_shares, own_means = shares[t - begin], means[t - begin]
+                    if t == 0:
+                        own_shares.copy_(competition.first_shares(mask, state))
+                    else:
+                        found = competition.shares(*stream.pair_sums(own, own_scalars, True))
+                        for out, value in zip((own_shares, own_means), found, strict=True):
+                            out.copy_(value)
                 if t > 0:
-                    sums = stream.reduce("em_adjoint", own, scalars=own_scalars, input_weight=a)
+                    sums = stream.reduce(
+                        "em_adjoint", own, scalars=own_scalars, input_weight=a, shares=own_shares, means=own_means
+                    )
                     to_mean, to_variance, to_logit = e_step_backward(
                         gaussians[t - 1], sums[..., -1], sums[..., :H], sums[..., H:-1]
                     )
             if g_pose is not None or g_weight is not None or wide is not None:
                 stream.emit(
                     "em", g_pose, g_weight, states.flatten(0, 1), scalars=scalars.flatten(0, 1),
-                    iterations=end - begin, input_weight=a, g_input_weight=wide, more=end < iterations,
+                    iterations=end - begin, input_weight=a, shares=shares, means=means, g_input_weight=wide,
+                    more=end < iterations,
                 )  # fmt: skip
         for out, value in ((g_beta_u, sum_u), (g_beta_a, sum_a)):
             if out is not None:

@@ -23,6 +23,10 @@ States, [B, J, P, D] each, and scalars, [B, J] each, that the routings read:
     em_adjoint  mean and quadratic of the E-step; mean, linear and quadratic of the gradient of the M-step; scalars:
                 both constants. The sums are of x = û − the first mean. In emit, each of these for all iterations.
 
+With shares, a number for each pair and iteration, the responsibilities of EM routing are multiplied by them; with means
+their gradient δ is r (e − mean). These are for windows that compete: the share of a window in the input capsule, and
+Σ r e over the output capsules of all windows.
+
 With scalars agreement in emit, and adjoint, are for couplings over the input capsules, c_ij = exp(b_ij − log_sum_j):
 the scalars are log_sum and Σ_i c_ij e_ij with e_ij = w_i û_ij · y_j, in emit the first for all iterations, then the
 second.
@@ -162,6 +166,24 @@ def coupling_backward(c, e, scalars, n, b, j, B, J: tl.constexpr):
 
 
 @triton.jit
+def responsibilities(z, shares, t, i, b, j, valid, B, N, J: tl.constexpr):
+    """r, over the output capsules; times the shares of iteration t, of shares [·, B, N]."""
+    r = softmax(z, j < J, False, False)
+    if shares is not None:
+        r *= tl.load(shares + (t * B + b) * N + i, mask=valid, other=0.0)
+    return r
+
+
+@triton.jit
+def responsibilities_backward(r, e, means, t, i, b, valid, B, N):
+    """δ, the gradient of the logits; with means [·, B, N] number t is Σ r e."""
+    if means is None:
+        return softmax_backward(r, e)
+    else:  # noqa: RET505
+        return r * (e - tl.load(means + (t * B + b) * N + i, mask=valid, other=0.0))
+
+
+@triton.jit
 def from_prior(prior, i, j, end, J: tl.constexpr):
     return tl.load(prior + i * J + j, mask=(i < end) & (j < J), other=0.0)
 
@@ -178,6 +200,8 @@ def reduce_kernel(
     prior,  # [N, J] accumulation, of agreement, or None
     logits,  # [B, N, J] storage, of agreement, over_inputs and adjoint; [N, J] if same_logits; or None
     input_weight,  # [B, N] storage or accumulation, of the same, attention and EM routing, or None
+    shares,  # [·, B, N] accumulation, of EM routing, or None
+    means,  # [·, B, N] accumulation, of em_adjoint and of em in emit; None if shares are
     partial,  # [runs, B, J, row] accumulation; row: P·D; for over_inputs P·D, 1 and 1; for EM routing P·D, P·D and 1
     B, N, run,
     K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr, one_vote: tl.constexpr,
@@ -241,16 +265,17 @@ def reduce_kernel(
             total += c * v
         else:
             before, width = state(states, 0, b, j, p, d, B, J, D, P), state(states, 1, b, j, p, d, B, J, D, P)
-            w = softmax(gaussian_logits(v, before, width, scalar(scalars, 0, b, j, B, J)), j < J, False, False)
+            z = gaussian_logits(v, before, width, scalar(scalars, 0, b, j, B, J))
+            w = responsibilities(z, shares, 0, i, b, j, valid, B, N, J)
             if routing == "em_adjoint":
                 _, _, mean, linear, quadratic = em_states(states, 0, b, j, p, d, B, J, D, P)
                 e = gaussian_adjoint(v, mean, linear, quadratic, scalar(scalars, 1, b, j, B, J))
-                w = softmax_backward(w, e)
+                w = responsibilities_backward(w, e, means, 0, i, b, valid, B, N)
             w *= a
-            z = v - shift
+            x = v - shift
             mass += w
-            total += w * z
-            squares += w * z * z
+            total += w * x
+            squares += w * x * x
     if routing == "over_inputs":
         # Each row of the tile has a maximum of its own.
         m = tl.max(largest, 0, keep_dims=True)
@@ -267,6 +292,40 @@ def reduce_kernel(
     if routing == "over_inputs":
         tl.store(to + P * D, tl.sum(mass, 0, keep_dims=True), mask=exists)
         tl.store(to + P * D + 1, m, mask=exists)
+
+
+@triton.jit
+def pair_sums_kernel(
+    u, weight, mask, states, scalars,  # as in reduce_kernel, of em_adjoint; of the first two states without means
+    largest,  # [B, N] accumulation: the largest logit; −∞ where there is no capsule
+    sums,  # [B, N] accumulation: Σ_j exp(logit − largest)
+    means,  # [B, N] accumulation: Σ_j softmax_j(logit) e_j; or None
+    B, N, run,
+    K: tl.constexpr, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr, shared: tl.constexpr, one_vote: tl.constexpr,
+    NB: tl.constexpr, BB: tl.constexpr, JP: tl.constexpr, DP: tl.constexpr, PP: tl.constexpr, A: tl.constexpr,
+):  # fmt: skip
+    tiles = tl.cdiv(B, BB)
+    first = (tl.program_id(0) // tiles).to(tl.int64) * run
+    end = tl.minimum(first + run, N)
+    b = (tl.program_id(0) % tiles).to(tl.int64) * BB + axis(BB, 1)
+    j, p, d = axis(JP, 2), axis(PP, 3), axis(DP, 4)
+    for start in range(first, end, NB):
+        i = start + axis(NB, 0)
+        valid = present(mask, i, b, end, B, N, mask is not None)
+        v = make_votes(u, weight, i, b, j, p, d, valid, end, N, K, J, D, P, shared, one_vote, A)
+        before, width = state(states, 0, b, j, p, d, B, J, D, P), state(states, 1, b, j, p, d, B, J, D, P)
+        z = gaussian_logits(v, before, width, scalar(scalars, 0, b, j, B, J))
+        z = tl.where(j < J, z, float("-inf"))
+        most = tl.max(z, 2, keep_dims=True)
+        share = tl.exp(z - most)
+        total = over_capsules(share)
+        exists = (i < end) & (b < B)
+        tl.store(largest + b * N + i, tl.where(valid, most, float("-inf")), mask=exists)
+        tl.store(sums + b * N + i, total, mask=exists)
+        if means is not None:
+            _, _, mean, linear, quadratic = em_states(states, 0, b, j, p, d, B, J, D, P)
+            e = gaussian_adjoint(v, mean, linear, quadratic, scalar(scalars, 1, b, j, B, J))
+            tl.store(means + b * N + i, tl.where(valid, over_capsules(share * e) / total, 0.0), mask=exists)
 
 
 @triton.jit
@@ -329,15 +388,20 @@ def agreement_gradient(
 
 
 @triton.jit
-def em_gradient(v, states, scalars, a, b, j, p, d, B, iterations, J: tl.constexpr, D: tl.constexpr, P: tl.constexpr):
+def em_gradient(
+    v, states, scalars, shares, means, a, i, b, j, p, d, valid, B, N, iterations,
+    J: tl.constexpr, D: tl.constexpr, P: tl.constexpr,
+):  # fmt: skip
     """g_û = Σ_t [w^t (linear^t + 2 quadratic^t (û − μ^t)) − δ^t (û − μ^{t−1})/σ²^{t−1}] and Σ_t Σ_j r^t e^t."""
     g = tl.zeros_like(v)
     g_a = tl.zeros_like(a)
     for t in range(iterations):
         before, width, mean, linear, quadratic = em_states(states, 5 * t, b, j, p, d, B, J, D, P)
-        r = softmax(gaussian_logits(v, before, width, scalar(scalars, 2 * t, b, j, B, J)), j < J, False, False)
+        z = gaussian_logits(v, before, width, scalar(scalars, 2 * t, b, j, B, J))
+        r = responsibilities(z, shares, t, i, b, j, valid, B, N, J)
         e = gaussian_adjoint(v, mean, linear, quadratic, scalar(scalars, 2 * t + 1, b, j, B, J))
-        g += a * (r * (linear + 2 * quadratic * (v - mean)) + 2 * softmax_backward(r, e) * width * (v - before))
+        delta = responsibilities_backward(r, e, means, t, i, b, valid, B, N)
+        g += a * (r * (linear + 2 * quadratic * (v - mean)) + 2 * delta * width * (v - before))
         g_a += over_capsules(r * e)
     return g, g_a
 
@@ -403,7 +467,8 @@ def write_g_weight(
 
 @triton.jit
 def emit_kernel(
-    u, weight, mask, states, scalars, attn_weight, attn_bias, prior, logits, input_weight,  # as in reduce_kernel
+    # As in reduce_kernel.
+    u, weight, mask, states, scalars, attn_weight, attn_bias, prior, logits, input_weight, shares, means,
     g_votes,  # [B, N, J, D] storage, for affine votes
     g_u,  # as u, or None
     g_weight,  # as weight, or None; not written if shared
@@ -457,7 +522,9 @@ def emit_kernel(
                     e = tl.sum(tl.where(valid, e, 0.0), 1, keep_dims=True)
                     add_to(g_prior + i * J + j, e, (i < end) & (j < J), first > 0)
             elif routing == "em":
-                g, g_a = em_gradient(v, states, scalars, a, b, j, p, d, B, iterations, J, D, P)
+                g, g_a = em_gradient(
+                    v, states, scalars, shares, means, a, i, b, j, p, d, valid, B, N, iterations, J, D, P
+                )
             elif routing == "attention":
                 g_s = state(states, 0, b, j, p, d, B, J, D, P)
                 g, dz, g_a = attention_gradient(

@@ -9,6 +9,11 @@
 // from the last iteration to the first, and one emitting pass over all iterations:
 //
 //   g_û = Σ_t [w^t (linear^t + 2 quadratic^t (û − μ^t)) − δ^t (û − μ^{t−1})/σ²^{t−1}];   g_activation = Σ_t Σ_j r^t e^t
+//
+// Over positions the softmax, and so Σ r e, runs over the output capsules of all windows that contain an input capsule:
+// r is the softmax over those of one window, times the share of that window. An iteration but the first then takes a
+// pass before, which writes Σ_j exp(logit) for each input capsule of each window and, for the gradient, Σ_j r e. These
+// are joined over the places of a capsule (Competition in em_sums.h).
 
 #include "em_sums.h"
 
@@ -32,18 +37,25 @@ template <class A> struct EmSum {
     }
 };
 
-}  // namespace
-
-Status em_routing(const Capsules& c, const void* activation, const void* beta_u_, const void* beta_a_,
-                  std::span<const double> inverse_temperatures, void* mean_, void* out_activation, void* state) {
+// windows: null if every batch item is alone.
+Status route(const Capsules& c, const void* activation_, const void* beta_u_, const void* beta_a_,
+             std::span<const double> inverse_temperatures, const Windows* windows, void* mean_, void* out_activation,
+             void* state) {
     const int64_t iterations = static_cast<int64_t>(inverse_temperatures.size());
-    return for_accumulation(c.dtype, [&]<class A>() {
+    bool valid = true;
+    const Status status = for_accumulation(c.dtype, [&]<class A>() {
+        if (windows && !valid_places(*windows, c.N)) {
+            valid = false;
+            return;
+        }
         const Operands<A> o(c, best_layout<A, EmSum<A>>(c));
         const int64_t J = o.J, size = o.state_size();
         const A* beta_u = static_cast<const A*>(beta_u_);
         const A* beta_a = static_cast<const A*>(beta_a_);
         const Moments<A> moments(o);
         Gaussians<A> gaussians(o, iterations, static_cast<const A*>(state));
+        Competition<A> competition(o, windows, 1, false);
+        const A* activation = competition.begin(static_cast<const A*>(activation_));
         Buffer<A> sums(o.state_rows * moments.row_size()), first(o.H), second(o.H);
         Buffer<A> shift(c.B * o.JH), packed_shift(size);
         fill(shift.get(), c.B * o.JH, A(0));
@@ -67,8 +79,9 @@ Status em_routing(const Capsules& c, const void* activation, const void* beta_u_
             return precise;
         };
         for (int64_t t = 0; t < iterations; ++t) {
-            const EmSum<A> policy{
-                {gaussians.logits(t), static_cast<const A*>(activation), c.N}, moments, packed_shift.get()};
+            const Quadratic<A> logits = gaussians.logits(t);
+            if (t > 0) competition.set(0, logits, nullptr);
+            const EmSum<A> policy{{logits, activation, c.N, competition.shares(0)}, moments, packed_shift.get()};
             for (int pass = 0; pass < 2; ++pass) {
                 reduce(o, policy, sums.get());
                 const bool precise = m_step_all(t);
@@ -81,20 +94,27 @@ Status em_routing(const Capsules& c, const void* activation, const void* beta_u_
             static_cast<A*>(out_activation)[r] = A(1) / (A(1) + std::exp(-g.logit));
         }
     });
+    return valid ? status : Status::invalid_argument;
 }
-
-namespace {
 
 // The gradient of the assignment in one iteration.
 template <class A> struct EmAdjoint {
     Assignment<A> assignment;
     Quadratic<A> e;
+    const A* means;  // [B, N], Σ r e over all windows; or null
 
     // Writes r [J] and e [J], and returns the activations.
     Lanes<A> operator()(const Tile<A>& t, Lanes<A>* r, Lanes<A>* out) const {
         const Lanes<A> a = assignment.responsibilities(t, r);
         e(t, out);
         return a;
+    }
+
+    // In place: e becomes δ / a = r (e − Σ r e).
+    void logit_gradient(const Tile<A>& t, const Lanes<A>* r, Lanes<A>* out) const {
+        if (!means) return softmax_backward(r, out, t.J);
+        const Lanes<A> mean = of_pairs(t, means, assignment.N);
+        for (int64_t j = 0; j < t.J; ++j) out[j] = r[j] * (out[j] - mean);
     }
 };
 
@@ -110,7 +130,7 @@ template <class A> struct EmAdjointSum {
         Lanes<A>* r = reinterpret_cast<Lanes<A>*>(scratch);
         Lanes<A>* delta = r + t.J;
         const Lanes<A> a = adjoint(t, r, delta);
-        softmax_backward(r, delta, t.J);
+        adjoint.logit_gradient(t, r, delta);
         for (int64_t j = 0; j < t.J; ++j) delta[j] *= a;
         moments.add(t, delta, adjoint.assignment.logits.shift, sums);
     }
@@ -144,7 +164,7 @@ template <class A> struct EmGradient {
                     A* to = g_activation + t.b[m] * N + t.i[m];
                     *to = iteration == 0 ? sum : *to + sum;
                 }
-            softmax_backward(r, delta, J);
+            adjoint.logit_gradient(t, r, delta);
             for (int64_t j = 0; j < J; ++j) {
                 r[j] *= a;  // now w
                 delta[j] *= a;
@@ -166,15 +186,18 @@ template <class A> struct EmGradient {
     }
 };
 
-}  // namespace
-
-Status em_routing_backward(const Capsules& c, const void* activation, const void* beta_u_,
-                           std::span<const double> inverse_temperatures, const void* state, const void* g_mean_,
-                           const void* g_out_activation, void* g_u, void* g_weight, void* g_activation_,
-                           void* g_beta_u_, void* g_beta_a_) {
-    const CapsuleGradients gradients{g_u, g_weight};
+// windows: null if every batch item is alone.
+Status route_backward(const Capsules& c, const void* activation_, const void* beta_u_,
+                      std::span<const double> inverse_temperatures, const Windows* windows, const void* state,
+                      const void* g_mean_, const void* g_out_activation, const CapsuleGradients& gradients,
+                      void* g_activation_, void* g_beta_u_, void* g_beta_a_) {
     const int64_t iterations = static_cast<int64_t>(inverse_temperatures.size());
-    return for_accumulation(c.dtype, [&]<class A>() {
+    bool valid = true;
+    const Status status = for_accumulation(c.dtype, [&]<class A>() {
+        if (windows && !valid_places(*windows, c.N)) {
+            valid = false;
+            return;
+        }
         const Operands<A> o(c, best_layout<A, EmAdjointSum<A>, EmGradient<A>>(c));
         const int64_t rows = c.B * o.J, J = o.J, H = o.H, size = o.state_size();
         const A* beta_u = static_cast<const A*>(beta_u_);
@@ -197,11 +220,13 @@ Status em_routing_backward(const Capsules& c, const void* activation, const void
             g_logit.get()[r] = static_cast<const A*>(g_out_activation)[r] * a * complement;
         }
 
+        Competition<A> competition(o, windows, iterations, true);
+        const A* activation = competition.begin(static_cast<const A*>(activation_));
         const auto adjoint_of = [&](int64_t t) {
             const int64_t x = t * size;
             const Quadratic<A> e{constant.get() + t * o.scalars_size(), gaussians.mean.get() + x, linear.get() + x,
                                  quadratic.get() + x};
-            return EmAdjoint<A>{{gaussians.logits(t), static_cast<const A*>(activation), c.N}, e};
+            return EmAdjoint<A>{{gaussians.logits(t), activation, c.N, competition.shares(t)}, e, competition.means(t)};
         };
         const Moments<A> moments(o);
         Buffer<A> sums(o.state_rows * moments.row_size());
@@ -219,7 +244,9 @@ Status em_routing_backward(const Capsules& c, const void* activation, const void
             o.pack(quadratics.get(), quadratic.get() + t * size);
             o.pack_scalars(constants.get(), constant.get() + t * o.scalars_size());
             if (t == 0) break;
-            reduce(o, EmAdjointSum<A>{adjoint_of(t), moments}, sums.get());
+            const EmAdjoint<A> adjoint = adjoint_of(t);
+            competition.set(t, adjoint.assignment.logits, &adjoint.e);
+            reduce(o, EmAdjointSum<A>{adjoint, moments}, sums.get());
             for (int64_t r = 0; r < rows; ++r) {
                 const A mass = moments.of(o, sums.get(), r / J, r % J, first.get(), second.get());
                 g_logit.get()[r] = e_step_backward(gaussians.at(t - 1, r), mass, first.get(), second.get(), H,
@@ -231,11 +258,47 @@ Status em_routing_backward(const Capsules& c, const void* activation, const void
         if (!gradients.u && !gradients.weight && !g_activation_) return;
 
         A* g_activation = static_cast<A*>(g_activation_);
+        Buffer<A> g_places(windows && g_activation ? c.B * c.N : 0);
+        if (windows && g_activation) g_activation = g_places.get();
         if (g_activation) fill(g_activation, c.B * c.N, A(0));
         Buffer<EmAdjoint<A>> adjoints(iterations);
         for (int64_t t = 0; t < iterations; ++t) new (adjoints.get() + t) EmAdjoint<A>(adjoint_of(t));
         emit(o, EmGradient<A>{adjoints.get(), iterations, J, c.N, g_activation}, gradients, static_cast<A*>(nullptr));
+        if (windows && g_activation) competition.add_places(g_activation, static_cast<A*>(g_activation_));
     });
+    return valid ? status : Status::invalid_argument;
+}
+
+}  // namespace
+
+Status em_routing(const Capsules& c, const void* activation, const void* beta_u, const void* beta_a,
+                  std::span<const double> inverse_temperatures, void* mean, void* out_activation, void* state) {
+    return route(c, activation, beta_u, beta_a, inverse_temperatures, nullptr, mean, out_activation, state);
+}
+
+Status em_routing_over_positions(const Capsules& c, const void* activation, const void* beta_u, const void* beta_a,
+                                 std::span<const double> inverse_temperatures, int64_t windows, int64_t capsules,
+                                 int64_t most, const void* places, void* mean, void* out_activation, void* state) {
+    const Windows w{windows, capsules, most, static_cast<const int64_t*>(places)};
+    return route(c, activation, beta_u, beta_a, inverse_temperatures, &w, mean, out_activation, state);
+}
+
+Status em_routing_backward(const Capsules& c, const void* activation, const void* beta_u,
+                           std::span<const double> inverse_temperatures, const void* state, const void* g_mean,
+                           const void* g_out_activation, void* g_u, void* g_weight, void* g_activation, void* g_beta_u,
+                           void* g_beta_a) {
+    return route_backward(c, activation, beta_u, inverse_temperatures, nullptr, state, g_mean, g_out_activation,
+                          {g_u, g_weight}, g_activation, g_beta_u, g_beta_a);
+}
+
+Status em_routing_over_positions_backward(const Capsules& c, const void* activation, const void* beta_u,
+                                          std::span<const double> inverse_temperatures, int64_t windows,
+                                          int64_t capsules, int64_t most, const void* state, const void* g_mean,
+                                          const void* g_out_activation, const void* places, void* g_u, void* g_weight,
+                                          void* g_activation, void* g_beta_u, void* g_beta_a) {
+    const Windows w{windows, capsules, most, static_cast<const int64_t*>(places)};
+    return route_backward(c, activation, beta_u, inverse_temperatures, &w, state, g_mean, g_out_activation,
+                          {g_u, g_weight}, g_activation, g_beta_u, g_beta_a);
 }
 
 }  // namespace capsops::cpu::CAPSOPS_ISA

@@ -84,16 +84,16 @@ template <class A> constexpr int64_t exchange_bytes = max_threads * static_cast<
 
 template <class Tiling, class A = typename Tiling::A>
 Status normalise(const Tiling& t, const A* terms, bool equal, bool with_gradient, int64_t first, int64_t count,
-                 A* normalisers, const ExecutionContext& context) {
+                 A* normalisers, A* sums, const ExecutionContext& context) {
     const int64_t blocks = ceil_div(t.B * count, t.block_rows());
     return launch(normalise_pairs<Tiling>, dim3{static_cast<unsigned>(blocks)}, t.threads(), exchange_bytes<A>, context,
-                  t, terms, equal, with_gradient, first, count, normalisers);
+                  t, terms, equal, with_gradient, first, count, normalisers, sums);
 }
 
-// sums [B, J, moments] of sum_moments() over all input capsules.
+// sums [B, J, moments] of sum_moments() over all input capsules. means: of windows that compete, or null.
 template <bool adjoint, class Tiling, class A = typename Tiling::A>
-Status sum_over_capsules(const Tiling& t, const A* terms, bool equal, const A* again, const ExecutionContext& context,
-                         Workspace& whole, A* sums) {
+Status sum_over_capsules(const Tiling& t, const A* terms, bool equal, const A* again, const A* means,
+                         const ExecutionContext& context, Workspace& whole, A* sums) {
     // Blocks that a multiprocessor runs at a time, by their registers.
     constexpr int64_t resident = sizeof(A) == 4 && Tiling::size == 8 && !adjoint ? 2 : 1;
     const int64_t size = t.B * t.J * t.moments(), number = static_cast<int64_t>(sizeof(A));
@@ -109,17 +109,105 @@ Status sum_over_capsules(const Tiling& t, const A* terms, bool equal, const A* a
     do {
         const int64_t count = at_most(tile, t.N - first), own_runs = ceil_div(count, at_least(runs.length, 1));
         if (count > 0) {
-            if (normalises) CAPSOPS_TRY(normalise(t, terms, equal, adjoint, first, count, normalisers, context));
+            if (normalises)
+                CAPSOPS_TRY(
+                    normalise(t, terms, equal, adjoint, first, count, normalisers, static_cast<A*>(nullptr), context));
             const dim3 blocks{static_cast<unsigned>(own_runs * t.B), static_cast<unsigned>(t.chunks)};
             const int64_t exchanged = (2 * Tiling::size + 1) * t.threads() * number;
             CAPSOPS_TRY(launch(sum_moments<adjoint, Tiling>, blocks, t.threads(), exchanged, context, t, terms,
-                               normalises ? normalisers : nullptr, equal, again, first, count, runs.length, partial));
+                               normalises ? normalisers : nullptr, means, equal, again, first, count, runs.length,
+                               partial));
         }
         CAPSOPS_TRY(add_rows(static_cast<const A*>(partial), own_runs, size, size, sums, first > 0, context));
         first += tile;
     } while (first < t.N);
     return Status::ok;
 }
+
+// ---- windows that compete ------------------------------------------------------------------------------------
+
+// What normalise() writes about a pair.
+template <class A> struct OwnSums {
+    const A* normalisers;  // [B, N, 2]: the largest logit and Σ_j r e; null: the logits are 0
+    const A* sums;         // [B, N]: Σ_j exp(logit − largest)
+
+    __device__ A largest(int64_t pair) const { return normalisers ? normalisers[2 * pair] : A(0); }
+    __device__ A sum(int64_t pair) const { return normalisers ? sums[pair] : A(1); }
+    __device__ A mean(int64_t pair) const { return normalisers ? normalisers[2 * pair + 1] : A(0); }
+};
+
+// From the sums of each place of a capsule: the activation of the capsule times the share of the place's window in it,
+// and Σ r e over the output capsules of all windows, which is also a term of the gradient of the activation. A place
+// that does not exist is left out.
+template <class A>
+__global__ void join_places(Windows w, const uint8_t* mask /* [B, N], or null */, int64_t N, int64_t capsules,
+                            OwnSums<A> own, const A* activation /* [capsules] */, A* weights /* [B, N] */,
+                            A* means /* [B, N] */, A* g_activation /* [capsules], or null */, bool more) {
+    for (int64_t x = first_index(); x < capsules; x += index_stride()) {
+        const int64_t own_pairs = w.count * N, base = x / w.capsules * own_pairs;
+        const int64_t* const places = w.places + x % w.capsules * w.most;
+        const auto for_places = [&](auto visit) {
+            for (int64_t m = 0; m < w.most; ++m)
+                if (places[m] >= 0 && places[m] < own_pairs && (!mask || mask[base + places[m]]))
+                    visit(base + places[m]);
+        };
+        A largest = A(-INFINITY), sum = A(0), mean = A(0);
+        for_places([&](int64_t pair) { largest = max(largest, own.largest(pair)); });
+        for_places([&](int64_t pair) { sum += own.sum(pair) * std::exp(own.largest(pair) - largest); });
+        for_places([&](int64_t pair) {
+            const A share = own.sum(pair) * std::exp(own.largest(pair) - largest) / sum;
+            weights[pair] = activation[x] * share;
+            mean += share * own.mean(pair);
+        });
+        for_places([&](int64_t pair) { means[pair] = mean; });
+        if (g_activation) g_activation[x] = more ? g_activation[x] + mean : mean;
+    }
+}
+
+// The windows of an operator, or none: then every batch item is alone, and nothing runs here.
+template <class A> struct Competition {
+    const Windows* windows;  // or null
+    int64_t pairs;           // B·N; 0 without windows
+    A *own, *own_sums;       // [B, N, 2] and [B, N], scratch memory
+    A *weights, *means;      // [iterations, B, N]; 0 at a place that no capsule has
+
+    Competition(const Capsules& c, const Windows* windows, int64_t iterations, Workspace& w)
+        : windows(windows),
+          pairs(windows ? c.B * c.N : 0),
+          own(w.take<A>(2 * pairs)),
+          own_sums(w.take<A>(pairs)),
+          weights(w.take<A>(iterations * pairs)),
+          means(w.take<A>(iterations * pairs)) {}
+
+    const A* means_of(int64_t m) const { return windows ? means + m * pairs : nullptr; }
+    // The tiling of iteration m, with the weights in place of the activations.
+    template <class Tiling> Tiling of_iteration(const Tiling& t, int64_t m) const {
+        Tiling own = t;
+        if (windows) own.activation = weights + m * pairs;
+        return own;
+    }
+
+    Status begin(const Capsules& c, int64_t iterations) const {
+        if (pairs == 0) return Status::ok;
+        CAPSOPS_TRY(launch_over(iterations * pairs, write_zeros<A>, c.context, weights, iterations * pairs));
+        return launch_over(iterations * pairs, write_zeros<A>, c.context, means, iterations * pairs);
+    }
+
+    // Sets the numbers of iteration m from its terms. equal: all logits are 0. wants_means: whether Σ r e is wanted;
+    // the g_activation, if any, gets it or, if `more`, is increased by it.
+    template <class Tiling>
+    Status join(const Capsules& c, const Tiling& t, const A* terms, bool equal, bool wants_means, int64_t m,
+                const A* activation, A* g_activation, bool more) const {
+        if (!windows) return Status::ok;
+        const bool from_votes = !equal || wants_means;
+        if (from_votes && pairs > 0)
+            CAPSOPS_TRY(normalise(t, terms, equal, wants_means, 0, t.N, own, own_sums, c.context));
+        const OwnSums<A> sums{from_votes ? own : nullptr, own_sums};
+        const int64_t capsules = c.B / windows->count * windows->capsules;
+        return launch_over(capsules, join_places<A>, c.context, *windows, t.mask, t.N, capsules, sums, activation,
+                           weights + m * pairs, means + m * pairs, g_activation, more);
+    }
+};
 
 // ---- forward -------------------------------------------------------------------------------------------------
 
@@ -164,14 +252,18 @@ template <class A> __global__ void m_step_rows(MStep<A> s, int64_t rows, int64_t
     });
 }
 
+// windows: null if every batch item is alone.
 template <class Tiling, class A = typename Tiling::A>
 Status route(const Capsules& c, const void* activation, const A* beta_u, const A* beta_a,
-             std::span<const double> inverse_temperatures, A* mean, A* out_activation, A* state) {
+             std::span<const double> inverse_temperatures, const Windows* windows, A* mean, A* out_activation,
+             A* state) {
+    Workspace w(c.context);
+    const Competition<A> competition(c, windows, 1, w);
     const Tiling t(c, activation);
     if (!t.fits()) return Status::unsupported;
     const int64_t rows = c.B * c.J, H = t.H();
     if (rows == 0) return Status::ok;
-    Workspace w(c.context);
+    CAPSOPS_TRY(competition.begin(c, 1));
     A* const terms = w.take<A>(t.terms());
     A* const sums = w.take<A>(rows * t.moments());
     A* const constants[2] = {w.take<A>(rows), w.take<A>(rows)};
@@ -188,7 +280,12 @@ Status route(const Capsules& c, const void* activation, const A* beta_u, const A
                                       .shift_state = shift,
                                       .again = later && !pass ? again : nullptr};
             CAPSOPS_TRY(pack(t, from, terms, c.context));
-            CAPSOPS_TRY((sum_over_capsules<false>(t, static_cast<const A*>(terms), !later, only, c.context, w, sums)));
+            const A* const own_terms = terms;
+            if (pass == 0)
+                CAPSOPS_TRY(competition.join(c, t, own_terms, !later, false, 0, static_cast<const A*>(activation),
+                                             static_cast<A*>(nullptr), false));
+            CAPSOPS_TRY((sum_over_capsules<false>(competition.of_iteration(t, 0), own_terms, !later, only,
+                                                  static_cast<const A*>(nullptr), c.context, w, sums)));
             const MStep<A> step{.sums = sums,
                                 .shift_state = shift,
                                 .state = own,
@@ -254,7 +351,8 @@ template <class Tiling> struct VoteGradients {
     const Tiling& t;
     const A* terms;
     int64_t iterations;
-    A* g_activation;  // [B, N], or null
+    A* g_activation;           // [B, N], or null
+    const A *weights, *means;  // [iterations, B, N], of windows that compete; or null
 
     int64_t staged_numbers(int64_t, int64_t) const { return t.chunks > 1 ? 2 * iterations : 0; }
     Status stage_gradient(const StagedVotes<A>& tile, A* scratch, A* g, A*, int64_t,
@@ -263,22 +361,26 @@ template <class Tiling> struct VoteGradients {
         if (pairs == 0) return Status::ok;
         for (int64_t m = 0; t.chunks > 1 && m < iterations; ++m)
             CAPSOPS_TRY(normalise(t, terms + m * t.terms(), m == 0, true, tile.first, tile.count,
-                                  scratch + 2 * m * pairs, context));
+                                  scratch + 2 * m * pairs, static_cast<A*>(nullptr), context));
         const dim3 blocks{static_cast<unsigned>(ceil_div(pairs, t.block_rows())), static_cast<unsigned>(t.chunks)};
         return launch(vote_gradients<Tiling>, blocks, t.threads(), exchange_bytes<A>, context, t, terms, t.terms(),
-                      iterations, t.chunks > 1 ? scratch : nullptr, tile.first, tile.count, g, g_activation);
+                      iterations, t.chunks > 1 ? scratch : nullptr, weights, means, tile.first, tile.count, g,
+                      weights ? nullptr : g_activation);
     }
 };
 
 template <class Tiling, class A = typename Tiling::A>
 Status route_backward(const Capsules& c, const void* activation, const A* beta_u,
-                      std::span<const double> inverse_temperatures, const A* state, const A* g_mean,
-                      const A* g_out_activation, const CapsuleGradients& gradients, A* g_activation, A* g_beta_u,
-                      A* g_beta_a) {
+                      std::span<const double> inverse_temperatures, const Windows* windows, const A* state,
+                      const A* g_mean, const A* g_out_activation, const CapsuleGradients& gradients, A* g_activation,
+                      A* g_beta_u, A* g_beta_a) {
+    const int64_t rows = c.B * c.J, iterations = static_cast<int64_t>(inverse_temperatures.size());
+    Workspace w(c.context);
+    const Competition<A> competition(c, windows, iterations, w);
     const Tiling t(c, activation);
     if (!t.fits()) return Status::unsupported;
-    const int64_t rows = c.B * c.J, H = t.H(), iterations = static_cast<int64_t>(inverse_temperatures.size());
-    Workspace w(c.context);
+    const int64_t H = t.H();
+    CAPSOPS_TRY(competition.begin(c, iterations));
     A* const terms = w.take<A>(iterations * t.terms());
     A* const sums = w.take<A>(rows * t.moments());
     IterationGradient<A> step{.g_out_mean = g_mean,
@@ -306,43 +408,78 @@ Status route_backward(const Capsules& c, const void* activation, const A* beta_u
                                   .constant = step.constant};
         A* const own = terms + m * t.terms();
         CAPSOPS_TRY(pack(t, from, own, c.context));
+        CAPSOPS_TRY(competition.join(c, t, own, m == 0, m > 0 || g_activation, m, static_cast<const A*>(activation),
+                                     g_activation, m < iterations - 1));
         if (m > 0)
-            CAPSOPS_TRY((sum_over_capsules<true>(t, static_cast<const A*>(own), false, static_cast<const A*>(nullptr),
-                                                 c.context, w, sums)));
+            CAPSOPS_TRY(
+                (sum_over_capsules<true>(competition.of_iteration(t, m), static_cast<const A*>(own), false,
+                                         static_cast<const A*>(nullptr), competition.means_of(m), c.context, w, sums)));
     }
     if (g_beta_u)
         CAPSOPS_TRY(add_rows(static_cast<const A*>(step.g_beta_u), c.B, c.J, c.J, g_beta_u, false, c.context));
     if (g_beta_a)
         CAPSOPS_TRY(add_rows(static_cast<const A*>(step.g_beta_a), c.B, c.J, c.J, g_beta_a, false, c.context));
-    if (!gradients.u && !gradients.weight && !g_activation) return Status::ok;
-    const VoteGradients<Tiling> policy{t, terms, iterations, g_activation};
+    if (!gradients.u && !gradients.weight && (!g_activation || windows)) return Status::ok;
+    const VoteGradients<Tiling> policy{
+        t, terms, iterations, g_activation, windows ? competition.weights : nullptr, competition.means_of(0)};
     return emit_staged<typename Tiling::Storage>(c, policy, gradients, 0, w, false,
                                                  [](const double*, int64_t) { return Status::ok; });
+}
+
+Status route_any(const Capsules& c, const void* activation, const void* beta_u, const void* beta_a,
+                 std::span<const double> inverse_temperatures, const Windows* windows, void* mean, void* out_activation,
+                 void* state) {
+    return for_poses(c, [&]<class Tiling>() {
+        using A = typename Tiling::A;
+        return route<Tiling>(c, activation, static_cast<const A*>(beta_u), static_cast<const A*>(beta_a),
+                             inverse_temperatures, windows, static_cast<A*>(mean), static_cast<A*>(out_activation),
+                             static_cast<A*>(state));
+    });
+}
+
+Status route_any_backward(const Capsules& c, const void* activation, const void* beta_u,
+                          std::span<const double> inverse_temperatures, const Windows* windows, const void* state,
+                          const void* g_mean, const void* g_out_activation, const CapsuleGradients& gradients,
+                          void* g_activation, void* g_beta_u, void* g_beta_a) {
+    return for_poses(c, [&]<class Tiling>() {
+        using A = typename Tiling::A;
+        return route_backward<Tiling>(c, activation, static_cast<const A*>(beta_u), inverse_temperatures, windows,
+                                      static_cast<const A*>(state), static_cast<const A*>(g_mean),
+                                      static_cast<const A*>(g_out_activation), gradients, static_cast<A*>(g_activation),
+                                      static_cast<A*>(g_beta_u), static_cast<A*>(g_beta_a));
+    });
 }
 
 }  // namespace
 
 Status em_routing(const Capsules& c, const void* activation, const void* beta_u, const void* beta_a,
                   std::span<const double> inverse_temperatures, void* mean, void* out_activation, void* state) {
-    return for_poses(c, [&]<class Tiling>() {
-        using A = typename Tiling::A;
-        return route<Tiling>(c, activation, static_cast<const A*>(beta_u), static_cast<const A*>(beta_a),
-                             inverse_temperatures, static_cast<A*>(mean), static_cast<A*>(out_activation),
-                             static_cast<A*>(state));
-    });
+    return route_any(c, activation, beta_u, beta_a, inverse_temperatures, nullptr, mean, out_activation, state);
+}
+
+Status em_routing_over_positions(const Capsules& c, const void* activation, const void* beta_u, const void* beta_a,
+                                 std::span<const double> inverse_temperatures, int64_t windows, int64_t capsules,
+                                 int64_t most, const void* places, void* mean, void* out_activation, void* state) {
+    const Windows w{windows, capsules, most, static_cast<const int64_t*>(places)};
+    return route_any(c, activation, beta_u, beta_a, inverse_temperatures, &w, mean, out_activation, state);
 }
 
 Status em_routing_backward(const Capsules& c, const void* activation, const void* beta_u,
                            std::span<const double> inverse_temperatures, const void* state, const void* g_mean,
                            const void* g_out_activation, void* g_u, void* g_weight, void* g_activation, void* g_beta_u,
                            void* g_beta_a) {
-    return for_poses(c, [&]<class Tiling>() {
-        using A = typename Tiling::A;
-        return route_backward<Tiling>(
-            c, activation, static_cast<const A*>(beta_u), inverse_temperatures, static_cast<const A*>(state),
-            static_cast<const A*>(g_mean), static_cast<const A*>(g_out_activation), {g_u, g_weight},
-            static_cast<A*>(g_activation), static_cast<A*>(g_beta_u), static_cast<A*>(g_beta_a));
-    });
+    return route_any_backward(c, activation, beta_u, inverse_temperatures, nullptr, state, g_mean, g_out_activation,
+                              {g_u, g_weight}, g_activation, g_beta_u, g_beta_a);
+}
+
+Status em_routing_over_positions_backward(const Capsules& c, const void* activation, const void* beta_u,
+                                          std::span<const double> inverse_temperatures, int64_t windows,
+                                          int64_t capsules, int64_t most, const void* state, const void* g_mean,
+                                          const void* g_out_activation, const void* places, void* g_u, void* g_weight,
+                                          void* g_activation, void* g_beta_u, void* g_beta_a) {
+    const Windows w{windows, capsules, most, static_cast<const int64_t*>(places)};
+    return route_any_backward(c, activation, beta_u, inverse_temperatures, &w, state, g_mean, g_out_activation,
+                              {g_u, g_weight}, g_activation, g_beta_u, g_beta_a);
 }
 
 }  // namespace capsops::cuda

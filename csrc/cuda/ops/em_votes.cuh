@@ -227,11 +227,12 @@ template <class A> struct Responsibility {
 };
 
 // Writes, for the pairs of the input capsules first … first + count − 1, log Σ_j e^z and, if with_gradient, Σ_j r e.
-// equal: all z are 0.
+// equal: all z are 0. With sums the first number is the largest z instead, and the sums are Σ_j e^(z − largest): their
+// logarithm would lose digits beside the largest z.
 template <class Tiling, class A = typename Tiling::A>
 __global__ void __launch_bounds__(max_threads, 1)
     normalise_pairs(Tiling t, const A* terms, bool equal, bool with_gradient, int64_t first, int64_t count,
-                    A* normalisers /* [B, count, 2] */) {
+                    A* normalisers /* [B, count, 2] */, A* own_sums /* [B, count], or null */) {
     const PosePosition<Tiling> own(t, 0);
     const int64_t pair = static_cast<int64_t>(blockIdx.x) * (static_cast<int>(blockDim.x) / t.lanes) + own.row;
     const bool in_run = pair < t.B * count;
@@ -266,17 +267,18 @@ __global__ void __launch_bounds__(max_threads, 1)
     sums[0] *= scale, sums[1] *= scale;
     join_lanes(sums, t.parts, t.lanes, Add{});
     if (own.lane > 0 || !in_run) return;
-    normalisers[2 * pair] = largest[0] + std::log(sums[0]);
+    normalisers[2 * pair] = own_sums ? largest[0] : largest[0] + std::log(sums[0]);
+    if (own_sums) own_sums[pair] = sums[0];
     normalisers[2 * pair + 1] = sums[1] / sums[0];
 }
 
 // Σ_i w (1, x, x²) over a run of input capsules. Forward: w is the responsibility times the activation, and x = û −
 // shift. adjoint: w is the gradient of the logit, and x = û − logit_shift. again: leaves out the batch items that have
-// 0.
+// 0. means: of windows that compete, Σ r e over the output capsules of all of them.
 template <bool adjoint, class Tiling, class A = typename Tiling::A>
 __global__ void __launch_bounds__(max_threads, 1)
-    sum_moments(Tiling t, const A* terms, const A* normalisers, bool equal, const A* again, int64_t first,
-                int64_t count, int64_t length, A* partial /* [runs, B, J, moments] */) {
+    sum_moments(Tiling t, const A* terms, const A* normalisers, const A* means /* [B, N], or null */, bool equal,
+                const A* again, int64_t first, int64_t count, int64_t length, A* partial /* [runs, B, J, moments] */) {
     constexpr int size = Tiling::size;
     const int64_t b = blockIdx.x % t.B, run = blockIdx.x / t.B, H = t.H();
     if (again && again[b] == A(0)) return;
@@ -307,7 +309,7 @@ __global__ void __launch_bounds__(max_threads, 1)
             const A* const normaliser = normalisers ? normalisers + 2 * (b * count + at_most(own, end - 1)) : nullptr;
             own_r.template compute<adjoint>(t, at.exists, logit_constant + z, constant + e, normaliser);
             w *= own_r.r;
-            if constexpr (adjoint) w *= constant + e - own_r.mean;
+            if constexpr (adjoint) w *= constant + e - (means && present ? means[b * t.N + i] : own_r.mean);
         }
         if (!present) w = A(0);  // also where the terms are not finite
         mass += w;
@@ -343,10 +345,14 @@ __global__ void __launch_bounds__(max_threads, 1)
 // The gradient of the votes through all iterations, and of the activations. As in csrc/cpu/ops/em.cpp:
 //
 //   g_û = Σ_t [w^t (linear^t + 2 quadratic^t (û − μ^t)) + δ^t 2 logit_quadratic^t (û − μ^{t−1})]
+//
+// Windows that compete have a weight in place of the activation, and Σ r e, for each iteration.
 template <class Tiling, class A = typename Tiling::A>
 __global__ void __launch_bounds__(max_threads, 1)
     vote_gradients(Tiling t, const A* terms /* of each iteration */, int64_t of_iteration, int64_t iterations,
-                   const A* normalisers /* [iterations, B, count, 2], or null */, int64_t first, int64_t count,
+                   const A* normalisers /* [iterations, B, count, 2], or null */,
+                   const A* weights /* [iterations, B, N], or null */,
+                   const A* means /* [iterations, B, N]; null if weights are */, int64_t first, int64_t count,
                    A* g /* [B, count, P, J, D] */, A* g_activation /* [B, N], or null */) {
     constexpr int size = Tiling::size, width = Tiling::width;
     const int chunk = static_cast<int>(blockIdx.y);
@@ -373,7 +379,12 @@ __global__ void __launch_bounds__(max_threads, 1)
         r.template compute<true>(t, at.exists, z, e,
                                  normalisers ? normalisers + 2 * (iteration * pairs + own) : nullptr);
         total += r.mean;
-        const A w = activation * r.r, delta = w * (e - r.mean);
+        A weight = activation, mean = r.mean;
+        if (weights && present) {
+            const int64_t at = (iteration * t.B + b) * t.N + i;
+            weight = weights[at], mean = means[at];
+        }
+        const A w = weight * r.r, delta = w * (e - mean);
 #pragma unroll
         for (int m = 0; m < size; ++m) {
             out[m] += w * (linear[m] + A(2) * quadratic[m] * (v[m] - shift[m]));
