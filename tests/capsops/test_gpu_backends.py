@@ -257,8 +257,14 @@ def test_float64(backend: str, routing: Routing) -> None:
         (routing, dtype)
         for routing in ALL
         for dtype in (torch.bfloat16, torch.float16)
-        # The kernels treat both alike; the interpreter takes longest for these two routings.
-        if GPU or (routing.name in FEW and (dtype == torch.bfloat16 or routing.name not in ("dynamic3", "em3")))
+        # The kernels treat both alike; the interpreter takes longest for these two routings. It cuts off digits where a
+        # GPU rounds, so of EM routing over positions it runs the one whose iterations are not added in pieces here.
+        if GPU
+        or (
+            (routing.name in FEW and (dtype == torch.bfloat16 or routing.name not in ("dynamic3", "em3")))
+            and routing.name != "em3-positions"
+        )
+        or routing.name.startswith("em2-positions")
     ],
     ids=lambda x: getattr(x, "name", str(x)),
 )
