@@ -52,13 +52,16 @@ class ConvCapsules(Layer):
         routing: one of `CapsuleLayer`; or "em", "self-routing", "inverted-attention" or "k-means", that of
             `EMCapsules`, `SelfRoutingCapsules`, `InvertedAttentionCapsules` or `KMeansCapsules`.
         dilation: between the positions that a receptive field takes, as in `torch.nn.Conv2d`.
+        groups: parts of the types that are routed by themselves: those of the output from those of the input in the
+            same place of the order. A divisor of in_types and out_types.
         dims: of the grid: 1, 2 or 3.
         competition: for EM routing only, "positions" (the default) or "window".
         options: further keyword arguments of the layer that routes.
 
     Attributes:
         capsules: the layer that routes. Its input capsules run over the rows of the window, then the columns, then the
-            types.
+            types. None if there are several groups.
+        parts: a layer of this class for each group, if there are several.
 
     Shape: u [B, in_types, H, W, K] -> v [B, out_types, H', W', D] with
     H' = (H + 2 padding − dilation (kernel_size − 1) − 1) // stride + 1 and W' alike. EM: pose [B, in_types, H, W, K] or
@@ -66,8 +69,6 @@ class ConvCapsules(Layer):
     [B, out_types, H', W', P, D] and activation [B, out_types, H', W']; self-routing the same, without P;
     inverted-attention with its option `rows` takes and gives poses with P. With a mask, bool [B, in_types, H, W], True
     where there is a capsule. A grid of one dimension has W, one of three L, H, W in place of H, W.
-
-    There are no groups: layers side by side, each with its part of the types, compute the same.
 
     Raises:
         TypeError: an input is not a tensor, or the routing does not have an option.
@@ -88,13 +89,17 @@ class ConvCapsules(Layer):
         routing: str = "dynamic",
         *,
         dilation: Sizes = 1,
+        groups: int = 1,
         dims: int = 2,
         competition: str | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         layer = "ConvCapsules"
-        check_at_least(layer, 1, in_types=in_types, in_dim=in_dim, out_types=out_types, out_dim=out_dim)
+        check_at_least(layer, 1, in_types=in_types, in_dim=in_dim, out_types=out_types, out_dim=out_dim, groups=groups)
+        for name, types in (("in_types", in_types), ("out_types", out_types)):
+            if types % groups:
+                fail(layer, f"groups is {groups}; expected a divisor of {name} = {types}")
         self.windows = Windows.of(
             layer, dims, kernel_size=kernel_size, stride=stride, padding=padding, dilation=dilation
         )
@@ -103,21 +108,45 @@ class ConvCapsules(Layer):
             fail(layer, f"competition is {competition!r}; expected None, because routing is {routing!r} and not 'em'")
         self.in_types, self.in_dim, self.out_types, self.out_dim = in_types, in_dim, out_types, out_dim
         self.dims, self.routing = dims, routing
-        sizes = (math.prod(self.windows.kernel_size) * in_types, in_dim, out_types, out_dim)
-        _check_options(layer, routing, _LAYERS.get(routing, CapsuleLayer), options)
-        if routing in _LAYERS:
-            self.capsules = _LAYERS[routing](*sizes, **options, _layer=layer)
-        else:
-            self.capsules = CapsuleLayer(*sizes, routing, **options, _layer=layer)
         self.competition = "window"
         if routing == "em":
             self.competition = "positions" if competition is None else competition
             check_choice(layer, "competition", self.competition, ("positions", "window"))
+        _check_options(layer, routing, _LAYERS.get(routing, CapsuleLayer), options)
+        self.capsules: Any = None
+        self.parts = nn.ModuleList()
+        if groups > 1:
+            of_part: Any = (
+                in_types // groups,
+                in_dim,
+                out_types // groups,
+                out_dim,
+                kernel_size,
+                stride,
+                padding,
+                routing,
+            )
+            options |= {"dilation": dilation, "dims": dims, "competition": competition}
+            self.parts.extend(ConvCapsules(*of_part, **options) for _ in range(groups))
+            return
+        sizes = (math.prod(self.windows.kernel_size) * in_types, in_dim, out_types, out_dim)
+        if routing in _LAYERS:
+            self.capsules = _LAYERS[routing](*sizes, **options, _layer=layer)
+        else:
+            self.capsules = CapsuleLayer(*sizes, routing, **options, _layer=layer)
 
     def forward(
         self, pose: Tensor, activation: Tensor | None = None, mask: Tensor | None = None
     ) -> Tensor | tuple[Tensor, Tensor]:
         grid = self._check(pose, activation, mask)
+        if self.parts:
+            out = [
+                part(*inputs)
+                for part, *inputs in zip(self.parts, *map(self._split, (pose, activation, mask)), strict=True)
+            ]
+            if activation is None:
+                return torch.cat(out, dim=1)
+            return torch.cat([x for x, _ in out], dim=1), torch.cat([a for _, a in out], dim=1)
         fields, present = self.windows.receptive_fields, self._present(pose, mask)
         places = pose.shape[0], *self.windows.positions(grid)
         if activation is None:
@@ -143,7 +172,7 @@ class ConvCapsules(Layer):
             v: output capsules of the iteration before, of the shape of the result. None: the first iteration.
             mask: as for the layer.
         """
-        layer, capsules = "ConvCapsules", self.capsules
+        layer, capsules = "ConvCapsules", self._first
         if not hasattr(capsules, "step"):
             fail(layer, f"routing is {self.routing!r}; expected 'inverted-attention' or 'k-means', which have steps")
         places = pose.shape[0], *self.windows.positions(self._check(pose, None, mask))
@@ -152,9 +181,22 @@ class ConvCapsules(Layer):
             wanted = (pose.shape[0], self.out_types, *places[1:], *pose.shape[2 + self.dims : -1], self.out_dim)
             if v.shape != wanted:
                 fail(layer, f"v has shape {list(v.shape)}; expected {list(wanted)}, that of the result")
+        if self.parts:
+            inputs = zip(self.parts, *map(self._split, (pose, v, mask)), strict=True)
+            return torch.cat([part.step(*of_part) for part, *of_part in inputs], dim=1)
+        if v is not None:
             v = v.movedim(1, 1 + self.dims).flatten(0, self.dims)
         out = capsules.step(self.windows.receptive_fields(pose), v, self._present(pose, mask))
         return self._grid(out, places)
+
+    @property
+    def _first(self) -> Any:
+        """The layer that routes, of the first group."""
+        return self.parts[0].capsules if self.parts else self.capsules
+
+    def _split(self, x: Tensor | None) -> Sequence[Tensor | None]:
+        """What has the types, by groups."""
+        return [None] * len(self.parts) if x is None else x.chunk(len(self.parts), dim=1)
 
     def _present(self, pose: Tensor, mask: Tensor | None) -> Tensor | None:
         """The mask of the receptive fields [B · positions, N]; None if all of their positions hold capsules."""
@@ -164,7 +206,7 @@ class ConvCapsules(Layer):
 
     def _check(self, pose: Tensor, activation: Tensor | None, mask: Tensor | None) -> tuple[int, ...]:
         """Check the inputs and return the sizes of the grid."""
-        layer, capsules, axes = "ConvCapsules", self.capsules, AXES[self.dims]
+        layer, capsules, axes = "ConvCapsules", self._first, AXES[self.dims]
         by_activation = self.routing in ("em", "self-routing")
         check_tensors(layer, "pose activation? mask?", pose, activation, mask)
         last = self.dims + 3  # the dimensions of a pose that is a vector
@@ -203,6 +245,7 @@ class ConvCapsules(Layer):
 
     def extra_repr(self) -> str:
         text = f"in_types={self.in_types}, out_types={self.out_types}, {self.windows}"
+        text += f", groups={len(self.parts)}" if self.parts else ""
         return f"{text}, competition={self.competition!r}" if self.routing == "em" else text
 
 
@@ -210,6 +253,7 @@ def _check_options(layer: str, routing: str, kind: type[nn.Module], options: dic
     """Require options that are keyword arguments of the layer that routes."""
     parameters = inspect.signature(kind.__init__).parameters.values()
     allowed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and not p.name.startswith("_")]
+    allowed = [name for name in allowed if name != "process_group"]  # of a window there are few capsules
     for name in options:
         if name not in allowed:
             raise TypeError(

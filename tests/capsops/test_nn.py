@@ -13,6 +13,7 @@ from capsops import nn
 from capsops.nn.capsules import initial_deviation
 from capsops.nn.grid import Sizes
 from tests.capsops.grids import em_over_positions, windows_on
+from tests.capsops.routings import each
 
 
 @pytest.mark.parametrize("routing", nn.ROUTINGS)
@@ -302,6 +303,8 @@ def test_primary_capsules_of_no_image(layout: str) -> None:
         (lambda: nn.ConvCapsules(2, 4, 3, 5, (3, 3, 3)), r"kernel_size is \(3, 3, 3\); .* at least 1, or a tuple of 2"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5, 3, (1, 0)), r"stride is \(1, 0\)"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5, 3, 1, (True, 0)), r"padding is \(True, 0\)"),
+        (lambda: nn.ConvCapsules(2, 4, 4, 5, groups=0), "groups is 0; expected an integer of at least 1"),
+        (lambda: nn.ConvCapsules(2, 4, 3, 5, groups=2), "groups is 2; expected a divisor of out_types = 3"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5, dilation="2"), "dilation is '2'; expected an integer of at least 1, or"),
         (lambda: nn.ConvCapsules(2, 4, 3, 5, dims=4), "dims is 4; expected 1, 2 or 3"),
         (
@@ -654,6 +657,31 @@ def test_conv_capsules_on_other_grids(
     expected = _unfolded(layer, pose, activation, torch.ones(2, 2, *grid, dtype=torch.bool))
     leaves = [pose, *([] if activation is None else [activation]), layer.capsules.weight]
     _compare_with(expected, layer(pose, activation), leaves, dims)
+
+
+@pytest.mark.parametrize("routing", ["dynamic", "em", "self-routing", "k-means"])
+def test_groups_are_layers_side_by_side(routing: str) -> None:
+    grouped = nn.ConvCapsules(6, 3, 4, 5, (3, 2), 1, 1, routing, groups=2, dtype=torch.float64)
+    layers = [nn.ConvCapsules(3, 3, 2, 5, (3, 2), 1, 1, routing, dtype=torch.float64) for _ in range(2)]
+    for layer, part in zip(layers, grouped.parts, strict=True):
+        layer.load_state_dict(part.state_dict())
+    pose = torch.randn(2, 6, 4, 5, 3, dtype=torch.float64, requires_grad=True)
+    mask = torch.rand(2, 6, 4, 5) < 0.8
+    activation = [torch.rand(2, 6, 4, 5, dtype=torch.float64)] if routing in ("em", "self-routing") else [None]
+    out = grouped(pose, *activation, mask)
+    parts = [
+        layer(pose[:, 3 * i : 3 * i + 3], *[x if x is None else x[:, 3 * i : 3 * i + 3] for x in (*activation, mask)])
+        for i, layer in enumerate(layers)
+    ]
+    for x, y in zip(each(out), zip(*map(each, parts), strict=True), strict=True):
+        torch.testing.assert_close(x, torch.cat(y, dim=1), rtol=0, atol=0)
+    each(out)[0].square().sum().backward()
+    assert pose.grad is not None and (pose.grad[mask] != 0).any()
+    assert all(x.grad is not None for x in grouped.parameters())
+    if routing == "k-means":
+        steps = [layer.step(pose[:, 3 * i : 3 * i + 3], out[:, 2 * i : 2 * i + 2]) for i, layer in enumerate(layers)]
+        torch.testing.assert_close(grouped.step(pose, out), torch.cat(steps, dim=1), rtol=0, atol=0)
+    assert "groups=2" in str(grouped)
 
 
 @pytest.mark.parametrize(
