@@ -4,6 +4,7 @@
 #include <atomic>
 #include <mutex>
 #include <thread>
+#include <tuple>
 #include <vector>
 
 namespace {
@@ -40,13 +41,13 @@ int omp_get_num_threads() {
 void GOMP_parallel(void (*body)(void*), void* data, unsigned threads, unsigned) {
     Team own;
     const auto run = [&](int number) {
+        // A region may stand in another one, whose team the thread returns to.
+        const auto outer = std::tuple(team, thread_number, thread_count);
         team = &own;
         thread_number = number;
         thread_count = static_cast<int>(threads);
         body(data);
-        team = nullptr;
-        thread_number = 0;
-        thread_count = 1;
+        std::tie(team, thread_number, thread_count) = outer;
     };
     std::vector<std::thread> others;
     for (unsigned number = 1; number < threads; ++number) others.emplace_back(run, static_cast<int>(number));

@@ -17,7 +17,7 @@ template <class A, class Row> void for_each_row(int64_t rows, int64_t dim, const
     {
         A* const own = scratch.get() + 3 * dim * omp_get_thread_num();
         Steps steps(watch);
-#pragma omp for schedule(static, rows_per_task)
+#pragma omp for schedule(static, rows_per_task) nowait
         for (int64_t r = 0; r < rows; ++r)
             if (!steps.stopped()) row(r, own);
     }
