@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_IMODE
 from typing import Any, TypeVar
 
 from cardiocaps.errors import CardioCapsError, OutputError, printable
@@ -85,9 +86,13 @@ def atomic_write(path: Path, *, sync: bool = True, mode: int = 0o666) -> Iterato
     """
     with output_errors(path):
         temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.part")
-        os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode))
+        handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        permissions = S_IMODE(os.fstat(handle).st_mode)
+        os.close(handle)
         try:
             yield temporary
+            if S_IMODE(temporary.stat().st_mode) != permissions:  # some writers put a file of their own in its place
+                temporary.chmod(permissions)
             if sync:
                 with temporary.open("rb") as file:
                     os.fsync(file.fileno())

@@ -192,8 +192,11 @@ def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path: Path, monkeypatch:
 def test_a_file_is_readable_as_the_umask_says(tmp_path: Path) -> None:
     write_bytes(tmp_path / "one", b"1")
     (tmp_path / "two").write_bytes(b"2")
-    one, two = (stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("one", "two"))
-    assert one == two
+    with atomic_write(tmp_path / "three") as temporary:  # as safetensors writes
+        temporary.unlink()
+        temporary.touch(mode=0o600)
+    one, two, three = (stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("one", "two", "three"))
+    assert one == two == three
 
 
 def test_a_folder_in_the_files_place(tmp_path: Path) -> None:
