@@ -49,6 +49,8 @@ _NEWER: Mapping[str, Any] = {
     "freeze": None,
     "logger": "csv",
     "task": "both",
+    "form": "corrected",
+    "renormalise": False,
 }
 """Settings that older versions did not write, with the values that those versions ran with."""
 

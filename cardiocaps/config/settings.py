@@ -16,6 +16,9 @@ from cardiocaps.errors import ConfigError
 TRAINABLE_PHANTOM = 18
 """Fewest videos of a new phantom: with fewer, a split has no abnormal ones. (Older versions made smaller phantoms.)"""
 
+PAPER_FRAMES = 50
+"""Frames that the published code took from the beginning of each video."""
+
 _SECTIONS = {
     "data": "data",
     "preset": "model",
@@ -25,6 +28,9 @@ _SECTIONS = {
     "out": "run",
 }
 """Sections of the help, by the setting that each begins with."""
+
+_OF_MODEL = {"cardiocaps": ("routing", "affine", "primary_layout"), "em-capsnet": ("renormalise",)}
+"""Settings that one model alone has."""
 
 _CAPSULE_NETWORKS = ("cardiocaps", "em-capsnet", "efficient-capsnet")
 
@@ -92,8 +98,8 @@ class TrainConfig:
     )
     protocol: Literal["video", "paper"] = setting(
         "video",
-        "video: one label per video, split by video; paper (echonet-lvh alone): one per row of the table, split by "
-        "frame, which leaks",
+        "video: one label per video, split by video; paper (echonet-lvh alone): one per row of the table, the first 50 "
+        "frames, split by frame with equal shares of the classes, which leaks",
     )
     split: Literal["auto", "column", "stratified", "frames"] = setting(
         "auto",
@@ -117,7 +123,9 @@ class TrainConfig:
         bounds=(-1e9, 1e9),
     )
     follow_links: bool = setting(False, "follow links that lead out of the data folder", affects="machine")
-    frames_per_clip: int | None = setting(None, "frames taken from a video; none: the preset's", bounds=(1, 10_000))
+    frames_per_clip: int | None = setting(
+        None, "frames taken from a video; none: the preset's, or 50 in the paper protocol", bounds=(1, 10_000)
+    )
     frame_choice: Literal["spread", "first"] | None = setting(
         None, "frames spread evenly over the video, or its first; none: first in the paper protocol, else spread"
     )
@@ -129,6 +137,11 @@ class TrainConfig:
     preset: Literal["tiny", "small", "paper"] = setting("tiny", "size of the network and its training")
     model: _Model = setting(
         "cardiocaps", "the network: CardioCaps, or one that the paper compares it with", affects="shape"
+    )
+    form: Literal["corrected", "published"] = setting(
+        "corrected",
+        "published: network and loss as in the code published with the paper, where it differs (docs/experiments.md)",
+        affects="shape",
     )
     task: Literal["both", "classification", "regression"] = setting(
         "both",
@@ -144,6 +157,11 @@ class TrainConfig:
         affects="shape",
     )
     iterations: int = setting(3, "iterations of dynamic and EM routing", affects="shape", bounds=(1, 10))
+    renormalise: bool = setting(
+        False,
+        "EM routing as some implementations have it: activations do not weigh the votes (model em-capsnet)",
+        affects="shape",
+    )
     primary_layout: Literal["channels", "legacy"] = setting(
         "channels",
         "capsules of CardioCaps: channels: the neurons of one location; legacy: as in the published code",
@@ -152,7 +170,9 @@ class TrainConfig:
     decoder_mask: Literal["label", "predicted"] = setting("label", "class capsule that the decoder sees in training")
 
     class_weight: Literal["balanced", "proportion", "none"] = setting(
-        "balanced", "weight of a class: n / (2 n_c), n_c / n (as eq. 2 is printed), or one"
+        "balanced",
+        "weight of a class: n / (2 n_c) for its samples; proportion: p_c = n_c / n, in a margin loss for its capsule "
+        "(eq. 2 as it is printed); or one",
     )
     reconstruction_weight: float = setting(
         0.0005, "weight of the squared error of the reconstruction, summed over an image", bounds=(0, 1000)
@@ -247,13 +267,13 @@ class TrainConfig:
             )
         if self.protocol == "paper" and self.split != "auto":
             raise ConfigError(f"split is {self.split!r}; expected auto, because protocol paper is split by frame")
-        if self.model != "cardiocaps":
-            for name in ("routing", "affine", "primary_layout"):
+        for owner, its_own in _OF_MODEL.items():
+            for name in () if self.model == owner else its_own:
                 value, default = getattr(self, name), options()[name].default
                 if value != default:
                     raise ConfigError(
-                        f"{name} is {value!r}; expected {default}, because only model cardiocaps has this setting and "
-                        f"model is {self.model!r}"
+                        f"{name} is {shown(value)}; expected {default}, because only model {owner} has this setting "
+                        f"and model is {self.model!r}"
                     )
         self._check_task()
         part = "primary" if self.model in _CAPSULE_NETWORKS else "backbone"
@@ -303,12 +323,16 @@ class TrainConfig:
 
     def resolved(self) -> "TrainConfig":
         """The same configuration with the preset's values and the run's folder in place of None."""
-        unset = [name for name in TRAINING_DEFAULTS if getattr(self, name) is None]
+        unset = {name: getattr(self.network, name) for name in TRAINING_DEFAULTS if getattr(self, name) is None}
+        if self.protocol == "paper" and "frames_per_clip" in unset:
+            unset["frames_per_clip"] = PAPER_FRAMES
         network: str = self.model
         if self.model == "cardiocaps":
             network = self.routing if self.affine == "matrices" else f"{self.routing}-{self.affine}"
+        if self.form != "corrected":
+            network = f"{network}-{self.form}"
         out = self.out or self.resume or Path("runs", f"{self.preset}-{network}-seed{self.seed}")
-        return replace(self, out=out, **{name: getattr(self.network, name) for name in unset})
+        return replace(self, out=out, **unset)
 
     def as_dict(self) -> dict[str, bool | int | float | str | dict[str, float] | None]:
         """Plain values, paths as text: what a checkpoint can hold and `TrainConfig(**values)` takes back."""

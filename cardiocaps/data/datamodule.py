@@ -190,7 +190,12 @@ class EchoDataModule(LightningDataModule):
         self.num_workers, self.pin_memory, self.channels_last = num_workers, pin_memory, channels_last
         self.predicted = "test"  # the split that `predict_dataloader` gives
         counts = [len(cached.frames[clip.path].numbers) for clip in study.clips]
-        items = splits.frame_items([c.split for c in study.clips], counts, seed if split_seed is None else split_seed)
+        items = splits.frame_items(
+            [clip.split for clip in study.clips],
+            counts,
+            [clip.label for clip in study.clips],
+            seed if split_seed is None else split_seed,
+        )
         self._datasets = {
             split: FrameDataset(cached, study.clips_in(split), items[split], target, seed, train=split == "train")
             for split in splits.SPLITS

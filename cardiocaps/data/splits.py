@@ -174,12 +174,16 @@ def warn_of_leak(what: str) -> None:
     warnings.warn(f"{what} leaks: frames of one video land in training and in test; {advice}", stacklevel=3)
 
 
-def frame_items(clip_splits: Sequence[str], counts: Sequence[int], seed: int) -> dict[str, NDArray[np.int64]]:
+def frame_items(
+    clip_splits: Sequence[str], counts: Sequence[int], labels: Sequence[int], seed: int
+) -> dict[str, NDArray[np.int64]]:
     """The frames of each split.
 
     Args:
-        clip_splits: split of each clip. The frames of all `MIXED` clips are split at random by `PAPER_SHARES`.
+        clip_splits: split of each clip. The frames of all `MIXED` clips are split at random by `PAPER_SHARES`, in each
+            class by itself, as the published code does.
         counts: number of frames of each clip.
+        labels: of each clip.
         seed: of the random numbers.
 
     Returns:
@@ -192,9 +196,15 @@ def frame_items(clip_splits: Sequence[str], counts: Sequence[int], seed: int) ->
         items[split] = np.array(pairs, np.int64).reshape(-1, 2)
     pool = items.pop(MIXED)
     if len(pool):
-        order = np.random.default_rng(seed).permutation(len(pool))
-        for split, part in zip(SPLITS, _cut(order, PAPER_SHARES), strict=True):
-            items[split] = pool[np.sort(part)]
+        mixed = np.array([label for clip, label in zip(clip_splits, labels, strict=True) if clip == MIXED])
+        label = mixed[pool[:, 0]]
+        dealt: dict[str, list[NDArray[np.int64]]] = {split: [] for split in SPLITS}
+        for value in np.unique(label).tolist():
+            members = np.flatnonzero(label == value)
+            order = np.random.default_rng([seed, value]).permutation(members)
+            for split, part in zip(SPLITS, _cut(order, PAPER_SHARES), strict=True):
+                dealt[split].append(part)
+        items |= {split: pool[np.sort(np.concatenate(parts))] for split, parts in dealt.items()}
     return items
 
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from capsops import affine_votes, coupling_coefficients
 from capsops.nn import CapsuleLayer
 from cardiocaps.explanation.grid import Grid
+from cardiocaps.models.affine import AffineLayer
 from cardiocaps.models.cardiocaps import CardioCaps
 
 _CHUNK = 1 << 20
@@ -49,6 +50,9 @@ def contributions(layer: CapsuleLayer, u: Tensor) -> tuple[Tensor, Tensor]:
     step = max(1, _CHUNK // max(B * J * D, 1))
     with torch.no_grad():
         v = layer(u)
+        input_weight = None
+        if isinstance(layer, AffineLayer):
+            u, input_weight = layer.operands(u)
         length = v.norm(dim=2, keepdim=True)
         direction = torch.where(length > 0, v / length, 0)
         couplings = None
@@ -74,6 +78,8 @@ def contributions(layer: CapsuleLayer, u: Tensor) -> tuple[Tensor, Tensor]:
                 sent[:, part] = torch.einsum("bnjd,bnjd,bjd->bnj", c, votes, direction)
             else:
                 sent[:, part] = couplings[:, part] * torch.einsum("bnjd,bjd->bnj", votes, direction)
+        if input_weight is not None:
+            sent *= input_weight[:, :, None]
     return sent, v
 
 

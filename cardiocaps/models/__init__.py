@@ -97,7 +97,8 @@ def is_frozen(config: TrainConfig, name: str) -> bool:
 def title(config: TrainConfig) -> str:
     """What tables call the network of a run."""
     model = MODELS[config.model]
-    return model.title if model.title_of is None else model.title_of(config)
+    name = model.title if model.title_of is None else model.title_of(config)
+    return f"{name}, as published" if _published(config) else name
 
 
 def _cardiocaps(config: TrainConfig, regression_start: float) -> nn.Module:
@@ -110,6 +111,7 @@ def _cardiocaps(config: TrainConfig, regression_start: float) -> nn.Module:
         primary_layout=config.primary_layout,
         affine=config.affine,
         regression_start=regression_start,
+        published=_published(config),
     )
 
 
@@ -121,13 +123,34 @@ def _cardiocaps_title(config: TrainConfig) -> str:
 def _em_capsnet(config: TrainConfig, _: float) -> nn.Module:
     from cardiocaps.models.em_capsnet import EMCapsNet
 
-    return EMCapsNet(config.network, iterations=config.iterations)
+    return EMCapsNet(
+        config.network,
+        iterations=config.iterations,
+        renormalise=config.renormalise,
+        published=_published(config),
+    )
 
 
 def _cnn(config: TrainConfig, _: float) -> nn.Module:
     from cardiocaps.models.cnn import CNN
 
-    return CNN(config.network, pooled=config.model == "cnn-1")
+    return CNN(config.network, pooled=config.model == "cnn-1", published=_published(config))
+
+
+def _efficient_capsnet(config: TrainConfig, _: float) -> nn.Module:
+    from cardiocaps.models.efficient_capsnet import EfficientCapsNet
+
+    return EfficientCapsNet(config.network, published=_published(config))
+
+
+def _unet(config: TrainConfig, _: float) -> nn.Module:
+    from cardiocaps.models.monai_networks import PublishedUNet, UNet
+
+    return PublishedUNet(config.network) if _published(config) else UNet(config.network)
+
+
+def _published(config: TrainConfig) -> bool:
+    return config.form == "published"
 
 
 def _by_size(module: str, name: str) -> Callable[[TrainConfig, float], nn.Module]:
@@ -151,17 +174,22 @@ def _capsule_loss(config: TrainConfig, class_weights: Tensor | None) -> nn.Modul
         class_weights,
         reconstruction_weight=config.reconstruction_weight,
         regression_weight=config.regression_weight,
+        weigh="capsule" if config.class_weight == "proportion" else "sample",
+        # The published code averages over the classes where it does not weigh them.
+        mean_over_classes=_published(config) and config.class_weight == "none",
     )
 
 
-def _loss(name: str) -> Callable[[TrainConfig, Tensor | None], nn.Module]:
-    """Builds the class `name` of `cardiocaps.models.losses`, which takes the class weights alone."""
+def _spread_loss(_: TrainConfig, class_weights: Tensor | None) -> nn.Module:
+    from cardiocaps.models.losses import SpreadLoss
 
-    def build(_: TrainConfig, class_weights: Tensor | None) -> nn.Module:
-        loss: nn.Module = getattr(import_module(f"{__name__}.losses"), name)(class_weights)
-        return loss
+    return SpreadLoss(class_weights)
 
-    return build
+
+def _cross_entropy(config: TrainConfig, class_weights: Tensor | None) -> nn.Module:
+    from cardiocaps.models.losses import CrossEntropyLoss
+
+    return CrossEntropyLoss(class_weights, divided=_published(config))
 
 
 MODELS: Mapping[str, Model] = {
@@ -176,35 +204,36 @@ MODELS: Mapping[str, Model] = {
     "em-capsnet": Model(
         "EM-CapsNet",
         _em_capsnet,
-        _loss("SpreadLoss"),
+        _spread_loss,
+        settings=("renormalise",),
         freezable={"primary": ("conv", "pose", "activation")},
     ),
     "efficient-capsnet": Model(
         "Efficient-CapsNet",
-        _by_size("efficient_capsnet", "EfficientCapsNet"),
+        _efficient_capsnet,
         _capsule_loss,
         freezable={"primary": ("convolutions", "primary")},
     ),
-    "cnn-1": Model("CNN-(1)", _cnn, _loss("CrossEntropyLoss"), freezable={"backbone": ("features",)}),
-    "cnn-2": Model("CNN-(2)", _cnn, _loss("CrossEntropyLoss"), freezable={"backbone": ("features",)}),
+    "cnn-1": Model("CNN-(1)", _cnn, _cross_entropy, freezable={"backbone": ("features",)}),
+    "cnn-2": Model("CNN-(2)", _cnn, _cross_entropy, freezable={"backbone": ("features",)}),
     "resnet18": Model(
         "ResNet18",
         _by_size("monai_networks", "ResNet18"),
-        _loss("CrossEntropyLoss"),
+        _cross_entropy,
         freezable={
             "backbone": tuple(f"network.{name}" for name in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4"))
         },
     ),
     "unet": Model(
         "U-Net",
-        _by_size("monai_networks", "UNet"),
-        _loss("CrossEntropyLoss"),
+        _unet,
+        _cross_entropy,
         freezable={"backbone": ("network",)},
     ),
     "vit": Model(
         "ViT",
         _by_size("monai_networks", "ViT"),
-        _loss("CrossEntropyLoss"),
+        _cross_entropy,
         freezable={"backbone": tuple(f"network.{name}" for name in ("patch_embedding", "blocks", "norm", "cls_token"))},
     ),
 }

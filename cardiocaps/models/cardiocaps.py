@@ -7,12 +7,14 @@ decoder 32 → 512 → 1024 → 3·256·256; regression from the reconstruction.
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor, nn
 
 from capsops.functional import float32
 from capsops.nn import CapsuleLayer, PrimaryCapsules
 from cardiocaps.config import Preset
+from cardiocaps.models.affine import ConstantVotes, PublishedConvolution
 from cardiocaps.models.decoder import Decoder, seen_class
 from cardiocaps.models.prediction import (
     CLASSES,
@@ -36,11 +38,16 @@ class CardioCaps(nn.Module):
         primary_layout: see `capsops.nn.PrimaryCapsules`.
         affine: what makes the votes (table III of the paper). "matrices": a learned matrix for each primary capsule and
             class. "convolution": a learned 1×1 convolution, that is one matrix for all primary capsules. "constant":
-            2 / N everywhere, not learned. Under uniform routing a class capsule is then the squashed mean of its votes.
-            (With ones in place of 2 / N it would be their sum, which saturates the squash.) Constant votes are the
-            same for every class, so dynamic and uniform routing give equal class capsules and cannot classify;
-            attention routing can still weigh the classes differently.
+            ones, not learned. The vote of a capsule is then the sum of its numbers, the same for every class and in
+            every component, so dynamic and uniform routing give equal class capsules and cannot classify. Attention
+            routing can: its couplings depend on the vote. A class capsule is there the mean of the coupled votes times
+            J = 2 before the squash (every capsule weighs 2 / N), because their sum would saturate the squash. The ones
+            themselves are not divided by N: the couplings would then hardly depend on the image, the order of the two
+            lengths would be that of the biases, and every image would get the same class.
         regression_start: bias with which the regression head starts, best the mean of the targets.
+        published: as in the code published with the paper, where it differs: a linear decoder; affine "convolution" is
+            a 1×1 convolution from one channel to two, x̂_j = w_j u + b_j, whose two numbers for each component of a
+            capsule are repeated to fill the class capsule's (4 parameters in all); "constant" is 0.01 everywhere.
 
     Shape: image [B, 9, S, S] in [0, 1] and, in training, label [B] int64 -> `Prediction`, in all its parts.
 
@@ -57,6 +64,7 @@ class CardioCaps(nn.Module):
         primary_layout: str = "channels",
         affine: str = "matrices",
         regression_start: float = 0.0,
+        published: bool = False,
     ) -> None:
         super().__init__()
         self.size = sizes.size
@@ -76,24 +84,20 @@ class CardioCaps(nn.Module):
             sizes.primary_stride,
             layout=primary_layout,
         )
-        self.classes = CapsuleLayer(
-            sizes.primary_types * side * side,
-            sizes.primary_dim,
-            CLASSES,
-            sizes.out_dim,
-            routing,
-            iterations=iterations,
-            bias=routing == "attention",
-            detach=routing == "dynamic",
-            shared=affine != "matrices",
-        )
+        capsules, dim, out_dim = sizes.primary_types * side * side, sizes.primary_dim, sizes.out_dim
+        options: dict[str, Any] = {
+            "iterations": iterations,
+            "bias": routing == "attention",
+            "detach": routing == "dynamic",
+        }
         if affine == "constant":
-            value = CLASSES / self.classes.in_capsules
-            constant = torch.full_like(self.classes.weight, value, requires_grad=False)
-            del self.classes.weight
-            # Not part of checkpoints, so that loading cannot change it.
-            self.classes.register_buffer("weight", constant, persistent=False)
-        self.decoder = Decoder(sizes.out_dim, sizes.decoder, sizes.size)
+            self.classes: CapsuleLayer = ConstantVotes(capsules, dim, out_dim, routing, published=published, **options)
+        elif affine == "convolution" and published:
+            self.classes = PublishedConvolution(capsules, dim, out_dim, routing, **options)
+        else:
+            shared = affine == "convolution"
+            self.classes = CapsuleLayer(capsules, dim, CLASSES, out_dim, routing, shared=shared, **options)
+        self.decoder = Decoder(out_dim, sizes.decoder, sizes.size, linear=published)
         self.regression = nn.Linear(RECONSTRUCTED_CHANNELS * sizes.size**2, 1)
         nn.init.constant_(self.regression.bias, regression_start)
 

@@ -25,6 +25,7 @@ class CNN(nn.Module):
     Args:
         sizes: of the image; also kernels and strides of the first two convolutions, which are those of CardioCaps.
         pooled: True for CNN-(1), False for CNN-(2).
+        published: as in the published code: the pooling of CNN-(1) has no padding, and CNN-(2) does not pool at all.
 
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with logits; label is ignored.
 
@@ -32,7 +33,7 @@ class CNN(nn.Module):
         ValueError: an image of another shape.
     """
 
-    def __init__(self, sizes: Preset, *, pooled: bool) -> None:
+    def __init__(self, sizes: Preset, *, pooled: bool, published: bool = False) -> None:
         super().__init__()
         self.size = sizes.size
         first, second, last = _CHANNELS
@@ -40,7 +41,7 @@ class CNN(nn.Module):
         side = (side - sizes.primary_kernel) // sizes.primary_stride + 1
 
         def pooling() -> nn.Module:
-            return nn.MaxPool2d(3, stride=1, padding=1)
+            return nn.MaxPool2d(3, stride=1, padding=0 if published else 1)
 
         self.features = nn.Sequential(
             nn.Conv2d(IN_CHANNELS, first, sizes.conv_kernel, sizes.conv_stride),
@@ -51,7 +52,7 @@ class CNN(nn.Module):
             pooling() if pooled else nn.Identity(),
             nn.Conv2d(second, last, 1),
             nn.ReLU(),
-            nn.AdaptiveMaxPool2d(1) if pooled else pooling(),
+            nn.AdaptiveMaxPool2d(1) if pooled else nn.Identity() if published else pooling(),
             nn.Flatten(),
         )
         self.classifier = nn.Sequential(

@@ -15,11 +15,12 @@ class Decoder(nn.Sequential):
         capsule_dim: D.
         hidden: units of the first two layers.
         size: S.
+        linear: without the logistic function at the end, as in the code published with CardioCaps.
 
-    Shape: capsules [B, 2, D], seen int64 [B], the class of the capsule -> [B, 3, S, S] in [0, 1].
+    Shape: capsules [B, 2, D], seen int64 [B], the class of the capsule -> [B, 3, S, S] in [0, 1]; unbounded if linear.
     """
 
-    def __init__(self, capsule_dim: int, hidden: tuple[int, int], size: int) -> None:
+    def __init__(self, capsule_dim: int, hidden: tuple[int, int], size: int, *, linear: bool = False) -> None:
         first, second = hidden
         super().__init__(
             nn.Linear(CLASSES * capsule_dim, first),
@@ -27,7 +28,7 @@ class Decoder(nn.Sequential):
             nn.Linear(first, second),
             nn.ReLU(),
             nn.Linear(second, RECONSTRUCTED_CHANNELS * size**2),
-            nn.Sigmoid(),
+            nn.Identity() if linear else nn.Sigmoid(),
         )
         self.size = size
 

@@ -37,6 +37,7 @@ _SHARPNESS = 3.0
 # Standard deviation of the noise on the transformation matrices, and of the poses of the primary capsules.
 _NOISE, _SPREAD = 0.25, 1.0
 _BETA_U = 1.0
+_PUBLISHED_LAMBDA = 1e-3
 
 
 class EMCapsNet(nn.Module):
@@ -46,6 +47,10 @@ class EMCapsNet(nn.Module):
         sizes: of the image. Above 128 pixels the convolution has stride 2 and there are 32 types of capsules in a
             layer, the paper's; else it has stride 3 and there are 8.
         iterations: of EM routing.
+        renormalise: see `capsops.em_routing`. Activations then do not weigh the votes.
+        published: as in the published code: 8 channels and 8 types at every size; a convolution with bias, stride 2 and
+            padding; coordinates on the first two elements of the pose; random matrices without the identity; λ from
+            0.001 on (by its schedule) and β at 0. Its votes are many and its λ small, so that it hardly learns.
 
     Shape: image [B, 9, S, S] in [0, 1] -> `Prediction` with activations and poses [B, 2, 16]; label is ignored.
 
@@ -53,21 +58,28 @@ class EMCapsNet(nn.Module):
         ValueError: an image of another shape, or a preset whose images are too small.
     """
 
-    def __init__(self, sizes: Preset, *, iterations: int = 3) -> None:
+    def __init__(
+        self, sizes: Preset, *, iterations: int = 3, renormalise: bool = False, published: bool = False
+    ) -> None:
         super().__init__()
         self.size = sizes.size
-        stride, self.types = (2, 32) if sizes.size > 128 else (3, 8)
-        first = (sizes.size - 5) // stride + 1
+        stride, self.types = (2, 8) if published else (2, 32) if sizes.size > 128 else (3, 8)
+        channels, padding = (8, 2) if published else (_CHANNELS, 0)
+        first = (sizes.size + 2 * padding - 5) // stride + 1
         side = (first - 3) // 2 + 1 - 2
         if side < 1:
             raise ValueError(f"EMCapsNet: images of {sizes.size} pixels leave no capsule; they need at least 23")
         self.conv = nn.Sequential(
-            nn.Conv2d(IN_CHANNELS, _CHANNELS, 5, stride, bias=False), nn.BatchNorm2d(_CHANNELS), nn.ReLU()
+            nn.Conv2d(IN_CHANNELS, channels, 5, stride, padding, bias=published), nn.BatchNorm2d(channels), nn.ReLU()
         )
-        self.pose = nn.Conv2d(_CHANNELS, self.types * POSE**2, 1)
-        self.activation = nn.Conv2d(_CHANNELS, self.types, 1)
+        self.pose = nn.Conv2d(channels, self.types * POSE**2, 1)
+        self.activation = nn.Conv2d(channels, self.types, 1)
         # The mean square of normalised features after ReLU is one half.
-        nn.init.normal_(self.pose.weight, std=_SPREAD * (2 / _CHANNELS) ** 0.5)
+        nn.init.normal_(self.pose.weight, std=_SPREAD * (2 / channels) ** 0.5)
+
+        def temperature(in_capsules: int, out_capsules: int) -> float:
+            return _PUBLISHED_LAMBDA if published else _inverse_temperature(in_capsules, out_capsules)
+
         grids = []
         for step in (2, 1):
             layer = ConvCapsules(
@@ -80,17 +92,20 @@ class EMCapsNet(nn.Module):
                 routing="em",
                 competition="window",
                 iterations=iterations,
-                inverse_temperature=_inverse_temperature(3 * 3 * self.types, self.types),
+                inverse_temperature=temperature(3 * 3 * self.types, self.types),
+                renormalise=renormalise,
             )
             assert isinstance(layer.capsules, EMCapsules)
-            _start(layer.capsules.weight, layer.capsules.beta_u)
+            _start(layer.capsules.weight, layer.capsules.beta_u, published)
             grids.append(layer)
         self.grids = nn.ModuleList(grids)
         self.classes = ClassCapsules(
             self.types,
             CLASSES,
             iterations=iterations,
-            inverse_temperature=_inverse_temperature(side**2 * self.types, CLASSES),
+            inverse_temperature=temperature(side**2 * self.types, CLASSES),
+            renormalise=renormalise,
+            published=published,
         )
 
     def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
@@ -116,6 +131,9 @@ class ClassCapsules(nn.Module):
         out_capsules: J.
         iterations: see `capsops.em_routing`.
         inverse_temperature: see `capsops.em_routing`.
+        renormalise: see `capsops.em_routing`.
+        published: add the coordinates to the first two elements of the vote's first row, as the published code does,
+            and start as it does.
 
     Parameters: weight [T, 4, J, 4], beta_u [J] and beta_a [J].
 
@@ -125,24 +143,36 @@ class ClassCapsules(nn.Module):
     place_row: Tensor
 
     def __init__(
-        self, in_types: int, out_capsules: int, *, iterations: int = 3, inverse_temperature: float = 0.01
+        self,
+        in_types: int,
+        out_capsules: int,
+        *,
+        iterations: int = 3,
+        inverse_temperature: float = 0.01,
+        renormalise: bool = False,
+        published: bool = False,
     ) -> None:
         super().__init__()
-        self.iterations, self.inverse_temperature = iterations, inverse_temperature
+        self.iterations, self.inverse_temperature, self.renormalise = iterations, inverse_temperature, renormalise
+        # (row, column) of the pose's further columns that the two coordinates are put in.
+        self.places = ((0, 0), (0, 1)) if published else ((0, 0), (1, 0))
         self.weight = nn.Parameter(torch.empty(in_types, POSE, out_capsules, POSE))
         self.beta_u = nn.Parameter(torch.empty(out_capsules))
         self.beta_a = nn.Parameter(torch.zeros(out_capsules))
-        _start(self.weight, self.beta_u)
-        row = torch.zeros(in_types, 1, out_capsules, POSE)
-        row[..., -1] = 1
+        _start(self.weight, self.beta_u, published)
+        added = 2 if published else 1
+        row = torch.zeros(in_types, added, out_capsules, POSE)
+        for k in range(added):
+            row[:, k, :, k if published else -1] = 1
         self.register_buffer("place_row", row, persistent=False)
 
     def forward(self, pose: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
         B, T, H, W = activation.shape
-        place = pose.new_zeros(H, W, POSE, 1)
-        place[:, :, 0, 0] = _centres(H, pose)[:, None]
-        place[:, :, 1, 0] = _centres(W, pose)
-        pose = torch.cat([pose, place.expand(B, T, H, W, POSE, 1)], dim=-1)
+        added = self.place_row.shape[1]
+        place = pose.new_zeros(H, W, POSE, added)
+        for (row, column), centres in zip(self.places, (_centres(H, pose)[:, None], _centres(W, pose)), strict=True):
+            place[:, :, row, column] = centres
+        pose = torch.cat([pose, place.expand(B, T, H, W, POSE, added)], dim=-1)
         weight = torch.cat([self.weight, self.place_row], dim=1)
         weight = weight[:, None].expand(T, H * W, *weight.shape[1:])
         return em_routing(
@@ -153,6 +183,7 @@ class ClassCapsules(nn.Module):
             self.beta_a,
             self.iterations,
             inverse_temperature=self.inverse_temperature,
+            renormalise=self.renormalise,
         )
 
 
@@ -165,8 +196,12 @@ def _inverse_temperature(in_capsules: int, out_capsules: int) -> float:
     return _SHARPNESS * out_capsules / in_capsules
 
 
-def _start(weight: Tensor, beta_u: Tensor) -> None:
-    """Start every matrix of [N, 4, J, 4] as the identity with noise."""
+def _start(weight: Tensor, beta_u: Tensor, published: bool = False) -> None:
+    """Start every matrix of [N, 4, J, 4] as the identity with noise; as noise alone in the published form."""
+    if published:
+        nn.init.normal_(weight)
+        nn.init.zeros_(beta_u)
+        return
     nn.init.normal_(weight, std=_NOISE)
     with torch.no_grad():
         weight += torch.eye(POSE, device=weight.device)[:, None, :]

@@ -5,7 +5,8 @@ paper). The networks that it is compared with have spread loss or cross-entropy.
 
 A loss is a module that is called with (scores, labels, reconstruction, image, prediction, target); the last four are
 optional. It returns a dict of scalars, in which "loss" is minimised; its attribute `parts` names all of them. The loss
-of a sample is multiplied by the weight of its class; the weights do not divide the mean.
+of a sample is multiplied by the weight of its class; the weights do not divide the mean. One mode differs: with class
+weights "proportion" the margin loss weighs the term of each capsule, as the formula of eq. 2 has it.
 
 Inputs are converted to float32, because the squares of small margins underflow in half precision. Autocast does not
 lower any operation used here. No function reads a value from a tensor, which on a GPU would stall the training step.
@@ -17,10 +18,18 @@ import torch
 from torch import Tensor, nn
 
 ClassWeight = Literal["balanced", "proportion", "none"]
+Weigh = Literal["sample", "capsule"]
 
 
-def margin_loss(lengths: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
-    """Margin loss: the sum over classes of eq. 1, weighted by the class of the sample (eq. 2), averaged over the batch.
+def margin_loss(
+    lengths: Tensor,
+    labels: Tensor,
+    class_weight: Tensor | None = None,
+    *,
+    weigh: Weigh = "sample",
+    mean_over_classes: bool = False,
+) -> Tensor:
+    """Margin loss: the sum over classes of eq. 1, weighted (eq. 2) and averaged over the batch.
 
     A capsule of the true class has no loss from length 0.9 on, another one up to length 0.1; the others weigh half.
 
@@ -30,6 +39,10 @@ def margin_loss(lengths: Tensor, labels: Tensor, class_weight: Tensor | None = N
         lengths: floating [B, J], lengths of the class capsules.
         labels: int64 [B] in 0 … J-1.
         class_weight: [J], or None for ones.
+        weigh: "sample": the whole loss of a sample has the weight of its label; "capsule": the term of class k has
+            weight k whatever the label, Σ_k p_k L_k, as eq. 2 is printed.
+        mean_over_classes: average over the classes instead of the sum, as the published code does without weights.
+            (The reconstruction then weighs J times as much in comparison.)
 
     Returns:
         A scalar of float32 (float64 for float64).
@@ -38,8 +51,11 @@ def margin_loss(lengths: Tensor, labels: Tensor, class_weight: Tensor | None = N
     present = torch.zeros_like(lengths).scatter(1, labels[:, None], 1.0)
     too_short = (0.9 - lengths).clamp(min=0).square()
     too_long = (lengths - 0.1).clamp(min=0).square()
-    loss = (present * too_short + 0.5 * (1 - present) * too_long).sum(dim=1)
-    return _weighted_mean(loss, labels, class_weight)
+    terms = present * too_short + 0.5 * (1 - present) * too_long
+    if weigh == "capsule" and class_weight is not None:
+        terms = terms * class_weight.to(terms.dtype)
+    loss = terms.mean(dim=1) if mean_over_classes else terms.sum(dim=1)
+    return _weighted_mean(loss, labels, class_weight if weigh == "sample" else None)
 
 
 def spread_loss(
@@ -55,14 +71,21 @@ def spread_loss(
     return _weighted_mean((too_close * others).sum(dim=1), labels, class_weight)
 
 
-def cross_entropy_loss(logits: Tensor, labels: Tensor, class_weight: Tensor | None = None) -> Tensor:
+def cross_entropy_loss(
+    logits: Tensor, labels: Tensor, class_weight: Tensor | None = None, *, divided: bool = False
+) -> Tensor:
     """Cross-entropy averaged over the batch.
 
-    `logits` is floating [B, J]; all else as in `margin_loss`. (`torch.nn.functional.cross_entropy` with `weight`
-    divides by the weights of the batch, so a batch of only one class would weigh as much as one of the other class.)
+    `logits` is floating [B, J]; all else as in `margin_loss`.
+
+    Args:
+        divided: divide by the sum of the weights of the batch instead of its size, as the published code does. A batch
+            of only one class then weighs as much as one of the other class.
     """
-    loss = nn.functional.cross_entropy(_at_least_float32(logits), labels, reduction="none")
-    return _weighted_mean(loss, labels, class_weight)
+    logits = _at_least_float32(logits)
+    if divided and class_weight is not None:
+        return nn.functional.cross_entropy(logits, labels, class_weight.to(logits.dtype))
+    return _weighted_mean(nn.functional.cross_entropy(logits, labels, reduction="none"), labels, class_weight)
 
 
 def class_weights(counts: Tensor, mode: ClassWeight = "balanced") -> Tensor:
@@ -70,8 +93,9 @@ def class_weights(counts: Tensor, mode: ClassWeight = "balanced") -> Tensor:
 
     Args:
         counts: [J].
-        mode: "balanced": n / (J n_c), so that every class has the same total weight; "proportion": n_c / n, eq. 2 as it
-            is printed, which favours the larger class; "none": ones.
+        mode: "balanced": n / (J n_c), so that every class has the same total weight; "proportion": p_c = n_c / n of
+            eq. 2, where it is the weight of a capsule (`weigh` of `margin_loss`) and favours the larger class; "none":
+            ones.
     """
     count = counts.double()
     if mode == "none":
@@ -126,7 +150,10 @@ class _ClassWeighted(nn.Module):
 
 
 class CardioCapsLoss(_ClassWeighted):
-    """The loss of CardioCaps: margin · class weight + reconstruction + λ_reg · regression (eq. 2)."""
+    """The loss of CardioCaps: margin · class weight + reconstruction + λ_reg · regression (eq. 2).
+
+    `weigh` and `mean_over_classes` are those of `margin_loss`.
+    """
 
     parts: ClassVar[tuple[str, ...]] = ("loss", "margin", "reconstruction", "regression")
 
@@ -136,9 +163,13 @@ class CardioCapsLoss(_ClassWeighted):
         *,
         reconstruction_weight: float = 0.0005,
         regression_weight: float = 0.05,
+        weigh: Weigh = "sample",
+        mean_over_classes: bool = False,
     ) -> None:
         super().__init__(class_weight)
         self.reconstruction_weight, self.regression_weight = reconstruction_weight, regression_weight
+        self.weigh: Weigh = weigh
+        self.mean_over_classes = mean_over_classes
 
     def forward(
         self,
@@ -157,7 +188,9 @@ class CardioCapsLoss(_ClassWeighted):
         Returns:
             Scalars "loss" (the total), "margin", "reconstruction" (with its weight) and "regression" (without λ_reg).
         """
-        margin = margin_loss(scores, labels, self.class_weight)
+        margin = margin_loss(
+            scores, labels, self.class_weight, weigh=self.weigh, mean_over_classes=self.mean_over_classes
+        )
         reconstructed = regressed = torch.zeros_like(margin)
         if reconstruction is not None and image is not None:
             reconstructed = reconstruction_loss(reconstruction, image, weight=self.reconstruction_weight)
@@ -210,10 +243,14 @@ class SpreadLoss(_ClassWeighted):
 
 
 class CrossEntropyLoss(_ClassWeighted):
-    """Cross-entropy of logits (`cross_entropy_loss`). Reconstruction and regression are ignored."""
+    """Cross-entropy of logits (`cross_entropy_loss`, with its `divided`). Reconstruction and regression are ignored."""
+
+    def __init__(self, class_weight: Tensor | None = None, *, divided: bool = False) -> None:
+        super().__init__(class_weight)
+        self.divided = divided
 
     def forward(self, scores: Tensor, labels: Tensor, *_: Tensor | None) -> dict[str, Tensor]:
-        return {"loss": cross_entropy_loss(scores, labels, self.class_weight)}
+        return {"loss": cross_entropy_loss(scores, labels, self.class_weight, divided=self.divided)}
 
 
 def _weighted_mean(loss: Tensor, labels: Tensor, class_weight: Tensor | None) -> Tensor:

@@ -68,6 +68,46 @@ class UNet(nn.Module):
         return of_logits(self.head(self.network(image)))
 
 
+class PublishedUNet(nn.Module):
+    """The U-Net of the code published with CardioCaps, of MONAI's parts: five levels of 32 to 512 channels with two
+    convolutions each, and a head of fully connected layers on the two maps of full size.
+
+    The last layer has a ReLU on its logits, as there. A logit that starts below zero for every image has no gradient
+    and stays zero.
+    """
+
+    def __init__(self, sizes: Preset) -> None:
+        super().__init__()
+        self.size = sizes.size
+        blocks: Any = require_package("monai.networks.nets.basic_unet", "monai", "model: 'unet'")
+        first = 32
+        self.network = blocks.BasicUNet(
+            spatial_dims=2,
+            in_channels=IN_CHANNELS,
+            out_channels=CLASSES,
+            features=(first, 64, 128, 256, 512, first),
+            act="relu",
+            norm="batch",
+            bias=False,  # batch normalisation has one
+            upsample="deconv",
+        )
+        # MONAI's last step does not halve the channels.
+        self.network.upcat_1 = blocks.UpCat(2, 2 * first, first, first, "relu", "batch", False, upsample="deconv")
+        self.head = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(CLASSES * sizes.size**2, 16),
+            nn.ReLU(),
+            nn.Linear(16, 8),
+            nn.ReLU(),
+            nn.Linear(8, CLASSES),
+            nn.ReLU(),
+        )
+
+    def forward(self, image: Tensor, label: Tensor | None = None) -> Prediction:
+        check_image("UNet", image, self.size)
+        return of_logits(self.head(self.network(image)))
+
+
 class ViT(nn.Module):
     """Vision transformer (Dosovitskiy et al. 2021) of the paper's sizes: patches of 4 pixels, width 16, depth 2, 4
     heads. Its perceptrons have four times the width, as usual.

@@ -18,7 +18,9 @@ class Prediction(NamedTuple):
     scores: Tensor  # [B, 2] lengths of the class capsules, activations, or logits
     probability: Tensor  # [B] of class 1, float32
     capsules: Tensor | None = None  # [B, 2, D] class capsules
-    reconstruction: Tensor | None = None  # [B, 3, S, S] of the first three input channels, in [0, 1]
+    reconstruction: Tensor | None = (
+        None  # [B, 3, S, S] of the first three input channels; in [0, 1] unless its decoder is linear
+    )
     regression: Tensor | None = None  # [B] cm or percent
 
 

@@ -25,6 +25,9 @@ from cardiocaps.models import build, title
 from cardiocaps.models.prediction import IN_CHANNELS
 from cardiocaps.runtime.files import atomic_write, is_missing, json_text, output_errors, read_json, write_text
 
+_OF_OLDER = {"form": "corrected", "renormalise": False}
+"""Settings that folders of older versions do not hold, with the values that they have there."""
+
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 METADATA = "cardiocaps"
 """The key of a network's description in the metadata of a file; its value is JSON, as `config.json` holds it."""
@@ -242,6 +245,8 @@ def read_description(folder: Path) -> tuple[TrainConfig, dict[str, Any]]:
     path = folder / CONFIG
     description = read_json(path, _KIND, dict, CheckpointError)
     settings, sizes = description.get("settings"), description.get("sizes")
+    if isinstance(settings, dict):
+        settings = {**_OF_OLDER, **settings}
     known = {"preset", *settings_that_affect("shape")}
     if not isinstance(settings, dict) or not isinstance(sizes, dict) or not isinstance(description.get("digest"), str):
         raise CheckpointError(f"{printable(path)} is damaged: it has no settings, sizes or digest")

@@ -21,7 +21,8 @@ from cardiocaps.models import build, is_frozen, make_loss
 from cardiocaps.models.losses import SpreadLoss, class_weights
 from cardiocaps.models.prediction import RECONSTRUCTED_CHANNELS, Prediction
 
-_SHAPE_OF_OLDER = {"model": "cardiocaps", "affine": "matrices"}  # checkpoints do not hold these
+_SHAPE_OF_OLDER = {"model": "cardiocaps", "affine": "matrices", "form": "corrected", "renormalise": False}
+"""Settings that older checkpoints do not hold, with the values that they have there."""
 
 
 class Classifier(LightningModule):

@@ -100,6 +100,8 @@ def test_every_setting_can_be_given_on_the_command_line() -> None:
         argv = [option.flag, text]
         if option.kind is bool:
             argv = [option.flag if value else option.flag.replace("--", "--no-")]
+        if name == "renormalise":
+            argv += ["--model", "em-capsnet"]
         assert getattr(from_command_line(argv), name) == value, name
 
 
@@ -456,8 +458,9 @@ def test_check_resumable_compares_all_settings_except_those_that_may_differ() ->
     check_resumable(config, replace(config, epochs=99, device="cpu", threads=2, workers=1, progress=False))
     free = settings_that_affect("length", "rounding", "machine", "display", "place")
     for name in sorted(set(options()) - set(free)):
-        other = replace(config, **{name: _another(options()[name], getattr(config, name))})
-        with pytest.raises(ConfigError, match=rf"\({name} is "):
+        model = {"model": "em-capsnet"} if name == "renormalise" else {}
+        other = replace(config, **model, **{name: _another(options()[name], getattr(config, name))})
+        with pytest.raises(ConfigError, match=rf"[(;] ?{name} is "):
             check_resumable(config, other)
 
 
@@ -470,11 +473,26 @@ def test_what_a_setting_affects() -> None:
     """The shape is written to every checkpoint, and the rest decides what a resumed run may change."""
     assert settings_that_affect("shape") == (
         "model",
+        "form",
         "routing",
         "affine",
         "iterations",
+        "renormalise",
         "primary_layout",
         "regression_target",
     )
     assert set(settings_that_affect("place")) == {"out", "overwrite", "resume"}
     assert {"seed", "precision", "tf32", "bootstrap"} <= set(settings_that_affect("result"))
+
+
+def test_the_paper_protocol_takes_the_first_50_frames() -> None:
+    assert TrainConfig(protocol="paper").resolved().frames_per_clip == 50
+    assert TrainConfig(protocol="paper", preset="small", frames_per_clip=7).resolved().frames_per_clip == 7
+    assert TrainConfig().resolved().frames_per_clip == PRESETS["tiny"].frames_per_clip
+
+
+def test_renormalise_is_a_setting_of_em_capsnet_alone() -> None:
+    TrainConfig(model="em-capsnet", renormalise=True)
+    with pytest.raises(ConfigError, match="renormalise is True; expected False, because only model em-capsnet has"):
+        TrainConfig(model="vit", renormalise=True)
+    assert str(TrainConfig(form="published").resolved().out) == "runs/tiny-attention-published-seed10"

@@ -220,9 +220,11 @@ def test_pixels_for_the_baselines(shared_folder: Path, shared_cache: Path) -> No
 def test_the_paper_protocol_spreads_frames_of_one_clip(shared_folder: Path, shared_cache: Path) -> None:
     study = read_folder(shared_folder, protocol="paper")
     cached = decoded(study, shared_cache, 5, frame_choice="first")
-    data = EchoDataModule(cached, size=16, batch_size=7)
+    data = EchoDataModule(cached, size=16, batch_size=9)
     batches = {split: joined(epoch_of(data, split)) for split in ("train", "val", "test")}
-    assert [len(batch["clip"]) for batch in batches.values()] == [49, 25, 6]
+    assert [len(batch["clip"]) for batch in batches.values()] == [50, 25, 5]
+    shares = [float(batch["label"].float().mean()) for batch in batches.values()]
+    assert shares == pytest.approx([np.mean([clip.label for clip in study.clips])] * 3, abs=0.15)
     pairs = [
         (clip, frame)
         for batch in batches.values()

@@ -67,7 +67,7 @@ def test_three_videos_of_a_class_reach_every_split(count: int, seed: int) -> Non
 
 
 def test_frames_follow_their_clip() -> None:
-    items = splits.frame_items(["val", "train", "val", "test"], [1, 2, 2, 1], seed=0)
+    items = splits.frame_items(["val", "train", "val", "test"], [1, 2, 2, 1], [0, 1, 1, 0], seed=0)
     assert {split: pairs.tolist() for split, pairs in items.items()} == {
         "train": [[0, 0], [0, 1]],
         "val": [[0, 0], [1, 0], [1, 1]],
@@ -76,15 +76,29 @@ def test_frames_follow_their_clip() -> None:
 
 
 def test_the_paper_deals_out_frames() -> None:
-    items = splits.frame_items([splits.MIXED] * 10, [50] * 10, seed=3)
+    labels = [0, 0, 1, 0, 0, 0, 0, 1, 0, 0]
+    items = splits.frame_items([splits.MIXED] * 10, [50] * 10, labels, seed=3)
     assert [len(items[split]) for split in splits.SPLITS] == [300, 160, 40]
+    abnormal = [sum(labels[clip] for clip in items[split][:, 0]) for split in splits.SPLITS]
+    assert abnormal == [60, 32, 8], "the same share in every split"
     everything = np.concatenate([items[split] for split in splits.SPLITS])
     assert len({(int(clip), int(frame)) for clip, frame in everything}) == 500
     assert set(items["train"][:, 0]) & set(items["test"][:, 0])  # the leak that the warning speaks of
-    again = splits.frame_items([splits.MIXED] * 10, [50] * 10, seed=3)
-    other = splits.frame_items([splits.MIXED] * 10, [50] * 10, seed=4)
+    again = splits.frame_items([splits.MIXED] * 10, [50] * 10, labels, seed=3)
+    other = splits.frame_items([splits.MIXED] * 10, [50] * 10, labels, seed=4)
     np.testing.assert_array_equal(items["test"], again["test"])
     assert not np.array_equal(items["test"], other["test"])
+
+
+def test_the_papers_rows_give_its_test_set() -> None:
+    """276 rows with 50 frames each, 42 of them abnormal: the confusion matrices of the paper's tables have 1,104 frames
+    and 168 abnormal ones."""
+    labels = [int(i % 46 < 7) for i in range(276)]
+    assert sum(labels) == 42
+    items = splits.frame_items([splits.MIXED] * 276, [50] * 276, labels, seed=10)
+    test = [labels[clip] for clip in items["test"][:, 0]]
+    assert (len(test), sum(test)) == (1104, 168)
+    assert [len(items[split]) for split in splits.SPLITS] == [8280, 4416, 1104]
 
 
 @pytest.mark.parametrize("bad", [{"val": []}, {"test": [1, 1]}, {"train": [0]}])

@@ -145,9 +145,15 @@ def test_a_cell_is_spread_around_its_centre_and_nothing_is_lost() -> None:
 @pytest.mark.parametrize("layout", ["channels", "legacy"])
 @pytest.mark.parametrize("routing", ROUTINGS)
 @pytest.mark.parametrize("affine", ["matrices", "convolution", "constant"])
-def test_a_map_of_cardiocaps_adds_up_to_the_length_of_s(routing: str, affine: str, layout: str) -> None:
-    network = CardioCaps(PRESETS["tiny"], routing=routing, affine=affine, primary_layout=layout).eval()
-    image, label = torch.rand(3, 9, 64, 64), torch.tensor([0, 1, 1])
+@pytest.mark.parametrize("published", [False, True])
+def test_a_map_of_cardiocaps_adds_up_to_the_length_of_s(
+    routing: str, affine: str, layout: str, published: bool
+) -> None:
+    network = CardioCaps(
+        PRESETS["tiny"], routing=routing, affine=affine, primary_layout=layout, published=published
+    ).eval()
+    # In double, because lengths near 1, as those of the published maps, say little of s.
+    network, image, label = network.double(), torch.rand(3, 9, 64, 64).double(), torch.tensor([0, 1, 1])
     found = capsule_map(network, image, label)
     v = network(image).scores.gather(1, label[:, None]).squeeze(1)
     torch.testing.assert_close(found.sum(dim=(1, 2)), (v / (1 - v)).sqrt(), rtol=1e-3, atol=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from capsops import attention_routing, dynamic_routing
 from cardiocaps.config import PRESETS
 from cardiocaps.models.cardiocaps import CardioCaps
 
@@ -54,18 +55,75 @@ def test_constant_votes_are_not_learned(routing: str) -> None:
     optimiser = torch.optim.Adam(net.parameters(), lr=0.001)
     before = net(torch.rand(2, 9, 64, 64)).scores
     assert before.min() > 0 and before.max() < 0.5, "where the squash is not saturated"
+    value = 2 / 1152 if routing == "uniform" else 1.0
     before[:, 0].sum().backward()
     optimiser.step()
     other = CardioCaps(PRESETS["tiny"], routing=routing, affine="constant").to(memory_format=torch.channels_last)
     other.load_state_dict(net.state_dict())
     out = other(torch.rand(3, 9, 64, 64))
     for x in (net, other):
-        torch.testing.assert_close(x.classes.weight, torch.full((8, 2, 16), 2 / 1152))
+        torch.testing.assert_close(x.classes.weight, torch.full((8, 2, 16), value))
     if routing == "attention":
         assert not torch.allclose(out.capsules[:, 0], out.capsules[:, 1])
     else:
         assert torch.equal(out.capsules[:, 0], out.capsules[:, 1])
         assert out.probability.tolist() == [0.5] * 3
+
+
+def test_the_couplings_of_constant_votes_depend_on_the_image() -> None:
+    """With votes that are divided by N the order of the lengths would be that of the biases, for every image."""
+    torch.manual_seed(0)
+    net = CardioCaps(PRESETS["tiny"], affine="constant").double()
+    u = 0.5 * torch.randn(6, 1152, 8, dtype=torch.float64)
+    with torch.no_grad():
+        net.classes.attn_bias.zero_()
+        net.classes.attn_weight.copy_(torch.tensor([[0.5, 0.5], [-0.5, -0.5]]))
+    order = net.classes(torch.cat([u + 0.05, u - 0.05])).norm(dim=2).argmax(dim=1)
+    assert order.tolist() == [0] * 6 + [1] * 6
+    votes = u.sum(dim=2)[:, :, None, None].expand(-1, -1, 2, 16)
+    couplings = torch.einsum("kj,bnjd->bnkd", net.classes.attn_weight, votes).softmax(dim=2)
+    s = (couplings * votes).sum(dim=1) * 2 / 1152
+    norm = s.norm(dim=2, keepdim=True)
+    torch.testing.assert_close(net.classes(u), norm / (1 + norm**2) * s)
+
+
+@pytest.mark.parametrize("routing", ["attention", "dynamic", "uniform"])
+def test_the_published_convolution_has_four_parameters(routing: str) -> None:
+    """x̂_j = w_j u + b_j, repeated to fill the class capsule, against materialised votes."""
+    torch.manual_seed(0)
+    net = CardioCaps(PRESETS["tiny"], routing=routing, affine="convolution", published=True).double()
+    assert net.classes.scale.numel() + net.classes.offset.numel() == 4
+    u = torch.randn(2, 1152, 8, dtype=torch.float64)
+    x = u[:, :, None, :] * net.classes.scale[:, None] + net.classes.offset[:, None]  # [B, N, 2, 8]
+    with torch.no_grad():
+        votes = x.repeat(1, 1, 1, 2)
+        expected = {
+            "attention": lambda: attention_routing(votes, None, net.classes.attn_weight, net.classes.attn_bias),
+            "dynamic": lambda: dynamic_routing(votes, None, 3),
+            "uniform": lambda: dynamic_routing(votes, None, 1),
+        }[routing]()
+        torch.testing.assert_close(net.classes(u), expected)
+
+
+def test_the_published_constant_is_a_hundredth() -> None:
+    net = CardioCaps(PRESETS["tiny"], affine="constant", published=True)
+    assert torch.equal(net.classes.weight, torch.full((8, 2, 16), 0.01)) and net.classes.input_weight is None
+
+
+def test_the_published_decoder_is_linear() -> None:
+    torch.manual_seed(0)
+    net = CardioCaps(PRESETS["tiny"], published=True)
+    with torch.no_grad():
+        net.decoder[4].bias.fill_(-3.0)
+    assert net(torch.rand(1, 9, 64, 64)).reconstruction.max() < -2
+
+
+def test_runs_of_the_older_constant_map_do_not_fit() -> None:
+    """Their votes were 2 / N in place of ones."""
+    net = CardioCaps(PRESETS["tiny"], affine="constant")
+    older = {name: x for name, x in net.state_dict().items() if name != "classes.input_weight"}
+    with pytest.raises(RuntimeError, match=r"Missing key.*classes\.input_weight"):
+        net.load_state_dict(older)
 
 
 def test_unknown_affine_map() -> None:
@@ -94,9 +152,10 @@ def test_every_parameter_learns(name: str, routing: str, layout: str) -> None:
 
 @pytest.mark.parametrize("routing", ["attention", "dynamic"])
 @pytest.mark.parametrize("affine", ["convolution", "constant"])
-def test_every_parameter_learns_with_other_affine_maps(routing: str, affine: str) -> None:
+@pytest.mark.parametrize("published", [False, True])
+def test_every_parameter_learns_with_other_affine_maps(routing: str, affine: str, published: bool) -> None:
     torch.manual_seed(0)
-    check_gradients(CardioCaps(PRESETS["tiny"], routing=routing, affine=affine))
+    check_gradients(CardioCaps(PRESETS["tiny"], routing=routing, affine=affine, published=published))
 
 
 def check_gradients(net: CardioCaps) -> None:

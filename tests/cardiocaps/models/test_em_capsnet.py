@@ -39,6 +39,29 @@ def test_coordinate_addition_is_that_of_hinton_et_al() -> None:
     torch.testing.assert_close(out[1], expected[1])
 
 
+def test_the_published_code_adds_coordinates_to_the_first_two_elements() -> None:
+    """And renormalises, so that the size of an activation above 0 has no effect."""
+    torch.manual_seed(0)
+    layer = ClassCapsules(3, 2, renormalise=True, published=True).double()
+    pose = torch.randn(2, 3, 4, 5, 4, 4, dtype=torch.float64)
+    activation = 0.1 + 0.9 * torch.rand(2, 3, 4, 5, dtype=torch.float64)
+    votes = torch.einsum("bthwpk,tkjd->bthwjpd", pose, layer.weight)
+    votes[..., 0, 0] += ((torch.arange(4) + 0.5) / 4)[:, None, None]
+    votes[..., 0, 1] += ((torch.arange(5) + 0.5) / 5)[:, None]
+    expected = capsops.em_routing(
+        votes.reshape(2, 60, 2, 4, 4),
+        torch.ones(2, 60, dtype=torch.float64),
+        None,
+        layer.beta_u,
+        layer.beta_a,
+        layer.iterations,
+        inverse_temperature=layer.inverse_temperature,
+    )
+    out = layer(pose, activation)
+    torch.testing.assert_close(out[0], expected[0], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(out[1], expected[1], rtol=1e-4, atol=1e-5)
+
+
 def test_only_the_place_of_a_capsule_tells_positions_apart() -> None:
     """The same capsules elsewhere give the same classes but for the two coordinates of the pose."""
     torch.manual_seed(0)

@@ -45,6 +45,25 @@ def test_margin_loss_weights_a_sample_by_its_own_class() -> None:
     assert weighted.item() == pytest.approx((0.5 * 0.03 + 3 * 0.095) / 2, rel=1e-6)
 
 
+def test_margin_loss_weighs_a_capsule_by_its_class_as_eq_2_is_printed() -> None:
+    lengths = torch.tensor([[0.8, 0.3], [0.2, 0.6]])
+    # L_0 and L_1 of both samples: (0.9-0.8)^2, 0.5 (0.3-0.1)^2; 0.5 (0.2-0.1)^2, (0.9-0.6)^2
+    by_hand = (0.8 * 0.01 + 0.2 * 0.02 + 0.8 * 0.005 + 0.2 * 0.09) / 2
+    proportion = torch.tensor([0.8, 0.2])
+    weighed = margin_loss(lengths, torch.tensor([0, 1]), proportion, weigh="capsule")
+    assert weighed.item() == pytest.approx(by_hand, rel=1e-6)
+    loss = CardioCapsLoss(proportion, weigh="capsule")(lengths, torch.tensor([0, 1]))
+    assert loss["margin"].item() == pytest.approx(by_hand, rel=1e-6)
+    assert margin_loss(lengths, torch.tensor([0, 1]), proportion).item() != pytest.approx(by_hand, rel=1e-2)
+
+
+def test_margin_loss_as_published_is_half_of_the_sum_over_two_classes() -> None:
+    generator = torch.Generator().manual_seed(4)
+    lengths, labels = torch.rand(7, 2, generator=generator), torch.randint(2, (7,), generator=generator)
+    mean = CardioCapsLoss(mean_over_classes=True)(lengths, labels)["margin"]
+    torch.testing.assert_close(2 * mean, margin_loss(lengths, labels))
+
+
 def test_spread_loss_by_hand() -> None:
     activations = torch.tensor([[0.8, 0.3, 0.7], [0.95, 0.05, 0.9]])
     # Hinton et al. 2018, eq. 3, margin 0.4:  (0.4 - 0.5)+^2 + (0.4 - 0.1)^2 = 0.09
@@ -82,6 +101,9 @@ def test_cross_entropy_multiplies_by_the_class_weight_and_divides_by_the_batch()
     by_hand = 3 * (math.log(2) + math.log(4 / 3)) / 2
     assert cross_entropy_loss(logits, labels, class_weight=weight).item() == pytest.approx(by_hand, rel=1e-6)
     assert CrossEntropyLoss(weight)(logits, labels)["loss"].item() == pytest.approx(by_hand, rel=1e-6)
+    divided = cross_entropy_loss(logits, torch.tensor([0, 1]), class_weight=weight, divided=True).item()
+    # 0.5 · log 2 and 3 · log(4/3), divided by 3.5
+    assert divided == pytest.approx((0.5 * math.log(2) + 3 * math.log(4 / 3)) / 3.5, rel=1e-6)
     unweighted = torch.nn.functional.cross_entropy(logits, labels)
     torch.testing.assert_close(CrossEntropyLoss()(logits, labels)["loss"], unweighted)
 

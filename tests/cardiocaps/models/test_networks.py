@@ -43,7 +43,37 @@ PARAMETERS = {
 }
 
 
-def settings(model: str, preset: str = "tiny") -> Any:
+# The published code's, at the paper's size, where its network is another one. Sums of the layers that it has.
+_MATRICES = 460_800 * 8 * 2 * 16
+PUBLISHED = {
+    "em-capsnet": sum(
+        [
+            (9 * 25 + 1) * 8 + 2 * 8,  # convolution, batch normalisation
+            9 * 8 * 16 + 9 * 8,  # primary poses, activations
+            2 * (9 * 8 * 4 * 8 * 4 + 2 * 8),  # two convolutional layers
+            8 * 4 * 2 * 4 + 2 * 2,  # classes
+        ]
+    ),
+    "efficient-capsnet": sum(
+        [
+            (9 * 25 + 1) * 32 + (32 * 9 + 1) * 64 + (64 * 9 + 1) * 64 + (64 * 9 + 1) * 128 + 2 * (32 + 64 + 64 + 128),
+            (9 * 9 + 1) * 128,  # depthwise
+            211_600 * (8 * 2 * 16 + 2),  # matrices, prior
+            33 * 512 + 513 * 1024 + 1025 * 3 * 256 * 256,  # decoder
+        ]
+    ),
+    "cnn-2": (9 * 81 + 1) * 32 + (32 * 81 + 1) * 64 + 65 * 32 + (32 * 120 * 120 + 1) * 16 + 17 * 8 + 9 * 2,
+    "unet": 9_862_124,
+}
+
+
+def settings(model: str, preset: str = "tiny", **changed: Any) -> Any:
+    values = _settings(model, preset)
+    vars(values).update(changed)
+    return values
+
+
+def _settings(model: str, preset: str) -> Any:
     return SimpleNamespace(
         task="both",
         model=model,
@@ -52,6 +82,9 @@ def settings(model: str, preset: str = "tiny") -> Any:
         iterations=3,
         primary_layout="channels",
         affine="matrices",
+        class_weight="balanced",
+        form="corrected",
+        renormalise=False,
         reconstruction_weight=0.0005,
         regression_weight=0.05,
     )
@@ -89,6 +122,49 @@ def test_at_the_papers_size(model: str) -> None:
     assert out.reconstruction is None or out.reconstruction.shape == (2, 3, 256, 256)
     assert (out.reconstruction is None) == (model not in ("cardiocaps", "efficient-capsnet"))
     assert (out.regression is None) == (model != "cardiocaps")
+
+
+@pytest.mark.parametrize("model", PUBLISHED)
+def test_the_published_form_has_the_published_size(model: str) -> None:
+    net = on_meta(settings(model, "paper", form="published"))
+    assert sum(p.numel() for p in net.parameters()) == PUBLISHED[model]
+    assert net(torch.empty(2, 9, 256, 256, device="meta")).scores.shape == (2, 2)
+
+
+def test_the_published_sizes_are_those_of_the_published_code() -> None:
+    assert PUBLISHED["em-capsnet"] == 21_772
+    assert round(PUBLISHED["efficient-capsnet"] / 1e6, 1) == 256.8
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_published_form_predicts_and_has_gradients(model: str) -> None:
+    torch.manual_seed(1)
+    net = build(settings(model, form="published", renormalise=model == "em-capsnet"), 4.5)
+    out = net(batch()["image"], batch()["label"])
+    assert out.scores.shape == (8, 2) and out.scores.isfinite().all()
+    loss = losses(net, make_loss(settings(model, form="published"), torch.tensor([0.6, 3.0])), batch())
+    loss["loss"].backward()
+    assert sum(float(p.grad.abs().sum()) for p in net.parameters() if p.grad is not None) > 0
+
+
+def test_cnn_2_as_published_pools_nowhere() -> None:
+    def pools(**changed: Any) -> int:
+        layers = on_meta(settings(**changed)).modules()
+        return sum(isinstance(x, nn.MaxPool2d | nn.AdaptiveMaxPool2d) for x in layers)
+
+    assert (pools(model="cnn-2"), pools(model="cnn-2", form="published")) == (1, 0)
+    assert pools(model="cnn-1") == pools(model="cnn-1", form="published") == 3
+
+
+def test_a_dead_logit_of_the_published_unet_stays_dead() -> None:
+    torch.manual_seed(0)
+    net = build(settings("unet", form="published"))
+    with torch.no_grad():
+        net.head[-2].bias[1] = -100.0
+    out = net(batch()["image"])
+    assert (out.scores >= 0).all() and (out.scores[:, 1] == 0).all()
+    out.scores[:, 1].sum().backward()
+    assert not any(p.grad.any() for p in net.parameters() if p.grad is not None)
 
 
 @pytest.mark.parametrize("preset", ["tiny", "small"])
@@ -182,6 +258,18 @@ def test_the_loss_of_a_model() -> None:
     weighted.reconstruction_weight, weighted.regression_weight = 0.25, 0.5
     loss = make_loss(weighted, None)
     assert (loss.reconstruction_weight, loss.regression_weight) == (0.25, 0.5)
+    assert (loss.weigh, loss.mean_over_classes) == ("sample", False)
+    assert make_loss(settings("cardiocaps", class_weight="proportion"), None).weigh == "capsule"
+    for form, class_weight, mean in (
+        ("corrected", "none", False),
+        ("published", "none", True),
+        ("published", "balanced", False),
+    ):
+        for model in ("cardiocaps", "efficient-capsnet"):
+            loss = make_loss(settings(model, form=form, class_weight=class_weight), None)
+            assert loss.mean_over_classes is mean
+    assert make_loss(settings("vit", form="published"), None).divided is True
+    assert make_loss(settings("vit"), None).divided is False
 
 
 def test_settings_reach_cardiocaps() -> None:

@@ -30,13 +30,15 @@ def test_every_model_has_a_title_of_its_own() -> None:
     titles = [title(TrainConfig(model=name)) for name in MODELS]  # type: ignore[arg-type]
     assert titles[:2] == ["CardioCaps", "EM-CapsNet"] and len(set(titles)) == len(MODELS)
     assert title(TrainConfig(routing="dynamic", affine="constant")) == "DR-CapsNet, constant affine map"
+    assert title(TrainConfig(model="unet", form="published")) == "U-Net, as published"
 
 
 @pytest.mark.parametrize("owner", MODELS)
 def test_no_other_model_takes_settings_of_one(owner: str) -> None:
     for name in MODELS[owner].settings:
         option = options()[name]
-        other = next(choice for choice in option.choices if choice != option.default)
+        choices = option.choices or (False, True)
+        other = next(choice for choice in choices if choice != option.default)
         for model in MODELS:
             given = {"model": model, name: other}
             if model == owner:
