@@ -143,6 +143,7 @@ def _fit_pixels(job: Job, config: TrainConfig, data: EchoDataModule, watch: Watc
             seed=job.seed,
             threads=threads,
             patience=config.patience,
+            published=config.form == "published",
         )
         seconds = time.monotonic() - begin
         watch(1.0, "evaluating")

@@ -14,6 +14,13 @@ Reported = Mapping[str, MeanEstimate]
 """A row of a table of the paper; its keys are those of `PUBLISHED`. A deviation that the paper does not give is NaN."""
 
 
+ALWAYS_NORMAL = "always-normal"
+"""The key of the row of a classifier that calls every sample normal."""
+
+TEST_FRAMES, ABNORMAL_FRAMES = 1104, 168
+"""The paper's test set, which its figures give away: 276 rows of the table with 50 frames each, 8 % of them."""
+
+
 def _row(*values: float | tuple[float, float]) -> Reported:
     figures = (MeanEstimate(*value) if isinstance(value, tuple) else MeanEstimate(value) for value in values)
     return dict(zip(PUBLISHED, figures, strict=True))
@@ -74,6 +81,27 @@ TABLES: Mapping[str, Mapping[str, Reported]] = {
 }
 """Table -> system -> figures. CardioCaps has other figures in other tables."""
 
+
+def _counts(tp: int, fp: int, fn: int, tn: int) -> Mapping[str, int]:
+    return {"tn": tn, "fp": fp, "fn": fn, "tp": tp}
+
+
+CONFUSIONS: Mapping[str, Mapping[str, int]] = {
+    "dr-margin": _counts(85, 391, 83, 545),
+    "dr-weighted-margin": _counts(43, 429, 125, 507),
+    "dr": _counts(167, 246, 1, 690),
+    "cardiocaps": _counts(110, 108, 58, 828),
+    "cardiocaps-convolution": _counts(37, 231, 131, 705),
+    "cardiocaps-constant": _counts(18, 109, 150, 827),
+}
+"""System -> the one confusion matrix of whole frames that has its figures in tables I to III (and figures 3 to 5)."""
+
+_NORMAL_SHARE = 1 - ABNORMAL_FRAMES / TEST_FRAMES
+_ALWAYS_NORMAL = _row(_NORMAL_SHARE, _NORMAL_SHARE * 2 * _NORMAL_SHARE / (1 + _NORMAL_SHARE), 0.5, 0.0)
+
+SINGLE_RUNS = ("table1", "table2", "table3")
+"""The tables whose figures are of one run each."""
+
 BINARY_F1 = ("logistic-regression", "random-forest", "xgboost")
 """The keys of systems whose reported F1 is that of the abnormal class begin like this."""
 
@@ -81,6 +109,16 @@ BEST_LAMBDAS = (0.05, 0.5)
 """Where the paper's text says that the sweep of λ_reg (figure 6) has its best: sections III-B and IV-B."""
 
 
+def confusion_of(table: str, system: str) -> Mapping[str, int] | None:
+    """The matrix of CONFUSIONS behind a row of a table; None for tables IV to VI, which have means of two runs."""
+    return CONFUSIONS.get(system) if system in TABLES.get(table, {}) and table in SINGLE_RUNS else None
+
+
 def reported(table: str, system: str) -> Reported | None:
-    """The paper's figures for a system in one of its tables, for example "table4"; None if it has none."""
+    """The paper's figures for a system in one of its tables, for example "table4"; None if it has none.
+
+    Those of ALWAYS_NORMAL are not the paper's: they follow from its test set.
+    """
+    if system == ALWAYS_NORMAL:
+        return _ALWAYS_NORMAL if table in TABLES else None
     return TABLES.get(table, {}).get(system)

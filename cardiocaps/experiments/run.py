@@ -24,7 +24,7 @@ from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.folder import ExperimentFolder
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.markdown import count
-from cardiocaps.experiments.plan import FIRST_SEED, SYSTEMS, configure, trained_as
+from cardiocaps.experiments.plan import SYSTEMS, configure, jobs_of, trained_as
 from cardiocaps.experiments.results import is_finished, read_result
 from cardiocaps.experiments.runner import run_jobs
 from cardiocaps.experiments.summaries import Row
@@ -36,7 +36,15 @@ from cardiocaps.training.fit import quiet
 from cardiocaps.training.run_folder import RunFolder
 
 
-def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out: Path, command: str) -> None:
+def run(
+    names: Sequence[str],
+    config: TrainConfig,
+    seeds: int,
+    at_once: int,
+    out: Path,
+    command: str,
+    form: str = "corrected",
+) -> None:
     """Run the jobs of these exhibits that are not finished yet, and write the exhibits to `out`/tables.
 
     Args:
@@ -44,12 +52,13 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
         seeds: number of seeds for each system.
         at_once: number of jobs that run at the same time.
         command: command line that makes the exhibits; the index shows it.
+        form: one of `plan.FORMS`.
 
     Raises:
         CardioCapsError: the settings, the data or the folder cannot be used; or some jobs failed.
     """
     quiet()
-    exhibits = [EXHIBITS[name] for name in names]
+    exhibits = [EXHIBITS[name].in_form(form) for name in names]
     for exhibit in exhibits:
         if config.split == "frames" and any("split" in SYSTEMS[key].settings for key in exhibit.systems):
             raise ConfigError(
@@ -66,8 +75,7 @@ def run(names: Sequence[str], config: TrainConfig, seeds: int, at_once: int, out
         own = configure(config, SYSTEMS[key], seed, folder.job(key, seed))
         return Job(SYSTEMS[key], seed, replace(own, threads=threads, progress=False), at_once)
 
-    # Seed by seed, so that an early stop leaves all systems with the first seeds.
-    jobs = [job(key, FIRST_SEED + i) for i in range(seeds) for key in keys_of(exhibits, config.protocol)]
+    jobs = [job(key, seed) for key, seed in jobs_of(keys_of(exhibits, config.protocol), seeds)]
     folder.make()
     with lock_folder(folder.path):
         remove_leftovers(folder.path, folder.data, folder.tables)

@@ -5,16 +5,20 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from cardiocaps import DISCLAIMER
 from cardiocaps.evaluation.names import METRIC_NAMES
 from cardiocaps.experiments.exhibits import COMPARED
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.markdown import DASH, escaped, failure, joined, table, with_interval
-from cardiocaps.experiments.plan import MAIN
-from cardiocaps.experiments.reported import ON
+from cardiocaps.experiments.plan import MAIN, SYSTEMS, corrected_key
+from cardiocaps.experiments.reported import ALWAYS_NORMAL, ON, confusion_of
+from cardiocaps.experiments.results import Result
 from cardiocaps.experiments.summaries import Row, Summary, summarise
 from cardiocaps.metrics import METRICS, PUBLISHED, MeanEstimate
 from cardiocaps.plots import save
@@ -40,14 +44,16 @@ def write_exhibit(
         bootstrap: resamples for the intervals; 0: none.
         environments: of the jobs, as `cardiocaps.training.environment.environment` returns them.
     """
-    summaries = [summarise(row, exhibit.reported(row.system), bootstrap) for row in rows if row.results]
+    if exhibit.name == exhibit.table and any(row.results for row in rows):
+        rows = [*rows, _always_normal(rows)]
+    summaries = [_noted(summarise(row, exhibit.reported(row.system), bootstrap)) for row in rows if row.results]
     found = {s.system: s for s in summaries}
     write_csv(
         folder / f"{exhibit.name}.csv", [_csv_row(exhibit, row, found.get(row.system)) for row in rows], digits=READABLE
     )
     picture = folder / f"{exhibit.name}.png"
     if summaries:
-        save(exhibit.draw(summaries), picture)
+        save(exhibit.draw([s for s in summaries if s.system != ALWAYS_NORMAL]), picture)
     else:
         picture.unlink(missing_ok=True)
     write_text(
@@ -92,6 +98,7 @@ def _markdown(exhibit: Exhibit, rows: Sequence[Row], summaries: Sequence[Summary
     if summaries:
         parts.append(f"![{exhibit.title}]({exhibit.name}.png)")
         parts += exhibit.sections(rows, {s.system: s for s in summaries}, bootstrap)
+        summaries = [s for s in summaries if s.system != ALWAYS_NORMAL]
         noted = {note: [s.title for s in summaries if note in s.notes] for s in summaries for note in s.notes}
         notes = [
             f"* {'All' if len(titles) == len(summaries) > 1 else escaped(joined(titles))}: {note}"
@@ -103,6 +110,31 @@ def _markdown(exhibit: Exhibit, rows: Sequence[Row], summaries: Sequence[Summary
         parts.append(table(("system", ""), [(row.title, failure(row)) for row in rows]))
     parts += ["## Data", data, DISCLAIMER]
     return "\n\n".join(parts) + "\n"
+
+
+def _always_normal(rows: Sequence[Row]) -> Row:
+    """The row of a classifier that calls all samples normal, on the data of the first row that has results."""
+    known = next(row.results[0] for row in rows if row.results)
+    test, validation = (replace(x, probability=np.zeros(x.clip.size)) for x in (known.test, known.validation))
+    result = Result(
+        system=ALWAYS_NORMAL,
+        unit=known.unit,
+        device="–",
+        seed=0,
+        parameters=None,
+        seconds=0.0,
+        at_once=known.at_once,
+        threads=known.threads,
+        validation=validation,
+        test=test,
+    )
+    return Row(ALWAYS_NORMAL, "Always normal", (result,), None)
+
+
+def _noted(summary: Summary) -> Summary:
+    """The summary with the note of its system."""
+    system = SYSTEMS.get(summary.system)
+    return replace(summary, notes=(*summary.notes, system.note)) if system and system.note else summary
 
 
 def _csv_row(exhibit: Exhibit, row: Row, summary: Summary | None) -> dict[str, Any]:
@@ -133,6 +165,8 @@ def _csv_row(exhibit: Exhibit, row: Row, summary: Summary | None) -> dict[str, A
         means[name] = summary.cost(name) if summary else nothing
     for name, estimate in means.items():
         cells |= {name: estimate.value, f"{name}_sd": estimate.sd}
+    of_paper_counts = confusion_of(exhibit.table, corrected_key(row.system)) or {}
+    cells |= {f"reported_{name}": of_paper_counts.get(name, "") for name in ("tn", "fp", "fn", "tp")}
     counts = [count for line in summary.report.confusion for count in line] if summary else [""] * 4
     cells |= dict(zip(("tn", "fp", "fn", "tp"), counts, strict=True))
     cells["parameters"] = "" if summary is None or summary.parameters is None else summary.parameters
@@ -154,7 +188,7 @@ def _main_table(tables: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
             rows.setdefault(row["system"], row)
     if not rows:
         return ""
-    ordered = sorted(rows.values(), key=lambda row: row["system"] != MAIN)
+    ordered = sorted(rows.values(), key=lambda row: (row["system"] != MAIN, row["system"] == ALWAYS_NORMAL))
 
     def cells(row: Mapping[str, str]) -> tuple[str, ...]:
         paper = _of_csv(row, "reported_accuracy", 4)

@@ -93,6 +93,7 @@ def fit(
     seed: int,
     threads: int | None = None,
     patience: int = 20,
+    published: bool = False,
 ) -> PixelClassifier:
     """Fit one of CLASSIFIERS, balanced by one of SAMPLINGS, to `pixels` [n, p] and `labels` [n] in {0, 1}.
 
@@ -109,6 +110,8 @@ def fit(
         seed: of the random numbers.
         threads: None: all of the machine.
         patience: see `validation_pixels`.
+        published: as in the code published with CardioCaps: pixels as they are, C = 1, 100 trees in a forest, XGBoost's
+            defaults without early stopping.
 
     Raises:
         ValueError: as scikit-learn, for wrong shapes or values.
@@ -120,11 +123,11 @@ def fit(
     weighted = sampling == "class-weight"
     if not weighted:
         steps.append(("sampling", _sampler(sampling, y, seed)))
-    if classifier == "logistic-regression":
+    if classifier == "logistic-regression" and not published:
         from sklearn.preprocessing import StandardScaler
 
         steps.append(("scale", StandardScaler()))
-    if classifier == "xgboost":
+    if classifier == "xgboost" and not published:
         assert validation_pixels is not None, "XGBoost stops by the validation frames"
         truth = np.asarray(validation_labels).astype(np.int64)
         options = {
@@ -133,7 +136,11 @@ def fit(
             "classifier__sample_weight_eval_set": [1 / np.bincount(truth, minlength=2)[truth]],
             "classifier__verbose": False,
         }
-    steps.append(("classifier", _classifier(classifier, y if weighted else None, seed, threads, patience)))
+    balanced = y if weighted else None
+    if published:
+        steps.append(("classifier", _published_classifier(classifier, balanced, seed, threads)))
+    else:
+        steps.append(("classifier", _classifier(classifier, balanced, seed, threads, patience)))
     if weighted:
         from sklearn.pipeline import Pipeline
     else:
@@ -183,6 +190,24 @@ def _classifier(name: str, weighted: Integers | None, seed: int, threads: int | 
         early_stopping_rounds=patience,
         random_state=seed,
         n_jobs=jobs,
+    )
+
+
+def _published_classifier(name: str, weighted: Integers | None, seed: int, threads: int | None) -> Any:
+    """As `_classifier`, with the published code's settings: the defaults of the libraries."""
+    class_weight = None if weighted is None else "balanced"
+    jobs = -1 if threads is None else threads
+    if name == "logistic-regression":
+        from sklearn.linear_model import LogisticRegression
+
+        return LogisticRegression(class_weight=class_weight, random_state=seed)
+    if name == "random-forest":
+        from sklearn.ensemble import RandomForestClassifier
+
+        return RandomForestClassifier(class_weight=class_weight, random_state=seed, n_jobs=jobs)
+    negatives, positives = (1, 1) if weighted is None else np.bincount(weighted)
+    return require_package("xgboost", "xgboost", "classifier: 'xgboost'").XGBClassifier(
+        scale_pos_weight=float(negatives / positives), random_state=seed, n_jobs=jobs
     )
 
 

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Self
 
 from cardiocaps.errors import plural
 from cardiocaps.evaluation.names import PAPER_NAMES
-from cardiocaps.experiments.markdown import DASH, Column, count, joined, metric_columns, plus_minus, rows_table
-from cardiocaps.experiments.plan import MAIN
-from cardiocaps.experiments.reported import BINARY_F1, ON, Reported, reported
+from cardiocaps.experiments.markdown import DASH, Column, count, joined, metric_columns, plus_minus, rows_table, table
+from cardiocaps.experiments.plan import MAIN, corrected_key, in_form
+from cardiocaps.experiments.reported import (
+    ABNORMAL_FRAMES,
+    ALWAYS_NORMAL,
+    BINARY_F1,
+    ON,
+    TABLES,
+    TEST_FRAMES,
+    Reported,
+    confusion_of,
+    reported,
+)
 from cardiocaps.experiments.summaries import Row, Summary
 from cardiocaps.metrics import PUBLISHED
 
@@ -38,9 +48,19 @@ class Exhibit:
     systems: tuple[str, ...]
     of_table: str = ""
 
+    @property
+    def table(self) -> str:
+        """The table of the paper, or "" for an exhibit that shows none."""
+        name = self.of_table or self.name
+        return name if name in TABLES else ""
+
+    def in_form(self, form: str) -> Self:
+        """The exhibit with its rows in one of `plan.FORMS`; only exhibits of the paper's tables have several."""
+        return replace(self, systems=in_form(self.systems, form)) if self.table else self
+
     def reported(self, system: str) -> Reported | None:
-        """The paper's figures for a system; None if it has none."""
-        return reported(self.of_table or self.name, system)
+        """The paper's figures for a system, in either form; None if it has none."""
+        return reported(self.of_table or self.name, corrected_key(system))
 
     def regression_weight(self, system: str) -> float | str:
         """The cell `lambda` of a row of the CSV."""
@@ -75,7 +95,7 @@ class Exhibit:
 
         def theirs(name: str, row: Row) -> str:
             figures = self.reported(row.system)
-            mark = " †" if name == "f1" and row.system in binary else ""
+            mark = " †" if name == "f1" and row.system in binary else " ‡" if row.system == ALWAYS_NORMAL else ""
             return plus_minus(figures[name], 4) + mark if figures else DASH
 
         columns: list[Column] = []
@@ -90,15 +110,42 @@ class Exhibit:
             "labels, which is the mean of sensitivity and specificity, and its “PR AUC” the precision of the abnormal "
             "class."
         )
+        always = reported(self.table, ALWAYS_NORMAL)
         if with_paper:
             text += f" The columns in italics are the paper's own figures, {ON}."
+        if always is not None:
+            text += (
+                " Its ± is the population deviation of two runs (seeds 10 and 1225); ours is the sample deviation over "
+                "the seeds, which for two is √2 times as large. A classifier that always says normal has accuracy "
+                f"{always['accuracy'].value:.4f} and weighted F1 {always['f1'].value:.4f} on its test set of "
+                f"{TEST_FRAMES:,} frames, {ABNORMAL_FRAMES} abnormal (‡: not in the paper)."
+            )
         if binary:
             text += " † The paper's F1 of this row is that of the abnormal class; those of the other rows are weighted."
         heading = "## As published, beside what the paper reports" if with_paper else "## As published"
-        return [heading, text, rows_table(rows, found, columns)]
+        return [heading, text, rows_table(rows, found, columns), *self._decoded(rows)]
+
+    def _decoded(self, rows: Sequence[Row]) -> list[str]:
+        """The confusion matrices behind the paper's figures."""
+        known = [(row, x) for row in rows if (x := confusion_of(self.table, corrected_key(row.system)))]
+        if not known:
+            return []
+        text = (
+            f"The paper's figures of a single run fit one matrix of whole frames each, of {TEST_FRAMES:,} frames with "
+            f"{ABNORMAL_FRAMES} abnormal. (Its text calls the false positives 246 and 108 false negatives.)"
+        )
+        lines = [(row.title, *(f"{counts[name]:,}" for name in ("tn", "fp", "fn", "tp"))) for row, counts in known]
+        head = (
+            "normal, called normal",
+            "normal, called abnormal",
+            "abnormal, called normal",
+            "abnormal, called abnormal",
+        )
+        return [text, table(("system", *(f"*{name}, {ON}*" for name in head)), lines)]
 
     def _cost(self, rows: Sequence[Row], found: Mapping[str, Summary]) -> list[str]:
         """Times and memory, and what the times depend on."""
+        rows = [row for row in rows if row.system != ALWAYS_NORMAL]
         shared = dict.fromkeys((r.at_once, r.threads) for row in rows for r in row.results)
         paces = [f"{count(jobs, 'job')} at a time with {count(threads, 'thread')} each" for jobs, threads in shared]
         ours = found[MAIN].cost("seconds_per_epoch").value if MAIN in found else math.nan

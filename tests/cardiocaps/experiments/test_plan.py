@@ -16,7 +16,7 @@ from cardiocaps.errors import ConfigError, DataError
 from cardiocaps.experiments.__main__ import _as_typed, parser
 from cardiocaps.experiments.exhibits import EXHIBITS, keys_of
 from cardiocaps.experiments.folder import ExperimentFolder
-from cardiocaps.experiments.plan import FIRST_SEED, LAMBDAS, SYSTEMS, configure, trained_as
+from cardiocaps.experiments.plan import FIRST_SEED, LAMBDAS, SYSTEMS, configure, corrected_key, jobs_of, trained_as
 from tests.cardiocaps.killed import killed_before
 
 BASE = TrainConfig(seed=FIRST_SEED)
@@ -32,7 +32,8 @@ def test_every_row_of_the_paper_is_there() -> None:
     assert [rows[f"table{i}"] for i in range(1, 7)] == [3, 3, 3, 10, 6, 3]
     assert [rows[f"fig{i}"] for i in range(3, 7)] == [3, 3, 3, len(LAMBDAS)]
     assert all(key in SYSTEMS for exhibit in EXHIBITS.values() for key in exhibit.systems)
-    assert set(keys_of(EXHIBITS.values(), "video")) == set(SYSTEMS) - {"cardiocaps-video-protocol"}
+    every = [exhibit.in_form("both") for exhibit in EXHIBITS.values()]
+    assert set(keys_of(every, "video")) == set(SYSTEMS) - {"cardiocaps-video-protocol"}
     assert all(system.key == key for key, system in SYSTEMS.items())
 
 
@@ -55,9 +56,47 @@ def test_nothing_but_the_system_differs(key: str) -> None:
     """Data, splits, class weights, early stopping and optimiser are those of CardioCaps."""
     ours, its = _configured("cardiocaps", 12).as_dict(), _configured(key, 12).as_dict()
     different = {name for name in ours if ours[name] != its[name]}
-    allowed = set(SYSTEMS[key].settings) | ({"limit"} if key == "cardiocaps-paper-protocol" else set())
+    allowed = set(SYSTEMS[key].settings) | (
+        {"limit", "frames_per_clip"} if key == "cardiocaps-paper-protocol" else set()
+    )
     assert different <= allowed
     assert its["split_seed"] == FIRST_SEED and its["seed"] == 12
+
+
+def test_every_row_of_the_papers_tables_has_a_published_form() -> None:
+    for i in range(1, 7):
+        exhibit = EXHIBITS[f"table{i}"]
+        both = exhibit.in_form("both")
+        assert both.systems[::2] == exhibit.systems == exhibit.in_form("corrected").systems
+        assert both.systems[1::2] == exhibit.in_form("published").systems
+        for ours, theirs in zip(exhibit.systems, both.systems[1::2], strict=True):
+            assert corrected_key(theirs) == ours
+            assert SYSTEMS[theirs].settings["form"] == "published" and SYSTEMS[theirs].note
+            assert both.reported(theirs) is exhibit.reported(ours) is not None
+    assert EXHIBITS["fig6"].in_form("both") == EXHIBITS["fig6"]
+
+
+def test_what_a_published_form_is_made_of() -> None:
+    dr = _configured("dr-published")
+    assert (dr.form, dr.primary_layout, dr.decoder_mask, dr.routing) == ("published", "legacy", "predicted", "dynamic")
+    for key in ("em-capsnet-published", "efficient-capsnet-published"):
+        assert _configured(key).class_weight == "none" and _configured(key.removesuffix("-published")).class_weight
+    assert _configured("em-capsnet-published").renormalise and not _configured("em-capsnet").renormalise
+    at_paper = TrainConfig(seed=FIRST_SEED, preset="paper")
+    sizes = {key: _configured(key, base=at_paper).batch_size for key in ("vit", "vit-published", "dr-published")}
+    assert sizes == {"vit": 8, "vit-published": 16, "dr-published": 8}
+    assert _configured("vit-published", base=replace(at_paper, batch_size=4)).batch_size == 4
+
+
+def test_the_published_form_has_two_seeds_of_its_own() -> None:
+    jobs = jobs_of(["cardiocaps", "vit-published"], 3)
+    assert jobs == [
+        ("cardiocaps", 10),
+        ("vit-published", 10),
+        ("cardiocaps", 11),
+        ("vit-published", 1225),
+        ("cardiocaps", 12),
+    ]
 
 
 def test_protocols() -> None:

@@ -12,6 +12,7 @@ import pytest
 from cardiocaps.evaluation.predictions import Predictions
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.plan import LAMBDAS, lambda_key
+from cardiocaps.experiments.reported import ALWAYS_NORMAL
 from cardiocaps.experiments.results import Result
 from cardiocaps.experiments.summaries import Row, summarise
 from cardiocaps.experiments.tables import write_exhibit, write_index
@@ -23,11 +24,16 @@ DIGITS = 1e-5  # relative: the CSV has six digits
 
 
 def _write(name: str, rows: Sequence[Row], folder: Path, bootstrap: int = 40) -> tuple[str, list[dict[str, str]]]:
-    """The Markdown and the rows of the CSV."""
+    """The Markdown and the rows of the CSV, without that of a classifier that always says normal."""
     shown = exhibit(name, list(rows))
     write_exhibit(shown, rows, folder, data=DATA, bootstrap=bootstrap)
+    found = [cells for cells in _csv(folder, name) if cells["system"] != ALWAYS_NORMAL]
+    return (folder / f"{name}.md").read_text(), found
+
+
+def _csv(folder: Path, name: str) -> list[dict[str, str]]:
     with (folder / f"{name}.csv").open(encoding="utf-8", newline="") as file:
-        return (folder / f"{name}.md").read_text(), list(csv.DictReader(file))
+        return list(csv.DictReader(file))
 
 
 def _cells(markdown: str, system: str) -> list[list[str]]:
@@ -84,6 +90,40 @@ def test_the_markdown_has_the_numbers_of_the_csv(tmp_path: Path) -> None:
     assert "reported on EchoNet-LVH" in markdown and "Youden" in markdown
     assert DATA in markdown
     assert markdown.endswith("\n\nResearch use only. Not a medical device.\n")
+
+
+def test_every_table_has_the_row_always_normal(tmp_path: Path, figures: list[Any]) -> None:
+    markdown, _ = _write("table6", [row("em-capsnet", "EM", 0.5), row("cardiocaps", "Ours")], tmp_path)
+    cells = _csv(tmp_path, "table6")[-1]
+    assert (cells["system"], cells["auroc"], cells["accuracy"], cells["sensitivity"]) == (
+        ALWAYS_NORMAL,
+        "0.5",
+        "0.75",
+        "0",
+    )
+    assert [cells[name] for name in ("tn", "fp", "fn", "tp")] == ["30", "0", "10", "0"]
+    assert (cells["reported_accuracy"], cells["reported_f1"]) == ("0.847826", "0.778005")
+    published = _cells(markdown, "Always normal")[2]
+    assert published[2] == "0.8478 ‡" and published[4] == "0.7780 ‡"
+    assert "population deviation of two runs (seeds 10 and 1225)" in markdown
+    cost = markdown[markdown.index("## Cost") :]
+    assert "Always normal" not in cost and "Always normal" not in _texts(figures[0])
+    markdown, _ = _write("fig3", [row("dr", "DR")], tmp_path)
+    assert "| Always normal |" not in markdown
+
+
+def test_the_papers_confusion_matrices_stand_beside_ours(tmp_path: Path) -> None:
+    rows = [row("dr", "DR"), row("dr-published", "DR, as published"), row("vit", "ViT")]
+    markdown, cells = _write("fig4", rows, tmp_path)
+    for title in ("DR", "DR, as published"):
+        assert f"| {title} | 690 | 246 | 1 | 167 |" in markdown
+    assert [cells[k]["reported_fp"] for k in range(3)] == ["246", "246", ""]
+    assert "calls the false positives 246 and 108 false negatives" in markdown
+
+
+def test_the_notes_of_a_published_row_say_what_is_not_as_published(tmp_path: Path) -> None:
+    markdown, _ = _write("table6", [row("efficient-capsnet-published", "Eff., as published")], tmp_path)
+    assert "the optimiser of the published code holds the parameters of another one" in markdown
 
 
 def test_every_line_of_a_table_has_as_many_cells_as_its_head(tmp_path: Path) -> None:

@@ -57,6 +57,22 @@ def test_each_finds_a_brighter_patch_balances_the_classes_and_repeats_itself(
         assert report.metrics["sensitivity"].value > 0.3
 
 
+@pytest.mark.parametrize("classifier", CLASSIFIERS)
+def test_the_published_classifiers_are_the_libraries_defaults(classifier: str) -> None:
+    from sklearn.ensemble import RandomForestClassifier
+    from xgboost import XGBClassifier
+
+    (x, y), (test, _) = _frames(200, 0, 64), _frames(50, 1, 64)
+    found = fit(classifier, "class-weight", x, y, seed=3, threads=1, published=True)
+    expected = {
+        "logistic-regression": LogisticRegression(class_weight="balanced"),
+        "random-forest": RandomForestClassifier(class_weight="balanced", random_state=3),
+        "xgboost": XGBClassifier(scale_pos_weight=4.0, random_state=3, n_jobs=1),
+    }[classifier].fit(x, y)
+    np.testing.assert_allclose(found.probability(test), expected.predict_proba(test)[:, 1], rtol=1e-6)
+    assert found.pixels == 64
+
+
 def test_logistic_regression_with_class_weights_is_scikit_learns() -> None:
     (x, y), (test, _) = _frames(200, 0, 64), _frames(50, 1, 64)
     model = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, class_weight="balanced", max_iter=1000))
