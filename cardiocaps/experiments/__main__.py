@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import shlex
 import sys
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from cardiocaps import DISCLAIMER
 from cardiocaps.config import CommandLine, TrainConfig, add_options, options, settings_that_affect
 from cardiocaps.experiments.exhibits import EXHIBITS
 from cardiocaps.experiments.plan import FIRST_SEED, FORMS, PUBLISHED_SEEDS
 from cardiocaps.runtime.program import Interruption, run_program
+from cardiocaps.runtime.ray_cluster import ADDRESS_HELP
+
+if TYPE_CHECKING:
+    from cardiocaps.experiments.engines.engine import Engine
+
+ENGINES = ("local", "ray", "submitit")
 
 # Settings that each system decides, and settings of a single run.
 _BY_SYSTEM = ("model", "form", "routing", "affine", "renormalise", "class_weight", "regression_weight", "backend")
@@ -56,8 +64,24 @@ def parser() -> CommandLine:
         "--jobs",
         metavar="N",
         type=replace(number, low=1, high=256).from_text,
-        default=1,
-        help="systems trained at a time, each with its share of the CPU (default: 1)",
+        help="systems trained at a time, each with its share of the CPU (default: 1; of a cluster, as many as fit)",
+    )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="local",
+        help="where the systems are trained: in processes of this machine, as tasks of Ray, or as jobs of SLURM "
+        "(default: local)",
+    )
+    parser.add_argument("--address", metavar="HOST:PORT", help=f"with --engine ray: {ADDRESS_HELP}")
+    parser.add_argument(
+        "--slurm",
+        metavar="KEY=VALUE",
+        type=_parameter,
+        action="append",
+        default=[],
+        help="with --engine submitit: a parameter of submitit, for example slurm_partition=gpu, timeout_min=600 or "
+        "gpus_per_node=1; can be given several times",
     )
     parser.add_argument(
         "--out",
@@ -71,8 +95,14 @@ def parser() -> CommandLine:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0; 1 if a system failed; else as `cardiocaps.train.main`."""
-    given = vars(parser().parse_args(argv))
+    line = parser()
+    given = vars(line.parse_args(argv))
     names, seeds, form, at_once, out = (given.pop(name) for name in ("exhibits", "seeds", "form", "jobs", "out"))
+    kind, address, slurm = (given.pop(name) for name in ("engine", "address", "slurm"))
+    if address is not None and kind != "ray":
+        line.error("argument --address: is of --engine ray")
+    if slurm and kind != "submitit":
+        line.error("argument --slurm: is of --engine submitit")
     exhibits = list(EXHIBITS) if "all" in names else list(dict.fromkeys(names))
 
     def body(_: Interruption) -> None:
@@ -80,11 +110,41 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         config = TrainConfig(**{name: value for name, value in given.items() if value is not None}, seed=FIRST_SEED)
         of_form = [] if form == FORMS[0] else ["--form", form]
-        typed = [*names, "--seeds", str(seeds), *of_form, "--jobs", str(at_once), *_as_typed(given)]
+        on = [] if kind == "local" else ["--engine", kind]
+        jobs = [] if at_once is None and kind != "local" else ["--jobs", str(at_once or 1)]
+        typed = [*names, "--seeds", str(seeds), *of_form, *jobs, *on, *_as_typed(given)]
         command = " ".join(["python -m cardiocaps.experiments", *typed])
-        run(exhibits, config, seeds, at_once, out or Path("experiments", config.preset), command, form)
+        with _engine(kind, at_once, config.threads, address, dict(slurm)) as engine:
+            run(exhibits, config, seeds, engine, out or Path("experiments", config.preset), command, form)
 
     return run_program(body)
+
+
+@contextmanager
+def _engine(
+    kind: str, at_once: int | None, threads: int | None, address: str | None, slurm: Mapping[str, str | int]
+) -> Iterator[Engine]:
+    if kind == "ray":
+        from cardiocaps.experiments.engines.ray import RayEngine
+
+        with RayEngine.connected(address, at_once, threads) as engine:
+            yield engine
+    elif kind == "submitit":
+        from cardiocaps.experiments.engines.submitit import SubmititEngine
+
+        yield SubmititEngine(at_once, slurm)
+    else:
+        from cardiocaps.experiments.engines.local import LocalEngine
+
+        yield LocalEngine(at_once or 1)
+
+
+def _parameter(text: str) -> tuple[str, str | int]:
+    """KEY=VALUE; numbers become int, as submitit wants them."""
+    key, sign, value = text.partition("=")
+    if not (sign and key.isidentifier() and value):
+        raise ArgumentTypeError(f"{text!r}; expected KEY=VALUE")
+    return key, int(value) if value.isdecimal() else value
 
 
 def _as_typed(given: Mapping[str, Any]) -> Iterator[str]:

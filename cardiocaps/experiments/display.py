@@ -35,6 +35,10 @@ class Display:
     def progress(self, job: Job, done: float, doing: str) -> None:
         self.bars.update(self.tasks[job.name], completed=done, doing=doing)
 
+    def lost(self, job: Job) -> None:
+        """The job waits for another worker."""
+        self.bars.remove_task(self.tasks.pop(job.name))
+
     def ended(self, job: Job, seconds: float, error: str | None) -> None:
         self.bars.remove_task(self.tasks.pop(job.name))
         self.done += 1

@@ -61,6 +61,11 @@ class Job:
         """The output of the job. It lies beside the folder, which holds only files of the run."""
         return self.folder.with_name(f"{self.folder.name}.log")
 
+    @property
+    def experiments(self) -> ExperimentFolder:
+        """The folder of the experiments that the job belongs to."""
+        return ExperimentFolder(self.folder.parents[2])
+
 
 def run(job: Job, watch: Watch, interruption: Interruption) -> None:
     """Run a job, or go on with it; do nothing if it is finished.
@@ -78,7 +83,7 @@ def run(job: Job, watch: Watch, interruption: Interruption) -> None:
         folder.remove_leftovers()
         if not begun:
             # All jobs leave out the videos that the first jobs left out, even if they can be decoded by now.
-            known = ExperimentFolder(job.folder.parents[2]).known_data(job.config)
+            known = job.experiments.known_data(job.config)
             if known is not None:
                 write_json(folder.data, known.as_dict())
             folder.begin(job.config, machine.device)  # config.yaml comes last: a job that has it has begun

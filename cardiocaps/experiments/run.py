@@ -8,8 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from cardiocaps.config import TrainConfig
 from cardiocaps.data.cache import default_folder
 from cardiocaps.data.datamodule import EchoDataModule
@@ -19,6 +17,7 @@ from cardiocaps.data.open import dataset_of, decode, read_study, with_layout
 from cardiocaps.errors import CardioCapsError, ConfigError, DataError
 from cardiocaps.evaluation.predictions import unit_of
 from cardiocaps.experiments.display import Display
+from cardiocaps.experiments.engines.engine import Engine
 from cardiocaps.experiments.exhibits import EXHIBITS, keys_of
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.folder import ExperimentFolder
@@ -40,7 +39,7 @@ def run(
     names: Sequence[str],
     config: TrainConfig,
     seeds: int,
-    at_once: int,
+    engine: Engine,
     out: Path,
     command: str,
     form: str = "corrected",
@@ -50,7 +49,7 @@ def run(
     Args:
         config: settings that all jobs share.
         seeds: number of seeds for each system.
-        at_once: number of jobs that run at the same time.
+        engine: where the jobs run.
         command: command line that makes the exhibits; the index shows it.
         form: one of `plan.FORMS`.
 
@@ -64,31 +63,32 @@ def run(
             raise ConfigError(
                 f"split is 'frames', which is a row of {exhibit.name} itself; expected auto, column or stratified"
             )
-    decide(config, visible_gpu())  # raises before anything is written if the device is missing
+    if engine.is_here:
+        decide(config, visible_gpu())  # raises before anything is written if the device is missing
+    share = engine.share(config)
     config = with_layout(config)
     target = config.regression_target or DATASETS[dataset_of(config)].target
     config = replace(config, regression_target=target)
-    threads = config.threads or max(1, torch.get_num_threads() // at_once)
     folder = ExperimentFolder(out)
 
     def job(key: str, seed: int) -> Job:
         own = configure(config, SYSTEMS[key], seed, folder.job(key, seed))
-        return Job(SYSTEMS[key], seed, replace(own, threads=threads, progress=False), at_once)
+        return Job(SYSTEMS[key], seed, replace(own, threads=share.threads, progress=False), share.at_once)
 
     jobs = [job(key, seed) for key, seed in jobs_of(keys_of(exhibits, config.protocol), seeds)]
     folder.make()
     with lock_folder(folder.path):
         remove_leftovers(folder.path, folder.data, folder.tables)
         folder.claim(config)
-        data, unusable = _prepare(jobs, config, folder)
+        data, unusable = _prepare(jobs, config, folder, engine)
         finished = [job for job in jobs if is_finished(job.folder)]
         left = [job for job in jobs if job not in finished and job.name not in unusable]
-        pace = f"{count(at_once, 'job')} at a time, {count(threads, 'thread')} each"
+        pace = f"{count(share.at_once, 'job')} at a time, {count(share.threads, 'thread')} each"
         print_line(f"{count(len(jobs), 'job')}, {len(finished)} of them finished; {pace}")
         try:
             display = Display(len(left), bars=config.progress)
             with display.bars:
-                errors = {**unusable, **run_jobs(left, at_once, display)}
+                errors = {**unusable, **run_jobs(left, share.at_once, display, engine)}
         except Interrupted as stop:
             raise Interrupted(stop.signum, "what was done is saved, and the same command goes on") from None
         _write(exhibits, jobs, errors, config, data, folder, command)
@@ -99,7 +99,7 @@ def run(
 
 
 def _prepare(
-    jobs: Sequence[Job], config: TrainConfig, folder: ExperimentFolder
+    jobs: Sequence[Job], config: TrainConfig, folder: ExperimentFolder, engine: Engine
 ) -> tuple[Mapping[str, str], Mapping[str, str]]:
     """Read and decode the data of the jobs once.
 
@@ -114,6 +114,8 @@ def _prepare(
     for job in jobs:
         if _data_of(job) not in {**said, **refused}:
             watched = replace(job.config, progress=config.progress)
+            if not engine.is_here:  # this machine only reads and decodes, and may lack the GPUs of the others
+                watched = replace(watched, device="cpu")
             try:
                 with machine_for(watched) as machine:
                     study = read_study(watched)

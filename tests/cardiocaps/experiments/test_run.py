@@ -23,8 +23,9 @@ from cardiocaps.config import TrainConfig
 from cardiocaps.data.study import Study
 from cardiocaps.errors import DataError
 from cardiocaps.experiments import __main__ as program
-from cardiocaps.experiments import runner
 from cardiocaps.experiments.display import Display
+from cardiocaps.experiments.engines import process as job_process
+from cardiocaps.experiments.engines.local import LocalEngine
 from cardiocaps.experiments.exhibits import EXHIBITS, keys_of
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.plan import FIRST_SEED, SYSTEMS, configure
@@ -66,7 +67,7 @@ def arguments(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> list[s
 @pytest.fixture(scope="module", autouse=True)
 def jobs_draw_nothing() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runner, "_PRELOAD", [*runner._PRELOAD, "tests.cardiocaps.empty_figures"])
+        patch.setattr(job_process, "PRELOAD", [*job_process.PRELOAD, "tests.cardiocaps.empty_figures"])
         yield
 
 
@@ -233,12 +234,12 @@ class _Killing(Display):
 def test_a_killed_job_takes_no_other_along(everything: Path, arguments: list[str], tmp_path: Path) -> None:
     jobs = [_job(key, arguments, tmp_path) for key in ("cnn-2", "vit")]
     display = _Killing()
-    errors = run_jobs(jobs, 1, display)
+    errors = run_jobs(jobs, 1, display, LocalEngine())
     killed = "killed by SIGKILL (out of memory?)"
     assert display.victim == "cnn-2 seed 10"
     assert errors == {"cnn-2 seed 10": killed}
     assert display.ends == {"cnn-2 seed 10": killed, "vit seed 10": None}
-    assert run_jobs(jobs[:1], 1, display) == {}
+    assert run_jobs(jobs[:1], 1, display, LocalEngine()) == {}
     for key in ("cnn-2", "vit"):
         assert _predictions(tmp_path, key) == _predictions(everything, key)
 

@@ -1,0 +1,90 @@
+"""Jobs as tasks of a Ray cluster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+from cardiocaps.config import TrainConfig
+from cardiocaps.errors import ConfigError
+from cardiocaps.experiments.engines.engine import Ended, Share
+from cardiocaps.experiments.engines.remote import THREADS, RemoteEngine, Task, gpus
+from cardiocaps.experiments.jobs import Job
+from cardiocaps.runtime.ray_cluster import ray_cluster
+
+_PATIENCE = 70.0  # seconds that a stopped task gets: a little more than its job
+
+
+class RayEngine(RemoteEngine):
+    """See `Engine`. Each job is a task that takes its threads as CPUs, and a GPU if it uses one.
+
+    Args:
+        ray: the module, connected to a cluster.
+        at_once: number of jobs that run at the same time; None: as many as fit.
+    """
+
+    def __init__(self, ray: ModuleType, at_once: int | None) -> None:
+        super().__init__()
+        self._ray, self._at_once = ray, at_once
+        # No retries of Ray's own: the runner begins a lost job again, and says so.
+        self._work = ray.remote(max_retries=0)(_work)
+
+    @classmethod
+    @contextmanager
+    def connected(cls, address: str | None, at_once: int | None, threads: int | None) -> Iterator[RayEngine]:
+        """Raises ConfigError or ResourceError, see `ray_cluster`."""
+        with ray_cluster(address, (at_once or 1) * (threads or 1)) as ray:
+            yield cls(ray, at_once)
+
+    def share(self, config: TrainConfig) -> Share:
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        most = int(max((node.get("CPU", 0) for node in nodes), default=0))
+        threads = config.threads or max(1, min(THREADS, most))
+        if threads > most:
+            raise ConfigError(f"threads is {threads}; expected at most {most}, the CPUs of the largest node of Ray")
+        if config.device == "cuda" and not self._has_gpus():
+            raise ConfigError("device is 'cuda'; expected auto or cpu, because no node of Ray has a GPU")
+        fitting = sum(int(node.get("CPU", 0)) // threads for node in nodes)
+        return Share(self._at_once or max(1, fitting), threads)
+
+    def _has_gpus(self) -> bool:
+        return self._ray.cluster_resources().get("GPU", 0) >= 1
+
+    def _submit(self, job: Job) -> Any:
+        options = {"num_cpus": job.config.threads, "num_gpus": gpus(job, self._has_gpus()), "name": job.name}
+        return self._work.options(**options).remote(job)
+
+    def _ended(self, handles: list[Any], seconds: float) -> list[Any]:
+        ended, _ = self._ray.wait(handles, num_returns=1, timeout=seconds)
+        return list(ended)
+
+    def _outcome(self, handle: Any, job: Job) -> Ended:
+        lost = self._ray.exceptions
+        try:
+            return Ended(job, self._ray.get(handle))
+        except (lost.WorkerCrashedError, lost.NodeDiedError, lost.LocalRayletDiedError, lost.OutOfMemoryError) as error:
+            return Ended(job, _first_line(error), lost=True)
+        except lost.RayError as error:
+            return Ended(job, _first_line(error))
+
+    def _cancel(self, handles: list[Any]) -> None:
+        for handle in handles:
+            self._ray.cancel(handle)  # raises KeyboardInterrupt in a task that runs
+        until = time.monotonic() + _PATIENCE
+        while handles and time.monotonic() < until:
+            _, handles = self._ray.wait(handles, timeout=1.0)
+
+
+def _work(job: Job) -> str | None:
+    """The body of a task."""
+    import ray
+
+    assigned = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+    return Task(job, gpus=",".join(assigned))()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

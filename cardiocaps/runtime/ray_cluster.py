@@ -1,0 +1,87 @@
+"""Ray: a cluster of this process alone, or the connection to a running one. Ray sends no usage statistics."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from cardiocaps.errors import ConfigError, ResourceError, printable
+from cardiocaps.runtime.packages import require_package
+from cardiocaps.runtime.processes import cores
+
+ADDRESS_HELP = "of a running Ray cluster, HOST:PORT or auto (default: Ray is started on this machine)"
+
+_PATIENCE = 20.0  # seconds that a cluster gets to answer
+_OBJECTS = 256 * 2**20  # bytes of shared memory of a local cluster: jobs and rows are small
+
+
+@contextmanager
+def ray_cluster(address: str | None = None, cpus: int | None = None) -> Iterator[ModuleType]:
+    """The module `ray`, connected inside the block.
+
+    Args:
+        address: HOST:PORT of a running cluster, or "auto" for the one that this machine belongs to (or that RAY_ADDRESS
+            names). None: Ray is started on this machine and ends with the block.
+        cpus: that a cluster on this machine has at least; None: those of this process.
+
+    Raises:
+        ConfigError: Ray is not installed, or no cluster answers at the address.
+        ResourceError: Ray cannot be started on this machine.
+    """
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before the import
+    ray = require_package("ray", "ray", "engine: 'ray'", extra="cluster")
+    if address is not None:
+        _check(address)
+    own = {"num_cpus": max(cores(), cpus or 1), "include_dashboard": False, "object_store_memory": _OBJECTS}
+    before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level="ERROR",
+            **({} if address is not None else own),
+        )
+    except Exception as error:  # a ConnectionError, a RuntimeError or one of Ray's own
+        reason = printable(error).partition("\\n")[0]
+        if address is not None:
+            raise ConfigError(
+                f"--address is {printable(address)}: cannot connect to this Ray cluster: {reason}"
+            ) from error
+        raise ResourceError(f"cannot start Ray on this machine: {reason}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for signum, handler in before.items():  # Ray takes SIGTERM for itself
+                signal.signal(signum, handler)
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def _check(address: str) -> None:
+    """Raise ConfigError unless a Ray cluster answers.
+
+    Ray's own question runs in a process of its own, because it waits longer than a user does, and because Ray ends a
+    whole process that cannot reach its cluster.
+    """
+    host, _, port = address.rpartition(":")
+    if address != "auto" and not (host and port.isdecimal() and "/" not in host):
+        raise ConfigError(f"--address is {printable(address)}; expected HOST:PORT of a Ray cluster, or auto")
+    command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
+    if address != "auto":
+        command += ["--address", address]
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE, check=False)
+    except subprocess.TimeoutExpired:
+        done = None
+    if done is None or done.returncode:
+        raise ConfigError(
+            f"--address is {printable(address)}: no Ray cluster answers there within {_PATIENCE:.0f} s; expected "
+            "HOST:PORT of its head (port 6379 by default) and the version of Ray that is installed here"
+        )

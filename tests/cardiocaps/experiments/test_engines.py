@@ -1,0 +1,301 @@
+"""Engines: the same bits everywhere, what is lost is done again, and what is wrong is said."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cardiocaps.errors import ConfigError
+from cardiocaps.experiments import __main__ as program
+from cardiocaps.experiments.display import Display
+from cardiocaps.experiments.engines import remote
+from cardiocaps.experiments.engines.engine import Ended, Progressed, Share
+from cardiocaps.experiments.engines.local import LocalEngine
+from cardiocaps.experiments.engines.remote import RemoteEngine, Task
+from cardiocaps.experiments.jobs import Job
+from cardiocaps.experiments.results import is_finished
+from cardiocaps.experiments.runner import run_jobs
+from cardiocaps.phantom import write_phantom
+from cardiocaps.runtime import ray_cluster as cluster
+from cardiocaps.runtime.files import lock_folder
+from tests.cardiocaps.experiments.short_jobs import short_jobs
+from tests.cardiocaps.programs import start, wait_for
+
+in_proc = pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks for processes in /proc")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """A phantom, and a cache."""
+    folder = tmp_path_factory.mktemp("phantom")
+    write_phantom(folder, 20, 10, processes=1)
+    return [folder, tmp_path_factory.mktemp("cache")]
+
+
+@pytest.fixture(scope="module")
+def here(data: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Job]:
+    """The jobs, run by the local engine."""
+    jobs = short_jobs(*data, tmp_path_factory.mktemp("experiments") / "here")
+    assert run_jobs(jobs, 2, Display(2, bars=False), LocalEngine(2)) == {}
+    return jobs
+
+
+def _assert_equal(jobs: list[Job], others: list[Job]) -> None:
+    for one, other in zip(jobs, others, strict=True):
+        for name in ("predictions.csv", "validation.csv", "decision.json"):
+            if (one.folder / name).exists():
+                assert (other.folder / name).read_bytes() == (one.folder / name).read_bytes(), other.name
+        files = {path.name for path in one.folder.iterdir()}
+        assert {path.name for path in other.folder.iterdir()} == files
+        assert not other.folder.with_name(f"{other.folder.name}.progress").exists()
+
+
+def _processes(text: str) -> list[int]:
+    """The processes whose command line holds the text."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            if text.encode() in path.read_bytes().replace(b"\0", b" "):
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+class Watching(Display):
+    """Remembers what happened, and kills `victim` some time after the network began to train."""
+
+    def __init__(self, victim: str | None = None) -> None:
+        super().__init__(2, bars=False)
+        self.victim = victim
+        self.killed: list[int] = []
+        self.was_lost: list[str] = []
+        self.ends: list[tuple[str, str | None]] = []
+        self.steps: set[str] = set()
+
+    def progress(self, job: Job, done: float, doing: str) -> None:
+        super().progress(job, done, doing)
+        self.steps.add(doing)
+        if self.victim is not None and not self.killed and job.name.startswith("cnn-2"):
+            time.sleep(random.uniform(0, 1))
+            self.killed = _processes(self.victim)
+            for number in self.killed:
+                os.kill(number, signal.SIGKILL)
+
+    def lost(self, job: Job) -> None:
+        super().lost(job)
+        self.was_lost.append(job.name)
+
+    def ended(self, job: Job, seconds: float, error: str | None) -> None:
+        super().ended(job, seconds, error)
+        self.ends.append((job.name, error))
+
+
+@in_proc
+def test_ray_gives_the_same_bits_and_does_the_job_of_a_killed_worker_again(
+    here: list[Job], data: list[Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("ray", reason="needs the extra cluster")
+    from cardiocaps.experiments.engines.ray import RayEngine
+
+    jobs = short_jobs(*data, tmp_path / "out")
+    display = Watching("ray::cnn-2 seed 10")
+    with RayEngine.connected(None, 2, 1) as engine:
+        assert engine.share(jobs[0].config).threads == 1
+        with pytest.raises(ConfigError, match=r"threads is 1000; expected at most \d+"):
+            engine.share(replace(jobs[0].config, threads=1000))
+        assert run_jobs(jobs, 2, display, engine) == {}
+    if display.killed and display.was_lost:  # it may have ended before the blow
+        assert display.was_lost == [jobs[0].name]
+    assert sorted(display.ends) == [(job.name, None) for job in jobs]
+    assert display.steps
+    _assert_equal(here, jobs)
+
+
+@in_proc
+def test_a_killed_driver_takes_its_jobs_along_and_another_engine_goes_on(
+    here: list[Job], data: list[Path], tmp_path: Path
+) -> None:
+    pytest.importorskip("ray", reason="needs the extra cluster")
+    out = tmp_path / "out"
+    driver = start("tests.cardiocaps.experiments.short_jobs", *map(str, [*data, out]))
+    jobs = short_jobs(*data, out)
+    wait_for((jobs[0].folder / "run.json").exists, driver)
+    time.sleep(random.uniform(0, 1.5))
+    driver.kill()
+    driver.communicate()
+    with lock_folder(jobs[0].folder, wait=True):  # its process is gone
+        pass
+    finished = {job.name: (job.folder / "result.json").stat().st_mtime_ns for job in jobs if is_finished(job.folder)}
+    assert run_jobs([job for job in jobs if job.name not in finished], 2, Watching(), LocalEngine(2)) == {}
+    for job in jobs:
+        assert finished.get(job.name) in (None, (job.folder / "result.json").stat().st_mtime_ns)
+        job.folder.with_name(f"{job.folder.name}.progress").unlink(missing_ok=True)
+    _assert_equal(here, jobs)
+
+
+@in_proc
+def test_submitit_gives_the_same_bits_and_does_a_lost_job_again(
+    here: list[Job], data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitit = pytest.importorskip("submitit", reason="needs the extra cluster")
+    from cardiocaps.experiments.engines.submitit import SubmititEngine
+
+    monkeypatch.setattr(submitit.core.core.Job, "_results_timeout_s", 0.5)
+    jobs = short_jobs(*data, tmp_path / "out")[:1]
+    display = Watching(f"submitit.local._local {tmp_path}")
+    engine = SubmititEngine(1, {})
+    engine.is_slurm = False
+    assert run_jobs(jobs, 1, display, engine) == {}
+    assert display.killed and display.was_lost == [jobs[0].name]
+    assert display.ends == [(jobs[0].name, None)]
+    _assert_equal(here[:1], jobs)
+
+
+def test_a_mistyped_parameter_of_slurm(here: list[Job]) -> None:
+    pytest.importorskip("submitit", reason="needs the extra cluster")
+    from cardiocaps.experiments.engines.submitit import SubmititEngine
+
+    engine = SubmititEngine(1, {"slurm_partitoin": "gpu"})
+    engine.is_slurm = False
+    with pytest.raises(ConfigError, match="partitoin"):
+        engine.start(here[0])
+
+
+class Scripted:
+    """An engine whose jobs end as they are told."""
+
+    is_here = True
+
+    def __init__(self, ends: dict[str, list[Ended]]) -> None:
+        self.ends, self.running, self.most, self.stopped = ends, list[Job](), 0, False
+
+    def start(self, job: Job) -> None:
+        self.running.append(job)
+        self.most = max(self.most, len(self.running))
+
+    def events(self, seconds: float) -> Iterator[Progressed | Ended]:
+        job = self.running.pop(0)
+        yield Progressed(job, 0.5, "half")
+        yield self.ends[job.name].pop(0)
+
+    def stop(self) -> None:
+        self.stopped = True
+
+
+def test_a_job_is_lost_four_times_at_most(here: list[Job]) -> None:
+    one, two = here
+    gone = Ended(one, "node died", lost=True)
+    engine = Scripted({one.name: [gone] * 3 + [Ended(one)], two.name: [Ended(two, "bad data")]})
+    display = Watching()
+    assert run_jobs(here, 2, display, engine) == {two.name: "bad data"}  # type: ignore[arg-type]
+    assert display.was_lost == [one.name] * 3 and engine.most == 2 and engine.stopped
+    engine = Scripted({one.name: [gone] * 9})
+    assert run_jobs([one], 2, Watching(), engine) == {one.name: "node died"}  # type: ignore[arg-type]
+    assert len(engine.ends[one.name]) == 5
+
+
+class Instant(RemoteEngine):
+    """Its tasks end at once and say that they finished their jobs."""
+
+    def share(self, config: Any) -> Share:
+        return Share(1, 1)
+
+    def _submit(self, job: Job) -> Any:
+        return job.name
+
+    def _ended(self, handles: list[Any], seconds: float) -> list[Any]:
+        return handles
+
+    def _outcome(self, handle: Any, job: Job) -> Ended:
+        return Ended(job)
+
+    def _cancel(self, handles: list[Any]) -> None:
+        pass
+
+
+def test_a_result_may_come_to_be_seen_late_but_must_come(
+    data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (late, never) = short_jobs(*data, tmp_path / "out")
+    engine = Instant()
+    engine.start(late)
+    assert list(engine.events(0.01)) == []
+    late.folder.mkdir(parents=True)
+    (late.folder / "result.json").touch()
+    (event,) = engine.events(0.01)
+    assert isinstance(event, Ended) and event.error is None and event.job.name == late.name
+    monkeypatch.setattr(remote, "LAG", 0.05)
+    errors = run_jobs([never], 1, Watching(), engine)
+    assert "its worker finished it, but its result is not in" in errors[never.name]
+
+
+def test_a_task_that_does_not_see_the_folder_or_has_another_version(
+    data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, _ = short_jobs(*data, tmp_path / "out")
+    monkeypatch.setattr(remote, "LAG", 0.6)
+    (tmp_path / "out").rename(tmp_path / "elsewhere")
+    said = Task(job)()
+    assert said is not None and f"{tmp_path / 'out'}, which {socket.gethostname()} does not see" in said
+    other = Task(job)
+    other.version = "0.0"
+    said = other()
+    assert said is not None and "expected 0.0, which gave it the job" in said
+
+
+@pytest.mark.parametrize("address", ["nowhere", "host:port", "http://host:6379", ":6379"])
+def test_an_address_that_is_none(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("ray", reason="needs the extra cluster")
+    assert program.main(["table2", "--engine", "ray", "--address", address]) == 2
+    assert f"--address is {address}; expected HOST:PORT" in capsys.readouterr().err
+
+
+def test_an_address_where_no_ray_answers(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Something takes the connection and says nothing."""
+    pytest.importorskip("ray", reason="needs the extra cluster")
+    monkeypatch.setattr(cluster, "_PATIENCE", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = f"127.0.0.1:{listening.getsockname()[1]}"
+        out = tmp_path / "out"
+        assert program.main(["table2", "--engine", "ray", "--address", address, "--out", str(out)]) == 2
+    assert f"--address is {address}: no Ray cluster answers there within 2 s" in capsys.readouterr().err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("engine", ["ray", "submitit"])
+def test_an_engine_that_is_not_installed(
+    engine: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, engine, None)
+    assert program.main(["table2", "--engine", engine]) == 2
+    error = capsys.readouterr().err
+    assert f"engine: '{engine}' needs the package {engine}" in error and "pip install 'cardiocaps[cluster]'" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--address", "h:1"], "--address is of --engine ray"),
+        (["--slurm", "a=1"], "--slurm is of --engine submitit"),
+        (["--engine", "submitit", "--slurm", "partition"], "expected KEY=VALUE"),
+        (["--engine", "spark"], "spark"),
+    ],
+)
+def test_mistakes_in_the_command_line(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        program.main(["table2", *arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
