@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Self
 
 from cardiocaps.errors import plural
 from cardiocaps.evaluation.names import PAPER_NAMES
+from cardiocaps.experiments.exhibits import comparisons
 from cardiocaps.experiments.markdown import DASH, Column, count, joined, metric_columns, plus_minus, rows_table, table
 from cardiocaps.experiments.plan import MAIN, corrected_key, in_form
 from cardiocaps.experiments.reported import (
@@ -68,7 +69,12 @@ class Exhibit:
 
     def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
         """The Markdown between the figure and the notes. `found` maps systems with results to their summaries."""
-        return [*self._results(rows, found, bootstrap), *self._published(rows, found), *self._cost(rows, found)]
+        return [
+            *self._results(rows, found, bootstrap),
+            *comparisons.section(rows, found, bootstrap),
+            *self._published(rows, found),
+            *self._cost(rows, found),
+        ]
 
     def draw(self, summaries: Sequence[Summary]) -> Figure:
         """The figure of the rows with results, of which there is at least one."""

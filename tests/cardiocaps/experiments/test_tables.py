@@ -126,6 +126,35 @@ def test_the_notes_of_a_published_row_say_what_is_not_as_published(tmp_path: Pat
     assert "the optimiser of the published code holds the parameters of another one" in markdown
 
 
+def test_systems_are_compared_in_pairs(tmp_path: Path) -> None:
+    rows = [row("em-capsnet", "EM", 0.2), row("vit", "ViT", 1.4), row("cardiocaps", "Ours", 3.0)]
+    markdown, cells = _write("table6", rows, tmp_path, bootstrap=200)
+    part = markdown[markdown.index("## Comparisons") : markdown.index("## As published")]
+    (em, em_effects), (vit, _) = (_cells(part, f"{name} minus Ours") for name in ("EM", "ViT"))
+    difference = float(cells[0]["auroc"]) - float(cells[2]["auroc"])
+    value, low, high = map(float, re.findall(r"[-+][0-9.]+", em[1]))
+    assert value == pytest.approx(difference, abs=6e-4) and low < value < high < 0
+    by_p = [[0.0005 if "<" in x else float(x) for x in cells[5:7]] for cells in (em, vit)]
+    assert by_p[0][1] >= by_p[0][0] and by_p[1][1] >= by_p[1][0] > by_p[0][0]
+    assert float(em_effects[1]) < -0.8 and float(em[3]) > 0
+    assert "10 abnormal and 30 normal videos" in part and "over the 2 comparisons" in part
+    markdown, _ = _write("table6", rows, tmp_path, bootstrap=0)
+    assert "## Comparisons" not in markdown
+
+
+def test_the_last_system_is_the_reference_without_cardiocaps(tmp_path: Path) -> None:
+    rows = [row("dr-margin", "Margin", 0.5), row("dr", "New"), row("dr-published", "New, as published")]
+    markdown, _ = _write("table1", [*rows, row("dr-margin-published", "Margin, as published")], tmp_path)
+    assert "| Margin minus New |" in markdown and "| New, as published minus Margin, as published |" in markdown
+    assert "| New minus" not in markdown
+
+
+def test_systems_with_other_test_samples_are_not_compared(tmp_path: Path) -> None:
+    other = Row("vit", "ViT", (result("vit", 10, test=predictions(11, first=500)),), None)
+    markdown, _ = _write("table5", [other, row("cardiocaps", "Ours", seeds=1)], tmp_path)
+    assert "## Comparisons" not in markdown
+
+
 def test_every_line_of_a_table_has_as_many_cells_as_its_head(tmp_path: Path) -> None:
     failed = Row("unet", "U | Net", (), "no\nmemory | at all")
     markdown, _ = _write("table5", [row("cnn-1", "CNN-(1)"), failed, row("cardiocaps", "CardioCaps")], tmp_path)

@@ -1,0 +1,177 @@
+"""The section of an exhibit that compares its systems in pairs: differences, tests, effect sizes, power."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from cardiocaps.errors import plural
+from cardiocaps.experiments.markdown import DASH, table
+from cardiocaps.experiments.plan import MAIN, corrected_key
+from cardiocaps.experiments.reported import ALWAYS_NORMAL
+from cardiocaps.experiments.summaries import Row, Summary
+from cardiocaps.metrics import exact_interval
+from cardiocaps.metrics.comparison import (
+    DeLong,
+    Difference,
+    Runs,
+    cohens_d,
+    cohens_h,
+    delong,
+    detectable,
+    hanley_mcneil,
+    holm,
+    paired_differences,
+)
+
+_METRICS = ("auroc", "average_precision", "accuracy")
+_EXPECTED = 0.9
+"""The AUROC and the sensitivity for which the precision of the test set is stated."""
+
+
+def section(rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
+    """The Markdown; empty without resamples, and for fewer than two systems that were tested on the same samples.
+
+    The others are compared with CardioCaps; in an exhibit without it with the last system, which is the paper's
+    proposal there. A comparison is with the reference of the same form, corrected or published.
+    """
+    summaries = [found[row.system] for row in rows if row.system in found and row.system != ALWAYS_NORMAL]
+    pairs = [
+        (summary, other)
+        for summary in summaries
+        if bootstrap and (other := _reference(summary, summaries)) is not None and _is_paired(summary, other)
+    ]
+    if not pairs:
+        return []
+    differences = [paired_differences(_runs(a), _runs(b), _METRICS, bootstrap=bootstrap) for a, b in pairs]
+    tests = [_delong(a, b) for a, b in pairs]
+    p_values = [math.nan if test is None else test.p for test in tests]
+    p_corrected = holm(p_values)
+    p_bootstrap = [holm([found_of[name].p for found_of in differences]) for name in _METRICS]
+    known = sum(not math.isnan(p) for p in p_values)
+    lines, effects = [], []
+    for k, ((one, other), found_of, test) in enumerate(zip(pairs, differences, tests, strict=True)):
+        name = f"{one.title} minus {other.title}"
+        lines.append(
+            (
+                name,
+                _interval(found_of["auroc"]),
+                _number(None if test is None else test.se_videos),
+                _number(None if test is None else test.se_seeds),
+                _p(math.nan if test is None else test.p_videos),
+                _p(p_values[k]),
+                _p(p_corrected[k]),
+                _number(None if test is None else detectable(test.se, max(known, 1))),
+            )
+        )
+        accuracy = one.report.metrics["accuracy"].value, other.report.metrics["accuracy"].value
+        auroc = one.report.metrics["auroc"].value, other.report.metrics["auroc"].value
+        effects.append(
+            (
+                name,
+                _d(*auroc),
+                _interval(found_of["average_precision"]),
+                _p(p_bootstrap[1][k]),
+                _interval(found_of["accuracy"]),
+                _p(p_bootstrap[2][k]),
+                f"{cohens_h(*accuracy):+.2f}",
+            )
+        )
+    head = (
+        "difference",
+        "AUROC",
+        "standard error, other videos",
+        "standard error, other seeds",
+        "p, these seeds",
+        "p, other seeds too",
+        "p, corrected",
+        "detectable",
+    )
+    effect_head = (
+        "difference",
+        "Cohen's d of the AUROCs",
+        "average precision",
+        "p, corrected",
+        "accuracy",
+        "p, corrected",
+        "Cohen's h of the accuracies",
+    )
+    return [
+        "## Comparisons",
+        _text(pairs[0][0], len(pairs), bootstrap),
+        table(head, lines),
+        table(effect_head, effects),
+        _power(pairs[0][0]),
+    ]
+
+
+def _text(summary: Summary, pairs: int, bootstrap: int) -> str:
+    drawn = plural(summary.drawn)
+    return (
+        f"Paired differences of the means over the seeds, in brackets the middle 95 % of {bootstrap:,} resamples that "
+        f"draw the same test {drawn} for both systems, and seeds of each. The p of AUROC is that of DeLong et al. "
+        f"(1988) for the mean over the seeds: for these seeds and other {drawn}; and with the seeds as a random "
+        "effect, whose variance is added (t, degrees of freedom of Satterthwaite). The others are of the bootstrap. "
+        f"Corrected: by Holm over the {pairs} {'comparison' if pairs == 1 else 'comparisons'} of a column in this "
+        "table. Detectable: the smallest difference in AUROC that such a test finds with a power of 80 % at 5 % over "
+        "all comparisons, of the standard errors found. Effect sizes: the difference of √2 Φ⁻¹(AUROC), and of "
+        "2 arcsin √accuracy; 0.2 is called small, 0.5 medium, 0.8 large (Cohen 1988)."
+    )
+
+
+def _power(summary: Summary) -> str:
+    """How precise a test set of this size is, whatever the system."""
+    (tn, fp), (fn, tp) = summary.report.runs[0].confusion
+    negatives, positives = tn + fp, fn + tp
+    error = hanley_mcneil(_EXPECTED, positives, negatives)
+    low, high = exact_interval(_EXPECTED * positives, positives)
+    return (
+        f"Power of the test set: {positives:,} abnormal and {negatives:,} normal {summary.unit}s. An AUROC of "
+        f"{_EXPECTED} is known to ± {1.96 * error:.3f} (Hanley and McNeil 1982), a sensitivity of {_EXPECTED} has the "
+        f"95 % interval {low:.2f}{DASH}{high:.2f}; two systems whose errors are independent are told apart from a "
+        f"difference of {detectable(error * math.sqrt(2)):.3f} in AUROC on (80 % power, one comparison)."
+    )
+
+
+def _reference(summary: Summary, summaries: Sequence[Summary]) -> Summary | None:
+    """What a system is compared with; None for the reference itself."""
+    published = corrected_key(summary.system) != summary.system
+    same_form = [s for s in summaries if (corrected_key(s.system) != s.system) == published]
+    main = [s for s in same_form if corrected_key(s.system) == MAIN]
+    other = (main or same_form)[-1]
+    return None if other is summary else other
+
+
+def _runs(summary: Summary) -> Runs:
+    samples = [result.test.samples(summary.unit) for result in summary.results]
+    probabilities, labels, groups = zip(*samples, strict=True)
+    return Runs(probabilities, labels, groups, summary.thresholds)
+
+
+def _is_paired(one: Summary, other: Summary) -> bool:
+    """Whether both were tested on the same samples of both classes, by all seeds."""
+    if one.unit != other.unit or any(math.isnan(s.report.metrics["auroc"].value) for s in (one, other)):
+        return False
+    return len({test.groups for summary in (one, other) for test in _runs(summary).tested()}) == 1
+
+
+def _delong(one: Summary, other: Summary) -> DeLong | None:
+    (tn, fp), (fn, tp) = one.report.runs[0].confusion
+    return delong(_runs(one), _runs(other)) if min(tn + fp, fn + tp) > 1 else None
+
+
+def _interval(difference: Difference) -> str:
+    return f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+
+
+def _number(value: float | None) -> str:
+    return DASH if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _d(one: float, other: float) -> str:
+    difference = cohens_d(one) - cohens_d(other)
+    return f"{difference:+.2f}" if math.isfinite(difference) else DASH
+
+
+def _p(value: float) -> str:
+    return DASH if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
