@@ -16,6 +16,7 @@ _PROGRAMS = {
     "evaluate": ("cardiocaps.evaluate", "evaluate the networks of runs once more"),
     "predict": ("cardiocaps.predict", "predict for videos of your own"),
     "explain": ("cardiocaps.explain", "show where in its frames a network finds the class of a video"),
+    "preview": ("cardiocaps.preview", "draw some videos of a data set, their views and reconstructions"),
     "export": ("cardiocaps.export", "write the network of a run to a file for other programs"),
     "data": ("cardiocaps.data.__main__", "say what a data set holds, and what is wrong with it"),
     "info": ("cardiocaps.info", "print versions, devices, what is installed, and the cache"),

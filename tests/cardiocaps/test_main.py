@@ -32,6 +32,7 @@ def test_help_names_every_command_at_once() -> None:
         "evaluate",
         "predict",
         "explain",
+        "preview",
         "export",
         "data",
         "info",
