@@ -59,10 +59,11 @@ def _system(key: str, title: str, note: str = "", **settings: Any) -> System:
 
 
 _CONSTANT = (
-    "votes are ones, which are not learned; each capsule weighs 2 / N after its coupling. (With votes of 2 / N the "
-    "couplings hardly depend on the image, so that one class is longer for every image: in a test of two shapes such a "
-    "network ranked the images without a mistake, AUROC 1.0, and decided half of them wrong; this one decided 98 % "
-    "right.)"
+    "votes are ones, which are not learned; each capsule weighs 2 / N after its coupling. In a test of two shapes of "
+    "the same brightness (300 steps) this network decides 98 % right at preset tiny. With 50,176 capsules, as at "
+    "preset small, it ranked the images (AUROC 0.92) and still gave all of them one class: nothing but the couplings "
+    "tells the classes apart, and they follow the image slowly. With votes of 2 / N, an earlier form, the couplings "
+    "hardly depend on the image, and all images got one class at preset tiny too"
 )
 
 
