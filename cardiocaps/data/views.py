@@ -2,7 +2,8 @@
 
 The paper resizes a frame to 728 pixels, turns it by up to ±10°, crops 512 pixels at random and takes the middle 256 of
 them. That is a turned window of 256 of the 728 pixels, whose centre lies up to ±108 pixels from the frame's centre. The
-published code draws it once, for test data too. Here training draws it anew in each epoch, and in evaluation it is
+published code turns the whole frame and cuts then, so that the window's centre turns too, and draws this once, for test
+data too. Here the window turns about its own centre, training draws it anew in each epoch, and in evaluation it is
 fixed.
 """
 

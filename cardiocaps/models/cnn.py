@@ -1,8 +1,8 @@
 """CNN-(1) and CNN-(2), the convolutional baselines of the paper (table V).
 
 Two convolutions to 32 and 64 channels, a 1×1 convolution to 32, fully connected layers of 16, 8 and 2 units, ReLU
-between all of them. CNN-(1) pools after each convolution; CNN-(2) after the last only, which keeps 32 · 120 · 120
-features at the paper's size.
+between all of them. CNN-(1) pools after each convolution; CNN-(2) after the last only, as the paper says (its published
+code does not pool there at all), which keeps 32 · 120 · 120 features at the paper's size.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ class EfficientCapsNet(nn.Module):
     """The network.
 
     The first convolutions have stride 2: as many as keep the last map at least 9 × 9, the size in the original network,
-    whose images are smaller. As in the published code, ReLU comes before batch normalisation.
+    whose images are smaller. As in its authors' code, ReLU comes before batch normalisation.
 
     Args:
         sizes: of the image, the class capsules and the decoder.
