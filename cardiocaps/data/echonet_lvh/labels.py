@@ -1,8 +1,8 @@
 """The label rule, the possible range of each measurement, and the two regression targets.
 
 The thresholds are those of the code published with CardioCaps: a value from the threshold on is abnormal. (For LVID
-that code writes that below 4 is normal, which is the same; its branch for RVDd stops with an error.) They are a research
-label rule, not a diagnosis.
+that code writes that below 4 is normal, which is the same; its branch for RVDd stops with an error.) They are a
+research label rule, not a diagnosis.
 """
 
 from __future__ import annotations
