@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from cardiocaps import DISCLAIMER
 from cardiocaps.config import CommandLine, add_options, options
 from cardiocaps.runtime.program import Interruption, run_program
+from cardiocaps.runtime.ray_cluster import ADDRESS_HELP, ray_cluster
+
+if TYPE_CHECKING:
+    from cardiocaps.prediction.inputs import Input
+    from cardiocaps.prediction.run import Scored
 
 _CHANGEABLE = ("device", "threads", "decode_workers", "follow_links", "progress")
 """Settings of the runs that a prediction may change."""
@@ -27,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "paths",
         metavar="RUN... INPUT...",
-        type=path,
+        type=_place,
         nargs="+",
         help="first the folders of runs, of which several make an ensemble; then videos, folders (searched with their "
-        "subfolders), or CSV tables with a column of paths",
+        "subfolders), or CSV tables with a column of paths; each may be a URL that fsspec knows, such as s3://…",
     )
     parser.add_argument("--out", metavar="DIR", type=path, required=True, help="folder of the results")
     parser.add_argument("--by-frame", action="store_true", help="also write DIR/frames.csv, a row for each frame")
@@ -47,6 +55,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--path-column", metavar="NAME", help="column of a table with the paths of the videos")
     parser.add_argument("--retry-failed", action="store_true", help="try videos again that could not be read before")
+    parser.add_argument("--parquet", action="store_true", help="also write DIR/predictions.parquet, the same rows")
+    parser.add_argument(
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="where videos are decoded and scored: in this process, or in actors of Ray (default: local)",
+    )
+    parser.add_argument("--address", metavar="HOST:PORT", help=f"with --engine ray: {ADDRESS_HELP}")
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=replace(options()["phantom_videos"], low=1, high=10_000).from_text,
+        help="with --engine ray: number of actors, each with --threads CPUs, by default one (default: as many as fit)",
+    )
     add_options(parser, _CHANGEABLE, default="the run's own")
     given = parser.parse_args(argv)
     runs, inputs = _runs_and_inputs(given.paths)
@@ -58,31 +80,60 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("argument --maps: shown in the report; give --report too")
     if given.maps and len(runs) > 1:
         parser.error("argument --maps: explains one network; give one RUN")
+    if given.engine == "ray" and given.report:
+        parser.error("argument --report: pictures are drawn by the local engine; leave out --engine ray")
+    if given.engine == "local" and (given.address is not None or given.workers is not None):
+        parser.error("arguments --address and --workers: are of --engine ray")
     changed = {name: getattr(given, name) for name in _CHANGEABLE if getattr(given, name) is not None}
 
     def body(_: Interruption) -> None:
         from cardiocaps.explanation.strip import illustration
         from cardiocaps.prediction.run import predict
 
-        predict(
-            runs,
-            inputs,
-            given.out,
-            changed,
-            path_column=given.path_column,
-            by_frame=given.by_frame,
-            report=given.report,
-            illustrated=illustration if given.maps else None,
-            retry=given.retry_failed,
-        )
+        with _engine(given.engine, given.address, given.workers, runs, changed) as engine:
+            predict(
+                runs,
+                inputs,
+                given.out,
+                changed,
+                on=engine,
+                path_column=given.path_column,
+                by_frame=given.by_frame,
+                report=given.report,
+                illustrated=illustration if given.maps else None,
+                retry=given.retry_failed,
+                parquet=given.parquet,
+            )
 
     return run_program(body)
 
 
-def _runs_and_inputs(paths: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+@contextmanager
+def _engine(
+    kind: str, address: str | None, workers: int | None, runs: Sequence[Path], changed: Mapping[str, Any]
+) -> Iterator[Callable[[Sequence[Input]], Iterator[Scored]] | None]:
+    """What scores the videos; None: the program's own process."""
+    if kind == "local":
+        yield None
+        return
+    from cardiocaps.prediction.on_ray import scored_on_ray
+
+    with ray_cluster(address, (workers or 1) * (changed.get("threads") or 1)) as ray:
+        yield lambda videos: scored_on_ray(ray, runs, changed, videos, workers)
+
+
+def _place(text: str) -> Path | str:
+    return text if "://" in text else options()["data"].from_text(text)
+
+
+def _runs_and_inputs(paths: Sequence[Path | str]) -> tuple[list[Path], list[Path | str]]:
     """The runs come first: the folders that hold `run.json`."""
-    number = next((i for i, path in enumerate(paths) if not (path / "run.json").is_file()), len(paths))
-    return list(paths[:number]), list(paths[number:])
+    runs: list[Path] = []
+    for path in paths:
+        if isinstance(path, str) or not (path / "run.json").is_file():
+            break
+        runs.append(path)
+    return runs, list(paths[len(runs) :])
 
 
 if __name__ == "__main__":

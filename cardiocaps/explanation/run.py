@@ -81,6 +81,7 @@ def explain(
                 if isinstance(one.found, str):
                     unreadable.append(Problem(one.input.name, one.found))
                 else:
+                    assert one.found is not None  # it was decoded in this process
                     place = out / hidden_name(one.input.name)
                     row |= _explained(ensemble, one.found, row, one.frames, place, methods, explained, arrays)
                 results.write(row)

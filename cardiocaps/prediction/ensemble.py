@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from cardiocaps.config import TrainConfig, read_run
 from cardiocaps.data.cache import choose_frames
 from cardiocaps.data.header import VideoError
+from cardiocaps.data.remote_files import local_copy
 from cardiocaps.data.video import probe, read_frames, regular_file
 from cardiocaps.data.views import base_side, fixed_views
 from cardiocaps.errors import CheckpointError, ConfigError
@@ -188,15 +189,21 @@ class Ensemble:
     def read(self, video: Input, follow_links: bool = False) -> Video | str:
         """The frames that the networks see of a video, or the reason why it cannot be read."""
         try:
-            path = regular_file(video.path, video.root, follow_links)
-            header = probe(path)
-            frames = {}
-            for settings in {FrameSettings.of(member.config) for member in self.members}:
-                numbers = choose_frames(header.frames, settings.count, settings.choice)
-                frames[settings] = Frames(numbers, read_frames(path, numbers, settings.size, settings.reader))
-            return Video(header.frames, header.width / header.height, tuple(header.flags.split()), frames)
+            if video.url is None:
+                return self._decode(regular_file(video.path, video.root, follow_links))
+            with local_copy(video.url) as path:
+                return self._decode(path)
         except VideoError as error:
             return str(error)
+
+    def _decode(self, path: Path) -> Video:
+        """Raises VideoError."""
+        header = probe(path)
+        frames = {}
+        for settings in {FrameSettings.of(member.config) for member in self.members}:
+            numbers = choose_frames(header.frames, settings.count, settings.choice)
+            frames[settings] = Frames(numbers, read_frames(path, numbers, settings.size, settings.reader))
+        return Video(header.frames, header.width / header.height, tuple(header.flags.split()), frames)
 
     @property
     def group(self) -> int:

@@ -1,15 +1,17 @@
-"""The videos that a prediction is asked for: files, folders and tables of paths."""
+"""The videos that a prediction is asked for: files, folders and tables of paths, here or in a bucket."""
 
 from __future__ import annotations
 
 import csv
+import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from cardiocaps.config.option import did_you_mean
 from cardiocaps.data.dicom import is_dicom
+from cardiocaps.data.remote_files import beside, files_below, is_url, read_text
 from cardiocaps.errors import ConfigError, DataError, printable
 
 SUFFIXES = (".avi", ".mp4", ".m4v", ".mov", ".dcm", ".dicom")
@@ -28,18 +30,30 @@ class Input:
         name: what the results call it: its path, as it was given or as found below a folder that was given.
         path: where it is.
         root: the folder that a link in `path` may not leave.
+        url: of a video that is not on this machine; then `path` means nothing.
     """
 
     name: str
     path: Path
     root: Path
+    url: str | None = None
+
+    @classmethod
+    def at(cls, url: str, name: str | None = None) -> Input:
+        return cls(name or url, Path(), Path(), url)
 
 
-def find(given: Sequence[Path], path_column: str | None = None) -> list[Input]:
+def place(text: Path | str) -> Path | str:
+    """A path, or as it is a URL, which `Path` would damage."""
+    return text if isinstance(text, str) and is_url(text) else Path(text)
+
+
+def find(given: Sequence[Path | str], path_column: str | None = None) -> list[Input]:
     """The videos that files, folders (with their subfolders) and CSV tables stand for, each of them once.
 
     Args:
-        given: what was typed. A file with the suffix .csv is a table; its paths are relative to its folder.
+        given: what was typed; text is a URL. A file with the suffix .csv is a table; its paths are relative to its
+            folder, and may be URLs.
         path_column: of the tables; None: the first of PATH_COLUMNS that is there.
 
     Raises:
@@ -48,7 +62,9 @@ def find(given: Sequence[Path], path_column: str | None = None) -> list[Input]:
     """
     found: dict[str, Input] = {}
     for path in given:
-        if path.is_dir():
+        if isinstance(path, str):
+            inputs = _in_bucket(path, path_column)
+        elif path.is_dir():
             inputs = _in_folder(path)
         elif path.suffix.lower() == ".csv":
             inputs = _in_table(path, path_column)
@@ -57,7 +73,7 @@ def find(given: Sequence[Path], path_column: str | None = None) -> list[Input]:
         else:
             raise ConfigError(f"INPUT: {printable(path)} does not exist")
         for one in inputs:
-            found.setdefault(os.path.realpath(one.path), one)
+            found.setdefault(one.url or os.path.realpath(one.path), one)
     if not found:
         where = ", ".join(printable(path) for path in given)
         raise DataError(f"no video in {where}: no file with the suffix {', '.join(SUFFIXES)}, and no DICOM file")
@@ -77,21 +93,38 @@ def _in_folder(folder: Path) -> Iterator[Input]:
 def _in_table(table: Path, path_column: str | None) -> Iterator[Input]:
     try:
         with table.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, strict=True)
-            columns = list(rows.fieldnames or ())
-            column = path_column or next((name for name in PATH_COLUMNS if name in columns), None)
-            if column not in columns:
-                asked = f"--path-column is {column!r}; " if column else "no column of paths: "
-                near = did_you_mean(column, columns) if column else ""
-                raise ConfigError(
-                    f"{asked}the columns of {printable(table)} are {printable(', '.join(columns))}{near}; name one by "
-                    "--path-column"
-                )
-            names = [row[column] for row in rows if row[column]]
+            names = _names(file, table, path_column)
     except OSError as error:
         raise DataError(f"cannot read {printable(table)}: {error.strerror}") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{printable(table)} is not a CSV table in UTF-8: {error}") from error
     for name in names:
         path = table.parent / name
-        yield Input(name, path, path.parent)
+        yield Input.at(name) if is_url(name) else Input(name, path, path.parent)
+
+
+def _in_bucket(url: str, path_column: str | None) -> Iterator[Input]:
+    if url.lower().endswith(".csv"):
+        for name in _names(io.StringIO(read_text(url), newline=""), url, path_column):
+            yield Input.at(beside(url, name), name)
+    else:
+        files = files_below(url)
+        # A file that was named is taken, whatever its suffix is.
+        alone = [url] if [file.rstrip("/") for file in files] == [url.rstrip("/")] else None
+        yield from (Input.at(file) for file in alone or files if alone or file.lower().endswith(SUFFIXES))
+
+
+def _names(file: Iterable[str], table: Path | str, path_column: str | None) -> list[str]:
+    """The paths in a table."""
+    try:
+        rows = csv.DictReader(file, strict=True)
+        columns = list(rows.fieldnames or ())
+        column = path_column or next((name for name in PATH_COLUMNS if name in columns), None)
+        if column not in columns:
+            asked = f"--path-column is {column!r}; " if column else "no column of paths: "
+            near = did_you_mean(column, columns) if column else ""
+            raise ConfigError(
+                f"{asked}the columns of {printable(table)} are {printable(', '.join(columns))}{near}; name one by "
+                "--path-column"
+            )
+        return [row[column] for row in rows if row[column]]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{printable(table)} is not a CSV table in UTF-8: {error}") from error

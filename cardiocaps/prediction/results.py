@@ -19,6 +19,7 @@ from cardiocaps import DISCLAIMER, __version__
 from cardiocaps.errors import OutputError, printable
 from cardiocaps.runtime.files import (
     READABLE,
+    atomic_write,
     is_unused,
     lock_folder,
     output_errors,
@@ -185,6 +186,22 @@ class Results:
         if self.frames is not None:
             self.frames.append(*frames)
         self.videos.append(video)
+
+
+def write_parquet(table: Path) -> None:
+    """Write the rows of a CSV file of `Results` as a Parquet file beside it; empty cells become null.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    from pyarrow import csv as arrow_csv
+    from pyarrow import parquet, string
+
+    texts = dict.fromkeys(("input", "status", "reason", "flags"), string())
+    options = arrow_csv.ConvertOptions(column_types=texts, null_values=[""], strings_can_be_null=True)
+    rows = arrow_csv.read_csv(table, None, arrow_csv.ParseOptions(newlines_in_values=True), options)
+    with atomic_write(table.with_suffix(".parquet")) as temporary:
+        parquet.write_table(rows, temporary)
 
 
 def _check(marker: Path, identity: Mapping[str, Any], kind: Kind) -> None:

@@ -18,8 +18,9 @@ from cardiocaps.prediction import inputs
 from cardiocaps.prediction.ensemble import UNLIKE, Ensemble, Member, Video, load
 from cardiocaps.prediction.inputs import Input
 from cardiocaps.prediction.report import Illustration, write_pictures, write_report
-from cardiocaps.prediction.results import FAILED, OK, Results
+from cardiocaps.prediction.results import FAILED, OK, Results, write_parquet
 from cardiocaps.runtime.device import machine_for
+from cardiocaps.runtime.packages import require_package
 from cardiocaps.runtime.processes import cores, in_order
 from cardiocaps.runtime.program import print_line
 from cardiocaps.runtime.progress import shown
@@ -31,15 +32,17 @@ _AHEAD = 2
 
 def predict(
     runs: Sequence[Path],
-    given: Sequence[Path],
+    given: Sequence[Path | str],
     out: Path,
     changed: Mapping[str, Any],
     *,
+    on: Callable[[Sequence[Input]], Iterator[Scored]] | None = None,
     path_column: str | None = None,
     by_frame: bool = False,
     report: bool = False,
     illustrated: Callable[[Ensemble], Illustration] | None = None,
     retry: bool = False,
+    parquet: bool = False,
 ) -> None:
     """Predict for every video that has no row in `out` yet, and write its row.
 
@@ -48,17 +51,23 @@ def predict(
         given: files, folders and tables, see `inputs.find`.
         out: folder of the results.
         changed: settings that differ from the runs': device, threads, decode_workers, follow_links, progress.
+        on: an engine, which scores videos in any order; None: this process.
         path_column: of tables.
         by_frame: also write `frames.csv`.
         report: also write `report.html`, a picture of each video, and `frames.csv`.
         illustrated: what makes a further picture of each video for the report; None: nothing.
         retry: try the videos again that could not be read before.
+        parquet: also write `predictions.parquet`, the same rows, when all are there.
 
     Raises:
         CardioCapsError: a run, an input or the folder cannot be used; or no video could be read.
     """
     quiet()
     videos = inputs.find(given, path_column)
+    if parquet:
+        require_package("pyarrow.parquet", "pyarrow", "--parquet", extra="parquet")
+    if on is not None:
+        changed = {**changed, "device": "cpu"}  # here the networks only say what they are
     config = replace(read_run(runs[0]), **changed)
     with machine_for(config) as machine:
         ensemble = load(runs, machine, changed)
@@ -73,10 +82,12 @@ def predict(
             todo = [video for video in videos if video.name not in results.done]
             if len(todo) < len(videos):
                 print_line(f"{len(videos) - len(todo)} of {len(videos)} videos have their rows already")
-            found = scored(ensemble, todo, config, "predicting")
+            found = scored(ensemble, todo, config, "predicting") if on is None else on(todo)
             unreadable, unlike, abnormal = _write_rows(found, results, out if report else None, illustration)
             if report:
                 print_line(f"report: {printable(write_report(out, ensemble.target))}")
+        if parquet:
+            write_parquet(out / "predictions.csv")
     read = len(todo) - len(unreadable)
     if todo:
         decided = "" if ensemble.regresses_alone else f"{abnormal} abnormal at the threshold of validation, "
@@ -101,7 +112,7 @@ def predictions(runs: Sequence[Path | str], given: Sequence[Path | str], **chang
     Raises:
         CardioCapsError: a run or an input cannot be used.
     """
-    paths, videos = [Path(run) for run in runs], inputs.find([Path(path) for path in given])
+    paths, videos = [Path(run) for run in runs], inputs.find(list(map(inputs.place, given)))
     changed = {"progress": False, **changed}
     config = replace(read_run(paths[0]), **changed)
     with machine_for(config) as machine:
@@ -111,10 +122,14 @@ def predictions(runs: Sequence[Path | str], given: Sequence[Path | str], **chang
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """A video with its row, and the rows of its frames; `found` is why it could not be read, or what was read of it."""
+    """A video with its row, and the rows of its frames.
+
+    Attributes:
+        found: why it could not be read, or what was read of it; None: that is on another machine.
+    """
 
     input: Input
-    found: Video | str
+    found: Video | str | None
     row: dict[str, Any]
     frames: list[dict[str, Any]]
 
@@ -153,7 +168,7 @@ def _write_rows(
         else:
             unlike += UNLIKE in one.row["flags"].split()
             abnormal += one.row.get("decision", 0)
-            if pictures is not None:
+            if pictures is not None and one.found is not None:
                 write_pictures(pictures, one.input.name, one.found, one.row, illustration)
         results.write(one.row, one.frames)
     return unreadable, unlike, abnormal

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import time
 from collections.abc import Callable
@@ -21,6 +22,27 @@ def start(module: str, *arguments: str) -> subprocess.Popen[str]:
     """`python -m module arguments`, from the root of the repository."""
     command = [*python(), "-m", module, *arguments]
     return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def descendants(text: str) -> list[int]:
+    """The processes that this one has started, or that those have, whose command line holds the text."""
+    found, parents = [], {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if text.encode() in (path / "cmdline").read_bytes().replace(b"\0", b" "):
+                found.append(int(path.name))
+        except OSError:  # it has ended
+            continue
+
+    def is_below(number: int) -> bool:
+        while number in parents:
+            number = parents[number]
+            if number == os.getpid():
+                return True
+        return False
+
+    return [number for number in found if is_below(number)]
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str] | None) -> None:

@@ -29,7 +29,7 @@ from cardiocaps.phantom import write_phantom
 from cardiocaps.runtime import ray_cluster as cluster
 from cardiocaps.runtime.files import lock_folder
 from tests.cardiocaps.experiments.short_jobs import short_jobs
-from tests.cardiocaps.programs import start, wait_for
+from tests.cardiocaps.programs import descendants, start, wait_for
 
 in_proc = pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks for processes in /proc")
 
@@ -60,18 +60,6 @@ def _assert_equal(jobs: list[Job], others: list[Job]) -> None:
         assert not other.folder.with_name(f"{other.folder.name}.progress").exists()
 
 
-def _processes(text: str) -> list[int]:
-    """The processes whose command line holds the text."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if text.encode() in path.read_bytes().replace(b"\0", b" "):
-                found.append(int(path.parent.name))
-        except OSError:
-            continue
-    return found
-
-
 class Watching(Display):
     """Remembers what happened, and kills `victim` some time after the network began to train."""
 
@@ -88,7 +76,7 @@ class Watching(Display):
         self.steps.add(doing)
         if self.victim is not None and not self.killed and job.name.startswith("cnn-2"):
             time.sleep(random.uniform(0, 1))
-            self.killed = _processes(self.victim)
+            self.killed = descendants(self.victim)
             for number in self.killed:
                 os.kill(number, signal.SIGKILL)
 

@@ -1,0 +1,128 @@
+"""`python -m cardiocaps.predict --engine ray`: the rows of the local engine, whatever is killed."""
+
+from __future__ import annotations
+
+import csv
+import os
+import random
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cardiocaps import predict
+from cardiocaps.prediction import on_ray
+
+from ..programs import descendants, start, wait_for
+
+ray = pytest.importorskip("ray", reason="needs the extra cluster")
+
+
+def rows(folder: Path, name: str = "predictions.csv") -> list[dict[str, str]]:
+    with (folder / name).open(newline="") as file:
+        return list(csv.DictReader(file, strict=True))
+
+
+def by_name(found: list[dict[str, str]]) -> list[dict[str, str]]:
+    return sorted(found, key=lambda row: (row["input"], row.get("frame", "")))
+
+
+@pytest.fixture(scope="module")
+def videos(phantom: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phantom's videos and one that cannot be read."""
+    folder = tmp_path_factory.mktemp("videos") / "all"
+    shutil.copytree(phantom, folder)
+    (folder / "bad.avi").write_text("no video")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def here(runs: list[Path], videos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The results of the local engine."""
+    out = tmp_path_factory.mktemp("here") / "out"
+    assert predict.main([*_arguments(runs, videos, out)]) == 0
+    return out
+
+
+def _arguments(runs: list[Path], videos: Path, out: Path) -> list[str]:
+    return [str(runs[0]), str(videos), "--out", str(out), "--by-frame", "--no-progress", "--threads", "1"]
+
+
+class Killer(threading.Thread):
+    """Kills an actor at a random moment."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.killed: int | None = None
+
+    def run(self) -> None:
+        until = time.monotonic() + 120
+        while not (found := descendants("ray::MapWorker(MapBatches(_Scorer)).submit")) and time.monotonic() < until:
+            time.sleep(0.02)
+        time.sleep(random.uniform(0, 0.5))
+        for number in random.sample(found, len(found)):
+            try:
+                os.kill(number, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            self.killed = number
+            return
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks for processes in /proc")
+def test_a_killed_actor_loses_nothing_and_repeats_nothing(
+    here: Path, runs: list[Path], videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pyarrow import parquet
+
+    monkeypatch.setattr(on_ray, "_AT_A_TIME", 4)
+    out = tmp_path / "out"
+    killer = Killer()
+    killer.start()
+    assert predict.main([*_arguments(runs, videos, out), "--engine", "ray", "--workers", "2", "--parquet"]) == 0
+    killer.join()
+    assert killer.killed is not None
+    assert len(rows(here)) == 41 and sum(row["status"] == "failed" for row in rows(here)) == 1
+    for name in ("predictions.csv", "frames.csv"):
+        assert by_name(rows(out, name)) == by_name(rows(here, name))
+    table = parquet.read_table(out / "predictions.parquet").to_pylist()
+    assert [row["input"] for row in table] == [row["input"] for row in rows(out)]
+    for row, text in zip(table, rows(out), strict=True):
+        assert {
+            name: "" if x is None else f"{x:.6g}" if isinstance(x, float) else str(x) for name, x in row.items()
+        } == {name: f"{float(x):.6g}" if x and isinstance(row[name], float) else x for name, x in text.items()}
+
+
+def test_a_killed_driver_loses_nothing_and_repeats_nothing(
+    here: Path, runs: list[Path], videos: Path, tmp_path: Path
+) -> None:
+    """Another engine goes on in its folder."""
+    out = tmp_path / "out"
+    arguments = _arguments(runs, videos, out)
+    driver = start("cardiocaps.predict", *arguments, "--engine", "ray", "--workers", "2")
+    table = out / "predictions.csv"
+    wait_for(lambda: table.exists() and table.read_text().count("\n") > 4, driver)
+    time.sleep(random.uniform(0, 0.3))
+    driver.kill()
+    driver.communicate()
+    before = table.read_text()
+    assert predict.main(arguments) == 0
+    assert table.read_text().startswith(before[: before.rfind("\n") + 1])
+    for name in ("predictions.csv", "frames.csv"):
+        assert by_name(rows(out, name)) == by_name(rows(here, name))
+
+
+def test_mistakes_in_the_command_line(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [str(runs[0]), str(tmp_path), "--out", str(tmp_path / "out")]
+    for wrong, message in {
+        ("--engine", "ray", "--report"): "--report: pictures are drawn by the local engine",
+        ("--workers", "2"): "--address and --workers: are of --engine ray",
+        ("--engine", "ray", "--workers", "0"): "--workers",
+    }.items():
+        with pytest.raises(SystemExit) as stop:
+            predict.main([*arguments, *wrong])
+        assert stop.value.code == 2
+        assert message in capsys.readouterr().err
