@@ -51,8 +51,18 @@ _NEWER: Mapping[str, Any] = {
     "task": "both",
     "form": "corrected",
     "renormalise": False,
+    "accumulate": 1,
+    "clip": None,
+    "devices": None,
+    "nodes": None,
+    "strategy": "ddp",
+    "rendezvous": None,
+    "connect_timeout": 300.0,
 }
 """Settings that older versions did not write, with the values that those versions ran with."""
+
+
+_ONE_PROCESS: Mapping[str, Any] = {"devices": None, "nodes": None, "rendezvous": None}
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -105,7 +115,8 @@ def read_run(folder: Path) -> TrainConfig:
 def write_run(config: TrainConfig, folder: Path) -> None:
     """Write `config.yaml` and `paths.json`, from which `read_run` reads the settings. Raises OutputError.
 
-    A path that has not changed since the run was written last keeps its entry.
+    A path that has not changed since the run was written last keeps its entry. The number of processes is not kept: a
+    run that is resumed has as many as its command says.
     """
     known, places = _read_places(folder), {}
     for name in _PLACES:
@@ -119,7 +130,7 @@ def write_run(config: TrainConfig, folder: Path) -> None:
                 places[name]["absolute"] = str(path.absolute())
     write_json(folder / "paths.json", places)
     given: dict[str, Any] = {name: place["given"] for name, place in places.items()}
-    write_text(folder / "config.yaml", replace(config, resume=None, **given).to_yaml())
+    write_text(folder / "config.yaml", replace(config, resume=None, **_ONE_PROCESS, **given).to_yaml())
 
 
 def _read_places(folder: Path) -> dict[str, dict[str, str]]:

@@ -196,7 +196,20 @@ class TrainConfig:
         "weights of init that are not trained; primary (capsule networks): all before the routing; backbone (the other "
         "networks): all but the classifier",
     )
-    batch_size: int | None = setting(None, "frames in a batch; none: the preset's", bounds=(1, 65_536))
+    batch_size: int | None = setting(
+        None,
+        "frames in a batch, from which one step is made, over all processes of the training; none: the preset's",
+        bounds=(1, 65_536),
+    )
+    accumulate: int = setting(
+        1,
+        "parts of a batch that each process computes one after another, which takes less memory; only networks with "
+        "batch normalisation then compute other numbers",
+        bounds=(1, 65_536),
+    )
+    clip: float | None = setting(
+        None, "largest norm of a batch's gradient; a longer one is shortened to it", bounds=(1e-9, 1e9)
+    )
     learning_rate: float | None = setting(None, "learning rate of Adam; none: the preset's", bounds=(1e-9, 1))
     epochs: int | None = setting(None, "most epochs; none: the preset's", affects="length", bounds=(1, 100_000))
     patience: int | None = setting(
@@ -219,8 +232,36 @@ class TrainConfig:
         "kernels of the routing; auto: the first that can run; reference: plain PyTorch, which stores the votes",
         affects="rounding",
     )
-    threads: int | None = setting(None, "threads of the CPU; none: torch decides", affects="machine", bounds=(1, 1024))
-    workers: int = setting(0, "processes that load data; 0: the main one", affects="machine", bounds=(0, 256))
+    devices: int | None = setting(
+        None,
+        "processes of the training on each node, each with a GPU of its own; none: those that torchrun has started, "
+        "or 1",
+        affects="machine",
+        bounds=(1, 1024),
+    )
+    nodes: int | None = setting(
+        None, "machines of the training; none: those of torchrun, or 1", affects="machine", bounds=(1, 65_536)
+    )
+    strategy: Literal["ddp", "fsdp"] = setting(
+        "ddp",
+        "with several processes: ddp: each holds the whole network; fsdp: they share parameters, gradients and the "
+        "optimiser's state",
+        affects="rounding",
+    )
+    rendezvous: str | None = setting(
+        None,
+        "HOST:PORT of one of the nodes, where all of them meet; the command is started on each",
+        affects="machine",
+    )
+    connect_timeout: float = setting(
+        300.0, "seconds within which all processes of the training must answer", affects="machine", bounds=(1, 86_400)
+    )
+    threads: int | None = setting(
+        None, "threads of the CPU, for each process; none: torch decides", affects="machine", bounds=(1, 1024)
+    )
+    workers: int = setting(
+        0, "processes that load data, for each process of the training; 0: none", affects="machine", bounds=(0, 256)
+    )
     decode_workers: int | None = setting(
         None, "threads that decode videos; none: one for each core", affects="machine", bounds=(1, 1024)
     )

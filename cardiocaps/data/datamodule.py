@@ -2,12 +2,17 @@
 
 What item i shows in epoch e depends only on (seed, e, i). So it is the same for any number of workers and after a
 resume.
+
+In a training of n ranks (processes), and with k parts of a batch one after another, every batch of the order that one
+process has is divided into n · k parts: part p has the batch's items p, p + n k, p + 2 n k, … Rank r computes the parts
+r, r + n, … So no item is lost or repeated, whatever the sizes. A part without items (of a last batch with fewer items
+than parts) is filled with one item that counts for nothing, because every rank must compute as often as the others.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
@@ -16,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
@@ -55,13 +61,18 @@ class FrameDataset(Dataset[dict[str, Any]]):
         clip, frame = (int(value) for value in self.items[index])
         return torch.from_numpy(self.cached.frame(self.clips[clip], frame))
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
+    def measured(self) -> NDArray[np.bool_]:
+        """Whether the regression target of every frame was measured, bool [n]."""
+        known = np.array([not math.isnan(_target(clip, self.target)) for clip in self.clips])
+        return known[self.items[:, 0]]
+
+    def __getitem__(self, key: tuple[int, int] | PartKey) -> dict[str, Any]:
+        epoch, index, *part = key
         number, frame = (int(value) for value in self.items[index])
         clip = self.clips[number]
         rng = np.random.default_rng([self.seed, epoch, index])
         jitter, tone = draw_jitter(rng, self.train)
-        return {
+        item = {
             "base": self.pixels(index),
             "jitter": torch.from_numpy(jitter),
             "tone": torch.from_numpy(tone),
@@ -70,6 +81,9 @@ class FrameDataset(Dataset[dict[str, Any]]):
             "clip": number,
             "frame": int(self.cached.frames[clip.path].numbers[frame]),
         }
+        if part:
+            item |= dict(zip(PART, part, strict=True))
+        return item
 
 
 def _target(clip: Clip, name: str | None) -> float:
@@ -102,6 +116,50 @@ class FrameSampler(Sampler[tuple[int, int]]):
         return len(self.dataset)
 
 
+PART = ("samples", "measured", "counts")
+"""What the items of a part of a batch have beside those of a whole one, each the same for all items of the part: the
+mean number of samples, and of samples with a regression target, in a part of this batch; and whether they count."""
+
+PartKey = tuple[int, int, float, float, bool]
+"""(epoch, index), and the values of `PART`."""
+
+
+class PartSampler(Sampler[list[PartKey]]):
+    """Yields the items of each part of each batch that one rank computes.
+
+    Args:
+        sampler: gives the order of all items. (Lightning sets the epoch of a batch sampler's `sampler`.)
+        batch_size: items in a whole batch.
+        drop_single: leave out a last batch of one item.
+        rank: of this process, of `ranks`.
+        steps: parts of a batch that a rank computes one after another.
+    """
+
+    skip = 0  # parts that the next pass leaves out
+
+    def __init__(
+        self, sampler: FrameSampler, batch_size: int, drop_single: bool, rank: int, ranks: int, steps: int = 1
+    ) -> None:
+        self.sampler, self.batch_size, self.drop_single = sampler, batch_size, drop_single
+        self.rank, self.ranks, self.steps = rank, ranks, steps
+        self._measured = sampler.dataset.measured()
+
+    def __len__(self) -> int:
+        whole, rest = divmod(len(self.sampler), self.batch_size)
+        return self.steps * (whole + (rest > self.drop_single))
+
+    def __iter__(self) -> Iterator[list[PartKey]]:
+        order = list(self.sampler)
+        skip, self.skip = self.skip, 0
+        parts = self.ranks * self.steps
+        for number in range(skip, len(self)):
+            batch, step = divmod(number, self.steps)
+            items = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+            measured = max(1, int(self._measured[[index for _, index in items]].sum()))
+            own = items[step * self.ranks + self.rank :: parts]
+            yield [(*item, len(items) / parts, measured / parts, bool(own)) for item in own or items[:1]]
+
+
 class FrameLoader(DataLoader[dict[str, Any]]):
     """A loader that saves its position in an epoch in the checkpoint, through the methods that Lightning calls."""
 
@@ -117,7 +175,10 @@ class FrameLoader(DataLoader[dict[str, Any]]):
     def __iter__(self) -> Iterator[dict[str, Any]]:  # type: ignore[override]
         # This is a generator, so nothing is fetched before Lightning has called `set_epoch`.
         self.done, self.resume_at = self.resume_at, 0
-        self.sampler.skip = self.done * (self.batch_size or 1)  # type: ignore[attr-defined]
+        if isinstance(self.batch_sampler, PartSampler):
+            self.batch_sampler.skip = self.done
+        else:
+            self.sampler.skip = self.done * (self.batch_size or 1)  # type: ignore[attr-defined]
         with _worker_errors(self.num_workers):
             for batch in super().__iter__():
                 self.done += 1
@@ -151,12 +212,14 @@ class EchoDataModule(LightningDataModule):
 
     A batch, after `on_after_batch_transfer`, is a dict of image float32 [B, 9, size, size] in [0, 1]; label int64 [B];
     target float32 [B], NaN if not measured; clip int64 [B], an index into `clips(split)`; frame int64 [B], the frame's
-    number in its video.
+    number in its video. A part of a batch also has the values of `PART`; `shares_of` says what it counts.
+
+    With several ranks, a trainer must be made with `use_distributed_sampler=False`: the loaders divide the batches.
 
     Args:
         cached: the study and its frames, of the side `base_side(size)`.
         size: side of the network's input in pixels.
-        batch_size: frames in a batch.
+        batch_size: frames in a batch, over all ranks of a training.
         target: what is regressed, one of `study.units`; None: the usual one, if the study has targets.
         seed: of order and augmentation.
         split_seed: of a split over frames; None: `seed`.
@@ -268,13 +331,37 @@ class EchoDataModule(LightningDataModule):
     def _loader(self, split: str) -> DataLoader[dict[str, Any]]:
         dataset = self._datasets[split]
         # Batch normalisation needs more than one item, so a last training batch of one item is dropped.
-        single = len(dataset) > 1 and len(dataset) % self.batch_size == 1
+        single = split == "train" and len(dataset) > 1 and len(dataset) % self.batch_size == 1
+        rank, ranks, steps = 0, 1, 1
+        if self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:
+            rank, ranks = self.trainer.global_rank, self.trainer.world_size
+            steps = self.trainer.accumulate_grad_batches if split == "train" else 1
+        sampler = FrameSampler(dataset)
+        batches: dict[str, Any] = {"batch_size": self.batch_size, "sampler": sampler, "drop_last": single}
+        if ranks * steps > 1:
+            batches = {"batch_sampler": PartSampler(sampler, self.batch_size, single, rank, ranks, steps)}
         return FrameLoader(
             dataset,
-            batch_size=self.batch_size,
-            sampler=FrameSampler(dataset),
+            **batches,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            drop_last=split == "train" and single,
             pin_memory=self.pin_memory,
         )
+
+
+def shares_of(batch: Mapping[str, Tensor]) -> tuple[Tensor | float, Tensor | float]:
+    """What the means over a batch of `EchoDataModule` count, of all samples and of those with a regression target.
+
+    Both are 1 for a whole batch. For a part they are the shares of `cardiocaps.models.losses.Shares`.
+    """
+    if "counts" not in batch:
+        return 1.0, 1.0
+    counts = batch["counts"]
+    measured = counts & ~batch["target"].isnan()
+    shares = counts.sum() / batch["samples"][0], measured.sum() / batch["measured"][0]
+    return shares[0].to(batch["target"].dtype), shares[1].to(batch["target"].dtype)
+
+
+def samples_of(batch: Mapping[str, Tensor]) -> Tensor | int:
+    """The number of samples that the means over a batch are of; for a part, the mean over the parts of its batch."""
+    return batch["samples"][0] if "samples" in batch else len(batch["label"])

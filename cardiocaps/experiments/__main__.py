@@ -28,7 +28,8 @@ ENGINES = ("local", "ray", "submitit")
 
 # Settings that each system decides, and settings of a single run.
 _BY_SYSTEM = ("model", "form", "routing", "affine", "renormalise", "class_weight", "regression_weight", "backend")
-_BY_RUN = ("seed", "split_seed", "init", "freeze", "logger", "task", *settings_that_affect("place"))
+_PROCESSES = ("devices", "nodes", "strategy", "rendezvous", "connect_timeout")
+_BY_RUN = ("seed", "split_seed", "init", "freeze", "logger", "task", *_PROCESSES, *settings_that_affect("place"))
 
 
 def parser() -> CommandLine:

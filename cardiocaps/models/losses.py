@@ -8,10 +8,13 @@ optional. It returns a dict of scalars, in which "loss" is minimised; its attrib
 of a sample is multiplied by the weight of its class; the weights do not divide the mean. One mode differs: with class
 weights "proportion" the margin loss weighs the term of each capsule, as the formula of eq. 2 has it.
 
+Where a batch is computed in parts, `Shares` make the mean of the parts' losses that of the whole batch.
+
 Inputs are converted to float32, because the squares of small margins underflow in half precision. Autocast does not
 lower any operation used here. No function reads a value from a tensor, which on a GPU would stall the training step.
 """
 
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -19,6 +22,23 @@ from torch import Tensor, nn
 
 ClassWeight = Literal["balanced", "proportion", "none"]
 Weigh = Literal["sample", "capsule"]
+
+
+@dataclass(frozen=True)
+class Shares:
+    """What the means over a part of a batch count, in a batch of p parts: p times the share that the part has of it.
+
+    Attributes:
+        samples: of the samples; scalar.
+        measured: of the samples with a regression target; scalar.
+    """
+
+    samples: Tensor | float = 1.0
+    measured: Tensor | float = 1.0
+
+
+WHOLE = Shares()
+"""The shares of a batch that is not divided."""
 
 
 def margin_loss(
@@ -179,23 +199,27 @@ class CardioCapsLoss(_ClassWeighted):
         image: Tensor | None = None,
         prediction: Tensor | None = None,
         target: Tensor | None = None,
+        *,
+        shares: Shares = WHOLE,
     ) -> dict[str, Tensor]:
         """Compute the loss.
 
         Arguments and errors are those of `margin_loss` (`scores` are its `lengths`), `reconstruction_loss` and
-        `regression_loss`. The part of a pair that is None is zero.
+        `regression_loss`. The part of a pair that is None is zero. Every part is multiplied by its one of `shares`.
 
         Returns:
             Scalars "loss" (the total), "margin", "reconstruction" (with its weight) and "regression" (without λ_reg).
         """
-        margin = margin_loss(
+        margin = shares.samples * margin_loss(
             scores, labels, self.class_weight, weigh=self.weigh, mean_over_classes=self.mean_over_classes
         )
         reconstructed = regressed = torch.zeros_like(margin)
         if reconstruction is not None and image is not None:
-            reconstructed = reconstruction_loss(reconstruction, image, weight=self.reconstruction_weight)
+            reconstructed = shares.samples * reconstruction_loss(
+                reconstruction, image, weight=self.reconstruction_weight
+            )
         if prediction is not None and target is not None:
-            regressed = regression_loss(prediction, target)
+            regressed = shares.measured * regression_loss(prediction, target)
         total = margin + reconstructed + self.regression_weight * regressed
         return {"loss": total, "margin": margin, "reconstruction": reconstructed, "regression": regressed}
 
@@ -210,11 +234,19 @@ class TargetLoss(nn.Module):
         self.reconstruction_weight, self.regression_weight = reconstruction_weight, regression_weight
 
     def forward(
-        self, scores: Tensor, labels: Tensor, reconstruction: Tensor, image: Tensor, prediction: Tensor, target: Tensor
+        self,
+        scores: Tensor,
+        labels: Tensor,
+        reconstruction: Tensor,
+        image: Tensor,
+        prediction: Tensor,
+        target: Tensor,
+        *,
+        shares: Shares = WHOLE,
     ) -> dict[str, Tensor]:
         """As `CardioCapsLoss`; scores and labels are ignored."""
-        reconstructed = reconstruction_loss(reconstruction, image, weight=self.reconstruction_weight)
-        regressed = regression_loss(prediction, target)
+        reconstructed = shares.samples * reconstruction_loss(reconstruction, image, weight=self.reconstruction_weight)
+        regressed = shares.measured * regression_loss(prediction, target)
         total = reconstructed + self.regression_weight * regressed
         return {"loss": total, "reconstruction": reconstructed, "regression": regressed}
 
@@ -238,8 +270,8 @@ class SpreadLoss(_ClassWeighted):
         """Set the margin for training in `epoch`, in 0 … epochs − 1."""
         self._training_margin = 0.2 + min(1.0, 2 * epoch / epochs) * (0.9 - 0.2)
 
-    def forward(self, scores: Tensor, labels: Tensor, *_: Tensor | None) -> dict[str, Tensor]:
-        return {"loss": spread_loss(scores, labels, self.class_weight, margin=self.margin)}
+    def forward(self, scores: Tensor, labels: Tensor, *_: Tensor | None, shares: Shares = WHOLE) -> dict[str, Tensor]:
+        return {"loss": shares.samples * spread_loss(scores, labels, self.class_weight, margin=self.margin)}
 
 
 class CrossEntropyLoss(_ClassWeighted):
@@ -249,8 +281,8 @@ class CrossEntropyLoss(_ClassWeighted):
         super().__init__(class_weight)
         self.divided = divided
 
-    def forward(self, scores: Tensor, labels: Tensor, *_: Tensor | None) -> dict[str, Tensor]:
-        return {"loss": cross_entropy_loss(scores, labels, self.class_weight, divided=self.divided)}
+    def forward(self, scores: Tensor, labels: Tensor, *_: Tensor | None, shares: Shares = WHOLE) -> dict[str, Tensor]:
+        return {"loss": shares.samples * cross_entropy_loss(scores, labels, self.class_weight, divided=self.divided)}
 
 
 def _weighted_mean(loss: Tensor, labels: Tensor, class_weight: Tensor | None) -> Tensor:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -95,6 +97,13 @@ def start_errors(what: str, advice: str = "") -> Iterator[None]:
         if "can't start new thread" not in str(error):
             raise
         raise ResourceError(f"cannot start {what}: {_LACKING[errno.EAGAIN]}{advice}") from error
+
+
+def stop_with_parent() -> None:
+    """Have the system send SIGTERM to this process when the one that started it ends in any way. Only Linux can."""
+    if sys.platform == "linux":
+        set_signal_of_parents_end = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_signal_of_parents_end, int(signal.SIGTERM))
 
 
 def die_with_parent() -> None:

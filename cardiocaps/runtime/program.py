@@ -91,10 +91,13 @@ class Interruption:
             raise Interrupted(self.signum, "nothing is half-written")
 
 
-def run_program(body: Callable[[Interruption], None]) -> int:
+def run_program(body: Callable[[Interruption], None], *, copies: bool = False) -> int:
     """Run the body of a program and return its exit status.
 
-    An error that a user can cause becomes one line on standard error.
+    An error that a user can cause becomes one line on standard error; no line if it has no text.
+
+    Args:
+        copies: whether a launcher may start it several times; the body then calls `refuse_copies` where it may not.
     """
     sys.stdout, sys.stderr = _writable(sys.stdout), _writable(sys.stderr)
     before, warnings.formatwarning = warnings.formatwarning, _note
@@ -102,11 +105,13 @@ def run_program(body: Callable[[Interruption], None]) -> int:
     backend = os.environ.get("MPLBACKEND")
     os.environ["MPLBACKEND"] = "agg"
     try:
-        _refuse_copies()
+        if not copies:
+            refuse_copies()
         with Interruption().watched() as interruption:
             body(interruption)
     except (CardioCapsError, Interrupted) as error:
-        print_line(f"error: {error}", sys.stderr)
+        if str(error):
+            print_line(f"error: {error}", sys.stderr)
         return error.exit_code
     finally:
         warnings.formatwarning = before
@@ -116,7 +121,7 @@ def run_program(body: Callable[[Interruption], None]) -> int:
     return 0
 
 
-def _refuse_copies() -> None:
+def refuse_copies() -> None:
     """Raise ConfigError where a launcher has started several copies: each would do all the work, in one folder."""
     for launcher, variables in _LAUNCHERS.items():
         numbers = {name: os.environ.get(name, "") for name in variables}

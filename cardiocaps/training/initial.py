@@ -74,10 +74,13 @@ class InitialWeights:
         found._fit(network.state_dict(), config)
         return found
 
-    def load(self, network: Classifier, folder: RunFolder) -> None:
+    def load(self, network: Classifier, folder: RunFolder, *, record: bool = True) -> None:
         """Copy what fits into the network of a new run, print what does, and keep digests in `initial.json`.
 
         A run that was stopped before its first checkpoint begins again here; it must begin with the same weights.
+
+        Args:
+            record: print and keep it; another process may do that.
 
         Raises:
             CheckpointError: see `read`; or these are not the weights that the run began with.
@@ -96,6 +99,8 @@ class InitialWeights:
         with torch.no_grad():
             for name in fit.fits:
                 own[name].copy_(self.weights[name])
+        if not record:
+            return
         write_json(
             folder.initial,
             {

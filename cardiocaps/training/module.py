@@ -13,13 +13,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from cardiocaps.config import TRAINING_DEFAULTS, TrainConfig, settings_that_affect
+from cardiocaps.data.datamodule import shares_of
 from cardiocaps.errors import CheckpointError
 from cardiocaps.models import build, is_frozen, make_loss
-from cardiocaps.models.losses import SpreadLoss, class_weights
+from cardiocaps.models.losses import Shares, SpreadLoss, class_weights
 from cardiocaps.models.prediction import RECONSTRUCTED_CHANNELS, Prediction
+from cardiocaps.training.batch_norm import GlobalBatchNorm
 
 _SHAPE_OF_OLDER = {"model": "cardiocaps", "affine": "matrices", "form": "corrected", "renormalise": False}
 """Settings that older checkpoints do not hold, with the values that they have there."""
@@ -67,13 +71,17 @@ class Classifier(LightningModule):
         out = self._seen(batch["image"], label)
         image = None if out.reconstruction is None else batch["image"][:, :RECONSTRUCTED_CHANNELS]
         target = None if out.regression is None else batch["target"]
-        return out, self.loss(out.scores, batch["label"], out.reconstruction, image, out.regression, target)
+        shares = Shares(*shares_of(batch))
+        losses = self.loss(out.scores, batch["label"], out.reconstruction, image, out.regression, target, shares=shares)
+        return out, losses
 
     def training_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
         if isinstance(self.loss, SpreadLoss):
             assert self.config.epochs is not None
             # In every step, because Lightning calls no hook at the start of an epoch that is resumed in its middle.
             self.loss.begin_epoch(self.current_epoch, self.config.epochs)
+        if "counts" in batch:
+            GlobalBatchNorm.set_share(self.model, batch["counts"][0])
         return self._losses(batch, batch["label"] if self.config.decoder_mask == "label" else None)[1]
 
     def validation_step(self, batch: dict[str, Tensor], _: int) -> dict[str, Tensor]:
@@ -114,6 +122,12 @@ class Classifier(LightningModule):
             said["reconstruction_error"] = errors.square().mean(dim=(1, 2, 3))
         return {name: values[:n] for name, values in said.items()}
 
+    def configure_model(self) -> None:
+        """Lightning calls this when the processes are connected: with strategy fsdp they divide the parameters."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not isinstance(self.model, FSDPModule):
+            assert self.device_mesh is not None
+            fully_shard(self.model, mesh=self.device_mesh["data_parallel"])
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         assert self.config.learning_rate is not None
         # Fused: one kernel for all parameters. On a CPU the default takes a tenth of a step of preset tiny.
@@ -124,7 +138,8 @@ class Classifier(LightningModule):
         checkpoint["cardiocaps"] = _shape(self.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_configuration(checkpoint, self.config)
+        # With strategy fsdp the weights are not in here; `train` has checked them.
+        check_configuration({"state_dict": {}, **checkpoint}, self.config)
 
 
 def _shape(config: TrainConfig) -> dict[str, Any]:
