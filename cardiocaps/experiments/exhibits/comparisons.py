@@ -61,7 +61,7 @@ def section(rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -
                 _p(math.nan if test is None else test.p_videos),
                 _p(p_values[k]),
                 _p(p_corrected[k]),
-                _number(None if test is None else detectable(test.se, max(known, 1))),
+                _detectable(test, max(known, 1)),
             )
         )
         accuracy = one.report.metrics["accuracy"].value, other.report.metrics["accuracy"].value
@@ -166,6 +166,11 @@ def _interval(difference: Difference) -> str:
 
 def _number(value: float | None) -> str:
     return DASH if value is None or math.isnan(value) else f"{value:.3f}"
+
+
+def _detectable(test: DeLong | None, comparisons: int) -> str:
+    least = math.nan if test is None else detectable(test.se, comparisons)
+    return "none" if least > 1 else _number(least)  # an AUROC is at most 1
 
 
 def _d(one: float, other: float) -> str:
