@@ -58,6 +58,9 @@ _NEWER: Mapping[str, Any] = {
     "strategy": "ddp",
     "rendezvous": None,
     "connect_timeout": 300.0,
+    "phantom_difficulty": "easy",
+    "phantom_test": None,
+    "phantom_abnormal": 0.2,
 }
 """Settings that older versions did not write, with the values that those versions ran with."""
 

@@ -90,6 +90,21 @@ class TrainConfig:
         bounds=(10, 100_000),
     )
     phantom_seed: int = setting(10, "seed of the phantom", bounds=_SEEDS)
+    phantom_difficulty: Literal["easy", "moderate", "hard"] = setting(
+        "easy",
+        "difficulty of the phantom; moderate, hard: hearts near the thresholds, readers that err, several machines and "
+        "poor images",
+    )
+    phantom_test: int | None = setting(
+        None,
+        "test videos of the phantom, which stay the same if phantom_videos changes; none: 30 % of its videos",
+        bounds=(10, 100_000),
+    )
+    phantom_abnormal: float = setting(
+        0.2,
+        "share of abnormal videos in the phantom's training and validation; other values need phantom_test",
+        bounds=(0.01, 0.99),
+    )
     phantom_dir: Path = setting(
         Path("phantom"), "folder that the phantom is written to and read from", affects="machine"
     )

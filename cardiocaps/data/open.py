@@ -14,7 +14,7 @@ from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
 from cardiocaps.data.study import Study
 from cardiocaps.data.views import base_side
 from cardiocaps.errors import ConfigError, DataError, printable
-from cardiocaps.phantom import phantom_is_complete, write_phantom
+from cardiocaps.phantom import Variant, phantom_is_complete, write_phantom
 from cardiocaps.runtime.device import Machine
 from cardiocaps.runtime.files import is_missing, write_json
 from cardiocaps.runtime.program import print_line
@@ -39,10 +39,10 @@ def read_study(
     if again and root is not None and is_missing(root):
         raise DataError(f"data: {printable(root)}, which the run used, is not there; give --data, where it is now")
     if root is None:
-        root = config.phantom_dir
-        if not phantom_is_complete(root, config.phantom_videos, config.phantom_seed):
+        root, variant = config.phantom_dir, Variant.of(config)
+        if not phantom_is_complete(root, config.phantom_videos, config.phantom_seed, variant):
             if again:
-                how = f"--videos {config.phantom_videos} --seed {config.phantom_seed}"
+                how = f"--videos {config.phantom_videos} --seed {config.phantom_seed}{variant.command()}"
                 raise DataError(
                     f"phantom_dir: {printable(root)} does not hold the phantom that the run used; give --data, where "
                     f"it is now, or make it again: python -m cardiocaps.phantom {printable(root)} {how}"
@@ -53,7 +53,7 @@ def read_study(
                     "split without abnormal videos"
                 )
             print_line(f"making {config.phantom_videos} phantom videos in {root}")
-            write_phantom(root, config.phantom_videos, config.phantom_seed, progress=config.progress)
+            write_phantom(root, config.phantom_videos, config.phantom_seed, progress=config.progress, variant=variant)
     dataset = dataset_of(config)
     row = DATASETS[dataset]
     for name in OWN_SETTINGS:

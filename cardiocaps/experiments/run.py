@@ -139,7 +139,8 @@ def _data_of(job: Job) -> str:
 def _described(config: TrainConfig, data: EchoDataModule) -> str:
     """A sentence about the data, without their path, which can contain names."""
     if config.data is None:
-        what = f"The synthetic phantom ({config.phantom_videos} videos, seed {config.phantom_seed}), no patients' data"
+        about = f"{config.phantom_videos} videos, seed {config.phantom_seed}, {config.phantom_difficulty}"
+        what = f"The synthetic phantom ({about}), no patients' data"
     else:
         what = DATASETS[dataset_of(config)].title
     parts = []

@@ -28,7 +28,7 @@ from cardiocaps import DISCLAIMER
 from cardiocaps.config import read_run
 from cardiocaps.errors import ConfigError, DataError, printable
 from cardiocaps.explanation.maps import check_explainable, maps_of, methods_for
-from cardiocaps.phantom import phantom_is_complete
+from cardiocaps.phantom import Variant, phantom_is_complete
 from cardiocaps.phantom.masks import Mask, sector_and_ventricle
 from cardiocaps.phantom.patients import Patient, plan
 from cardiocaps.prediction.ensemble import FrameSettings, Member, Video, load
@@ -69,11 +69,12 @@ def measure(run: Path, out: Path, changed: Mapping[str, Any], methods: Sequence[
     if config.data is not None:
         raise ConfigError("--measure needs a run on the phantom, whose anatomy is known; this run has other data")
     root, videos, seed = config.phantom_dir, config.phantom_videos, config.phantom_seed
-    if not phantom_is_complete(root, videos, seed):
+    variant = Variant.of(config)
+    if not phantom_is_complete(root, videos, seed, variant):
         raise DataError(f"phantom_dir: {printable(root)} does not hold the phantom that the run used")
     if config.split_seed is not None or config.protocol != "video":
         raise ConfigError("--measure needs a run with the phantom's own split; this run drew another")
-    patients = [patient for patient in plan(videos, seed) if patient.split == "test"]
+    patients = [patient for patient in plan(videos, seed, variant) if patient.split == "test"]
     rows: list[dict[str, Any]] = []
     with machine_for(config) as machine:
         ensemble = load([run], machine, changed)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cardiocaps.config import TRAINABLE_PHANTOM, CommandLine, options
 from cardiocaps.phantom.layouts import LAYOUTS, LVH
+from cardiocaps.phantom.variants import EASY, NO_SHIFT, SHIFT_BOUNDS, SHIFT_HELP, Shift, Variant
 from cardiocaps.runtime.program import Interruption, print_line, run_program
 
 
@@ -17,7 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="python -m cardiocaps.phantom",
         description="Write a synthetic echocardiogram study (parasternal long axis): MJPEG videos, and a table, in "
         "the layout of a data set. One video in five is abnormal.",
-        epilog="After an interruption, the same command goes on where it stopped.",
+        epilog="A shift changes the examination, not the patient: hearts and labels are those of the same command "
+        "without it. After an interruption, the same command goes on where it stopped.",
     )
     path, videos, seed = (options()[name] for name in ("phantom_dir", "phantom_videos", "phantom_seed"))
     processes = options()["threads"].from_text
@@ -39,6 +42,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="echonet-lvh: a row for each measured length; echonet-dynamic: a row for each video, with the volumes of "
         f"its ventricle and the ejection fraction (default: {LVH})",
     )
+    difficulty, test, abnormal = (options()[f"phantom_{name}"] for name in ("difficulty", "test", "abnormal"))
+    parser.add_argument(
+        "--difficulty",
+        choices=difficulty.choices,
+        default=difficulty.default,
+        help=f"{difficulty.help} (default: {difficulty.default})",
+    )
+    parser.add_argument(
+        "--test",
+        metavar="N",
+        type=test.from_text,
+        help="test videos, which stay the same if --videos changes (default: 30 %% of the videos)",
+    )
+    parser.add_argument(
+        "--abnormal",
+        metavar="X",
+        type=abnormal.from_text,
+        default=abnormal.default,
+        help=f"share of abnormal videos in training and validation, with --test (default: {abnormal.default})",
+    )
+    parser.add_argument("--test-only", action="store_true", help="write the test videos alone")
+    shift = parser.add_argument_group("shift")
+    for name, (low, high) in SHIFT_BOUNDS.items():
+        number = replace(abnormal, low=low, high=high)
+        shift.add_argument(
+            f"--{name.replace('_', '-')}",
+            metavar="X",
+            type=number.from_text,
+            default=getattr(NO_SHIFT, name),
+            help=f"{SHIFT_HELP[name]}; {number.allowed}",
+        )
+    shift.add_argument("--machine", action="store_true", help=SHIFT_HELP["machine"])
     parser.add_argument("--processes", metavar="N", type=processes, help="default: one for each CPU")
     parser.add_argument("--overwrite", action="store_true", help="replace a phantom in OUT, and the preview")
     parser.add_argument(
@@ -50,6 +85,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from cardiocaps.phantom.dataset import write_phantom
         from cardiocaps.phantom.preview import check_preview, write_preview
 
+        variant = Variant(
+            given.difficulty,
+            given.test,
+            given.abnormal,
+            Shift(**{name: getattr(given, name) for name in SHIFT_HELP}),
+            given.test_only,
+        )
         start = time.monotonic()
         if given.preview:
             check_preview(given.preview, overwrite=given.overwrite)
@@ -61,15 +103,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
             progress=True,
             processes=given.processes,
             layout=given.layout,
+            variant=variant,
         )
         seconds = time.monotonic() - start
-        done = f"{made} videos made in {seconds:.0f} s, {given.videos} in all" if made else "complete already"
+        written = given.test if given.test_only and given.test else given.videos
+        done = f"{made} videos made in {seconds:.0f} s, {written} in all" if made else "complete already"
         print_line(f"{given.out}: {done}, and {LAYOUTS[given.layout].table}")
         if given.preview:
-            write_preview(given.preview, given.videos, given.seed)
+            write_preview(given.preview, given.videos, given.seed, variant)
             print_line(f"{given.preview}: contact sheet")
+        if given.difficulty != EASY:
+            _print_ceiling(given.videos, given.seed, variant)
 
     return run_program(body)
+
+
+def _print_ceiling(videos: int, seed: int, variant: Variant) -> None:
+    from cardiocaps.phantom.ceiling import ceiling
+    from cardiocaps.phantom.patients import plan
+
+    patients = [patient for patient in plan(videos, seed, variant) if patient.split == "test"]
+    if len({patient.abnormal for patient in patients}) < 2:
+        return  # a very small study
+    found = ceiling(patients, variant)
+    rows = (("Bayes bound, from the true lengths", found.bayes), ("another reader", found.second_reader))
+    for title, report in rows:
+        auroc, precision = (report.metrics[name] for name in ("auroc", "average_precision"))
+        print_line(f"{title}, {len(patients)} test videos: AUROC {auroc}; average precision {precision}")
 
 
 if __name__ == "__main__":

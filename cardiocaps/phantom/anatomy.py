@@ -51,6 +51,7 @@ class Heart:
     rate: float  # beats per minute
     phase: float  # of the first frame, as a share of the cycle after end-diastole
     breath: float  # amplitude of the respiratory shift along v
+    off_axis: float = 0.0  # distance of the image's plane from the axis: it cuts chords, and walls at a slant
 
     @property
     def systole(self) -> float:
@@ -95,13 +96,19 @@ class Heart:
         return result
 
     def cavity(self, contraction: Floats) -> Floats:
-        """LV internal diameter."""
-        return self.diameter - (self.diameter - self.diameter_systole) * contraction
+        """LV internal diameter in the plane of the image."""
+        diameter = self.diameter - (self.diameter - self.diameter_systole) * contraction
+        return 2 * self._chord(diameter / 2) if self.off_axis else diameter
 
     def wall(self, thickness: float, contraction: Floats) -> Floats:
-        """Thickness of a wall that is `thickness` at end-diastole; the area of its cross-section is constant."""
-        radius = self.cavity(contraction) / 2
-        return np.sqrt(radius**2 + thickness * (thickness + self.diameter)) - radius
+        """Thickness in the plane of a wall that is `thickness` at end-diastole; its cross-section keeps its area."""
+        radius = (self.diameter - (self.diameter - self.diameter_systole) * contraction) / 2
+        outer = np.sqrt(radius**2 + thickness * (thickness + self.diameter))
+        return self._chord(outer) - self._chord(radius) if self.off_axis else outer - radius
+
+    def _chord(self, radius: Floats) -> Floats:
+        """Half of the chord that the plane cuts from a circle around the axis."""
+        return np.sqrt(radius**2 - self.off_axis**2)
 
     def base_position(self, contraction: Floats) -> Floats:
         return self.base - self.base_excursion * contraction

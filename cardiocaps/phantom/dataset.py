@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cardiocaps.errors import OutputError, printable
 from cardiocaps.phantom.layouts import LAYOUTS, LVH, Layout
 from cardiocaps.phantom.patients import Patient, plan
+from cardiocaps.phantom.variants import USUAL, Variant
 from cardiocaps.runtime.files import (
     atomic_write,
     is_unused,
@@ -35,7 +36,6 @@ _OURS = re.compile(
     + "|".join(f"{layout.table}|({'|'.join(layout.folders)})/0X\\w+\\.avi" for layout in LAYOUTS.values())
     + r")(\.[0-9a-f]{8}\.part)?"
 )
-QUALITY = 4  # of MJPEG's quantiser; 2 is the best
 
 
 def write_phantom(
@@ -47,6 +47,7 @@ def write_phantom(
     progress: bool = False,
     processes: int | None = None,
     layout: str = LVH,
+    variant: Variant = USUAL,
 ) -> int:
     """Write a phantom study into the folder `out`.
 
@@ -57,31 +58,41 @@ def write_phantom(
     Args:
         out: the folder.
         videos: number of videos, at least 10.
-        seed: the same `videos` and `seed` give the same bytes.
+        seed: the same `videos`, `seed` and `variant` give the same bytes.
         overwrite: make an existing phantom anew.
         progress: show on standard error how many videos are made.
         processes: None: one for each CPU.
         layout: a name of LAYOUTS.
+        variant: difficulty, test videos, share of abnormal ones, and shift.
 
     Returns:
         The number of videos that were made.
 
     Raises:
         OutputError: `out` cannot be written, or holds files that are not part of a phantom.
+        ConfigError: as `plan`.
     """
+    patients = plan(videos, seed, variant)
     with output_errors(out):
         if out.exists() and not out.is_dir():
             raise OutputError(f"{out} is a file, not a folder")
         out.mkdir(parents=True, exist_ok=True)
     # If another process is making the same phantom, this one waits and finds it complete.
     with lock_folder(out, wait=True):
-        return _write(out, videos, seed, LAYOUTS[layout], overwrite, progress, processes or cores())
+        settings = _settings(videos, seed, LAYOUTS[layout], variant)
+        return _write(out, patients, settings, LAYOUTS[layout], overwrite, progress, processes or cores())
 
 
-def _write(out: Path, videos: int, seed: int, layout: Layout, overwrite: bool, progress: bool, processes: int) -> int:
-    settings = _settings(videos, seed, layout)
+def _write(
+    out: Path,
+    patients: Sequence[Patient],
+    settings: bytes,
+    layout: Layout,
+    overwrite: bool,
+    progress: bool,
+    processes: int,
+) -> int:
     _claim(out, settings, overwrite)
-    patients = plan(videos, seed)
     missing = [patient for patient in patients if not _has_content(out / layout.place(patient))]
     if not missing and _is_complete(out, layout, settings, patients):
         return 0
@@ -95,10 +106,10 @@ def _write(out: Path, videos: int, seed: int, layout: Layout, overwrite: bool, p
     return len(missing)
 
 
-def phantom_is_complete(out: Path, videos: int, seed: int) -> bool:
-    """Whether `out` holds everything that `write_phantom(out, videos, seed)` writes."""
+def phantom_is_complete(out: Path, videos: int, seed: int, variant: Variant = USUAL) -> bool:
+    """Whether `out` holds everything that `write_phantom(out, videos, seed, variant=variant)` writes."""
     layout = LAYOUTS[LVH]
-    return _is_complete(out, layout, _settings(videos, seed, layout), plan(videos, seed))
+    return _is_complete(out, layout, _settings(videos, seed, layout, variant), plan(videos, seed, variant))
 
 
 def _is_complete(out: Path, layout: Layout, settings: bytes, patients: Sequence[Patient]) -> bool:
@@ -110,9 +121,9 @@ def _is_complete(out: Path, layout: Layout, settings: bytes, patients: Sequence[
     return all(_has_content(out / name) for name in (layout.table, *(layout.place(patient) for patient in patients)))
 
 
-def _settings(videos: int, seed: int, layout: Layout) -> bytes:
+def _settings(videos: int, seed: int, layout: Layout, variant: Variant = USUAL) -> bytes:
     note = "synthetic parasternal long-axis echocardiograms; no patient's data"
-    settings = {"phantom": note, "version": VERSION, "videos": videos, "seed": seed}
+    settings = {"phantom": note, "version": VERSION, "videos": videos, "seed": seed, **variant.as_dict()}
     if layout is not LAYOUTS[LVH]:  # the only one of older versions, which do not name it
         settings["table"] = layout.table
     return (json.dumps(settings, indent=2) + "\n").encode()
@@ -179,10 +190,10 @@ def _make_video(wanted: tuple[Patient, Path]) -> None:
     patient, path = wanted
     images = render(patient)
     with atomic_write(path, sync=False) as part:
-        _encode(part, images, patient.scan.fps)
+        _encode(part, images, patient.scan.fps, patient.scan.effects.quality)
 
 
-def _encode(path: Path, images: NDArray[np.uint8], fps: int) -> None:
+def _encode(path: Path, images: NDArray[np.uint8], fps: int, quality: int) -> None:
     """Grey frames [T, height, width] as Motion JPEG in an AVI file."""
     import av
 
@@ -191,7 +202,7 @@ def _encode(path: Path, images: NDArray[np.uint8], fps: int) -> None:
         stream = container.add_stream("mjpeg", rate=fps)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuvj420p"
         stream.thread_count = 1
-        stream.codec_context.qmin = stream.codec_context.qmax = QUALITY
+        stream.codec_context.qmin = stream.codec_context.qmax = quality
         planes = np.full((height * 3 // 2, width), 128, np.uint8)  # luma, then grey chroma
         for image in images:
             planes[:height] = image

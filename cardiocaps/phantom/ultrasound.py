@@ -4,7 +4,7 @@ Scatterers have tissue coordinates and move with the tissue, so that speckle fol
 the scatterers on the grid of beams and depths, add thin leaflets, blur with the point-spread function (constant in
 angle, so wider at depth), add noise and reverberation, apply attenuation and shadows, compress logarithmically, and
 convert the beams to a sector. All steps are elementwise or gathers, without threaded matrix products, so a patient has
-the same pixels in every process.
+the same pixels in every process. `effects` makes an examination harder to read.
 """
 
 from __future__ import annotations
@@ -15,6 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cardiocaps.phantom.anatomy import BORDERS, Floats, smoothstep
+from cardiocaps.phantom.effects import (
+    NO_EFFECTS,
+    Taps,
+    decorrelate,
+    map_grey,
+    persist,
+    point_spread,
+    reverberate,
+    slider_gain,
+    transmission,
+)
 from cardiocaps.phantom.patients import Patient, Scan
 
 BEAMS, SAMPLES = 100, 224
@@ -53,12 +64,19 @@ def render(patient: Patient) -> NDArray[np.uint8]:
     v32 = v.astype(np.float32).ravel()
 
     tissue = _Tissue(patient, grid, rng)
-    noise = _blur(_complex(rng, (NOISE_FIELDS, BEAMS, SAMPLES)))
+    effects = scan.effects
+    taps = point_spread(effects, LATERAL, AXIAL)
+    noise = _blur(_complex(rng, (NOISE_FIELDS, BEAMS, SAMPLES)), taps)
     rolls = rng.integers(0, (NOISE_FIELDS, BEAMS, SAMPLES), (scan.frames, 3))
-    gain, haze, hiss = _machine(scan, rng, angles, depths)
+    gain, haze, hiss = _machine(scan, rng, angles, depths, taps)
     threads = _leaflets(patient, rng)
     borders = patient.borders(grid).astype(np.float32)
     slope, start = tissue.rows(borders, patient.contraction())
+    own = np.random.default_rng([patient.seed, patient.index, 4])  # of the effects, so that nothing else changes
+    fresh = _complex(own, (BEAMS, SAMPLES))
+    passing = transmission(effects, angles / scan.half_angle, depths, _patches(own, (BEAMS, SAMPLES), 14, 28))
+    if effects.sliders:
+        gain += slider_gain(effects, depths).astype(np.float32)
 
     image = np.empty((scan.frames, BEAMS * SAMPLES), np.float32)
     for t in range(scan.frames):
@@ -73,7 +91,12 @@ def render(patient: Patient) -> NDArray[np.uint8]:
         field = tissue.scatterers.take(row.astype(np.intp), mode="clip").reshape(BEAMS, SAMPLES)
         places, echoes = threads[t]
         np.add.at(field.reshape(-1), places, echoes)
-        field = _blur(field)
+        if effects.decorrelation:
+            moved = np.roll(fresh, own.integers(0, (BEAMS, SAMPLES)).tolist(), (0, 1))
+            field = decorrelate(field, moved, effects.decorrelation)
+        field = _blur(field, taps)
+        if effects != NO_EFFECTS:
+            field = reverberate(effects, field * passing, scan.depth / SAMPLES)
         field += haze
         which, across, along = rolls[t]
         field += hiss * np.roll(noise[which], (across, along), (0, 1))
@@ -82,9 +105,13 @@ def render(patient: Patient) -> NDArray[np.uint8]:
         power *= 10
         power += gain
         image[t] = power.ravel()
+    persist(effects, image)
     image += _turned_gain(scan, image[0], depths)
+    if effects.gain:
+        image += np.float32(effects.gain)
     image *= 255 / scan.dynamic_range
     np.clip(image, 0, 255, out=image)
+    map_grey(effects, image)
     return _sector(scan, image)
 
 
@@ -202,7 +229,11 @@ def _leaflets(patient: Patient, rng: np.random.Generator) -> list[tuple[NDArray[
 
 
 def _machine(
-    scan: Scan, rng: np.random.Generator, angles: Floats, depths: Floats
+    scan: Scan,
+    rng: np.random.Generator,
+    angles: Floats,
+    depths: Floats,
+    taps: tuple[Taps, Taps],
 ) -> tuple[Single, NDArray[np.complex64], Single]:
     """Gain in dB, still reverberation, and the noise's amplitude, each over beams and samples."""
     side = angles[:, None] / scan.half_angle
@@ -217,7 +248,7 @@ def _machine(
     echo = rng.uniform(1.0, 1.6)
     for order in (1, 2, 3):
         bands = bands + 0.5 / order * np.exp(-(((depths - echo * order) / 0.12) ** 2))
-    haze = 10 ** (scan.haze / 20) * bands.astype(np.float32) * _blur(_complex(rng, (BEAMS, SAMPLES)))
+    haze = 10 ** (scan.haze / 20) * bands.astype(np.float32) * _blur(_complex(rng, (BEAMS, SAMPLES)), taps)
     hiss = 10 ** ((-40 + 0.75 * depths) / 20) * np.ones((BEAMS, 1))
     return gain.astype(np.float32), haze.astype(np.complex64), hiss.astype(np.float32)
 
@@ -281,10 +312,10 @@ def _patches(rng: np.random.Generator, shape: tuple[int, ...], rows: int, column
     return result
 
 
-def _blur(field: NDArray[np.complex64]) -> NDArray[np.complex64]:
-    """The point-spread function along beams [..., beams, samples]; keeps speckle's mean power."""
+def _blur(field: NDArray[np.complex64], spread: tuple[Taps, Taps]) -> NDArray[np.complex64]:
+    """The point-spread function over beams and along them [..., beams, samples]; keeps speckle's mean power."""
     parts = np.ascontiguousarray(field).view(np.float32)
-    for taps, axis, stride in ((LATERAL, -2, 1), (AXIAL, -1, 2)):
+    for taps, axis, stride in ((spread[0], -2, 1), (spread[1], -1, 2)):
         weights = np.array(taps, np.float32)
         weights /= np.sqrt(weights[0] ** 2 + 2 * (weights[1:] ** 2).sum())
         out = parts * weights[0]

@@ -13,7 +13,7 @@ import pytest
 from cardiocaps.config import TrainConfig, options
 from cardiocaps.data.fingerprint import Fingerprint
 from cardiocaps.errors import ConfigError, DataError
-from cardiocaps.experiments.__main__ import _as_typed, parser
+from cardiocaps.experiments.__main__ import _as_typed, _with_phantom, parser
 from cardiocaps.experiments.exhibits import EXHIBITS, keys_of
 from cardiocaps.experiments.folder import ExperimentFolder
 from cardiocaps.experiments.plan import FIRST_SEED, LAMBDAS, SYSTEMS, configure, corrected_key, jobs_of, trained_as
@@ -161,3 +161,14 @@ def test_a_table_that_lost_its_splits_is_not_taken_for_another_study(tmp_path: P
     folder.claim_data(replace(config, split="frames"), fingerprint("mixed", "frames"))
     with pytest.raises(DataError, match="are about: 1 video changed its split; choose another --out"):
         folder.claim_data(config, fingerprint("test", "stratified"))
+
+
+def test_an_experiment_without_data_has_a_large_test() -> None:
+    given = _with_phantom(vars(parser().parse_args(["table1"])))
+    assert (given["phantom_videos"], given["phantom_test"]) == (682, 300)
+    assert "--phantom-test 300" in " ".join(_as_typed({name: given[name] for name in options() if name in given}))
+    for typed in (["--data", "x"], ["--phantom-videos", "40"], ["--phantom-test", "20"]):
+        plain = vars(parser().parse_args(["table1", *typed]))
+        assert _with_phantom(plain) == plain
+    named = vars(parser().parse_args(["table1", "--phantom-dir", "mine"]))
+    assert str(_with_phantom(named)["phantom_dir"]) == "mine"
