@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -27,6 +28,9 @@ from cardiocaps.runtime.progress import shown
 
 _AT_A_TIME = 16
 """Videos that an actor takes at a time, at least: a lost actor's are decoded once more."""
+
+_RETRIES = 3
+"""How often videos are given to another actor before they count as what brings the actors down."""
 
 
 def scored_on_ray(
@@ -48,6 +52,7 @@ def scored_on_ray(
     Raises:
         ConfigError: a machine does not see the runs, or none has as many CPUs, or a GPU, as an actor needs.
         CheckpointError: an output is not finite.
+        CardioCapsError: some videos have no row, because every actor that had them was lost.
     """
     if not videos:
         return
@@ -63,7 +68,8 @@ def scored_on_ray(
     context = data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    context.max_errored_blocks = -1  # videos that bring down every actor cost only their own rows
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # no tracebacks
     rows = [
         {
             "number": i,
@@ -79,15 +85,20 @@ def scored_on_ray(
     )
     blocks = [arrow.Table.from_pylist(rows[i : i + step], schema=schema) for i in range(0, len(rows), step)]
     told = {**changed, "threads": threads, "decode_workers": config.decode_workers or threads, "progress": False}
-    lines = data.from_arrow(blocks).map_batches(
-        _Scorer,
-        fn_constructor_args=([run.absolute() for run in runs], told),
-        batch_size=None,
-        batch_format="pyarrow",
-        compute=data.ActorPoolStrategy(size=workers),
-        num_cpus=threads,
-        num_gpus=gpus,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # of Ray's own settings, and of max_task_retries (until 2.64)
+        lines = data.from_arrow(blocks).map_batches(
+            _Scorer,
+            fn_constructor_args=([run.absolute() for run in runs], told),
+            batch_size=None,
+            batch_format="pyarrow",
+            compute=data.ActorPoolStrategy(size=workers),
+            num_cpus=threads,
+            num_gpus=gpus,
+            max_task_retries=_RETRIES,
+        )
     done: set[int] = set()
     found = _rows(lines)
     for number, content in shown(found, len(videos), "predicting") if config.progress else found:
@@ -97,7 +108,10 @@ def scored_on_ray(
         row = content["row"]
         yield Scored(videos[number], row["reason"] if row["status"] == FAILED else None, row, content["frames"])
     if len(done) < len(videos):
-        raise CardioCapsError(f"Ray returned the rows of {len(done)} of {len(videos)} videos; the same command goes on")
+        raise CardioCapsError(
+            f"Ray returned the rows of {len(done)} of {len(videos)} videos: the actors that had the others were lost "
+            f"{_RETRIES + 1} times; the same command tries them again"
+        )
 
 
 def _room(ray: ModuleType, config: TrainConfig, threads: int) -> tuple[int, int]:

@@ -96,6 +96,29 @@ def test_a_killed_actor_loses_nothing_and_repeats_nothing(
         } == {name: f"{float(x):.6g}" if x and isinstance(row[name], float) else x for name, x in text.items()}
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks for processes in /proc")
+def test_videos_that_bring_down_every_actor_cost_only_their_own_rows(
+    here: Path,
+    runs: list[Path],
+    videos: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(on_ray, "_AT_A_TIME", 4)
+    monkeypatch.setattr(on_ray, "_RETRIES", 0)  # the first blow is the last
+    out = tmp_path / "out"
+    killer = Killer()
+    killer.start()
+    assert predict.main([*_arguments(runs, videos, out), "--engine", "ray", "--workers", "2"]) == 1
+    killer.join()
+    found = rows(out)
+    assert 0 < len(found) < 41
+    assert f"Ray returned the rows of {len(found)} of 41 videos" in capsys.readouterr().err
+    assert predict.main(_arguments(runs, videos, out)) == 0
+    assert by_name(rows(out)) == by_name(rows(here))
+
+
 def test_a_killed_driver_loses_nothing_and_repeats_nothing(
     here: Path, runs: list[Path], videos: Path, tmp_path: Path
 ) -> None:
