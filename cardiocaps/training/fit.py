@@ -66,6 +66,9 @@ def check_ranks(config: TrainConfig, machine: Machine, ranks: Ranks) -> None:
         )
     if config.strategy == "fsdp" and ranks.world == 1:
         raise ConfigError("strategy is 'fsdp'; expected ddp, because there is one process (--devices)")
+    if config.strategy == "fsdp" and config.resume is not None and RunFolder(config.resume).last.exists():
+        # In the middle of an epoch Lightning's strategy does not go on with the same numbers.
+        raise ConfigError("strategy is 'fsdp'; expected ddp, with which a run goes on from its checkpoint")
 
 
 def _strategy(config: TrainConfig, ranks: Ranks) -> Strategy:

@@ -138,8 +138,7 @@ class Classifier(LightningModule):
         checkpoint["cardiocaps"] = _shape(self.config)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        # With strategy fsdp the weights are not in here; `train` has checked them.
-        check_configuration({"state_dict": {}, **checkpoint}, self.config)
+        check_configuration(checkpoint, self.config)
 
 
 def _shape(config: TrainConfig) -> dict[str, Any]:

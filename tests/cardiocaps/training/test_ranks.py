@@ -356,7 +356,9 @@ def test_a_signal_to_one_rank_saves_and_stops_all(arguments: list[str], alone: P
     assert said[1][0] == 143 and said[0][0] in TERMINATED, said
     assert said[0][2] == f"error: stopped by SIGTERM; saved; go on with --resume {run}\n" and said[1][2] == ""
     assert 2 <= torch.load(run / "last.ckpt", weights_only=True)["global_step"] < 10
-    resumed = launch(3, PROGRAM.format(""), "--resume", str(run), "--strategy", "fsdp")
+    refused = launch(2, PROGRAM.format(""), "--resume", str(run), "--strategy", "fsdp")
+    assert refused[0][2] == "error: strategy is 'fsdp'; expected ddp, with which a run goes on from its checkpoint\n"
+    resumed = launch(3, PROGRAM.format(""), "--resume", str(run))
     assert [status for status, *_ in resumed] == [0, 0, 0], resumed
     assert_equal_runs(alone, run)
 
