@@ -353,7 +353,7 @@ def test_a_signal_to_one_rank_saves_and_stops_all(arguments: list[str], alone: P
     terminated = KILLED.replace("signal.SIGKILL", "signal.SIGTERM")
     where = {"KILLED": "1", "STEP": "2", "DELAY": "0"}
     said = launch(2, PROGRAM.format(terminated), *arguments, "--out", str(run), **where)
-    assert said[1][0] == 143 and said[0][0] in TERMINATED, said
+    assert all(status in TERMINATED for status, *_ in said), said
     assert said[0][2] == f"error: stopped by SIGTERM; saved; go on with --resume {run}\n" and said[1][2] == ""
     assert 2 <= torch.load(run / "last.ckpt", weights_only=True)["global_step"] < 10
     refused = launch(2, PROGRAM.format(""), "--resume", str(run), "--strategy", "fsdp")
