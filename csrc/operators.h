@@ -41,7 +41,7 @@ struct ExecutionContext {
     int64_t* needed = nullptr;  // if non-null, a size query: nothing runs, the required workspace size is written here
     std::vector<Launch>* launches = nullptr;  // if non-null: nothing runs, the launches are appended here
 
-    bool alone = false;         // whether other threads are busy with other batch items, so that no pass is divided
+    bool alone = false;  // whether other threads are busy with other batch items, so that no pass is divided
 
     ExecutionContext(int threads) : threads(threads) {}
 };

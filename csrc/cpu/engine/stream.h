@@ -13,8 +13,8 @@
 // capsules and a large batch, groups of batch items are tasks too, a tile is a part of one capsule's batch, the lanes
 // hold batch items (panel.h), and arithmetic is the bound.
 //
-// Votes that are given have neither matrices nor products; a routing of several passes takes their batch in blocks that a
-// cache holds (blocks.h).
+// Votes that are given have neither matrices nor products; a routing of several passes takes their batch in blocks that
+// a cache holds (blocks.h).
 //
 // Results are bitwise the same for any number of threads: blocks and groups depend on the shape alone, every block has
 // its own partial sums, and these are added in the order of the blocks, in double. So no sum in the accumulation type
