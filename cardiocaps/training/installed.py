@@ -18,6 +18,7 @@ from cardiocaps.errors import ConfigError, printable
 from cardiocaps.training.environment import environment
 
 EXTRAS: Mapping[str, tuple[str, ...]] = {
+    "cluster": ("ray", "submitit"),
     "decord": ("decord",),
     "dicom": ("pydicom", "PIL", "jpeg_ls"),
     "experiments": ("monai", "einops", "imblearn", "xgboost"),

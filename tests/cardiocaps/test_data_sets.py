@@ -11,6 +11,7 @@ import pytest
 
 from cardiocaps import evaluate, train
 from cardiocaps.config import TrainConfig, read_run
+from cardiocaps.experiments.engines.local import LocalEngine
 from cardiocaps.experiments.folder import ExperimentFolder
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.plan import SYSTEMS, configure
@@ -129,7 +130,7 @@ def test_experiments_on_a_data_set_without_the_papers_protocol(tmp_path: Path) -
     folder.make()
     keys = ("cardiocaps", "cardiocaps-paper-protocol")
     jobs = [Job(SYSTEMS[key], 10, configure(config, SYSTEMS[key], 10, folder.job(key, 10))) for key in keys]
-    said, refused = _prepare(jobs, config, folder)
+    said, refused = _prepare(jobs, config, folder, LocalEngine(1))
     assert [text.partition(";")[0] for text in said.values()] == ["A folder in the layout of EchoNet-Dynamic"]
     assert refused == {
         jobs[1].name: "protocol is 'paper'; expected video, because data set echonet-dynamic has no such setting"

@@ -15,6 +15,7 @@ from cardiocaps.data.open import decode_for_run, read_study
 from cardiocaps.data.study import Clip
 from cardiocaps.errors import DataError
 from cardiocaps.experiments import jobs
+from cardiocaps.experiments.engines.local import LocalEngine
 from cardiocaps.experiments.folder import ExperimentFolder
 from cardiocaps.experiments.plan import SYSTEMS, configure
 from cardiocaps.experiments.run import _prepare
@@ -79,7 +80,7 @@ def test_experiments_go_on_without_what_failed_when_they_began(
     for seed in (10, 11):
         job = jobs.Job(system, seed, configure(config, system, seed, folder.job(system.key, seed)))
         with failing(study.clips[2].path) if seed == 10 else nullcontext():
-            _prepare([job], config, folder)
+            _prepare([job], config, folder, LocalEngine(1))
         with monkeypatch.context() as stopping, pytest.raises(KeyboardInterrupt):
             stopping.setattr(RunFolder, "begin", begin_and_stop)
             jobs.run(job, lambda done, what: None, Interruption())

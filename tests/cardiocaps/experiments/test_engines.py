@@ -9,6 +9,7 @@ import socket
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,14 @@ def _assert_equal(jobs: list[Job], others: list[Job]) -> None:
         assert not other.folder.with_name(f"{other.folder.name}.progress").exists()
 
 
+def kill(victim: str) -> list[int]:
+    """Kill the processes below this one whose command line holds the text, and return their numbers."""
+    numbers = descendants(victim)
+    for number in numbers:
+        os.kill(number, signal.SIGKILL)
+    return numbers
+
+
 class Watching(Display):
     """Remembers what happened, and kills `victim` some time after the network began to train."""
 
@@ -76,9 +85,7 @@ class Watching(Display):
         self.steps.add(doing)
         if self.victim is not None and not self.killed and job.name.startswith("cnn-2"):
             time.sleep(random.uniform(0, 1))
-            self.killed = descendants(self.victim)
-            for number in self.killed:
-                os.kill(number, signal.SIGKILL)
+            self.killed = kill(self.victim)
 
     def lost(self, job: Job) -> None:
         super().lost(job)
@@ -141,11 +148,18 @@ def test_submitit_gives_the_same_bits_and_does_a_lost_job_again(
 
     monkeypatch.setattr(submitit.core.core.Job, "_results_timeout_s", 0.5)
     jobs = short_jobs(*data, tmp_path / "out")[:1]
-    display = Watching(f"submitit.local._local {tmp_path}")
+    display = Watching()
     engine = SubmititEngine(1, {})
     engine.is_slurm = False
-    assert run_jobs(jobs, 1, display, engine) == {}
-    assert display.killed and display.was_lost == [jobs[0].name]
+
+    def strike() -> list[int]:
+        wait_for((jobs[0].folder / "run.json").exists, None)
+        return kill(str(tmp_path))
+
+    with ThreadPoolExecutor(1) as beside:
+        blow = beside.submit(strike)
+        assert run_jobs(jobs, 1, display, engine) == {}
+    assert blow.result() and display.was_lost == [jobs[0].name]
     assert display.ends == [(jobs[0].name, None)]
     _assert_equal(here[:1], jobs)
 
