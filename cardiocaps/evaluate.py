@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from cardiocaps import DISCLAIMER
-from cardiocaps.config import CommandLine, add_options, options
+from cardiocaps.config import OF_TABLE, CommandLine, add_options, options
 from cardiocaps.runtime.program import Interruption, run_program
 
 _CHANGEABLE = (
@@ -18,13 +18,7 @@ _CHANGEABLE = (
     "view",
     "val_fold",
     "test_fold",
-    "table",
-    "path_column",
-    "label_column",
-    "positive",
-    "target_column",
-    "abnormal",
-    "split_column",
+    *OF_TABLE,
     "threshold",
     "follow_links",
     "group_column",

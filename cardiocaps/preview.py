@@ -7,19 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from cardiocaps import DISCLAIMER
-from cardiocaps.config import CommandLine, add_options, options
+from cardiocaps.config import OF_TABLE, CommandLine, add_options, options
 from cardiocaps.runtime.program import Interruption, run_program
 
 _CHANGEABLE = (
     "dataset",
     "view",
-    "table",
-    "path_column",
-    "label_column",
-    "positive",
-    "target_column",
-    "abnormal",
-    "split_column",
+    *OF_TABLE,
     "threshold",
     "preset",
     "follow_links",

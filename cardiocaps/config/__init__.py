@@ -8,10 +8,11 @@ from cardiocaps.config.command_line import COMPLETING, CommandLine, add_options,
 from cardiocaps.config.option import Option
 from cardiocaps.config.presets import PRESETS, TRAINING_DEFAULTS, Preset
 from cardiocaps.config.saved import check_resumable, completed, read_run, read_yaml, write_run
-from cardiocaps.config.settings import TRAINABLE_PHANTOM, TrainConfig, options, settings_that_affect
+from cardiocaps.config.settings import OF_TABLE, TRAINABLE_PHANTOM, TrainConfig, options, settings_that_affect
 
 __all__ = [
     "COMPLETING",
+    "OF_TABLE",
     "PRESETS",
     "TRAINABLE_PHANTOM",
     "TRAINING_DEFAULTS",

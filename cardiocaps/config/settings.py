@@ -37,6 +37,9 @@ _CAPSULE_NETWORKS = ("cardiocaps", "em-capsnet", "efficient-capsnet")
 LOGGERS = ("csv", "tensorboard", "wandb", "mlflow")
 """The names in the setting `logger`."""
 
+OF_TABLE = ("table", "path_column", "label_column", "positive", "target_column", "abnormal", "split_column")
+"""Settings that say how any table of videos is read."""
+
 _OF_LABELS = ("label_column", "positive", "abnormal", "threshold")
 """Settings that say what the labels are."""
 

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from cardiocaps import DISCLAIMER
-from cardiocaps.config import CommandLine, TrainConfig, add_options, options
+from cardiocaps.config import OF_TABLE, CommandLine, TrainConfig, add_options, options
 from cardiocaps.runtime.program import Interruption, print_line, run_program
 
 _READING = (
@@ -15,13 +15,7 @@ _READING = (
     "view",
     "val_fold",
     "test_fold",
-    "table",
-    "path_column",
-    "label_column",
-    "positive",
-    "target_column",
-    "abnormal",
-    "split_column",
+    *OF_TABLE,
     "threshold",
     "protocol",
     "split",

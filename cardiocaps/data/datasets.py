@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from cardiocaps.config import OF_TABLE
 from cardiocaps.data import file_list, video_table
 from cardiocaps.data.echonet_lvh import measurements
 from cardiocaps.data.echonet_lvh import reader as echonet_lvh
@@ -83,15 +84,7 @@ DATASETS: Mapping[str, DataSet] = {
         video_table.read_folder,
         f"a table ({', '.join(video_table.SUFFIXES)}) as --data FILE or --table NAME",
         lambda folder: False,
-        settings=(
-            "table",
-            "path_column",
-            "label_column",
-            "positive",
-            "target_column",
-            "abnormal",
-            "split_column",
-        ),
+        settings=OF_TABLE,
     ),
 }
 """The name of a layout, as the setting `dataset` gives it -> its row."""
