@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from cardiocaps import DISCLAIMER
 from cardiocaps.config import CommandLine, add_options, options
+from cardiocaps.config.engine import add_engine_options, check_engine_options, engine_of
 from cardiocaps.runtime.program import Interruption, run_program
-from cardiocaps.runtime.ray_cluster import ADDRESS_HELP, ray_cluster
 
 if TYPE_CHECKING:
     from cardiocaps.prediction.inputs import Input
@@ -56,19 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--path-column", metavar="NAME", help="column of a table with the paths of the videos")
     parser.add_argument("--retry-failed", action="store_true", help="try videos again that could not be read before")
     parser.add_argument("--parquet", action="store_true", help="also write DIR/predictions.parquet, the same rows")
-    parser.add_argument(
-        "--engine",
-        choices=("local", "ray"),
-        default="local",
-        help="where videos are decoded and scored: in this process, or in actors of Ray (default: local)",
-    )
-    parser.add_argument("--address", metavar="HOST:PORT", help=f"with --engine ray: {ADDRESS_HELP}")
-    parser.add_argument(
-        "--workers",
-        metavar="N",
-        type=replace(options()["phantom_videos"], low=1, high=10_000).from_text,
-        help="with --engine ray: number of actors, each with --threads CPUs, by default one (default: as many as fit)",
-    )
+    add_engine_options(parser, "videos are decoded and scored", "--threads CPUs, by default one")
     add_options(parser, _CHANGEABLE, default="the run's own")
     given = parser.parse_args(argv)
     runs, inputs = _runs_and_inputs(given.paths)
@@ -82,21 +69,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("argument --maps: explains one network; give one RUN")
     if given.engine == "ray" and given.report:
         parser.error("argument --report: pictures are drawn by the local engine; leave out --engine ray")
-    if given.engine == "local" and (given.address is not None or given.workers is not None):
-        parser.error("arguments --address and --workers: are of --engine ray")
+    check_engine_options(parser, given)
     changed = {name: getattr(given, name) for name in _CHANGEABLE if getattr(given, name) is not None}
 
     def body(_: Interruption) -> None:
         from cardiocaps.explanation.strip import illustration
         from cardiocaps.prediction.run import predict
 
-        with _engine(given.engine, given.address, given.workers, runs, changed) as engine:
+        with engine_of(given, changed.get("threads") or 1) as ray:
             predict(
                 runs,
                 inputs,
                 given.out,
                 changed,
-                on=engine,
+                on=None if ray is None else _on_ray(ray, runs, changed, given.workers),
                 path_column=given.path_column,
                 by_frame=given.by_frame,
                 report=given.report,
@@ -108,18 +94,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program(body)
 
 
-@contextmanager
-def _engine(
-    kind: str, address: str | None, workers: int | None, runs: Sequence[Path], changed: Mapping[str, Any]
-) -> Iterator[Callable[[Sequence[Input]], Iterator[Scored]] | None]:
-    """What scores the videos; None: the program's own process."""
-    if kind == "local":
-        yield None
-        return
+def _on_ray(
+    ray: ModuleType, runs: Sequence[Path], changed: Mapping[str, Any], workers: int | None
+) -> Callable[[Sequence[Input]], Iterator[Scored]]:
+    """What scores videos in actors."""
     from cardiocaps.prediction.on_ray import scored_on_ray
 
-    with ray_cluster(address, (workers or 1) * (changed.get("threads") or 1)) as ray:
-        yield lambda videos: scored_on_ray(ray, runs, changed, videos, workers)
+    return lambda videos: scored_on_ray(ray, runs, changed, videos, workers)
 
 
 def _place(text: str) -> Path | str:

@@ -1,4 +1,7 @@
-"""`python -m cardiocaps.data DATA…`: what data sets hold, and what is wrong with them. No video is decoded."""
+"""`python -m cardiocaps.data DATA…`: what data sets hold, and what is wrong with them. No video is decoded.
+
+`python -m cardiocaps.data build-cache DATA…` decodes what trainings will read, in this process or on Ray.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,11 @@ from collections.abc import Sequence
 
 from cardiocaps import DISCLAIMER
 from cardiocaps.config import OF_TABLE, CommandLine, TrainConfig, add_options, options
+from cardiocaps.config.engine import add_engine_options, check_engine_options, engine_of
+from cardiocaps.errors import printable
 from cardiocaps.runtime.program import Interruption, print_line, run_program
+
+_BUILD_CACHE = "build-cache"
 
 _READING = (
     "dataset",
@@ -32,7 +39,10 @@ _READING = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status, as `cardiocaps.train.main`."""
-    given = command_line().parse_args(argv)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == [_BUILD_CACHE]:
+        return _build_cache(arguments[1:])
+    given = command_line().parse_args(arguments)
     settings = {name: getattr(given, name) for name in _READING if getattr(given, name) is not None}
 
     def body(_: Interruption) -> None:
@@ -45,6 +55,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program(body)
 
 
+def _build_cache(arguments: Sequence[str]) -> int:
+    parser = CommandLine(
+        prog=f"python -m cardiocaps.data {_BUILD_CACHE}",
+        usage="%(prog)s DATA... [options]",
+        description="Decode the frames that a training with the same options will read, so that it begins at once. "
+        "Videos that are in the cache already are not decoded again; so the same command goes on after it was stopped.",
+        epilog=DISCLAIMER,
+    )
+    _add_data(parser)
+    add_engine_options(parser, "videos are decoded", "one CPU")
+    add_options(parser, (*_READING, "frame_choice", "limit", "cache_dir", "decode_workers", "video_reader", "progress"))
+    given = parser.parse_args(arguments)
+    check_engine_options(parser, given)
+    own = ("data", "engine", "address", "workers")
+    settings = {name: value for name, value in vars(given).items() if name not in own and value is not None}
+
+    def body(_: Interruption) -> None:
+        from cardiocaps.data.cache import default_folder
+        from cardiocaps.data.on_ray import on_ray
+        from cardiocaps.data.open import decoded, read_study
+
+        configs = [TrainConfig(data=path, **settings).resolved() for path in given.data]
+        with engine_of(given) as ray:
+            for config in configs:
+                study = read_study(config)
+                found = decoded(config, study, None if ray is None else on_ray(ray, given.workers))
+                new = sum(frames.decoded for frames in found.frames.values())
+                size = sum(frames.file.stat().st_size for frames in found.frames.values())
+                folder = config.cache_dir or default_folder()
+                print_line(found.study.summary())
+                where = f"{len(found.frames)} videos of {printable(config.data)} are in {printable(folder)}"
+                print_line(f"{where}, {size / 1e6:.1f} MB; {new} of them were decoded now")
+
+    return run_program(body)
+
+
 def command_line() -> CommandLine:
     """The parser of the program."""
     parser = CommandLine(
@@ -52,9 +98,16 @@ def command_line() -> CommandLine:
         usage="%(prog)s DATA... [options]",
         description="Say what data sets are, as a training with the same options would read them: layout, videos, "
         "labels and splits, targets, problems, patients in several splits, and the size of the cache. No video is "
-        "decoded, so damaged videos are not found.",
+        f"decoded, so damaged videos are not found. `%(prog)s {_BUILD_CACHE} DATA...` decodes them.",
         epilog=DISCLAIMER,
     )
+    _add_data(parser)
+    parser.add_argument("--json", action="store_true", help="print JSON: a list with an entry for each DATA")
+    add_options(parser, _READING)
+    return parser
+
+
+def _add_data(parser: CommandLine) -> None:
     parser.add_argument(
         "data",
         metavar="DATA",
@@ -62,9 +115,6 @@ def command_line() -> CommandLine:
         nargs="+",
         help="folder of a data set, or a table of videos (.csv, .parquet)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON: a list with an entry for each DATA")
-    add_options(parser, _READING)
-    return parser
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +48,7 @@ from cardiocaps.runtime.progress import shown
 _FPS_TOLERANCE = 0.05  # relative; tables round frame rates
 _INDEX = "index.json"
 _ABANDONED = 3600.0  # age in seconds from which an unfinished file counts as left behind, not as being written
+_SAVED_EVERY = 60.0  # seconds between two states of the index
 _SAMPLE = 4096  # bytes of head, middle and tail each
 _BLANK = 16  # a frame whose grey levels (of 255) differ by no more than this shows nothing
 
@@ -69,6 +72,7 @@ class Frames:
     file: Path  # .npy
     numbers: NDArray[np.int64]  # the number that each of them has in the video
     blank: bool  # every channel is black, or of one colour
+    decoded: bool  # now; False: they were in the cache
 
 
 @dataclass(frozen=True)
@@ -115,6 +119,66 @@ def choose_frames(count: int, wanted: int, choice: str) -> NDArray[np.int64]:
     return (2 * np.arange(n, dtype=np.int64) + 1) * count // (2 * n)
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """Decodes a video into the cache, unless its frames are there already.
+
+    Attributes:
+        folder: of the cache.
+        size: side of the cached frames in pixels.
+        frames_per_clip: see `choose_frames`.
+        frame_choice: see `choose_frames`.
+        reader: "pyav" or "decord", see `read_frames`.
+    """
+
+    folder: Path
+    size: int
+    frames_per_clip: int
+    frame_choice: str
+    reader: str
+
+    def __call__(self, path: Path, known: Entry | None = None, headers: Mapping[str, Header] | None = None) -> Result:
+        """The frames of a video, or the reason for which it cannot be used.
+
+        Args:
+            path: of the video.
+            known: what the index has of it.
+            headers: known headers, by the SHA-256 of the video: it may have been moved.
+        """
+        try:
+            entry = _examine(path, known, headers or {})
+            numbers = choose_frames(entry.header.frames, self.frames_per_clip, self.frame_choice)
+            file, shape = self._file(entry), (len(numbers), 3, self.size, self.size)
+            missing = not _intact(file, shape)
+            if missing:
+                content = io.BytesIO()
+                np.save(content, read_frames(path, numbers, self.size, self.reader), allow_pickle=False)
+                _write(file, content.getvalue())
+            return Frames(entry, file, numbers, _blank(file, shape), missing)
+        except VideoError as error:
+            return str(error)
+
+    def _file(self, entry: Entry) -> Path:
+        # decord decodes damaged videos that PyAV refuses, so the two readers never share a file.
+        by: str | int = "decord" if self.reader == "decord" and entry.header.is_plain else READER_VERSION
+        if entry.header.is_dicom:
+            by = f"dicom {dicom.READER_VERSION}"
+        settings = f"{entry.sha256} {self.frame_choice} {self.frames_per_clip} {self.size} {RESIZE_VERSION} {by}"
+        return self.folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:40]}.npy"
+
+    def has(self, frames: Frames) -> bool:
+        """Whether this machine sees the file of the frames, whole."""
+        return _intact(frames.file, (len(frames.numbers), 3, self.size, self.size))
+
+
+Result = Frames | str
+"""The frames of a video, or the reason for which it cannot be used."""
+
+Engine = Callable[[Decoder, Mapping[Path, Entry | None]], AbstractContextManager[Iterator[tuple[Path, Result]]]]
+"""What decodes videos: takes what the index has of each, and gives their results in the order in which they are done,
+each once."""
+
+
 def build(
     study: Study,
     *,
@@ -126,6 +190,7 @@ def build(
     workers: int | None = None,
     reader: str = "pyav",
     progress: bool = False,
+    on: Engine | None = None,
 ) -> Cached:
     """Decode the videos that are not in the cache yet.
 
@@ -139,6 +204,7 @@ def build(
         workers: threads, None: one for each core. The result does not depend on it.
         reader: "pyav" or "decord", see `read_frames`.
         progress: show on standard error how many videos are decoded.
+        on: what decodes them; None: threads of this process.
 
     Raises:
         DataError: too many videos are unusable, or a split is left without both classes.
@@ -153,38 +219,30 @@ def build(
         _make_private(folder)
     remove_leftovers(folder, older_than=_ABANDONED)
     known = _read_index(folder / _INDEX)
-    headers = {entry.sha256: entry.header for entry in known.values()}
-
-    def decode(path: Path) -> Frames | str:
-        """The frames of a video, or the reason for which it cannot be used."""
-        try:
-            entry = _examine(path, known.get(path), headers)
-            numbers = choose_frames(entry.header.frames, frames_per_clip, frame_choice)
-            # decord decodes damaged videos that PyAV refuses, so the two readers never share a file.
-            by: str | int = "decord" if reader == "decord" and entry.header.is_plain else READER_VERSION
-            if entry.header.is_dicom:
-                by = f"dicom {dicom.READER_VERSION}"
-            settings = f"{entry.sha256} {frame_choice} {frames_per_clip} {size} {RESIZE_VERSION} {by}"
-            file = folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:40]}.npy"
-            shape = (len(numbers), 3, size, size)
-            if not _intact(file, shape):
-                content = io.BytesIO()
-                np.save(content, read_frames(path, numbers, size, reader), allow_pickle=False)
-                _write(file, content.getvalue())
-            return Frames(entry, file, numbers, _blank(file, shape))
-        except VideoError as error:
-            return str(error)
-
+    decoder = Decoder(folder, size, frames_per_clip, frame_choice, reader)
     clips_by_path = {clip.path: clip for clip in study.clips}
-    decoded: dict[Path, Frames | str] = {}
-    index = dict(known)
-    try:
-        with in_parallel(partial(ThreadPoolExecutor, workers or cores()), decode, clips_by_path) as results:
-            decoded.update(shown(results, len(clips_by_path), "decoding videos") if progress else results)
-    finally:
-        index |= {path: found.video for path, found in decoded.items() if isinstance(found, Frames)}
-        if index != known:
+    decoded: dict[Path, Result] = {}
+    index, saved, last = dict(known), dict(known), time.monotonic()
+
+    def save() -> None:
+        nonlocal saved, last
+        if index != saved:
             _save_index(folder / _INDEX, index)
+            saved = dict(index)
+        last = time.monotonic()
+
+    headers = {entry.sha256: entry.header for entry in known.values()}
+    decoding = _in_threads(workers or cores(), headers) if on is None else on
+    try:
+        with decoding(decoder, {path: known.get(path) for path in clips_by_path}) as results:
+            for path, found in shown(results, len(clips_by_path), "decoding videos") if progress else results:
+                decoded[path] = found
+                if isinstance(found, Frames):
+                    index[path] = found.video
+                if time.monotonic() - last > _SAVED_EVERY:
+                    save()
+    finally:
+        save()
     frames: dict[Path, Frames] = {}
     bad: list[Problem] = []
     notes: list[Problem] = []
@@ -209,6 +267,18 @@ def build(
                 f"{error}; {len(bad)} of {len(clips_by_path)} videos were left out:\n{summarise(bad)}"
             ) from None
     return Cached(usable, frames, size)
+
+
+def _in_threads(workers: int, headers: Mapping[str, Header]) -> Engine:
+    """The engine of this process. `headers`: see `Decoder`."""
+
+    def decoding(
+        decoder: Decoder, known: Mapping[Path, Entry | None]
+    ) -> AbstractContextManager[Iterator[tuple[Path, Result]]]:
+        pool = partial(ThreadPoolExecutor, workers)
+        return in_parallel(pool, lambda path: decoder(path, known[path], headers), known)
+
+    return decoding
 
 
 def _examine(path: Path, known: Entry | None, headers: Mapping[str, Header]) -> Entry:
@@ -365,7 +435,7 @@ def _make_private(folder: Path) -> None:
 def _save_index(file: Path, index: Mapping[Path, Entry]) -> None:
     """Write the index together with the entries that another run has written meanwhile."""
     merged = _read_index(file) | dict(index)
-    content = {str(path): {**asdict(entry), "check": _check(entry)} for path, entry in merged.items()}
+    content = {str(path): to_json(entry) for path, entry in merged.items()}
     _write(file, json.dumps(content, indent=0).encode())
 
 
@@ -373,14 +443,19 @@ def _read_index(file: Path) -> dict[Path, Entry]:
     """The index without damaged entries; empty if the file is missing or damaged."""
     try:
         with _open(file) as stream:
-            found = {Path(path): _entry(value) for path, value in json.loads(stream.read()).items()}
+            found = {Path(path): from_json(value) for path, value in json.loads(stream.read()).items()}
     except (OSError, ValueError, AttributeError, RecursionError):
         return {}
     return {path: entry for path, entry in found.items() if entry is not None}
 
 
-def _entry(value: Any) -> Entry | None:
-    """An entry from the JSON of the index; None if anything in it is not what was written."""
+def to_json(entry: Entry) -> dict[str, Any]:
+    """An entry in types of JSON."""
+    return {**asdict(entry), "check": _check(entry)}
+
+
+def from_json(value: Any) -> Entry | None:
+    """The entry that `to_json` has written; None if anything in it is not what was written."""
     try:
         check = value.pop("check")
         entry = Entry(**{**value, "header": Header(**value["header"])})

@@ -98,16 +98,9 @@ def with_layout(config: TrainConfig) -> TrainConfig:
     return replace(config, dataset=dataset)  # type: ignore[arg-type]
 
 
-def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModule:
-    """The data module of a study, after decoding.
-
-    Raises:
-        DataError: as `cache.build`; or a needed split lacks frames of a class.
-        OutputError: as `cache.build`.
-        ConfigError: the study has no such target, or a package is missing.
-    """
-    target = study.target(config.regression_target)
-    cached = cache.build(
+def decoded(config: TrainConfig, study: Study, on: cache.Engine | None = None) -> cache.Cached:
+    """A study with the frames that a run needs, in the cache. Raises as `cache.build`."""
+    return cache.build(
         study,
         size=base_side(config.network.size),
         frames_per_clip=config.frames_per_clip,  # type: ignore[arg-type]
@@ -117,9 +110,21 @@ def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModul
         workers=config.decode_workers,
         reader=config.video_reader,
         progress=config.progress,
+        on=on,
     )
+
+
+def decode(config: TrainConfig, machine: Machine, study: Study) -> EchoDataModule:
+    """The data module of a study, after decoding.
+
+    Raises:
+        DataError: as `cache.build`; or a needed split lacks frames of a class.
+        OutputError: as `cache.build`.
+        ConfigError: the study has no such target, or a package is missing.
+    """
+    target = study.target(config.regression_target)
     return EchoDataModule(
-        cached,
+        decoded(config, study),
         size=config.network.size,
         batch_size=config.batch_size,  # type: ignore[arg-type]
         target=target,

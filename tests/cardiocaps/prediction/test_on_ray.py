@@ -15,6 +15,7 @@ import pytest
 
 from cardiocaps import predict
 from cardiocaps.prediction import on_ray
+from cardiocaps.runtime import ray_data
 
 from ..programs import descendants, start, wait_for
 
@@ -60,7 +61,7 @@ class Killer(threading.Thread):
 
     def run(self) -> None:
         until = time.monotonic() + 120
-        while not (found := descendants("ray::MapWorker(MapBatches(_Scorer)).submit")) and time.monotonic() < until:
+        while not (found := descendants("ray::MapWorker(MapBatches(_Actor)).submit")) and time.monotonic() < until:
             time.sleep(0.02)
         time.sleep(random.uniform(0, 0.5))
         for number in random.sample(found, len(found)):
@@ -106,7 +107,7 @@ def test_videos_that_bring_down_every_actor_cost_only_their_own_rows(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(on_ray, "_AT_A_TIME", 4)
-    monkeypatch.setattr(on_ray, "_RETRIES", 0)  # the first blow is the last
+    monkeypatch.setattr(ray_data, "_RETRIES", 0)  # the first blow is the last
     out = tmp_path / "out"
     killer = Killer()
     killer.start()
@@ -114,7 +115,7 @@ def test_videos_that_bring_down_every_actor_cost_only_their_own_rows(
     killer.join()
     found = rows(out)
     assert 0 < len(found) < 41
-    assert f"Ray returned the rows of {len(found)} of 41 videos" in capsys.readouterr().err
+    assert f"Ray returned the results of {len(found)} of 41 videos" in capsys.readouterr().err
     assert predict.main(_arguments(runs, videos, out)) == 0
     assert by_name(rows(out)) == by_name(rows(here))
 
