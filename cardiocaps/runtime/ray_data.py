@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
+from cardiocaps import __version__
 from cardiocaps.errors import CardioCapsError, CheckpointError, ConfigError, OutputError
 from cardiocaps.runtime.packages import require_package
 
@@ -55,7 +57,8 @@ def mapped_on_ray(
         workers: number of actors; None: as many as the cluster has room for.
 
     Raises:
-        ConfigError: no machine has as many CPUs, or a GPU, as an actor needs; or raised by an actor.
+        ConfigError: no machine has as many CPUs, or a GPU, as an actor needs; a machine has another version; or raised
+            by an actor.
         CardioCapsError: raised by an actor; or some items have no result, because every actor that had them was lost.
     """
     if not items:
@@ -80,7 +83,7 @@ def mapped_on_ray(
         warnings.simplefilter("ignore", DeprecationWarning)
         results = data.from_arrow(blocks).map_batches(
             _Actor,
-            fn_constructor_args=(make, arguments),
+            fn_constructor_args=(make, arguments, __version__),
             batch_size=None,
             batch_format="pyarrow",
             compute=data.ActorPoolStrategy(size=workers),
@@ -127,8 +130,8 @@ def _results(batches: Any) -> Iterator[tuple[int, dict[str, Any]]]:
 class _Actor:
     """What Ray Data makes in the process of an actor, and calls with a table of items."""
 
-    def __init__(self, make: Callable[..., Work], arguments: Sequence[Any]) -> None:
-        self._make, self._arguments = make, arguments
+    def __init__(self, make: Callable[..., Work], arguments: Sequence[Any], version: str) -> None:
+        self._make, self._arguments, self._version = make, arguments, version
         self._work: Work | None = None
 
     def __call__(self, batch: Any) -> Any:
@@ -137,6 +140,9 @@ class _Actor:
 
         items = list(map(json.loads, batch["text"].to_pylist()))
         try:
+            if self._version != __version__:
+                here = f"{socket.gethostname()} has cardiocaps {__version__}"
+                raise ConfigError(f"{here}; expected {self._version}, which gave it the work")
             if self._work is None:
                 self._work = self._make(*self._arguments)
             texts = [json.dumps({"result": result}) for result in self._work(items)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import random
 import shutil
@@ -10,10 +11,11 @@ import signal
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from cardiocaps import predict
+from cardiocaps import __version__, predict
 from cardiocaps.prediction import on_ray
 from cardiocaps.runtime import ray_data
 
@@ -137,6 +139,25 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(
     assert table.read_text().startswith(before[: before.rfind("\n") + 1])
     for name in ("predictions.csv", "frames.csv"):
         assert by_name(rows(out, name)) == by_name(rows(here, name))
+
+
+def test_an_actor_of_another_version(here: Path, runs: list[Path], videos: Path) -> None:
+    import pyarrow
+
+    changed = {"threads": 1, "decode_workers": 1, "progress": False, "device": "cpu"}
+    item = {"name": "one", "path": str(videos / "bad.avi"), "root": str(videos), "url": None}
+    batch = pyarrow.table({"number": [0], "text": [json.dumps(item)]})
+
+    def said(version: str) -> dict[str, Any]:
+        actor = ray_data._Actor(on_ray._Scorer, (runs[:1], changed), version)
+        found: dict[str, Any] = json.loads(actor(batch)["text"][0].as_py())
+        return found
+
+    assert said(__version__)["result"]["row"]["status"] == "failed"
+    found = said("0.0")
+    assert found["kind"] == "ConfigError" and found["error"].endswith(
+        f" has cardiocaps {__version__}; expected 0.0, which gave it the work"
+    )
 
 
 def test_mistakes_in_the_command_line(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
