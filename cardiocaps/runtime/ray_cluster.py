@@ -7,8 +7,10 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from types import ModuleType
 
 from cardiocaps.errors import ConfigError, ResourceError, printable
@@ -17,6 +19,7 @@ from cardiocaps.runtime.processes import cores
 
 ADDRESS_HELP = "of a running Ray cluster, HOST:PORT or auto (default: Ray is started on this machine)"
 
+_MODE = "RAY_AUTH_MODE"
 _PATIENCE = 20.0  # seconds that a cluster gets to answer
 _OBJECTS = 256 * 2**20  # bytes of shared memory of a local cluster: jobs and rows are small
 
@@ -35,9 +38,9 @@ def ray_cluster(address: str | None = None, cpus: int | None = None) -> Iterator
         ResourceError: Ray cannot be started on this machine.
     """
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before the import
-    ray = require_package("ray", "ray", "engine: 'ray'", extra="cluster")
-    if address is not None:
+    if address is not None and find_spec("ray") is not None:
         _check(address)
+    ray = require_package("ray", "ray", "engine: 'ray'", extra="cluster")
     own = {"num_cpus": max(cores(), cpus or 1), "include_dashboard": False, "object_store_memory": _OBJECTS}
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -67,21 +70,42 @@ def ray_cluster(address: str | None = None, cpus: int | None = None) -> Iterator
 def _check(address: str) -> None:
     """Raise ConfigError unless a Ray cluster answers.
 
-    Ray's own question runs in a process of its own, because it waits longer than a user does, and because Ray ends a
-    whole process that cannot reach its cluster.
+    A cluster may want its token (`~/.ray/auth_token`). Ray sends it to an address only if RAY_AUTH_MODE is "token"
+    before the import. If it is not set, both ways are tried, and the one that the cluster answers is kept.
     """
     host, _, port = address.rpartition(":")
     if address != "auto" and not (host and port.isdecimal() and "/" not in host):
         raise ConfigError(f"--address is {printable(address)}; expected HOST:PORT of a Ray cluster, or auto")
+    until = time.monotonic() + _PATIENCE
+    for mode in [os.environ[_MODE]] if _MODE in os.environ else ["disabled", "token"]:
+        if _answers(address, {**os.environ, _MODE: mode}, until - time.monotonic()):
+            os.environ[_MODE] = mode
+            return
+    raise ConfigError(
+        f"--address is {printable(address)}: no Ray cluster answers there within {_PATIENCE:.0f} s; expected HOST:PORT "
+        "of its head (port 6379 by default), the version of Ray that is installed here, and its token in "
+        "~/.ray/auth_token if it wants one"
+    )
+
+
+def _answers(address: str, environment: Mapping[str, str], seconds: float) -> bool:
+    """Whether a cluster answers in time.
+
+    Ray's own question runs in a process of its own, because it waits longer than a user does, and because Ray ends a
+    whole process that cannot reach its cluster.
+    """
     command = [sys.executable, "-m", "ray.scripts.scripts", "health-check"]
     if address != "auto":
         command += ["--address", address]
     try:
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=_PATIENCE, check=False)
-    except subprocess.TimeoutExpired:
-        done = None
-    if done is None or done.returncode:
-        raise ConfigError(
-            f"--address is {printable(address)}: no Ray cluster answers there within {_PATIENCE:.0f} s; expected "
-            "HOST:PORT of its head (port 6379 by default) and the version of Ray that is installed here"
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=max(seconds, 0.0),
+            check=False,
+            env=environment,
         )
+    except subprocess.TimeoutExpired:
+        return False
+    return done.returncode == 0
