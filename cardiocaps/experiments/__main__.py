@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from cardiocaps import DISCLAIMER
 from cardiocaps.config import CommandLine, TrainConfig, add_options, options, settings_that_affect
 from cardiocaps.experiments.exhibits import EXHIBITS
-from cardiocaps.experiments.plan import FIRST_SEED, FORMS, PUBLISHED_SEEDS
-from cardiocaps.runtime.program import Interruption, run_program
+from cardiocaps.experiments.plan import FIRST_SEED, FORMS, PHANTOM, PUBLISHED_SEEDS
+from cardiocaps.runtime.program import Interruption, print_line, run_program
 from cardiocaps.runtime.ray_cluster import ADDRESS_HELP
 
 if TYPE_CHECKING:
@@ -30,13 +30,6 @@ ENGINES = ("local", "ray", "submitit")
 _BY_SYSTEM = ("model", "form", "routing", "affine", "renormalise", "class_weight", "regression_weight", "backend")
 _PROCESSES = ("devices", "nodes", "strategy", "rendezvous", "connect_timeout")
 _BY_RUN = ("seed", "split_seed", "init", "freeze", "logger", "task", *_PROCESSES, *settings_that_affect("place"))
-
-
-_PHANTOM = {"phantom_videos": 682, "phantom_test": 300, "phantom_dir": Path("phantom-test300")}
-"""The phantom of an experiment that names none: 300 videos for training, 82 for validation, and a test of 300.
-
-With the 90 test videos of a single training's phantom the intervals are wider than the differences between systems.
-"""
 
 
 def parser() -> CommandLine:
@@ -103,10 +96,10 @@ def parser() -> CommandLine:
 
 
 def _with_phantom(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a command line, with those of `_PHANTOM` if it names neither data nor a phantom's size."""
+    """The settings of a command line, with those of PHANTOM if it names neither data nor a phantom's size."""
     if any(given[name] is not None for name in ("data", "phantom_videos", "phantom_test")):
         return dict(given)
-    return {**given, **{name: value for name, value in _PHANTOM.items() if given[name] is None}}
+    return {**given, **{name: value for name, value in PHANTOM.items() if given[name] is None}}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -119,12 +112,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         line.error("argument --address: is of --engine ray")
     if slurm and kind != "submitit":
         line.error("argument --slurm: is of --engine submitit")
-    exhibits = list(EXHIBITS) if "all" in names else list(dict.fromkeys(names))
 
     def body(_: Interruption) -> None:
         from cardiocaps.experiments.run import run
 
         config = TrainConfig(**{name: value for name, value in given.items() if value is not None}, seed=FIRST_SEED)
+        exhibits = _all(config) if "all" in names else list(dict.fromkeys(names))
         of_form = [] if form == FORMS[0] else ["--form", form]
         on = [] if kind == "local" else ["--engine", kind]
         jobs = [] if at_once is None and kind != "local" else ["--jobs", str(at_once or 1)]
@@ -134,6 +127,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             run(exhibits, config, seeds, engine, out or Path("experiments", config.preset), command, form)
 
     return run_program(body)
+
+
+def _all(config: TrainConfig) -> list[str]:
+    """The exhibits that an experiment with these settings can make; prints which it leaves out and why."""
+    reasons = {name: exhibit.why_not(config) for name, exhibit in EXHIBITS.items()}
+    for name, reason in reasons.items():
+        if reason is not None:
+            print_line(f"without {name}: {reason}")
+    return [name for name, reason in reasons.items() if reason is None]
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from cardiocaps import __version__
 from cardiocaps.config import TrainConfig, completed, settings_that_affect
 from cardiocaps.data.fingerprint import Fingerprint, read_fingerprint
 from cardiocaps.errors import ConfigError, DataError, OutputError, printable
+from cardiocaps.experiments.plan import OF_PHANTOM
 from cardiocaps.runtime.files import is_unused, output_errors, read_json, write_json
 
 _KIND = "cardiocaps experiments"
@@ -23,7 +24,7 @@ class ExperimentFolder:
     def __init__(self, path: Path) -> None:
         self.path, self.marker = path, path / "experiments.json"
         self.jobs, self.tables = path / "jobs", path / "tables"
-        self.data = path / "data"  # holds the fingerprint of the data of each protocol and split
+        self.data = path / "data"  # holds the fingerprint of the data of each protocol, split and phantom
 
     def job(self, key: str, seed: int) -> Path:
         return self.jobs / key / f"seed{seed}"
@@ -60,7 +61,7 @@ class ExperimentFolder:
             )
 
     def claim_data(self, config: TrainConfig, now: Fingerprint) -> None:
-        """Record the fingerprint of the data of this protocol and split, or raise DataError if another is on record."""
+        """Record the fingerprint of the data of these settings, or raise DataError if another is on record."""
         before = self.known_data(config)
         if before is None:
             with output_errors(self.data):
@@ -78,7 +79,11 @@ class ExperimentFolder:
 
     def _data_file(self, config: TrainConfig) -> Path:
         # Named for the setting, not for the resulting split: a table that has lost its split column is a changed study.
-        return self.data / f"{config.protocol}-{config.split}.json"
+        names: list[str] = [config.protocol, config.split]
+        # The experiment's own phantom needs no name, and had none in older versions.
+        before = completed(self._read()["settings"]) if self.marker.is_file() else config.as_dict()
+        names += [f"{name}-{getattr(config, name):g}" for name in OF_PHANTOM if getattr(config, name) != before[name]]
+        return self.data / f"{'-'.join(names)}.json"
 
     def remember(self, command: str) -> tuple[str, ...]:
         """Record `command`; returns every command that has written tables here, in the order of their first use."""

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from cardiocaps.config import TrainConfig
+from cardiocaps.config.option import shown
+from cardiocaps.errors import ConfigError
 from cardiocaps.models import MODELS
 
 MAIN = "cardiocaps"
@@ -31,6 +33,21 @@ PAPER_CLIPS = 300
 
 _PUBLISHED_BATCH = 16
 """Of the networks that CardioCaps is compared with, in the published code."""
+
+PHANTOM: Mapping[str, Any] = {"phantom_videos": 682, "phantom_test": 300, "phantom_dir": Path("phantom-test300")}
+"""The phantom of an experiment that names none: 300 videos for training, 82 for validation, and a test of 300.
+
+With the 90 test videos of a single training's phantom the intervals are wider than the differences between systems.
+"""
+
+TRAINING_VIDEOS: Mapping[int, int] = {75: 395, 150: 491, 300: 682, 600: 1064}
+"""Training videos of the learning curve -> `phantom_videos` that give them, with the 300 test videos of PHANTOM."""
+
+PREVALENCES = (0.5, 0.2, 0.1, 0.05, 0.02)
+"""Shares of abnormal videos in training and validation. The test keeps its 20 %."""
+
+OF_PHANTOM = ("phantom_videos", "phantom_abnormal")
+"""Settings of a system that is trained on another phantom than the experiment's, with the same test videos."""
 
 CLASSIFIERS = {"logistic-regression": "Logistic regression", "random-forest": "Random forest", "xgboost": "XGBoost"}
 SAMPLINGS = {"oversampling": "oversampling", "undersampling": "undersampling", "class-weight": "class weight"}
@@ -71,6 +88,16 @@ def lambda_key(value: float) -> str:
     return MAIN if value == TrainConfig.regression_weight else f"cardiocaps-lambda-{value:g}"
 
 
+def training_key(key: str, videos: int) -> str:
+    """The key of a system that is trained on this number of videos, one of TRAINING_VIDEOS."""
+    return key if TRAINING_VIDEOS[videos] == PHANTOM["phantom_videos"] else f"{key}-{videos}-videos"
+
+
+def prevalence_key(key: str, share: float) -> str:
+    """The key of a system that is trained with this share of abnormal videos, one of PREVALENCES."""
+    return key if share == TrainConfig.phantom_abnormal else f"{key}-abnormal-{share:g}"
+
+
 _SYSTEMS = (
     _system("cardiocaps", "CardioCaps (attention, new loss)"),
     _system("dr", "DR-CapsNet, new loss", routing="dynamic"),
@@ -97,6 +124,26 @@ _SYSTEMS = (
     _system("dr-naive", "DR-CapsNet, naive dynamic routing", routing="dynamic", backend="reference"),
     _system("cardiocaps-naive", "CardioCaps, naive attention", backend="reference"),
 )
+
+LEARNING_CURVE = ("cardiocaps", "resnet18", "cnn-2", "logistic-regression-class-weight")
+"""The systems that are trained on each number of TRAINING_VIDEOS."""
+
+PREVALENCE = ("cardiocaps", "dr-margin", "dr-weighted-margin", "resnet18", "cnn-2", "efficient-capsnet")
+"""The systems that are trained with each of PREVALENCES."""
+
+
+def _on_other_phantoms() -> Iterator[System]:
+    """The systems of the learning curve and of the prevalences that are trained on another phantom."""
+    known = {system.key: system for system in _SYSTEMS}
+    for videos, key in product(TRAINING_VIDEOS, LEARNING_CURVE):
+        if training_key(key, videos) != key:
+            settings = {**known[key].settings, "phantom_videos": TRAINING_VIDEOS[videos]}
+            yield System(training_key(key, videos), f"{known[key].title}, {videos} training videos", settings)
+    for share, key in product(PREVALENCES, PREVALENCE):
+        if prevalence_key(key, share) != key:
+            settings = {**known[key].settings, "phantom_abnormal": share}
+            title = f"{known[key].title}, {share:.0%} abnormal".replace("%", " %")
+            yield System(prevalence_key(key, share), title, settings)
 
 
 _OF_PUBLISHED = "-published"
@@ -185,7 +232,7 @@ _TABLED = (
 """The systems of tables I to VI."""
 
 SYSTEMS: Mapping[str, System] = {
-    **{system.key: system for system in _SYSTEMS},
+    **{system.key: system for system in (*_SYSTEMS, *_on_other_phantoms())},
     **{published.key: published for published in (_published(system) for system in _SYSTEMS if system.key in _TABLED)},
 }
 
@@ -195,12 +242,54 @@ def trained_as(key: str, protocol: str) -> str:
     return MAIN if key == f"cardiocaps-{protocol}-protocol" else key
 
 
+def why_not(base: TrainConfig, system: System) -> str | None:
+    """Why a system that needs another phantom cannot be trained in an experiment with these settings; None: it can.
+
+    Its phantom has the test videos of the experiment's only if their number is given and the table's split is kept.
+    """
+    if not any(name in system.settings for name in OF_PHANTOM):
+        return None
+    required: dict[str, Any] = {"data": None}
+    if base.data is None:
+        required |= {"protocol": "video", "limit": None, "phantom_abnormal": TrainConfig.phantom_abnormal}
+        if "phantom_videos" in system.settings:
+            required |= {name: PHANTOM[name] for name in ("phantom_videos", "phantom_test")}
+    given = {name: getattr(base, name) for name in required}
+    wrong = [
+        f"{name} is {shown(given[name])}; expected {'null' if value is None else value}"
+        for name, value in required.items()
+        if given[name] != value
+    ]
+    if base.data is None:
+        if base.phantom_test is None and "phantom_test" not in required:
+            wrong.append("phantom_test is None; expected a number of test videos")
+        if base.split not in ("auto", "column"):
+            wrong.append(f"split is {base.split!r}; expected auto or column")
+    if not wrong:
+        return None
+    return f"{', and '.join(wrong)}: its systems are trained on several phantoms, which share the test videos"
+
+
+def _phantom_of(base: TrainConfig, own: Mapping[str, Any]) -> Path:
+    """The folder of a system's phantom, beside that of the experiment."""
+    parts = [f"{name.removeprefix('phantom_')}{own[name]:g}" for name in OF_PHANTOM if name in own]
+    return Path("-".join([str(base.phantom_dir), *parts]))
+
+
 def configure(base: TrainConfig, system: System, seed: int, folder: Path) -> TrainConfig:
-    """The resolved settings of a job: those of the experiment with the system's own, its seed and its folder."""
+    """The resolved settings of a job: those of the experiment with the system's own, its seed and its folder.
+
+    Raises:
+        ConfigError: the system cannot be trained in this experiment; see `why_not`.
+    """
+    if (reason := why_not(base, system)) is not None:
+        raise ConfigError(f"{system.key}: {reason}")
     own = {name: value for name, value in system.settings.items() if name not in ("classifier", "sampling")}
     if own.get("form") == "published" and "model" in own and base.preset == "paper" and base.batch_size is None:
         own["batch_size"] = _PUBLISHED_BATCH
     if own.get("protocol") == "paper" and base.protocol == "video":
         # The phantom's table is too short for the rows that the published code used.
         own |= {"split": "auto", "limit": PAPER_CLIPS if base.limit is None else base.limit}
+    if any(name in own for name in OF_PHANTOM):
+        own["phantom_dir"] = _phantom_of(base, own)
     return replace(base, **own, seed=seed, split_seed=base.seed, out=folder).resolved()

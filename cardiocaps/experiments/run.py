@@ -23,7 +23,7 @@ from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.folder import ExperimentFolder
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.markdown import count
-from cardiocaps.experiments.plan import SYSTEMS, configure, jobs_of, trained_as
+from cardiocaps.experiments.plan import OF_PHANTOM, SYSTEMS, configure, jobs_of, trained_as
 from cardiocaps.experiments.results import is_finished, read_result
 from cardiocaps.experiments.runner import run_jobs
 from cardiocaps.experiments.summaries import Row
@@ -63,6 +63,8 @@ def run(
             raise ConfigError(
                 f"split is 'frames', which is a row of {exhibit.name} itself; expected auto, column or stratified"
             )
+        if (reason := exhibit.why_not(config)) is not None:
+            raise ConfigError(f"{exhibit.name}: {reason}")
     if engine.is_here:
         decide(config, visible_gpu())  # raises before anything is written if the device is missing
     share = engine.share(config)
@@ -104,7 +106,8 @@ def _prepare(
     """Read and decode the data of the jobs once.
 
     Returns:
-        A sentence about the data of each protocol and split; and by the name of a job, why its data cannot be used.
+        A sentence about the data of each protocol, split and phantom; and by the name of a job, why its data cannot be
+        used.
 
     Raises:
         DataError: the data of the first job, which most jobs share, cannot be used or have changed since the first use.
@@ -133,7 +136,7 @@ def _prepare(
 
 def _data_of(job: Job) -> str:
     """A key that is equal for jobs with the same data."""
-    return f"protocol {job.config.protocol}, split {job.config.split}"
+    return ", ".join(f"{name} {getattr(job.config, name)}" for name in ("protocol", "split", *OF_PHANTOM))
 
 
 def _described(config: TrainConfig, data: EchoDataModule) -> str:

@@ -11,7 +11,7 @@ from cardiocaps.errors import plural
 from cardiocaps.evaluation.names import PAPER_NAMES
 from cardiocaps.experiments.exhibits import comparisons
 from cardiocaps.experiments.markdown import DASH, Column, count, joined, metric_columns, plus_minus, rows_table, table
-from cardiocaps.experiments.plan import MAIN, corrected_key, in_form
+from cardiocaps.experiments.plan import MAIN, SYSTEMS, corrected_key, in_form, why_not
 from cardiocaps.experiments.reported import (
     ABNORMAL_FRAMES,
     ALWAYS_NORMAL,
@@ -28,6 +28,8 @@ from cardiocaps.metrics import PUBLISHED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from cardiocaps.config import TrainConfig
 
 _PROBABILITIES = ("auroc", "average_precision", "brier")
 _DECISIONS = ("f1", "f1_weighted", "accuracy", "sensitivity", "specificity")
@@ -62,6 +64,11 @@ class Exhibit:
     def reported(self, system: str) -> Reported | None:
         """The paper's figures for a system, in either form; None if it has none."""
         return reported(self.of_table or self.name, corrected_key(system))
+
+    def why_not(self, config: TrainConfig) -> str | None:
+        """Why an experiment with these settings cannot train the exhibit's systems; None: it can."""
+        reasons = (why_not(config, SYSTEMS[key]) for key in self.systems)
+        return next((reason for reason in reasons if reason is not None), None)
 
     def regression_weight(self, system: str) -> float | str:
         """The cell `lambda` of a row of the CSV."""

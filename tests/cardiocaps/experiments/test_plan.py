@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +18,22 @@ from cardiocaps.errors import ConfigError, DataError
 from cardiocaps.experiments.__main__ import _as_typed, _with_phantom, parser
 from cardiocaps.experiments.exhibits import EXHIBITS, keys_of
 from cardiocaps.experiments.folder import ExperimentFolder
-from cardiocaps.experiments.plan import FIRST_SEED, LAMBDAS, SYSTEMS, configure, corrected_key, jobs_of, trained_as
+from cardiocaps.experiments.plan import (
+    FIRST_SEED,
+    LAMBDAS,
+    OF_PHANTOM,
+    PHANTOM,
+    PREVALENCES,
+    SYSTEMS,
+    TRAINING_VIDEOS,
+    System,
+    configure,
+    corrected_key,
+    jobs_of,
+    trained_as,
+)
+from cardiocaps.phantom import Variant
+from cardiocaps.phantom.patients import plan
 from tests.cardiocaps.killed import killed_before
 
 BASE = TrainConfig(seed=FIRST_SEED)
@@ -54,11 +71,14 @@ def test_the_sweep_has_the_default_once() -> None:
 @pytest.mark.parametrize("key", NETWORKS)
 def test_nothing_but_the_system_differs(key: str) -> None:
     """Data, splits, class weights, early stopping and optimiser are those of CardioCaps."""
-    ours, its = _configured("cardiocaps", 12).as_dict(), _configured(key, 12).as_dict()
+    base = replace(BASE, **PHANTOM)
+    ours, its = (_configured(name, 12, base).as_dict() for name in ("cardiocaps", key))
     different = {name for name in ours if ours[name] != its[name]}
-    allowed = set(SYSTEMS[key].settings) | (
-        {"limit", "frames_per_clip"} if key == "cardiocaps-paper-protocol" else set()
-    )
+    allowed = set(SYSTEMS[key].settings)
+    if key == "cardiocaps-paper-protocol":
+        allowed |= {"limit", "frames_per_clip"}
+    if allowed & set(OF_PHANTOM):
+        allowed |= {"phantom_dir"}
     assert different <= allowed
     assert its["split_seed"] == FIRST_SEED and its["seed"] == 12
 
@@ -112,6 +132,98 @@ def test_protocols() -> None:
     published = TrainConfig(seed=FIRST_SEED, protocol="paper")
     assert _configured("cardiocaps-video-protocol", base=published).protocol == "video"
     assert _configured("cardiocaps", base=published).limit is None
+
+
+def _others(key: str) -> tuple[list[object], list[object]]:
+    """The patients of a system's phantom: those of the test, and those of training, without their folders."""
+    config = _configured(key, base=replace(BASE, **PHANTOM))
+    patients = plan(config.phantom_videos, config.phantom_seed, Variant.of(config))
+    tested, trained = ([replace(p, batch=0) for p in patients if p.split == split] for split in ("test", "train"))
+    return tested, trained
+
+
+def test_the_learning_curve_has_one_test_and_the_sizes_that_it_names() -> None:
+    tested, trained = _others("cardiocaps")
+    assert (len(tested), len(trained)) == (300, 300)
+    for videos in (75, 150, 600):
+        assert f"{videos} training videos" in SYSTEMS[f"resnet18-{videos}-videos"].title
+        others = _others(f"resnet18-{videos}-videos")
+        assert others[0] == tested and len(others[1]) == videos
+        assert sum(p.abnormal for p in others[1]) == videos / 5
+        assert trained[: len(others[1])] == others[1][: len(trained)]
+    assert sorted(TRAINING_VIDEOS) == [75, 150, 300, 600]
+    assert [key for key in EXHIBITS["learning-curve"].systems if key.startswith("cnn-2")] == [
+        "cnn-2-75-videos",
+        "cnn-2-150-videos",
+        "cnn-2",
+        "cnn-2-600-videos",
+    ]
+
+
+def test_the_prevalence_is_that_of_training_alone() -> None:
+    tested, trained = _others("cardiocaps")
+    for share in PREVALENCES:
+        key = "dr-margin" if share == 0.2 else f"dr-margin-abnormal-{share:g}"
+        assert key in EXHIBITS["prevalence"].systems
+        others = _others(key)
+        assert others[0] == tested
+        assert (len(others[1]), sum(p.abnormal for p in others[1])) == (len(trained), 300 * share)
+
+
+def test_every_phantom_has_a_folder_of_its_own() -> None:
+    base = replace(BASE, **PHANTOM, phantom_seed=3)
+    phantoms: dict[Path, set[tuple[int, float]]] = {}
+    for exhibit in (EXHIBITS["learning-curve"], EXHIBITS["prevalence"]):
+        for key in exhibit.systems:
+            config = _configured(key, base=base)
+            phantoms.setdefault(config.phantom_dir, set()).add((config.phantom_videos, config.phantom_abnormal))
+            assert (config.phantom_seed, config.phantom_test) == (3, 300)
+    assert len(phantoms) == 8 and all(len(of_folder) == 1 for of_folder in phantoms.values())
+    assert {folder.parent for folder in phantoms} == {Path()}
+    assert all(folder.name.startswith("phantom-test300") for folder in phantoms)
+
+
+@pytest.mark.parametrize(
+    ("changed", "only", "message"),
+    [
+        ({"data": Path("study")}, None, "data is 'study'; expected null"),
+        ({"phantom_test": None}, None, "phantom_test is None; expected"),
+        ({"phantom_test": 200}, "learning-curve", "phantom_test is 200; expected 300"),
+        ({"phantom_videos": 700}, "learning-curve", "phantom_videos is 700; expected 682"),
+        ({"phantom_abnormal": 0.1}, None, "phantom_abnormal is 0.1; expected 0.2"),
+        ({"split": "stratified"}, None, "split is 'stratified'; expected auto or column"),
+        ({"protocol": "paper"}, None, "protocol is 'paper'; expected video"),
+        ({"limit": 50}, None, "limit is 50; expected null"),
+    ],
+)
+def test_what_other_phantoms_need(changed: dict[str, Any], only: str | None, message: str) -> None:
+    base = replace(BASE, **{**PHANTOM, **changed})
+    reasons = {name: exhibit.why_not(base) for name, exhibit in EXHIBITS.items()}
+    refused = {name for name, reason in reasons.items() if reason is not None}
+    assert refused == ({only} if only else {"learning-curve", "prevalence"})
+    for name in refused:
+        assert re.search(message, str(reasons[name]))
+    key = "cnn-2-75-videos" if "learning-curve" in refused else "cnn-2-abnormal-0.5"
+    with pytest.raises(ConfigError, match=f"{key}: {message}"):
+        _configured(key, base=base)
+
+
+def test_the_record_of_a_phantom_is_its_own_and_that_of_the_experiment_keeps_its_name(tmp_path: Path) -> None:
+    folder, base = ExperimentFolder(tmp_path), replace(BASE, **PHANTOM)
+    folder.claim(base)
+    other = configure(base, System("x", "X", {"phantom_abnormal": 0.05}), 10, tmp_path / "x")
+    for number, config in enumerate((base, other)):
+        record = Fingerprint(
+            {str(number): ("train", "0", "0", "-")}, {}, table="", protocol="video", split_rule="column"
+        )
+        folder.claim_data(config, record)
+        folder.claim_data(config, record)
+    assert {path.name for path in folder.data.iterdir()} == {
+        "video-auto.json",
+        "video-auto-phantom_abnormal-0.05.json",
+    }
+    known = [folder.known_data(config) for config in (base, other)]
+    assert [list(record.videos) for record in known if record] == [["0"], ["1"]]
 
 
 def test_settings_of_several_parts_are_typed_again_as_they_were() -> None:

@@ -27,8 +27,9 @@ from cardiocaps.experiments.display import Display
 from cardiocaps.experiments.engines import process as job_process
 from cardiocaps.experiments.engines.local import LocalEngine
 from cardiocaps.experiments.exhibits import EXHIBITS, keys_of
+from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.jobs import Job
-from cardiocaps.experiments.plan import FIRST_SEED, SYSTEMS, configure
+from cardiocaps.experiments.plan import FIRST_SEED, SYSTEMS, System, configure
 from cardiocaps.experiments.reported import ALWAYS_NORMAL
 from cardiocaps.experiments.results import is_finished, read_result
 from cardiocaps.experiments.runner import run_jobs
@@ -37,6 +38,7 @@ from tests.cardiocaps.programs import ROOT, start, wait_for
 
 pytestmark = pytest.mark.usefixtures("empty_figures")  # the fixtures, which come first, draw theirs
 
+OF_OTHER_PHANTOMS = {"learning-curve", "prevalence"}
 BY_FRAME = {"cardiocaps-frames", "cardiocaps-paper-protocol"}
 FAST = [
     "--epochs",
@@ -85,14 +87,15 @@ def _predictions(out: Path, key: str) -> str:
 
 
 def test_every_row_has_figures(everything: Path) -> None:
-    for key in keys_of(EXHIBITS.values(), "video"):
+    made = {name: exhibit for name, exhibit in EXHIBITS.items() if name not in OF_OTHER_PHANTOMS}
+    for key in keys_of(made.values(), "video"):
         result = read_result(everything / "jobs" / key / f"seed{FIRST_SEED}")
         assert (result.system, result.seed) == (key, FIRST_SEED)
         assert result.unit == ("frame" if key in BY_FRAME else "video")
         if "classifier" not in SYSTEMS[key].settings:
             assert result.parameters and result.epochs == 1 and result.seconds_per_epoch
             assert sys.platform != "linux" or result.peak_memory
-    for name, exhibit in EXHIBITS.items():
+    for name, exhibit in made.items():
         assert {f"{name}.md", f"{name}.csv", f"{name}.png"} <= {path.name for path in (everything / "tables").iterdir()}
         rows = list(csv.DictReader((everything / "tables" / f"{name}.csv").open()))
         always = [ALWAYS_NORMAL] if name.startswith("table") else []
@@ -117,8 +120,8 @@ def test_all_systems_saw_the_same_samples(everything: Path) -> None:
     def samples(key: str) -> set[tuple[str, str]]:
         return {(row["video"], row["label"]) for row in csv.DictReader(io.StringIO(_predictions(everything, key)))}
 
-    keys = set(keys_of(EXHIBITS.values(), "video")) - BY_FRAME
-    assert len({frozenset(samples(key)) for key in keys}) == 1
+    keys = {path.name for path in (everything / "jobs").iterdir()} - BY_FRAME
+    assert len(keys) > 20 and len({frozenset(samples(key)) for key in keys}) == 1
 
 
 def test_a_job_is_a_run(everything: Path) -> None:
@@ -316,6 +319,38 @@ def test_only_the_rows_whose_data_cannot_be_used_fail(
     assert "1 of 3 jobs failed" in errors and f"paper-protocol seed 10: {arguments[1]} has no such rows" in errors
     table = (out / "tables" / "leakage.md").read_text()
     assert "failed: seed 10: DATA has no such rows" in table and "## Results" in table
+
+
+def test_systems_of_other_phantoms_need_the_phantom(
+    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    for name in sorted(OF_OTHER_PHANTOMS):
+        assert program.main([name, *arguments, "--out", str(out)]) == 2
+        assert re.search(f"error: {name}: data is '.*; expected null: its systems", capsys.readouterr().err)
+    assert not out.exists()
+
+
+def test_a_system_is_trained_on_a_phantom_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both are tested on the same videos, and the same command does nothing again."""
+    key, pixels = "logistic-regression-class-weight", {"classifier": "logistic-regression", "sampling": "class-weight"}
+    monkeypatch.setitem(SYSTEMS, "half", System("half", "Half abnormal", {**pixels, "phantom_abnormal": 0.5}))  # type: ignore[arg-type]
+    monkeypatch.setitem(EXHIBITS, "shares", Exhibit("shares", "Shares", (key, "half")))  # type: ignore[arg-type]
+    places = ["--phantom-dir", str(tmp_path / "phantom"), "--cache-dir", str(tmp_path / "cache")]
+    out, command = tmp_path / "out", ["shares", "--phantom-videos", "40", "--phantom-test", "12", *places, *FAST]
+    assert program.main([*command, "--out", str(out)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"phantom", "phantom-abnormal0.5", "cache", "out"}
+    ours, its = (read_result(out / "jobs" / name / f"seed{FIRST_SEED}").test for name in (key, "half"))
+    assert ours.video == its.video and ours.label is not None and ours.label.tolist() == its.label.tolist()  # type: ignore[union-attr]
+    table = (out / "tables" / "shares.md").read_text()
+    assert "training 22 videos, 5 abnormal" in table and "training 22 videos, 11 abnormal" in table
+    records = [out / "data" / f"video-auto{ending}.json" for ending in ("", "-phantom_abnormal-0.5")]
+    assert all(record.is_file() for record in records)
+    capsys.readouterr()
+    assert program.main([*command, "--out", str(out)]) == 0
+    assert "2 jobs, 2 of them finished" in capsys.readouterr().out
 
 
 def test_a_split_that_leakage_compares(
