@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 CLASSES = ("normal", "abnormal")
 
 BLUE, VERMILION, GREEN, INK, GREY = "#0072B2", "#D55E00", "#009E73", "#222222", "#767676"
+PURPLE, ORANGE = "#CC79A7", "#E69F00"
 _STYLES = {"train": (BLUE, "-", "training"), "val": (VERMILION, "--", "validation")}
 _LABELS = {
     "loss": "Loss",
@@ -111,15 +112,17 @@ def confusion_matrices(counts: Mapping[str, ArrayLike], path: Path) -> None:
     save(figure, path)
 
 
-def draw_confusion(axes: "Axes", matrix: "np.ndarray[Any, Any]") -> "AxesImage":
+def draw_confusion(axes: "Axes", matrix: "np.ndarray[Any, Any]", colours: str = "Blues") -> "AxesImage":
     """Draw the counts `matrix` [2, 2], coloured by their share of the row, whose sum n stands at the left.
+
+    `colours` is a sequential colour map of matplotlib, from light to dark.
 
     Returns:
         The image for a colour bar.
     """
     total = matrix.sum(axis=1, keepdims=True)
     share = np.divide(matrix, total, out=np.zeros(matrix.shape), where=total > 0)
-    image = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
+    image = axes.imshow(share, cmap=colours, vmin=0, vmax=1)
     for (row, column), count in np.ndenumerate(matrix):
         percent = f"{share[row, column]:.1%}" if total[row, 0] else "no sample"
         axes.text(

@@ -5,23 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
-from cardiocaps.experiments.exhibits.panels import wrapped
+from cardiocaps.experiments.exhibits.panels import STRIP, wrapped
 from cardiocaps.experiments.markdown import Column, rows_table
+from cardiocaps.experiments.plan import corrected_key
+from cardiocaps.experiments.reported import ON, confusion_of
 from cardiocaps.experiments.summaries import Row, Summary
 from cardiocaps.plots import INK, draw_confusion, new_figure
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
+    from matplotlib.image import AxesImage
 
 
 @dataclass(frozen=True)
 class Confusions(Exhibit):
-    """Adds the confusion matrices, summed over the seeds, and draws them."""
+    """Adds the confusion matrices, summed over the seeds, and draws them beside those behind the paper's figures."""
 
     def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
         def cell(truth: int, predicted: int) -> Callable[[Summary], str]:
@@ -43,18 +46,38 @@ class Confusions(Exhibit):
         return own + super().sections(rows, found, bootstrap)
 
     def draw(self, summaries: Sequence[Summary]) -> Figure:
-        figure = new_figure(3.6 * len(summaries) + 0.6, 4.6, wrapped(self.title, 38 * len(summaries)))
-        panels = figure.subplots(1, len(summaries), squeeze=False)[0]
+        """A column for each system: our matrix, and below it on grey the one of the paper, if it is known."""
+        paper = [confusion_of(self.table, corrected_key(s.system)) for s in summaries]
+        heights = [4.4, 4.0] if any(paper) else [4.6]
+        figure = new_figure(3.6 * len(summaries) + 0.6, sum(heights), wrapped(self.title, 38 * len(summaries)))
+        blocks: Any = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+        panels = blocks[0].subplots(1, len(summaries), squeeze=False)[0]
         for axes, summary in zip(panels, summaries, strict=True):
             image = draw_confusion(axes, np.array(summary.report.confusion))
             threshold = summary.threshold.value, summary.threshold.sd
             at = " ± ".join(f"{x:.2f}" for x in threshold if math.isfinite(x))
             title = f"{wrapped(summary.title, 38)}\n{_counted(summary)}\nthreshold {at}"
             axes.set_title(title, fontsize=10, color=INK)
-        bar = figure.colorbar(image, ax=panels, fraction=0.045 / len(summaries), format=lambda x, _: f"{x:.0%}")
-        bar.set_label("Share of the true class")
-        bar.outline.set_visible(False)  # type: ignore[operator]
+        _bar(blocks[0], image, panels)
+        if any(paper):
+            blocks[1].set_facecolor(STRIP)  # of another data set: nobody should compare the two at first sight
+            panels = blocks[1].subplots(1, len(summaries), squeeze=False)[0]
+            for axes, summary, counts in zip(panels, summaries, paper, strict=True):
+                if counts is None:
+                    axes.axis("off")
+                    continue
+                matrix = np.array([[counts["tn"], counts["fp"]], [counts["fn"], counts["tp"]]])
+                image = draw_confusion(axes, matrix, "Greys")
+                title = f"{wrapped(summary.title, 38)},\n{ON}\nn = {matrix.sum():,} frames of one run, other data"
+                axes.set_title(title, fontsize=10, color=INK)
+            _bar(blocks[1], image, panels)
         return figure
+
+
+def _bar(block: SubFigure, image: AxesImage, panels: Any) -> None:
+    bar = block.colorbar(image, ax=panels, fraction=0.045 / len(panels), format=lambda x, _: f"{x:.0%}")
+    bar.set_label("Share of the true class")
+    bar.outline.set_visible(False)  # type: ignore[operator]
 
 
 def _counted(summary: Summary) -> str:
