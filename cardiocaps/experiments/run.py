@@ -24,6 +24,7 @@ from cardiocaps.experiments.folder import ExperimentFolder
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.markdown import count
 from cardiocaps.experiments.plan import OF_PHANTOM, SYSTEMS, configure, jobs_of, trained_as
+from cardiocaps.experiments.reference_rows import Truth
 from cardiocaps.experiments.results import is_finished, read_result
 from cardiocaps.experiments.runner import run_jobs
 from cardiocaps.experiments.summaries import Row
@@ -178,6 +179,7 @@ def _write(
     environments = {
         job.name: json.loads(RunFolder(job.folder).environment.read_text(encoding="utf-8")) for job in finished
     }
+    truth = Truth.of(config)
     for exhibit in exhibits:
         keys = {trained_as(key, config.protocol) for key in exhibit.systems}
         own = [job for job in jobs if job.system.key in keys]
@@ -185,9 +187,10 @@ def _write(
             exhibit,
             [row(key) for key in exhibit.systems],
             folder.tables,
-            data=" ".join(dict.fromkeys(data[_data_of(job)] for job in own if _data_of(job) in data)),
+            data=_listed([data[_data_of(job)] for job in own if _data_of(job) in data]),
             bootstrap=config.bootstrap,
             environments=[environments[job.name] for job in own if job.name in environments],
+            truth=truth,
         )
     written = [e for e in EXHIBITS.values() if e in exhibits or (folder.tables / f"{e.name}.csv").is_file()]
     write_index(
@@ -197,6 +200,12 @@ def _write(
         commands=folder.remember(command),
         environments=list(environments.values()),
     )
+
+
+def _listed(sentences: Sequence[str]) -> str:
+    """Each sentence once: one as it is, several as a list."""
+    different = list(dict.fromkeys(sentences))
+    return different[0] if len(different) == 1 else "\n".join(f"* {sentence}" for sentence in different)
 
 
 def _without_paths(text: str, config: TrainConfig, folder: ExperimentFolder) -> str:

@@ -9,16 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from cardiocaps import DISCLAIMER
 from cardiocaps.evaluation.names import METRIC_NAMES
 from cardiocaps.experiments.exhibits import COMPARED
-from cardiocaps.experiments.exhibits.exhibit import Exhibit
+from cardiocaps.experiments.exhibits.exhibit import VARIED, Exhibit
 from cardiocaps.experiments.markdown import DASH, escaped, failure, joined, table, with_interval
 from cardiocaps.experiments.plan import MAIN, SYSTEMS, corrected_key
-from cardiocaps.experiments.reported import ALWAYS_NORMAL, ON, confusion_of
-from cardiocaps.experiments.results import Result
+from cardiocaps.experiments.reference_rows import BAYES_BOUND, BOUNDS, REFERENCES, Truth, always_normal
+from cardiocaps.experiments.reported import ON, confusion_of
 from cardiocaps.experiments.summaries import Row, Summary, summarise
 from cardiocaps.metrics import METRICS, PUBLISHED, MeanEstimate
 from cardiocaps.plots import save
@@ -33,6 +31,7 @@ def write_exhibit(
     data: str,
     bootstrap: int,
     environments: Sequence[Mapping[str, Any]] = (),
+    truth: Truth | None = None,
 ) -> None:
     """Write NAME.md, NAME.csv and NAME.png of an exhibit into an existing folder.
 
@@ -43,17 +42,21 @@ def write_exhibit(
         data: a sentence about the data.
         bootstrap: resamples for the intervals; 0: none.
         environments: of the jobs, as `cardiocaps.training.environment.environment` returns them.
+        truth: what the phantom knows about the test videos; None: the data are another's.
     """
-    if exhibit.name == exhibit.table and any(row.results for row in rows):
-        rows = [*rows, _always_normal(rows)]
+    known = next((row.results[0] for row in rows if row.results), None)
+    bounds = truth.bounds(known, bootstrap) if truth and known and exhibit.has_references else []
+    if known and exhibit.has_references:
+        rows = [*rows, always_normal(known), *bounds]
     summaries = [_noted(summarise(row, exhibit.reported(row.system), bootstrap)) for row in rows if row.results]
+    summaries += bounds
     found = {s.system: s for s in summaries}
     write_csv(
         folder / f"{exhibit.name}.csv", [_csv_row(exhibit, row, found.get(row.system)) for row in rows], digits=READABLE
     )
     picture = folder / f"{exhibit.name}.png"
     if summaries:
-        save(exhibit.draw([s for s in summaries if s.system != ALWAYS_NORMAL]), picture)
+        save(exhibit.draw([s for s in summaries if exhibit.draws(s.system)]), picture)
     else:
         picture.unlink(missing_ok=True)
     write_text(
@@ -98,12 +101,13 @@ def _markdown(exhibit: Exhibit, rows: Sequence[Row], summaries: Sequence[Summary
     if summaries:
         parts.append(f"![{exhibit.title}]({exhibit.name}.png)")
         parts += exhibit.sections(rows, {s.system: s for s in summaries}, bootstrap)
-        summaries = [s for s in summaries if s.system != ALWAYS_NORMAL]
-        noted = {note: [s.title for s in summaries if note in s.notes] for s in summaries for note in s.notes}
+        trained = [s for s in summaries if s.system not in REFERENCES]
         notes = [
-            f"* {'All' if len(titles) == len(summaries) > 1 else escaped(joined(titles))}: {note}"
-            for note, titles in noted.items()
+            f"* {'All' if len(titles) == len(trained) > 1 else escaped(joined(titles))}: {note}"
+            for note, titles in _noting(trained).items()
         ]
+        bounds = [s for s in summaries if s.system in BOUNDS]
+        notes += [f"* {joined(titles)}: {note}" for note, titles in _noting(bounds).items()]
         parts += ["## Notes", "\n".join(notes)] if notes else []
     else:
         parts.append("No system of this exhibit has results.")
@@ -112,23 +116,9 @@ def _markdown(exhibit: Exhibit, rows: Sequence[Row], summaries: Sequence[Summary
     return "\n\n".join(parts) + "\n"
 
 
-def _always_normal(rows: Sequence[Row]) -> Row:
-    """The row of a classifier that calls all samples normal, on the data of the first row that has results."""
-    known = next(row.results[0] for row in rows if row.results)
-    test, validation = (replace(x, probability=np.zeros(x.clip.size)) for x in (known.test, known.validation))
-    result = Result(
-        system=ALWAYS_NORMAL,
-        unit=known.unit,
-        device="–",
-        seed=0,
-        parameters=None,
-        seconds=0.0,
-        at_once=known.at_once,
-        threads=known.threads,
-        validation=validation,
-        test=test,
-    )
-    return Row(ALWAYS_NORMAL, "Always normal", (result,), None)
+def _noting(summaries: Sequence[Summary]) -> dict[str, list[str]]:
+    """Each note with the titles of the rows that have it."""
+    return {note: [s.title for s in summaries if note in s.notes] for s in summaries for note in s.notes}
 
 
 def _noted(summary: Summary) -> Summary:
@@ -146,9 +136,9 @@ def _csv_row(exhibit: Exhibit, row: Row, summary: Summary | None) -> dict[str, A
         "seeds": len(row.results),
         "error": row.error or "",
         "unit": summary.unit if summary else "",
-        "lambda": exhibit.regression_weight(row.system),
-        "test_videos": row.results[0].test.videos if summary else "",
-        "test_frames": row.results[0].test.clip.size if summary else "",
+        **{name: exhibit.varied(row.system).get(name, "") for name in VARIED},
+        "test_videos": row.results[0].test.videos if row.results else "",
+        "test_frames": row.results[0].test.clip.size if row.results else "",
     }
     for name in METRICS:
         estimate = summary.report.metrics[name] if summary else nothing
@@ -167,7 +157,7 @@ def _csv_row(exhibit: Exhibit, row: Row, summary: Summary | None) -> dict[str, A
         cells |= {name: estimate.value, f"{name}_sd": estimate.sd}
     of_paper_counts = confusion_of(exhibit.table, corrected_key(row.system)) or {}
     cells |= {f"reported_{name}": of_paper_counts.get(name, "") for name in ("tn", "fp", "fn", "tp")}
-    counts = [count for line in summary.report.confusion for count in line] if summary else [""] * 4
+    counts = [count for line in summary.report.confusion for count in line] if summary and row.results else [""] * 4
     cells |= dict(zip(("tn", "fp", "fn", "tp"), counts, strict=True))
     cells["parameters"] = "" if summary is None or summary.parameters is None else summary.parameters
     cells["peak_memory"] = "" if summary is None or summary.peak_memory is None else summary.peak_memory
@@ -188,14 +178,15 @@ def _main_table(tables: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
             rows.setdefault(row["system"], row)
     if not rows:
         return ""
-    ordered = sorted(rows.values(), key=lambda row: (row["system"] != MAIN, row["system"] == ALWAYS_NORMAL))
+    ordered = sorted(rows.values(), key=lambda row: (row["system"] != MAIN, row["system"] in REFERENCES))
 
     def cells(row: Mapping[str, str]) -> tuple[str, ...]:
         paper = _of_csv(row, "reported_accuracy", 4)
         if not row["auroc"] and not row["accuracy"]:
             return (row["title"], "0", f"failed: {row['error'] or 'no result'}", "", "", "", "", paper)
         measured = [_of_csv(row, name) for name in ("auroc", "average_precision", "f1", "accuracy")]
-        return (row["title"], row["seeds"], *measured, _of_csv(row, "published_accuracy"), paper)
+        seeds = DASH if row["system"] in REFERENCES else row["seeds"]
+        return (row["title"], seeds, *measured, _of_csv(row, "published_accuracy"), paper)
 
     head = ("system", "seeds", *(METRIC_NAMES[name] for name in ("auroc", "average_precision", "f1", "accuracy")))
     lines = table((*head, "accuracy as published", f"*accuracy, {ON}*"), [cells(row) for row in ordered])
@@ -203,6 +194,11 @@ def _main_table(tables: Mapping[str, Sequence[Mapping[str, str]]]) -> str:
         "Mean over the seeds ± standard deviation and, in brackets, its 95 % interval and the method of it. The last "
         "column is the paper's. The tables below say how each number is defined."
     )
+    if BAYES_BOUND in rows:
+        text += (
+            " The Bayes bound is what the best order of the same test videos would reach, and another reader measures "
+            "them once more; the tables say how."
+        )
     return f"## CardioCaps against the other systems\n\n{text}\n\n{lines}"
 
 

@@ -19,6 +19,7 @@ import numpy as np
 
 from cardiocaps.errors import ConfigError
 from cardiocaps.metrics.classification import Report, evaluate
+from cardiocaps.phantom.anatomy import Floats
 from cardiocaps.phantom.patients import DECIDING_CALCS, READER_ERROR, THRESHOLDS, Patient
 from cardiocaps.phantom.variants import Difficulty, Variant, normal_cdf
 
@@ -46,20 +47,33 @@ def ceiling(patients: Sequence[Patient], variant: Variant, *, bootstrap: int = 1
         seed: of the second reader's errors and of the resamples.
 
     Raises:
-        ConfigError: the difficulty is easy, where the label follows from the drawn lengths without an error; or there
-            are no patients of one label.
+        ConfigError: as `scores`; or there are no patients of one label.
+    """
+    of_patients = scores(patients, variant, seed=seed)
+    label = np.array([int(patient.abnormal) for patient in patients])
+    if len(set(label.tolist())) < 2:
+        raise ConfigError(f"ceiling: {len(label)} patients have one label; expected both")
+    return Ceiling(*(evaluate(score, label, bootstrap=bootstrap, seed=seed) for score in of_patients))
+
+
+def scores(patients: Sequence[Patient], variant: Variant, *, seed: int = 0) -> tuple[Floats, Floats]:
+    """The probability of the label given the true lengths, and a second reader's score; both [patients], in [0, 1].
+
+    Args:
+        patients: of `plan`.
+        variant: of the phantom.
+        seed: of the second reader's errors.
+
+    Raises:
+        ConfigError: the difficulty is easy, where the label follows from the drawn lengths without an error.
     """
     difficulty = variant.difficulty_settings
     if difficulty is None:
         raise ConfigError("ceiling: difficulty is easy; expected moderate or hard: at easy the label has no error")
-    label = np.array([int(patient.abnormal) for patient in patients])
-    if len(set(label.tolist())) < 2:
-        raise ConfigError(f"ceiling: {len(label)} patients have one label; expected both")
     rng = np.random.default_rng([seed, 1])
     lengths = [patient.true or {} for patient in patients]
     bayes = np.array([abnormal_probability(cm, difficulty) for cm in lengths])
-    second = np.array([_reading(cm, difficulty, rng) for cm in lengths])
-    return Ceiling(*(evaluate(score, label, bootstrap=bootstrap, seed=seed) for score in (bayes, second)))
+    return bayes, np.array([_reading(cm, difficulty, rng) for cm in lengths])
 
 
 def abnormal_probability(lengths: Mapping[str, float], difficulty: Difficulty) -> float:

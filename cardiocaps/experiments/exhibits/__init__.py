@@ -10,23 +10,11 @@ from itertools import product
 
 from cardiocaps.experiments.exhibits.calibration import Calibration
 from cardiocaps.experiments.exhibits.confusions import Confusions
+from cardiocaps.experiments.exhibits.curves import LearningCurve, Prevalence
 from cardiocaps.experiments.exhibits.efficiency import Efficiency
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.exhibits.sweep import Sweep
-from cardiocaps.experiments.plan import (
-    CLASSIFIERS,
-    LAMBDAS,
-    LEARNING_CURVE,
-    PREVALENCE,
-    PREVALENCES,
-    SAMPLINGS,
-    SYSTEMS,
-    TRAINING_VIDEOS,
-    lambda_key,
-    prevalence_key,
-    trained_as,
-    training_key,
-)
+from cardiocaps.experiments.plan import CLASSIFIERS, LAMBDAS, SAMPLINGS, SYSTEMS, lambda_key, trained_as
 
 _TABLE_1 = ("dr-margin", "dr-weighted-margin", "dr")
 _TABLE_2 = ("dr-margin", "dr", "cardiocaps")
@@ -36,8 +24,6 @@ _TABLE_5 = ("cnn-1", "cnn-2", "resnet18", "unet", "vit", "cardiocaps")
 _TABLE_6 = ("em-capsnet", "efficient-capsnet", "cardiocaps")
 _PIXELS = ("logistic-regression-class-weight", "random-forest-class-weight", "xgboost-class-weight")
 _SPLITS = ("cardiocaps-video-protocol", "cardiocaps-frames", "cardiocaps-paper-protocol")
-_SIZES = tuple(training_key(key, videos) for key, videos in product(LEARNING_CURVE, TRAINING_VIDEOS))
-_SHARES = tuple(prevalence_key(key, share) for key, share in product(PREVALENCE, PREVALENCES))
 
 _EXHIBITS = (
     Exhibit("table1", "Table I: the loss of DR-CapsNet", _TABLE_1),
@@ -50,8 +36,8 @@ _EXHIBITS = (
     Confusions("fig4", "Figure 4: confusion matrices of table II", _TABLE_2, "table2"),
     Confusions("fig5", "Figure 5: confusion matrices of table III", _TABLE_3, "table3"),
     Sweep("fig6", "Figure 6: the weight of the regression loss", tuple(lambda_key(value) for value in LAMBDAS)),
-    Exhibit("learning-curve", "Learning curve: the number of training videos", _SIZES),
-    Exhibit("prevalence", "Prevalence: the share of abnormal training videos", _SHARES),
+    LearningCurve("learning-curve", "Learning curve: the number of training videos", tuple(LearningCurve.places)),
+    Prevalence("prevalence", "Prevalence: the share of abnormal training videos", tuple(Prevalence.places)),
     Exhibit("leakage", "Split by video and by frame", _SPLITS),
     Efficiency("efficiency", "Naive and fused routing", ("dr-naive", "dr", "cardiocaps-naive", "cardiocaps")),
     Calibration("calibration", "Calibration", (*_PIXELS, *_TABLE_5[:-1], *_TABLE_6[:-1], "dr", "cardiocaps")),

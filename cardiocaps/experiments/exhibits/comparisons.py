@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from cardiocaps.errors import plural
 from cardiocaps.experiments.markdown import DASH, table
-from cardiocaps.experiments.plan import MAIN, corrected_key
-from cardiocaps.experiments.reported import ALWAYS_NORMAL
+from cardiocaps.experiments.reference_rows import REFERENCES
 from cardiocaps.experiments.summaries import Row, Summary
 from cardiocaps.metrics import exact_interval
 from cardiocaps.metrics.comparison import (
@@ -29,17 +28,22 @@ _EXPECTED = 0.9
 """The AUROC and the sensitivity for which the precision of the test set is stated."""
 
 
-def section(rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
+def section(
+    rows: Sequence[Row],
+    found: Mapping[str, Summary],
+    bootstrap: int,
+    reference: Callable[[Summary, Sequence[Summary]], Summary | None],
+) -> list[str]:
     """The Markdown; empty without resamples, and for fewer than two systems that were tested on the same samples.
 
-    The others are compared with CardioCaps; in an exhibit without it with the last system, which is the paper's
-    proposal there. A comparison is with the reference of the same form, corrected or published.
+    Args:
+        reference: what a system of these is compared with; None: with nothing.
     """
-    summaries = [found[row.system] for row in rows if row.system in found and row.system != ALWAYS_NORMAL]
+    summaries = [found[row.system] for row in rows if row.system in found and row.system not in REFERENCES]
     pairs = [
         (summary, other)
         for summary in summaries
-        if bootstrap and (other := _reference(summary, summaries)) is not None and _is_paired(summary, other)
+        if bootstrap and (other := reference(summary, summaries)) is not None and _is_paired(summary, other)
     ]
     if not pairs:
         return []
@@ -131,15 +135,6 @@ def _power(summary: Summary) -> str:
         f"95 % interval {low:.2f}{DASH}{high:.2f}; two systems whose errors are independent are told apart from a "
         f"difference of {detectable(error * math.sqrt(2)):.3f} in AUROC on (80 % power, one comparison)."
     )
-
-
-def _reference(summary: Summary, summaries: Sequence[Summary]) -> Summary | None:
-    """What a system is compared with; None for the reference itself."""
-    published = corrected_key(summary.system) != summary.system
-    same_form = [s for s in summaries if (corrected_key(s.system) != s.system) == published]
-    main = [s for s in same_form if corrected_key(s.system) == MAIN]
-    other = (main or same_form)[-1]
-    return None if other is summary else other
 
 
 def _runs(summary: Summary) -> Runs:

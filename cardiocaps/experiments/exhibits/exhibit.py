@@ -12,6 +12,7 @@ from cardiocaps.evaluation.names import PAPER_NAMES
 from cardiocaps.experiments.exhibits import comparisons
 from cardiocaps.experiments.markdown import DASH, Column, count, joined, metric_columns, plus_minus, rows_table, table
 from cardiocaps.experiments.plan import MAIN, SYSTEMS, corrected_key, in_form, why_not
+from cardiocaps.experiments.reference_rows import BOUNDS, REFERENCES
 from cardiocaps.experiments.reported import (
     ABNORMAL_FRAMES,
     ALWAYS_NORMAL,
@@ -30,6 +31,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from cardiocaps.config import TrainConfig
+
+VARIED = ("lambda", "training_videos", "abnormal_share")
+"""Columns of the CSV with what an exhibit varies; empty in the others."""
 
 _PROBABILITIES = ("auroc", "average_precision", "brier")
 _DECISIONS = ("f1", "f1_weighted", "accuracy", "sensitivity", "specificity")
@@ -70,15 +74,36 @@ class Exhibit:
         reasons = (why_not(config, SYSTEMS[key]) for key in self.systems)
         return next((reason for reason in reasons if reason is not None), None)
 
-    def regression_weight(self, system: str) -> float | str:
-        """The cell `lambda` of a row of the CSV."""
-        return ""
+    def varied(self, system: str) -> Mapping[str, float]:
+        """The cells of VARIED that a row of the CSV has: what the exhibit varies, and its value for this system."""
+        return {}
+
+    @property
+    def has_references(self) -> bool:
+        """Whether its table has rows that no system was trained for: always normal, and the bounds of a phantom."""
+        return self.name == self.table
+
+    def draws(self, system: str) -> bool:
+        """Whether a row with numbers is in the figure."""
+        return system not in REFERENCES
+
+    def reference(self, summary: Summary, summaries: Sequence[Summary]) -> Summary | None:
+        """What a system is compared with; None: with nothing, as it is the reference itself.
+
+        The reference is CardioCaps; in an exhibit without it the last system, which is the paper's proposal there. A
+        comparison is with the reference of the same form, corrected or published.
+        """
+        published = corrected_key(summary.system) != summary.system
+        same_form = [s for s in summaries if (corrected_key(s.system) != s.system) == published]
+        main = [s for s in same_form if corrected_key(s.system) == MAIN]
+        other = (main or same_form)[-1]
+        return None if other is summary else other
 
     def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
         """The Markdown between the figure and the notes. `found` maps systems with results to their summaries."""
         return [
             *self._results(rows, found, bootstrap),
-            *comparisons.section(rows, found, bootstrap),
+            *comparisons.section(rows, found, bootstrap, self.reference),
             *self._published(rows, found),
             *self._cost(rows, found),
         ]
@@ -100,6 +125,7 @@ class Exhibit:
 
     def _published(self, rows: Sequence[Row], found: Mapping[str, Summary]) -> list[str]:
         """The published definitions, beside the paper's figures if it has any."""
+        rows = [row for row in rows if row.system not in BOUNDS]
         with_paper = [row.system for row in rows if self.reported(row.system)]
         binary = [system for system in with_paper if system.startswith(BINARY_F1)]
 
@@ -158,7 +184,7 @@ class Exhibit:
 
     def _cost(self, rows: Sequence[Row], found: Mapping[str, Summary]) -> list[str]:
         """Times and memory, and what the times depend on."""
-        rows = [row for row in rows if row.system != ALWAYS_NORMAL]
+        rows = [row for row in rows if row.system not in REFERENCES]
         shared = dict.fromkeys((r.at_once, r.threads) for row in rows for r in row.results)
         paces = [f"{count(jobs, 'job')} at a time with {count(threads, 'thread')} each" for jobs, threads in shared]
         ours = found[MAIN].cost("seconds_per_epoch").value if MAIN in found else math.nan

@@ -82,6 +82,35 @@ def dot_panel(
     dress_panel(axes, title[0].upper() + title[1:], len(summaries))
 
 
+def draw_line(
+    axes: Axes,
+    at: Sequence[float],
+    estimates: Sequence[MeanEstimate],
+    *,
+    label: str,
+    interval_label: str = "_intervals",
+    **style: Any,
+) -> None:
+    """The means of a system at places on the x axis, joined by a line, each with its interval if it has one.
+
+    Args:
+        interval_label: of the intervals in the legend, which leaves out texts that begin with "_".
+        style: of the line, as `Axes.plot` takes it; at least its colour.
+    """
+    axes.plot(at, [e.value for e in estimates], label=label, **{"markersize": 5, "linewidth": 1.5, **style})
+    known = [(x, e.low, e.high) for x, e in zip(at, estimates, strict=True) if not math.isnan(e.low)]
+    if known:
+        axes.vlines(*zip(*known, strict=True), color=style["color"], linewidth=1.3, alpha=0.6, label=interval_label)
+
+
+def logarithmic(axes: Axes, at: Sequence[float], texts: Sequence[str]) -> None:
+    """Make the x axis logarithmic, with ticks at these places alone."""
+    axes.set_xscale("log")
+    axes.set_xticks(at, texts, fontsize=SMALL)
+    axes.minorticks_off()
+    axes.grid(axis="x", visible=False)
+
+
 def dress_panel(axes: Axes, title: str, lines: int, grid: Literal["both", "x"] = "both") -> None:
     axes.set_title(title, fontsize=9, color=INK)
     axes.grid(axis=grid, color="#E3E3E3", linewidth=0.6)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cardiocaps.config import TrainConfig
 from cardiocaps.evaluation.names import METRIC_NAMES
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
-from cardiocaps.experiments.exhibits.panels import SMALL, wrapped
+from cardiocaps.experiments.exhibits.panels import SMALL, draw_line, logarithmic, wrapped
 from cardiocaps.experiments.plan import SYSTEMS
 from cardiocaps.experiments.reported import BEST_LAMBDAS
 from cardiocaps.experiments.summaries import Row, Summary
@@ -26,8 +25,8 @@ _METRICS = ("auroc", "average_precision", "accuracy")
 class Sweep(Exhibit):
     """Adds the column of λ_reg and draws three metrics over it."""
 
-    def regression_weight(self, system: str) -> float:
-        return lambda_of(system)
+    def varied(self, system: str) -> Mapping[str, float]:
+        return {"lambda": lambda_of(system)}
 
     def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
         named = " and ".join(f"{value:g}" for value in BEST_LAMBDAS)
@@ -44,10 +43,7 @@ class Sweep(Exhibit):
         at = [lambda_of(s.system) for s in ordered]
         for axes, name in zip(panels, _METRICS, strict=True):
             estimates = [s.report.metrics[name] for s in ordered]
-            axes.plot(at, [e.value for e in estimates], "o-", color=BLUE, markersize=5, linewidth=1.5, label="mean")
-            known = [(value, e.low, e.high) for value, e in zip(at, estimates, strict=True) if not math.isnan(e.low)]
-            if known:
-                axes.vlines(*zip(*known, strict=True), color=BLUE, linewidth=1.3, alpha=0.6, label="its 95 % interval")
+            draw_line(axes, at, estimates, label="mean", interval_label="its 95 % interval", color=BLUE, marker="o")
             dots = [
                 (value, run.metrics[name].value) for value, s in zip(at, ordered, strict=True) for run in s.report.runs
             ]
@@ -58,15 +54,13 @@ class Sweep(Exhibit):
                 axes.axvline(value, color=GREY, linestyle=":", linewidth=1.2, zorder=0)
             text = METRIC_NAMES[name]
             dress(axes, "", text[0].upper() + text[1:])
-            axes.grid(axis="x", visible=False)
         for value in BEST_LAMBDAS:
             above = panels[0].get_xaxis_transform()
             text = f"best in the\npaper: {value:g}"
             panels[0].text(value, 1.02, text, ha="center", va="bottom", fontsize=SMALL, color=GREY, transform=above)
         below = panels[-1]
-        below.set_xscale("log")
-        below.set_xticks(at, [f"{value:g}" for value in at], fontsize=SMALL)
-        below.minorticks_off()
+        for axes in panels:
+            logarithmic(axes, at, [f"{value:g}" for value in at])
         below.set_xlim(min(*at, *BEST_LAMBDAS) / 1.5, max(*at, *BEST_LAMBDAS) * 1.5)
         below.set_xlabel("λ_reg (weight of the regression loss)")
         handles = panels[0].get_legend_handles_labels()

@@ -345,6 +345,7 @@ def test_a_system_is_trained_on_a_phantom_of_its_own(
     ours, its = (read_result(out / "jobs" / name / f"seed{FIRST_SEED}").test for name in (key, "half"))
     assert ours.video == its.video and ours.label is not None and ours.label.tolist() == its.label.tolist()  # type: ignore[union-attr]
     table = (out / "tables" / "shares.md").read_text()
+    assert table.count("\n* The synthetic phantom (40 videos") == 2
     assert "training 22 videos, 5 abnormal" in table and "training 22 videos, 11 abnormal" in table
     records = [out / "data" / f"video-auto{ending}.json" for ending in ("", "-phantom_abnormal-0.5")]
     assert all(record.is_file() for record in records)

@@ -9,14 +9,20 @@ from typing import Any
 import numpy as np
 import pytest
 
+from cardiocaps.config import TrainConfig
 from cardiocaps.evaluation.predictions import Predictions
+from cardiocaps.experiments.exhibits import EXHIBITS
+from cardiocaps.experiments.exhibits.curves import STYLES
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.plan import LAMBDAS, lambda_key
+from cardiocaps.experiments.reference_rows import BAYES_BOUND, BOUNDS, Truth
 from cardiocaps.experiments.reported import ALWAYS_NORMAL
 from cardiocaps.experiments.results import Result
 from cardiocaps.experiments.summaries import Row, summarise
 from cardiocaps.experiments.tables import write_exhibit, write_index
 from cardiocaps.metrics import METRICS, by_video, decision_threshold, evaluate
+from cardiocaps.phantom.ceiling import ceiling
+from cardiocaps.phantom.patients import THRESHOLDS
 from tests.cardiocaps.experiments.invented import exhibit, predictions, result, row
 
 DATA = "Invented numbers."
@@ -119,6 +125,22 @@ def test_the_papers_confusion_matrices_stand_beside_ours(tmp_path: Path) -> None
         assert f"| {title} | 690 | 246 | 1 | 167 |" in markdown
     assert [cells[k]["reported_fp"] for k in range(3)] == ["246", "246", ""]
     assert "calls the false positives 246 and 108 false negatives" in markdown
+
+
+def test_the_papers_matrices_are_drawn_below_ours(tmp_path: Path, figures: list[Any]) -> None:
+    rows = [row("dr-margin", "Margin", 0.3), row("vit", "ViT"), row("dr-published", "DR, as published")]
+    _write("fig3", rows, tmp_path)
+    ours, paper = figures[0].subfigs
+    assert [axes.get_title().split("\n")[0] for axes in ours.axes[:3]] == ["Margin", "ViT", "DR, as published"]
+    drawn = [[text.get_text().split("\n")[0] for text in axes.texts] for axes in paper.axes[:3]]
+    assert drawn == [["545", "391", "83", "85"], [], ["690", "246", "1", "167"]]
+    assert [axes.axison for axes in paper.axes[:3]] == [True, False, True]
+    assert "reported on EchoNet-LVH" in paper.axes[0].get_title() and "1,104 frames" in paper.axes[0].get_title()
+    assert "reported" not in _texts(ours)
+    colours = [block.axes[0].images[0].get_cmap().name for block in (ours, paper)]
+    assert colours == ["Blues", "Greys"] and paper.get_facecolor() != ours.get_facecolor()
+    _write("fig3", [row("vit", "ViT")], tmp_path)
+    assert len(figures[1].subfigs) == 1
 
 
 def test_the_notes_of_a_published_row_say_what_is_not_as_published(tmp_path: Path) -> None:
@@ -266,6 +288,139 @@ def test_the_sweep_is_in_the_order_of_lambda_with_the_papers_statements(tmp_path
         assert {0.05, 0.5} <= {line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"}
 
 
+def _on_the_phantom(difficulty: str, rows: Sequence[Row]) -> tuple[Truth, list[Row]]:
+    """What a phantom of 40 test videos knows, and the rows with these in place of their own test videos."""
+    settings: dict[str, Any] = {
+        "phantom_videos": 80,
+        "phantom_test": 40,
+        "phantom_seed": 6,
+        "phantom_difficulty": difficulty,
+    }
+    truth = Truth.of(TrainConfig(**settings))
+    assert truth is not None
+    tested = [patient for patient in truth.patients if patient.split == "test"]
+
+    def moved(split: Predictions) -> Predictions:
+        label = np.array([int(tested[number].abnormal) for number in split.clip])
+        return replace(split, label=label, video=tuple(tested[number].name for number in split.clip))
+
+    known = [replace(r, results=tuple(replace(x, test=moved(x.test)) for x in r.results)) for r in rows]
+    return truth, known
+
+
+def test_the_bounds_of_a_phantom_are_rows_of_every_table(tmp_path: Path, figures: list[Any]) -> None:
+    truth, rows = _on_the_phantom("hard", [row("em-capsnet", "EM", 0.2), row("cardiocaps", "Ours")])
+    tested = [patient for patient in truth.patients if patient.split == "test"]
+    expected = ceiling(tested, truth.variant, bootstrap=200)
+    write_exhibit(exhibit("table6", rows), rows, tmp_path, data=DATA, bootstrap=200, truth=truth)
+    table = _csv(tmp_path, "table6")
+    assert [cells["system"] for cells in table] == ["em-capsnet", "cardiocaps", ALWAYS_NORMAL, *BOUNDS]
+    for cells, report in zip(table[3:], (expected.bayes, expected.second_reader), strict=True):
+        for name in ("auroc", "average_precision"):
+            estimate = report.metrics[name]
+            found = [float(cells[f"{name}{end}"]) for end in ("", "_low", "_high")]
+            assert found == pytest.approx([estimate.value, estimate.low, estimate.high], rel=DIGITS)
+        assert (
+            cells["brier"] == cells["accuracy"] == cells["tn"] == cells["calibration_error"] == cells["threshold"] == ""
+        )
+        assert set(cells) == set(table[0])
+    markdown = (tmp_path / "table6.md").read_text()
+    bound = float(table[3]["auroc"])
+    assert f"| Bayes bound | {bound:.3f} (" in markdown and "| Bayes bound | – | – |" in markdown
+    assert "* Bayes bound: orders the test videos by the probability" in markdown
+    assert "* Bayes bound and Another reader: the order alone is known" in markdown
+    for part in ("## Comparisons", "## As published", "## Cost"):
+        of_part = markdown[markdown.index(part) :].split("\n## ")[0]
+        assert "Bayes" not in of_part, part
+    assert "Bayes bound" not in _texts(figures[0])
+    write_exhibit(exhibit("fig3", rows), rows, tmp_path, data=DATA, bootstrap=0, truth=truth)
+    assert "Bayes" not in (tmp_path / "fig3.md").read_text()
+    write_index([exhibit("table6", rows)], tmp_path, data=DATA, commands=["c"], environments=[])
+    index = (tmp_path / "README.md").read_text()
+    assert f"| Bayes bound | – | {bound:.3f} (" in index and "| Another reader | – |" in index
+    assert index.index("| EM |") < index.index("| Always normal |") < index.index("| Bayes bound |")
+    assert "The Bayes bound is what the best order" in index
+
+
+def test_at_easy_the_bounds_are_one(tmp_path: Path) -> None:
+    truth, rows = _on_the_phantom("easy", [row("cardiocaps", "Ours")])
+    assert all(p.abnormal == any(m.cm >= THRESHOLDS[m.calc] for m in p.measurements()) for p in truth.patients)
+    write_exhibit(exhibit("table6", rows), rows, tmp_path, data=DATA, bootstrap=20, truth=truth)
+    for cells in _csv(tmp_path, "table6")[2:]:
+        assert (cells["auroc"], cells["average_precision"], cells["auroc_low"]) == ("1", "1", "")
+    markdown = (tmp_path / "table6.md").read_text()
+    assert "* Bayes bound and Another reader: 1 for any test videos, and so without interval" in markdown
+
+
+def test_other_data_and_tests_by_frame_have_no_bounds(tmp_path: Path) -> None:
+    assert Truth.of(TrainConfig(data=Path("study"))) is None
+    truth, rows = _on_the_phantom("hard", [row("cardiocaps", "Ours", unit="frame")])
+    write_exhibit(exhibit("table6", rows), rows, tmp_path, data=DATA, bootstrap=0, truth=truth)
+    assert "Bayes" not in (tmp_path / "table6.csv").read_text()
+
+
+def test_a_curve_has_a_line_for_each_system_and_its_numbers(tmp_path: Path, figures: list[Any]) -> None:
+    keys = ["cnn-2", "cardiocaps", "cnn-2-75-videos", "cardiocaps-600-videos", "cardiocaps-75-videos"]
+    given = [row(key, key, skill) for key, skill in zip(keys, (0.8, 1.5, 0.2, 2.5, 1.0), strict=True)]
+    failed = Row("cnn-2-600-videos", "CNN-(2), 600 training videos", (), "killed")
+    truth, rows = _on_the_phantom("hard", [*given, failed])
+    write_exhibit(exhibit("learning-curve", rows), rows, tmp_path, data=DATA, bootstrap=60, truth=truth)
+    table = {cells["system"]: cells for cells in _csv(tmp_path, "learning-curve")}
+    assert {key: cells["training_videos"] for key, cells in table.items()} == {
+        **dict(zip(keys, ("300", "300", "75", "600", "75"), strict=True)),
+        "cnn-2-600-videos": "600",
+        **dict.fromkeys((ALWAYS_NORMAL, *BOUNDS), ""),
+    }
+    assert all(cells["lambda"] == cells["abnormal_share"] == "" for cells in table.values())
+    panels = {axes.get_ylabel(): axes for axes in figures[0].axes}
+    assert list(panels) == ["AUROC", "Average precision"]
+    for axes, name in zip(panels.values(), ("auroc", "average_precision"), strict=True):
+        lines = {line.get_label(): line for line in axes.lines}
+        ours, cnn = lines["CardioCaps (attention, new loss)"], lines["CNN-(2)"]
+        wanted = [("cardiocaps-75-videos", "cardiocaps", "cardiocaps-600-videos"), ("cnn-2-75-videos", "cnn-2")]
+        for line, of_line in zip((ours, cnn), wanted, strict=True):
+            assert line.get_ydata().tolist() == pytest.approx([float(table[key][name]) for key in of_line], rel=DIGITS)
+            places = [float(table[key]["training_videos"]) for key in of_line]
+            assert line.get_xdata().tolist() == pytest.approx(places, rel=0.1)
+        assert ours.get_marker() != cnn.get_marker() and ours.get_linestyle() != cnn.get_linestyle()
+        bars = [segment[:, 1].tolist() for bars in axes.collections for segment in bars.get_segments()]
+        ends = [
+            [float(table[key][f"{name}_{end}"]) for end in ("low", "high")]
+            for of_line in wanted[::-1]
+            for key in of_line
+        ]
+        assert np.ravel(bars) == pytest.approx(np.ravel(ends), rel=DIGITS)
+        assert lines["Bayes bound"].get_ydata()[0] == pytest.approx(float(table[BAYES_BOUND][name]), rel=DIGITS)
+        assert axes.get_xscale() == "log"
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["75", "300", "600"]
+    markdown = (tmp_path / "learning-curve.md").read_text()
+    first = next(cells for cells in _cells(markdown, "CNN-(2)"))
+    assert first[1].startswith(f"{float(table['cnn-2-75-videos']['auroc']):.3f} ±") and first[3] == "failed: killed"
+    bound = f"{float(table[BAYES_BOUND]['auroc']):.3f}"
+    assert f"| Bayes bound | {bound} | {bound} | {bound} |" in markdown
+    differences = re.findall(r"^\| (\S+ minus \S+) \|", markdown, re.MULTILINE)
+    assert set(differences) == {
+        "cnn-2 minus cardiocaps",
+        "cnn-2-75-videos minus cardiocaps-75-videos",
+        "cardiocaps-600-videos minus cardiocaps",
+        "cardiocaps-75-videos minus cardiocaps",
+    }
+
+
+def test_prevalence_shows_the_calibration_too(tmp_path: Path, figures: list[Any]) -> None:
+    rows = [row("dr-margin-abnormal-0.02", "Rare", 0.5), row("dr-margin", "Usual"), row("cnn-2-abnormal-0.5", "Half")]
+    markdown, cells = _write("prevalence", rows, tmp_path)
+    assert [c["abnormal_share"] for c in cells] == ["0.02", "0.2", "0.5"]
+    panels = {axes.get_ylabel(): axes for axes in figures[0].axes}
+    assert list(panels) == ["AUROC", "Average precision", "Brier score", "Expected calibration error"]
+    drawn = panels["Expected calibration error"].lines[0].get_ydata()
+    assert drawn.tolist() == pytest.approx([float(c["calibration_error"]) for c in cells[:2]], rel=DIGITS)
+    assert "| system | 2 % | 20 % | 50 % |" in markdown
+    assert _cells(markdown, "DR-CapsNet, margin loss")[3][3] == "–"
+    styles = {(style["marker"], str(style["linestyle"])) for style in STYLES}
+    assert len({marker for marker, _ in styles}) == len({dashes for _, dashes in styles}) == len(STYLES) >= 6
+
+
 def test_leakage_says_which_rows_are_by_frame(tmp_path: Path) -> None:
     video = row("cardiocaps-video-protocol", "By video", 0.5)
     frame = row("cardiocaps-frames", "By frame", 3.0, unit="frame")
@@ -374,7 +529,7 @@ def test_the_dots_of_a_table_are_its_numbers(tmp_path: Path, figures: list[Any])
     )
 
 
-NAMES = ("table1", "table4", "fig3", "fig6", "calibration", "efficiency", "leakage")
+NAMES = ("table1", "table4", "fig3", "fig6", "calibration", "efficiency", "leakage", "learning-curve", "prevalence")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -382,9 +537,10 @@ def test_nothing_on_a_figure_is_cut_or_covered(name: str, tmp_path: Path, figure
     systems = {
         "table4": [f"{c}-{s}" for c in ("logistic-regression", "xgboost") for s in ("oversampling", "class-weight")],
         "fig6": [lambda_key(value) for value in LAMBDAS],
+        **{name: list(EXHIBITS[name].systems) for name in ("learning-curve", "prevalence")},
     }.get(name, ["dr", "cardiocaps", "vit"])
     long = "A system with a rather long name, and an addition to it"
-    rows = [row(system, long, 0.2 + k) for k, system in enumerate(systems)]
+    rows = [row(system, long, 0.2 + k % 5) for k, system in enumerate(systems)]
     _write(name, rows, tmp_path, bootstrap=10)
     (figure,) = figures
     figure.canvas.draw()
