@@ -23,6 +23,9 @@ PIXEL_SIDE = 32
 TITLE = f"logistic regression, {PIXEL_SIDE}×{PIXEL_SIDE} pixels"
 """What tables call the baseline."""
 
+BASELINE = ("logistic-regression", "class-weight")
+"""Its classifier and sampling, of `cardiocaps.models.pixel_classifiers`."""
+
 _KIND = "cardiocaps pixel baseline"
 
 
@@ -37,7 +40,7 @@ class PixelBaseline:
     def fit(cls, data: EchoDataModule, unit: str) -> PixelBaseline:
         """Fit to the training frames; choose the threshold by the validation videos or frames (`unit`)."""
         pixels, label, _ = data.pixels("train", PIXEL_SIDE)
-        classifier = fit("logistic-regression", "class-weight", pixels, label, seed=0)
+        classifier = fit(*BASELINE, pixels, label, seed=0)
         return cls(classifier, Decision.choose(predict_pixels(classifier, data, "val"), unit))
 
     def predict(self, data: EchoDataModule, split: str) -> Predictions:

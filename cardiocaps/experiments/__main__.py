@@ -124,7 +124,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         typed = [*names, "--seeds", str(seeds), *of_form, *jobs, *on, *_as_typed(given)]
         command = " ".join(["python -m cardiocaps.experiments", *typed])
         with _engine(kind, at_once, config.threads, address, dict(slurm)) as engine:
-            run(exhibits, config, seeds, engine, out or Path("experiments", config.preset), command, form)
+            run(
+                [EXHIBITS[name] for name in exhibits],
+                config,
+                seeds,
+                engine,
+                out or Path("experiments", config.preset),
+                command,
+                form,
+            )
 
     return run_program(body)
 

@@ -19,7 +19,7 @@ from cardiocaps.config import TrainConfig, write_run
 from cardiocaps.data.datamodule import EchoDataModule
 from cardiocaps.data.open import decode_for_run, read_study
 from cardiocaps.evaluation.decision import Decision, training_mean, write_decision
-from cardiocaps.evaluation.pixel_baseline import PIXEL_SIDE, predict_pixels
+from cardiocaps.evaluation.pixel_baseline import BASELINE, PIXEL_SIDE, PixelBaseline, predict_pixels
 from cardiocaps.evaluation.predictions import Predictions, unit_of
 from cardiocaps.evaluation.scores import predict
 from cardiocaps.experiments.folder import ExperimentFolder
@@ -153,6 +153,9 @@ def _fit_pixels(job: Job, config: TrainConfig, data: EchoDataModule, watch: Watc
         seconds = time.monotonic() - begin
         watch(1.0, "evaluating")
         said = {split: predict_pixels(model, data, split) for split in ("val", "test")}
+    if (own["classifier"], own["sampling"], config.form) == (*BASELINE, "corrected"):
+        # For the shifted tests. The other classifiers are not tested again, and trees have no exact numbers to write.
+        PixelBaseline(model, Decision.choose(said["val"], unit_of(config))).write(RunFolder(job.folder).pixel_baseline)
     _write(job, said, device="cpu", parameters=model.parameters, seconds=seconds)
 
 

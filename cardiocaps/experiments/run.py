@@ -37,7 +37,7 @@ from cardiocaps.training.run_folder import RunFolder
 
 
 def run(
-    names: Sequence[str],
+    exhibits: Sequence[Exhibit],
     config: TrainConfig,
     seeds: int,
     engine: Engine,
@@ -48,6 +48,7 @@ def run(
     """Run the jobs of these exhibits that are not finished yet, and write the exhibits to `out`/tables.
 
     Args:
+        exhibits: for example some of EXHIBITS.
         config: settings that all jobs share.
         seeds: number of seeds for each system.
         engine: where the jobs run.
@@ -58,7 +59,7 @@ def run(
         CardioCapsError: the settings, the data or the folder cannot be used; or some jobs failed.
     """
     quiet()
-    exhibits = [EXHIBITS[name].in_form(form) for name in names]
+    exhibits = [exhibit.in_form(form) for exhibit in exhibits]
     for exhibit in exhibits:
         if config.split == "frames" and any("split" in SYSTEMS[key].settings for key in exhibit.systems):
             raise ConfigError(
@@ -92,13 +93,40 @@ def run(
             display = Display(len(left), bars=config.progress)
             with display.bars:
                 errors = {**unusable, **run_jobs(left, share.at_once, display, engine)}
+            exhibits, untested = _test(exhibits, jobs, config, folder, share.at_once, engine)
         except Interrupted as stop:
             raise Interrupted(stop.signum, "what was done is saved, and the same command goes on") from None
         _write(exhibits, jobs, errors, config, data, folder, command)
     print_line(f"tables and figures: {folder.tables}")
+    errors = {**untested, **errors}
     if errors:
         failed = "".join(f"\n  {name}: {why}" for name, why in errors.items())
         raise CardioCapsError(f"{len(errors)} of {len(jobs)} jobs failed; the same command tries them again{failed}")
+
+
+def _test(
+    exhibits: Sequence[Exhibit],
+    jobs: Sequence[Job],
+    config: TrainConfig,
+    folder: ExperimentFolder,
+    at_once: int,
+    engine: Engine,
+) -> tuple[Sequence[Exhibit], Mapping[str, str]]:
+    """The exhibits with the tests that some add to those of the finished jobs; and by a job's name why it failed them.
+
+    These tests run on this machine, which may lack the GPUs and cores of an engine elsewhere.
+    """
+    finished = [job for job in jobs if is_finished(job.folder)]
+    if not engine.is_here:
+        finished = [replace(job, config=replace(job.config, device="auto", threads=None)) for job in finished]
+        at_once = 1
+    tested: list[Exhibit] = []
+    errors: dict[str, str] = {}
+    for exhibit in exhibits:
+        more, failed = exhibit.tested(finished, folder, at_once, config.progress)
+        tested.append(more)
+        errors |= failed
+    return tested, errors
 
 
 def _prepare(

@@ -56,7 +56,9 @@ def write_exhibit(
     )
     picture = folder / f"{exhibit.name}.png"
     if summaries:
-        save(exhibit.draw([s for s in summaries if exhibit.draws(s.system)]), picture)
+        drawn = [s for s in summaries if exhibit.draws(s.system)]
+        save(exhibit.draw(drawn), picture)
+        exhibit.write_more(folder, drawn)
     else:
         picture.unlink(missing_ok=True)
     write_text(

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cardiocaps.metrics.intervals import LEVEL, Tested
-from cardiocaps.metrics.samples import Floats, checked_samples
+from cardiocaps.metrics.samples import Floats, Integers, checked_samples
 
 POWER = 0.8
 """The power at which the smallest difference that a test finds is stated."""
@@ -41,12 +41,13 @@ class Runs:
 
 @dataclass(frozen=True)
 class Difference:
-    """A metric of a system minus that of another one, means over their seeds.
+    """A metric of a system minus that of another one, means over their seeds, or another sum of such means.
 
     Attributes:
         low: of the 95 % bootstrap interval; NaN without resamples.
         high: of it.
-        p: of the bootstrap, two-sided: twice the share of resamples on the other side of 0; NaN without resamples.
+        p: of the bootstrap, two-sided: twice the share of resamples on the other side of 0, or of the value that is
+            asked for; NaN without resamples.
     """
 
     value: float
@@ -95,35 +96,70 @@ def paired_differences(
     Raises:
         ValueError: the systems were tested on different groups or labels.
     """
-    tests = [one.tested(), other.tested()]
-    _check_paired([*tests[0], *tests[1]])
-    values = [
-        {name: fmean(test.sample.estimate()[name] for test in of_system) for name in names} for of_system in tests
-    ]
-    found = {name: values[0][name] - values[1][name] for name in names}
+    return paired_contrast([[(1.0, one)], [(-1.0, other)]], names, bootstrap=bootstrap, seed=seed)
+
+
+def paired_contrast(
+    systems: Sequence[Sequence[tuple[float, Runs]]],
+    names: Sequence[str],
+    *,
+    bootstrap: int = 1000,
+    seed: int = 0,
+    least: float = 0.0,
+) -> dict[str, Difference]:
+    """Sums of coefficients times metrics, for example how much more one system falls under a shift than another one.
+
+    A resample draws groups, the same ones for all runs, and for each system as many of its seeds as it has, the same
+    ones in all its terms.
+
+    Args:
+        systems: of each system its terms, coefficient and runs. All terms of a system have the same trained networks
+            in the same order, for example in several tests.
+        names: some of METRICS.
+        bootstrap: resamples; 0: values alone.
+        seed: of the resamples.
+        least: what p compares the sum with.
+
+    Raises:
+        ValueError: the runs were tested on different groups or labels, or the terms of a system have different numbers
+            of runs.
+    """
+    tested = [[(coefficient, runs.tested()) for coefficient, runs in terms] for terms in systems]
+    _check_paired([test for terms in tested for _, tests in terms for test in tests])
+    if any(len({len(tests) for _, tests in terms}) > 1 for terms in tested):
+        raise ValueError("runs of a system differ in number between its terms; expected the same networks in all")
+    found = dict.fromkeys(names, 0.0)
+    for terms in tested:
+        for coefficient, tests in terms:
+            of_runs = [test.sample.estimate() for test in tests]
+            found = {name: x + coefficient * fmean(run[name] for run in of_runs) for name, x in found.items()}
     if not bootstrap:
         return {name: Difference(value) for name, value in found.items()}
-    samples = max(test.sample.group.size for of_system in tests for test in of_system)
-    means = []
-    for number, of_system in enumerate(tests):
-        # All runs restart the same random numbers, so they draw the same groups.
-        drawn = [test.draw(bootstrap, np.random.default_rng(seed), samples) for test in of_system]
-        chosen = np.random.default_rng([seed, 1 + number]).integers(len(drawn), size=(bootstrap, len(drawn)))
-        means.append(
-            {
-                name: np.take_along_axis(np.stack([x[name] for x in drawn], axis=1), chosen, axis=1).mean(axis=1)
-                for name in names
-            }
-        )
+    samples = max(test.sample.group.size for terms in tested for _, tests in terms for test in tests)
+    sums = {name: np.zeros(bootstrap) for name in names}
+    for number, terms in enumerate(tested):
+        chosen = chosen_runs(len(terms[0][1]), bootstrap, seed, number)
+        for coefficient, tests in terms:
+            # All runs restart the same random numbers, so they draw the same groups.
+            drawn = [test.draw(bootstrap, np.random.default_rng(seed), samples) for test in tests]
+            for name in names:
+                of_name = np.stack([x[name] for x in drawn], axis=1)
+                sums[name] += coefficient * np.take_along_axis(of_name, chosen, axis=1).mean(axis=1)
+    return {name: difference_of(value, sums[name], least) for name, value in found.items()}
+
+
+def chosen_runs(runs: int, bootstrap: int, seed: int, number: int) -> Integers:
+    """The runs [bootstrap, runs] that the resamples draw of the system with this number, with replacement."""
+    return np.random.default_rng([seed, 1 + number]).integers(runs, size=(bootstrap, runs))
+
+
+def difference_of(value: float, drawn: Floats, least: float = 0.0) -> Difference:
+    """A value with the interval and p of its resamples [r]; p is of the two-sided comparison with `least`."""
     tail = 100 * (1 - LEVEL) / 2
-    result = {}
-    for name, value in found.items():
-        drawn_difference = means[0][name] - means[1][name]
-        low, high = (float(x) for x in np.percentile(drawn_difference, (tail, 100 - tail)))
-        sides = int((drawn_difference <= 0).sum()), int((drawn_difference >= 0).sum())
-        # With one more on each side, because p = 0 cannot be known from a finite number.
-        result[name] = Difference(value, low, high, min(1.0, 2 * (min(sides) + 1) / (bootstrap + 1)))
-    return result
+    low, high = (float(x) for x in np.percentile(drawn, (tail, 100 - tail)))
+    sides = int((drawn <= least).sum()), int((drawn >= least).sum())
+    # With one more on each side, because p = 0 cannot be known from a finite number.
+    return Difference(value, low, high, min(1.0, 2 * (min(sides) + 1) / (drawn.size + 1)))
 
 
 def delong(one: Runs, other: Runs) -> DeLong | None:

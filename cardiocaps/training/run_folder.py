@@ -64,6 +64,7 @@ class RunFolder:
     loggers = _File("loggers.json")  # see `cardiocaps.training.loggers`
     tensorboard = _File("tensorboard")
     mlflow = _File("mlflow")
+    shifted = _File("shifted")  # scores of the shifted tests, see `cardiocaps.experiments.robustness`
     plots = _File("plots")
     learning_curves = _File("plots/learning_curves.png")
     confusion_matrix = _File("plots/confusion_matrix.png")

@@ -13,8 +13,10 @@ from cardiocaps.experiments.exhibits.confusions import Confusions
 from cardiocaps.experiments.exhibits.curves import LearningCurve, Prevalence
 from cardiocaps.experiments.exhibits.efficiency import Efficiency
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
+from cardiocaps.experiments.exhibits.robustness import Robustness
 from cardiocaps.experiments.exhibits.sweep import Sweep
-from cardiocaps.experiments.plan import CLASSIFIERS, LAMBDAS, SAMPLINGS, SYSTEMS, lambda_key, trained_as
+from cardiocaps.experiments.plan import CLASSIFIERS, LAMBDAS, SAMPLINGS, SYSTEMS, lambda_key, prevalence_key, trained_as
+from cardiocaps.experiments.robustness.claims import BALANCED, IMBALANCED, PIXELS, RARE
 
 _TABLE_1 = ("dr-margin", "dr-weighted-margin", "dr")
 _TABLE_2 = ("dr-margin", "dr", "cardiocaps")
@@ -24,6 +26,17 @@ _TABLE_5 = ("cnn-1", "cnn-2", "resnet18", "unet", "vit", "cardiocaps")
 _TABLE_6 = ("em-capsnet", "efficient-capsnet", "cardiocaps")
 _PIXELS = ("logistic-regression-class-weight", "random-forest-class-weight", "xgboost-class-weight")
 _SPLITS = ("cardiocaps-video-protocol", "cardiocaps-frames", "cardiocaps-paper-protocol")
+_SHIFTED = (
+    "cardiocaps",
+    "dr",
+    "dr-margin",
+    "dr-weighted-margin",
+    "cardiocaps-convolution",
+    "logistic-regression-class-weight",
+    *_TABLE_5[:-1],
+    *_TABLE_6[:-1],
+)
+_ENDS = tuple(prevalence_key(key, share) for key, share in product(IMBALANCED, (BALANCED, RARE)))
 
 _EXHIBITS = (
     Exhibit("table1", "Table I: the loss of DR-CapsNet", _TABLE_1),
@@ -41,6 +54,12 @@ _EXHIBITS = (
     Exhibit("leakage", "Split by video and by frame", _SPLITS),
     Efficiency("efficiency", "Naive and fused routing", ("dr-naive", "dr", "cardiocaps-naive", "cardiocaps")),
     Calibration("calibration", "Calibration", (*_PIXELS, *_TABLE_5[:-1], *_TABLE_6[:-1], "dr", "cardiocaps")),
+    Robustness(
+        "robustness",
+        "The paper's claims, tested",
+        tuple(dict.fromkeys((*_SHIFTED, *PIXELS, *_ENDS))),
+        shifted=_SHIFTED,
+    ),
 )
 EXHIBITS: Mapping[str, Exhibit] = {exhibit.name: exhibit for exhibit in _EXHIBITS}
 """The name of an exhibit -> the exhibit."""

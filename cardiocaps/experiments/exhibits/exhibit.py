@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from cardiocaps.errors import plural
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from cardiocaps.config import TrainConfig
+    from cardiocaps.experiments.folder import ExperimentFolder
+    from cardiocaps.experiments.jobs import Job
 
 VARIED = ("lambda", "training_videos", "abnormal_share")
 """Columns of the CSV with what an exhibit varies; empty in the others."""
@@ -74,6 +77,22 @@ class Exhibit:
         reasons = (why_not(config, SYSTEMS[key]) for key in self.systems)
         return next((reason for reason in reasons if reason is not None), None)
 
+    def tested(
+        self, jobs: Sequence[Job], folder: ExperimentFolder, at_once: int, progress: bool
+    ) -> tuple[Self, Mapping[str, str]]:
+        """Test the finished jobs further than they did themselves, on this machine, if the exhibit shows such tests.
+
+        Args:
+            jobs: of all exhibits.
+            folder: of the experiments.
+            at_once: jobs that are tested at a time.
+            progress: show bars.
+
+        Returns:
+            The exhibit with what the tests gave; and the name of each job that could not be tested -> why.
+        """
+        return self, {}
+
     def varied(self, system: str) -> Mapping[str, float]:
         """The cells of VARIED that a row of the CSV has: what the exhibit varies, and its value for this system."""
         return {}
@@ -113,6 +132,9 @@ class Exhibit:
         from cardiocaps.experiments.exhibits.dots import draw
 
         return draw(self.title, summaries)
+
+    def write_more(self, folder: Path, summaries: Sequence[Summary]) -> None:
+        """Write the files beyond NAME.md, NAME.csv and NAME.png into the folder of tables, if there are any."""
 
     def _results(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
         decisions: list[Column] = [("threshold", lambda s: plus_minus(s.threshold))]

@@ -200,7 +200,7 @@ def test_what_other_phantoms_need(changed: dict[str, Any], only: str | None, mes
     base = replace(BASE, **{**PHANTOM, **changed})
     reasons = {name: exhibit.why_not(base) for name, exhibit in EXHIBITS.items()}
     refused = {name for name, reason in reasons.items() if reason is not None}
-    assert refused == ({only} if only else {"learning-curve", "prevalence"})
+    assert refused == ({only} if only else {"learning-curve", "prevalence", "robustness"})
     for name in refused:
         assert re.search(message, str(reasons[name]))
     key = "cnn-2-75-videos" if "learning-curve" in refused else "cnn-2-abnormal-0.5"

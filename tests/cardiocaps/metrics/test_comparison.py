@@ -17,9 +17,11 @@ from cardiocaps.metrics.comparison import (
     detectable,
     hanley_mcneil,
     holm,
+    paired_contrast,
     paired_differences,
     structural_components,
 )
+from cardiocaps.metrics.intervals import draw_weights
 
 Floats = NDArray[np.float64]
 
@@ -172,3 +174,51 @@ def test_power() -> None:
     rate = 0.9 / (1 - 0.9)  # AUROC of exponentials with means in the ratio AUROC : 1 - AUROC
     drawn = [roc_auc_score(label, rng.exponential(np.where(label == 1, rate, 1.0))) for _ in range(2000)]
     assert hanley_mcneil(0.9, 20, 60) == pytest.approx(np.std(drawn), rel=0.1)
+
+
+def _contrast_by_hand(
+    systems: list[list[tuple[float, Runs]]], bootstrap: int, seed: int
+) -> tuple[float, NDArray[np.float64]]:
+    """AUROC by scikit-learn, of samples that are repeated as often as they are drawn."""
+    label = np.asarray(systems[0][0][1].labels[0])
+    strata = {"normal": np.flatnonzero(label == 0), "abnormal": np.flatnonzero(label == 1)}
+    weights = draw_weights(strata, bootstrap, np.random.default_rng(seed)).astype(int)
+
+    def auroc(runs: Runs, k: int, weight: NDArray[np.int64]) -> float:
+        taken = np.repeat(np.arange(label.size), weight)
+        return float(roc_auc_score(label[taken], np.asarray(runs.probabilities[k])[taken]))
+
+    value, drawn = 0.0, np.zeros(bootstrap)
+    for number, terms in enumerate(systems):
+        seeds = len(terms[0][1].probabilities)
+        chosen = np.random.default_rng([seed, 1 + number]).integers(seeds, size=(bootstrap, seeds))
+        for coefficient, runs in terms:
+            value += coefficient * np.mean([auroc(runs, k, np.ones_like(label, dtype=int)) for k in range(seeds)])
+            for r in range(bootstrap):
+                drawn[r] += coefficient * np.mean([auroc(runs, k, weights[r]) for k in chosen[r]])
+    return value, drawn
+
+
+def test_a_contrast_draws_the_same_videos_for_all_and_the_same_seeds_for_a_system() -> None:
+    (one, label), (shifted, _), (other, _), (more, _) = (_drawn(seed, n=24, skill=1.5) for seed in range(1, 5))
+    system = [(1.0, _runs(shifted, more, label=label)), (-1.0, _runs(one, other, label=label))]
+    second = [(-0.5, _runs(other, one, more, label=label)), (0.5, _runs(more, shifted, one, label=label))]
+    value, drawn = _contrast_by_hand([system, second], 40, 7)
+    found = paired_contrast([system, second], ["auroc"], bootstrap=40, seed=7, least=0.05)["auroc"]
+    assert found.value == pytest.approx(value, abs=1e-12)
+    np.testing.assert_allclose([found.low, found.high], np.percentile(drawn, (2.5, 97.5)), atol=1e-12)
+    sides = min((drawn <= 0.05).sum(), (drawn >= 0.05).sum())
+    assert found.p == pytest.approx(min(1, 2 * (sides + 1) / 41))
+
+
+def test_a_system_minus_itself_is_zero_in_every_resample() -> None:
+    (one, label), (other, _) = _drawn(1), _drawn(2)
+    runs = _runs(one, other, label=label)
+    found = paired_contrast([[(1.0, runs), (-1.0, runs)]], ["auroc", "brier"], bootstrap=30)
+    assert all((x.value, x.low, x.high, x.p) == (0, 0, 0, 1) for x in found.values())
+
+
+def test_terms_of_a_system_need_the_same_networks() -> None:
+    (one, label), (other, _) = _drawn(1), _drawn(2)
+    with pytest.raises(ValueError, match="same networks"):
+        paired_contrast([[(1.0, _runs(one, label=label)), (-1.0, _runs(one, other, label=label))]], ["auroc"])

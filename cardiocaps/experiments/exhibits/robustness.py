@@ -1,0 +1,487 @@
+"""Robustness: curves over shifts of the test, equivariance to the angle, and verdicts on the paper's claims."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+from cardiocaps.config.option import shown
+from cardiocaps.evaluation.names import METRIC_NAMES
+from cardiocaps.experiments.exhibits.exhibit import Exhibit
+from cardiocaps.experiments.exhibits.panels import SMALL, wrapped
+from cardiocaps.experiments.markdown import DASH, joined, plus_minus, table, with_interval
+from cardiocaps.experiments.plan import MAIN, SYSTEMS
+from cardiocaps.experiments.results import read_result
+from cardiocaps.experiments.robustness.claims import CNNS
+from cardiocaps.experiments.robustness.equivariance import JUDGED, PatientRatio, mean_estimate
+from cardiocaps.experiments.robustness.measured import CURVES, Measured, measure
+from cardiocaps.experiments.robustness.shifts import AXES, TESTS, UNSHIFTED, ShiftedTest, neutral, with_unshifted
+from cardiocaps.experiments.summaries import Row, Summary
+from cardiocaps.metrics import MeanEstimate, evaluate
+from cardiocaps.metrics.comparison import Difference
+from cardiocaps.plots import BLUE, GREEN, GREY, VERMILION, dress, new_figure, save
+from cardiocaps.runtime.files import READABLE, write_csv
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from cardiocaps.config import TrainConfig
+    from cardiocaps.experiments.folder import ExperimentFolder
+    from cardiocaps.experiments.jobs import Job
+
+_COLUMNS = 3
+_STYLES = ((VERMILION, "o", "-"), (BLUE, "s", "--"), (GREEN, "^", "-."))
+"""Colour, marker and line of the highlighted systems; they differ without colour too."""
+
+_NEEDED: Mapping[str, tuple[str | None, ...]] = {
+    "protocol": ("video",),
+    "limit": (None,),
+    "split": ("auto", "column"),
+}
+"""The values of settings with which the test videos are the phantom's own."""
+
+_OTHERS = "other systems"
+
+
+@dataclass(frozen=True)
+class Robustness(Exhibit):
+    """Tests systems under shifts after their training.
+
+    Attributes:
+        shifted: the systems that are tested under shifts; the others are trained for the claims about the usual test.
+        tests: what they are tested on, besides the unshifted test.
+        found: what the tests gave; None before them.
+    """
+
+    shifted: tuple[str, ...] = ()
+    tests: tuple[ShiftedTest, ...] = TESTS
+    found: Measured | None = field(default=None, compare=False, repr=False)
+
+    def why_not(self, config: TrainConfig) -> str | None:
+        why = "the shifts need the phantom, with the geometry of its hearts and its own test patients"
+        if config.data is not None:
+            return f"data is {shown(config.data)}; expected null: {why}"
+        for name, expected in _NEEDED.items():
+            if (value := getattr(config, name)) not in expected:
+                return f"{name} is {shown(value)}; expected {' or '.join(x or 'null' for x in expected)}: {why}"
+        return super().why_not(config)
+
+    @property
+    def has_references(self) -> bool:
+        return True
+
+    def tested(
+        self, jobs: Sequence[Job], folder: ExperimentFolder, at_once: int, progress: bool
+    ) -> tuple[Self, Mapping[str, str]]:
+        own = [job for job in jobs if job.system.key in self.shifted]
+        if not own:
+            return self, {}
+        from cardiocaps.experiments.robustness.scoring import score_all
+
+        tests = with_unshifted(self.tests)
+        errors = score_all(own, tests, folder.path / "shifted", at_once, progress)
+        results = {key: [read_result(job.folder) for job in jobs if job.system.key == key] for key in self.systems}
+        return replace(self, found=measure(own, tests, results, own[0].config.bootstrap)), errors
+
+    def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
+        if self.found is None or not self.found.points:
+            return ["No system was tested under shifts.", *self._results(rows, found, bootstrap)]
+        return [
+            *_verdicts(self.found),
+            *self._shifts(self.found),
+            *_equivariance(self.name, self.found),
+            *self._results(rows, found, bootstrap),
+        ]
+
+    def draw(self, summaries: Sequence[Summary]) -> Figure:
+        """AUROC over the size of every shift; the other figures are made by `write_more`."""
+        if self.found is None or not self.found.points:
+            return super().draw(summaries)
+        return self._curves(self.found, "auroc", summaries)
+
+    def write_more(self, folder: Path, summaries: Sequence[Summary]) -> None:
+        """The other figures, and the CSV of shifts, equivariance and verdicts."""
+        if self.found is None or not self.found.points:
+            return
+        for metric in CURVES[1:]:
+            save(self._curves(self.found, metric, summaries), folder / _file(self.name, metric, "png"))
+        for what, lines in (
+            ("shifts", list(self._shift_rows(self.found))),
+            ("equivariance", list(_equivariance_rows(self.found))),
+            ("verdicts", list(_verdict_rows(self.found))),
+        ):
+            if lines:
+                write_csv(folder / _file(self.name, what, "csv"), lines, digits=READABLE)
+        if self.found.equivariance:
+            save(_draw_equivariance(self.found, self._highlighted(self.found, summaries)), folder / _picture(self.name))
+
+    def _shifts(self, found: Measured) -> list[str]:
+        highlighted = [key for key in (MAIN, "dr", *CNNS) if key in found.systems]
+        csv = _file(self.name, "shifts", "csv")
+        text = (
+            "The trained systems were tested on the same test patients, examined otherwise: hearts and labels are "
+            "those of the unshifted test. Means over the seeds; intervals are the middle 95 % of "
+            f"{found.bootstrap:,} resamples of videos and seeds. All differences from the unshifted test, deviations "
+            f"and intervals are in [{csv}]({csv}). The Brier score is the mean squared error of the probabilities, of "
+            "calibration and ranking together. Hearts in training are turned by -15 to 15 degrees."
+        )
+        parts = ["## Shifted tests", text]
+        tests = with_unshifted(self.tests)
+        for metric in CURVES:
+            name = METRIC_NAMES[metric]
+            if metric != CURVES[0]:
+                picture = _file(self.name, metric, "png")
+                parts.append(f"![{name} under shifts]({picture})")
+            parts.append(f"**{name[0].upper()}{name[1:]}**")
+            head = ("test", *(SYSTEMS[key].title for key in found.systems))
+            lines = [
+                (_title(test), *(f"{found.points[key, test.name].metrics[metric].value:.3f}" for key in found.systems))
+                for test in tests
+            ]
+            parts.append(table(head, lines))
+            if found.bootstrap and highlighted:
+                lines = [
+                    (
+                        _title(test),
+                        *(_interval(found.points[key, test.name].changes[metric]) for key in highlighted),
+                    )
+                    for test in tests
+                    if test != UNSHIFTED
+                ]
+                parts.append("Change from the unshifted test:")
+                parts.append(table(("test", *(SYSTEMS[key].title for key in highlighted)), lines))
+        parts.append("**Expected calibration error**, of 10 bins of equally many videos")
+        lines = [
+            (_title(test), *(plus_minus(found.points[key, test.name].calibration_error) for key in found.systems))
+            for test in tests
+        ]
+        parts.append(table(("test", *(SYSTEMS[key].title for key in found.systems)), lines))
+        return parts
+
+    def _shift_rows(self, found: Measured) -> Iterator[dict[str, Any]]:
+        for key in found.systems:
+            for test in with_unshifted(self.tests):
+                point = found.points[key, test.name]
+                cells: dict[str, Any] = {
+                    "system": key,
+                    "title": SYSTEMS[key].title,
+                    "seeds": point.seeds,
+                    "test": test.name,
+                    "shift": test.axis,
+                    "size": test.size if test.axis else "",
+                }
+                for metric in CURVES:
+                    x, change = point.metrics[metric], point.changes[metric]
+                    cells |= {metric: x.value, f"{metric}_sd": x.sd, f"{metric}_low": x.low, f"{metric}_high": x.high}
+                    cells[f"{metric}_method"] = x.method
+                    cells |= _difference(f"{metric}_change", change if test.axis else Difference(math.nan))
+                error = point.calibration_error
+                yield {**cells, "calibration_error": error.value, "calibration_error_sd": error.sd}
+
+    def _highlighted(self, found: Measured, summaries: Sequence[Summary]) -> list[str]:
+        """CardioCaps, DR-CapsNet and the CNN with the best AUROC on validation, as far as they were tested."""
+        auroc = {}
+        for summary in summaries:
+            if summary.system in CNNS and summary.system in found.systems:
+                parts = [r.validation.samples(r.unit)[:2] for r in summary.results]
+                values = [evaluate(p, y, bootstrap=0).metrics["auroc"].value for p, y in parts]
+                auroc[summary.system] = sum(values) / len(values)
+        known = {key: x for key, x in auroc.items() if not math.isnan(x)}
+        best = [max(known, key=lambda key: known[key])] if known else []
+        return [key for key in (MAIN, "dr", *best) if key in found.systems]
+
+    def _curves(self, found: Measured, metric: str, summaries: Sequence[Summary]) -> Figure:
+        """A panel for each axis; the highlighted systems with intervals, the others as thin grey lines."""
+        axes_names = [axis for axis in AXES if any(test.axis == axis for test in self.tests)]
+        lines = math.ceil(len(axes_names) / _COLUMNS)
+        name = METRIC_NAMES[metric]
+        title = f"{name[0].upper()}{name[1:]} of trained systems under shifts of the test"
+        figure = new_figure(9.6, 2.7 * lines + 1.3, wrapped(title, 80))
+        blocks: Any = figure.subfigures(2, 1, height_ratios=[2.7 * lines, 0.5])
+        body, foot = blocks
+        panels = body.subplots(lines, _COLUMNS, squeeze=False, sharey=True).ravel()
+        highlighted = self._highlighted(found, summaries)
+        for place, (axes, axis) in enumerate(zip(panels, axes_names, strict=False)):
+            sizes = {test.size: test.name for test in self.tests if test.axis == axis}
+            sizes = dict(sorted({**sizes, neutral(axis): UNSHIFTED.name}.items()))
+            for key in found.systems:
+                values = [found.points[key, test].metrics[metric] for test in sizes.values()]
+                if key in highlighted:
+                    width = max(sizes) - min(sizes)
+                    # A little to the side of each other, so that intervals can be told apart.
+                    offset = 0.012 * width * (highlighted.index(key) - 1)
+                    _line(axes, [x + offset for x in sizes], values, key, highlighted)
+                else:
+                    axes.plot(
+                        list(sizes),
+                        [x.value for x in values],
+                        "-",
+                        color="#BDBDBD",
+                        linewidth=0.8,
+                        zorder=1,
+                        label=_OTHERS,
+                    )
+            _dress_axis(axes, axis, list(sizes))
+            if place % _COLUMNS == 0:
+                axes.set_ylabel(f"{name[0].upper()}{name[1:]}", fontsize=9)
+        for axes in panels[len(axes_names) :]:
+            axes.remove()
+        _legend(foot, panels[0])
+        return figure
+
+
+def _file(exhibit: str, what: str, ending: str) -> str:
+    return f"{exhibit}-{what.replace('_', '-')}.{ending}"
+
+
+def _picture(exhibit: str) -> str:
+    return _file(exhibit, "equivariance", "png")
+
+
+def _title(test: ShiftedTest) -> str:
+    if not test.axis or test.axis == "machine":
+        return AXES[test.axis] if test.axis else "unshifted"
+    name, _, unit = AXES[test.axis].partition(", ")
+    if unit == "factor":
+        return f"{name} × {test.size:g}"
+    return f"{name} {test.size:+g} {unit}"
+
+
+def _interval(difference: Difference) -> str:
+    if math.isnan(difference.value):
+        return "undefined"
+    return f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+
+
+def _difference(name: str, difference: Difference) -> dict[str, float]:
+    return {
+        name: difference.value,
+        f"{name}_low": difference.low,
+        f"{name}_high": difference.high,
+        f"{name}_p": difference.p,
+    }
+
+
+def _p(value: float) -> str:
+    return DASH if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _verdicts(found: Measured) -> list[str]:
+    text = (
+        "Each claim of the paper is a list of differences that are above 0, or above the bound that is named, if it "
+        f"is true; intervals and p are of {found.bootstrap:,} paired resamples of test videos and seeds (of times: "
+        "Welch's t over the seeds). The claim *holds* if all differences are above their bounds: its p is the largest "
+        "of theirs. It *does not hold* if one is below: its p is the least of those, times the number of differences. "
+        "The smaller p, corrected by Holm over the claims, must be below 0.05; otherwise the claim *cannot be told*, "
+        "which does not mean that systems are equal. The rule was written before the results. **These are verdicts "
+        "about the phantom**, synthetic images with shifts of its own; they say nothing about patients, nor about the "
+        "paper's own data."
+    )
+    lines = []
+    for judged in found.verdicts:
+        claim = judged.claim
+        above = sum(isinstance(x, Difference) and x.value > c.least for x, c in _pairs(judged))
+        missing = list(dict.fromkeys(x for x in judged.found if isinstance(x, str)))
+        state = f"{above} of {len(judged.found)} above" if not missing else f"not measured: {joined(missing)}"
+        words = f"“{claim.quote}” ({claim.place})"
+        lines.append((claim.text, words, f"**{judged.verdict}**", state, _p(judged.p), _p(judged.p_corrected)))
+    differences = [
+        (
+            judged.claim.name,
+            contrast.text,
+            x if isinstance(x, str) else _interval(x),
+            DASH if isinstance(x, str) else _p(x.p),
+        )
+        for judged in found.verdicts
+        for x, contrast in _pairs(judged)
+    ]
+    return [
+        "## Verdicts",
+        text,
+        table(("claim", "the paper's words", "verdict", "differences", "p", "p, corrected"), lines),
+        "The differences behind them:",
+        table(("claim", "difference", "with its 95 % interval", "p"), differences),
+    ]
+
+
+def _pairs(judged: Any) -> Iterator[tuple[Any, Any]]:
+    yield from zip(judged.found, judged.claim.contrasts, strict=True)
+
+
+def _verdict_rows(found: Measured) -> Iterator[dict[str, Any]]:
+    for judged in found.verdicts:
+        for x, contrast in _pairs(judged):
+            known = x if isinstance(x, Difference) else Difference(math.nan)
+            yield {
+                "claim": judged.claim.name,
+                "text": judged.claim.text,
+                "quote": judged.claim.quote,
+                "place": judged.claim.place,
+                "verdict": judged.verdict.value,
+                "p": judged.p,
+                "p_corrected": judged.p_corrected,
+                "difference": contrast.text,
+                "bound": contrast.least,
+                **_difference("value", known),
+                "not_measured": x if isinstance(x, str) else "",
+            }
+
+
+def _equivariance(exhibit: str, found: Measured) -> list[str]:
+    if not found.equivariance:
+        return []
+    csv = _file(exhibit, "equivariance", "csv")
+    turns = list(next(iter(found.equivariance.values())).changes)
+
+    def cell(ratio: PatientRatio) -> str:
+        return with_interval(mean_estimate(ratio, found.label, found.bootstrap)).replace(", bootstrap", "")
+
+    text = (
+        "The features of a capsule network are its class capsules, of another network the input of its last linear "
+        "layer, means over the frames of a video. *Change*: the cosine distance of a patient's features from those at "
+        "0°, divided by the median distance of two patients; an invariant network has 0. *Linear map*: R² of a ridge "
+        "map from the features at 0° to those at the other angles on held-out patients, against predicting the mean "
+        "(equivariance in the sense of Lenc and Vedaldi, CVPR 2015; invariance is a special case). *Angle*: R² of a "
+        "ridge regression from the features to the angle of the heart in the image on held-out patients; an invariant "
+        f"network has 0. Both with all features and with {JUDGED} principal components, as many features as the "
+        "smallest network has. Mean ± deviation over the seeds; intervals by patient and seed, without fitting anew. "
+        f"By angle, and with 16 components, in [{csv}]({csv})."
+    )
+    lines = []
+    for key, own in found.equivariance.items():
+        measures = [own.mapped(None), own.mapped(JUDGED), own.angles[None], own.angles[JUDGED]]
+        changes = [cell(own.changes[turn]) for turn in (turns[0], turns[-1])]
+        lines.append((SYSTEMS[key].title, str(own.features), *changes, *map(cell, measures)))
+    head = (
+        "system",
+        "features",
+        *(f"change at {turn:g}°" for turn in (turns[0], turns[-1])),
+        "linear map, R²",
+        f"linear map, {JUDGED} components",
+        "angle, R²",
+        f"angle, {JUDGED} components",
+    )
+    return ["## Equivariance to the angle", text, f"![Equivariance]({_picture(exhibit)})", table(head, lines)]
+
+
+def _equivariance_rows(found: Measured) -> Iterator[dict[str, Any]]:
+    for key, own in found.equivariance.items():
+        measures: dict[tuple[str, float | str, int | str], PatientRatio] = {
+            **{("change", turn, ""): ratio for turn, ratio in own.changes.items()},
+            **{("map", turn, size or ""): ratio for (size, turn), ratio in own.maps.items()},
+            **{("map", "all", size or ""): own.mapped(size) for size in own.angles},
+            **{("angle", "all", size or ""): ratio for size, ratio in own.angles.items()},
+        }
+        for (kind, turn, size), ratio in measures.items():
+            x = mean_estimate(ratio, found.label, found.bootstrap)
+            yield {
+                "system": key,
+                "title": SYSTEMS[key].title,
+                "seeds": len(ratio.above),
+                "features": own.features,
+                "measure": kind,
+                "angle": turn,
+                "components": size,
+                "value": x.value,
+                "sd": x.sd,
+                "low": x.low,
+                "high": x.high,
+            }
+
+
+def _draw_equivariance(found: Measured, highlighted: Sequence[str]) -> Figure:
+    """Change and linear map over the angle, and the angle in the features as a bar of dots."""
+    figure = new_figure(9.6, 4.4, "Features of trained networks when the heart is turned")
+    blocks: Any = figure.subfigures(2, 1, height_ratios=[3.6, 0.5])
+    body, foot = blocks
+    first, second, third = body.subplots(1, 3)
+    for key, own in found.equivariance.items():
+        changes = {turn: _estimate(found, ratio) for turn, ratio in own.changes.items()}
+        maps = {turn: _estimate(found, ratio) for (size, turn), ratio in own.maps.items() if size == JUDGED}
+        for axes, values in ((first, changes), (second, maps)):
+            if key in highlighted:
+                _line(axes, list(values), list(values.values()), key, highlighted)
+            else:
+                estimates = [x.value for x in values.values()]
+                axes.plot(list(values), estimates, "-", color="#BDBDBD", linewidth=0.8, zorder=1, label=_OTHERS)
+    dress(first, "Turn, degrees", "Relative cosine distance")
+    dress(second, "Turn, degrees", f"R² of a linear map, {JUDGED} components")
+    for axes in (first, second):
+        axes.set_xticks(list(next(iter(found.equivariance.values())).changes))
+    first.set_ylim(bottom=0)
+    for line, (key, own) in enumerate(found.equivariance.items()):
+        x = _estimate(found, own.angles[JUDGED])
+        colour, marker, _ = _style(key, highlighted)
+        bounds = [] if math.isnan(x.low) else [[max(0.0, x.value - x.low)], [max(0.0, x.high - x.value)]]
+        third.errorbar(
+            [x.value],
+            [line],
+            xerr=bounds or None,
+            color=colour,
+            marker=marker,
+            markersize=5,
+            capsize=2,
+            linestyle="none",
+        )
+    dress(third, f"R² of the angle, {JUDGED} components", "")
+    third.set_yticks(
+        range(len(found.equivariance)), [wrapped(SYSTEMS[key].title, 26) for key in found.equivariance], fontsize=6.5
+    )
+    third.set_ylim(len(found.equivariance) - 0.5, -0.5)
+    for axes in (first, second, third):
+        axes.tick_params(labelsize=SMALL)
+    third.tick_params(axis="y", labelsize=6.5, length=0)
+    _legend(foot, first)
+    return figure
+
+
+def _estimate(found: Measured, ratio: PatientRatio) -> MeanEstimate:
+    return mean_estimate(ratio, found.label, found.bootstrap)
+
+
+def _style(key: str, highlighted: Sequence[str]) -> tuple[str, str, str]:
+    return _STYLES[highlighted.index(key)] if key in highlighted else (GREY, "o", "-")
+
+
+def _line(
+    axes: Axes, at: Sequence[float], values: Sequence[MeanEstimate], key: str, highlighted: Sequence[str]
+) -> None:
+    """A highlighted system: means with their intervals."""
+    colour, marker, style = _style(key, highlighted)
+    means = [x.value for x in values]
+    axes.plot(
+        at, means, style, color=colour, marker=marker, markersize=4.5, linewidth=1.5, zorder=3, label=SYSTEMS[key].title
+    )
+    known = [(x, value.low, value.high) for x, value in zip(at, values, strict=True) if not math.isnan(value.low)]
+    if known:
+        axes.vlines(*zip(*known, strict=True), color=colour, linewidth=1.1, alpha=0.6, zorder=2)
+
+
+def _dress_axis(axes: Axes, axis: str, sizes: Sequence[float]) -> None:
+    name = "machine" if axis == "machine" else AXES[axis]
+    dress(axes, "", "")
+    axes.set_xlabel(f"{name[0].upper()}{name[1:]}", fontsize=9)
+    axes.tick_params(labelsize=SMALL)
+    names = ["usual", "another"] if axis == "machine" else [f"{x:g}" for x in sizes]
+    axes.set_xticks(list(sizes), names)
+    room = 0.12 * (max(sizes) - min(sizes))
+    axes.set_xlim(min(sizes) - room, max(sizes) + room)
+
+
+def _legend(foot: Any, axes: Axes) -> None:
+    """The highlighted systems, then the others under one name."""
+    lines = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    names = sorted(lines, key=lambda name: name == _OTHERS)
+    foot.legend(
+        [lines[name] for name in names],
+        names,
+        loc="center",
+        ncols=len(names),
+        frameon=False,
+        fontsize=SMALL,
+        handlelength=4,
+    )
