@@ -32,18 +32,18 @@ def section(
     rows: Sequence[Row],
     found: Mapping[str, Summary],
     bootstrap: int,
-    reference: Callable[[Summary, Sequence[Summary]], Summary | None],
+    compared_with: Callable[[Summary, Sequence[Summary]], Summary | None],
 ) -> list[str]:
     """The Markdown; empty without resamples, and for fewer than two systems that were tested on the same samples.
 
     Args:
-        reference: what a system of these is compared with; None: with nothing.
+        compared_with: what a system of these is compared with; None: with nothing.
     """
     summaries = [found[row.system] for row in rows if row.system in found and row.system not in REFERENCES]
     pairs = [
         (summary, other)
         for summary in summaries
-        if bootstrap and (other := reference(summary, summaries)) is not None and _is_paired(summary, other)
+        if bootstrap and (other := compared_with(summary, summaries)) is not None and _is_paired(summary, other)
     ]
     if not pairs:
         return []

@@ -67,8 +67,8 @@ class Curve(Exhibit):
     def varied(self, system: str) -> Mapping[str, float]:
         return {self.column: self.places[system][1]} if system in self.places else {}
 
-    def reference(self, summary: Summary, summaries: Sequence[Summary]) -> Summary | None:
-        """CardioCaps at the same place; for CardioCaps itself that of the other tables."""
+    def compared_with(self, summary: Summary, summaries: Sequence[Summary]) -> Summary | None:
+        """CardioCaps at the same place of the axis; CardioCaps itself with that of the other tables."""
         line, at = self.places[summary.system]
         wanted = MAIN if line == MAIN else next(key for key, place in self.places.items() if place == (MAIN, at))
         return None if wanted == summary.system else next((s for s in summaries if s.system == wanted), None)

@@ -106,7 +106,7 @@ class Exhibit:
         """Whether a row with numbers is in the figure."""
         return system not in REFERENCES
 
-    def reference(self, summary: Summary, summaries: Sequence[Summary]) -> Summary | None:
+    def compared_with(self, summary: Summary, summaries: Sequence[Summary]) -> Summary | None:
         """What a system is compared with; None: with nothing, as it is the reference itself.
 
         The reference is CardioCaps; in an exhibit without it the last system, which is the paper's proposal there. A
@@ -122,7 +122,7 @@ class Exhibit:
         """The Markdown between the figure and the notes. `found` maps systems with results to their summaries."""
         return [
             *self._results(rows, found, bootstrap),
-            *comparisons.section(rows, found, bootstrap, self.reference),
+            *comparisons.section(rows, found, bootstrap, self.compared_with),
             *self._published(rows, found),
             *self._cost(rows, found),
         ]

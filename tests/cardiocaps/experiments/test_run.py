@@ -87,6 +87,7 @@ def _predictions(out: Path, key: str) -> str:
 
 
 def test_every_row_has_figures(everything: Path) -> None:
+    assert not any((everything / "tables" / f"{name}.csv").exists() for name in OF_OTHER_PHANTOMS)
     made = {name: exhibit for name, exhibit in EXHIBITS.items() if name not in OF_OTHER_PHANTOMS}
     for key in keys_of(made.values(), "video"):
         result = read_result(everything / "jobs" / key / f"seed{FIRST_SEED}")
