@@ -53,7 +53,7 @@ DIFFICULTIES: Mapping[str, Difficulty | None] = MappingProxyType(
     {
         EASY: None,
         MODERATE: Difficulty(0.5, (0.77, 0.09), (1.10, 1.80), 0.26, (5.6, 7.2), (0.12, 0.12), (15.5, 16.5), 0.3),
-        HARD: Difficulty(1.0, (0.79, 0.10), (1.06, 1.80), 0.30, (5.5, 7.2), (0.12, 0.12), (15.5, 16.5), 0.6),
+        HARD: Difficulty(1.0, (0.79, 0.10), (1.06, 1.80), 0.30, (5.5, 7.2), (0.12, 0.12), (15.5, 16.5), 0.85),
     }
 )
 """Name -> difficulty; None: hearts with a distance from the thresholds, and one machine."""
