@@ -79,7 +79,8 @@ def run(config: TrainConfig, interruption: Interruption, ranks: Ranks) -> None:
     from cardiocaps.evaluation.predictions import unit_of
     from cardiocaps.evaluation.run import evaluate_task
     from cardiocaps.runtime.device import machine_for
-    from cardiocaps.training.fit import check_ranks, quiet, train
+    from cardiocaps.runtime.quiet import quiet
+    from cardiocaps.training.fit import check_ranks, train
     from cardiocaps.training.loggers import require_loggers
 
     quiet()

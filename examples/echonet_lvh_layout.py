@@ -25,13 +25,14 @@ from cardiocaps.data.views import base_side, draw_jitter, three_views
 from cardiocaps.evaluation.decision import read_decision
 from cardiocaps.phantom import write_phantom
 from cardiocaps.training.checkpoints import best_network, weights_digest
+from cardiocaps.training.network import TrainedNetwork
 from cardiocaps.training.run_folder import RunFolder
 
 
 def predict(run: Path, video: Path) -> tuple[float, float]:
     """The probability that a video is abnormal, and the threshold of the run's decisions."""
     config, folder = read_run(run), RunFolder.open(run)
-    classifier = best_network(config, folder).eval()
+    classifier = best_network(config, folder, TrainedNetwork).eval()
     size = config.network.size
 
     # The frames and views that the run is evaluated on: frames spread over the video, three views of each.

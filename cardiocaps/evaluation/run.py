@@ -24,8 +24,9 @@ from cardiocaps.evaluation.scores import Scores, predict
 from cardiocaps.runtime.device import Machine, machine_for
 from cardiocaps.runtime.files import write_json
 from cardiocaps.runtime.program import Interrupted, print_line
+from cardiocaps.runtime.quiet import quiet
 from cardiocaps.training.checkpoints import best_network, weights_digest
-from cardiocaps.training.fit import quiet
+from cardiocaps.training.module import Classifier
 from cardiocaps.training.run_folder import RunFolder
 
 _OF_DATA_SET = ("threshold", "group_column", *OWN_SETTINGS)
@@ -57,7 +58,7 @@ def evaluate_network(
     training = results is not None and results.path == run.path
     unit, target = unit_of(config), data.target
     regressed = None if target is None else (target, data.study.units[target])
-    network = best_network(config, run)
+    network = best_network(config, run, Classifier)
     weights = weights_digest(network)
     decision = None if training else read_decision(run.decision, weights)
     calibration = None if training else read_calibration(run.calibration, weights)
@@ -112,7 +113,7 @@ def evaluate_target(
         OutputError: a file cannot be written.
     """
     data, own_data = used.data, used.is_own is not False
-    network = best_network(config, run)
+    network = best_network(config, run, Classifier)
     weights = weights_digest(network)
     target = Target.of(data) if own_data else Target.read(run.target)
     if target is None:

@@ -30,9 +30,11 @@ from cardiocaps.runtime.device import Machine, machine_for
 from cardiocaps.runtime.files import lock_folder, write_json
 from cardiocaps.runtime.peak_memory import PeakMemory
 from cardiocaps.runtime.program import Interruption
+from cardiocaps.runtime.quiet import quiet
 from cardiocaps.training.callbacks import Progress, Watch
 from cardiocaps.training.checkpoints import best_network, weights_digest
-from cardiocaps.training.fit import quiet, train
+from cardiocaps.training.fit import train
+from cardiocaps.training.module import Classifier
 from cardiocaps.training.run_folder import RunFolder
 
 _OTHER_DATA = "choose another --out for these"
@@ -112,7 +114,7 @@ def _train_network(
     memory = PeakMemory(machine.device)
     history = train(config, machine, folder, data, interruption, callbacks=[Progress(watch), memory])
     watch(1.0, "evaluating")
-    network = best_network(config, folder)
+    network = best_network(config, folder, Classifier)
     said = predict(config, machine, network, data, ("val", "test"))
     # `cardiocaps.evaluate` reads this file, so that it uses the same threshold as the tables.
     decision = Decision.choose(said["val"], unit_of(config), weights_digest(network), training_mean(data))

@@ -32,7 +32,7 @@ from cardiocaps.experiments.tables import write_exhibit, write_index
 from cardiocaps.runtime.device import decide, machine_for, visible_gpu
 from cardiocaps.runtime.files import lock_folder, output_errors, remove_leftovers
 from cardiocaps.runtime.program import Interrupted, print_line
-from cardiocaps.training.fit import quiet
+from cardiocaps.runtime.quiet import quiet
 from cardiocaps.training.run_folder import RunFolder
 
 

@@ -37,7 +37,7 @@ from cardiocaps.runtime.device import Machine, machine_for
 from cardiocaps.runtime.files import lock_folder, output_errors, write_csv
 from cardiocaps.runtime.program import print_line
 from cardiocaps.runtime.progress import shown
-from cardiocaps.training.fit import quiet
+from cardiocaps.runtime.quiet import quiet
 
 _STEPS = 16
 _RESAMPLES = 2000

@@ -24,7 +24,7 @@ from cardiocaps.prediction.run import scored
 from cardiocaps.runtime.device import machine_for
 from cardiocaps.runtime.files import atomic_write
 from cardiocaps.runtime.program import print_line
-from cardiocaps.training.fit import quiet
+from cardiocaps.runtime.quiet import quiet
 
 EXPLANATIONS = Kind("explanations", "explain.json")
 

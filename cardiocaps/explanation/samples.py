@@ -25,6 +25,7 @@ from cardiocaps.plots import CLASSES, new_figure, save
 from cardiocaps.runtime.device import machine_for
 from cardiocaps.runtime.program import print_line
 from cardiocaps.training.checkpoints import best_network
+from cardiocaps.training.network import TrainedNetwork
 from cardiocaps.training.run_folder import RunFolder
 
 _COLOURS = ("#ffb000", "#35c2ff", "#ff5f87", "#8fd14f")
@@ -144,7 +145,7 @@ def _sample(clip: Clip, rows: list[Row] | tuple[()], size: int) -> Sample:
 def _reconstructed(config: TrainConfig, run: Path, samples: list[Sample]) -> torch.Tensor:
     """The reconstructions [n, 3, S, S] of a run's best network."""
     with machine_for(config) as machine:
-        network = best_network(config, RunFolder.open(run)).model.eval().to(machine.device)
+        network = best_network(config, RunFolder.open(run), TrainedNetwork).model.eval().to(machine.device)
         with torch.inference_mode():
             found = [network(s.views[None].to(machine.device)).reconstruction for s in samples]
     if found[0] is None:

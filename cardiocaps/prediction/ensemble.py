@@ -27,7 +27,7 @@ from cardiocaps.metrics import Floats
 from cardiocaps.prediction.inputs import Input
 from cardiocaps.runtime.device import Machine
 from cardiocaps.training.checkpoints import best_network, weights_digest
-from cardiocaps.training.module import Classifier
+from cardiocaps.training.network import TrainedNetwork
 from cardiocaps.training.run_folder import RunFolder
 
 UNLIKE, STILL, BLANK = "unlike-training-data", "still", "blank"
@@ -75,7 +75,7 @@ class Member:
 
     name: str
     config: TrainConfig
-    network: Classifier
+    network: TrainedNetwork
     weights: str
     decision: Decision
     calibration: Calibration
@@ -85,7 +85,7 @@ class Member:
     def load(cls, path: Path, machine: Machine, config: TrainConfig) -> Member:
         """Raises ConfigError or CheckpointError where the run cannot be used."""
         run = RunFolder.open(path)
-        network = best_network(config, run)
+        network = best_network(config, run, TrainedNetwork)
         weights, unit = weights_digest(network), unit_of(config)
         machine.lay_out(network.model)
         network.to(machine.device).eval()
@@ -100,7 +100,7 @@ class Member:
         )
 
     def say(self, videos: Sequence[Frames], machine: Machine) -> list[dict[str, Floats]]:
-        """What the network says of each frame of each video: as `Classifier.of_frames`, float64 [n].
+        """What the network says of each frame of each video: as `TrainedNetwork.of_frames`, float64 [n].
 
         Raises:
             CheckpointError: an output is not finite.

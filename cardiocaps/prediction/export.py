@@ -34,6 +34,7 @@ from cardiocaps.runtime.files import atomic_write, is_missing, json_text, output
 from cardiocaps.runtime.packages import require_package
 from cardiocaps.runtime.program import print_line
 from cardiocaps.training.checkpoints import best_network, weights_digest
+from cardiocaps.training.network import TrainedNetwork
 from cardiocaps.training.run_folder import RunFolder
 
 BOUNDS = {"safetensors": 0.0, "torch-export": 1e-5, "onnx": 1e-4}
@@ -85,7 +86,7 @@ def export(
     _refuse(out, overwrite)
     # The CPU and its own kernels: the file is for other machines.
     with machine_for(replace(config, device="cpu", backend="auto", threads=threads)):
-        classifier = best_network(config, folder)
+        classifier = best_network(config, folder, TrainedNetwork)
         network = classifier.model.eval()
         inputs = list(_random_frames(config.network.size))
         expected = [_outputs_of(Named(network), image) for image in inputs]

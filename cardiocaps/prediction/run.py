@@ -24,7 +24,7 @@ from cardiocaps.runtime.packages import require_package
 from cardiocaps.runtime.processes import cores, in_order
 from cardiocaps.runtime.program import print_line
 from cardiocaps.runtime.progress import shown
-from cardiocaps.training.fit import quiet
+from cardiocaps.runtime.quiet import quiet
 
 _AHEAD = 2
 """Videos that each decoding thread may be ahead of the networks."""

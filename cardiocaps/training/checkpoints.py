@@ -6,17 +6,15 @@ import hashlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
 from cardiocaps.config import TrainConfig
 from cardiocaps.errors import CheckpointError
 from cardiocaps.models.pretrained import digest_of, raw_bytes
-from cardiocaps.runtime.files import atomic_write
-from cardiocaps.training.module import Classifier, check_configuration
+from cardiocaps.training.network import TrainedNetwork, check_configuration
 from cardiocaps.training.run_folder import RunFolder
 
 
@@ -40,7 +38,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def load_weights(network: Classifier, checkpoint: Mapping[str, Any], path: Path) -> None:
+def load_weights(network: TrainedNetwork, checkpoint: Mapping[str, Any], path: Path) -> None:
     """Load the weights of a checkpoint into the network. Raises CheckpointError if they do not fit."""
     try:
         check_configuration(checkpoint, network.config)
@@ -65,22 +63,22 @@ def check_digest(checkpoint: Mapping[str, Any], path: Path) -> None:
     """
     content = dict(checkpoint)
     try:
-        right = content.pop("digest", None) in (None, _digest(content))
+        right = content.pop("digest", None) in (None, content_digest(content))
     except Exception:  # other kinds of tensors, for example
         right = False
     if not right:
         raise CheckpointError(f"{path} is damaged: its content is not what was saved")
 
 
-def _digest(content: Any) -> str:
+def content_digest(content: Any) -> str:
     """SHA-256 of the names, types and numbers in a checkpoint, in hexadecimal."""
     kind, value = type(content).__name__, content
     if isinstance(content, Tensor):
         value = (content.dtype, content.shape, hashlib.sha256(raw_bytes(content)).hexdigest())
     elif isinstance(content, Mapping):
-        value = [(name, _digest(item)) for name, item in content.items()]
+        value = [(name, content_digest(item)) for name, item in content.items()]
     elif isinstance(content, list | tuple):
-        value = [_digest(item) for item in content]
+        value = [content_digest(item) for item in content]
     return hashlib.sha256(repr((kind, value)).encode()).hexdigest()
 
 
@@ -90,24 +88,20 @@ def epochs_ended(checkpoint: Mapping[str, Any]) -> int:
     return int(checkpoint["epoch"]) + bool(batches["is_last_batch"])
 
 
-def best_network(config: TrainConfig, run: RunFolder) -> Classifier:
-    """The network with the run's least validation loss. Raises CheckpointError if it is missing or does not fit."""
-    network = Classifier(config, torch.ones(2), 0.0)
+Network = TypeVar("Network", bound=TrainedNetwork)
+
+
+def best_network(config: TrainConfig, run: RunFolder, kind: type[Network]) -> Network:
+    """The network with the run's least validation loss, as a `TrainedNetwork` or a `Classifier` of Lightning.
+
+    Raises:
+        CheckpointError: it is missing, or does not fit.
+    """
+    network = kind(config, torch.ones(2), 0.0)
     load_weights(network, read_checkpoint(run.best), run.best)
     return network
 
 
-def weights_digest(network: Classifier) -> str:
+def weights_digest(network: TrainedNetwork) -> str:
     """SHA-256 of a network's weights and their names, in hexadecimal. It does not depend on the file."""
     return digest_of(network.state_dict())
-
-
-class CheckpointFiles(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all, with a digest, and reads them without executing code."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        with atomic_write(Path(path)) as temporary:
-            torch.save({**checkpoint, "digest": _digest(checkpoint)}, temporary)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        return read_checkpoint(Path(path))

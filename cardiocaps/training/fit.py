@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +23,8 @@ from cardiocaps.runtime.program import Interruption, print_line
 from cardiocaps.runtime.ranks import ONE, Ranks
 from cardiocaps.training.batch_norm import GlobalBatchNorm
 from cardiocaps.training.callbacks import Checkpoints, History, Patience
-from cardiocaps.training.checkpoints import CheckpointFiles, check_digest, epochs_ended, load_weights, read_checkpoint
+from cardiocaps.training.checkpoint_files import CheckpointFiles
+from cardiocaps.training.checkpoints import check_digest, epochs_ended, load_weights, read_checkpoint
 from cardiocaps.training.initial import InitialWeights
 from cardiocaps.training.module import Classifier
 from cardiocaps.training.run_folder import RunFolder
@@ -171,13 +170,3 @@ def train(
 def _watched(config: TrainConfig) -> bool:
     """Whether to show progress bars: they are wanted, and standard error is a terminal."""
     return config.progress and sys.stderr.isatty()
-
-
-def quiet() -> None:
-    """Silence notes of Lightning and torch; errors and messages of this program stay."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    for module in (r"lightning\..*", r"torch\.jit\..*", r"torchmetrics\..*"):
-        warnings.filterwarnings("ignore", module=module)
-    # That changing a network's output in place would be wrong; nothing does.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")

@@ -42,8 +42,9 @@ from cardiocaps.runtime.device import Machine, machine_for
 from cardiocaps.runtime.files import output_errors, write_bytes
 from cardiocaps.runtime.processes import die_with_parent, in_parallel
 from cardiocaps.runtime.program import print_line
+from cardiocaps.runtime.quiet import quiet
 from cardiocaps.training.checkpoints import best_network
-from cardiocaps.training.fit import quiet
+from cardiocaps.training.module import Classifier
 from cardiocaps.training.run_folder import RunFolder
 
 _PRELOAD = ["cardiocaps.experiments.robustness.scoring", "monai.networks.nets"]
@@ -229,7 +230,7 @@ def _of_classifier(job: Job, data: EchoDataModule) -> Scored:
 
 
 def _of_network(job: Job, machine: Machine, data: EchoDataModule) -> Scored:
-    network = best_network(job.config, RunFolder(job.folder))
+    network = best_network(job.config, RunFolder(job.folder), Classifier)
     parts: list[Tensor] = []
     hook = _record(network.model, parts)
     try:

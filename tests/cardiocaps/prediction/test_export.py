@@ -20,6 +20,7 @@ from cardiocaps.models.pretrained import digest_of, read_safetensors
 from cardiocaps.prediction import export as writing
 from cardiocaps.training.checkpoints import best_network
 from cardiocaps.training.module import Classifier
+from cardiocaps.training.network import TrainedNetwork
 from cardiocaps.training.run_folder import RunFolder
 from tests.cardiocaps.programs import ROOT
 
@@ -75,7 +76,7 @@ def test_every_network_in_every_graph(
     for place in (ROOT, tmp_path, sys.prefix):  # the paths of this machine can name the user
         assert str(place).encode() not in out.read_bytes()
     call, description = _read(form, out)
-    network = best_network(read_run(run), RunFolder(run)).model.eval()
+    network = best_network(read_run(run), RunFolder(run), TrainedNetwork).model.eval()
     image = torch.rand(3, 9, 64, 64)  # a batch that the program did not compare
     with torch.inference_mode():
         expected = {name: x for name, x in network(image)._asdict().items() if x is not None}
@@ -99,7 +100,7 @@ def test_a_trained_run_says_all_that_a_caller_needs(
     said = capsys.readouterr().out
     assert ": 0 (allowed: 0)" in said and "baseline on pixels is no network" in said
     weights, description = read_safetensors(out)
-    network = best_network(read_run(runs[0]), RunFolder(runs[0])).model
+    network = best_network(read_run(runs[0]), RunFolder(runs[0]), TrainedNetwork).model
     assert all(torch.equal(x, weights[name]) for name, x in network.state_dict().items())
     decision = json.loads((runs[0] / "decision.json").read_text())
     calibration = json.loads((runs[0] / "calibration.json").read_text())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from statistics import fmean, pstdev
 
@@ -36,6 +38,12 @@ def predicted(runs: list[Path], phantom: Path, tmp_path_factory: pytest.TempPath
     out = tmp_path_factory.mktemp("predicted") / "out"
     assert run(runs[0], phantom, "--out", out, "--by-frame") == 0
     return out
+
+
+def test_a_prediction_does_not_wait_for_what_only_training_needs() -> None:
+    names = {"lightning", "sklearn", "matplotlib", "pandas", "torchmetrics"}
+    program = f"import sys, cardiocaps.prediction.run; print(sorted(sys.modules.keys() & {names}))"
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
 def test_the_test_videos_get_the_numbers_of_the_evaluation(predicted: Path, runs: list[Path]) -> None:

@@ -18,6 +18,7 @@ from cardiocaps.models import MODELS, build, from_pretrained, is_frozen, save_pr
 from cardiocaps.models.pretrained import read_safetensors
 from cardiocaps.phantom import write_phantom
 from cardiocaps.training.checkpoints import best_network
+from cardiocaps.training.network import TrainedNetwork
 from cardiocaps.training.run_folder import RunFolder
 
 pytestmark = pytest.mark.usefixtures("empty_figures")
@@ -45,7 +46,10 @@ def pretrained(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("hub") / "network"
     config = read_run(source)
     save_pretrained(
-        best_network(config, RunFolder(source)).model, config, folder, {"decision": {"unit": "video", "threshold": 0.4}}
+        best_network(config, RunFolder(source), TrainedNetwork).model,
+        config,
+        folder,
+        {"decision": {"unit": "video", "threshold": 0.4}},
     )
     return folder
 
@@ -166,7 +170,7 @@ def test_what_freeze_names_is_there(model: str) -> None:
 
 def test_a_folder_holds_the_network(source: Path, pretrained: Path) -> None:
     config = read_run(source)
-    own = best_network(config, RunFolder(source)).model.eval()
+    own = best_network(config, RunFolder(source), TrainedNetwork).model.eval()
     image = torch.rand(3, 9, config.network.size, config.network.size)
     with torch.inference_mode():
         expected, got = own(image), from_pretrained(pretrained)(image)
@@ -206,7 +210,7 @@ def test_a_folder_is_not_overwritten_and_another_network_is_refused(
     source: Path, pretrained: Path, tmp_path: Path
 ) -> None:
     config = read_run(source)
-    network = best_network(config, RunFolder(source)).model
+    network = best_network(config, RunFolder(source), TrainedNetwork).model
     with pytest.raises(OutputError, match="exists"):
         save_pretrained(network, config, pretrained)
     with pytest.raises(CheckpointError, match="the network is not of these settings"):
