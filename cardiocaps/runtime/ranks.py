@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -202,7 +204,7 @@ def connected(ranks: Ranks, device: str, same: Mapping[str, str], seconds: float
     limit = timedelta(seconds=seconds)
     address = printable(f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}")
     try:
-        store, *_ = next(iter(rendezvous("env://", ranks.rank, ranks.world, timeout=limit)))
+        store, *_ = _stoppable(lambda: next(iter(rendezvous("env://", ranks.rank, ranks.world, timeout=limit))))
     except (RuntimeError, ValueError) as error:
         raise ResourceError(
             f"rank {ranks.rank} cannot meet the others at {address} (MASTER_ADDR:MASTER_PORT) within {seconds:g} s"
@@ -211,12 +213,10 @@ def connected(ranks: Ranks, device: str, same: Mapping[str, str], seconds: float
     with ranks.one_report():
         try:
             _compare(ranks, {**same, "LOCAL_WORLD_SIZE": str(ranks.local_world)}, seconds)
-            distributed.init_process_group(
-                # Two backends, because what ranks tell each other is on the CPU.
-                "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-                store=PrefixStore("collectives", store),
-                rank=ranks.rank,
-                world_size=ranks.world,
+            # Two backends, because what ranks tell each other is on the CPU.
+            backend, own = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", PrefixStore("collectives", store)
+            _stoppable(
+                lambda: distributed.init_process_group(backend, store=own, rank=ranks.rank, world_size=ranks.world)
             )
         except RuntimeError as error:
             raise ResourceError(
@@ -227,6 +227,20 @@ def connected(ranks: Ranks, device: str, same: Mapping[str, str], seconds: float
     # Not after an error: it would wait for ranks that have ended.
     if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def _stoppable(wait: Callable[[], T]) -> T:
+    """Run what waits for other ranks in C++, which no signal ends, beside the main thread, which a signal ends."""
+    result: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            result.set_result(wait())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return result.result()
 
 
 def _compare(ranks: Ranks, same: Mapping[str, str], seconds: float) -> None:

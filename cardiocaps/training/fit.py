@@ -11,7 +11,7 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback, RichProgressBar
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 
 from cardiocaps import plots
 from cardiocaps.config import TrainConfig
@@ -23,7 +23,7 @@ from cardiocaps.runtime.program import Interruption, print_line
 from cardiocaps.runtime.ranks import ONE, Ranks
 from cardiocaps.training.batch_norm import GlobalBatchNorm
 from cardiocaps.training.callbacks import Checkpoints, History, Patience
-from cardiocaps.training.checkpoint_files import CheckpointFiles
+from cardiocaps.training.checkpoint_files import CheckpointFiles, ShardedStrategy
 from cardiocaps.training.checkpoints import check_digest, epochs_ended, load_weights, read_checkpoint
 from cardiocaps.training.initial import InitialWeights
 from cardiocaps.training.module import Classifier
@@ -65,14 +65,11 @@ def check_ranks(config: TrainConfig, machine: Machine, ranks: Ranks) -> None:
         )
     if config.strategy == "fsdp" and ranks.world == 1:
         raise ConfigError("strategy is 'fsdp'; expected ddp, because there is one process (--devices)")
-    if config.strategy == "fsdp" and config.resume is not None and RunFolder(config.resume).last.exists():
-        # In the middle of an epoch Lightning's strategy does not go on with the same numbers.
-        raise ConfigError("strategy is 'fsdp'; expected ddp, with which a run goes on from its checkpoint")
 
 
 def _strategy(config: TrainConfig, ranks: Ranks) -> Strategy:
     if config.strategy == "fsdp":  # see `Classifier.configure_model`
-        return ModelParallelStrategy(ranks.world, tensor_parallel_size=1, save_distributed_checkpoint=False)
+        return ShardedStrategy(ranks.world, tensor_parallel_size=1, save_distributed_checkpoint=False)
     # The buffers are equal on all ranks already: they begin so, and batch normalisation is over the global batch.
     return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True)
 

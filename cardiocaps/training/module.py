@@ -66,6 +66,18 @@ class Classifier(TrainedNetwork, LightningModule):
         trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         return torch.optim.Adam(trained, lr=self.config.learning_rate, fused=True)
 
+    def on_train_start(self) -> None:
+        """Give what the optimiser has restored the memory layout of its parameters.
+
+        A run may go on where weights lie otherwise (channels last, or divided). torch's fused Adam pairs a parameter
+        and its state by their places in memory, not by index, and would then train on with other numbers.
+        """
+        for optimizer in self.trainer.optimizers:
+            for parameter, state in optimizer.state.items():
+                for name, x in state.items():
+                    if isinstance(x, Tensor) and x.shape == parameter.shape and x.stride() != parameter.stride():
+                        state[name] = torch.empty_like(parameter, dtype=x.dtype).copy_(x)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["cardiocaps"] = shape_of(self.config)
 
