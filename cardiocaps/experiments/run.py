@@ -18,6 +18,7 @@ from cardiocaps.errors import CardioCapsError, ConfigError, DataError
 from cardiocaps.evaluation.predictions import unit_of
 from cardiocaps.experiments.display import Display
 from cardiocaps.experiments.engines.engine import Engine
+from cardiocaps.experiments.engines.remote import remove_progress
 from cardiocaps.experiments.exhibits import EXHIBITS, keys_of
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.folder import ExperimentFolder
@@ -86,6 +87,8 @@ def run(
         folder.claim(config)
         data, unusable = _prepare(jobs, config, folder, engine)
         finished = [job for job in jobs if is_finished(job.folder)]
+        for one in finished:
+            remove_progress(one)
         left = [job for job in jobs if job not in finished and job.name not in unusable]
         pace = f"{count(share.at_once, 'job')} at a time, {count(share.threads, 'thread')} each"
         print_line(f"{count(len(jobs), 'job')}, {len(finished)} of them finished; {pace}")

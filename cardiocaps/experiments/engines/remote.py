@@ -23,7 +23,7 @@ from cardiocaps.experiments.engines.engine import Ended, Progressed, Share
 from cardiocaps.experiments.engines.process import JobProcess, stop_all
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.results import is_finished
-from cardiocaps.runtime.files import write_bytes
+from cardiocaps.runtime.files import remove_leftovers, write_bytes
 
 THREADS = 4
 """Threads of a job for which no number is set, where a machine has as many cores."""
@@ -130,7 +130,7 @@ class RemoteEngine(ABC):
 
     def start(self, job: Job) -> None:
         job = replace(job, config=_absolute(job.config))
-        _progress_file(job).unlink(missing_ok=True)
+        remove_progress(job)
         self._running[self._submit(job)] = _Running(job)
 
     def events(self, seconds: float) -> Iterator[Progressed | Ended]:
@@ -172,6 +172,12 @@ class RemoteEngine(ABC):
             one.progress = content
             done, doing = json.loads(content)
             yield Progressed(one.job, done, doing)
+
+
+def remove_progress(job: Job) -> None:
+    """Remove what a killed task has left beside the folder of its job. (A task that runs writes its progress anew.)"""
+    _progress_file(job).unlink(missing_ok=True)
+    remove_leftovers(job.folder.parent)
 
 
 def _progress_file(job: Job) -> Path:

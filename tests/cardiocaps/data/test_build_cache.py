@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
-import signal
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +16,7 @@ from cardiocaps.data.open import decoded, read_study
 from cardiocaps.errors import ConfigError, OutputError
 from cardiocaps.phantom import write_phantom
 
+from ..kills import ACTOR, striking
 from ..programs import descendants
 
 FRAMES = ["--frames-per-clip", "3", "--no-progress"]
@@ -71,24 +68,6 @@ def test_the_index_is_kept_while_videos_are_decoded(
     assert counts == list(range(1, 40))
 
 
-class Killer(threading.Thread):
-    """Kills an actor at a random moment after the first files are there."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(daemon=True)
-        self.folder, self.killed = folder, False
-
-    def run(self) -> None:
-        until = time.monotonic() + 120
-        while not any(self.folder.glob("*.npy")) and time.monotonic() < until:
-            time.sleep(0.002)
-        time.sleep(random.uniform(0, 0.05))
-        for number in descendants("ray::MapWorker(MapBatches(_Actor))"):
-            os.kill(number, signal.SIGKILL)
-            self.killed = True
-            return
-
-
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks for processes in /proc")
 def test_ray_makes_the_same_files_whatever_is_killed(
     data: Path,
@@ -99,11 +78,13 @@ def test_ray_makes_the_same_files_whatever_is_killed(
 ) -> None:
     pytest.importorskip("ray", reason="needs the extra cluster")
     monkeypatch.setattr(on_ray, "_AT_A_TIME", 2)
-    killer = Killer(tmp_path)
-    killer.start()
-    assert _built(data, tmp_path, "--engine", "ray", "--workers", "1") == here
-    killer.join()
-    assert killer.killed
+
+    def working() -> list[int]:
+        return descendants(ACTOR) if any(tmp_path.glob("*.npy")) else []
+
+    with striking(working, random.uniform(0, 0.05)) as killed:
+        assert _built(data, tmp_path, "--engine", "ray", "--workers", "1") == here
+    assert killed
     said = capsys.readouterr().out
     assert "1 problems:" in said and f"39 videos of {data} are in {tmp_path}, " in said
     monkeypatch.setattr(cache, "read_frames", lambda *_: pytest.fail("decoded again"))

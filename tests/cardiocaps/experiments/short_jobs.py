@@ -1,14 +1,16 @@
-"""Jobs of a few seconds. `python -m tests.cardiocaps.experiments.short_jobs DATA CACHE OUT` runs them on Ray."""
+"""Jobs of a few seconds. `python -m tests.cardiocaps.experiments.short_jobs table5 …` is the program of the experiments
+with a table that compares them."""
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 from cardiocaps.config import TrainConfig
-from cardiocaps.experiments.display import Display
+from cardiocaps.experiments import __main__ as program
+from cardiocaps.experiments.exhibits import EXHIBITS
 from cardiocaps.experiments.folder import ExperimentFolder
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.plan import FIRST_SEED, SYSTEMS, configure
-from cardiocaps.experiments.runner import run_jobs
 
 KEYS = ("cnn-2", "logistic-regression-class-weight")
 
@@ -27,8 +29,15 @@ def short_jobs(data: Path, cache: Path, out: Path) -> list[Job]:
     ]
 
 
-if __name__ == "__main__":
-    from cardiocaps.experiments.engines.ray import RayEngine
+def command(data: Path, cache: Path, out: Path) -> list[str]:
+    """The arguments with which the program runs the same jobs."""
+    options = {"--data": data, "--cache-dir": cache, "--epochs": 2, "--frames-per-clip": 4, "--threads": 1}
+    options |= {"--seeds": 1, "--bootstrap": 0, "--jobs": 2, "--out": out}
+    return ["table5", "--no-progress", *(str(part) for option in options.items() for part in option)]
 
-    with RayEngine.connected(None, 2, 1) as engine:
-        run_jobs(short_jobs(*map(Path, sys.argv[1:])), 2, Display(2, bars=False), engine)
+
+if __name__ == "__main__":
+    import tests.cardiocaps.empty_figures  # noqa: F401
+
+    EXHIBITS["table5"] = replace(EXHIBITS["table5"], systems=KEYS)
+    sys.exit(program.main())

@@ -7,7 +7,6 @@ import random
 import signal
 import socket
 import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -24,13 +23,19 @@ from cardiocaps.experiments.engines.engine import Ended, Progressed, Share
 from cardiocaps.experiments.engines.local import LocalEngine
 from cardiocaps.experiments.engines.remote import RemoteEngine, Task
 from cardiocaps.experiments.jobs import Job
-from cardiocaps.experiments.results import is_finished
 from cardiocaps.experiments.runner import run_jobs
 from cardiocaps.phantom import write_phantom
 from cardiocaps.runtime import ray_cluster as cluster
-from cardiocaps.runtime.files import lock_folder
 from tests.cardiocaps.experiments.short_jobs import short_jobs
-from tests.cardiocaps.programs import descendants, start, wait_for
+from tests.cardiocaps.kills import (
+    Experiments,
+    adopting,
+    assert_equal_job,
+    assert_no_leftovers,
+    strike,
+    striking,
+)
+from tests.cardiocaps.programs import descendants, ended, wait_for
 
 in_proc = pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks for processes in /proc")
 
@@ -51,41 +56,19 @@ def here(data: list[Path], tmp_path_factory: pytest.TempPathFactory) -> list[Job
     return jobs
 
 
-def _assert_equal(jobs: list[Job], others: list[Job]) -> None:
-    for one, other in zip(jobs, others, strict=True):
-        for name in ("predictions.csv", "validation.csv", "decision.json"):
-            if (one.folder / name).exists():
-                assert (other.folder / name).read_bytes() == (one.folder / name).read_bytes(), other.name
-        files = {path.name for path in one.folder.iterdir()}
-        assert {path.name for path in other.folder.iterdir()} == files
-        assert not other.folder.with_name(f"{other.folder.name}.progress").exists()
-
-
-def kill(victim: str) -> list[int]:
-    """Kill the processes below this one whose command line holds the text, and return their numbers."""
-    numbers = descendants(victim)
-    for number in numbers:
-        os.kill(number, signal.SIGKILL)
-    return numbers
+def _assert_equal(jobs: list[Job], out: Path) -> None:
+    for job in jobs:
+        assert_equal_job(job.folder, out / job.folder.relative_to(job.experiments.path))
+    assert_no_leftovers(out)
 
 
 class Watching(Display):
-    """Remembers what happened, and kills `victim` some time after the network began to train."""
+    """Remembers what happened."""
 
-    def __init__(self, victim: str | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__(2, bars=False)
-        self.victim = victim
-        self.killed: list[int] = []
         self.was_lost: list[str] = []
         self.ends: list[tuple[str, str | None]] = []
-        self.steps: set[str] = set()
-
-    def progress(self, job: Job, done: float, doing: str) -> None:
-        super().progress(job, done, doing)
-        self.steps.add(doing)
-        if self.victim is not None and not self.killed and job.name.startswith("cnn-2"):
-            time.sleep(random.uniform(0, 1))
-            self.killed = kill(self.victim)
 
     def lost(self, job: Job) -> None:
         super().lost(job)
@@ -104,17 +87,16 @@ def test_ray_gives_the_same_bits_and_does_the_job_of_a_killed_worker_again(
     from cardiocaps.experiments.engines.ray import RayEngine
 
     jobs = short_jobs(*data, tmp_path / "out")
-    display = Watching("ray::cnn-2 seed 10")
+    display = Watching()
     with RayEngine.connected(None, 2, 1) as engine:
         assert engine.share(jobs[0].config).threads == 1
         with pytest.raises(ConfigError, match=r"threads is 1000; expected at most \d+"):
             engine.share(replace(jobs[0].config, threads=1000))
-        assert run_jobs(jobs, 2, display, engine) == {}
-    if display.killed and display.was_lost:  # it may have ended before the blow
-        assert display.was_lost == [jobs[0].name]
+        with striking(lambda: descendants("ray::cnn-2 seed 10"), random.uniform(0, 0.5)) as killed:
+            assert run_jobs(jobs, 2, display, engine) == {}
+    assert len(killed) == 1 and display.was_lost == [jobs[0].name]
     assert sorted(display.ends) == [(job.name, None) for job in jobs]
-    assert display.steps
-    _assert_equal(here, jobs)
+    _assert_equal(here, tmp_path / "out")
 
 
 @in_proc
@@ -123,20 +105,16 @@ def test_a_killed_driver_takes_its_jobs_along_and_another_engine_goes_on(
 ) -> None:
     pytest.importorskip("ray", reason="needs the extra cluster")
     out = tmp_path / "out"
-    driver = start("tests.cardiocaps.experiments.short_jobs", *map(str, [*data, out]))
-    jobs = short_jobs(*data, out)
-    wait_for((jobs[0].folder / "run.json").exists, driver)
-    time.sleep(random.uniform(0, 1.5))
-    driver.kill()
-    driver.communicate()
-    with lock_folder(jobs[0].folder, wait=True):  # its process is gone
-        pass
-    finished = {job.name: (job.folder / "result.json").stat().st_mtime_ns for job in jobs if is_finished(job.folder)}
-    assert run_jobs([job for job in jobs if job.name not in finished], 2, Watching(), LocalEngine(2)) == {}
-    for job in jobs:
-        assert finished.get(job.name) in (None, (job.folder / "result.json").stat().st_mtime_ns)
-        job.folder.with_name(f"{job.folder.name}.progress").unlink(missing_ok=True)
-    _assert_equal(here, jobs)
+    subject = Experiments(*data, "ray", worker=False)
+    with adopting() as wait_for_end:
+        processes = subject.start(out)
+        wait_for(lambda: bool(list(out.glob("jobs/*/*/run.json"))), processes[0])
+        assert strike(lambda: subject.victims(processes), random.uniform(0, 1.5), lambda: True)
+        wait_for_end("")
+    finished = subject.done(out)
+    assert [status for status, *_ in ended(Experiments(*data, "local", worker=False).start(out))] == [0]
+    subject.assert_kept(finished, out)
+    _assert_equal(here, out)
 
 
 @in_proc
@@ -152,16 +130,20 @@ def test_submitit_gives_the_same_bits_and_does_a_lost_job_again(
     engine = SubmititEngine(1, {})
     engine.is_slurm = False
 
-    def strike() -> list[int]:
+    def lose() -> list[int]:
+        """Kill the task and what watches over it, as the loss of a node does."""
         wait_for((jobs[0].folder / "run.json").exists, None)
-        return kill(str(tmp_path))
+        numbers = descendants(str(tmp_path))
+        for number in numbers:
+            os.kill(number, signal.SIGKILL)
+        return numbers
 
     with ThreadPoolExecutor(1) as beside:
-        blow = beside.submit(strike)
+        loss = beside.submit(lose)
         assert run_jobs(jobs, 1, display, engine) == {}
-    assert blow.result() and display.was_lost == [jobs[0].name]
+    assert loss.result() and display.was_lost == [jobs[0].name]
     assert display.ends == [(jobs[0].name, None)]
-    _assert_equal(here[:1], jobs)
+    _assert_equal(here[:1], tmp_path / "out")
 
 
 def test_a_mistyped_parameter_of_slurm(here: list[Job]) -> None:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import json
-import os
 import random
 import shutil
-import signal
-import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,18 +15,10 @@ from cardiocaps import __version__, predict
 from cardiocaps.prediction import on_ray
 from cardiocaps.runtime import ray_data
 
+from ..kills import ACTOR, by_name, rows, striking
 from ..programs import descendants, start, wait_for
 
 ray = pytest.importorskip("ray", reason="needs the extra cluster")
-
-
-def rows(folder: Path, name: str = "predictions.csv") -> list[dict[str, str]]:
-    with (folder / name).open(newline="") as file:
-        return list(csv.DictReader(file, strict=True))
-
-
-def by_name(found: list[dict[str, str]]) -> list[dict[str, str]]:
-    return sorted(found, key=lambda row: (row["input"], row.get("frame", "")))
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +42,6 @@ def _arguments(runs: list[Path], videos: Path, out: Path) -> list[str]:
     return [str(runs[0]), str(videos), "--out", str(out), "--by-frame", "--no-progress", "--threads", "1"]
 
 
-class Killer(threading.Thread):
-    """Kills an actor at a random moment."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.killed: int | None = None
-
-    def run(self) -> None:
-        until = time.monotonic() + 120
-        while not (found := descendants("ray::MapWorker(MapBatches(_Actor)).submit")) and time.monotonic() < until:
-            time.sleep(0.02)
-        time.sleep(random.uniform(0, 0.5))
-        for number in random.sample(found, len(found)):
-            try:
-                os.kill(number, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-            self.killed = number
-            return
-
-
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks for processes in /proc")
 def test_a_killed_actor_loses_nothing_and_repeats_nothing(
     here: Path, runs: list[Path], videos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -83,17 +50,16 @@ def test_a_killed_actor_loses_nothing_and_repeats_nothing(
 
     monkeypatch.setattr(on_ray, "_AT_A_TIME", 4)
     out = tmp_path / "out"
-    killer = Killer()
-    killer.start()
-    assert predict.main([*_arguments(runs, videos, out), "--engine", "ray", "--workers", "2", "--parquet"]) == 0
-    killer.join()
-    assert killer.killed is not None
-    assert len(rows(here)) == 41 and sum(row["status"] == "failed" for row in rows(here)) == 1
+    with striking(lambda: descendants(ACTOR), random.uniform(0, 0.5)) as killed:
+        assert predict.main([*_arguments(runs, videos, out), "--engine", "ray", "--workers", "2", "--parquet"]) == 0
+    assert killed
+    here_rows = rows(here / "predictions.csv")
+    assert len(here_rows) == 41 and sum(row["status"] == "failed" for row in here_rows) == 1
     for name in ("predictions.csv", "frames.csv"):
-        assert by_name(rows(out, name)) == by_name(rows(here, name))
+        assert by_name(rows(out / name)) == by_name(rows(here / name))
     table = parquet.read_table(out / "predictions.parquet").to_pylist()
-    assert [row["input"] for row in table] == [row["input"] for row in rows(out)]
-    for row, text in zip(table, rows(out), strict=True):
+    assert [row["input"] for row in table] == [row["input"] for row in rows(out / "predictions.csv")]
+    for row, text in zip(table, rows(out / "predictions.csv"), strict=True):
         assert {
             name: "" if x is None else f"{x:.6g}" if isinstance(x, float) else str(x) for name, x in row.items()
         } == {name: f"{float(x):.6g}" if x and isinstance(row[name], float) else x for name, x in text.items()}
@@ -111,15 +77,13 @@ def test_videos_that_bring_down_every_actor_cost_only_their_own_rows(
     monkeypatch.setattr(on_ray, "_AT_A_TIME", 4)
     monkeypatch.setattr(ray_data, "_RETRIES", 0)  # the first blow is the last
     out = tmp_path / "out"
-    killer = Killer()
-    killer.start()
-    assert predict.main([*_arguments(runs, videos, out), "--engine", "ray", "--workers", "2"]) == 1
-    killer.join()
-    found = rows(out)
+    with striking(lambda: descendants(ACTOR + ".submit"), random.uniform(0, 0.5)):
+        assert predict.main([*_arguments(runs, videos, out), "--engine", "ray", "--workers", "2"]) == 1
+    found = rows(out / "predictions.csv")
     assert 0 < len(found) < 41
     assert f"Ray returned the results of {len(found)} of 41 videos" in capsys.readouterr().err
     assert predict.main(_arguments(runs, videos, out)) == 0
-    assert by_name(rows(out)) == by_name(rows(here))
+    assert by_name(rows(out / "predictions.csv")) == by_name(rows(here / "predictions.csv"))
 
 
 def test_a_killed_driver_loses_nothing_and_repeats_nothing(
@@ -138,7 +102,7 @@ def test_a_killed_driver_loses_nothing_and_repeats_nothing(
     assert predict.main(arguments) == 0
     assert table.read_text().startswith(before[: before.rfind("\n") + 1])
     for name in ("predictions.csv", "frames.csv"):
-        assert by_name(rows(out, name)) == by_name(rows(here, name))
+        assert by_name(rows(out / name)) == by_name(rows(here / name))
 
 
 def test_an_actor_of_another_version(here: Path, runs: list[Path], videos: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import os
 import random
 import re
@@ -10,8 +9,8 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,8 @@ from cardiocaps.models.losses import CardioCapsLoss, CrossEntropyLoss, Shares, S
 from cardiocaps.phantom import write_phantom
 from cardiocaps.training.batch_norm import GlobalBatchNorm
 from cardiocaps.training.module import Classifier
-from tests.cardiocaps.programs import ROOT, python, wait_for
+from tests.cardiocaps.kills import WITHOUT_FIGURES, rows
+from tests.cardiocaps.programs import ROOT, free_port, launch, python, start_program, variables, wait_for
 
 FRAMES = 46  # of the training split below: with batches of 11, the last has two frames, fewer than three ranks
 FAST = ["--frames-per-clip", "2", "--epochs", "2", "--batch-size", "11", "--clip", "1"]
@@ -37,14 +37,6 @@ NORMALISED = ("em-capsnet", "efficient-capsnet", "unet")  # three of the network
 
 TERMINATED = (-signal.SIGTERM, 128 + signal.SIGTERM)
 """Exit statuses of a process that gets SIGTERM: before it handles signals or at its end, and else."""
-
-PROGRAM = """
-import sys
-import tests.cardiocaps.empty_figures
-from cardiocaps import train
-{}
-sys.exit(train.main(sys.argv[1:]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -64,56 +56,9 @@ def alone(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
     return run
 
 
-def variables(rank: int, ranks: int, port: int) -> dict[str, str]:
-    """What torchrun sets."""
-    numbers = {"RANK": rank, "WORLD_SIZE": ranks, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": ranks, "MASTER_PORT": port}
-    return {name: str(x) for name, x in numbers.items()} | {"MASTER_ADDR": "127.0.0.1"}
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
-
-
-def launch(ranks: int, program: str, *arguments: str, **environment: str) -> list[tuple[int, str, str]]:
-    """Run a program in several processes as torchrun does: if one fails, the others get SIGTERM.
-
-    Returns:
-        Exit status, output and errors of each.
-    """
-    port = free_port()
-    processes = [
-        subprocess.Popen(
-            [*python(), "-c", program, *arguments],
-            cwd=ROOT,
-            env=os.environ | variables(rank, ranks, port) | {"OMP_NUM_THREADS": "1"} | environment,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(ranks)
-    ]
-    until = time.monotonic() + 120
-    while any(process.poll() is None for process in processes):
-        if any(process.poll() for process in processes) or time.monotonic() > until:
-            for process in processes:
-                if process.poll() is None:
-                    process.terminate()
-            break
-        time.sleep(0.02)
-    said = [process.communicate(timeout=60) for process in processes]
-    assert time.monotonic() < until, said
-    return [(process.returncode, *texts) for process, texts in zip(processes, said, strict=True)]
-
-
 def weights(run: Path, name: str = "last.ckpt") -> dict[str, Tensor]:
     state: dict[str, Tensor] = torch.load(run / name, weights_only=True)["state_dict"]
     return state
-
-
-def rows(path: Path) -> list[dict[str, str]]:
-    return list(csv.DictReader(path.open()))
 
 
 def assert_equal_runs(run: Path, other: Path) -> None:
@@ -231,7 +176,7 @@ def test_several_processes_compute_what_one_does(
     ranks: int, strategy: str, arguments: list[str], alone: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    said = launch(ranks, PROGRAM.format(""), *arguments, "--strategy", strategy, "--out", str(run))
+    said = launch(ranks, WITHOUT_FIGURES.format(""), *arguments, "--strategy", strategy, "--out", str(run))
     assert [status for status, *_ in said] == [0] * ranks, said
     assert_equal_runs(alone, run)
     (_, first, _), *others = said
@@ -244,6 +189,25 @@ def test_parts_of_a_batch_one_after_another(
 ) -> None:
     run = tmp_path / "run"
     assert train.main([*arguments, "--accumulate", "4", "--out", str(run)]) == 0
+    assert_equal_runs(alone, run)
+
+
+def test_a_run_goes_on_with_another_layout_of_its_weights(
+    arguments: list[str], alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty_figures: None
+) -> None:
+    """The optimiser's state lies in the checkpoint as its weights did."""
+    training_step = Classifier.training_step
+
+    def stopping(self: Classifier, *batch: Any) -> Any:
+        if self.global_step == 2:
+            signal.raise_signal(signal.SIGTERM)
+        return training_step(self, *batch)
+
+    run = tmp_path / "run"
+    monkeypatch.setattr(Classifier, "training_step", stopping)
+    assert train.main([*arguments, "--out", str(run)]) == 128 + signal.SIGTERM
+    monkeypatch.setattr(Classifier, "training_step", training_step)
+    assert train.main(["--resume", str(run), "--no-channels-last"]) == 0
     assert_equal_runs(alone, run)
 
 
@@ -322,7 +286,7 @@ Classifier.training_step = stopping
 """
 
 
-def test_killed_at_random_moments_and_resumed_with_other_numbers_of_ranks(
+def test_killed_at_random_moments_and_resumed_with_other_ranks_and_strategies(
     arguments: list[str], alone: Path, tmp_path: Path
 ) -> None:
     seed = random.SystemRandom().randrange(10**6)
@@ -332,7 +296,8 @@ def test_killed_at_random_moments_and_resumed_with_other_numbers_of_ranks(
         ranks = chance.choice([2, 3])
         killed = chance.randrange(ranks)
         where = {"KILLED": str(killed), "STEP": str(chance.randint(1, 6)), "DELAY": f"{chance.uniform(0, 0.05):.3f}"}
-        said = launch(ranks, PROGRAM.format(KILLED), *(begin or ["--resume", str(run)]), **where)
+        how = [*(begin or ["--resume", str(run)]), "--strategy", chance.choice(["ddp", "fsdp"])]
+        said = launch(ranks, WITHOUT_FIGURES.format(KILLED), *how, **where)
         if said[killed][0] == 0:  # the training had ended before
             break
         kills, begin = kills + 1, []
@@ -344,21 +309,25 @@ def test_killed_at_random_moments_and_resumed_with_other_numbers_of_ranks(
             message = "^error: (another rank of the training has ended|stopped by SIGTERM)"
             assert re.search(message, said[0][2], re.MULTILINE), (seed, said)
     assert kills > 1, seed
-    assert [status for status, *_ in launch(1, PROGRAM.format(""), "--resume", str(run))] == [0]
+    how = ["--resume", str(run), "--strategy", "ddp"]
+    assert [status for status, *_ in launch(1, WITHOUT_FIGURES.format(""), *how)] == [0]
     assert_equal_runs(alone, run)
 
 
-def test_a_signal_to_one_rank_saves_and_stops_all(arguments: list[str], alone: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("begun_with", "resumed_with"), [("fsdp", "fsdp"), ("ddp", "fsdp")])
+def test_a_signal_to_one_rank_saves_and_stops_all(
+    begun_with: str, resumed_with: str, arguments: list[str], alone: Path, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
     terminated = KILLED.replace("signal.SIGKILL", "signal.SIGTERM")
     where = {"KILLED": "1", "STEP": "2", "DELAY": "0"}
-    said = launch(2, PROGRAM.format(terminated), *arguments, "--out", str(run), **where)
+    said = launch(
+        2, WITHOUT_FIGURES.format(terminated), *arguments, "--strategy", begun_with, "--out", str(run), **where
+    )
     assert all(status in TERMINATED for status, *_ in said), said
     assert said[0][2] == f"error: stopped by SIGTERM; saved; go on with --resume {run}\n" and said[1][2] == ""
     assert 2 <= torch.load(run / "last.ckpt", weights_only=True)["global_step"] < 10
-    refused = launch(2, PROGRAM.format(""), "--resume", str(run), "--strategy", "fsdp")
-    assert refused[0][2] == "error: strategy is 'fsdp'; expected ddp, with which a run goes on from its checkpoint\n"
-    resumed = launch(3, PROGRAM.format(""), "--resume", str(run))
+    resumed = launch(3, WITHOUT_FIGURES.format(""), "--resume", str(run), "--strategy", resumed_with)
     assert [status for status, *_ in resumed] == [0, 0, 0], resumed
     assert_equal_runs(alone, run)
 
@@ -377,7 +346,7 @@ def test_mistakes_are_reported_once(
     changed: str, options: list[str], status: int, message: str, arguments: list[str], tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    said = launch(2, PROGRAM.format(f"import os\n{changed}"), *arguments, *options, "--out", str(run))
+    said = launch(2, WITHOUT_FIGURES.format(f"import os\n{changed}"), *arguments, *options, "--out", str(run))
     assert said[0][0] in (status, *TERMINATED) and said[1][0], said
     lines = [line for _, _, errors in said for line in errors.splitlines() if line.startswith(("error:", "Traceback"))]
     assert re.fullmatch(f"error: .*{message}.*", lines[0]), said
@@ -400,6 +369,23 @@ def test_an_address_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.Mon
     assert done.returncode == 1 and "Traceback" not in done.stderr
     place = f"127.0.0.1:{os.environ['MASTER_PORT']}"
     assert f"error: rank 1 cannot meet the others at {place} (MASTER_ADDR:MASTER_PORT) within 1 s" in done.stderr
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_ends_the_wait_for_the_other_ranks(rank: int, tmp_path: Path) -> None:
+    """Rank 0 listens, and nothing comes; rank 1 comes to an address that says nothing."""
+    address = ("127.0.0.1", free_port())
+    with socket.create_server(address) if rank else nullcontext() as silent:
+        out = str(tmp_path / "run")
+        process = start_program(WITHOUT_FIGURES.format(""), "--out", out, **variables(rank, 2, address[1]))
+        if silent is not None:
+            silent.accept()
+        else:
+            wait_for(lambda: socket.socket().connect_ex(address) == 0, process)
+        process.terminate()
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode in TERMINATED
+    assert "Traceback" not in errors and (rank or "error: stopped by SIGTERM; nothing is half-written" in errors)
 
 
 @pytest.mark.parametrize("rendezvous", [[], ["--rendezvous", "node"], ["--rendezvous", "node:0"]])
