@@ -400,24 +400,47 @@ def test_nodes_that_do_not_come(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == f"error: the 2 nodes did not meet at {place} (--rendezvous) within 1 s\n"
 
 
-def test_the_launcher_names_the_rank_that_was_killed(arguments: list[str], tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    long = ["--epochs", "1000", "--patience", "1000", "--devices", "2", "--out", str(run)]
-    launcher = subprocess.Popen(
-        [sys.executable, "-m", "cardiocaps.train", *arguments, *long],
-        cwd=ROOT,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+def start_launcher(*command: str) -> subprocess.Popen[str]:
+    """Python itself, as a user starts it."""
+    return subprocess.Popen(
+        [sys.executable, "-m", *command], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    wait_for((run / "last.ckpt").exists, launcher)
+
+
+def kill_second_rank(launcher: subprocess.Popen[str]) -> list[str]:
+    """Kill rank 1; returns the process numbers of all ranks."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     (second,) = (
         int(child) for child in children if b"\0RANK=1\0" in b"\0" + Path(f"/proc/{child}/environ").read_bytes()
     )
     os.kill(second, signal.SIGKILL)
+    return children
+
+
+def test_the_launcher_names_the_rank_that_was_killed(arguments: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    long = ["--epochs", "1000", "--patience", "1000", "--devices", "2", "--out", str(run)]
+    launcher = start_launcher("cardiocaps.train", *arguments, *long)
+    wait_for((run / "last.ckpt").exists, launcher)
+    children = kill_second_rank(launcher)
     out, errors = launcher.communicate(timeout=100)
     assert launcher.returncode == 1 and "Traceback" not in errors
     assert "error: rank 1 was killed by SIGKILL (out of memory?), and the other ranks were stopped" in errors
     assert out.count("device: ") == 1
     assert not any(Path(f"/proc/{child}").exists() for child in children)
+
+
+def test_torchrun_itself_with_processes_that_load_data(arguments: list[str], alone: Path, tmp_path: Path) -> None:
+    """A rank is killed, and the training goes on."""
+    run = tmp_path / "run"
+    torchrun = ["torch.distributed.run", "--nproc-per-node", "2", "-m", "cardiocaps.train"]
+    killed = start_launcher(*torchrun, *arguments, "--workers", "1", "--out", str(run))
+    wait_for((run / "config.yaml").exists, killed)
+    children = kill_second_rank(killed)
+    _, errors = killed.communicate(timeout=100)
+    assert killed.returncode == 1 and "Signal 9 (SIGKILL)" in errors
+    assert not any(Path(f"/proc/{child}").exists() for child in children)
+    resumed = start_launcher(*torchrun, "--resume", str(run))
+    out, errors = resumed.communicate(timeout=100)
+    assert resumed.returncode == 0 and "2 processes" in out, errors
+    assert_equal_runs(alone, run)
