@@ -16,6 +16,7 @@ from types import ModuleType
 from cardiocaps.errors import ConfigError, ResourceError, printable
 from cardiocaps.runtime.packages import require_package
 from cardiocaps.runtime.processes import cores
+from cardiocaps.runtime.program import Interrupted
 
 ADDRESS_HELP = "of a running Ray cluster, HOST:PORT or auto (default: Ray is started on this machine)"
 
@@ -62,9 +63,21 @@ def ray_cluster(address: str | None = None, cpus: int | None = None) -> Iterator
             for signum, handler in before.items():  # Ray takes SIGTERM for itself
                 signal.signal(signum, handler)
     try:
-        yield ray
+        with signals_passed_on():
+            yield ray
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def signals_passed_on() -> Iterator[None]:
+    """Let what a signal's handler raises in a call of Ray leave the block; `ray.wait` makes a SystemError of it."""
+    try:
+        yield
+    except SystemError as error:
+        if isinstance(error.__cause__, Interrupted):
+            raise error.__cause__ from None
+        raise
 
 
 def _check(address: str) -> None:

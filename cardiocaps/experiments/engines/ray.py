@@ -13,7 +13,7 @@ from cardiocaps.errors import ConfigError
 from cardiocaps.experiments.engines.engine import Ended, Share
 from cardiocaps.experiments.engines.remote import THREADS, RemoteEngine, Task, gpus
 from cardiocaps.experiments.jobs import Job
-from cardiocaps.runtime.ray_cluster import ray_cluster
+from cardiocaps.runtime.ray_cluster import ray_cluster, signals_passed_on
 
 _PATIENCE = 70.0  # seconds that a stopped task gets: a little more than its job
 
@@ -58,7 +58,8 @@ class RayEngine(RemoteEngine):
         return self._work.options(**options).remote(job)
 
     def _ended(self, handles: list[Any], seconds: float) -> list[Any]:
-        ended, _ = self._ray.wait(handles, num_returns=1, timeout=seconds)
+        with signals_passed_on():
+            ended, _ = self._ray.wait(handles, num_returns=1, timeout=seconds)
         return list(ended)
 
     def _outcome(self, handle: Any, job: Job) -> Ended:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from cardiocaps.config import TrainConfig
@@ -62,7 +64,8 @@ class SubmititEngine(RemoteEngine):
         except (NameError, TypeError, ValueError) as error:
             raise ConfigError(f"--slurm: {str(error).partition(chr(10))[0]}") from error
         try:
-            return executor.submit(_Restartable(job))
+            with nullcontext() if self.is_slurm else _silent():
+                return executor.submit(_Restartable(job))
         except OSError as error:
             raise OutputError(f"cannot submit {job.name}: {error.strerror or error}") from error
         except self._submitit.core.utils.FailedSubmissionError as error:
@@ -100,6 +103,20 @@ class _Restartable(Task):
 
         self.stop()
         return DelayedSubmission(_Restartable(self.job, self.gpus))
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Processes that are started inside the block write no errors: what watches over a task shows a traceback when it
+    is told to stop. The task's own errors are in submitit's files."""
+    errors, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(errors, 2)
+        os.close(errors)
+        os.close(nowhere)
 
 
 def _last_line(error: BaseException) -> str:

@@ -146,6 +146,27 @@ def test_submitit_gives_the_same_bits_and_does_a_lost_job_again(
     _assert_equal(here[:1], tmp_path / "out")
 
 
+@in_proc
+@pytest.mark.parametrize(("engine", "signum"), [("ray", signal.SIGINT), ("submitit", signal.SIGTERM)])
+def test_a_signal_ends_the_command_and_its_jobs(
+    engine: str, signum: signal.Signals, here: list[Job], data: list[Path], tmp_path: Path
+) -> None:
+    pytest.importorskip(engine, reason="needs the extra cluster")
+    out = tmp_path / "out"
+    subject = Experiments(*data, engine, worker=False)
+    with adopting() as wait_for_end:
+        (process,) = subject.start(out)
+        wait_for(lambda: bool(list(out.glob("jobs/*/*/run.json"))), process)
+        process.send_signal(signum)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + signum, errors
+        assert errors == f"error: stopped by {signum.name}; what was done is saved, and the same command goes on\n"
+        wait_for_end()
+        assert [status for status, *_ in ended(subject.start(out))] == [0]
+        wait_for_end()
+    _assert_equal(here, out)
+
+
 def test_a_mistyped_parameter_of_slurm(here: list[Job]) -> None:
     pytest.importorskip("submitit", reason="needs the extra cluster")
     from cardiocaps.experiments.engines.submitit import SubmititEngine

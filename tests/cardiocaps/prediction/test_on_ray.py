@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from cardiocaps import __version__, predict
 from cardiocaps.prediction import on_ray
 from cardiocaps.runtime import ray_data
 
-from ..kills import ACTOR, by_name, rows, striking
-from ..programs import descendants, start, wait_for
+from ..kills import ACTOR, Prediction, adopting, by_name, rows, striking
+from ..programs import descendants, ended, start, wait_for
 
 ray = pytest.importorskip("ray", reason="needs the extra cluster")
 
@@ -122,6 +123,23 @@ def test_an_actor_of_another_version(here: Path, runs: list[Path], videos: Path)
     assert found["kind"] == "ConfigError" and found["error"].endswith(
         f" has cardiocaps {__version__}; expected 0.0, which gave it the work"
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks for processes in /proc")
+def test_a_signal_ends_the_command_and_its_actors(here: Path, runs: list[Path], videos: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    subject = Prediction(runs[0], videos, actor=False)
+    with adopting() as wait_for_end:
+        (process,) = subject.start(out)
+        wait_for((out / "predictions.csv").exists, process)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 128 + signal.SIGTERM
+        assert errors == "error: stopped by SIGTERM; nothing is half-written\n"
+        wait_for_end()
+        assert [status for status, *_ in ended(subject.start(out))] == [0]
+        wait_for_end()
+    subject.assert_equal(here, out)
 
 
 def test_mistakes_in_the_command_line(runs: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
