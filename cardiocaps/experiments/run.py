@@ -87,7 +87,7 @@ def run(
         folder.claim(config)
         data, unusable = _prepare(jobs, config, folder, engine)
         finished = [job for job in jobs if is_finished(job.folder)]
-        for one in finished:
+        for one in jobs:
             remove_progress(one)
         left = [job for job in jobs if job not in finished and job.name not in unusable]
         pace = f"{count(share.at_once, 'job')} at a time, {count(share.threads, 'thread')} each"
