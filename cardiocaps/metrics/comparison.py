@@ -8,7 +8,7 @@ speaks of videos and seeds such as these. Every other metric is compared by the 
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, variance
 
 import numpy as np
@@ -21,7 +21,7 @@ POWER = 0.8
 """The power at which the smallest difference that a test finds is stated."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Runs:
     """The runs of one system: of each seed the probabilities, labels, groups (see `evaluate`) and threshold."""
 
@@ -29,6 +29,17 @@ class Runs:
     labels: Sequence[ArrayLike]
     groups: Sequence[ArrayLike]
     thresholds: Sequence[float]
+    _drawn: dict[tuple[int, int, int], list[dict[str, Floats]]] = field(default_factory=dict, init=False, repr=False)
+
+    def drawn(self, bootstrap: int, seed: int, samples: int) -> list[dict[str, Floats]]:
+        """Every metric of each resample, by run; see `Tested.draw`. Kept, because a system is in many comparisons.
+
+        All runs restart the same random numbers, so those with the same groups draw the same ones.
+        """
+        key = bootstrap, seed, samples
+        if key not in self._drawn:
+            self._drawn[key] = [test.draw(bootstrap, np.random.default_rng(seed), samples) for test in self.tested()]
+        return self._drawn[key]
 
     def tested(self) -> list[Tested]:
         return [
@@ -124,24 +135,23 @@ def paired_contrast(
         ValueError: the runs were tested on different groups or labels, or the terms of a system have different numbers
             of runs.
     """
-    tested = [[(coefficient, runs.tested()) for coefficient, runs in terms] for terms in systems]
-    _check_paired([test for terms in tested for _, tests in terms for test in tests])
-    if any(len({len(tests) for _, tests in terms}) > 1 for terms in tested):
+    tested = [[(coefficient, runs, runs.tested()) for coefficient, runs in terms] for terms in systems]
+    _check_paired([test for terms in tested for *_, tests in terms for test in tests])
+    if any(len({len(tests) for *_, tests in terms}) > 1 for terms in tested):
         raise ValueError("runs of a system differ in number between its terms; expected the same networks in all")
     found = dict.fromkeys(names, 0.0)
     for terms in tested:
-        for coefficient, tests in terms:
+        for coefficient, _, tests in terms:
             of_runs = [test.sample.estimate() for test in tests]
             found = {name: x + coefficient * fmean(run[name] for run in of_runs) for name, x in found.items()}
     if not bootstrap:
         return {name: Difference(value) for name, value in found.items()}
-    samples = max(test.sample.group.size for terms in tested for _, tests in terms for test in tests)
+    samples = max(test.sample.group.size for terms in tested for *_, tests in terms for test in tests)
     sums = {name: np.zeros(bootstrap) for name in names}
     for number, terms in enumerate(tested):
-        chosen = chosen_runs(len(terms[0][1]), bootstrap, seed, number)
-        for coefficient, tests in terms:
-            # All runs restart the same random numbers, so they draw the same groups.
-            drawn = [test.draw(bootstrap, np.random.default_rng(seed), samples) for test in tests]
+        chosen = chosen_runs(len(terms[0][2]), bootstrap, seed, number)
+        for coefficient, runs, _ in terms:
+            drawn = runs.drawn(bootstrap, seed, samples)
             for name in names:
                 of_name = np.stack([x[name] for x in drawn], axis=1)
                 sums[name] += coefficient * np.take_along_axis(of_name, chosen, axis=1).mean(axis=1)

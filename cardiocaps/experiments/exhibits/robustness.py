@@ -17,7 +17,7 @@ from cardiocaps.experiments.plan import MAIN, SYSTEMS
 from cardiocaps.experiments.results import read_result
 from cardiocaps.experiments.robustness.claims import CNNS
 from cardiocaps.experiments.robustness.equivariance import JUDGED, PatientRatio, mean_estimate
-from cardiocaps.experiments.robustness.measured import CURVES, Measured, measure
+from cardiocaps.experiments.robustness.measured import CURVES, FINER, Measured, measure
 from cardiocaps.experiments.robustness.shifts import AXES, TESTS, UNSHIFTED, ShiftedTest, neutral, with_unshifted
 from cardiocaps.experiments.summaries import Row, Summary
 from cardiocaps.metrics import MeanEstimate, evaluate
@@ -129,7 +129,8 @@ class Robustness(Exhibit):
             f"and intervals are in [{csv}]({csv}). The Brier score is the mean squared error of the probabilities, of "
             "calibration and ranking together. Hearts in training are turned by -15 to 15 degrees."
         )
-        parts = ["## Shifted tests", text]
+        untested = [SYSTEMS[key].title for key in self.shifted if key not in found.systems]
+        parts = ["## Shifted tests", text, *([f"Not tested: {joined(untested)}."] if untested else [])]
         tests = with_unshifted(self.tests)
         for metric in CURVES:
             name = METRIC_NAMES[metric]
@@ -271,15 +272,15 @@ def _p(value: float) -> str:
 
 
 def _verdicts(found: Measured) -> list[str]:
+    resamples = f"{FINER * found.bootstrap:,} paired resamples of test videos and seeds"
     text = (
         "Each claim of the paper is a list of differences that are above 0, or above the bound that is named, if it "
-        f"is true; intervals and p are of {found.bootstrap:,} paired resamples of test videos and seeds (of times: "
-        "Welch's t over the seeds). The claim *holds* if all differences are above their bounds: its p is the largest "
-        "of theirs. It *does not hold* if one is below: its p is the least of those, times the number of differences. "
-        "The smaller p, corrected by Holm over the claims, must be below 0.05; otherwise the claim *cannot be told*, "
-        "which does not mean that systems are equal. The rule was written before the results. **These are verdicts "
-        "about the phantom**, synthetic images with shifts of its own; they say nothing about patients, nor about the "
-        "paper's own data."
+        f"is true; intervals and p are of {resamples} (of times: Welch's t over the seeds). The claim *holds* if all "
+        "differences are above their bounds: its p is the largest of theirs. It *does not hold* if one is below: its "
+        "p is the least of those, times the number of differences. The smaller p, corrected by Holm over the claims, "
+        "must be below 0.05; otherwise the claim *cannot be told*, which does not mean that systems are equal. The "
+        "rule was written before the results. **These are verdicts about the phantom**, synthetic images with shifts "
+        "of its own; they say nothing about patients, nor about the paper's own data."
     )
     lines = []
     for judged in found.verdicts:

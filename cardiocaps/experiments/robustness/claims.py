@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 
 from cardiocaps.experiments.plan import CLASSIFIERS, PREVALENCES, SAMPLINGS, SYSTEMS, prevalence_key
@@ -49,12 +49,13 @@ class Evidence:
     equivariance: Mapping[str, Equivariance]
     label: Integers
     bootstrap: int
+    _trained: dict[str, Runs] = field(default_factory=dict, init=False, repr=False)
 
     def trained(self, system: str) -> Runs:
         """On the unshifted test of the tables. Raises NotMeasured."""
         if not (results := self.results.get(system)):
             raise NotMeasured(f"{SYSTEMS[system].title} has no results")
-        return runs_of(results)
+        return self._trained.setdefault(system, runs_of(results))
 
     def tested(self, system: str, test: ShiftedTest) -> Runs:
         if (runs := self.shifted.get((system, test.name))) is None:

@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 from sklearn.metrics import roc_auc_score
 
+from cardiocaps.config import TrainConfig
 from cardiocaps.errors import CheckpointError, ConfigError
 from cardiocaps.experiments.exhibits import EXHIBITS
 from cardiocaps.experiments.exhibits.robustness import Robustness
@@ -20,9 +21,9 @@ from cardiocaps.experiments.results import Result
 from cardiocaps.experiments.robustness import scoring
 from cardiocaps.experiments.robustness.claims import Evidence, claims, runs_of
 from cardiocaps.experiments.robustness.equivariance import JUDGED
-from cardiocaps.experiments.robustness.measured import Measured, measure
+from cardiocaps.experiments.robustness.measured import FINER, Measured, measure
 from cardiocaps.experiments.robustness.shifts import AXES, TESTS, UNSHIFTED, ShiftedTest, neutral, with_unshifted
-from cardiocaps.experiments.robustness.verdicts import NotMeasured
+from cardiocaps.experiments.robustness.verdicts import LEVEL, NotMeasured
 from cardiocaps.experiments.summaries import Row
 from cardiocaps.experiments.tables import write_exhibit
 from cardiocaps.metrics import by_video, evaluate_runs, expected_calibration_error
@@ -209,6 +210,13 @@ def test_times_that_cannot_be_compared(measured: Measured, given: Given) -> None
         (claim,) = (c for c in claims(replace(evidence, results=results)) if c.name == "efficiency")
         with pytest.raises(NotMeasured, match=reason):
             claim.contrasts[0].measure()
+
+
+def test_every_verdict_can_be_reached(measured: Measured) -> None:
+    """With the default resamples, the least p of a claim is below 5 % after all corrections."""
+    most = max(len(judged.claim.contrasts) for judged in measured.verdicts)
+    least = 2 / (FINER * TrainConfig().bootstrap + 1)
+    assert least * most * len(measured.verdicts) < LEVEL
 
 
 def test_every_claim_is_about_systems_of_the_exhibit(measured: Measured) -> None:
