@@ -11,31 +11,27 @@ from typing import TYPE_CHECKING, Any, Self
 from cardiocaps.config.option import shown
 from cardiocaps.evaluation.names import METRIC_NAMES
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
-from cardiocaps.experiments.exhibits.panels import SMALL, wrapped
+from cardiocaps.experiments.exhibits.shift_curves import curves, draw_equivariance
 from cardiocaps.experiments.markdown import DASH, joined, plus_minus, table, with_interval
 from cardiocaps.experiments.plan import MAIN, SYSTEMS
 from cardiocaps.experiments.results import read_result
 from cardiocaps.experiments.robustness.claims import CNNS
 from cardiocaps.experiments.robustness.equivariance import JUDGED, PatientRatio, mean_estimate
 from cardiocaps.experiments.robustness.measured import CURVES, FINER, Measured, measure
-from cardiocaps.experiments.robustness.shifts import AXES, TESTS, UNSHIFTED, ShiftedTest, neutral, with_unshifted
+from cardiocaps.experiments.robustness.shifts import AXES, TESTS, UNSHIFTED, ShiftedTest, with_unshifted
+from cardiocaps.experiments.robustness.verdicts import Contrast, Judged
 from cardiocaps.experiments.summaries import Row, Summary
-from cardiocaps.metrics import MeanEstimate, evaluate
+from cardiocaps.metrics import evaluate
 from cardiocaps.metrics.comparison import Difference
-from cardiocaps.plots import BLUE, GREEN, GREY, VERMILION, dress, new_figure, save
+from cardiocaps.plots import save
 from cardiocaps.runtime.files import READABLE, write_csv
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
     from cardiocaps.config import TrainConfig
     from cardiocaps.experiments.folder import ExperimentFolder
     from cardiocaps.experiments.jobs import Job
-
-_COLUMNS = 3
-_STYLES = ((VERMILION, "o", "-"), (BLUE, "s", "--"), (GREEN, "^", "-."))
-"""Colour, marker and line of the highlighted systems; they differ without colour too."""
 
 _NEEDED: Mapping[str, tuple[str | None, ...]] = {
     "protocol": ("video",),
@@ -43,8 +39,6 @@ _NEEDED: Mapping[str, tuple[str | None, ...]] = {
     "split": ("auto", "column"),
 }
 """The values of settings with which the test videos are the phantom's own."""
-
-_OTHERS = "other systems"
 
 
 @dataclass(frozen=True)
@@ -101,14 +95,15 @@ class Robustness(Exhibit):
         """AUROC over the size of every shift; the other figures are made by `write_more`."""
         if self.found is None or not self.found.points:
             return super().draw(summaries)
-        return self._curves(self.found, "auroc", summaries)
+        return curves(self.found, "auroc", self.tests, self._highlighted(self.found, summaries))
 
     def write_more(self, folder: Path, summaries: Sequence[Summary]) -> None:
         """The other figures, and the CSV of shifts, equivariance and verdicts."""
         if self.found is None or not self.found.points:
             return
+        highlighted = self._highlighted(self.found, summaries)
         for metric in CURVES[1:]:
-            save(self._curves(self.found, metric, summaries), folder / _file(self.name, metric, "png"))
+            save(curves(self.found, metric, self.tests, highlighted), folder / _file(self.name, metric, "png"))
         for what, lines in (
             ("shifts", list(self._shift_rows(self.found))),
             ("equivariance", list(_equivariance_rows(self.found))),
@@ -117,7 +112,7 @@ class Robustness(Exhibit):
             if lines:
                 write_csv(folder / _file(self.name, what, "csv"), lines, digits=READABLE)
         if self.found.equivariance:
-            save(_draw_equivariance(self.found, self._highlighted(self.found, summaries)), folder / _picture(self.name))
+            save(draw_equivariance(self.found, highlighted), folder / _picture(self.name))
 
     def _shifts(self, found: Measured) -> list[str]:
         highlighted = [key for key in (MAIN, "dr", *CNNS) if key in found.systems]
@@ -195,45 +190,6 @@ class Robustness(Exhibit):
         best = [max(known, key=lambda key: known[key])] if known else []
         return [key for key in (MAIN, "dr", *best) if key in found.systems]
 
-    def _curves(self, found: Measured, metric: str, summaries: Sequence[Summary]) -> Figure:
-        """A panel for each axis; the highlighted systems with intervals, the others as thin grey lines."""
-        axes_names = [axis for axis in AXES if any(test.axis == axis for test in self.tests)]
-        lines = math.ceil(len(axes_names) / _COLUMNS)
-        name = METRIC_NAMES[metric]
-        title = f"{name[0].upper()}{name[1:]} of trained systems under shifts of the test"
-        figure = new_figure(9.6, 2.7 * lines + 1.3, wrapped(title, 80))
-        blocks: Any = figure.subfigures(2, 1, height_ratios=[2.7 * lines, 0.5])
-        body, foot = blocks
-        panels = body.subplots(lines, _COLUMNS, squeeze=False, sharey=True).ravel()
-        highlighted = self._highlighted(found, summaries)
-        for place, (axes, axis) in enumerate(zip(panels, axes_names, strict=False)):
-            sizes = {test.size: test.name for test in self.tests if test.axis == axis}
-            sizes = dict(sorted({**sizes, neutral(axis): UNSHIFTED.name}.items()))
-            for key in found.systems:
-                values = [found.points[key, test].metrics[metric] for test in sizes.values()]
-                if key in highlighted:
-                    width = max(sizes) - min(sizes)
-                    # A little to the side of each other, so that intervals can be told apart.
-                    offset = 0.012 * width * (highlighted.index(key) - 1)
-                    _line(axes, [x + offset for x in sizes], values, key, highlighted)
-                else:
-                    axes.plot(
-                        list(sizes),
-                        [x.value for x in values],
-                        "-",
-                        color="#BDBDBD",
-                        linewidth=0.8,
-                        zorder=1,
-                        label=_OTHERS,
-                    )
-            _dress_axis(axes, axis, list(sizes))
-            if place % _COLUMNS == 0:
-                axes.set_ylabel(f"{name[0].upper()}{name[1:]}", fontsize=9)
-        for axes in panels[len(axes_names) :]:
-            axes.remove()
-        _legend(foot, panels[0])
-        return figure
-
 
 def _file(exhibit: str, what: str, ending: str) -> str:
     return f"{exhibit}-{what.replace('_', '-')}.{ending}"
@@ -309,7 +265,7 @@ def _verdicts(found: Measured) -> list[str]:
     ]
 
 
-def _pairs(judged: Any) -> Iterator[tuple[Any, Any]]:
+def _pairs(judged: Judged) -> Iterator[tuple[Difference | str, Contrast]]:
     yield from zip(judged.found, judged.claim.contrasts, strict=True)
 
 
@@ -392,97 +348,3 @@ def _equivariance_rows(found: Measured) -> Iterator[dict[str, Any]]:
                 "low": x.low,
                 "high": x.high,
             }
-
-
-def _draw_equivariance(found: Measured, highlighted: Sequence[str]) -> Figure:
-    """Change and linear map over the angle, and the angle in the features as a bar of dots."""
-    figure = new_figure(9.6, 4.4, "Features of trained networks when the heart is turned")
-    blocks: Any = figure.subfigures(2, 1, height_ratios=[3.6, 0.5])
-    body, foot = blocks
-    first, second, third = body.subplots(1, 3)
-    for key, own in found.equivariance.items():
-        changes = {turn: _estimate(found, ratio) for turn, ratio in own.changes.items()}
-        maps = {turn: _estimate(found, ratio) for (size, turn), ratio in own.maps.items() if size == JUDGED}
-        for axes, values in ((first, changes), (second, maps)):
-            if key in highlighted:
-                _line(axes, list(values), list(values.values()), key, highlighted)
-            else:
-                estimates = [x.value for x in values.values()]
-                axes.plot(list(values), estimates, "-", color="#BDBDBD", linewidth=0.8, zorder=1, label=_OTHERS)
-    dress(first, "Turn, degrees", "Relative cosine distance")
-    dress(second, "Turn, degrees", f"R² of a linear map, {JUDGED} components")
-    for axes in (first, second):
-        axes.set_xticks(list(next(iter(found.equivariance.values())).changes))
-    first.set_ylim(bottom=0)
-    for line, (key, own) in enumerate(found.equivariance.items()):
-        x = _estimate(found, own.angles[JUDGED])
-        colour, marker, _ = _style(key, highlighted)
-        bounds = [] if math.isnan(x.low) else [[max(0.0, x.value - x.low)], [max(0.0, x.high - x.value)]]
-        third.errorbar(
-            [x.value],
-            [line],
-            xerr=bounds or None,
-            color=colour,
-            marker=marker,
-            markersize=5,
-            capsize=2,
-            linestyle="none",
-        )
-    dress(third, f"R² of the angle, {JUDGED} components", "")
-    third.set_yticks(
-        range(len(found.equivariance)), [wrapped(SYSTEMS[key].title, 26) for key in found.equivariance], fontsize=6.5
-    )
-    third.set_ylim(len(found.equivariance) - 0.5, -0.5)
-    for axes in (first, second, third):
-        axes.tick_params(labelsize=SMALL)
-    third.tick_params(axis="y", labelsize=6.5, length=0)
-    _legend(foot, first)
-    return figure
-
-
-def _estimate(found: Measured, ratio: PatientRatio) -> MeanEstimate:
-    return mean_estimate(ratio, found.label, found.bootstrap)
-
-
-def _style(key: str, highlighted: Sequence[str]) -> tuple[str, str, str]:
-    return _STYLES[highlighted.index(key)] if key in highlighted else (GREY, "o", "-")
-
-
-def _line(
-    axes: Axes, at: Sequence[float], values: Sequence[MeanEstimate], key: str, highlighted: Sequence[str]
-) -> None:
-    """A highlighted system: means with their intervals."""
-    colour, marker, style = _style(key, highlighted)
-    means = [x.value for x in values]
-    axes.plot(
-        at, means, style, color=colour, marker=marker, markersize=4.5, linewidth=1.5, zorder=3, label=SYSTEMS[key].title
-    )
-    known = [(x, value.low, value.high) for x, value in zip(at, values, strict=True) if not math.isnan(value.low)]
-    if known:
-        axes.vlines(*zip(*known, strict=True), color=colour, linewidth=1.1, alpha=0.6, zorder=2)
-
-
-def _dress_axis(axes: Axes, axis: str, sizes: Sequence[float]) -> None:
-    name = "machine" if axis == "machine" else AXES[axis]
-    dress(axes, "", "")
-    axes.set_xlabel(f"{name[0].upper()}{name[1:]}", fontsize=9)
-    axes.tick_params(labelsize=SMALL)
-    names = ["usual", "another"] if axis == "machine" else [f"{x:g}" for x in sizes]
-    axes.set_xticks(list(sizes), names)
-    room = 0.12 * (max(sizes) - min(sizes))
-    axes.set_xlim(min(sizes) - room, max(sizes) + room)
-
-
-def _legend(foot: Any, axes: Axes) -> None:
-    """The highlighted systems, then the others under one name."""
-    lines = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    names = sorted(lines, key=lambda name: name == _OTHERS)
-    foot.legend(
-        [lines[name] for name in names],
-        names,
-        loc="center",
-        ncols=len(names),
-        frameon=False,
-        fontsize=SMALL,
-        handlelength=4,
-    )
