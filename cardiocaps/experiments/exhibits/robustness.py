@@ -79,7 +79,7 @@ class Robustness(Exhibit):
         tests = with_unshifted(self.tests)
         errors = score_all(own, tests, folder.path / "shifted", at_once, progress)
         results = {key: [read_result(job.folder) for job in jobs if job.system.key == key] for key in self.systems}
-        return replace(self, found=measure(own, tests, results, own[0].config.bootstrap)), errors
+        return replace(self, found=measure(own, tests, results, own[0].config.bootstrap, progress)), errors
 
     def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
         if self.found is None or not self.found.points:

@@ -19,6 +19,7 @@ from cardiocaps.metrics import Floats, MeanEstimate, evaluate_runs, expected_cal
 from cardiocaps.metrics.comparison import Difference, Runs, paired_contrast
 from cardiocaps.metrics.samples import Integers
 from cardiocaps.phantom.patients import plan
+from cardiocaps.runtime.progress import shown
 
 if TYPE_CHECKING:
     from cardiocaps.experiments.jobs import Job
@@ -72,7 +73,11 @@ class Measured:
 
 
 def measure(
-    jobs: Sequence[Job], tests: Sequence[ShiftedTest], results: Mapping[str, Sequence[Result]], bootstrap: int
+    jobs: Sequence[Job],
+    tests: Sequence[ShiftedTest],
+    results: Mapping[str, Sequence[Result]],
+    bootstrap: int,
+    progress: bool = False,
 ) -> Measured:
     """Measure systems from the files that `scoring.score_all` has left.
 
@@ -82,6 +87,7 @@ def measure(
         tests: that they were scored on.
         results: system -> its results on the unshifted test, for the claims about it.
         bootstrap: resamples; 0: no intervals, and no verdicts.
+        progress: show how many systems have been measured, which takes minutes.
     """
     tests = with_unshifted(tests)
     runs: dict[tuple[str, str], Runs] = {}
@@ -104,10 +110,12 @@ def measure(
         _, of_video, names = next(iter(complete.values()))[UNSHIFTED.name].test.samples("video")
         label = of_video[np.argsort(names)]
     angle = _angles(jobs, tests) if features else {}
-    equivariance = {system: Equivariance.of(of_seeds, angle) for system, of_seeds in features.items()}
+    each = shown(features.items(), len(features), "measuring equivariance") if progress else features.items()
+    equivariance = {system: Equivariance.of(of_seeds, angle) for system, of_seeds in each}
     evidence = Evidence(results, runs, equivariance, label, FINER * bootstrap)
+    pairs = shown(runs.items(), len(runs), "measuring curves") if progress else runs.items()
     return Measured(
-        {key: _point(own, runs[key[0], UNSHIFTED.name], bootstrap) for key, own in runs.items()},
+        {key: _point(own, runs[key[0], UNSHIFTED.name], bootstrap) for key, own in pairs},
         equivariance,
         label,
         judge(claims(evidence)),
