@@ -300,7 +300,8 @@ def _equivariance(exhibit: str, found: Measured) -> list[str]:
     text = (
         "The features of a capsule network are its class capsules, of another network the input of its last linear "
         "layer, means over the frames of a video. *Change*: the cosine distance of a patient's features from those at "
-        "0°, divided by the median distance of two patients; an invariant network has 0. *Linear map*: R² of a ridge "
+        "0°, divided by the median distance of two patients; an invariant network has 0, and a network whose features "
+        f"are all zero for some patient has none ({DASH}). *Linear map*: R² of a ridge "
         "map from the features at 0° to those at the other angles on held-out patients, against predicting the mean "
         "(equivariance in the sense of Lenc and Vedaldi, CVPR 2015; invariance is a special case). *Angle*: R² of a "
         "ridge regression from the features to the angle of the heart in the image on held-out patients; an invariant "
