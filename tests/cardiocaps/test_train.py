@@ -22,6 +22,7 @@ import torch
 from cardiocaps import evaluate, train
 from cardiocaps.config import read_run
 from cardiocaps.errors import CheckpointError, OutputError
+from cardiocaps.phantom import __main__ as phantom_program
 from cardiocaps.phantom import write_phantom
 from cardiocaps.runtime.files import lock_folder
 from cardiocaps.training.checkpoints import check_digest, load_weights, read_checkpoint
@@ -276,6 +277,22 @@ def test_other_data_are_judged_by_what_the_run_keeps(
     title = " ".join(capsys.readouterr().out.split())
     for part in (str(finished), decision["weights"][:12], str(hospital), named["fingerprint"], "test split, 12 videos"):
         assert part in title, part
+
+
+def test_a_shifted_phantom_tests_the_same_patients(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the phantom's page has it: a phantom of the test videos alone, in shifted examinations."""
+    turned, out = tmp_path / "turned", tmp_path / "out"
+    made = ["--videos", "40", "--seed", "3", "--test-only", "--angle", "20", "--processes", "1"]
+    assert phantom_program.main([str(turned), *made]) == 0
+    assert evaluate.main([str(finished), "--data", str(turned), "--allow-changed-data", "--out", str(out)]) == 0
+    assert "11 videos changed their content, 29 videos were removed" in capsys.readouterr().out
+    own, its = (_rows(folder / "predictions_by_video.csv") for folder in (finished, out))
+    assert [(row["video"], row["label"]) for row in own] == [(row["video"], row["label"]) for row in its]
+    assert len(its) == 11 and all(a["probability"] != b["probability"] for a, b in zip(own, its, strict=True))
+    threshold = json.loads((finished / "decision.json").read_text())["threshold"]
+    assert json.loads((out / "metrics.json").read_text())["network"]["video"]["threshold"] == threshold
 
 
 def test_a_run_that_keeps_nothing_to_judge_by(
