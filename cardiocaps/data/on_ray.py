@@ -15,13 +15,11 @@ import numpy as np
 
 from cardiocaps.data.cache import Decoder, Engine, Entry, Frames, Result, from_json, to_json
 from cardiocaps.errors import ConfigError, OutputError, printable
+from cardiocaps.runtime.files import LAG
 from cardiocaps.runtime.ray_data import mapped_on_ray
 
 _AT_A_TIME = 16
 """Videos that an actor takes at a time."""
-
-_LAG = 90.0
-"""Seconds in which a shared file system shows everywhere what one machine has written. NFS keeps names for 60."""
 
 
 def on_ray(ray: ModuleType, workers: int | None = None) -> Engine:
@@ -89,12 +87,12 @@ def _result(content: dict[str, Any]) -> Result:
 
 def _seen(decoder: Decoder, found: Result) -> Result:
     """A result whose file this machine sees; waits as long as a shared file system may lag. Raises OutputError."""
-    until = time.monotonic() + _LAG
+    until = time.monotonic() + LAG
     while isinstance(found, Frames) and not decoder.has(found):
         if time.monotonic() > until:
             raise OutputError(
                 f"cache_dir is {printable(decoder.folder)}: what a machine of Ray has written there is not to be seen "
-                f"here after {_LAG:.0f} s; expected a folder that all machines share"
+                f"here after {LAG:.0f} s; expected a folder that all machines share"
             )
         time.sleep(0.5)
         with suppress(OSError):  # listing the folder makes a file system of the network ask anew

@@ -24,6 +24,9 @@ T = TypeVar("T")
 READABLE = 6
 """Significant digits of the numbers in a table for people."""
 
+LAG = 90.0
+"""Seconds in which a shared file system shows everywhere what one machine has written. NFS keeps names for 60."""
+
 _PART = re.compile(r"\.[0-9a-f]{8}\.part$")
 
 _TORCH_WRITER = ("PytorchStreamWriter", "inline_container", "iostream error")

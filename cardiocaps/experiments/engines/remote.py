@@ -23,13 +23,10 @@ from cardiocaps.experiments.engines.engine import Ended, Progressed, Share
 from cardiocaps.experiments.engines.process import JobProcess, stop_all
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.results import is_finished
-from cardiocaps.runtime.files import remove_leftovers, write_bytes
+from cardiocaps.runtime.files import LAG, remove_leftovers, write_bytes
 
 THREADS = 4
 """Threads of a job for which no number is set, where a machine has as many cores."""
-
-LAG = 90.0
-"""Seconds in which a shared file system shows everywhere what one machine has written. NFS keeps names for 60."""
 
 
 def gpus(job: Job, there_are_some: bool) -> int:

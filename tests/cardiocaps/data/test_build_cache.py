@@ -112,7 +112,7 @@ def test_a_file_that_comes_late_is_waited_for(data: Path, tmp_path: Path, monkey
 
 
 def test_a_folder_that_is_not_shared(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(on_ray, "_LAG", 0.1)
+    monkeypatch.setattr(on_ray, "LAG", 0.1)
     with monkeypatch.context() as without, pytest.raises(OutputError, match="not to be seen here after"):
         without.setattr(cache.Decoder, "has", lambda *_: False)
         _one(data, tmp_path, without)
