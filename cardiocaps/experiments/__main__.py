@@ -89,7 +89,8 @@ def parser() -> CommandLine:
         "--out",
         metavar="PATH",
         type=options()["data"].from_text,
-        help="folder of the experiments (default: experiments/PRESET)",
+        help="folder of the experiments (default: experiments/PRESET, or, for another phantom than the usual one, for "
+        "example experiments/PRESET-hard-seed11)",
     )
     add_options(parser, [name for name in options() if name not in (*_BY_SYSTEM, *_BY_RUN)])
     return parser
@@ -99,7 +100,20 @@ def _with_phantom(given: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a command line, with those of PHANTOM if it names neither data nor a phantom's size."""
     if any(given[name] is not None for name in ("data", "phantom_videos", "phantom_test")):
         return dict(given)
-    return {**given, **{name: value for name, value in PHANTOM.items() if given[name] is None}}
+    own = {**PHANTOM, "phantom_dir": Path("-".join([str(PHANTOM["phantom_dir"]), *_kind_of_phantom(given)]))}
+    return {**given, **{name: value for name, value in own.items() if given[name] is None}}
+
+
+def _kind_of_phantom(given: Mapping[str, Any]) -> list[str]:
+    """What tells phantoms of one size apart, for the names of their folders; nothing for the default."""
+    difficulty, seed = (given[f"phantom_{name}"] for name in ("difficulty", "seed"))
+    usual = options()["phantom_difficulty"].default, options()["phantom_seed"].default
+    parts = [] if difficulty in (None, usual[0]) else [difficulty]
+    return parts if seed in (None, usual[1]) else [*parts, f"seed{seed}"]
+
+
+def _default_out(config: TrainConfig, given: Mapping[str, Any]) -> Path:
+    return Path("experiments", "-".join([config.preset, *([] if config.data else _kind_of_phantom(given))]))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,21 +132,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         config = TrainConfig(**{name: value for name, value in given.items() if value is not None}, seed=FIRST_SEED)
         exhibits = _all(config) if "all" in names else list(dict.fromkeys(names))
+        folder = out or _default_out(config, given)
         of_form = [] if form == FORMS[0] else ["--form", form]
         on = [] if kind == "local" else ["--engine", kind]
         jobs = [] if at_once is None and kind != "local" else ["--jobs", str(at_once or 1)]
         typed = [*names, "--seeds", str(seeds), *of_form, *jobs, *on, *_as_typed(given)]
         command = " ".join(["python -m cardiocaps.experiments", *typed])
         with _engine(kind, at_once, config.threads, address, dict(slurm)) as engine:
-            run(
-                [EXHIBITS[name] for name in exhibits],
-                config,
-                seeds,
-                engine,
-                out or Path("experiments", config.preset),
-                command,
-                form,
-            )
+            run([EXHIBITS[name] for name in exhibits], config, seeds, engine, folder, command, form)
 
     return run_program(body)
 

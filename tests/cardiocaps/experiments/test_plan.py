@@ -15,7 +15,7 @@ import pytest
 from cardiocaps.config import TrainConfig, options
 from cardiocaps.data.fingerprint import Fingerprint
 from cardiocaps.errors import ConfigError, DataError
-from cardiocaps.experiments.__main__ import _as_typed, _with_phantom, parser
+from cardiocaps.experiments.__main__ import _as_typed, _default_out, _with_phantom, parser
 from cardiocaps.experiments.exhibits import EXHIBITS, keys_of
 from cardiocaps.experiments.folder import ExperimentFolder
 from cardiocaps.experiments.plan import (
@@ -284,3 +284,17 @@ def test_an_experiment_without_data_has_a_large_test() -> None:
         assert _with_phantom(plain) == plain
     named = vars(parser().parse_args(["table1", "--phantom-dir", "mine"]))
     assert str(_with_phantom(named)["phantom_dir"]) == "mine"
+
+
+def test_each_phantom_has_folders_of_its_own_by_default() -> None:
+    folders = {}
+    for typed in ([], ["--phantom-difficulty", "hard"], ["--phantom-difficulty", "hard", "--phantom-seed", "11"]):
+        given = vars(parser().parse_args(["table1", *typed]))
+        folders[str(_with_phantom(given)["phantom_dir"])] = str(_default_out(TrainConfig(preset="small"), given))
+    assert folders == {
+        "phantom-test300": "experiments/small",
+        "phantom-test300-hard": "experiments/small-hard",
+        "phantom-test300-hard-seed11": "experiments/small-hard-seed11",
+    }
+    hard = vars(parser().parse_args(["table1", "--phantom-difficulty", "hard"]))
+    assert str(_default_out(TrainConfig(data=Path("x")), hard)) == "experiments/tiny"
