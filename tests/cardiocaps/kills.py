@@ -128,7 +128,7 @@ def by_name(found: list[dict[str, str]]) -> list[dict[str, str]]:
 
 def assert_no_leftovers(out: Path) -> None:
     """No unfinished file, and no progress of a job that has ended."""
-    assert not [path for path in out.rglob("*") if path.suffix in (".part", ".progress")]
+    assert not [path for path in out.rglob("*") if path.suffix in (".part", ".progress", ".stop")]
 
 
 def assert_equal_job(one: Path, other: Path) -> None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
 from cardiocaps.config import TrainConfig
-from cardiocaps.errors import ConfigError
+from cardiocaps.errors import ConfigError, OutputError
 from cardiocaps.experiments.engines.engine import Ended, Share
-from cardiocaps.experiments.engines.remote import THREADS, RemoteEngine, Task, gpus
+from cardiocaps.experiments.engines.remote import THREADS, RemoteEngine, Task, gpus, stop_file
 from cardiocaps.experiments.jobs import Job
+from cardiocaps.runtime.files import write_bytes
 from cardiocaps.runtime.ray_cluster import ray_cluster, signals_passed_on
 
 _PATIENCE = 70.0  # seconds that a stopped task gets: a little more than its job
@@ -72,11 +73,16 @@ class RayEngine(RemoteEngine):
             return Ended(job, _first_line(error))
 
     def _cancel(self, handles: list[Any]) -> None:
-        for handle in handles:
-            self._ray.cancel(handle)  # raises KeyboardInterrupt in a task that runs
+        # Not by `ray.cancel`: if a task ends at the same moment, Ray aborts this process.
+        files = [stop_file(self._running[handle].job) for handle in handles]
+        for file in files:
+            with suppress(OutputError):  # then the job ends without a save, when this process leaves the cluster
+                write_bytes(file, b"", sync=False)
         until = time.monotonic() + _PATIENCE
         while handles and time.monotonic() < until:
             _, handles = self._ray.wait(handles, timeout=1.0)
+        for file in files:
+            file.unlink(missing_ok=True)
 
 
 def _work(job: Job) -> str | None:

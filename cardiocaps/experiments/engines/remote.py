@@ -29,11 +29,19 @@ THREADS = 4
 """Threads of a job for which no number is set, where a machine has as many cores."""
 
 
+_LOOK = 0.5
+"""Seconds between two looks for the file that stops a job."""
+
+
 def gpus(job: Job, there_are_some: bool) -> int:
     """The GPUs that a job needs. Classifiers of pixels run on the CPU; they take none unless --device asks for one."""
     device = job.config.device
     uses_one = device == "cuda" or (device == "auto" and there_are_some and "classifier" not in job.system.settings)
     return int(uses_one)
+
+
+class _Stopped(Exception):
+    """The command that gave the job wants it to end."""
 
 
 class Task:
@@ -48,6 +56,7 @@ class Task:
     def __init__(self, job: Job, gpus: str | None = None) -> None:
         self.job, self.gpus, self.version = job, gpus, __version__
         self._process: JobProcess | None = None
+        self._looked = 0.0  # for the file that stops the job
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_process": None}
@@ -61,12 +70,14 @@ class Task:
             return str(error)
         try:
             last = 0.0
-            while (progress := self._process.receive()) is not None:
+            while (progress := self._next()) is not None:
                 if time.monotonic() - last > 1.0:
                     last = time.monotonic()
                     with suppress(OutputError):  # the progress is only shown
                         write_bytes(_progress_file(self.job), json.dumps(progress).encode(), sync=False)
             return self._process.error()
+        except _Stopped:
+            return "stopped"
         finally:
             self.stop()
             _progress_file(self.job).unlink(missing_ok=True)
@@ -75,6 +86,18 @@ class Task:
         """Stop the job, which saves its progress first."""
         if self._process is not None:
             stop_all([self._process])
+
+    def _next(self) -> tuple[float, str] | None:
+        """The next progress of the job; None when it has ended. Raises _Stopped if the command is over."""
+        assert self._process is not None
+        while True:
+            ready = self._process.connection.poll(_LOOK)
+            if time.monotonic() - self._looked > _LOOK:
+                self._looked = time.monotonic()
+                if stop_file(self.job).exists():
+                    raise _Stopped
+            if ready:
+                return self._process.receive()
 
     def _check(self) -> None:
         """Raise ConfigError unless this machine has the program's version and sees its files."""
@@ -173,8 +196,14 @@ class RemoteEngine(ABC):
 
 def remove_progress(job: Job) -> None:
     """Remove what a killed task has left beside the folder of its job. (A task that runs writes its progress anew.)"""
-    _progress_file(job).unlink(missing_ok=True)
+    for file in (_progress_file(job), stop_file(job)):
+        file.unlink(missing_ok=True)
     remove_leftovers(job.folder.parent)
+
+
+def stop_file(job: Job) -> Path:
+    """A file that tells the task of a job to stop it."""
+    return job.folder.with_name(f"{job.folder.name}.stop")
 
 
 def _progress_file(job: Job) -> Path:

@@ -259,6 +259,21 @@ def test_a_task_that_does_not_see_the_folder_or_has_another_version(
     assert said is not None and "expected 0.0, which gave it the job" in said
 
 
+def test_a_task_that_is_told_to_stop_saves(data: list[Path], tmp_path: Path) -> None:
+    """Also while the job reports its progress more often than the task looks for the file."""
+    job, _ = short_jobs(*data, tmp_path / "out")
+    job = replace(job, config=replace(job.config, epochs=1000, patience=1000))
+    with ThreadPoolExecutor() as pool:
+        said = pool.submit(Task(job))
+        wait_for((job.folder / "metrics.csv").exists, None)
+        assert not said.done()
+        remote.stop_file(job).touch()
+        assert said.result(timeout=60) == "stopped"
+    assert (job.folder / "last.ckpt").exists() and not (job.folder / "result.json").exists()
+    remote.remove_progress(job)
+    assert_no_leftovers(tmp_path)
+
+
 @pytest.mark.parametrize("address", ["nowhere", "host:port", "http://host:6379", ":6379"])
 def test_an_address_that_is_none(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ray", reason="needs the extra cluster")
