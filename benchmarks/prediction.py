@@ -1,7 +1,7 @@
 """`cardiocaps predict` on its two engines: this process, and actors of Ray on this machine.
 
     python -m benchmarks.prediction                          1,000 videos of the phantom, 40 s to make
-    python -m benchmarks.prediction --videos 4000 --rounds 3 --folder /tmp/prediction
+    python -m benchmarks.prediction --videos 4000 --rounds 3 --folder prediction
 
 A round runs the local engine with one thread and with all, and Ray with one actor and with two, each in processes of
 its own. Printed are the whole time of the command, the time until its first row, and the rows a second from the
