@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 from collections.abc import Sequence
+from typing import Any
 
 from cardiocaps import DISCLAIMER
 from cardiocaps.config import OF_TABLE, CommandLine, TrainConfig, add_options, options
@@ -37,13 +39,17 @@ _READING = (
 """Settings of a training that decide how its data are read, and how large its cache is."""
 
 
+_DECODING = (*_READING, "frame_choice", "limit", "cache_dir", "decode_workers", "video_reader", "progress")
+"""Settings of a training that decide which frames are decoded, and how."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status, as `cardiocaps.train.main`."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == [_BUILD_CACHE]:
         return _build_cache(arguments[1:])
     given = command_line().parse_args(arguments)
-    settings = {name: getattr(given, name) for name in _READING if getattr(given, name) is not None}
+    settings = _settings(given, _READING)
 
     def body(_: Interruption) -> None:
         from cardiocaps.data.described import as_text, describe
@@ -65,11 +71,10 @@ def _build_cache(arguments: Sequence[str]) -> int:
     )
     _add_data(parser)
     add_engine_options(parser, "videos are decoded", "one CPU")
-    add_options(parser, (*_READING, "frame_choice", "limit", "cache_dir", "decode_workers", "video_reader", "progress"))
+    add_options(parser, _DECODING)
     given = parser.parse_args(arguments)
     check_engine_options(parser, given)
-    own = ("data", "engine", "address", "workers")
-    settings = {name: value for name, value in vars(given).items() if name not in own and value is not None}
+    settings = _settings(given, _DECODING)
 
     def body(_: Interruption) -> None:
         from cardiocaps.data.cache import default_folder
@@ -105,6 +110,10 @@ def command_line() -> CommandLine:
     parser.add_argument("--json", action="store_true", help="print JSON: a list with an entry for each DATA")
     add_options(parser, _READING)
     return parser
+
+
+def _settings(given: Namespace, names: Sequence[str]) -> dict[str, Any]:
+    return {name: getattr(given, name) for name in names if getattr(given, name) is not None}
 
 
 def _add_data(parser: CommandLine) -> None:

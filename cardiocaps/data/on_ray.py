@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import socket
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +14,7 @@ import numpy as np
 
 from cardiocaps.data.cache import Decoder, Engine, Entry, Frames, Result, from_json, to_json
 from cardiocaps.errors import ConfigError, OutputError, printable
-from cardiocaps.runtime.files import LAG
+from cardiocaps.runtime.files import LAG, appears
 from cardiocaps.runtime.ray_data import mapped_on_ray
 
 _AT_A_TIME = 16
@@ -87,14 +86,9 @@ def _result(content: dict[str, Any]) -> Result:
 
 def _seen(decoder: Decoder, found: Result) -> Result:
     """A result whose file this machine sees; waits as long as a shared file system may lag. Raises OutputError."""
-    until = time.monotonic() + LAG
-    while isinstance(found, Frames) and not decoder.has(found):
-        if time.monotonic() > until:
-            raise OutputError(
-                f"cache_dir is {printable(decoder.folder)}: what a machine of Ray has written there is not to be seen "
-                f"here after {LAG:.0f} s; expected a folder that all machines share"
-            )
-        time.sleep(0.5)
-        with suppress(OSError):  # listing the folder makes a file system of the network ask anew
-            list(decoder.folder.iterdir())
+    if isinstance(found, Frames) and not appears(decoder.folder, lambda: decoder.has(found), LAG):
+        raise OutputError(
+            f"cache_dir is {printable(decoder.folder)}: what a machine of Ray has written there is not to be seen here "
+            f"after {LAG:.0f} s; expected a folder that all machines share"
+        )
     return found

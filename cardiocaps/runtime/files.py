@@ -107,6 +107,18 @@ def atomic_write(path: Path, *, sync: bool = True, mode: int = 0o666) -> Iterato
             raise
 
 
+def appears(folder: Path, is_there: Callable[[], bool], seconds: float) -> bool:
+    """Whether something in a folder is there, or comes to be seen within the time that a shared file system may lag."""
+    until = time.monotonic() + seconds
+    while not is_there():
+        if time.monotonic() > until:
+            return False
+        time.sleep(0.5)
+        with suppress(OSError):  # listing the folder makes a file system of the network ask anew
+            list(folder.iterdir())
+    return True
+
+
 def is_missing(path: Path) -> bool:
     """Whether there is no file or folder at `path`.
 

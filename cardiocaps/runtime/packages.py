@@ -1,11 +1,13 @@
-"""Optional packages."""
+"""Optional packages, and the version of this one."""
 
 from __future__ import annotations
 
+import socket
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
 
+from cardiocaps import __version__
 from cardiocaps.errors import ConfigError
 
 
@@ -26,3 +28,11 @@ def require_package(module: str, package: str, what: str, extra: str = "experime
     except Exception as error:  # XGBoost raises one of its own if its library does not load
         reason = "" if find_spec(module.partition(".")[0]) is None else f", which cannot be imported ({error})"
         raise ConfigError(f"{what} needs the package {package}{reason}; pip install 'cardiocaps[{extra}]'") from error
+
+
+def check_version(expected: str, work: str) -> None:
+    """Raise ConfigError unless this machine has the version of cardiocaps that gave it work, for example a "job"."""
+    if expected != __version__:
+        raise ConfigError(
+            f"{socket.gethostname()} has cardiocaps {__version__}; expected {expected}, which gave it the {work}"
+        )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
@@ -16,7 +15,7 @@ from typing import Any, Protocol
 
 from cardiocaps import __version__
 from cardiocaps.errors import CardioCapsError, CheckpointError, ConfigError, OutputError
-from cardiocaps.runtime.packages import require_package
+from cardiocaps.runtime.packages import check_version, require_package
 
 _RETRIES = 3
 """How often items are given to another actor before they count as what brings the actors down."""
@@ -140,9 +139,7 @@ class _Actor:
 
         items = list(map(json.loads, batch["text"].to_pylist()))
         try:
-            if self._version != __version__:
-                here = f"{socket.gethostname()} has cardiocaps {__version__}"
-                raise ConfigError(f"{here}; expected {self._version}, which gave it the work")
+            check_version(self._version, "work")
             if self._work is None:
                 self._work = self._make(*self._arguments)
             texts = [json.dumps({"result": result}) for result in self._work(items)]

@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -142,7 +143,7 @@ def assert_equal_job(one: Path, other: Path) -> None:
         assert of_one == of_other
 
 
-class Subject:
+class Subject(ABC):
     """A command with what is killed of it.
 
     Attributes:
@@ -153,27 +154,29 @@ class Subject:
     survives = False
     leaves = False
 
+    @abstractmethod
     def start(self, out: Path) -> Processes:
         """Start the command, which goes on with what is in `out`."""
-        raise NotImplementedError
 
     def victims(self, processes: Processes) -> list[int]:
         """The processes that can be killed now."""
         return [process.pid for process in processes if process.poll() is None]
 
+    @abstractmethod
     def phase(self, out: Path) -> str:
         """What the command is doing, as its folder shows it."""
-        raise NotImplementedError
 
     def done(self, out: Path) -> Any:
-        """What must not be done again."""
+        """What must not be done again; None: nothing is remembered."""
+        return None
 
     def assert_kept(self, done: Any, out: Path) -> None:
         """What was done before a kill is still that."""
+        assert done is None
 
+    @abstractmethod
     def assert_equal(self, undisturbed: Path, out: Path) -> None:
         """The folder holds what that of an undisturbed run holds."""
-        raise NotImplementedError
 
 
 class Training(Subject):

@@ -23,7 +23,8 @@ from cardiocaps.experiments.engines.engine import Ended, Progressed, Share
 from cardiocaps.experiments.engines.process import JobProcess, stop_all
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.results import is_finished
-from cardiocaps.runtime.files import LAG, remove_leftovers, write_bytes
+from cardiocaps.runtime.files import LAG, appears, remove_leftovers, write_bytes
+from cardiocaps.runtime.packages import check_version
 
 THREADS = 4
 """Threads of a job for which no number is set, where a machine has as many cores."""
@@ -101,12 +102,10 @@ class Task:
 
     def _check(self) -> None:
         """Raise ConfigError unless this machine has the program's version and sees its files."""
-        if self.version != __version__:
-            raise ConfigError(
-                f"{socket.gethostname()} has cardiocaps {__version__}; expected {self.version}, which gave it the job"
-            )
+        check_version(self.version, "job")
         experiments = self.job.experiments
-        if not _appears(experiments.marker):
+        marker = experiments.marker
+        if not appears(marker.parent, marker.is_file, LAG):
             raise ConfigError(
                 f"--out is {printable(experiments.path)}, which {socket.gethostname()} does not see; expected a folder "
                 "that all machines share, under the same path"
@@ -215,18 +214,6 @@ def _is_seen(job: Job) -> bool:
     with suppress(OSError):
         list(job.folder.iterdir())
     return is_finished(job.folder)
-
-
-def _appears(path: Path) -> bool:
-    """Whether a file is there, or comes to be seen within the time that a file system may lag."""
-    until = time.monotonic() + LAG
-    while not path.is_file():
-        if time.monotonic() > until:
-            return False
-        time.sleep(0.5)
-        with suppress(OSError):
-            list(path.parent.iterdir())
-    return True
 
 
 def _absolute(config: TrainConfig) -> TrainConfig:
