@@ -1,6 +1,11 @@
 """Metrics of a classifier's probabilities, with intervals, and of a regression."""
 
-from cardiocaps.metrics.calibration import bins_of_equal_mass, expected_calibration_error, reliability
+from cardiocaps.metrics.calibration import (
+    bins_of_equal_mass,
+    calibration_error_by_chance,
+    expected_calibration_error,
+    reliability,
+)
 from cardiocaps.metrics.classification import Report, evaluate
 from cardiocaps.metrics.intervals import (
     BOOTSTRAP,
@@ -36,6 +41,7 @@ __all__ = [
     "RunsReport",
     "bins_of_equal_mass",
     "by_video",
+    "calibration_error_by_chance",
     "confusion",
     "decision_threshold",
     "evaluate",

@@ -35,3 +35,18 @@ def expected_calibration_error(probability: ArrayLike, label: ArrayLike, bins: i
     """
     predicted, observed, size = reliability(probability, label, bins)
     return float((size * np.abs(predicted - observed)).sum() / size.sum())
+
+
+def calibration_error_by_chance(probability: ArrayLike, bins: int = 10, draws: int = 200, seed: int = 0) -> float:
+    """The mean `expected_calibration_error` if these probabilities were perfectly calibrated.
+
+    Labels are drawn with the probabilities, independently. The error is positive then too, because the shares that are
+    observed in bins of few samples vary (Bröcker and Smith, Increasing the Reliability of Reliability Diagrams, 2007).
+
+    Args:
+        draws: of all labels.
+        seed: of the draws.
+    """
+    p = np.asarray(probability, np.float64)
+    drawn = np.random.default_rng(seed).random((draws, p.size)) < p
+    return float(np.mean([expected_calibration_error(p, label.astype(np.int64), bins) for label in drawn]))

@@ -1,9 +1,11 @@
 """Comparison of two systems on the same test videos, with videos and seeds as random effects.
 
-The AUROC is compared by the method of DeLong et al. (1988), in the form of Sun and Xu (2014). (No library that is kept
-up has it: SciPy, scikit-learn and statsmodels lack it.) Its structural components are averaged over the seeds of a
-system, which gives the variance of the mean AUROC over videos; the variance over seeds is added, so that the test
-speaks of videos and seeds such as these. Every other metric is compared by the bootstrap alone.
+The variance of a difference has two parts. The part of the videos is, for the AUROC, that of DeLong et al. (1988), in
+the form of Sun and Xu (2014), with the structural components averaged over the seeds of a system. (No library that is
+kept up has it: SciPy, scikit-learn and statsmodels lack it.) For any metric it is that of a paired bootstrap. The part
+of the seeds is the variance over the seeds of each system, divided by their number. Both together give Student's t with
+the degrees of freedom of Satterthwaite (1946), so interval and p speak of other videos and other seeds. To draw the
+seeds in the bootstrap too would be simpler, but with three seeds its p is far too small.
 """
 
 import math
@@ -15,10 +17,13 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from cardiocaps.metrics.intervals import LEVEL, Tested
-from cardiocaps.metrics.samples import Floats, Integers, checked_samples
+from cardiocaps.metrics.samples import Floats, checked_samples
 
 POWER = 0.8
 """The power at which the smallest difference that a test finds is stated."""
+
+_NORMAL = 1e6
+"""Degrees of freedom from which Student's t is the normal distribution."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,10 +60,10 @@ class Difference:
     """A metric of a system minus that of another one, means over their seeds, or another sum of such means.
 
     Attributes:
-        low: of the 95 % bootstrap interval; NaN without resamples.
+        low: of the 95 % interval, for other videos and seeds; where a system has one seed, for other videos and these
+            seeds. NaN without resamples.
         high: of it.
-        p: of the bootstrap, two-sided: twice the share of resamples on the other side of 0, or of the value that is
-            asked for; NaN without resamples.
+        p: two-sided, against 0 or the value that is asked for; NaN without resamples, and where a system has one seed.
     """
 
     value: float
@@ -76,7 +81,8 @@ class DeLong:
         se_videos: standard error for other videos and the same seeds.
         se_seeds: standard error for other seeds and the same videos; NaN if a system has one seed.
         p_videos: two-sided, for these seeds: the test of DeLong et al.
-        p: two-sided, for other videos and seeds: Student's t with the degrees of freedom of Satterthwaite (1946).
+        p: two-sided, for other videos and seeds; NaN if a system has one seed.
+        freedom: degrees of freedom of `se`.
     """
 
     value: float
@@ -84,6 +90,7 @@ class DeLong:
     se_seeds: float
     p_videos: float
     p: float
+    freedom: float
 
     @property
     def se(self) -> float:
@@ -96,8 +103,7 @@ def paired_differences(
 ) -> dict[str, Difference]:
     """Differences one − other of metrics, by a paired bootstrap.
 
-    A resample draws groups (videos or patients), the same ones for both systems, and for each system as many of its
-    seeds as it has, and takes the difference of the means.
+    A resample draws groups (videos or patients), the same ones for both systems and all their seeds.
 
     Args:
         names: some of METRICS.
@@ -120,8 +126,7 @@ def paired_contrast(
 ) -> dict[str, Difference]:
     """Sums of coefficients times metrics, for example how much more one system falls under a shift than another one.
 
-    A resample draws groups, the same ones for all runs, and for each system as many of its seeds as it has, the same
-    ones in all its terms.
+    A resample draws groups, the same ones for all runs.
 
     Args:
         systems: of each system its terms, coefficient and runs. All terms of a system have the same trained networks
@@ -136,40 +141,46 @@ def paired_contrast(
             of runs.
     """
     tested = [[(coefficient, runs, runs.tested()) for coefficient, runs in terms] for terms in systems]
-    _check_paired([test for terms in tested for *_, tests in terms for test in tests])
+    every = [test for terms in tested for *_, tests in terms for test in tests]
+    _check_paired(every)
     if any(len({len(tests) for *_, tests in terms}) > 1 for terms in tested):
         raise ValueError("runs of a system differ in number between its terms; expected the same networks in all")
-    found = dict.fromkeys(names, 0.0)
-    for terms in tested:
-        for coefficient, _, tests in terms:
-            of_runs = [test.sample.estimate() for test in tests]
-            found = {name: x + coefficient * fmean(run[name] for run in of_runs) for name, x in found.items()}
-    if not bootstrap:
-        return {name: Difference(value) for name, value in found.items()}
-    samples = max(test.sample.group.size for terms in tested for *_, tests in terms for test in tests)
-    sums = {name: np.zeros(bootstrap) for name in names}
-    for number, terms in enumerate(tested):
-        chosen = chosen_runs(len(terms[0][2]), bootstrap, seed, number)
-        for coefficient, runs, _ in terms:
-            drawn = runs.drawn(bootstrap, seed, samples)
-            for name in names:
-                of_name = np.stack([x[name] for x in drawn], axis=1)
-                sums[name] += coefficient * np.take_along_axis(of_name, chosen, axis=1).mean(axis=1)
-    return {name: difference_of(value, sums[name], least) for name, value in found.items()}
+    samples = max(test.sample.group.size for test in every)
+    found = {}
+    for name in names:
+        by_seed, drawn = [], np.zeros(bootstrap)
+        for terms in tested:
+            of_system = np.zeros(len(terms[0][2]))
+            for coefficient, runs, tests in terms:
+                of_system += [coefficient * test.sample.estimate()[name] for test in tests]
+                if bootstrap:
+                    of_runs = [of_run[name] for of_run in runs.drawn(bootstrap, seed, samples)]
+                    drawn += coefficient * np.mean(of_runs, axis=0)
+            by_seed.append(of_system.tolist())
+        fewest = min(x.size for x in every[0].strata.values())
+        found[name] = difference_of(by_seed, drawn, fewest, least)
+    return found
 
 
-def chosen_runs(runs: int, bootstrap: int, seed: int, number: int) -> Integers:
-    """The runs [bootstrap, runs] that the resamples draw of the system with this number, with replacement."""
-    return np.random.default_rng([seed, 1 + number]).integers(runs, size=(bootstrap, runs))
+def difference_of(by_seed: Sequence[Sequence[float]], drawn: Floats, fewest: int, least: float = 0.0) -> Difference:
+    """The sum over systems of means over seeds, with its interval and p.
 
+    Args:
+        by_seed: of each system the values of its seeds.
+        drawn: the sum in resamples of the groups [r], in which all seeds are kept; empty: no interval.
+        fewest: groups of the smaller class; the variance of the resamples has one degree of freedom less.
+        least: what p compares the sum with.
+    """
+    from scipy.special import stdtrit
 
-def difference_of(value: float, drawn: Floats, least: float = 0.0) -> Difference:
-    """A value with the interval and p of its resamples [r]; p is of the two-sided comparison with `least`."""
-    tail = 100 * (1 - LEVEL) / 2
-    low, high = (float(x) for x in np.percentile(drawn, (tail, 100 - tail)))
-    sides = int((drawn <= least).sum()), int((drawn >= least).sum())
-    # With one more on each side, because p = 0 cannot be known from a finite number.
-    return Difference(value, low, high, min(1.0, 2 * (min(sides) + 1) / (drawn.size + 1)))
+    value = sum(map(fmean, by_seed))
+    if not drawn.size or not math.isfinite(value):
+        return Difference(value)
+    of_seeds = _of_seeds(by_seed)
+    se, freedom = _satterthwaite([(float(np.var(drawn, ddof=1)), fewest - 1.0), *(of_seeds or ())])
+    half = se * float(stdtrit(freedom, (1 + LEVEL) / 2)) if se else 0.0
+    p = math.nan if of_seeds is None else _two_sided(value - least, se, freedom)
+    return Difference(value, value - half, value + half, p)
 
 
 def delong(one: Runs, other: Runs) -> DeLong | None:
@@ -191,26 +202,21 @@ def delong(one: Runs, other: Runs) -> DeLong | None:
         of_systems.append(parts)
     means = [[fmean(part[0].tolist()) for part in parts] for parts in of_systems]  # AUROC of each seed
     value = fmean(means[0]) - fmean(means[1])
-    squares = 0.0
+    of_videos = []
     for kind in (0, 1):
         averaged = [np.mean([part[kind] for part in parts], axis=0) for parts in of_systems]
-        squares += float(np.var(averaged[0] - averaged[1], ddof=1)) / averaged[0].size
-    se_videos = math.sqrt(squares)
-    videos = tests[0][0].names.size
-    by_seed = [variance(x) / len(x) if len(x) > 1 else math.nan for x in means]
-    se_seeds = math.sqrt(sum(by_seed))
+        n = averaged[0].size
+        of_videos.append((float(np.var(averaged[0] - averaged[1], ddof=1)) / n, n - 1.0))
+    of_seeds = _of_seeds(means)
+    se_videos = math.sqrt(sum(v for v, _ in of_videos))
+    se, freedom = _satterthwaite([*of_videos, *(of_seeds or ())])
     return DeLong(
         value,
         se_videos,
-        se_seeds,
-        _two_sided(value, [(se_videos**2, math.inf)]),
-        _two_sided(
-            value,
-            [
-                (se_videos**2, videos - 2),
-                *((v, len(x) - 1) for v, x in zip(by_seed, means, strict=True) if not math.isnan(se_seeds)),
-            ],
-        ),
+        math.nan if of_seeds is None else math.sqrt(sum(v for v, _ in of_seeds)),
+        _two_sided(value, se_videos, math.inf),
+        math.nan if of_seeds is None else _two_sided(value, se, freedom),
+        freedom,
     )
 
 
@@ -254,14 +260,19 @@ def cohens_d(auroc: float) -> float:
     return math.sqrt(2) * float(ndtri(auroc))
 
 
-def detectable(se: float, comparisons: int = 1) -> float:
+def detectable(se: float, comparisons: int = 1, freedom: float = math.inf) -> float:
     """The smallest difference that a two-sided test finds with POWER, at 5 % over all `comparisons` (Bonferroni).
 
-    `se`: the standard error of the difference.
+    Args:
+        se: the standard error of the difference.
+        freedom: its degrees of freedom. The statistic of Student's t has the noncentral t distribution then.
     """
-    from scipy.special import ndtri
+    from scipy.special import nctdtrinc, ndtri, stdtrit
 
-    return se * float(ndtri(1 - (1 - LEVEL) / (2 * comparisons)) + ndtri(POWER))
+    below = 1 - (1 - LEVEL) / (2 * comparisons)
+    if freedom > _NORMAL:
+        return se * float(ndtri(below) + ndtri(POWER))
+    return se * float(nctdtrinc(freedom, 1 - POWER, stdtrit(freedom, below)))
 
 
 def hanley_mcneil(auroc: float, positives: int, negatives: int) -> float:
@@ -282,13 +293,25 @@ def _check_paired(tests: Sequence[Tested]) -> None:
         raise ValueError("groups differ between the runs; expected the same test groups with the same labels")
 
 
-def _two_sided(value: float, parts: Sequence[tuple[float, float]]) -> float:
-    """p of a value whose variance is the sum of `parts` (variance, degrees of freedom), by Satterthwaite."""
+def _of_seeds(by_seed: Sequence[Sequence[float]]) -> list[tuple[float, float]] | None:
+    """The variance of each system's mean over seeds, with degrees of freedom; None if a system has a single seed."""
+    if min(map(len, by_seed)) < 2:
+        return None
+    return [(variance(x) / len(x), len(x) - 1.0) for x in by_seed]
+
+
+def _satterthwaite(parts: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Standard error and degrees of freedom of a sum of independent parts: (variance, degrees of freedom) of each."""
+    total = sum(v for v, _ in parts)
+    below = sum(v**2 / freedom for v, freedom in parts if v)
+    return math.sqrt(total), total**2 / below if below else math.inf
+
+
+def _two_sided(value: float, se: float, freedom: float) -> float:
+    """p of Student's t; of the normal distribution for infinite `freedom`."""
     from scipy.special import ndtr, stdtr
 
-    total = sum(v for v, _ in parts)
-    if total == 0:
+    if se == 0:
         return 1.0 if value == 0 else math.nan
-    freedom = total**2 / max(sum(v**2 / df for v, df in parts), 1e-300)
-    below = ndtr(-abs(value) / math.sqrt(total)) if freedom > 1e6 else stdtr(freedom, -abs(value) / math.sqrt(total))
-    return float(2 * below)
+    t = -abs(value) / se
+    return float(2 * (ndtr(t) if freedom > _NORMAL else stdtr(freedom, t)))

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.exhibits.panels import SMALL, colour_of, wrapped
-from cardiocaps.experiments.markdown import Column, metric_columns, plus_minus, rows_table
+from cardiocaps.experiments.markdown import DASH, Column, metric_columns, plus_minus, rows_table
 from cardiocaps.experiments.summaries import CALIBRATION_BINS, Row, Summary
-from cardiocaps.metrics import bins_of_equal_mass, exact_interval, reliability
+from cardiocaps.metrics import bins_of_equal_mass, calibration_error_by_chance, exact_interval, reliability
 from cardiocaps.plots import GREY, INK, dress, new_figure
 
 if TYPE_CHECKING:
@@ -31,10 +32,15 @@ class Calibration(Exhibit):
             "Expected calibration error: the mean distance between predicted probability and observed share of "
             f"abnormal, over {CALIBRATION_BINS} bins of equally many samples. In the figure, the bins hold the "
             "predictions of all seeds, and the bars are 95 % intervals of the observed share (Clopper and Pearson; a "
-            f"{' or '.join(dict.fromkeys(s.drawn for s in found.values()))} counts once in a bin)."
+            f"{' or '.join(dict.fromkeys(s.drawn for s in found.values()))} counts once in a bin). By chance: the "
+            "error that the same probabilities would have if they were perfectly calibrated, with independent samples. "
+            "Probabilities are those before calibration."
         )
-        error: Column = ("expected calibration error", lambda s: plus_minus(s.calibration_error))
-        own = ["## Calibration", text, rows_table(rows, found, [*metric_columns(("brier",)), error])]
+        errors: list[Column] = [
+            ("expected calibration error", lambda s: plus_minus(s.calibration_error)),
+            ("by chance", lambda s: DASH if not s.results else f"{_by_chance(s):.3f}"),
+        ]
+        own = ["## Calibration", text, rows_table(rows, found, [*metric_columns(("brier",)), *errors])]
         return own + super().sections(rows, found, bootstrap)
 
     def draw(self, summaries: Sequence[Summary]) -> Figure:
@@ -83,3 +89,9 @@ class Calibration(Exhibit):
             if place + columns >= len(summaries):
                 axes.set_xlabel("Predicted probability", fontsize=9)
         return figure
+
+
+def _by_chance(summary: Summary) -> float:
+    """The mean over the seeds."""
+    parts = [result.test.samples(summary.unit)[0] for result in summary.results]
+    return fmean(calibration_error_by_chance(probability, CALIBRATION_BINS) for probability in parts)

@@ -32,19 +32,17 @@ def section(
     rows: Sequence[Row],
     found: Mapping[str, Summary],
     bootstrap: int,
-    compared_with: Callable[[Summary, Sequence[Summary]], Summary | None],
+    compared_with: Callable[[str, Sequence[str]], str | None],
 ) -> list[str]:
     """The Markdown; empty without resamples, and for fewer than two systems that were tested on the same samples.
 
     Args:
-        compared_with: what a system of these is compared with; None: with nothing.
+        compared_with: which one of the systems one of them is compared with; None: with none.
     """
-    summaries = [found[row.system] for row in rows if row.system in found and row.system not in REFERENCES]
-    pairs = [
-        (summary, other)
-        for summary in summaries
-        if bootstrap and (other := compared_with(summary, summaries)) is not None and _is_paired(summary, other)
-    ]
+    systems = [row.system for row in rows if row.system not in REFERENCES]
+    references = {system: compared_with(system, systems) for system in systems}
+    known = [(found[a], found[b]) for a, b in references.items() if a in found and b is not None and b in found]
+    pairs = [(a, b) for a, b in known if bootstrap and _is_paired(a, b)]
     if not pairs:
         return []
     differences = [paired_differences(_runs(a), _runs(b), _METRICS, bootstrap=bootstrap) for a, b in pairs]
@@ -52,7 +50,7 @@ def section(
     p_values = [math.nan if test is None else test.p for test in tests]
     p_corrected = holm(p_values)
     p_bootstrap = [holm([found_of[name].p for found_of in differences]) for name in _METRICS]
-    known = sum(not math.isnan(p) for p in p_values)
+    comparisons = max(1, sum(not math.isnan(p) for p in p_values))
     lines, effects = [], []
     for k, ((one, other), found_of, test) in enumerate(zip(pairs, differences, tests, strict=True)):
         name = f"{one.title} minus {other.title}"
@@ -65,7 +63,7 @@ def section(
                 _p(math.nan if test is None else test.p_videos),
                 _p(p_values[k]),
                 _p(p_corrected[k]),
-                _detectable(test, max(known, 1)),
+                _detectable(test, comparisons),
             )
         )
         accuracy = one.report.metrics["accuracy"].value, other.report.metrics["accuracy"].value
@@ -93,7 +91,7 @@ def section(
     )
     effect_head = (
         "difference",
-        "Cohen's d of the AUROCs",
+        "difference in d",
         "average precision",
         "p, corrected",
         "accuracy",
@@ -105,26 +103,29 @@ def section(
         _text(pairs[0][0], len(pairs), bootstrap),
         table(head, lines),
         table(effect_head, effects),
-        _power(pairs[0][0]),
+        *([] if all(test is None for test in tests) else [_power(pairs[0][0])]),
     ]
 
 
 def _text(summary: Summary, pairs: int, bootstrap: int) -> str:
     drawn = plural(summary.drawn)
     return (
-        f"Paired differences of the means over the seeds, in brackets the middle 95 % of {bootstrap:,} resamples that "
-        f"draw the same test {drawn} for both systems, and seeds of each. The p of AUROC is that of DeLong et al. "
-        f"(1988) for the mean over the seeds: for these seeds and other {drawn}; and with the seeds as a random "
-        "effect, whose variance is added (t, degrees of freedom of Satterthwaite). The others are of the bootstrap. "
-        f"Corrected: by Holm over the {pairs} {'comparison' if pairs == 1 else 'comparisons'} of a column in this "
-        "table. Detectable: the smallest difference in AUROC that such a test finds with a power of 80 % at 5 % over "
-        "all comparisons, of the standard errors found. Effect sizes: the difference of √2 Φ⁻¹(AUROC), and of "
-        "2 arcsin √accuracy; 0.2 is called small, 0.5 medium, 0.8 large (Cohen 1988)."
+        "Paired differences of the means over the seeds, in brackets the 95 % interval for other test "
+        f"{drawn} and other seeds. The standard error of the {drawn} is that of DeLong et al. (1988) for the mean "
+        f"AUROC over the seeds; in the intervals, and for the other metrics, that of {bootstrap:,} resamples of the "
+        f"{drawn}, the same ones for both systems. The variance over the seeds of each system, divided by their "
+        f"number, is added (Student's t, degrees of freedom of Satterthwaite). p, these seeds: for other {drawn} "
+        "alone. Where a system has one seed, nothing is known about other seeds: intervals are for these, and p is "
+        f"missing. Corrected: by Holm over the {pairs} {'comparison' if pairs == 1 else 'comparisons'} of a column in "
+        "this table. Detectable: the smallest difference in AUROC that such a test finds with a power of 80 % at 5 % "
+        "over all comparisons, of the standard errors found. d: √2 Φ⁻¹(AUROC), the distance of two normal "
+        "distributions with this AUROC, in deviations. h: the difference of 2 arcsin √accuracy; 0.2 is called small, "
+        "0.5 medium, 0.8 large (Cohen 1988)."
     )
 
 
 def _power(summary: Summary) -> str:
-    """How precise a test set of this size is, whatever the system."""
+    """How precise a test set of this size is, whatever the system. Its samples are independent."""
     (tn, fp), (fn, tp) = summary.report.runs[0].confusion
     negatives, positives = tn + fp, fn + tp
     error = hanley_mcneil(_EXPECTED, positives, negatives)
@@ -164,7 +165,7 @@ def _number(value: float | None) -> str:
 
 
 def _detectable(test: DeLong | None, comparisons: int) -> str:
-    least = math.nan if test is None else detectable(test.se, comparisons)
+    least = math.nan if test is None else detectable(test.se, comparisons, test.freedom)
     return "none" if least > 1 else _number(least)  # an AUROC is at most 1
 
 

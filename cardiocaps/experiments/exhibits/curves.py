@@ -67,11 +67,11 @@ class Curve(Exhibit):
     def varied(self, system: str) -> Mapping[str, float]:
         return {self.column: self.places[system][1]} if system in self.places else {}
 
-    def compared_with(self, summary: Summary, summaries: Sequence[Summary]) -> Summary | None:
+    def compared_with(self, system: str, systems: Sequence[str]) -> str | None:
         """CardioCaps at the same place of the axis; CardioCaps itself with that of the other tables."""
-        line, at = self.places[summary.system]
-        wanted = MAIN if line == MAIN else next(key for key, place in self.places.items() if place == (MAIN, at))
-        return None if wanted == summary.system else next((s for s in summaries if s.system == wanted), None)
+        line, at = self.places[system]
+        reference = MAIN if line == MAIN else next(key for key, place in self.places.items() if place == (MAIN, at))
+        return None if reference == system else reference
 
     def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
         own = [f"## {self.axis}", self.about]

@@ -106,17 +106,17 @@ class Exhibit:
         """Whether a row with numbers is in the figure."""
         return system not in REFERENCES
 
-    def compared_with(self, summary: Summary, summaries: Sequence[Summary]) -> Summary | None:
-        """What a system is compared with; None: with nothing, as it is the reference itself.
+    def compared_with(self, system: str, systems: Sequence[str]) -> str | None:
+        """The system that one of `systems` is compared with; None: none, as it is the reference itself.
 
         The reference is CardioCaps; in an exhibit without it the last system, which is the paper's proposal there. A
         comparison is with the reference of the same form, corrected or published.
         """
-        published = corrected_key(summary.system) != summary.system
-        same_form = [s for s in summaries if (corrected_key(s.system) != s.system) == published]
-        main = [s for s in same_form if corrected_key(s.system) == MAIN]
-        other = (main or same_form)[-1]
-        return None if other is summary else other
+        published = corrected_key(system) != system
+        same_form = [key for key in systems if (corrected_key(key) != key) == published]
+        main = [key for key in same_form if corrected_key(key) == MAIN]
+        reference = (main or same_form)[-1]
+        return None if reference == system else reference
 
     def sections(self, rows: Sequence[Row], found: Mapping[str, Summary], bootstrap: int) -> list[str]:
         """The Markdown between the figure and the notes. `found` maps systems with results to their summaries."""

@@ -11,7 +11,7 @@ from cardiocaps.experiments.plan import CLASSIFIERS, PREVALENCES, SAMPLINGS, SYS
 from cardiocaps.experiments.results import Result
 from cardiocaps.experiments.robustness.equivariance import JUDGED, Equivariance, PatientRatio, contrast
 from cardiocaps.experiments.robustness.shifts import UNSHIFTED, ShiftedTest
-from cardiocaps.experiments.robustness.verdicts import Claim, Contrast, NotMeasured
+from cardiocaps.experiments.robustness.verdicts import Claim, Contrast, LeftOut, NotMeasured
 from cardiocaps.metrics.comparison import Difference, Runs, paired_contrast
 from cardiocaps.metrics.samples import Integers
 
@@ -19,7 +19,12 @@ LOSS = 0.02
 """The loss of AUROC or average precision from which on attention would not do without loss."""
 
 STEEP = (ShiftedTest("angle", 20), ShiftedTest("angle", 30))
-"""The turns that robustness to the angle is judged by, the mean over both. Training has -15 to 15 degrees."""
+"""The turns that robustness to the angle is judged by, the mean over both: 5 to 45 degrees. Training has hearts from
+-15 to 15 degrees in images that augmentation turns by up to 10 degrees."""
+
+RANKS = 0.65
+"""The mean AUROC from which on a system ranks well enough to fall, three standard errors above 0.5 with 300 videos. A
+system below it has nothing to lose, so that it falls little says nothing."""
 
 CNNS = ("cnn-1", "cnn-2", "resnet18")
 _NETWORKS = (*CNNS, "unet", "vit")
@@ -125,7 +130,7 @@ def claims(evidence: Evidence) -> tuple[Claim, ...]:
             "CardioCaps is robust to the angle: it falls less than CNNs",
             "robustness to images captured from various angles",
             "II-B; IV-B 2",
-            tuple(_falls(evidence, ["resnet18", "cnn-2"])),
+            tuple(_falls(evidence, CNNS)),
         ),
         Claim(
             "equivariance",
@@ -181,7 +186,10 @@ def _falls(evidence: Evidence, others: Sequence[str]) -> Iterator[Contrast]:
     for other in others:
 
         def measure(other: str = other) -> Difference:
-            return _contrast(evidence, [change_of("cardiocaps", 1.0), change_of(other, -1.0)], "auroc")
+            terms = [change_of("cardiocaps", 1.0), change_of(other, -1.0)]
+            for system in ("cardiocaps", other):
+                _check_ranks(_title(system), evidence.tested(system, UNSHIFTED))
+            return _contrast(evidence, terms, "auroc")
 
         turned = " and ".join(f"{test.size:g}°" for test in STEEP)
         text = f"change of AUROC from 0° to {turned} (mean): CardioCaps minus {_title(other)}"
@@ -200,7 +208,11 @@ def _rarer(evidence: Evidence, others: Sequence[str]) -> Iterator[Contrast]:
         for metric, name in RANKING.items():
 
             def measure(other: str = other, metric: str = metric) -> Difference:
-                return _contrast(evidence, [*change_of("cardiocaps", 1.0), *change_of(other, -1.0)], metric)
+                terms = [*change_of("cardiocaps", 1.0), *change_of(other, -1.0)]
+                for system in ("cardiocaps", other):
+                    key = prevalence_key(system, BALANCED)
+                    _check_ranks(SYSTEMS[key].title, evidence.trained(key))
+                return _contrast(evidence, terms, metric)
 
             ends = f"from {100 * BALANCED:g} % to {100 * RARE:g} % abnormal"
             yield Contrast(f"change of {name} {ends}: CardioCaps minus {_title(other)}", measure)
@@ -242,6 +254,13 @@ def _faster(evidence: Evidence, one: str, other: str) -> Difference:
     test = ttest_ind(*logs, equal_var=False)
     low, high = test.confidence_interval(0.95)
     return Difference(fmean(logs[0]) - fmean(logs[1]), float(low), float(high), float(test.pvalue))
+
+
+def _check_ranks(title: str, runs: Runs) -> None:
+    """Raise LeftOut if the mean AUROC before a fall is below RANKS."""
+    auroc = fmean(test.sample.estimate()["auroc"] for test in runs.tested())
+    if auroc < RANKS:
+        raise LeftOut(f"{title} has an AUROC of {auroc:.2f} before, below {RANKS}, and so nothing to lose")
 
 
 def _contrast(

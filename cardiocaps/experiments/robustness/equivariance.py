@@ -26,8 +26,8 @@ from typing import Any
 import numpy as np
 
 from cardiocaps.metrics import MeanEstimate
-from cardiocaps.metrics.comparison import Difference, chosen_runs, difference_of
-from cardiocaps.metrics.intervals import BOOTSTRAP, draw_weights, strata_of
+from cardiocaps.metrics.comparison import Difference, difference_of
+from cardiocaps.metrics.intervals import BOOTSTRAP, LEVEL, draw_weights, strata_of
 from cardiocaps.metrics.samples import Floats, Integers
 
 SIZES = (None, 16, 8)
@@ -85,24 +85,31 @@ def mean_estimate(ratio: PatientRatio, label: Integers, bootstrap: int, seed: in
     deviation = stdev(values) if len(values) > 1 and np.isfinite(values).all() else float("nan")
     if not bootstrap or not np.isfinite(values).all():
         return MeanEstimate(fmean(values), deviation)
-    found = contrast([(1.0, ratio)], label, bootstrap, seed)
-    return MeanEstimate(fmean(values), deviation, found.low, found.high, BOOTSTRAP)
+    chosen = np.random.default_rng([seed, 1]).integers(len(values), size=(bootstrap, len(values)))
+    drawn = np.take_along_axis(ratio.values(_weights(label, bootstrap, seed)), chosen, axis=1).mean(axis=1)
+    low, high = np.quantile(drawn, ((1 - LEVEL) / 2, (1 + LEVEL) / 2)).tolist()
+    return MeanEstimate(fmean(values), deviation, low, high, BOOTSTRAP)
 
 
 def contrast(
     systems: Sequence[tuple[float, PatientRatio]], label: Integers, bootstrap: int, seed: int = 0
 ) -> Difference:
-    """The sum of coefficients times statistics, means over the seeds; as `metrics.comparison.paired_contrast`."""
-    value = sum(coefficient * fmean(ratio.per_seed()) for coefficient, ratio in systems)
-    if not bootstrap or not np.isfinite(value):
-        return Difference(value)
+    """The sum of coefficients times statistics, means over the seeds; as `metrics.comparison.paired_contrast`.
+
+    What was fitted is not fitted again in the resamples.
+    """
+    weight = _weights(label, bootstrap, seed)
+    drawn = sum(
+        (coefficient * ratio.values(weight).mean(axis=1) for coefficient, ratio in systems), np.zeros(bootstrap)
+    )
+    by_seed = [[coefficient * x for x in ratio.per_seed()] for coefficient, ratio in systems]
+    return difference_of(by_seed, drawn, int(np.bincount(label).min()))
+
+
+def _weights(label: Integers, bootstrap: int, seed: int) -> Floats:
+    """How often each patient is drawn [bootstrap, patients], within each label."""
     strata = strata_of(label, np.arange(label.size))
-    weight = draw_weights(strata, bootstrap, np.random.default_rng(seed))
-    total = np.zeros(bootstrap)
-    for number, (coefficient, ratio) in enumerate(systems):
-        chosen = chosen_runs(len(ratio.above), bootstrap, seed, number)
-        total += coefficient * np.take_along_axis(ratio.values(weight), chosen, axis=1).mean(axis=1)
-    return difference_of(value, total)
+    return draw_weights(strata, bootstrap, np.random.default_rng(seed))
 
 
 def change(before: Floats, after: Floats) -> PatientRatio:

@@ -28,9 +28,6 @@ if TYPE_CHECKING:
 CURVES = ("auroc", "average_precision", "brier")
 """The metrics of the curves, with intervals. The Brier score is that of calibration and ranking together."""
 
-FINER = 10
-"""Times as many resamples for the verdicts: the p of 18 differences, corrected for 10 claims, must reach below 5 %."""
-
 
 @dataclass(frozen=True)
 class Point:
@@ -58,7 +55,7 @@ class Measured:
         equivariance: system -> its measures.
         label: of the patients of `equivariance`, in its order.
         verdicts: of the claims.
-        bootstrap: resamples for the intervals; FINER times as many for the verdicts.
+        bootstrap: resamples for intervals and verdicts.
     """
 
     points: Mapping[tuple[str, str], Point]
@@ -86,7 +83,7 @@ def measure(
             out of all.
         tests: that they were scored on.
         results: system -> its results on the unshifted test, for the claims about it.
-        bootstrap: resamples; 0: no intervals, and no verdicts.
+        bootstrap: resamples; 0: no intervals, and no verdicts but that about times.
         progress: show how many systems have been measured, which takes minutes.
     """
     tests = with_unshifted(tests)
@@ -112,7 +109,7 @@ def measure(
     angle = _angles(jobs, tests) if features else {}
     each = shown(features.items(), len(features), "measuring equivariance") if progress else features.items()
     equivariance = {system: Equivariance.of(of_seeds, angle) for system, of_seeds in each}
-    evidence = Evidence(results, runs, equivariance, label, FINER * bootstrap)
+    evidence = Evidence(results, runs, equivariance, label, bootstrap)
     pairs = shown(runs.items(), len(runs), "measuring curves") if progress else runs.items()
     return Measured(
         {key: _point(own, runs[key[0], UNSHIFTED.name], bootstrap) for key, own in pairs},
@@ -155,7 +152,6 @@ def _angles(jobs: Sequence[Job], tests: Sequence[ShiftedTest]) -> dict[float, Fl
 
 def _point(own: Runs, before: Runs, bootstrap: int) -> Point:
     report = evaluate_runs(own.probabilities, own.labels, own.groups, own.thresholds, bootstrap=bootstrap)
-    # A network and its shifted test are paired, so only videos and seeds are drawn.
     changes = (
         dict.fromkeys(CURVES, Difference(0.0))
         if own is before

@@ -3,7 +3,9 @@
 A claim is a list of contrasts: differences that are above a bound, 0 unless said, if the claim is true. The rule was
 written before any result:
 
-* Each contrast has a two-sided p of its paired bootstrap over test videos and seeds (of times: Welch's t over seeds).
+* Each contrast has a two-sided p for other test videos and seeds: Student's t of `metrics.comparison` (of times:
+  Welch's t over seeds).
+* A contrast that says nothing, as a network that does not rank at all cannot fall, is left out.
 * For the claim: every contrast is above its bound. The p is the largest of all contrasts (intersection-union test), 1
   if one of them lies on the other side.
 * Against it: some contrast is below its bound. The p is the least of those on that side, times the number of contrasts
@@ -11,7 +13,7 @@ written before any result:
 * The smaller of both p is the claim's, corrected by Holm over all claims that were measured. Below 5 % the claim holds,
   or does not, by the side that gave the p. Else it cannot be told, as where a contrast was not measured.
 
-Where several videos and seeds are resampled, a difference that is there can be missed; "cannot be told" is not "equal".
+With few videos and seeds a difference that is there can be missed; "cannot be told" is not "equal".
 """
 
 from __future__ import annotations
@@ -33,7 +35,19 @@ class Verdict(StrEnum):
 
 
 class NotMeasured(Exception):
-    """A contrast cannot be computed; the text says why."""
+    """A contrast cannot be computed, so its claim cannot be told; the text says why."""
+
+
+class LeftOut(NotMeasured):
+    """A contrast says nothing about its claim, which is judged without it; the text says why."""
+
+
+@dataclass(frozen=True)
+class Missing:
+    """Why a contrast has no difference, and whether its claim is judged without it."""
+
+    reason: str
+    is_left_out: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,12 +90,12 @@ class Judged:
 
     Attributes:
         found: of each contrast its difference, or why there is none.
-        p: of the claim before the correction; NaN if a contrast was not measured.
+        p: of the claim before the correction; NaN if a contrast was not measured, or if all are left out.
         p_corrected: by Holm over the claims.
     """
 
     claim: Claim
-    found: tuple[Difference | str, ...]
+    found: tuple[Difference | Missing, ...]
     p: float
     p_corrected: float
     verdict: Verdict
@@ -101,20 +115,20 @@ def judge(claims: Sequence[Claim]) -> list[Judged]:
     ]
 
 
-def _measured(contrast: Contrast) -> Difference | str:
+def _measured(contrast: Contrast) -> Difference | Missing:
     try:
         found = contrast.measure()
     except NotMeasured as error:
-        return str(error)
+        return Missing(str(error), isinstance(error, LeftOut))
     if math.isnan(found.value):
-        return "undefined for a seed"
-    return found if not math.isnan(found.p) else "no p without resamples or several seeds"
+        return Missing("undefined for a seed")
+    return found if not math.isnan(found.p) else Missing("no p without resamples or several seeds")
 
 
-def _p_of(values: Sequence[tuple[Difference | str, float]]) -> tuple[float, Verdict]:
-    """The p of a claim and the side that it is of; NaN if a contrast was not measured."""
+def _p_of(values: Sequence[tuple[Difference | Missing, float]]) -> tuple[float, Verdict]:
+    """The p of a claim and the side that it is of; NaN if a contrast was not measured, or if all are left out."""
     known = [(x, least) for x, least in values if isinstance(x, Difference)]
-    if len(known) < len(values) or not known:
+    if not known or any(isinstance(x, Missing) and not x.is_left_out for x, _ in values):
         return math.nan, Verdict.UNKNOWN
     holds = max(x.p if x.value > least else 1.0 for x, least in known)
     against = min(1.0, len(known) * min(x.p if x.value < least else 1.0 for x, least in known))

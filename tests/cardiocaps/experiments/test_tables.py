@@ -20,7 +20,7 @@ from cardiocaps.experiments.reported import ALWAYS_NORMAL
 from cardiocaps.experiments.results import Result
 from cardiocaps.experiments.summaries import Row, summarise
 from cardiocaps.experiments.tables import write_exhibit, write_index
-from cardiocaps.metrics import METRICS, by_video, decision_threshold, evaluate
+from cardiocaps.metrics import METRICS, by_video, calibration_error_by_chance, decision_threshold, evaluate
 from cardiocaps.phantom.ceiling import ceiling
 from cardiocaps.phantom.patients import THRESHOLDS
 from tests.cardiocaps.experiments.invented import exhibit, predictions, result, row
@@ -171,6 +171,19 @@ def test_the_last_system_is_the_reference_without_cardiocaps(tmp_path: Path) -> 
     assert "| New minus" not in markdown
 
 
+def test_nothing_takes_the_place_of_a_reference_that_failed(tmp_path: Path) -> None:
+    rows = [row("cnn-1", "CNN"), row("vit", "ViT"), Row("cardiocaps", "Ours", (), "no memory")]
+    assert "## Comparisons" not in _write("table5", rows, tmp_path)[0]
+
+
+def test_a_single_seed_says_nothing_about_others(tmp_path: Path) -> None:
+    markdown, _ = _write("table5", [row("vit", "ViT", seeds=1), row("cardiocaps", "Ours", 2.0)], tmp_path)
+    part = markdown[markdown.index("## Comparisons") : markdown.index("## As published")]
+    (auroc, effects) = _cells(part, "ViT minus Ours")
+    assert auroc[3] == auroc[5] == auroc[6] == effects[3] == effects[5] == "–" and float(auroc[2]) > 0
+    assert re.fullmatch(r"-0\.\d+ \(.* to .*\)", auroc[1])
+
+
 def test_systems_with_other_test_samples_are_not_compared(tmp_path: Path) -> None:
     other = Row("vit", "ViT", (result("vit", 10, test=predictions(11, first=500)),), None)
     markdown, _ = _write("table5", [other, row("cardiocaps", "Ours", seeds=1)], tmp_path)
@@ -251,6 +264,11 @@ def test_under_the_paper_protocol_a_sample_is_a_frame(tmp_path: Path) -> None:
     markdown, (cells,) = _write("table6", [given], tmp_path)
     assert cells["unit"] == "frame" and float(cells["auroc"]) == 1 and int(cells["tn"]) + int(cells["tp"]) == 4
     assert "but a frame for Ours" in markdown
+    # Several frames are of one video, so neither DeLong's test nor the power of the test set can be given.
+    rows = [row(key, key, unit="frame") for key in ("vit", "cardiocaps")]
+    part = _write("table5", rows, tmp_path)[0]
+    part = part[part.index("## Comparisons") :]
+    assert _cells(part, "vit minus cardiocaps")[0][2] == "–" and "Power of the test set" not in part
 
 
 def test_results_of_two_units_make_no_row() -> None:
@@ -478,6 +496,8 @@ def test_calibration_and_efficiency_show_their_numbers(tmp_path: Path, figures: 
     markdown, cells = _write("calibration", rows, tmp_path)
     assert f"{float(cells[0]['calibration_error']):.3f} ± {float(cells[0]['calibration_error_sd']):.3f}" in markdown
     assert f"ECE {float(cells[0]['calibration_error']):.3f}" in _texts(figures[0])
+    by_chance = [calibration_error_by_chance(r.test.samples("video")[0]) for r in rows[0].results]
+    assert _cells(markdown, "Ours")[0][-1] == f"{np.mean(by_chance):.3f}"
     markdown, _ = _write("efficiency", rows, tmp_path)
     assert markdown.index("## Cost") < markdown.index("## Results")
     assert _cells(markdown, "Ours")[0][6] == "1.00" and _cells(markdown, "Forest")[0][5:7] == ["–", "–"]

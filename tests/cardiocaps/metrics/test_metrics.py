@@ -17,6 +17,7 @@ from cardiocaps.metrics import (
     METRICS,
     Estimate,
     by_video,
+    calibration_error_by_chance,
     confusion,
     decision_threshold,
     evaluate,
@@ -550,6 +551,10 @@ def test_reliability_has_bins_of_equal_mass_and_keeps_ties_together() -> None:
     p = rng.random(20_000)
     assert expected_calibration_error(p, rng.random(20_000) < p) < 0.02
     assert reliability(p, p > 0.5)[2].tolist() == [2000] * 10
+    # By chance: the mean over labels that are drawn with these probabilities, 300 as in the experiments.
+    p = rng.beta(0.5, 2, 300)
+    drawn = [expected_calibration_error(p, rng.random(300) < p) for _ in range(200)]
+    assert calibration_error_by_chance(p) == pytest.approx(np.mean(drawn), abs=0.005) and np.mean(drawn) > 0.03
 
 
 def test_by_video_is_the_mean_over_its_frames() -> None:

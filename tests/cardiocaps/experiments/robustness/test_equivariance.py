@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 from scipy.spatial.distance import cosine
 from sklearn.decomposition import PCA
 from sklearn.model_selection import KFold
@@ -137,7 +138,14 @@ def test_a_contrast_is_paired_by_patient() -> None:
     found = contrast([(1.0, better), (-1.0, one)], LABEL, 100)
     # Better by 0.1 for every patient, so in every resample too.
     np.testing.assert_allclose([found.value, found.low, found.high], 0.1, rtol=1e-9)
-    assert found.p == pytest.approx(2 / 101)
+    assert math.isnan(found.p)  # one seed
+    several = _ratio(1)
+    worse = PatientRatio(several.above + 0.1 * several.below, several.below, complement=True)
+    found = contrast([(1.0, several), (-1.0, worse)], LABEL, 100)
+    np.testing.assert_allclose(found.value, 0.1, rtol=1e-9)
+    of_seeds = np.var(several.per_seed(), ddof=1) / 3  # of both systems, whose patients have the same differences
+    np.testing.assert_allclose(found.high - found.value, stats.t.ppf(0.975, 4) * math.sqrt(2 * of_seeds), rtol=1e-6)
+    assert found.p == pytest.approx(2 * stats.t.sf(0.1 / math.sqrt(2 * of_seeds), 4))
     undefined = PatientRatio(np.zeros((1, 40)), np.zeros((1, 40)), complement=True)
     assert math.isnan(contrast([(1.0, undefined), (-1.0, one)], LABEL, 100).value)
 

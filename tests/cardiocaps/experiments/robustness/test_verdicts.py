@@ -6,10 +6,19 @@ import math
 
 import pytest
 
-from cardiocaps.experiments.robustness.verdicts import Claim, Contrast, Judged, NotMeasured, Verdict, judge
+from cardiocaps.experiments.robustness.verdicts import (
+    Claim,
+    Contrast,
+    Judged,
+    LeftOut,
+    Missing,
+    NotMeasured,
+    Verdict,
+    judge,
+)
 from cardiocaps.metrics.comparison import Difference
 
-Given = Difference | str
+Given = Difference | str | LeftOut
 
 
 def _claim(*values: Given, least: float = 0.0) -> Claim:
@@ -17,6 +26,8 @@ def _claim(*values: Given, least: float = 0.0) -> Claim:
         def measure() -> Difference:
             if isinstance(value, str):
                 raise NotMeasured(value)
+            if isinstance(value, LeftOut):
+                raise value
             return value
 
         return Contrast("one minus other", measure, least)
@@ -65,7 +76,16 @@ def test_a_bound_takes_the_place_of_zero() -> None:
 def test_what_was_not_measured_cannot_be_told(missing: Given) -> None:
     found = _judged(UP, missing)
     assert found.verdict == Verdict.UNKNOWN and math.isnan(found.p) and math.isnan(found.p_corrected)
-    assert found.found[0] is UP and isinstance(found.found[1], str) and found.found[1]
+    assert found.found[0] is UP and isinstance(found.found[1], Missing) and found.found[1].reason
+
+
+def test_what_says_nothing_is_left_out() -> None:
+    nothing = LeftOut("nothing to lose")
+    found = _judged(UP, nothing, DOWN)
+    assert (found.verdict, found.p) == (Verdict.NOT, pytest.approx(0.004))  # one of two is below
+    assert found.found[1] == Missing("nothing to lose", is_left_out=True)
+    assert _judged(UP, nothing).verdict == Verdict.HOLDS
+    assert math.isnan(_judged(nothing, nothing).p) and math.isnan(_judged(UP, nothing, "has no results").p)
 
 
 def test_claims_are_corrected_together_and_those_not_measured_do_not_count() -> None:
