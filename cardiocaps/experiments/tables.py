@@ -224,7 +224,7 @@ def _links(exhibit: Exhibit, folder: Path) -> tuple[str, ...]:
 def _made_with(environments: Sequence[Mapping[str, Any]]) -> str:
     """A paragraph that names the versions and the commits which the jobs ran with; empty if there are no jobs."""
     made = dict.fromkeys(
-        f"cardiocaps {e['cardiocaps']} and capsops {e['packages']['capsops']}"
+        f"cardiocaps {e['cardiocaps']}{f' and capsops {capsops}' if (capsops := e['packages']['capsops']) else ''}"
         f"{f' at commit {commit}' if (commit := e.get('commit')) else ''}, torch {e['packages']['torch']}"
         for e in environments
     )

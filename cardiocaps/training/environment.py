@@ -11,7 +11,6 @@ from cardiocaps import __version__
 
 _PACKAGES = (
     "torch",
-    "capsops",
     "lightning",
     "numpy",
     "scipy",
@@ -32,7 +31,10 @@ def environment(device: str) -> dict[str, Any]:
     """
     import torch  # here, because tables read run folders without it
 
-    packages: dict[str, str | None] = {}
+    import capsops
+
+    # Not from the metadata: `pip install -e .` installs both packages as one distribution, cardiocaps.
+    packages: dict[str, str | None] = {"capsops": capsops.__version__}
     for name in _PACKAGES:
         try:
             packages[name] = metadata.version(name)

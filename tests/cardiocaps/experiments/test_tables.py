@@ -606,6 +606,7 @@ def test_the_index_leads_to_every_file_and_begins_with_cardiocaps(tmp_path: Path
     environment = {"cardiocaps": "0.2", "commit": "abc123", "packages": versions, "gpu": None, "cpu_count": 2}
     environments = [environment, environment, {**environment, "commit": "def456"}]
     commands = ["python -m cardiocaps.experiments table5", "python -m cardiocaps.experiments table6"]
+    (tmp_path / "unknown").mkdir()
     write_index(shown, tmp_path, data=DATA, commands=commands, environments=environments)
     text = (tmp_path / "README.md").read_text()
     main = [line for line in text.splitlines() if line.startswith("| ")][2:5]
@@ -620,6 +621,9 @@ def test_the_index_leads_to_every_file_and_begins_with_cardiocaps(tmp_path: Path
     assert "\n".join(["```", *commands, "```"]) in text
     made = [f"cardiocaps 0.2 and capsops 0.1 at commit {commit}, torch 2.13" for commit in ("abc123", "def456")]
     assert f"Trained with {made[0]}; {made[1]}." in text
+    unknown = {**environment, "packages": {**versions, "capsops": None}}
+    write_index(shown, tmp_path / "unknown", data=DATA, commands=commands, environments=[unknown])
+    assert "Trained with cardiocaps 0.2 at commit abc123, torch 2.13." in (tmp_path / "unknown/README.md").read_text()
     table = exhibit("table6", [row("cardiocaps", "Ours")])
     write_exhibit(table, [row("cardiocaps", "Ours")], tmp_path, data=DATA, bootstrap=0, environments=environments[:2])
     assert f"{DATA}\n\nTrained with {made[0]}.\n" in (tmp_path / "table6.md").read_text()

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import capsops
 from cardiocaps.config import TrainConfig
 from cardiocaps.errors import ConfigError, OutputError
 from cardiocaps.runtime.files import lock_folder, write_text
@@ -171,6 +172,7 @@ def test_the_environment_says_what_ran_and_not_who_or_where(tmp_path: Path, monk
     text = folder.environment.read_text()
     written = json.loads(text)
     assert written["packages"]["torch"] == torch.__version__
+    assert written["packages"]["capsops"] == capsops.__version__
     assert written["threads"] == torch.get_num_threads()
     assert written["cpu"] and written["python"] == ".".join(map(str, sys.version_info[:3]))
     secrets = [
