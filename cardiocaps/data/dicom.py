@@ -63,7 +63,7 @@ FLAGS: Mapping[str, str] = {
     "no-region": "no ultrasound region is named: frames are not cropped and have no scale",
     "misfit-region": "the ultrasound region lies outside of the frame: it is not used",
     "several-regions": "several tissue regions: the largest is used",
-    "filled": "the sector fills the ultrasound region: nothing was blacked out in it",
+    "filled": "the sector fills the ultrasound region: next to nothing was blacked out in it",
     "no-rate": "no frame rate is stated",
 }
 """What is noted about a file -> what it means. "coloured", "frozen" and "filled" are seen in the pixels (`Sector`)."""
@@ -106,7 +106,7 @@ _INSIDE = 0.5  # the least share of a region that a frame must hold; less, and t
 _MAX_FPS = 10_000.0
 _COLOURFUL = 40  # the least difference of a pixel's channels, of 255: more than the codec's noise
 _COLOURED_SHARE = 0.005  # of the sector's pixels
-_FILLED = 0.95  # share of the frame
+_FILLED = 0.95  # share of the frame, or of its region
 _PYDICOM = r"pydicom(\.|$)"  # its modules
 _LONGEST_HEADER = 1 << 21  # bytes before the pixels of a deflated file
 _LONGEST_VALUE = 1 << 20  # bytes; a longer value of a tag is not read

@@ -128,7 +128,11 @@ def probe(path: Path, root: Path | None = None) -> Header:
 
 
 def read_frames(
-    path: Path, indices: Sequence[int] | NDArray[np.int64], size: int, reader: str = "pyav"
+    path: Path,
+    indices: Sequence[int] | NDArray[np.int64],
+    size: int,
+    reader: str = "pyav",
+    flags: list[str] | None = None,
 ) -> NDArray[np.uint8]:
     """Decode a whole video, which shows whether it is damaged, and resize some of its frames.
 
@@ -138,6 +142,7 @@ def read_frames(
         size: side of the result in pixels.
         reader: "decord" decodes videos of EchoNet's own form with decord: to the same pixels, but it repairs damaged
             frames silently.
+        flags: gets the flags of a DICOM file that only its pixels show (`cardiocaps.data.dicom.Sector`).
 
     Returns:
         uint8 [T, 3, size, size], RGB. Frames of a DICOM file are grey, cropped to its region and black outside of the
@@ -149,7 +154,8 @@ def read_frames(
     wanted = {int(i) for i in indices}
     kept: dict[int, NDArray[np.uint8]] = {}
     count = 0
-    for count, pixels in enumerate(_shown_frames(path, wanted, reader), 1):
+    flags = [] if flags is None else flags
+    for count, pixels in enumerate(_shown_frames(path, wanted, reader, flags), 1):
         if pixels is not None:
             kept[count - 1] = resize(pixels[None], size)[0]
     if not wanted or min(wanted) < 0 or max(wanted) >= count:
@@ -158,12 +164,17 @@ def read_frames(
     return np.stack([kept[int(i)] for i in indices])
 
 
-def _shown_frames(path: Path, wanted: Container[int], reader: str) -> Iterator[NDArray[np.uint8] | None]:
-    """Every frame that is shown, in sequence: uint8 [H, W, 3] if its number is wanted, else None."""
+def _shown_frames(
+    path: Path, wanted: Container[int], reader: str, flags: list[str]
+) -> Iterator[NDArray[np.uint8] | None]:
+    """Every frame that is shown, in sequence: uint8 [H, W, 3] if its number is wanted, else None. `flags`: see
+    `read_frames`."""
     real = regular_file(path, path.parent)
     if dicom.is_dicom(real):
         cine = dicom.read_tags(real)
-        for number, grey in enumerate(dicom.grey_frames(cine, dicom.find_sector(cine))):
+        sector = dicom.find_sector(cine)
+        flags += sector.flags
+        for number, grey in enumerate(dicom.grey_frames(cine, sector)):
             yield np.repeat(grey[..., None], 3, axis=2) if number in wanted else None
         return
     if reader == "decord" and (header := probe(path)).is_plain:

@@ -199,11 +199,12 @@ class Ensemble:
     def _decode(self, path: Path) -> Video:
         """Raises VideoError."""
         header = probe(path)
+        flags = header.flags.split()
         frames = {}
         for settings in {FrameSettings.of(member.config) for member in self.members}:
             numbers = choose_frames(header.frames, settings.count, settings.choice)
-            frames[settings] = Frames(numbers, read_frames(path, numbers, settings.size, settings.reader))
-        return Video(header.frames, header.width / header.height, tuple(header.flags.split()), frames)
+            frames[settings] = Frames(numbers, read_frames(path, numbers, settings.size, settings.reader, flags))
+        return Video(header.frames, header.width / header.height, tuple(flags), frames)
 
     @property
     def group(self) -> int:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from statistics import fmean, pstdev
 
+import numpy as np
 import pytest
 
 from cardiocaps import predict
@@ -19,7 +20,7 @@ from cardiocaps.evaluation.familiarity import read_familiarity
 from cardiocaps.prediction.run import predictions
 from cardiocaps.runtime.files import read_json
 
-from ..data.sample_dicom import cine, region, write_dicom
+from ..data.sample_dicom import HEIGHT, WIDTH, cine, region, write_dicom
 from ..killed import killed_before
 from ..programs import start, wait_for
 
@@ -189,6 +190,21 @@ def test_dicom_files_by_their_content(runs: list[Path], tmp_path: Path) -> None:
     assert {row["status"] for row in found.values()} == {"ok"}
     assert "no-region" in found["IM0001"]["flags"].split() and "still" not in found["IM0001"]["flags"].split()
     assert found["still.dcm"]["flags"].split().count("still") == 1
+
+
+def test_flags_that_only_the_pixels_of_a_dicom_file_show(runs: list[Path], tmp_path: Path) -> None:
+    folder, flow = tmp_path / "videos", np.repeat(cine(3)[..., None], 3, axis=3)
+    flow[2, 40:50, 60:70] = (200, 20, 20)
+    write_dicom(folder / "coloured.dcm", flow)
+    write_dicom(folder / "frozen.dcm", np.repeat(cine(4, frames=1), 6, axis=0), regions=[region()])
+    noise = np.random.default_rng(5).integers(60, 256, (6, HEIGHT, WIDTH), dtype=np.uint8)
+    corners = {"RegionLocationMinX0": 40, "RegionLocationMaxX1": 87, "RegionLocationMinY0": 30}
+    write_dicom(folder / "filled.dcm", noise, regions=[region(**corners, RegionLocationMaxY1=69)])
+    assert run(*runs, folder, "--out", tmp_path / "out") == 0
+    shown_by_pixels = {"coloured", "frozen", "filled"}
+    for row in rows(tmp_path / "out" / "predictions.csv"):
+        flags = row["flags"].split()
+        assert shown_by_pixels & set(flags) == {Path(row["input"]).stem} and len(flags) == len(set(flags))
 
 
 def test_a_table_of_paths(runs: list[Path], phantom: Path, predicted: Path, tmp_path: Path) -> None:
