@@ -20,6 +20,8 @@ from cardiocaps.runtime.program import Interruption, print_line, run_program
 _BUILD_CACHE = "build-cache"
 
 _READING = (
+    "task",
+    "regression_target",
     "dataset",
     "view",
     "val_fold",
@@ -85,6 +87,7 @@ def _build_cache(arguments: Sequence[str]) -> int:
         with engine_of(given) as ray:
             for config in configs:
                 study = read_study(config)
+                study.target(config.regression_target)  # raises if it has none of this name
                 found = decoded(config, study, None if ray is None else on_ray(ray, given.workers))
                 new = sum(frames.decoded for frames in found.frames.values())
                 size = sum(frames.file.stat().st_size for frames in found.frames.values())

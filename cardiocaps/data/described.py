@@ -35,6 +35,7 @@ def describe(config: TrainConfig) -> dict[str, Any]:
     except DataError as error:
         study = read_study(replace(config, max_bad_share=1.0, allow_split_patients=True), needed_splits=())
         refused = str(error)
+    study.target(config.regression_target)  # raises if it has none of this name
     videos = {clip.path: clip for clip in study.clips}
     side = base_side(config.network.size)
     frames = sum(_frames(study, clip, config.frames_per_clip) for clip in videos.values())
@@ -45,8 +46,10 @@ def describe(config: TrainConfig) -> dict[str, Any]:
         "protocol": study.protocol,
         "split": study.split_rule,
         "videos": len(videos),
-        "splits": {split: _counts(study.clips_in(split)) for split in SPLITS} if study.split_rule != "frames" else None,
-        "all": _counts(study.clips),
+        "splits": {split: _counts(study, study.clips_in(split)) for split in SPLITS}
+        if study.split_rule != "frames"
+        else None,
+        "all": _counts(study, study.clips),
         "patients": _patients(study),
         "unlisted_videos": study.unlisted,
         "rule": study.rule,
@@ -78,7 +81,9 @@ def _frames(study: Study, clip: Clip, wanted: int) -> int:
     return min(wanted, claim.frames) if claim is not None and claim.frames else wanted
 
 
-def _counts(clips: tuple[Clip, ...]) -> dict[str, int]:
+def _counts(study: Study, clips: tuple[Clip, ...]) -> dict[str, int]:
+    if not study.has_labels:
+        return {"clips": len(clips)}
     abnormal = sum(clip.label for clip in clips)
     return {"clips": len(clips), "normal": len(clips) - abnormal, "abnormal": abnormal}
 

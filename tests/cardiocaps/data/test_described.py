@@ -15,7 +15,7 @@ from cardiocaps.data import cache
 from cardiocaps.data.open import read_study
 from cardiocaps.data.views import base_side
 
-from .sample_videos import write_dynamic, write_rows
+from .sample_videos import write_dynamic, write_rows, write_videos
 
 
 def _said(capsys: pytest.CaptureFixture[str], *arguments: Any) -> list[dict[str, Any]]:
@@ -90,6 +90,34 @@ def test_several_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     first, second = _said(capsys, tmp_path / "a.csv", tmp_path / "b.csv", "--target-column", "mass:g")
     assert first["dataset"] == second["dataset"] == "table" and first["data"] != second["data"]
     assert first["targets"]["mass"]["unit"] == "g" and first["targets"]["mass"]["max"] == 3.5
+
+
+def test_a_table_without_labels_for_a_regression_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_videos(tmp_path)
+    masses = [{"path": row["path"], "split": row["split"], "mass": row["mass"]} for row in rows]
+    masses[0]["mass"] = ""
+    table = write_rows(tmp_path / "masses.csv", masses)
+    options = ["--task", "regression", "--target-column", "mass:g"]
+    (found,) = _said(capsys, table, *options)
+    assert found["videos"] == 7 and found["refused"] is None and found["all"] == {"clips": 7}
+    assert found["rule"] == "no labels: regression of mass alone" and found["targets"]["mass"]["n"] == 7
+    cache_folder = tmp_path / "cache"
+    build = ["build-cache", str(table), *options, "--cache-dir", str(cache_folder), "--no-progress"]
+    assert program.main(build) == 0
+    assert "7 of them were decoded now" in capsys.readouterr().out and len(list(cache_folder.glob("*.npy"))) == 7
+    assert program.main([str(table), "--target-column", "mass:g"]) == 2  # as a training that needs labels
+    assert "label_column is None" in capsys.readouterr().err
+
+
+def test_the_target_is_that_of_a_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = write_dynamic(tmp_path)
+    rows[1]["ESV"] = ""
+    write_rows(tmp_path / "FileList.csv", rows)
+    (found,) = _said(capsys, tmp_path, "--task", "regression", "--regression-target", "esv")
+    assert found["videos"] == 7 and found["rule"] == "no labels: regression of esv alone"
+    for command in ([], ["build-cache"]):
+        assert program.main([*command, str(tmp_path), "--regression-target", "width"]) == 2
+        assert "regression_target is 'width'; expected one of ef, esv, edv" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
