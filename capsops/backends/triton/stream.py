@@ -1,4 +1,4 @@
-"""The streaming loops on Triton, like those of csrc/cuda/engine/stream.cuh in CUDA:
+"""The streaming loops on Triton, like those of csrc/cuda/engine/stream.cuh in CUDA.
 
     reduce   Σ_i c_i û_bi with the couplings c of a routing; for EM routing Σ_i w_i (1, x, x²) with x = û − shift
     emit     g_u,bi = g_û,bi W_iᵀ;  g_W,i = Σ_b u_biᵀ g_û,bi

@@ -1,5 +1,6 @@
-// Self-attention routing (Mazzia et al. 2021, Efficient-CapsNet, eq. 5 to 7). The published form sums the rows of the
-// N×N Gram matrix of the votes. With T_j = Σ_i û_ij this is
+// Self-attention routing (Mazzia et al. 2021, Efficient-CapsNet, eq. 5 to 7), without the N×N Gram matrix of the votes.
+//
+// The published form sums the rows of that matrix. With T_j = Σ_i û_ij this is
 //
 //   l_ij = scale û_ij · T_j;   c_ij = softmax_j(l_ij) + prior_ij;   s_j = Σ_i c_ij û_ij;   v = squash(s)
 //

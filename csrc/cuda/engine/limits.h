@@ -1,6 +1,8 @@
 // How much GPU memory an operator takes besides its operands and results. The bound does not depend on the number of
-// input capsules or iterations. With a the bytes of an accumulation number, and S = a · B · J · D the bytes of a state
-// of the output capsules, it is at most
+// input capsules or iterations.
+//
+// With a the bytes of an accumulation number, and S = a · B · J · D the bytes of a state of the output capsules, it is
+// at most
 //
 //   32 MB + 16 S
 //   + 2 a · B · K        if the votes of one batch item do not fit into a block of threads (staged.cuh): u of one input

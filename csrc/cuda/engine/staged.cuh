@@ -1,5 +1,5 @@
 // Loops for votes that are too large for a block, even for one batch item. The votes are in GPU memory. Tiles of input
-// capsules are processed one after another, each for all batch items:
+// capsules are processed one after another, each for all batch items.
 //
 //   û = u W                                      a matrix product, [B, tile, J, D]; a copy of votes that are given
 //   reduce   s += Σ_i c û                        with the couplings that the policy computes from û

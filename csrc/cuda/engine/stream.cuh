@@ -1,4 +1,4 @@
-// The loops over the input capsules on a GPU, as csrc/cpu/engine/stream.h has them on a CPU:
+// The loops over the input capsules on a GPU, as csrc/cpu/engine/stream.h has them on a CPU.
 //
 //   reduce   out[b] = Σ_i policy(û_bi)
 //   emit     g_u,bi = g_û,bi W_iᵀ;  g_W,i = Σ_b u_biᵀ g_û,bi

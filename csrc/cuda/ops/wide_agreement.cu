@@ -1,6 +1,6 @@
 // The passes of agreement.h for many output capsules and few batch items: the votes of an input capsule need more
 // threads than a block has, so no block can compute their softmax. Only the couplings are in GPU memory, for a tile of
-// input capsules at a time:
+// input capsules at a time.
 //
 //   logits       z = û · x, and e = û · y               a thread has an output capsule
 //   softmax      c, and δ = c (e − Σ_k c_k e_k)         couple_rows of staged_agreement.cuh
