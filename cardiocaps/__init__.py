@@ -19,7 +19,8 @@ def _wrong_here() -> str | None:
         return "Windows is not supported; use WSL (Linux inside Windows)"
     # Read, not imported: capsops imports torch, which takes seconds.
     capsops = find_spec("capsops")
-    expected = f"expected {__version__}, the version of cardiocaps: pip install capsops=={__version__}"
+    how = "install both from one checkout or from wheels of one version"
+    expected = f"expected {__version__}, the version of cardiocaps: {how}"
     if capsops is None or capsops.origin is None:
         return f"capsops is not installed; {expected}"
     file = Path(capsops.origin).with_name("_version.py")
