@@ -12,7 +12,7 @@ import numpy as np
 
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.exhibits.panels import SMALL, colour_of, wrapped
-from cardiocaps.experiments.markdown import DASH, Column, metric_columns, plus_minus, rows_table
+from cardiocaps.experiments.markdown import DASH, Column, count, metric_columns, plus_minus, rows_table
 from cardiocaps.experiments.summaries import CALIBRATION_BINS, Row, Summary
 from cardiocaps.metrics import bins_of_equal_mass, calibration_error_by_chance, exact_interval, reliability
 from cardiocaps.plots import GREY, INK, dress, new_figure
@@ -69,7 +69,7 @@ class Calibration(Exhibit):
             axes.text(
                 0.03,
                 0.97,
-                f"Brier {brier.value:.3f}\nECE {error.value:.3f}\n{len(size)} bins of about {size.mean():.0f}",
+                f"Brier {brier.value:.3f}\nECE {error.value:.3f}\n{count(len(size), 'bin')} of about {size.mean():.0f}",
                 va="top",
                 fontsize=7.5,
                 color=INK,
