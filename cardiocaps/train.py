@@ -118,9 +118,11 @@ def _prepare(config: TrainConfig, machine: Machine, at_end: ExitStack) -> Prepar
     out = config.out
     assert out is not None
     # Read data and weights first: if they cannot be read, --overwrite must not have deleted the old run. Create the
-    # folder before decoding, which can take an hour: it may not be writable.
+    # folder before decoding, which can take an hour: it may not be writable. A phantom that is missing takes minutes to
+    # make, so it is made first only if there is a run to lose.
     config = with_layout(config)
-    study = read_study(config, again=config.resume is not None) if config.data else None
+    first = config.data is not None or config.overwrite
+    study = read_study(config, again=config.resume is not None) if first else None
     if study is not None:
         study.target(config.regression_target)  # raises if it has none of this name
     if config.freeze is not None and config.init is None:

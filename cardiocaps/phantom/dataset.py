@@ -145,7 +145,8 @@ def _claim(out: Path, settings: bytes, overwrite: bool) -> None:
             _clear(out)
         elif marker.read_bytes() != settings:
             raise OutputError(
-                f"{out} holds a phantom with other settings: choose a new folder, or replace it (--overwrite)"
+                f"{printable(out)} holds a phantom with other settings: choose a new folder (of a run: --phantom-dir), "
+                f"or replace it: python -m cardiocaps.phantom {printable(out)} … --overwrite"
             )
 
 

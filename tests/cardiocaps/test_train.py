@@ -1003,11 +1003,15 @@ def test_failed_start_leaves_no_folder_in_the_way(tmp_path: Path, arguments: lis
 
 
 def test_overwrite_replaces_a_run_only_if_the_new_one_can_start(
-    finished: Path, arguments: list[str], tmp_path: Path
+    finished: Path, phantom: Path, arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
     assert train.main(["--data", str(tmp_path / "typo"), "--out", str(run), "--overwrite"]) == 3
+    other = ["--phantom-dir", str(phantom), "--phantom-difficulty", "hard", "--out", str(run), "--overwrite"]
+    assert train.main(other) == 4
+    error = capsys.readouterr().err
+    assert "(of a run: --phantom-dir)" in error and f"python -m cardiocaps.phantom {phantom} … --overwrite" in error
     _same(finished, run)
     assert train.main([*arguments, "--epochs", "1", "--out", str(run), "--overwrite"]) == 0
     assert len(_history(run)) == 1
