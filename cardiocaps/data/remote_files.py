@@ -57,7 +57,10 @@ def local_copy(url: str) -> Iterator[Path]:
     Raises:
         VideoError: it cannot be read.
     """
-    folder = Path(tempfile.mkdtemp(prefix="cardiocaps-"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="cardiocaps-"))
+    except OSError as error:
+        raise VideoError(f"cannot be copied: {error.strerror}") from error
     try:
         copy = folder / f"video{PurePosixPath(url).suffix}"
         try:

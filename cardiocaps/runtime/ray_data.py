@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from cardiocaps import __version__
-from cardiocaps.errors import CardioCapsError, CheckpointError, ConfigError, OutputError
+from cardiocaps.errors import CardioCapsError, CheckpointError, ConfigError, OutputError, printable
 from cardiocaps.runtime.packages import check_version, require_package
 
 _RETRIES = 3
@@ -26,7 +26,7 @@ JSON = Mapping[str, Any]
 
 
 class Work(Protocol):
-    """What an actor does: the results of some items, in their order. A CardioCapsError ends everything."""
+    """What an actor does: the results of some items, in their order. An exception ends everything."""
 
     def __call__(self, items: Sequence[JSON]) -> Iterable[JSON]: ...
 
@@ -58,7 +58,8 @@ def mapped_on_ray(
     Raises:
         ConfigError: no machine has as many CPUs, or a GPU, as an actor needs; a machine has another version; or raised
             by an actor.
-        CardioCapsError: raised by an actor; or some items have no result, because every actor that had them was lost.
+        CardioCapsError: an actor raised any exception; or some items have no result, because every actor that had them
+            was lost.
     """
     if not items:
         return
@@ -143,6 +144,9 @@ class _Actor:
             if self._work is None:
                 self._work = self._make(*self._arguments)
             texts = [json.dumps({"result": result}) for result in self._work(items)]
-        except CardioCapsError as error:  # Ray would show a traceback, and try again
-            texts = [json.dumps({"error": str(error), "kind": type(error).__name__})] * len(items)
+        except Exception as error:  # Ray would drop the batch, as one whose actors were all lost
+            said = str(error)
+            if not isinstance(error, CardioCapsError):
+                said = f"an actor failed: {type(error).__name__}: {printable(said.strip().partition(chr(10))[0])}"
+            texts = [json.dumps({"error": said, "kind": type(error).__name__})] * len(items)
         return pyarrow.table({"number": batch["number"], "text": texts})

@@ -8,11 +8,13 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from cardiocaps import __version__, predict
+from cardiocaps.errors import CardioCapsError
 from cardiocaps.prediction import on_ray
 from cardiocaps.runtime import ray_data
 
@@ -123,6 +125,21 @@ def test_an_actor_of_another_version(here: Path, runs: list[Path], videos: Path)
     assert found["kind"] == "ConfigError" and found["error"].endswith(
         f" has cardiocaps {__version__}; expected 0.0, which gave it the work"
     )
+
+
+def _fails() -> ray_data.Work:
+    raise MemoryError("\nno room\x1b[31m\nfor more")
+
+
+def test_an_actor_that_fails_says_why_and_drops_nothing() -> None:
+    import pyarrow
+
+    batch = pyarrow.table({"number": [3, 4], "text": ["{}", "{}"]})
+    table = ray_data._Actor(_fails, (), __version__)(batch)
+    assert table["number"].to_pylist() == [3, 4]
+    batches = SimpleNamespace(iter_batches=lambda **_: iter([table]))
+    with pytest.raises(CardioCapsError, match=r"^an actor failed: MemoryError: no room\\x1b\[31m$"):
+        list(ray_data._results(batches))
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks for processes in /proc")

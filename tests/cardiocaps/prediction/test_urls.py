@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from cardiocaps import predict
+from cardiocaps.data.header import VideoError
+from cardiocaps.data.remote_files import local_copy
 
 fsspec = pytest.importorskip("fsspec", reason="torch has brought it along so far")
 
@@ -51,6 +53,12 @@ def test_a_bucket_gives_the_rows_of_the_files(
         assert {**row, "input": ""} == {**files[name], "input": ""}
     assert all(name.startswith("memory://") for name in _rows(tmp_path / "bucket"))
     assert list((tmp_path / "temporary").glob("cardiocaps-*")) == []
+
+
+def test_a_copy_that_has_no_place(bucket: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(VideoError, match="cannot be copied: No such file"), local_copy(f"memory://{bucket[0].name}"):
+        pass
 
 
 def test_a_table_in_a_bucket_and_a_table_of_urls(runs: list[Path], bucket: list[Path], tmp_path: Path) -> None:
