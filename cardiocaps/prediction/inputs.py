@@ -6,7 +6,7 @@ import csv
 import io
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cardiocaps.config.option import did_you_mean
@@ -27,7 +27,8 @@ class Input:
     """A video to predict for.
 
     Attributes:
-        name: what the results call it: its path, as it was given or as found below a folder that was given.
+        name: what the results call it, and no other: its path, as it was given or as found below a folder that was
+            given.
         path: where it is.
         root: the folder that a link in `path` may not leave.
         url: of a video that is not on this machine; then `path` means nothing.
@@ -51,16 +52,19 @@ def place(text: Path | str) -> Path | str:
 def find(given: Sequence[Path | str], path_column: str | None = None) -> list[Input]:
     """The videos that files, folders (with their subfolders) and CSV tables stand for, each of them once.
 
+    Of two videos with one name in two tables, the second is called by its path with the folder of its table.
+
     Args:
         given: what was typed; text is a URL. A file with the suffix .csv is a table; its paths are relative to its
             folder, and may be URLs.
         path_column: of the tables; None: the first of PATH_COLUMNS that is there.
 
     Raises:
-        ConfigError: a path does not exist, or a table has no such column.
+        ConfigError: a path does not exist, a table has no such column, or two videos cannot be told apart by a name.
         DataError: there is no video, or a table cannot be read.
     """
     found: dict[str, Input] = {}
+    names: set[str] = set()
     for path in given:
         if isinstance(path, str):
             inputs = _in_bucket(path, path_column)
@@ -73,7 +77,15 @@ def find(given: Sequence[Path | str], path_column: str | None = None) -> list[In
         else:
             raise ConfigError(f"INPUT: {printable(path)} does not exist")
         for one in inputs:
-            found.setdefault(one.url or os.path.realpath(one.path), one)
+            where = one.url or os.path.realpath(one.path)
+            if where in found:
+                continue
+            # A row belongs to a name.
+            name = next((x for x in (one.name, one.url or str(one.path), where) if x not in names), None)
+            if name is None:
+                raise ConfigError(f"INPUT: {printable(one.name)} is the name of two videos; expected one of them")
+            names.add(name)
+            found[where] = replace(one, name=name)
     if not found:
         where = ", ".join(printable(path) for path in given)
         raise DataError(f"no video in {where}: no file with the suffix {', '.join(SUFFIXES)}, and no DICOM file")

@@ -17,6 +17,7 @@ from cardiocaps import predict
 from cardiocaps.evaluation.calibration import read_calibration
 from cardiocaps.evaluation.decision import Decision
 from cardiocaps.evaluation.familiarity import read_familiarity
+from cardiocaps.prediction.inputs import find
 from cardiocaps.prediction.run import predictions
 from cardiocaps.runtime.files import read_json
 
@@ -217,6 +218,25 @@ def test_a_table_of_paths(runs: list[Path], phantom: Path, predicted: Path, tmp_
     assert found[2]["reason"] == "no such file"
     of_all = {row["input"]: row for row in rows(predicted / "predictions.csv")}
     assert found[0]["probability"] == of_all[str(videos[0])]["probability"]
+
+
+def test_each_video_has_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        Path(folder).mkdir()
+        Path(folder, "1.avi").touch()
+        Path(folder, "t.csv").write_text("path\n1.avi\nmemory://bucket/1.avi\n")
+    Path("b", "t.csv").write_text("path\n1.avi\nb/1.avi\n")
+    Path("a", "twice.csv").write_text("path\n1.avi\n1.avi\n")
+    found = find([Path("a/t.csv"), Path("a/twice.csv"), Path("b/t.csv"), Path("b"), Path("a/1.avi")])
+    places = {one.name: one.url or str(one.path) for one in found}
+    assert places == {
+        "1.avi": "a/1.avi",
+        "memory://bucket/1.avi": "memory://bucket/1.avi",
+        "b/1.avi": "b/1.avi",
+        "b/b/1.avi": "b/b/1.avi",
+    }
+    assert len(found) == 4
 
 
 @pytest.mark.parametrize(

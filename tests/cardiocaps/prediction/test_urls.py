@@ -12,6 +12,8 @@ import pytest
 from cardiocaps import predict
 from cardiocaps.data.header import VideoError
 from cardiocaps.data.remote_files import local_copy
+from cardiocaps.errors import ConfigError
+from cardiocaps.prediction.inputs import find
 
 fsspec = pytest.importorskip("fsspec", reason="torch has brought it along so far")
 
@@ -59,6 +61,14 @@ def test_a_copy_that_has_no_place(bucket: list[Path], tmp_path: Path, monkeypatc
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
     with pytest.raises(VideoError, match="cannot be copied: No such file"), local_copy(f"memory://{bucket[0].name}"):
         pass
+
+
+def test_videos_that_no_name_tells_apart(bucket: list[Path], tmp_path: Path) -> None:
+    clip = tmp_path.resolve() / "1.avi"
+    clip.touch()
+    fsspec.filesystem("memory").pipe_file("/bucket/same.csv", f"path\n{clip}\n".encode())
+    with pytest.raises(ConfigError, match=r"1\.avi is the name of two videos"):
+        find(["memory://bucket/same.csv", clip])
 
 
 def test_a_table_in_a_bucket_and_a_table_of_urls(runs: list[Path], bucket: list[Path], tmp_path: Path) -> None:
