@@ -106,10 +106,10 @@ def _with_phantom(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _kind_of_phantom(given: Mapping[str, Any]) -> list[str]:
     """What tells phantoms of one size apart, for the names of their folders; nothing for the default."""
-    difficulty, seed = (given[f"phantom_{name}"] for name in ("difficulty", "seed"))
-    usual = options()["phantom_difficulty"].default, options()["phantom_seed"].default
-    parts = [] if difficulty in (None, usual[0]) else [difficulty]
-    return parts if seed in (None, usual[1]) else [*parts, f"seed{seed}"]
+    forms = {"phantom_difficulty": "{}", "phantom_seed": "seed{}", "phantom_abnormal": "abnormal{:g}"}
+    return [
+        form.format(given[name]) for name, form in forms.items() if given[name] not in (None, options()[name].default)
+    ]
 
 
 def _default_out(config: TrainConfig, given: Mapping[str, Any]) -> Path:

@@ -288,13 +288,16 @@ def test_an_experiment_without_data_has_a_large_test() -> None:
 
 def test_each_phantom_has_folders_of_its_own_by_default() -> None:
     folders = {}
-    for typed in ([], ["--phantom-difficulty", "hard"], ["--phantom-difficulty", "hard", "--phantom-seed", "11"]):
-        given = vars(parser().parse_args(["table1", *typed]))
+    for typed in ("", "difficulty hard", "difficulty hard seed 11", "abnormal 0.2", "abnormal 0.05 seed 11"):
+        words = typed.split()
+        arguments = [f"--phantom-{name}={value}" for name, value in zip(words[::2], words[1::2], strict=True)]
+        given = vars(parser().parse_args(["table1", *arguments]))
         folders[str(_with_phantom(given)["phantom_dir"])] = str(_default_out(TrainConfig(preset="small"), given))
     assert folders == {
         "phantom-test300": "experiments/small",
         "phantom-test300-hard": "experiments/small-hard",
         "phantom-test300-hard-seed11": "experiments/small-hard-seed11",
+        "phantom-test300-seed11-abnormal0.05": "experiments/small-seed11-abnormal0.05",
     }
     hard = vars(parser().parse_args(["table1", "--phantom-difficulty", "hard"]))
     assert str(_default_out(TrainConfig(data=Path("x")), hard)) == "experiments/tiny"
