@@ -23,7 +23,7 @@ from cardiocaps.experiments.engines.engine import Ended, Progressed, Share
 from cardiocaps.experiments.engines.process import JobProcess, stop_all
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.results import is_finished
-from cardiocaps.runtime.files import LAG, appears, remove_leftovers, write_bytes
+from cardiocaps.runtime.files import LAG, appears, output_errors, remove_leftovers, write_bytes
 from cardiocaps.runtime.packages import check_version
 
 THREADS = 4
@@ -149,6 +149,8 @@ class RemoteEngine(ABC):
 
     def start(self, job: Job) -> None:
         job = replace(job, config=_absolute(job.config))
+        with output_errors(job.folder):
+            job.folder.parent.mkdir(parents=True, exist_ok=True)  # for the file that stops a job that has not begun
         remove_progress(job)
         self._running[self._submit(job)] = _Running(job)
 

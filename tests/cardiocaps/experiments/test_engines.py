@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,6 +228,48 @@ class Instant(RemoteEngine):
 
     def _cancel(self, handles: list[Any]) -> None:
         pass
+
+
+class FakeRay:
+    """Stands for the module: nodes with these resources, and tasks that end when their jobs are told to stop."""
+
+    def __init__(self, *nodes: dict[str, float]) -> None:
+        self._nodes, self.jobs, self.stopped = nodes, list[Job](), list[str]()
+
+    def nodes(self) -> list[dict[str, Any]]:
+        return [{"Alive": True, "Resources": node} for node in self._nodes]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {name: sum(node.get(name, 0) for node in self._nodes) for name in ("CPU", "GPU")}
+
+    def remote(self, **_: Any) -> Any:
+        return lambda work: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=self._take))
+
+    def _take(self, job: Job) -> str:
+        self.jobs.append(job)
+        return job.name
+
+    def wait(self, handles: list[str], **_: Any) -> tuple[list[str], list[str]]:
+        self.stopped += [job.name for job in self.jobs if remote.stop_file(job).exists()]
+        return handles, []
+
+
+def _ray_engine(*nodes: dict[str, float], at_once: int | None = None) -> tuple[FakeRay, Any]:
+    pytest.importorskip("ray", reason="needs the extra cluster")
+    from cardiocaps.experiments.engines.ray import RayEngine
+
+    ray = FakeRay(*nodes)
+    return ray, RayEngine(ray, at_once)  # type: ignore[arg-type]
+
+
+def test_jobs_of_ray_that_have_not_begun_are_told_to_stop(data: list[Path], tmp_path: Path) -> None:
+    jobs = short_jobs(*data, tmp_path / "out")
+    ray, engine = _ray_engine({"CPU": 1})
+    for job in jobs:
+        engine.start(job)
+    engine.stop()
+    assert ray.stopped == [job.name for job in jobs]
+    assert not any(remote.stop_file(job).exists() for job in jobs)
 
 
 def test_a_result_may_come_to_be_seen_late_but_must_come(
