@@ -47,7 +47,7 @@ class Job:
     system: System
     seed: int
     config: TrainConfig
-    at_once: int = 1  # number of jobs that share the machine
+    at_once: int = 1  # number of jobs that run at a time, on one machine or on those of an engine
 
     @property
     def name(self) -> str:

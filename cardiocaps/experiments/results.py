@@ -36,7 +36,7 @@ class Result:
     seconds_per_epoch: float | None = None  # median over the epochs
     seconds: float  # of training in all
     peak_memory: int | None = None  # bytes beyond what the process held before the network was built
-    at_once: int  # how many jobs shared the machine
+    at_once: int  # how many jobs ran at a time at most, on one machine or on those of an engine
     threads: int  # of each of them
     validation: Predictions
     test: Predictions

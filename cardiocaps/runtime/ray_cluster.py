@@ -8,7 +8,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from types import ModuleType
@@ -67,6 +67,37 @@ def ray_cluster(address: str | None = None, cpus: int | None = None) -> Iterator
             yield ray
     finally:
         ray.shutdown()
+
+
+def nodes_for(ray: ModuleType, uses_gpu: bool, needs_gpu: bool = False) -> tuple[int, list[tuple[int, int]]]:
+    """The GPUs that a worker takes, 0 or 1, and the CPUs and GPUs of each node that it can run on.
+
+    Args:
+        uses_gpu: whether it takes a GPU, if the cluster has some.
+        needs_gpu: whether a cluster without one is an error.
+
+    Raises:
+        ConfigError: the cluster has no GPU.
+    """
+    resources = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    nodes = [(int(each.get("CPU", 0)), int(each.get("GPU", 0))) for each in resources]
+    with_gpus = [(cpus, gpus) for cpus, gpus in nodes if gpus]
+    if needs_gpu and not with_gpus:
+        raise ConfigError("device is 'cuda'; expected auto or cpu, because no node of Ray has a GPU")
+    return (1, with_gpus) if uses_gpu and with_gpus else (0, nodes)
+
+
+def room(nodes: Sequence[tuple[int, int]], cpus: int, gpus: int) -> int:
+    """For how many workers that take `cpus` CPUs and `gpus` GPUs the `nodes_for` them have room.
+
+    Raises:
+        ConfigError: none has as many CPUs.
+    """
+    most = max((there for there, _ in nodes), default=0)
+    if most < cpus:
+        kind = " with a GPU" if gpus else ""
+        raise ConfigError(f"threads is {cpus}; expected at most {most}, the CPUs of Ray's largest node{kind}")
+    return sum(min(there // cpus, its_gpus // gpus if gpus else there) for there, its_gpus in nodes)
 
 
 @contextmanager

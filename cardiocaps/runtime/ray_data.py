@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from cardiocaps import __version__
 from cardiocaps.errors import CardioCapsError, CheckpointError, ConfigError, OutputError, printable
 from cardiocaps.runtime.packages import check_version, require_package
+from cardiocaps.runtime.ray_cluster import nodes_for, room
 
 _RETRIES = 3
 """How often items are given to another actor before they count as what brings the actors down."""
@@ -65,7 +66,8 @@ def mapped_on_ray(
         return
     data = require_package("ray.data", "ray[data]", "engine: 'ray'", extra="cluster")
     arrow = require_package("pyarrow", "pyarrow", "engine: 'ray'", extra="cluster")
-    gpus, most = _room(ray, cpus, uses_gpu, needs_gpu)
+    gpus, nodes = nodes_for(ray, uses_gpu, needs_gpu)
+    most = room(nodes, cpus, gpus)
     workers = min(workers or most, -(-len(items) // at_a_time))
 
     context = data.DataContext.get_current()
@@ -101,21 +103,6 @@ def mapped_on_ray(
             f"Ray returned the results of {len(done)} of {len(items)} videos: the actors that had the others were lost "
             f"{_RETRIES + 1} times; the same command tries them again"
         )
-
-
-def _room(ray: ModuleType, cpus: int, uses_gpu: bool, needs_gpu: bool) -> tuple[int, int]:
-    """The GPUs of an actor, and for how many actors the cluster has room."""
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    there = [int(node.get("CPU", 0)) for node in nodes]
-    if max(there, default=0) < cpus:
-        raise ConfigError(
-            f"threads is {cpus}; expected at most {max(there, default=0)}, the CPUs of Ray's largest node"
-        )
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    if needs_gpu and not gpus:
-        raise ConfigError("device is 'cuda'; expected auto or cpu, because no node of Ray has a GPU")
-    fitting = sum(count // cpus for count in there)
-    return (1, min(gpus, fitting)) if uses_gpu and gpus else (0, fitting)
 
 
 def _results(batches: Any) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -9,12 +9,12 @@ from types import ModuleType
 from typing import Any
 
 from cardiocaps.config import TrainConfig
-from cardiocaps.errors import ConfigError, OutputError
+from cardiocaps.errors import OutputError
 from cardiocaps.experiments.engines.engine import Ended, Share
 from cardiocaps.experiments.engines.remote import THREADS, RemoteEngine, Task, gpus, stop_file
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.runtime.files import write_bytes
-from cardiocaps.runtime.ray_cluster import ray_cluster, signals_passed_on
+from cardiocaps.runtime.ray_cluster import nodes_for, ray_cluster, room, signals_passed_on
 
 _PATIENCE = 70.0  # seconds that a stopped task gets: a little more than its job
 
@@ -24,12 +24,13 @@ class RayEngine(RemoteEngine):
 
     Args:
         ray: the module, connected to a cluster.
-        at_once: number of jobs that run at the same time; None: as many as fit.
+        at_once: number of jobs that run at the same time at most; None: as many as fit.
+        is_own: whether the cluster is on this machine and for these jobs alone, so that they share its CPUs.
     """
 
-    def __init__(self, ray: ModuleType, at_once: int | None) -> None:
+    def __init__(self, ray: ModuleType, at_once: int | None, *, is_own: bool = False) -> None:
         super().__init__()
-        self._ray, self._at_once = ray, at_once
+        self._ray, self._at_once, self._is_own = ray, at_once, is_own
         # No retries of Ray's own: the runner begins a lost job again, and says so.
         self._work = ray.remote(max_retries=0)(_work)
 
@@ -38,18 +39,15 @@ class RayEngine(RemoteEngine):
     def connected(cls, address: str | None, at_once: int | None, threads: int | None) -> Iterator[RayEngine]:
         """Raises ConfigError or ResourceError, see `ray_cluster`."""
         with ray_cluster(address, (at_once or 1) * (threads or 1)) as ray:
-            yield cls(ray, at_once)
+            yield cls(ray, at_once, is_own=address is None)
 
     def share(self, config: TrainConfig) -> Share:
-        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-        most = int(max((node.get("CPU", 0) for node in nodes), default=0))
-        threads = config.threads or max(1, min(THREADS, most))
-        if threads > most:
-            raise ConfigError(f"threads is {threads}; expected at most {most}, the CPUs of the largest node of Ray")
-        if config.device == "cuda" and not self._has_gpus():
-            raise ConfigError("device is 'cuda'; expected auto or cpu, because no node of Ray has a GPU")
-        fitting = sum(int(node.get("CPU", 0)) // threads for node in nodes)
-        return Share(self._at_once or max(1, fitting), threads)
+        # Jobs that take no GPU, of classifiers of pixels, are no more at a time than the others.
+        gpus, nodes = nodes_for(self._ray, config.device != "cpu", needs_gpu=config.device == "cuda")
+        most = max((cpus for cpus, _ in nodes), default=0)
+        threads = config.threads or max(1, min(THREADS, most // (self._at_once or 1) if self._is_own else most))
+        fitting = room(nodes, threads, gpus)
+        return Share(min(self._at_once or fitting, fitting), threads)
 
     def _has_gpus(self) -> bool:
         return self._ray.cluster_resources().get("GPU", 0) >= 1

@@ -12,10 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from cardiocaps.config import TrainConfig
 from cardiocaps.errors import ConfigError
 from cardiocaps.experiments import __main__ as program
 from cardiocaps.experiments.display import Display
@@ -37,6 +38,9 @@ from tests.cardiocaps.kills import (
     striking,
 )
 from tests.cardiocaps.programs import descendants, ended, wait_for
+
+if TYPE_CHECKING:
+    from cardiocaps.experiments.engines.ray import RayEngine
 
 in_proc = pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="looks for processes in /proc")
 
@@ -254,12 +258,55 @@ class FakeRay:
         return handles, []
 
 
-def _ray_engine(*nodes: dict[str, float], at_once: int | None = None) -> tuple[FakeRay, Any]:
+def _ray_engine(
+    *nodes: dict[str, float], at_once: int | None = None, is_own: bool = False
+) -> tuple[FakeRay, RayEngine]:
     pytest.importorskip("ray", reason="needs the extra cluster")
     from cardiocaps.experiments.engines.ray import RayEngine
 
     ray = FakeRay(*nodes)
-    return ray, RayEngine(ray, at_once)  # type: ignore[arg-type]
+    return ray, RayEngine(ray, at_once, is_own=is_own)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "at_once", "is_own", "settings", "share"),
+    [
+        ([(4, 0)], 4, True, {}, (4, 1)),
+        ([(4, 0)], None, True, {}, (1, 4)),
+        ([(4, 0)], 8, True, {"threads": 2}, (2, 2)),
+        ([(4, 0), (16, 0)], 3, False, {}, (3, 4)),
+        ([(64, 8)], None, False, {"threads": 4}, (8, 4)),
+        ([(64, 8)], 12, False, {"threads": 4}, (8, 4)),
+        ([(64, 8)], None, False, {"threads": 4, "device": "cpu"}, (16, 4)),
+        ([(4, 8), (64, 0)], None, False, {"threads": 4}, (1, 4)),
+        ([(2, 1), (64, 0)], None, False, {}, (1, 2)),
+    ],
+)
+def test_ray_says_how_many_jobs_run_at_a_time(
+    nodes: list[tuple[int, int]], at_once: int | None, is_own: bool, settings: dict[str, Any], share: tuple[int, int]
+) -> None:
+    _, engine = _ray_engine(*({"CPU": cpus, "GPU": gpus} for cpus, gpus in nodes), at_once=at_once, is_own=is_own)
+    assert engine.share(TrainConfig(**settings)) == Share(*share)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "settings", "message"),
+    [
+        (
+            [{"CPU": 4.0}, {"CPU": 8.0}],
+            {"threads": 9},
+            "threads is 9; expected at most 8, the CPUs of Ray's largest node",
+        ),
+        ([{"CPU": 4.0, "GPU": 1.0}, {"CPU": 8.0}], {"threads": 8}, "expected at most 4, .* largest node with a GPU"),
+        ([{"CPU": 4.0}], {"device": "cuda"}, "no node of Ray has a GPU"),
+    ],
+)
+def test_a_cluster_without_what_a_job_needs(
+    nodes: list[dict[str, float]], settings: dict[str, Any], message: str
+) -> None:
+    _, engine = _ray_engine(*nodes)
+    with pytest.raises(ConfigError, match=message):
+        engine.share(TrainConfig(**settings))
 
 
 def test_jobs_of_ray_that_have_not_begun_are_told_to_stop(data: list[Path], tmp_path: Path) -> None:
