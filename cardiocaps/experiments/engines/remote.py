@@ -221,4 +221,4 @@ def _is_seen(job: Job) -> bool:
 def _absolute(config: TrainConfig) -> TrainConfig:
     """The settings with paths that do not depend on the working folder."""
     out, data, cache = (path and path.absolute() for path in (config.out, config.data, config.cache_dir))
-    return replace(config, out=out, data=data, cache_dir=cache)
+    return replace(config, out=out, data=data, cache_dir=cache, phantom_dir=config.phantom_dir.absolute())

@@ -319,6 +319,20 @@ def test_jobs_of_ray_that_have_not_begun_are_told_to_stop(data: list[Path], tmp_
     assert not any(remote.stop_file(job).exists() for job in jobs)
 
 
+def test_a_worker_elsewhere_gets_paths_that_need_no_working_folder(
+    data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    job, _ = short_jobs(Path("data"), Path("cache"), Path("out"))
+    ray, engine = _ray_engine({"CPU": 1})
+    engine.start(job)
+    (given,) = ray.jobs
+    paths = {name: path for name, path in vars(given.config).items() if isinstance(path, Path)}
+    assert paths.keys() == {"out", "data", "cache_dir", "phantom_dir"}
+    assert all(path.is_absolute() for path in paths.values())
+
+
 def test_a_result_may_come_to_be_seen_late_but_must_come(
     data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
