@@ -11,7 +11,7 @@ from typing import Any
 from cardiocaps.config import TrainConfig
 from cardiocaps.errors import OutputError
 from cardiocaps.experiments.engines.engine import Ended, Share
-from cardiocaps.experiments.engines.remote import THREADS, RemoteEngine, Task, gpus, stop_file
+from cardiocaps.experiments.engines.remote import THREADS, RemoteEngine, Task, gpus, last_line, stop_file
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.runtime.files import write_bytes
 from cardiocaps.runtime.ray_cluster import nodes_for, ray_cluster, room, signals_passed_on
@@ -68,7 +68,7 @@ class RayEngine(RemoteEngine):
         except (lost.WorkerCrashedError, lost.NodeDiedError, lost.LocalRayletDiedError, lost.OutOfMemoryError) as error:
             return Ended(job, _first_line(error), lost=True)
         except lost.RayError as error:
-            return Ended(job, _first_line(error))
+            return Ended(job, last_line(error))
 
     def _cancel(self, handles: list[Any]) -> None:
         # Not by `ray.cancel`: if a task ends at the same moment, Ray aborts this process.

@@ -18,7 +18,7 @@ from typing import Any
 
 from cardiocaps import __version__
 from cardiocaps.config import TrainConfig
-from cardiocaps.errors import ConfigError, OutputError, printable
+from cardiocaps.errors import CardioCapsError, ConfigError, OutputError, printable
 from cardiocaps.experiments.engines.engine import Ended, Progressed, Share
 from cardiocaps.experiments.engines.process import JobProcess, stop_all
 from cardiocaps.experiments.jobs import Job
@@ -67,7 +67,7 @@ class Task:
         try:
             self._check()
             self._process = JobProcess(self.job, gpus=self.gpus, wait=True)
-        except (ConfigError, OutputError) as error:
+        except CardioCapsError as error:
             return str(error)
         try:
             last = 0.0
@@ -200,6 +200,12 @@ def remove_progress(job: Job) -> None:
     for file in (_progress_file(job), stop_file(job)):
         file.unlink(missing_ok=True)
     remove_leftovers(job.folder.parent)
+
+
+def last_line(error: BaseException) -> str:
+    """What an error of a library says in the end: before it come colours, places and tracebacks."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return printable(lines[-1]) if lines else type(error).__name__
 
 
 def stop_file(job: Job) -> Path:

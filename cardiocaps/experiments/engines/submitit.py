@@ -13,7 +13,7 @@ from typing import Any
 from cardiocaps.config import TrainConfig
 from cardiocaps.errors import ConfigError, OutputError, ResourceError, printable
 from cardiocaps.experiments.engines.engine import Ended, Share
-from cardiocaps.experiments.engines.remote import THREADS, RemoteEngine, Task, gpus
+from cardiocaps.experiments.engines.remote import THREADS, RemoteEngine, Task, gpus, last_line
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.runtime.files import output_errors
 from cardiocaps.runtime.packages import require_package
@@ -69,7 +69,7 @@ class SubmititEngine(RemoteEngine):
         except OSError as error:
             raise OutputError(f"cannot submit {job.name}: {error.strerror or error}") from error
         except self._submitit.core.utils.FailedSubmissionError as error:
-            raise ResourceError(f"SLURM refused a job: {_last_line(error)}") from error
+            raise ResourceError(f"SLURM refused a job: {last_line(error)}") from error
 
     def _ended(self, handles: list[Any], seconds: float) -> list[Any]:
         until = time.monotonic() + seconds
@@ -117,7 +117,3 @@ def _silent() -> Iterator[None]:
         os.dup2(errors, 2)
         os.close(errors)
         os.close(nowhere)
-
-
-def _last_line(error: BaseException) -> str:
-    return next((line for line in reversed(str(error).splitlines()) if line.strip()), type(error).__name__).strip()

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from cardiocaps.config import TrainConfig
-from cardiocaps.errors import ConfigError
+from cardiocaps.errors import ConfigError, ResourceError
 from cardiocaps.experiments import __main__ as program
 from cardiocaps.experiments.display import Display
 from cardiocaps.experiments.engines import remote
@@ -361,6 +361,30 @@ def test_a_task_that_does_not_see_the_folder_or_has_another_version(
     other.version = "0.0"
     said = other()
     assert said is not None and "expected 0.0, which gave it the job" in said
+
+
+def test_a_machine_that_starts_no_more_processes(
+    data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise ResourceError("cannot start a job")
+
+    monkeypatch.setattr(remote, "JobProcess", refused)
+    job, _ = short_jobs(*data, tmp_path / "out")
+    assert Task(job)() == "cannot start a job"
+
+
+def test_a_bug_in_a_task_of_ray_is_one_line(data: list[Path], tmp_path: Path) -> None:
+    exceptions = pytest.importorskip("ray.exceptions", reason="needs the extra cluster")
+    error = exceptions.RayTaskError("work", "\x1b[36mray::work()\x1b[39m\n  File\nKeyError: 'a\x1b'\n", KeyError("a"))
+
+    def get(_: object) -> None:
+        raise error
+
+    ray, engine = _ray_engine({"CPU": 1})
+    vars(ray).update(get=get, exceptions=exceptions)
+    job, _ = short_jobs(*data, tmp_path / "out")
+    assert engine._outcome("handle", job) == Ended(job, "KeyError: 'a\\x1b'")
 
 
 def test_a_task_that_is_told_to_stop_saves(data: list[Path], tmp_path: Path) -> None:
