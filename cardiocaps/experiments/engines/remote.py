@@ -23,7 +23,7 @@ from cardiocaps.experiments.engines.engine import Ended, Progressed, Share
 from cardiocaps.experiments.engines.process import JobProcess, stop_all
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.results import is_finished
-from cardiocaps.runtime.files import LAG, appears, output_errors, remove_leftovers, write_bytes
+from cardiocaps.runtime.files import LAG, appears, output_errors, write_bytes
 from cardiocaps.runtime.packages import check_version
 
 THREADS = 4
@@ -197,9 +197,10 @@ class RemoteEngine(ABC):
 
 def remove_progress(job: Job) -> None:
     """Remove what a killed task has left beside the folder of its job. (A task that runs writes its progress anew.)"""
-    for file in (_progress_file(job), stop_file(job)):
+    # Not the temporary files of other seeds, whose tasks may be writing there.
+    leftovers = job.folder.parent.glob(f"{job.folder.name}.*.part")
+    for file in (_progress_file(job), stop_file(job), *leftovers):
         file.unlink(missing_ok=True)
-    remove_leftovers(job.folder.parent)
 
 
 def last_line(error: BaseException) -> str:

@@ -402,6 +402,18 @@ def test_a_task_that_is_told_to_stop_saves(data: list[Path], tmp_path: Path) -> 
     assert_no_leftovers(tmp_path)
 
 
+def test_a_job_that_starts_leaves_the_files_of_other_seeds(data: list[Path], tmp_path: Path) -> None:
+    job, _ = short_jobs(*data, tmp_path / "out")
+    parent = job.folder.parent
+    parent.mkdir(parents=True)
+    own = {f"{job.folder.name}.{name}" for name in ("progress", "stop", "progress.0123abcd.part", "log")}
+    others = {f"{job.folder.name}0.progress.0123abcd.part", "seed1.progress.0123abcd.part"}
+    for name in own | others:
+        (parent / name).touch()
+    Instant().start(job)
+    assert {path.name for path in parent.iterdir()} == {f"{job.folder.name}.log", *others}
+
+
 @pytest.mark.parametrize("address", ["nowhere", "host:port", "http://host:6379", ":6379"])
 def test_an_address_that_is_none(address: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("ray", reason="needs the extra cluster")
