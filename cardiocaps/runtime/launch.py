@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from math import ceil
 
 from cardiocaps.errors import ConfigError, ResourceError, printable
-from cardiocaps.runtime.processes import cores
+from cardiocaps.runtime.processes import cores, killed_by
 from cardiocaps.runtime.program import print_line
 from cardiocaps.runtime.ranks import Reported
 
@@ -72,11 +71,9 @@ def launch(
         # A killed process is the cause, whatever became of the others.
         rank, first = min(error.failures.items(), key=lambda one: (one[1].exitcode > 0, one[1].timestamp, one[0]))
         if first.exitcode < 0:
-            name = signal.Signals(-first.exitcode).name
-            hint = " (out of memory?)" if name == "SIGKILL" else ""
             raise ResourceError(
-                f"rank {rank} was killed by {name}{hint}, and the other ranks were stopped; --resume goes on from the "
-                "last checkpoint"
+                f"rank {rank} was killed by {killed_by(-first.exitcode)}, and the other ranks were stopped; --resume "
+                "goes on from the last checkpoint"
             ) from error
         if rank:
             print_line(f"rank {rank} ended with status {first.exitcode}", sys.stderr)

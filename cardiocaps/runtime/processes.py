@@ -99,6 +99,16 @@ def start_errors(what: str, advice: str = "") -> Iterator[None]:
         raise ResourceError(f"cannot start {what}: {_LACKING[errno.EAGAIN]}{advice}") from error
 
 
+def killed_by(signum: int) -> str:
+    """The name of the signal that killed a process, and for SIGKILL the usual reason."""
+    if signum == signal.SIGKILL:
+        return "SIGKILL (out of memory?)"
+    try:
+        return signal.Signals(signum).name
+    except ValueError:  # a real-time signal
+        return f"signal {signum}"
+
+
 def stop_with_parent() -> None:
     """Have the system send SIGTERM to this process when the one that started it ends in any way. Only Linux can."""
     if sys.platform == "linux":

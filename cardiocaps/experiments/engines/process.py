@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
 import time
 import traceback
@@ -14,7 +13,7 @@ from cardiocaps.errors import CardioCapsError
 from cardiocaps.experiments.jobs import Job, run
 from cardiocaps.experiments.results import is_finished
 from cardiocaps.runtime.files import lock_folder
-from cardiocaps.runtime.processes import die_with_parent, start_errors
+from cardiocaps.runtime.processes import die_with_parent, killed_by, start_errors
 from cardiocaps.runtime.program import Interrupted, Interruption
 
 PRELOAD = ["cardiocaps.experiments.jobs", "sklearn.ensemble", "sklearn.linear_model", "monai.networks.nets"]
@@ -69,8 +68,7 @@ class JobProcess:
         if self._error is not None:
             return self._error
         if code is not None and code < 0:
-            hint = " (out of memory?)" if -code == signal.SIGKILL else ""
-            return f"killed by {signal.Signals(-code).name}{hint}"
+            return f"killed by {killed_by(-code)}"
         return f"ended with status {code}; see {self.job.log}"
 
     def terminate(self) -> None:

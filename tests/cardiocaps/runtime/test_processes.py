@@ -15,7 +15,7 @@ from multiprocessing import get_context, util
 import pytest
 
 from cardiocaps.errors import ResourceError
-from cardiocaps.runtime.processes import in_order, in_parallel, start_errors
+from cardiocaps.runtime.processes import in_order, in_parallel, killed_by, start_errors
 from cardiocaps.runtime.program import Interruption, run_program
 
 THREADS = partial(ThreadPoolExecutor, 2)
@@ -28,6 +28,13 @@ def test_every_item_with_its_result(pool: partial[Executor]) -> None:
         assert sorted(results) == [(item, -item) for item in range(-20, 0)]
     with in_parallel(pool, abs, []) as results:
         assert not list(results)
+
+
+@pytest.mark.parametrize(
+    ("signum", "said"), [(signal.SIGKILL, "SIGKILL (out of memory?)"), (signal.SIGSEGV, "SIGSEGV"), (35, "signal 35")]
+)
+def test_what_killed_a_process(signum: int, said: str) -> None:
+    assert killed_by(signum) == said
 
 
 @pytest.mark.parametrize("pool", [THREADS, PROCESSES], ids=["threads", "processes"])
