@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from cardiocaps.errors import CardioCapsError
 from cardiocaps.experiments.jobs import Job, run
 from cardiocaps.experiments.results import is_finished
-from cardiocaps.runtime.files import lock_folder
+from cardiocaps.runtime.files import lock_folder, output_errors
 from cardiocaps.runtime.processes import die_with_parent, killed_by, start_errors
 from cardiocaps.runtime.program import Interrupted, Interruption
 
@@ -96,10 +96,6 @@ def _work(job: Job, connection: Connection, gpus: str | None, wait: bool) -> Non
     die_with_parent()
     if gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    with job.log.open("a", encoding="utf-8") as log:
-        for stream in (1, 2):
-            os.dup2(log.fileno(), stream)
     last = 0.0
 
     def watch(done: float, doing: str) -> None:
@@ -110,6 +106,11 @@ def _work(job: Job, connection: Connection, gpus: str | None, wait: bool) -> Non
             connection.send((done, doing))
 
     try:
+        with output_errors(job.log):
+            job.log.parent.mkdir(parents=True, exist_ok=True)
+            with job.log.open("a", encoding="utf-8") as log:
+                for stream in (1, 2):
+                    os.dup2(log.fileno(), stream)
         with Interruption().watched() as interruption:
             if wait and job.folder.is_dir():
                 with lock_folder(job.folder, wait=True):

@@ -23,6 +23,7 @@ from cardiocaps.experiments.display import Display
 from cardiocaps.experiments.engines import remote
 from cardiocaps.experiments.engines.engine import Ended, Progressed, Share
 from cardiocaps.experiments.engines.local import LocalEngine
+from cardiocaps.experiments.engines.process import _work
 from cardiocaps.experiments.engines.remote import RemoteEngine, Task
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.runner import run_jobs
@@ -232,6 +233,20 @@ class Instant(RemoteEngine):
 
     def _cancel(self, handles: list[Any]) -> None:
         pass
+
+
+def test_a_job_that_cannot_open_its_log_says_so(
+    data: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, _ = short_jobs(*data, tmp_path / "out")
+    job.log.mkdir(parents=True)
+    monkeypatch.setattr("cardiocaps.experiments.engines.process.die_with_parent", lambda: None)  # it runs here
+    sent: list[tuple[float | None, str]] = []
+    connection: Any = SimpleNamespace(send=sent.append)
+    with pytest.raises(SystemExit) as end:
+        _work(job, connection, None, False)
+    assert end.value.code == 4
+    assert sent == [(None, f"cannot write {job.log}: Is a directory")]
 
 
 class FakeRay:
