@@ -83,6 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def body(_: Interruption) -> None:
         from cardiocaps.phantom.dataset import write_phantom
+        from cardiocaps.phantom.patients import plan
         from cardiocaps.phantom.preview import check_preview, write_preview
 
         variant = Variant(
@@ -106,7 +107,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             variant=variant,
         )
         seconds = time.monotonic() - start
-        written = given.test if given.test_only and given.test else given.videos
+        written = given.videos
+        if given.test_only:
+            written = given.test or len(plan(given.videos, given.seed, variant))
         done = f"{made} videos made in {seconds:.0f} s, {written} in all" if made else "complete already"
         print_line(f"{given.out}: {done}, and {LAYOUTS[given.layout].table}")
         if given.preview:

@@ -378,6 +378,14 @@ def test_a_shift_out_of_bounds_is_refused(name: str) -> None:
 # The programs
 
 
+def test_the_program_counts_the_test_videos_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path), "--videos", "10", "--test-only", "--processes", "1"]) == 0
+    tests = [patient for patient in plan(10, 10) if patient.split == "test"]
+    assert len(list(tmp_path.glob("Batch*/*.avi"))) == len(tests) == 3
+    said = capsys.readouterr().out
+    assert "3 videos made in " in said and " s, 3 in all, and " in said
+
+
 def test_the_program_writes_a_shifted_test_set_and_prints_the_ceiling(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
