@@ -142,10 +142,22 @@ def print_line(text: str, stream: TextIO | None = None) -> None:
     try:
         print(_plain(text), file=stream, flush=True)
     except (OSError, ValueError):
-        try:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-        except (OSError, ValueError):
-            sys.stdout = _writable(None)
+        _silence(stream)
+
+
+def _silence(stream: TextIO) -> None:
+    """Let a stream that cannot be written go to the null device."""
+    try:
+        descriptor = stream.fileno()
+    except (OSError, ValueError):  # it is closed, or none of the system's
+        for name in ("stdout", "stderr"):
+            if getattr(sys, name) is stream:
+                setattr(sys, name, _writable(None))
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    if nowhere != descriptor:  # else the descriptor was closed, and is now open
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)
 
 
 def _plain(text: str) -> str:

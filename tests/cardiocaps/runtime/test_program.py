@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -75,6 +76,35 @@ def test_control_codes_are_escaped(capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert out == "± 1\n  \\x1b[31mtwo\\r\n\\ttabs\\u202e\\x9b\n"
     assert err.splitlines() == [r"note: \x1b]0;title\x07\nof a window", r"error: bad \x1b[2Jname \udcff"]
+
+
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_a_closed_stream_is_replaced_and_the_other_is_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = {each: io.StringIO() for each in ("stdout", "stderr")}
+    for each, stream in streams.items():
+        monkeypatch.setattr(sys, each, stream)
+    streams[name].close()
+    for _ in range(2):
+        print_line("lost", getattr(sys, name))
+    assert getattr(sys, name) is not streams.pop(name)
+    ((other, stream),) = streams.items()
+    assert getattr(sys, other) is stream and stream.getvalue() == ""
+    getattr(sys, name).close()
+
+
+def test_a_pipe_that_nobody_reads_costs_no_descriptor() -> None:
+    def lowest() -> int:
+        descriptor = os.open(os.devnull, os.O_RDONLY)
+        os.close(descriptor)
+        return descriptor
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    with os.fdopen(writing, "w") as pipe:
+        before = lowest()
+        print_line("lost", pipe)
+        assert lowest() == before
+        print_line("lost", pipe)  # goes to the null device
 
 
 @pytest.mark.parametrize(
