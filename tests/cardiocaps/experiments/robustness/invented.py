@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +67,16 @@ def scored_jobs(
                     results[key].append(_result(key, seed, said, skill))
             jobs.append(job)
     return jobs, results
+
+
+def score_or_die(job: Job, test: ShiftedTest, place: Path) -> None:
+    """Stands for `scoring._score`: kills its process when it first comes to the last seed and a shifted test."""
+    killed = place / "killed"
+    if test != UNSHIFTED and job.seed == 12 and not killed.exists():
+        killed.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    said = predictions(job.config, np.random.default_rng(job.seed), 1.0)
+    scoring._write(scoring.file_of(job, test), Scored(said, None), scoring._about(job.config, test))
 
 
 def _result(key: str, seed: int, test: Predictions, skill: float) -> Result:
