@@ -16,9 +16,16 @@ from cardiocaps.runtime.files import lock_folder, output_errors
 from cardiocaps.runtime.processes import die_with_parent, killed_by, start_errors
 from cardiocaps.runtime.program import Interrupted, Interruption
 
-PRELOAD = ["cardiocaps.experiments.jobs", "sklearn.ensemble", "sklearn.linear_model", "monai.networks.nets"]
+PRELOAD = [
+    "cardiocaps.experiments.jobs",
+    "cardiocaps.experiments.robustness.scoring",
+    "sklearn.ensemble",
+    "sklearn.linear_model",
+    "monai.networks.nets",
+]
 """Heavy modules that the fork server imports once, if they are installed; then it forks a process for each job quickly.
-They must start no threads, which do not survive a fork."""
+There is one fork server, and who starts it first decides: so this list is also that of the processes that score. The
+modules must start no threads, which do not survive a fork."""
 
 _PATIENCE = 60.0  # seconds that a stopped job gets to save
 

@@ -31,6 +31,7 @@ from cardiocaps.errors import CardioCapsError, CheckpointError, ResourceError, p
 from cardiocaps.evaluation.pixel_baseline import PixelBaseline
 from cardiocaps.evaluation.predictions import Predictions
 from cardiocaps.evaluation.scores import predict
+from cardiocaps.experiments.engines.process import PRELOAD
 from cardiocaps.experiments.jobs import Job
 from cardiocaps.experiments.markdown import count
 from cardiocaps.experiments.robustness.shifts import ShiftedTest, phantom_of
@@ -46,9 +47,6 @@ from cardiocaps.runtime.quiet import quiet
 from cardiocaps.training.checkpoints import best_network
 from cardiocaps.training.module import Classifier
 from cardiocaps.training.run_folder import RunFolder
-
-_PRELOAD = ["cardiocaps.experiments.robustness.scoring", "monai.networks.nets"]
-"""Heavy modules that the fork server imports once. They must start no threads, which do not survive a fork."""
 
 
 @dataclass(frozen=True)
@@ -189,7 +187,7 @@ def _scored(jobs: Sequence[Job], test: ShiftedTest, place: Path, at_once: int) -
         yield from ((job, work(job)) for job in jobs)
         return
     context = get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    context.set_forkserver_preload(PRELOAD)
     with ExitStack() as pool:
         try:
             yield from pool.enter_context(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,8 @@ def test_a_killed_process_is_said_and_the_same_call_goes_on(
     score = partial(score_all, jobs, tests, tmp_path / "shifted", 2, False)
     with pytest.raises(ResourceError, match="a process that scores was killed"):
         score()
+    # The fork server, which the jobs' processes come from too, was asked for the modules of both.
+    assert {"cardiocaps.experiments.jobs", scoring.__name__} <= set(forkserver._forkserver._preload_modules)
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*.npz")}
     assert {file_of(job, UNSHIFTED) for job in jobs} <= before.keys() and len(before) < 6
     capsys.readouterr()
