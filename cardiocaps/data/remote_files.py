@@ -60,7 +60,7 @@ def local_copy(url: str) -> Iterator[Path]:
     try:
         folder = Path(tempfile.mkdtemp(prefix="cardiocaps-"))
     except OSError as error:
-        raise VideoError(f"cannot be copied: {error.strerror}") from error
+        raise VideoError(f"cannot be copied: {_reason(error)}") from error
     try:
         copy = folder / f"video{PurePosixPath(url).suffix}"
         try:
