@@ -67,6 +67,11 @@ def with_interval(estimate: MeanEstimate, digits: int = 3) -> str:
     return plus_minus(estimate, digits) + interval_text(estimate, DASH)
 
 
+def signed(value: float, low: float, high: float) -> str:
+    """A difference with its interval, for example "+0.120 (-0.010 to +0.250)"; without one whose ends are NaN."""
+    return f"{value:+.3f}" if math.isnan(low) else f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
+
+
 def count(n: int, what: str) -> str:
     """For example "1 job", "2 jobs"."""
     return f"{n} {what}{'' if n == 1 else 's'}"

@@ -61,9 +61,9 @@ class Difference:
 
     Attributes:
         low: of the 95 % interval, for other videos and seeds; where a system has one seed, for other videos and these
-            seeds. NaN without resamples.
+            seeds. NaN without resamples, and where a class has one group.
         high: of it.
-        p: two-sided, against 0 or the value that is asked for; NaN without resamples, and where a system has one seed.
+        p: two-sided, against 0 or the value that is asked for; NaN where `low` is, and where a system has one seed.
     """
 
     value: float
@@ -168,13 +168,14 @@ def difference_of(by_seed: Sequence[Sequence[float]], drawn: Floats, fewest: int
     Args:
         by_seed: of each system the values of its seeds.
         drawn: the sum in resamples of the groups [r], in which all seeds are kept; empty: no interval.
-        fewest: groups of the smaller class; the variance of the resamples has one degree of freedom less.
+        fewest: groups of the smaller class; the variance of the resamples has one degree of freedom less. One group: no
+            interval, because nothing is known about others.
         least: what p compares the sum with.
     """
     from scipy.special import stdtrit
 
     value = sum(map(fmean, by_seed))
-    if not drawn.size or not math.isfinite(value):
+    if not drawn.size or not math.isfinite(value) or fewest < 2:
         return Difference(value)
     of_seeds = _of_seeds(by_seed)
     se, freedom = _satterthwaite([(float(np.var(drawn, ddof=1)), fewest - 1.0), *(of_seeds or ())])

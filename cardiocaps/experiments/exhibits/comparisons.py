@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from cardiocaps.errors import plural
-from cardiocaps.experiments.markdown import DASH, table
+from cardiocaps.experiments.markdown import DASH, signed, table
 from cardiocaps.experiments.reference_rows import REFERENCES
 from cardiocaps.experiments.summaries import Row, Summary
 from cardiocaps.metrics import exact_interval
@@ -157,7 +157,8 @@ def _delong(one: Summary, other: Summary) -> DeLong | None:
 
 
 def _interval(difference: Difference) -> str:
-    return f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+    # All metrics are shares. (NaN stays.)
+    return signed(difference.value, max(difference.low, -1.0), min(difference.high, 1.0))
 
 
 def _number(value: float | None) -> str:

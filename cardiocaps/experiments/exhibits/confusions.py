@@ -46,8 +46,12 @@ class Confusions(Exhibit):
         return own + super().sections(rows, found, bootstrap)
 
     def draw(self, summaries: Sequence[Summary]) -> Figure:
-        """A column for each system: our matrix, and below it on grey the one of the paper, if it is known."""
-        paper = [confusion_of(self.table, corrected_key(s.system)) for s in summaries]
+        """A column for each system: our matrix, and below it on grey the one of the paper, if it is known.
+
+        Both forms of a system have the same one of the paper, which stands below the first.
+        """
+        keys = [corrected_key(s.system) for s in summaries]
+        paper = [confusion_of(self.table, key) if key not in keys[:k] else None for k, key in enumerate(keys)]
         heights = [4.4, 4.0] if any(paper) else [4.6]
         figure = new_figure(3.6 * len(summaries) + 0.6, sum(heights), wrapped(self.title, 38 * len(summaries)))
         blocks: Any = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]

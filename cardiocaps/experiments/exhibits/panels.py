@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from cardiocaps.experiments.plan import MAIN
+from cardiocaps.experiments.plan import MAIN, corrected_key
 from cardiocaps.experiments.reported import BINARY_F1
 from cardiocaps.experiments.summaries import Summary
 from cardiocaps.metrics import MeanEstimate
@@ -127,7 +127,7 @@ def name_systems(axes: Axes, summaries: Sequence[Summary], shown: bool) -> None:
 
 
 def colour_of(summary: Summary) -> str:
-    return VERMILION if summary.system == MAIN else BLUE
+    return VERMILION if corrected_key(summary.system) == MAIN else BLUE
 
 
 def wrapped(text: str, width: int) -> str:

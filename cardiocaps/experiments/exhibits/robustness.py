@@ -12,7 +12,7 @@ from cardiocaps.config.option import shown
 from cardiocaps.evaluation.names import METRIC_NAMES
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.exhibits.shift_curves import curves, draw_equivariance
-from cardiocaps.experiments.markdown import DASH, joined, plus_minus, table, with_interval
+from cardiocaps.experiments.markdown import DASH, joined, plus_minus, signed, table, with_interval
 from cardiocaps.experiments.plan import MAIN, SYSTEMS
 from cardiocaps.experiments.results import read_result
 from cardiocaps.experiments.robustness.claims import CNNS, RANKS
@@ -223,7 +223,7 @@ def _title(test: ShiftedTest) -> str:
 def _interval(difference: Difference) -> str:
     if math.isnan(difference.value):
         return "undefined"
-    return f"{difference.value:+.3f} ({difference.low:+.3f} to {difference.high:+.3f})"
+    return signed(difference.value, difference.low, difference.high)
 
 
 def _difference(name: str, difference: Difference) -> dict[str, float]:

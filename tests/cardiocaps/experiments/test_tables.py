@@ -141,6 +141,9 @@ def test_the_papers_matrices_are_drawn_below_ours(tmp_path: Path, figures: list[
     assert colours == ["Blues", "Greys"] and paper.get_facecolor() != ours.get_facecolor()
     _write("fig3", [row("vit", "ViT")], tmp_path)
     assert len(figures[1].subfigs) == 1
+    _write("fig3", [row("dr", "DR"), row("dr-published", "DR, as published")], tmp_path)
+    _, paper = figures[2].subfigs
+    assert [axes.axison for axes in paper.axes[:2]] == [True, False], "the paper's matrix of both forms is drawn once"
 
 
 def test_the_notes_of_a_published_row_say_what_is_not_as_published(tmp_path: Path) -> None:

@@ -120,6 +120,11 @@ def test_three_seeds_keep_their_level(of_videos: float) -> None:
     assert 0.02 < np.mean(below) < 0.07
 
 
+def test_one_video_of_a_class_says_nothing_about_others() -> None:
+    found = difference_of([[0.1, 0.2], [-0.3, 0.1]], np.random.default_rng(0).normal(size=50), fewest=1)
+    assert found.value == pytest.approx(0.05) and all(map(math.isnan, (found.low, found.high, found.p)))
+
+
 def test_the_paired_bootstrap_finds_what_delong_finds() -> None:
     rng, n = np.random.default_rng(3), 200
     label = (np.arange(n) % 4 == 0).astype(float)
