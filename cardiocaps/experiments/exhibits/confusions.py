@@ -52,7 +52,7 @@ class Confusions(Exhibit):
         """
         keys = [corrected_key(s.system) for s in summaries]
         paper = [confusion_of(self.table, key) if key not in keys[:k] else None for k, key in enumerate(keys)]
-        heights = [4.4, 4.0] if any(paper) else [4.6]
+        heights = [4.4, 4.5] if any(paper) else [4.6]
         figure = new_figure(3.6 * len(summaries) + 0.6, sum(heights), wrapped(self.title, 38 * len(summaries)))
         blocks: Any = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
         panels = blocks[0].subplots(1, len(summaries), squeeze=False)[0]

@@ -80,7 +80,7 @@ def draw_equivariance(found: Measured, highlighted: Sequence[str]) -> Figure:
         look = {"markersize": 5, "capsize": 2, **style, "linestyle": "none"}
         angle.errorbar([x.value], [line], xerr=bounds or None, **look)
     dress(change, "Turn, degrees", "Relative cosine distance")
-    change.set_ylim(bottom=0)
+    change.set_yscale("log")  # networks differ by factors of hundreds
     dress(linear, "Turn, degrees", f"R² of a linear map, {JUDGED} components")
     dress(angle, f"R² of the angle, {JUDGED} components", "")
     for axes in (change, linear):

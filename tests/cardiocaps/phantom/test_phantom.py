@@ -383,7 +383,7 @@ def test_stopping_the_program_stops_its_processes(tmp_path: Path, signum: signal
     if signum == signal.SIGKILL:
         assert process.returncode == -signum
     else:
-        assert process.returncode == 128 + signum
+        assert process.returncode == 128 + signum, errors
         assert errors == f"error: stopped by {signum.name}; nothing is half-written\n"
         assert not list(out.rglob("*.part"))
     deadline = time.monotonic() + 60
