@@ -72,6 +72,10 @@ def signed(value: float, low: float, high: float) -> str:
     return f"{value:+.3f}" if math.isnan(low) else f"{value:+.3f} ({low:+.3f} to {high:+.3f})"
 
 
+def p_value(p: float) -> str:
+    return DASH if math.isnan(p) else "< 0.001" if p < 0.001 else f"{p:.3f}"
+
+
 def count(n: int, what: str) -> str:
     """For example "1 job", "2 jobs"."""
     return f"{n} {what}{'' if n == 1 else 's'}"

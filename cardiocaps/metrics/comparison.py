@@ -146,20 +146,18 @@ def paired_contrast(
     if any(len({len(tests) for *_, tests in terms}) > 1 for terms in tested):
         raise ValueError("runs of a system differ in number between its terms; expected the same networks in all")
     samples = max(test.sample.group.size for test in every)
-    found = {}
-    for name in names:
-        by_seed, drawn = [], np.zeros(bootstrap)
-        for terms in tested:
-            of_system = np.zeros(len(terms[0][2]))
-            for coefficient, runs, tests in terms:
-                of_system += [coefficient * test.sample.estimate()[name] for test in tests]
-                if bootstrap:
-                    of_runs = [of_run[name] for of_run in runs.drawn(bootstrap, seed, samples)]
-                    drawn += coefficient * np.mean(of_runs, axis=0)
-            by_seed.append(of_system.tolist())
-        fewest = min(x.size for x in every[0].strata.values())
-        found[name] = difference_of(by_seed, drawn, fewest, least)
-    return found
+    fewest = min(x.size for x in every[0].strata.values())
+    by_seed = {name: [np.zeros(len(terms[0][2])) for terms in tested] for name in names}
+    drawn = {name: np.zeros(bootstrap) for name in names}
+    for number, terms in enumerate(tested):
+        for coefficient, runs, tests in terms:
+            estimates = [test.sample.estimate() for test in tests]
+            resamples = runs.drawn(bootstrap, seed, samples) if bootstrap else []
+            for name in names:
+                by_seed[name][number] += [coefficient * of_run[name] for of_run in estimates]
+                if resamples:
+                    drawn[name] += coefficient * np.mean([of_run[name] for of_run in resamples], axis=0)
+    return {name: difference_of([x.tolist() for x in by_seed[name]], drawn[name], fewest, least) for name in by_seed}
 
 
 def difference_of(by_seed: Sequence[Sequence[float]], drawn: Floats, fewest: int, least: float = 0.0) -> Difference:

@@ -43,10 +43,10 @@ class RayEngine(RemoteEngine):
 
     def share(self, config: TrainConfig) -> Share:
         # Jobs that take no GPU, of classifiers of pixels, are no more at a time than the others.
-        gpus, nodes = nodes_for(self._ray, config.device != "cpu", needs_gpu=config.device == "cuda")
+        each, nodes = nodes_for(self._ray, config.device != "cpu", needs_gpu=config.device == "cuda")
         most = max((cpus for cpus, _ in nodes), default=0)
         threads = config.threads or max(1, min(THREADS, most // (self._at_once or 1) if self._is_own else most))
-        fitting = room(nodes, threads, gpus)
+        fitting = room(nodes, threads, each)
         return Share(min(self._at_once or fitting, fitting), threads)
 
     def _has_gpus(self) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from cardiocaps.errors import plural
-from cardiocaps.experiments.markdown import DASH, signed, table
+from cardiocaps.experiments.markdown import DASH, p_value, signed, table
 from cardiocaps.experiments.reference_rows import REFERENCES
 from cardiocaps.experiments.summaries import Row, Summary
 from cardiocaps.metrics import exact_interval
@@ -60,9 +60,9 @@ def section(
                 _interval(found_of["auroc"]),
                 _number(None if test is None else test.se_videos),
                 _number(None if test is None else test.se_seeds),
-                _p(math.nan if test is None else test.p_videos),
-                _p(p_values[k]),
-                _p(p_corrected[k]),
+                p_value(math.nan if test is None else test.p_videos),
+                p_value(p_values[k]),
+                p_value(p_corrected[k]),
                 _detectable(test, comparisons),
             )
         )
@@ -73,9 +73,9 @@ def section(
                 name,
                 _d(*auroc),
                 _interval(found_of["average_precision"]),
-                _p(p_bootstrap[1][k]),
+                p_value(p_bootstrap[1][k]),
                 _interval(found_of["accuracy"]),
-                _p(p_bootstrap[2][k]),
+                p_value(p_bootstrap[2][k]),
                 f"{cohens_h(*accuracy):+.2f}",
             )
         )
@@ -173,7 +173,3 @@ def _detectable(test: DeLong | None, comparisons: int) -> str:
 def _d(one: float, other: float) -> str:
     difference = cohens_d(one) - cohens_d(other)
     return f"{difference:+.2f}" if math.isfinite(difference) else DASH
-
-
-def _p(value: float) -> str:
-    return DASH if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -12,7 +12,7 @@ from cardiocaps.config.option import shown
 from cardiocaps.evaluation.names import METRIC_NAMES
 from cardiocaps.experiments.exhibits.exhibit import Exhibit
 from cardiocaps.experiments.exhibits.shift_curves import curves, draw_equivariance
-from cardiocaps.experiments.markdown import DASH, joined, plus_minus, signed, table, with_interval
+from cardiocaps.experiments.markdown import DASH, joined, p_value, plus_minus, signed, table, with_interval
 from cardiocaps.experiments.plan import MAIN, SYSTEMS
 from cardiocaps.experiments.results import read_result
 from cardiocaps.experiments.robustness.claims import CNNS, RANKS
@@ -235,10 +235,6 @@ def _difference(name: str, difference: Difference) -> dict[str, float]:
     }
 
 
-def _p(value: float) -> str:
-    return DASH if math.isnan(value) else "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
 def _verdicts(found: Measured) -> list[str]:
     text = (
         "Each claim of the paper is a list of differences that are above 0, or above the bound that is named, if it is "
@@ -263,13 +259,15 @@ def _verdicts(found: Measured) -> list[str]:
         if missing:
             state = f"not measured: {joined(list(dict.fromkeys(x.reason for x in missing)))}"
         words = f"“{claim.quote}” ({claim.place})"
-        lines.append((claim.text, words, f"**{judged.verdict}**", state, _p(judged.p), _p(judged.p_corrected)))
+        lines.append(
+            (claim.text, words, f"**{judged.verdict}**", state, p_value(judged.p), p_value(judged.p_corrected))
+        )
     differences = [
         (
             judged.claim.name,
             contrast.text,
             _reason(x) if isinstance(x, Missing) else _interval(x),
-            DASH if isinstance(x, Missing) else _p(x.p),
+            DASH if isinstance(x, Missing) else p_value(x.p),
         )
         for judged in found.verdicts
         for x, contrast in _pairs(judged)
